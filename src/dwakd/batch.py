@@ -1,0 +1,50 @@
+"""What passes between a model and a loss: response rows only, packed over the examples.
+
+Axes: `batch` examples, `tokens` response positions of all the examples one after the other, `hidden` width of
+the final hidden states, `embedding` width of the input-embedding table, `vocab` rows of the head. The prefixes
+`s_` and `t_` say student and teacher where both occur. A response position is one whose *predicted* token belongs
+to the response, end-of-sequence included.
+"""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dwakd.models.head import OutputHead
+
+
+@dataclass(frozen=True)
+class ModelSide:
+    """One model's view of a batch.
+
+    Args:
+        hidden: final hidden states, the ones the head reads. The student's carry gradient.
+        input_embeddings: embedding of the token read at each row; a constant.
+        target_embeddings: embedding of the token predicted at each row. The student's carry gradient.
+        target_ids: the token predicted at each row.
+        lengths: rows per example; they sum to tokens.
+        byte_ends: offset in the response's UTF-8 bytes at which the predicted token ends (end-of-sequence: the length).
+        head: hidden rows to logits.
+    """
+
+    hidden: Float[Tensor, "tokens hidden"]
+    input_embeddings: Float[Tensor, "tokens embedding"]
+    target_embeddings: Float[Tensor, "tokens embedding"]
+    target_ids: Int[Tensor, " tokens"]
+    lengths: Int[Tensor, " batch"]
+    byte_ends: Int[Tensor, " tokens"]
+    head: OutputHead
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What a loss returns.
+
+    Args:
+        loss: the weighted sum of the terms, in nats per student response token; carries gradient.
+        terms: each term by its public name, unweighted, detached, in the same unit.
+    """
+
+    loss: Float[Tensor, ""]
+    terms: dict[str, Float[Tensor, ""]]
