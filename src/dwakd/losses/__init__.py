@@ -1,0 +1,73 @@
+"""The methods. To add one: its file, one line in METHODS, its test, its docs page, its recipe."""
+
+import inspect
+from typing import Any
+
+from dwakd.errors import UserError
+from dwakd.losses.attention import TeacherScale
+from dwakd.losses.base import DistillationLoss
+from dwakd.losses.dskd import DskdLoss
+from dwakd.losses.dwa_kd import DwaKdLoss
+from dwakd.losses.projectors import Widths
+from dwakd.losses.sft import SftLoss
+
+METHODS: dict[str, type[DistillationLoss]] = {
+    "sft": SftLoss,
+    "dskd": DskdLoss,
+    "dwa_kd": DwaKdLoss,
+}
+
+__all__ = [
+    "METHODS",
+    "DistillationLoss",
+    "DskdLoss",
+    "DwaKdLoss",
+    "SftLoss",
+    "TeacherScale",
+    "Widths",
+    "build_loss",
+    "method_class",
+    "method_options",
+]
+
+
+def method_class(method: str) -> type[DistillationLoss]:
+    """The class of a method.
+
+    Raises:
+        UserError: unknown method; lists the valid ones.
+    """
+    if method not in METHODS:
+        raise UserError(f"unknown method {method!r} in loss.method; valid ones: {', '.join(METHODS)}")
+    return METHODS[method]
+
+
+def method_options(method: str) -> dict[str, Any]:
+    """The options a method takes, with their defaults."""
+    parameters = inspect.signature(method_class(method)).parameters
+    return {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name != "widths"
+    }
+
+
+def build_loss(method: str, options: dict[str, Any] | None = None, *, widths: Widths | None = None) -> DistillationLoss:
+    """Build a method from a recipe's options.
+
+    Raises:
+        UserError: unknown method or option (names the valid ones), or a value the method refuses.
+    """
+    valid = method_options(method)
+    options = options or {}
+    for name in options:
+        if name not in valid:
+            names = ", ".join(valid) or "none"
+            raise UserError(f"unknown option loss.{name} of method {method}; valid ones: {names}")
+    sizes = {"widths": widths} if METHODS[method].needs_widths else {}
+    try:
+        return METHODS[method](**sizes, **options)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"loss options of method {method}: {error}") from error

@@ -36,9 +36,7 @@ class OutputHead:
 
     def detached(self) -> "OutputHead":
         """The same head as a constant: gradient passes through to the hidden states only."""
-        return replace(
-            self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach()
-        )
+        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
     def logits(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
         """Next-token logits in float32 or better, whatever the dtype of the product."""

@@ -1,0 +1,40 @@
+# Everything a contributor or a visitor runs. `make help` lists it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The pinned torch is a CPU build where a package index or a local folder offers one.
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
+
+.PHONY: help setup demo test check format docs clean
+.DEFAULT_GOAL := help
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) $$(grep '^torch==' constraints.txt)
+	$(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(STAMP) ## make the virtual environment with the pinned versions
+
+demo: $(STAMP) ## train a teacher and three students offline and compare them (about five minutes)
+	$(BIN)/dwakd demo
+
+test: $(STAMP) ## run the test suite (under ten minutes, no network)
+	$(BIN)/pytest -n 2
+
+check: $(STAMP) ## lint, format, types, spelling
+	$(BIN)/ruff check src tests examples
+	$(BIN)/ruff format --check src tests examples
+	$(BIN)/mypy
+	$(BIN)/typos
+
+format: $(STAMP) ## format and mend what ruff can mend
+	$(BIN)/ruff check --fix src tests examples
+	$(BIN)/ruff format src tests examples
+
+clean: ## remove the environment, caches and demo runs
+	rm -rf $(VENV) demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis

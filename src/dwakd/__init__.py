@@ -1,0 +1,47 @@
+"""Distil a large language model into a small one whose tokenizer is different.
+
+The public names are imported on first use, so that `import dwakd` and `dwakd --help` stay quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dwakd.data.sources import load_examples
+    from dwakd.errors import UserError
+    from dwakd.losses import METHODS, DskdLoss, DwaKdLoss, SftLoss
+    from dwakd.models.loading import load_causal_lm, load_tokenizer
+    from dwakd.training.config import DistillConfig
+    from dwakd.training.trainer import DistillTrainer
+
+_HOMES = {
+    "METHODS": "dwakd.losses",
+    "DistillConfig": "dwakd.training.config",
+    "DistillTrainer": "dwakd.training.trainer",
+    "DskdLoss": "dwakd.losses",
+    "DwaKdLoss": "dwakd.losses",
+    "SftLoss": "dwakd.losses",
+    "UserError": "dwakd.errors",
+    "load_causal_lm": "dwakd.models.loading",
+    "load_examples": "dwakd.data.sources",
+    "load_tokenizer": "dwakd.models.loading",
+}
+
+__all__ = [
+    "METHODS",
+    "DistillConfig",
+    "DistillTrainer",
+    "DskdLoss",
+    "DwaKdLoss",
+    "SftLoss",
+    "UserError",
+    "load_causal_lm",
+    "load_examples",
+    "load_tokenizer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dwakd' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

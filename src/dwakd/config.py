@@ -1,0 +1,195 @@
+"""Recipes: one YAML file that says everything about a run, read strictly."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dwakd.errors import UserError
+
+
+@dataclass
+class StudentSection:
+    """The student; `peft` takes the fields of peft.LoraConfig and trains an adapter instead of the weights."""
+
+    model: str
+    revision: str | None = None
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+    peft: dict[str, Any] | None = None
+
+
+@dataclass
+class TeacherSection:
+    """The teacher; `adapter` is a PEFT folder that is merged into it."""
+
+    model: str
+    adapter: str | None = None
+    revision: str | None = None
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+
+
+@dataclass
+class DataSection:
+    """What to train on, and how both models are shown it."""
+
+    train: str
+    eval: str | None = None
+    prompt: str | None = None
+    response: str | None = None
+    input: str | None = None
+    template: str = "alpaca"
+    bos: str = "auto"
+    max_length: int = 512
+    max_prompt_length: int = 256
+    invalid_rows: str = "error"
+    limit: int | None = None
+    eval_limit: int | None = None
+
+
+@dataclass
+class EvaluationSection:
+    """What to answer after training."""
+
+    test: list[str] = field(default_factory=list)
+    seeds: int = 5
+    max_new_tokens: int = 256
+    batch_size: int = 16
+    limit: int | None = None
+
+
+@dataclass
+class Recipe:
+    """A whole run. `loss` holds `method` and its options; `training` goes to DistillConfig unchanged."""
+
+    student: StudentSection
+    data: DataSection
+    teacher: TeacherSection | None = None
+    loss: dict[str, Any] = field(default_factory=lambda: {"method": "dwa_kd"})
+    training: dict[str, Any] = field(default_factory=dict)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+
+    @property
+    def method(self) -> str:
+        return str(self.loss.get("method", "dwa_kd"))
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        return {name: value for name, value in self.loss.items() if name != "method"}
+
+    def dump(self) -> str:
+        """The resolved recipe as YAML; reading it back gives the same recipe."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 5e-4 as a string; everybody who writes it means a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML, with 5e-4 read as a number."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe and apply overrides such as `loss.temperature=4`.
+
+    Raises:
+        UserError: no such file, not YAML, or an unknown, missing or mistyped option, by its dotted name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"recipe {path} does not exist")
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"recipe {path} must hold sections such as student, teacher and data")
+    for override in overrides or []:
+        apply_override(content, override)
+    return recipe_from_dict(content)
+
+
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Set one dotted option, `section.name=value`, the value read as YAML."""
+    name, equals, value = override.partition("=")
+    keys = name.split(".")
+    if not equals or not all(keys):
+        raise UserError(f"override {override!r} must look like section.option=value, for example loss.temperature=4")
+    node = content
+    for key in keys[:-1]:
+        if node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {key} is no section")
+    try:
+        node[keys[-1]] = parse_yaml(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML") from error
+
+
+def recipe_from_dict(content: dict[str, Any]) -> Recipe:
+    """A recipe from nested dictionaries, strictly."""
+    recipe: Recipe = _section(Recipe, content, "")
+    if not isinstance(recipe.loss.get("method", "dwa_kd"), str):
+        raise UserError("loss.method must be a string")
+    return recipe
+
+
+def unknown_option(name: str, word: str, valid: list[str]) -> UserError:
+    """The error for an option that doesn't exist: it names the nearest, or all."""
+    near = difflib.get_close_matches(word, valid, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    shown = ", ".join(valid) if len(valid) <= 40 else f"{len(valid)} of them"
+    return UserError(f"unknown option {name}; {hint}valid ones: {shown}")
+
+
+def _section(cls: type[Any], content: Any, prefix: str) -> Any:
+    if not isinstance(content, dict):
+        raise UserError(f"{prefix.rstrip('.')} must be a section with options, got {content!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {item.name: item for item in dataclasses.fields(cls)}
+    for name in content:
+        if name not in fields:
+            raise unknown_option(f"{prefix}{name}", str(name), list(fields))
+    values = {}
+    for name, item in fields.items():
+        if name in content and not (content[name] is None and prefix == ""):
+            values[name] = _value(hints[name], content[name], f"{prefix}{name}")
+        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            raise UserError(f"{prefix}{name} is missing from the recipe")
+    return cls(**values)
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        if dataclasses.is_dataclass(option):
+            return _section(typing.cast("type[Any]", option), value, f"{name}.")
+    plain = tuple(typing.get_origin(option) or option for option in options)
+    if isinstance(value, bool) and bool not in plain:
+        matches = False
+    elif list in plain and isinstance(value, list):
+        matches = all(isinstance(item, str) for item in value)
+    else:
+        matches = isinstance(value, plain)
+    if not matches:
+        names = " or ".join("nothing" if kind is types.NoneType else kind.__name__ for kind in plain)
+        raise UserError(f"{name} must be {names}, got {value!r}")
+    return value

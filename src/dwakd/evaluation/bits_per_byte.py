@@ -1,0 +1,106 @@
+"""Bits per byte: a likelihood that models with different tokenizers can be compared by."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from dwakd.models.rows import response_rows
+from peft import PeftModel
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedModel
+
+from dwakd.batch import ModelSide
+from dwakd.data.collator import PairedCollator, encode_pairs
+from dwakd.data.encoding import TextEncoder
+from dwakd.data.sources import Example
+from dwakd.errors import UserError
+from dwakd.evaluation.generate import pad_id_of
+from dwakd.evaluation.mode import evaluation_mode
+
+_LOGITS_AT_ONCE = 2**24
+"""Rows go through the head in slices of about this many logits (64 MB in float32)."""
+
+
+@dataclass(frozen=True)
+class BitsPerByte:
+    """Likelihood of the responses given their prompts.
+
+    Args:
+        value: bits / bytes, over the whole set: a long response counts for more than a short one.
+        bits: minus log2 of the probability of all response tokens, the end-of-sequence tokens included.
+        bytes: UTF-8 bytes of the responses; the end of a response has none.
+        num_examples: responses that were scored.
+        num_truncated: of those, how many were cut to fit `max_length`. Values of two tokenizers compare strictly
+            only where both are 0, for each cuts at its own place.
+    """
+
+    value: float
+    bits: float
+    bytes: int
+    num_examples: int
+    num_truncated: int
+
+
+def bits_per_byte(
+    model: PreTrainedModel | PeftModel,
+    encoder: TextEncoder,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 8,
+    max_length: int = 512,
+) -> BitsPerByte:
+    """Teacher-forced bits of every response, given its prompt, per UTF-8 byte of the responses.
+
+    The tokenisation is the encoder's own (one of the many that spell a text), and the softmax runs over the whole
+    head, rows without a token included. A response is cut by text as in training. Rows without a response are left
+    out and do not count in `num_examples`.
+
+    Args:
+        batch_size: examples per forward; changes the speed and not the value.
+        max_length: tokens of prompt and response together.
+
+    Raises:
+        UserError: no row has a response, a prompt leaves no room for one, or `batch_size` is below 1.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}.")
+    scored = [example for example in examples if example.response.strip()]
+    if not scored:
+        raise UserError("bits per byte needs rows with a response, and none has one.")
+    pairs = encode_pairs(
+        scored, encoder, None, max_length=max_length, max_prompt_length=max_length - 1, source="evaluation data"
+    )
+    lengths = pairs.student_lengths
+    alike = Subset(pairs, sorted(range(len(pairs)), key=lambda row: -lengths[row]))
+    bits, num_bytes = 0.0, 0
+    with evaluation_mode(model):
+        for batch in DataLoader(alike, batch_size=batch_size, collate_fn=PairedCollator(pad_id_of(encoder))):
+            side = _rows(model, batch)
+            bits += _bits(side)
+            num_bytes += _response_bytes(side)
+    return BitsPerByte(bits / num_bytes, bits, num_bytes, len(pairs), pairs.num_truncated)
+
+
+def _rows(model: PreTrainedModel | PeftModel, batch: dict[str, Tensor]) -> ModelSide:
+    names = ("input_ids", "attention_mask", "target_ids", "response_mask", "byte_ends")
+    return response_rows(model, *(batch[f"student_{name}"].to(model.device) for name in names))
+
+
+def _bits(side: ModelSide) -> float:
+    """Bits of all target tokens, summed in float64."""
+    rows = max(1, _LOGITS_AT_ONCE // side.head.vocab_size)
+    nats = 0.0
+    for start in range(0, len(side.target_ids), rows):
+        logits = side.head.logits(side.hidden[start : start + rows])
+        losses = torch.nn.functional.cross_entropy(
+            logits, side.target_ids[start : start + rows], reduction="none"
+        )
+        nats += losses.cpu().double().sum().item()
+    return nats / math.log(2)
+
+
+def _response_bytes(side: ModelSide) -> int:
+    """Bytes that the rows cover: where the last row of each example ends."""
+    return int(side.byte_ends[side.lengths.cumsum(0) - 1].sum())

@@ -1,0 +1,59 @@
+"""Sequence-level alignment: the Soft-DTW divergence of DWA-KD (equations 17, 18, 22 to 24)."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dwakd.kernels.soft_dtw import soft_dtw
+from dwakd.losses.packing import pad_rows
+
+Padded = Float[Tensor, "batch length length"]
+
+
+def unit_rows(
+    rows: Float[Tensor, "tokens width"], lengths: Int[Tensor, " batch"], length: int
+) -> Float[Tensor, "batch length width"]:
+    """Rows scaled to length 1 and padded, in float32 or better; a zero row stays zero (cosine 0 to everything)."""
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return pad_rows(torch.nn.functional.normalize(rows, dim=-1, eps=1e-12), lengths, length)
+
+
+def soft_dtw_divergences(
+    pairs: list[tuple[Float[Tensor, "s_tokens _"], Float[Tensor, "t_tokens _"]]],
+    student_lengths: Int[Tensor, " batch"],
+    teacher_lengths: Int[Tensor, " batch"],
+    *,
+    gamma: float,
+    band: Float[Tensor, "batch s_length t_length"] | None = None,
+    impl: str = "auto",
+) -> list[Float[Tensor, " batch"]]:
+    """nDTW(X, Y) = s(C~_XY) - (s(C_XX) + s(C_YY)) / 2 for each pair, cosine costs, all in one kernel call.
+
+    Args:
+        pairs: (student rows, teacher rows already in the student's space), packed; gradient flows to both.
+        student_lengths: rows per example.
+        teacher_lengths: rows per example.
+        gamma: temperature of the soft minimum.
+        band: penalty added to the cross costs only (equation 22); a constant.
+        impl: kernel of `soft_dtw`.
+
+    Returns:
+        One value per example and pair. Values of examples of unequal lengths carry an offset without gradient: never
+        compare them with each other, never clamp them.
+    """
+    length = int(torch.maximum(student_lengths.max(), teacher_lengths.max()))
+    costs: list[Padded] = []
+    for student_rows, teacher_rows in pairs:
+        x = unit_rows(student_rows, student_lengths, length)
+        y = unit_rows(teacher_rows.to(student_rows.dtype), teacher_lengths, length)
+        cross = 1 - x @ y.transpose(1, 2)
+        if band is not None:
+            cross = cross + torch.nn.functional.pad(
+                band.to(cross.dtype), (0, length - band.shape[2], 0, length - band.shape[1])
+            )
+        costs += [cross, 1 - x @ x.transpose(1, 2), 1 - y @ y.transpose(1, 2)]
+    x_lengths = torch.cat([student_lengths, student_lengths, teacher_lengths]).repeat(len(pairs))
+    y_lengths = torch.cat([teacher_lengths, student_lengths, teacher_lengths]).repeat(len(pairs))
+    scores = soft_dtw(torch.cat(costs), gamma, x_lengths, y_lengths, impl=impl)
+    scores = scores.reshape(len(pairs), 3, -1)
+    return list(scores[:, 0] - (scores[:, 1] + scores[:, 2]) / 2)

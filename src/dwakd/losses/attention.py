@@ -1,0 +1,140 @@
+"""Cross-model attention (DSKD, arXiv 2406.17328; DWA-KD equations 1 and 2) and the band it sets (19 to 22)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dwakd.batch import ModelSide
+from dwakd.losses.packing import pad_rows, unpad_rows, valid
+from dwakd.losses.projectors import Projectors
+
+
+@dataclass(frozen=True)
+class TeacherScale:
+    """Count, mean and sum of squared deviations of the three teacher tensors that N(x) = x / std(x) divides.
+
+    Moments and not deviations, because those of micro-batches and ranks merge into those of the optimiser batch.
+    Columns: keys [e_j ; e_{j+1}], hidden states h_j, target embeddings e_{j+1}.
+    """
+
+    moments: Float[Tensor, "3 3"]
+
+    @classmethod
+    def of(cls, teacher: ModelSide) -> TeacherScale:
+        """Over all the response positions of one batch."""
+        parts = (
+            torch.cat([teacher.input_embeddings, teacher.target_embeddings], -1),
+            teacher.hidden,
+            teacher.target_embeddings,
+        )
+        rows = []
+        for part in parts:
+            values = part.detach().double()
+            mean = values.mean()
+            rows.append(torch.stack([mean.new_tensor(values.numel()), mean, (values - mean).square().sum()]))
+        return cls(torch.stack(rows))
+
+    @staticmethod
+    def merge(scales: list[TeacherScale]) -> TeacherScale:
+        """Of the union of several batches (Chan's parallel update)."""
+        moments = torch.stack([scale.moments for scale in scales])
+        counts, means, deviations = moments.unbind(-1)
+        total = counts.sum(0)
+        mean = (counts * means).sum(0) / total
+        squares = deviations.sum(0) + (counts * (means - mean).square()).sum(0)
+        return TeacherScale(torch.stack([total, mean, squares], -1))
+
+    @property
+    def std(self) -> Float[Tensor, "3"]:
+        """Standard deviations with Bessel's correction; 1 where a tensor is constant."""
+        count, _, squares = self.moments.unbind(-1)
+        std = (squares / (count - 1).clamp_min(1)).sqrt()
+        return torch.where(std > 0, std, 1.0)
+
+
+@dataclass(frozen=True)
+class CrossModelAttention:
+    """The two models' states in each other's space, and the attention that carried them.
+
+    Args:
+        t2s_hidden: h^{t->s}, teacher states at the student's rows. Gradient: query, t2s.
+        s2t_hidden: h^{s->t}, student states at the teacher's rows. Gradient: query, s2t, student hidden states.
+        weights: A of equation 1; zero on padding columns. Gradient: query.
+    """
+
+    t2s_hidden: Float[Tensor, "s_tokens s_hidden"]
+    s2t_hidden: Float[Tensor, "t_tokens t_hidden"]
+    weights: Float[Tensor, "batch s_length t_length"]
+
+
+def cross_model_attention(
+    student: ModelSide, teacher: ModelSide, projectors: Projectors, scale: TeacherScale
+) -> CrossModelAttention:
+    """Equations 1 and 2: A = softmax_T(Q K' / sqrt(2 d_t)) and its reverse, softmax over the student's rows.
+
+    Q = query([e_i ; e_{i+1}]) of the student, detached embeddings; K = N([e_j ; e_{j+1}]) and
+    V = t2s(N(h_j) + N(e_{j+1})) of the teacher.
+    """
+    dtype = projectors.query.weight.dtype
+    key_std, hidden_std, target_std = scale.std.to(dtype)
+    query = projectors.query(
+        torch.cat([student.input_embeddings.detach(), student.target_embeddings.detach()], -1).to(dtype)
+    )
+    key = torch.cat([teacher.input_embeddings, teacher.target_embeddings], -1).detach().to(dtype) / key_std
+    value = projectors.t2s(
+        teacher.hidden.detach().to(dtype) / hidden_std + teacher.target_embeddings.detach().to(dtype) / target_std
+    )
+    back = projectors.s2t(student.hidden.to(dtype))
+
+    s_length, t_length = int(student.lengths.max()), int(teacher.lengths.max())
+    queries = pad_rows(query, student.lengths, s_length)
+    keys = pad_rows(key, teacher.lengths, t_length)
+    scores = queries @ keys.transpose(1, 2) / math.sqrt(key.shape[-1])
+    s_valid, t_valid = valid(student.lengths, s_length), valid(teacher.lengths, t_length)
+    weights = scores.masked_fill(~t_valid[:, None, :], -torch.inf).softmax(-1)
+    reverse = scores.masked_fill(~s_valid[:, :, None], -torch.inf).softmax(1).transpose(1, 2)
+    t2s_hidden = weights @ pad_rows(value, teacher.lengths, t_length)
+    s2t_hidden = reverse @ pad_rows(back, student.lengths, s_length)
+    return CrossModelAttention(
+        unpad_rows(t2s_hidden, student.lengths, student.hidden.shape[0]),
+        unpad_rows(s2t_hidden, teacher.lengths, teacher.hidden.shape[0]),
+        weights,
+    )
+
+
+def band_penalty(
+    weights: Float[Tensor, "batch s_length t_length"],
+    student_lengths: Int[Tensor, " batch"],
+    teacher_lengths: Int[Tensor, " batch"],
+    *,
+    base: float = 5.0,
+    entropy_factor: float = 2.0,
+    blend: float = 0.7,
+    penalty: float = 1.0,
+    first_index: int = 1,
+) -> Float[Tensor, "batch s_length t_length"]:
+    """lambda_band * [|j - c_i| > w_i], with c_i and w_i of equations 19 to 21. A constant.
+
+    Args:
+        weights: A of equation 1; detached here.
+        student_lengths: S of each example.
+        teacher_lengths: T of each example.
+        base: b.
+        entropy_factor: beta, tokens of width per nat of the attention's entropy.
+        blend: alpha, how far the centre follows the attention; 0 gives a Sakoe-Chiba band.
+        penalty: lambda_band, added to each cell outside.
+        first_index: 1 as in the paper; 0 reproduces the published code.
+    """
+    attention = weights.detach()
+    rows = torch.arange(attention.shape[1], device=attention.device) + first_index
+    columns = (torch.arange(attention.shape[2], device=attention.device) + first_index).to(attention.dtype)
+    slope = (teacher_lengths / student_lengths).to(attention.dtype)
+    centre = blend * (attention @ columns) + (1 - blend) * rows * slope[:, None]
+    width = base + entropy_factor * torch.special.entr(attention).sum(-1)
+    outside = (columns - centre[..., None]).abs() > width[..., None]
+    return penalty * outside.to(attention.dtype)

@@ -1,0 +1,75 @@
+"""What every method shares: the signature, the cross-entropy and the one reduction."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dwakd.batch import LossOutput, ModelSide
+from dwakd.losses.attention import TeacherScale
+
+
+class DistillationLoss(nn.Module, ABC):
+    """A method: pure tensors in, a scalar and named terms out. It never runs a model, logs or moves devices.
+
+    The constructor takes the method's options as keywords and, where it learns maps between the models, their
+    `widths`. Parameters of the module are the method's own (projectors) and train with the student.
+    """
+
+    needs_teacher: ClassVar[bool] = True
+    """Whether a teacher must be given."""
+    needs_widths: ClassVar[bool] = False
+    """Whether the constructor takes `widths`."""
+
+    def set_step(self, step: int) -> None:
+        """Told the number of finished optimiser steps before each step; only schedules care."""
+
+    @abstractmethod
+    def forward(
+        self,
+        student: ModelSide,
+        teacher: ModelSide | None = None,
+        *,
+        num_tokens: Tensor | float | None = None,
+        teacher_scale: TeacherScale | None = None,
+    ) -> LossOutput:
+        """The loss of one batch.
+
+        Args:
+            student: rows with gradient.
+            teacher: rows without.
+            num_tokens: the student's response tokens of the whole optimiser batch, over accumulation steps and ranks;
+                those of this batch if not given. Every term is a sum over this batch divided by it.
+            teacher_scale: moments over the whole optimiser batch for N(.); those of this batch if not given.
+        """
+
+
+def cross_entropy(log_probs: Float[Tensor, "tokens vocab"], targets: Tensor) -> Float[Tensor, ""]:
+    """Sum over the rows of -log p(target), in nats."""
+    return torch.nn.functional.nll_loss(log_probs, targets, reduction="sum")
+
+
+def reduce_terms(
+    sums: dict[str, Tensor], weights: dict[str, float], num_tokens: Tensor | float | int
+) -> LossOutput:
+    """Divide each summed term by the number of tokens and add them up with their weights."""
+    means = {name: value / num_tokens for name, value in sums.items()}
+    loss = torch.stack([weights[name] * value for name, value in means.items()]).sum()
+    return LossOutput(loss, {**{name: value.detach() for name, value in means.items()}, "loss": loss.detach()})
+
+
+def require_teacher(teacher: ModelSide | None, method: str) -> ModelSide:
+    """The teacher, or the error that it is missing."""
+    if teacher is None:
+        raise ValueError(f"method {method} needs a teacher")
+    return teacher
+
+
+def check_range(**options: tuple[float, float, float]) -> None:
+    """Raise ValueError for the first option (value, low, high) that lies outside its closed range."""
+    for name, (value, low, high) in options.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            bound = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
+            raise ValueError(f"{name} must be a number {bound}, got {value!r}")

@@ -1,0 +1,89 @@
+"""DSKD with cross-model attention: knowledge distillation in both models' spaces (arXiv 2406.17328)."""
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from dwakd.batch import LossOutput, ModelSide
+from dwakd.losses.attention import TeacherScale, cross_model_attention
+from dwakd.losses.base import DistillationLoss, check_range, cross_entropy, reduce_terms, require_teacher
+from dwakd.losses.divergences import divergence, forward_kl
+from dwakd.losses.projectors import Projectors, Widths
+
+
+class DskdLoss(DistillationLoss):
+    """L = (1 - r) CE + r (CE^{t->s} + sum_i [argmax p^{t->s}_i = x_i] D(p^{t->s}_i || p^s_i) + sum_j KL(p^t_j || p^{s->t}_j)).
+
+    Gradient: CE^{t->s} trains query and t2s only; the student-space divergence moves the student only; the
+    teacher-space divergence moves the student, s2t and query. Neither head receives gradient except the student's own
+    through its own logits.
+
+    Args:
+        widths: of the two models.
+        kd_rate: r; the paper's scripts use 0.5.
+        temperature: softens both sides of both divergences; no tau^2 factor. The paper uses 2.0.
+        student_divergence: D; the teacher space always uses forward KL.
+        skew: lambda of the skewed divergences.
+        accuracy_mask: keep student-space KD only where the projected teacher is right; in the published code,
+            absent from the equations.
+
+    Raises:
+        ValueError: an option out of range or an unknown divergence.
+
+    References:
+        Zhang et al. 2024, equations 8 to 13. Official code: songmzhang/DSKD, whose standard deviations include prompt
+        and padding positions; ours are those of response positions (DWA-KD specification, section 5).
+    """
+
+    needs_widths: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        widths: Widths,
+        kd_rate: float = 0.5,
+        temperature: float = 2.0,
+        student_divergence: str = "forward_kl",
+        skew: float = 0.1,
+        accuracy_mask: bool = True,
+    ) -> None:
+        super().__init__()
+        check_range(kd_rate=(kd_rate, 0, 1), temperature=(temperature, 1e-3, float("inf")), skew=(skew, 0, 1))
+        self.kd_rate = kd_rate
+        self.temperature = temperature
+        self.accuracy_mask = accuracy_mask
+        self.divergence = divergence(student_divergence, skew)
+        self.projectors = Projectors(widths, with_embedding=False)
+
+    def forward(
+        self,
+        student: ModelSide,
+        teacher: ModelSide | None = None,
+        *,
+        num_tokens: Tensor | float | None = None,
+        teacher_scale: TeacherScale | None = None,
+    ) -> LossOutput:
+        teacher = require_teacher(teacher, "dskd")
+        tau = self.temperature
+        crossed = cross_model_attention(student, teacher, self.projectors, teacher_scale or TeacherScale.of(teacher))
+
+        student_logits = student.head.logits(student.hidden)
+        t2s_logits = student.head.detached().logits(crossed.t2s_hidden)
+        kd_student = self.divergence(
+            (t2s_logits.detach() / tau).log_softmax(-1), (student_logits / tau).log_softmax(-1)
+        )
+        if self.accuracy_mask:
+            kd_student = kd_student * (t2s_logits.argmax(-1) == student.target_ids)
+        head = teacher.head.detached()
+        kd_teacher = forward_kl(
+            (head.logits(teacher.hidden.detach()) / tau).log_softmax(-1),
+            (head.logits(crossed.s2t_hidden) / tau).log_softmax(-1),
+        )
+        sums = {
+            "ce": cross_entropy(student_logits.log_softmax(-1), student.target_ids),
+            "t2s_ce": cross_entropy(t2s_logits.log_softmax(-1), student.target_ids),
+            "kd_student": kd_student.sum(),
+            "kd_teacher": kd_teacher.sum(),
+        }
+        rates = {name: self.kd_rate for name in sums} | {"ce": 1 - self.kd_rate}
+        return reduce_terms(sums, rates, len(student.target_ids) if num_tokens is None else num_tokens)

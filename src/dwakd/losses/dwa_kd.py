@@ -1,0 +1,234 @@
+"""DWA-KD: dual-space entropy weights and banded Soft-DTW alignment (arXiv 2602.21669)."""
+
+import logging
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dwakd.batch import LossOutput, ModelSide
+from dwakd.losses.alignment import soft_dtw_divergences
+from dwakd.losses.attention import CrossModelAttention, TeacherScale, band_penalty, cross_model_attention
+from dwakd.losses.base import DistillationLoss, check_range, cross_entropy, reduce_terms, require_teacher
+from dwakd.losses.divergences import divergence, forward_kl
+from dwakd.losses.projectors import Projectors, Widths
+from dwakd.losses.weights import entropy, student_weights, teacher_weights
+
+logger = logging.getLogger(__name__)
+INFINITY = float("inf")
+AUTHORS = {"weight_normalisation": "entropy_then_gate", "student_divergence": "skewed_reverse_kl"}
+
+
+class DwaKdLoss(DistillationLoss):
+    """L = ce_weight CE + kd_weight (CE^{t->s} + KD^stu + KD^tea) + dtw_weight (nDTW(h^s, P h^t) + nDTW(e^s, P e^t)).
+
+    KD^stu = sum_i w_i D(p^{t->s}_i || p^s_i) and KD^tea = sum_j w_j KL(p^t_j || p^{s->t}_j), weighted up where the student
+    is uncertain and the projected teacher confident. nDTW is the Soft-DTW divergence of cosine costs, its cross cost
+    raised outside a band around the cross-model attention. Every constant defaults to the paper's.
+
+    Gradient: the student's hidden states through CE, KD^stu, KD^tea and nDTW; its head through its own logits only; its
+    embeddings through nDTW only (beside the model's own use); never the teacher.
+
+    Args:
+        widths: of the two models.
+        ce_weight: lambda_CE.
+        kd_weight: lambda_W-KD.
+        dtw_weight: lambda_DTW.
+        temperature: softens both sides of both divergences; no tau^2 factor.
+        student_divergence: D; the teacher space always uses forward KL.
+        skew: lambda of the skewed divergences.
+        entropy_weights: the factor H(p^s_i) of the student's weights.
+        gate: the factor max_v p^{t->s}_i(v) of the student's weights.
+        teacher_weights: weights of the teacher space; ones when off.
+        weight_normalisation: "product" (paper) or "entropy_then_gate" (published code).
+        gate_warmup_steps: optimiser steps over which the gate rises from 0; only with "entropy_then_gate", since a
+            rescaled product cannot be warmed up. The published code intends 300 and runs with 0.
+        dtw_hidden: the pair of final hidden states.
+        dtw_embedding: the pair of target embeddings.
+        band: whether the cross cost is banded; off gives plain Soft-DTW.
+        band_base: b, in tokens.
+        band_entropy: beta, tokens per nat.
+        band_blend: alpha.
+        band_penalty: lambda_band.
+        gamma: temperature of the soft minimum.
+        gamma_end: if given, gamma moves linearly to it ...
+        gamma_steps: ... over this many optimiser steps.
+        compat: "paper", or "authors" for the published code's choices where they make sense: entropy_then_gate, skewed
+            reverse KL and centres counted from 0. Left out: aligning a prefix of the sequence instead of the response,
+            statistics over prompt and padding, and bfloat16 costs.
+        impl: kernel of Soft-DTW.
+
+    Raises:
+        ValueError: an option out of range, unknown, or in contradiction to another.
+
+    References:
+        Vu et al. 2026, equations 1 to 25.
+    """
+
+    needs_widths: ClassVar[bool] = True
+    step: Tensor
+
+    def __init__(
+        self,
+        *,
+        widths: Widths,
+        ce_weight: float = 0.5,
+        kd_weight: float = 0.5,
+        dtw_weight: float = 0.2,
+        temperature: float = 2.0,
+        student_divergence: str | None = None,
+        skew: float = 0.1,
+        entropy_weights: bool = True,
+        gate: bool = True,
+        teacher_weights: bool = True,
+        weight_normalisation: str | None = None,
+        gate_warmup_steps: int = 0,
+        dtw_hidden: bool = True,
+        dtw_embedding: bool = True,
+        band: bool = True,
+        band_base: float = 5.0,
+        band_entropy: float = 2.0,
+        band_blend: float = 0.7,
+        band_penalty: float = 1.0,
+        gamma: float = 2.0,
+        gamma_end: float | None = None,
+        gamma_steps: int = 0,
+        compat: str = "paper",
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_range(
+            ce_weight=(ce_weight, 0, INFINITY),
+            kd_weight=(kd_weight, 0, INFINITY),
+            dtw_weight=(dtw_weight, 0, INFINITY),
+            temperature=(temperature, 1e-3, INFINITY),
+            skew=(skew, 0, 1),
+            gamma=(gamma, 1e-6, INFINITY),
+            gamma_end=(gamma if gamma_end is None else gamma_end, 1e-6, INFINITY),
+            gamma_steps=(gamma_steps, 0 if gamma_end is None else 1, INFINITY),
+            gate_warmup_steps=(gate_warmup_steps, 0, INFINITY),
+            band_base=(band_base, 0, INFINITY),
+            band_entropy=(band_entropy, 0, INFINITY),
+            band_blend=(band_blend, 0, 1),
+            band_penalty=(band_penalty, 0, INFINITY),
+        )
+        if compat not in ("paper", "authors"):
+            raise ValueError(f"unknown compat {compat!r}; valid ones: paper, authors")
+        defaults = AUTHORS if compat == "authors" else {}
+        normalise = weight_normalisation or defaults.get("weight_normalisation", "product")
+        if normalise not in ("product", "entropy_then_gate"):
+            raise ValueError(
+                f"unknown weight_normalisation {normalise!r}; valid ones: product, entropy_then_gate"
+            )
+        if gate_warmup_steps and normalise == "product":
+            raise ValueError("gate_warmup_steps needs weight_normalisation entropy_then_gate")
+        if compat == "authors":
+            logger.warning("compat=authors aligns response positions and takes statistics over them, as the paper does")
+
+        self.ce_weight, self.kd_weight, self.dtw_weight = ce_weight, kd_weight, dtw_weight
+        self.temperature = temperature
+        self.divergence = divergence(
+            student_divergence or defaults.get("student_divergence", "forward_kl"), skew
+        )
+        self.weighting = {"use_entropy": entropy_weights, "use_gate": gate, "normalise": normalise}
+        self.teacher_weights = teacher_weights
+        self.gate_warmup_steps = gate_warmup_steps
+        self.dtw_hidden = dtw_hidden and dtw_weight > 0
+        self.dtw_embedding = dtw_embedding and dtw_weight > 0
+        self.band: dict[str, Any] | None = None
+        if band:
+            self.band = {
+                "base": band_base,
+                "entropy_factor": band_entropy,
+                "blend": band_blend,
+                "penalty": band_penalty,
+                "first_index": 0 if compat == "authors" else 1,
+            }
+        self.gammas = (gamma, gamma if gamma_end is None else gamma_end, gamma_steps)
+        self.impl = impl
+        self.projectors = Projectors(widths, with_embedding=self.dtw_embedding)
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+
+    def set_step(self, step: int) -> None:
+        self.step.fill_(step)
+
+    @property
+    def gamma(self) -> float:
+        """The temperature of the soft minimum at the current optimiser step (`step`, set by the trainer)."""
+        start, end, steps = self.gammas
+        return end if steps == 0 else start + (end - start) * min(int(self.step) / steps, 1.0)
+
+    def forward(
+        self,
+        student: ModelSide,
+        teacher: ModelSide | None = None,
+        *,
+        num_tokens: Tensor | float | None = None,
+        teacher_scale: TeacherScale | None = None,
+    ) -> LossOutput:
+        teacher = require_teacher(teacher, "dwa_kd")
+        crossed = cross_model_attention(student, teacher, self.projectors, teacher_scale or TeacherScale.of(teacher))
+        sums = {
+            **self._student_space(student, crossed),
+            "kd_teacher": self._teacher_space(teacher, crossed),
+            **self._alignment(student, teacher, crossed),
+        }
+        weights = {
+            "ce": self.ce_weight,
+            **dict.fromkeys(("t2s_ce", "kd_student", "kd_teacher"), self.kd_weight),
+            **dict.fromkeys(("dtw_hidden", "dtw_embedding"), self.dtw_weight),
+        }
+        return reduce_terms(sums, weights, len(student.target_ids) if num_tokens is None else num_tokens)
+
+    def _student_space(self, student: ModelSide, crossed: CrossModelAttention) -> dict[str, Tensor]:
+        """Equations 7 and 11 to 13, with both cross-entropies."""
+        tau = self.temperature
+        student_logits = student.head.logits(student.hidden)
+        t2s_logits = student.head.detached().logits(crossed.t2s_hidden)
+        student_log_probs, t2s_log_probs = student_logits.log_softmax(-1), t2s_logits.log_softmax(-1)
+        gate = t2s_log_probs.detach().amax(-1).exp()
+        if self.gate_warmup_steps:
+            gate = gate * min(int(self.step) / self.gate_warmup_steps, 1.0)
+        weights = student_weights(entropy(student_log_probs.detach()), gate, student.lengths, **self.weighting)
+        divergences = self.divergence(
+            (t2s_logits.detach() / tau).log_softmax(-1), (student_logits / tau).log_softmax(-1)
+        )
+        return {
+            "ce": cross_entropy(student_log_probs, student.target_ids),
+            "t2s_ce": cross_entropy(t2s_log_probs, student.target_ids),
+            "kd_student": (weights * divergences).sum(),
+        }
+
+    def _teacher_space(self, teacher: ModelSide, crossed: CrossModelAttention) -> Tensor:
+        """Equations 8, 14 and 15."""
+        head = teacher.head.detached()
+        logits = head.logits(teacher.hidden.detach())
+        divergences = forward_kl(
+            (logits / self.temperature).log_softmax(-1),
+            (head.logits(crossed.s2t_hidden) / self.temperature).log_softmax(-1),
+        )
+        if self.teacher_weights:
+            weights = teacher_weights(entropy(logits.log_softmax(-1)), head.vocab_size, teacher.lengths)
+            divergences = weights * divergences
+        return divergences.sum()
+
+    def _alignment(
+        self, student: ModelSide, teacher: ModelSide, crossed: CrossModelAttention
+    ) -> dict[str, Tensor]:
+        """Equations 17 to 24: both pairs of sequences in one Soft-DTW call; the raw teacher vectors are projected."""
+        dtype = self.projectors.t2s.weight.dtype
+        pairs = {}
+        if self.dtw_hidden:
+            pairs["dtw_hidden"] = (student.hidden, self.projectors.t2s(teacher.hidden.detach().to(dtype)))
+        if self.dtw_embedding:
+            projected = self.projectors.embedding_t2s(teacher.target_embeddings.detach().to(dtype))
+            pairs["dtw_embedding"] = (student.target_embeddings, projected)
+        if not pairs:
+            return {}
+        band = None
+        if self.band is not None:
+            band = band_penalty(crossed.weights, student.lengths, teacher.lengths, **self.band)
+        scores = soft_dtw_divergences(
+            list(pairs.values()), student.lengths, teacher.lengths, gamma=self.gamma, band=band, impl=self.impl
+        )
+        return {name: score.sum() for name, score in zip(pairs, scores, strict=True)}

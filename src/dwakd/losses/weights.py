@@ -1,0 +1,59 @@
+"""Dual-space entropy weights (DWA-KD, section 3.2, equations 7, 8, 11, 12, 14). Constants: no gradient."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dwakd.losses.packing import example_ids
+
+Weights = Float[Tensor, " tokens"]
+
+
+def entropy(log_probs: Float[Tensor, "tokens vocab"]) -> Weights:
+    """Shannon entropy per token in nats."""
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def rescale(weights: Weights, lengths: Int[Tensor, " batch"]) -> Weights:
+    """Rescale the weights of each sequence so that they sum to its number of tokens.
+
+    A sequence whose weights are all zero keeps them: zero, never NaN.
+    """
+    examples = example_ids(lengths, weights.shape[0])
+    sums = weights.new_zeros(lengths.shape[0]).index_add(0, examples, weights)[examples]
+    return torch.where(sums > 0, weights / sums, 0.0) * lengths[examples]
+
+
+def student_weights(
+    student_entropy: Weights,
+    gate: Weights,
+    lengths: Int[Tensor, " batch"],
+    *,
+    use_entropy: bool = True,
+    use_gate: bool = True,
+    normalise: str = "product",
+) -> Weights:
+    """w_i = H(p^s_i) * max_v p^{t->s}_i(v), rescaled (equations 7, 11, 12).
+
+    Args:
+        student_entropy: H(p^s_i), at temperature 1.
+        gate: peak confidence of the projected teacher, at temperature 1.
+        lengths: tokens per example.
+        use_entropy: the paper's ablation "entropy weights".
+        use_gate: the paper's ablation "gate".
+        normalise: "product" rescales H * g (the paper); "entropy_then_gate" rescales H and multiplies by g afterwards
+            (the published code), which shrinks the sum to the mean gate.
+    """
+    weights = student_entropy if use_entropy else torch.ones_like(student_entropy)
+    if not use_gate:
+        return rescale(weights, lengths)
+    if normalise == "entropy_then_gate":
+        return rescale(weights, lengths) * gate
+    return rescale(weights * gate, lengths)
+
+
+def teacher_weights(teacher_entropy: Weights, vocab_size: int, lengths: Int[Tensor, " batch"]) -> Weights:
+    """w_j = 1 - H(p^t_j) / log V_t, rescaled (equations 8, 14)."""
+    return rescale((1 - teacher_entropy / math.log(vocab_size)).clamp_min(0.0), lengths)

@@ -1,0 +1,230 @@
+"""Models and tokenizers from a hub id, a folder, a GGUF file or a file inside an installed Python package.
+
+A *spec* is one of
+
+    HuggingFaceTB/SmolLM2-135M         a model of the Hugging Face hub
+    runs/student, ./student            a folder, also one with a PEFT adapter
+    gguf:PATH                          a GGUF file
+    package:NAME/FILE                  a GGUF file (or folder) inside an installed package, which is not imported
+
+No remote code runs unless asked for, and no pickle is read except by transformers with weights_only.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import find_adapter_config_file
+
+from dwakd.errors import UserError
+from dwakd.models.gguf import convert_gguf
+
+_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, UserWarning)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
+
+
+def load_tokenizer(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """The tokenizer of a spec; of an adapter without one, its base model's. A missing pad token becomes eos.
+
+    Args:
+        spec: see the module.
+        trust_remote_code: run the Python code of a hub repository. Off unless you have read that code.
+        revision: branch, tag or commit of a hub id.
+
+    Returns:
+        A fast tokenizer with an end-of-sequence and a pad token.
+
+    Raises:
+        UserError: nothing to load, no fast tokenizer, or no end-of-sequence token.
+    """
+    location = resolve_spec(spec)
+    if Path(location).is_dir() and not any((Path(location) / name).exists() for name in _TOKENIZER_FILES):
+        adapter = _adapter_config(location, revision)
+        if adapter is None:
+            raise UserError(
+                f"{spec} holds no tokenizer (no tokenizer.json); name the tokenizer's own folder or hub id."
+            )
+        return load_tokenizer(_base_of(adapter, spec), trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code, revision=revision)
+    except _LOADING_ERRORS as error:
+        raise _cannot_load("tokenizer", spec, error) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"The tokenizer of {spec} has no fast version, and text offsets need one.")
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"The tokenizer of {spec} has no end-of-sequence token; set eos_token in its tokenizer_config.json."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(
+    spec: str,
+    *,
+    adapter: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> Any:
+    """The causal language model of a spec, in eval mode, adapters merged into its weights.
+
+    Args:
+        spec: see the module. A PEFT adapter's folder or hub id loads the base model that it names, and merges.
+        adapter: a PEFT adapter, folder or hub id, that is merged into the model of `spec`.
+        dtype: of the weights.
+        trust_remote_code: run the Python code of a hub repository. Off unless you have read that code.
+        revision: branch, tag or commit of a hub id; it goes with `spec`, not with `adapter`.
+
+    Raises:
+        UserError: nothing to load, not a causal language model, or weights missing.
+    """
+    location = resolve_spec(spec)
+    own_adapter = _adapter_config(location, revision)
+    if own_adapter is None:
+        model = _pretrained(location, spec, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
+    else:
+        base = _base_of(own_adapter, spec)
+        model = load_causal_lm(base, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = _merged(model, location, spec, revision)
+    if adapter is not None:
+        folder = resolve_spec(adapter)
+        if _adapter_config(folder, None) is None:
+            raise UserError(f"{adapter} is no PEFT adapter (no adapter_config.json); give the adapter's folder.")
+        model = _merged(model, folder, adapter, None)
+    return model.eval()
+
+
+def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
+    """Refuse a tokenizer whose ids exceed the model's embedding table; a wider table (Qwen's) is fine."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"The tokenizer of {name} has {len(tokenizer)} tokens but its model only {rows} embeddings; "
+            "they do not belong together."
+        )
+
+
+def resolve_spec(spec: str) -> str:
+    """The folder or hub id behind a spec; converts a GGUF file on first use."""
+    if spec.startswith("package:"):
+        path = _package_file(spec)
+        return str(path) if path.is_dir() else str(convert_gguf(path))
+    if spec.startswith("gguf:"):
+        return str(convert_gguf(Path(spec.removeprefix("gguf:")).expanduser()))
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_file():
+        mend = f"write gguf:{spec}" if path.suffix == ".gguf" else "give the model's folder"
+        raise UserError(f"{spec} is a file and not a model's folder; {mend}.")
+    if _looks_local(spec):
+        raise UserError(
+            f"{spec} does not exist; give a folder, a hub id such as owner/name, gguf:PATH or package:NAME/FILE."
+        )
+    return spec
+
+
+def _looks_local(spec: str) -> bool:
+    """A hub id is `name` or `owner/name`; anything else, or an owner that is a folder here, means a path."""
+    parts = spec.split("/")
+    if spec.startswith((".", "~")) or "\\" in spec or len(parts) > 2 or "" in parts:
+        return True
+    return len(parts) == 2 and Path(parts[0]).is_dir()
+
+
+def _package_file(spec: str) -> Path:
+    name, _, inner = spec.removeprefix("package:").partition("/")
+    if not name or not inner:
+        raise UserError(f"{spec} is incomplete; write package:NAME/FILE.")
+    folders = _package_folders(name)
+    if not folders:
+        raise UserError(f"{spec}: no package {name} is installed here; install it with pip, or correct the name.")
+    for folder in folders:
+        path = folder / inner
+        if path.exists() and path.resolve().is_relative_to(folder.resolve()):
+            return path
+    held = sorted(str(path.relative_to(folder)) for folder in folders for path in folder.rglob("*.gguf"))
+    raise UserError(f"{spec}: the package {name} has no file {inner}; its GGUF files: {', '.join(held) or 'none'}.")
+
+
+def _package_folders(name: str) -> list[Path]:
+    """Folders of an installed package by import name or distribution name, without importing it."""
+
+    def plain(text: str) -> str:
+        return re.sub(r"[-_.]+", "-", text).lower()
+
+    distributions = importlib.metadata.packages_distributions()
+    imports = [package for package, owners in distributions.items() if plain(name) in map(plain, owners)]
+    if name.isidentifier():
+        imports.insert(0, name)
+    folders: list[Path] = []
+    for package in imports:
+        found = importlib.util.find_spec(package)
+        if found is not None and found.submodule_search_locations is not None:
+            folders += [Path(folder) for folder in found.submodule_search_locations]
+    return folders
+
+
+def _adapter_config(location: str, revision: str | None) -> dict[str, Any] | None:
+    """The adapter_config.json of a folder or hub id, or None."""
+    try:
+        found = find_adapter_config_file(location, revision=revision)
+        return None if found is None else dict(json.loads(Path(found).read_text(encoding="utf-8")))
+    except _LOADING_ERRORS as error:
+        raise _cannot_load("adapter", location, error) from error
+
+
+def _base_of(adapter: dict[str, Any], spec: str) -> str:
+    base = adapter.get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{spec} is an adapter whose adapter_config.json names no base_model_name_or_path; add it.")
+    try:
+        resolve_spec(base)
+    except UserError as error:
+        raise UserError(
+            f"{spec} is an adapter of {base}, which cannot be found; mend base_model_name_or_path in its "
+            "adapter_config.json, or load the base model with this adapter."
+        ) from error
+    return str(base)
+
+
+def _pretrained(location: str, spec: str, **options: Any) -> Any:
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(location, output_loading_info=True, **options)
+    except _LOADING_ERRORS as error:
+        raise _cannot_load("model", spec, error) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"The checkpoint of {spec} lacks {len(missing)} weights of {type(model).__name__}, the first is "
+            f"{missing[0]}; it is not a whole causal language model."
+        )
+    return model
+
+
+def _merged(model: Any, location: str, spec: str, revision: str | None) -> Any:
+    """The model with an adapter's change added to its weights; an adapter that fits only in part is refused."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(model, location, revision=revision).merge_and_unload()
+    except _LOADING_ERRORS as error:
+        raise _cannot_load("adapter", spec, error) from error
+
+
+def _cannot_load(what: str, spec: str, error: BaseException) -> UserError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
+    if Path(spec).expanduser().exists() or spec.startswith(("gguf:", "package:")):
+        return UserError(f"The {what} of {spec} cannot be loaded: {reason}.")
+    return UserError(
+        f"The {what} of {spec} cannot be had from the Hugging Face hub ({reason}); no such folder exists here."
+    )

@@ -1,0 +1,201 @@
+"""From a model and a batch to the response rows that a loss reads (`ModelSide`).
+
+Only the backbone runs over the whole batch; no vocabulary-sized product is formed here.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from dwakd.batch import ModelSide
+from dwakd.errors import UserError
+from dwakd.models.head import OutputHead
+
+# Prefix of the model type, config field, power to which the field multiplies the logits.
+_LOGIT_SCALES = (
+    ("cohere", "logit_scale", 1),
+    ("falcon_h1", "lm_head_multiplier", 1),
+    ("granite", "logits_scaling", -1),
+    ("hyperclovax", "logits_scaling", 1),
+    ("inkling", "logits_mup_width_multiplier", -1),
+    ("minicpm3", "logits_scaling", -1),
+    ("muse_", "output_multiplier", 1),
+)
+_SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+def embedding_table(model: nn.Module) -> Float[Tensor, "vocab embedding"]:
+    """The input-embedding table as it stands: without Gemma's scaling by sqrt(hidden), without positions.
+
+    Raises:
+        UserError: the table is under LoRA or trainable tokens, which change rows outside the table.
+    """
+    module = _causal_lm(model).get_input_embeddings()
+    return _plain_module(module, "input embeddings", model).weight
+
+
+def output_head(model: nn.Module) -> OutputHead:
+    """The model's LM head with the bias, scale and soft cap of its architecture; gradient flows into the weight.
+
+    Raises:
+        UserError: the model has no head, or LoRA on it.
+    """
+    lm = _causal_lm(model)
+    module = lm.get_output_embeddings()
+    if module is None:
+        raise UserError(f"{model_name(model)} has no output head (get_output_embeddings() is None).")
+    module = _plain_module(module, "output head", model)
+    config = lm.config.get_text_config()
+    caps = [cap for cap in (getattr(config, field, None) for field in _SOFT_CAPS) if cap is not None]
+    return OutputHead(
+        weight=module.weight,
+        bias=getattr(module, "bias", None),
+        scale=_logit_scale(config),
+        soft_cap=float(caps[0]) if caps else None,
+    )
+
+
+def check_head(model: nn.Module) -> None:
+    """Refuse a model whose logits are not `output_head(model).logits(final_hidden(model, ...))`.
+
+    Runs one batch of two sequences of eight tokens, in eval mode and without gradient.
+
+    Raises:
+        UserError: names the model and the largest difference.
+    """
+    head = output_head(model)
+    input_ids = (torch.arange(16, device=head.weight.device) * 7 % head.vocab_size).view(2, 8)
+    mask = torch.ones_like(input_ids)
+    with evaluating(model), torch.no_grad():
+        expected = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits.flatten(0, 1)
+        hidden = final_hidden(model, input_ids, mask).flatten(0, 1)
+        if hidden.shape[-1] != head.hidden_size or expected.shape[-1] != head.vocab_size:
+            raise UserError(
+                f"{model_name(model)} cannot be used: its head maps {head.hidden_size} to {head.vocab_size} but "
+                f"the model goes from hidden states of width {hidden.shape[-1]} to {expected.shape[-1]} logits."
+            )
+        ours = head.logits(hidden)
+    expected = expected.to(ours.dtype)
+    difference = float((ours - expected).abs().max())
+    tolerance = {torch.float64: 1e-8, torch.float32: 1e-4}.get(head.weight.dtype, 3e-2)
+    if not difference <= tolerance * (1 + float(expected.abs().max())):
+        raise UserError(
+            f"{model_name(model)} cannot be used: its logits are not its output head applied to its final "
+            f"hidden states (largest difference {difference:.3g}), so its architecture does more to them than is known here."
+        )
+
+
+def final_hidden(
+    model: nn.Module,
+    input_ids: Int[Tensor, "batch length"],
+    attention_mask: Int[Tensor, "batch length"] | Bool[Tensor, "batch length"],
+) -> Float[Tensor, "batch length hidden"]:
+    """Final hidden states, the ones that the head reads (after the final norm, and OPT's projection).
+
+    Args:
+        model: a causal LM, bare or wrapped by PEFT (whose layers stay active); train or eval mode is left as it is.
+        input_ids: right-padded.
+        attention_mask: 1 for tokens, 0 for padding.
+
+    Returns:
+        One row per position, with gradient; rows of padding are arbitrary.
+    """
+    lm = _causal_lm(model)
+    backbone = lm.base_model
+    if backbone is lm:
+        raise UserError(f"{model_name(model)} has no backbone apart from its head (base_model_prefix is empty).")
+    output = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True)
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def response_rows(
+    model: nn.Module,
+    input_ids: Int[Tensor, "batch length"],
+    attention_mask: Int[Tensor, "batch length"] | Bool[Tensor, "batch length"],
+    target_ids: Int[Tensor, "batch length"],
+    response_mask: Bool[Tensor, "batch length"],
+    byte_ends: Int[Tensor, "batch length"],
+) -> ModelSide:
+    """Run the backbone and keep the rows where `response_mask` is True, in the order of the batch.
+
+    Gradient reaches the model through `hidden` and through `target_embeddings`, which are rows of the embedding
+    table itself; `input_embeddings` are constants.
+
+    Args:
+        model: as in `final_hidden`.
+        input_ids: the tokens read, right-padded.
+        attention_mask: 1 for tokens, 0 for padding.
+        target_ids: the token predicted at each position.
+        response_mask: True where the predicted token is a supervised token of the response.
+        byte_ends: byte offset in the response at which the predicted token ends.
+    """
+    hidden = final_hidden(model, input_ids, attention_mask)
+    table = embedding_table(model)
+    targets = target_ids[response_mask]
+    return ModelSide(
+        hidden=hidden[response_mask],
+        input_embeddings=table.detach()[input_ids[response_mask]],
+        target_embeddings=nn.functional.embedding(targets, table),
+        target_ids=targets,
+        lengths=response_mask.sum(dim=1),
+        byte_ends=byte_ends[response_mask],
+        head=output_head(model),
+    )
+
+
+def model_name(model: nn.Module) -> str:
+    """What to call a model in a message: where it came from, else its class."""
+    lm = _causal_lm(model)
+    return str(getattr(lm.config, "_name_or_path", "") or type(lm).__name__)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; every submodule gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _causal_lm(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT wrapper, adapters active, or the model itself."""
+    if not isinstance(model, PeftModel):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise UserError(
+            "PEFT methods that prepend learned prompts are not supported; use LoRA or another that changes layers."
+        )
+    return model.get_base_model()
+
+
+def _plain_module(module: Any, what: str, model: nn.Module) -> Any:
+    """The module whose weight is the matrix in use: PEFT's trained copy of it, if there is one."""
+    if isinstance(module, ModulesToSaveWrapper):
+        active = module.active_adapters
+        return module.modules_to_save[active[0]] if active else module.original_module
+    if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        raise UserError(
+            f"The {what} of {model_name(model)} are changed by a PEFT adapter outside their matrix; take the "
+            "module out of target_modules, or train it whole with modules_to_save."
+        )
+    return module
+
+
+def _logit_scale(config: Any) -> float:
+    for prefix, field, power in _LOGIT_SCALES:
+        value = getattr(config, field, None)
+        if config.model_type.startswith(prefix) and value is not None:
+            return float(value) ** power
+    return 1.0

@@ -1,0 +1,19 @@
+"""What a person at the keyboard sees during training."""
+
+from typing import Any
+
+from transformers.trainer_callback import ProgressCallback
+
+
+class TermsProgressCallback(ProgressCallback):  # type: ignore[misc]
+    """A progress bar that carries the latest terms beside it instead of printing a line for each step."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        shown = ("loss", "ce", "kd_student", "dtw_hidden", "eval_bits_per_byte", "eval_rouge_l")
+        values = {name: f"{logs[name]:.3g}" for name in shown if name in logs}
+        if any(name.startswith("eval_") for name in logs):
+            self.training_bar.write(f"step {state.global_step}: " + ", ".join(f"{k} {v}" for k, v in values.items()))
+        else:
+            self.training_bar.set_postfix(values, refresh=False)

@@ -1,0 +1,70 @@
+"""Evaluation during training: exact means of every term, and answers to the evaluation prompts."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import EvalPrediction
+
+from dwakd.data.sources import Example
+
+if TYPE_CHECKING:
+    from dwakd.training.trainer import DistillTrainer
+
+
+def eval_terms(trainer: DistillTrainer, dataloader: DataLoader[Any]) -> dict[str, float]:
+    """Every term summed over the set and divided by its response tokens, and the bits per byte of the response."""
+    distiller = trainer.accelerator.unwrap_model(trainer.model)
+    was_training = distiller.training
+    distiller.eval()
+    sums: dict[str, torch.Tensor] = {}
+    counts = torch.zeros(2, dtype=torch.float64)
+    for batch in tqdm(dataloader, desc="evaluating", delay=2, leave=False, disable=trainer.args.disable_tqdm):
+        prepared = trainer._prepare_input(batch)
+        trainer._add_teacher([prepared])
+        with torch.no_grad():
+            output = trainer.compute_loss(distiller, prepared, return_outputs=True, num_items_in_batch=1)[1]
+        for name, value in output["terms"].items():
+            sums[name] = sums.get(name, 0.0) + value.double()
+        counts += torch.tensor(
+            [
+                prepared["student_response_mask"].sum().item(),
+                prepared["student_byte_ends"].amax(-1).sum().item(),
+            ]
+        )
+    distiller.train(was_training)
+    totals = torch.stack([*sums.values(), *counts.to(next(iter(sums.values())))])
+    *values, num_tokens, num_bytes = trainer.accelerator.reduce(totals, "sum").tolist()
+    terms = {name: value / num_tokens for name, value in zip(sums, values, strict=True)}
+    if "ce" in terms:
+        terms["bits_per_byte"] = terms["ce"] * num_tokens / num_bytes / math.log(2)
+    return terms
+
+
+def generated_metrics(trainer: DistillTrainer, examples: list[Example]) -> dict[str, float]:
+    """ROUGE-L of sampled answers (temperature 1, a fixed seed), and the user's own metrics of them."""
+    from dwakd.evaluation.generate import generate_answers
+    from dwakd.evaluation.rouge import rouge_l
+
+    with torch.random.fork_rng():
+        answers = generate_answers(
+            trainer.student,
+            trainer.student_encoder,
+            examples,
+            seed=trainer.args.seed,
+            max_new_tokens=trainer.args.eval_max_new_tokens,
+            batch_size=trainer.args.per_device_eval_batch_size,
+            progress=not trainer.args.disable_tqdm,
+        )
+    references = [list(example.references) or [example.response] for example in examples]
+    metrics: dict[str, float] = {}
+    if trainer.args.eval_rouge_l:
+        scores = rouge_l(answers, references)
+        metrics["rouge_l"] = sum(scores) / len(scores)
+    if trainer.metrics_function:
+        metrics |= trainer.metrics_function(EvalPrediction(predictions=answers, label_ids=references))
+    return metrics

@@ -1,0 +1,159 @@
+"""From a recipe to a finished student folder: what `dwakd train` does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers.trainer_utils import get_last_checkpoint
+
+from dwakd.config import Recipe, StudentSection, TeacherSection, unknown_option
+from dwakd.data.sources import load_examples
+from dwakd.errors import UserError
+from dwakd.losses import build_loss, method_class, method_options
+from dwakd.models.loading import load_causal_lm, load_tokenizer
+from dwakd.training.config import DistillConfig
+from dwakd.training.trainer import DistillTrainer
+
+RECIPE_FILE = "dwakd-recipe.yaml"
+RUN_FILE = "dwakd-run.json"
+DATA_FIELDS = ("template", "bos", "max_length", "max_prompt_length", "invalid_rows")
+
+
+def training_config(recipe: Recipe, output_dir: str | Path) -> DistillConfig:
+    """The recipe's `training` section as a DistillConfig; its `data` and `loss` sections filled in.
+
+    Raises:
+        UserError: an unknown option, one that belongs to another section, or a value transformers refuses.
+    """
+    valid = [item.name for item in dataclasses.fields(DistillConfig) if item.init]
+    for name in recipe.training:
+        if name in (*DATA_FIELDS, "method", "loss_options", "output_dir", "trust_remote_code"):
+            raise UserError(f"training.{name} belongs elsewhere: in data, loss, student, or --output")
+        if name not in valid:
+            raise unknown_option(f"training.{name}", name, valid)
+    options = dict(recipe.training)
+    if recipe.data.eval is not None:
+        options.setdefault("eval_strategy", "epoch")
+    try:
+        return DistillConfig(
+            output_dir=str(output_dir),
+            method=recipe.method,
+            loss_options=recipe.loss_options,
+            **{name: getattr(recipe.data, name) for name in DATA_FIELDS},
+            **{"save_strategy": options.get("eval_strategy", "epoch"), **options},
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"training options: {error}") from error
+
+
+def check_output(folder: Path, *, resume: bool, recipe: Recipe) -> str | None:
+    """The checkpoint to resume from, or None for a fresh folder.
+
+    Raises:
+        UserError: the folder already holds a run and `resume` is off, or holds another recipe's run.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    saved = folder / RECIPE_FILE
+    if not saved.is_file():
+        raise UserError(f"output folder {folder} is not empty and holds no run of dwakd; choose another with --output")
+    if not resume:
+        raise UserError(
+            f"output folder {folder} already holds a run; choose another with --output, or --resume to go on with it"
+        )
+    if saved.read_text(encoding="utf-8") != recipe.dump():
+        raise UserError(f"output folder {folder} holds a run of another recipe ({saved}); choose another with --output")
+    checkpoint: str | None = get_last_checkpoint(str(folder))
+    return checkpoint
+
+
+def _load(section: StudentSection | TeacherSection) -> tuple[Any, Any]:
+    dtype = getattr(torch, section.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"unknown dtype {section.dtype!r} for {section.model}; float32, bfloat16 and float16 are known")
+    options: dict[str, Any] = {"trust_remote_code": section.trust_remote_code, "revision": section.revision}
+    adapter = getattr(section, "adapter", None)
+    return (
+        load_causal_lm(section.model, dtype=dtype, adapter=adapter, **options),
+        load_tokenizer(section.model, **options),
+    )
+
+
+def _peft_config(options: dict[str, Any] | None) -> LoraConfig | None:
+    if options is None:
+        return None
+    valid = [item.name for item in dataclasses.fields(LoraConfig)]
+    for name in options:
+        if name not in valid:
+            raise unknown_option(f"student.peft.{name}", name, valid)
+    return LoraConfig(**{"task_type": "CAUSAL_LM", **options})
+
+
+def build_trainer(recipe: Recipe, output_dir: str | Path) -> DistillTrainer:
+    """Load data, models and loss of a recipe into a trainer; every mistake shows before any model is loaded if it can."""
+    method = method_class(recipe.method)
+    if not method.needs_widths:
+        build_loss(recipe.method, recipe.loss_options)
+    for name in recipe.loss_options:
+        if name not in method_options(recipe.method):
+            build_loss(recipe.method, recipe.loss_options)
+    if method.needs_teacher and recipe.teacher is None:
+        raise UserError(f"method {recipe.method} needs a teacher: add a teacher section to the recipe")
+    args = training_config(recipe, output_dir)
+    peft_config = _peft_config(recipe.student.peft)
+    data = recipe.data
+    columns = {"prompt": data.prompt, "response": data.response, "input": data.input}
+    train = load_examples(data.train, limit=data.limit, **columns)
+    evaluation = None
+    if data.eval is not None:
+        evaluation = load_examples(data.eval, split="validation", limit=data.eval_limit, **columns)
+    student, student_tokenizer = _load(recipe.student)
+    teacher, teacher_tokenizer = None, None
+    if method.needs_teacher and recipe.teacher is not None:
+        teacher, teacher_tokenizer = _load(recipe.teacher)
+    return DistillTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=args,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=student_tokenizer,
+        teacher_processing_class=teacher_tokenizer,
+        peft_config=peft_config,
+    )
+
+
+def train(recipe: Recipe, output_dir: str | Path, *, resume: bool = False) -> DistillTrainer:
+    """Run a recipe; the folder ends up as a plain Hugging Face model with the recipe and versions beside it."""
+    folder = Path(output_dir)
+    checkpoint = check_output(folder, resume=resume, recipe=recipe)
+    trainer = build_trainer(recipe, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECIPE_FILE).write_text(recipe.dump(), encoding="utf-8")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    (folder / RUN_FILE).write_text(json.dumps(run_record(trainer), indent=2) + "\n", encoding="utf-8")
+    return trainer
+
+
+def run_record(trainer: DistillTrainer) -> dict[str, Any]:
+    """What made a run: versions, machine and the models' revisions."""
+    packages = ("dwakd", "torch", "transformers", "tokenizers", "peft", "datasets", "accelerate", "numba")
+    teacher = getattr(trainer.teacher, "model", None)
+    return {
+        "versions": {name: metadata.version(name) for name in packages},
+        "python": platform.python_version(),
+        "student_revision": getattr(trainer.student.config, "_commit_hash", None),
+        "teacher_revision": getattr(getattr(teacher, "config", None), "_commit_hash", None),
+        "num_steps": trainer.state.global_step,
+        "num_train_examples": len(trainer.train_dataset),
+        "world_size": trainer.args.world_size,
+    }

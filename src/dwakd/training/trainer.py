@@ -1,0 +1,301 @@
+"""A thin transformers.Trainer: exact reduction, the teacher ahead of the step, projectors with a rate of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers.trainer_callback import ProgressCallback, TrainerCallback
+
+from dwakd.data.collator import EncodedPairs, PairedCollator, encode_pairs
+from dwakd.data.encoding import TextEncoder
+from dwakd.data.sources import Example, load_examples
+from dwakd.errors import UserError
+from dwakd.losses import TeacherScale, Widths, build_loss, method_class
+from dwakd.models.loading import load_causal_lm, load_tokenizer
+from dwakd.models.rows import check_head, embedding_table, output_head
+from dwakd.training.callbacks import TermsProgressCallback
+from dwakd.training.checkpoint import load_student
+from dwakd.training.config import DistillConfig
+from dwakd.training.distiller import Distiller
+from dwakd.training.evaluation import eval_terms, generated_metrics
+from dwakd.training.teacher import OnlineTeacher, Teacher
+
+LOSS_STATE = "distillation.safetensors"
+Source = str | Dataset | list[dict[str, Any]] | list[Example] | EncodedPairs
+
+
+class DistillTrainer(Trainer):
+    """Distils a teacher into a student whose tokenizer may differ.
+
+    Args:
+        model: the student: a model, or anything `load_causal_lm` takes.
+        teacher_model: likewise; not needed by `sft`. A `Teacher` is taken as it is.
+        args: a `DistillConfig`; its `method` and `loss_options` say what is computed.
+        train_dataset: a hub id, a file, a `datasets.Dataset`, a list of rows or examples, or encoded pairs.
+        eval_dataset: likewise.
+        processing_class: the student's tokenizer; loaded with a student given by name.
+        teacher_processing_class: the teacher's; loaded with a teacher given by name.
+        peft_config: trains adapters on the student instead of its weights.
+        callbacks: of transformers.
+        compute_metrics: takes an EvalPrediction whose predictions are the generated answers and whose label_ids are the
+            references, both lists; implies generation during evaluation.
+        optimizers: an optimiser and a schedule in place of the configured ones.
+
+    Raises:
+        UserError: anything in models, data or options that a user can mend.
+    """
+
+    _tag_names = ("dwakd", "distillation")
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        teacher_model: str | PreTrainedModel | Teacher | None = None,
+        args: DistillConfig | None = None,
+        train_dataset: Source | None = None,
+        eval_dataset: Source | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        compute_metrics: Callable[..., dict[str, float]] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        args = args or DistillConfig()
+        remote = args.trust_remote_code
+        if isinstance(model, str):
+            processing_class = processing_class or load_tokenizer(model, trust_remote_code=remote)
+            model = load_causal_lm(model, trust_remote_code=remote)
+        if isinstance(teacher_model, str):
+            teacher_processing_class = teacher_processing_class or load_tokenizer(
+                teacher_model, trust_remote_code=remote
+            )
+            teacher_model = load_causal_lm(teacher_model, trust_remote_code=remote)
+        if processing_class is None:
+            raise UserError("processing_class is missing: give the student's tokenizer beside a student that is a model")
+        method = method_class(args.method)
+        if method.needs_teacher and teacher_model is None:
+            raise UserError(f"method {args.method} needs a teacher: give teacher_model (recipe: teacher.model)")
+        if not method.needs_teacher:
+            teacher_model = teacher_processing_class = None
+        if teacher_model is not None and teacher_processing_class is None:
+            raise UserError("teacher_processing_class is missing: give the tokenizer beside a teacher that is a model")
+
+        self.teacher = self._prepare_teacher(teacher_model)
+        check_head(model)
+        self.student_encoder = TextEncoder(processing_class, args.template, args.bos)
+        teacher_encoder = None
+        if teacher_processing_class is not None:
+            teacher_encoder = TextEncoder(teacher_processing_class, args.template, args.bos)
+        self._encoders = (self.student_encoder, teacher_encoder)
+        self._eval_examples: list[Example] = []
+        train_pairs = self._encode(train_dataset, args, "train")
+        eval_pairs = self._encode(eval_dataset, args, "eval")
+
+        set_seed(args.seed)
+        widths = None
+        if self.teacher is not None:
+            widths = Widths(
+                output_head(model).hidden_size,
+                self.teacher.hidden_size,
+                embedding_table(model).shape[1],
+                self.teacher.embedding_size,
+            )
+        loss = build_loss(args.method, args.loss_options, widths=widths)
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        if args.disable_dropout:
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+        self.metrics_function = compute_metrics
+        self._term_sums: dict[str, Tensor] = {}
+        self._term_steps = 0
+        super().__init__(
+            model=Distiller(model, loss),
+            args=args,
+            data_collator=PairedCollator(
+                processing_class.pad_token_id,
+                None if teacher_processing_class is None else teacher_processing_class.pad_token_id,
+            ),
+            train_dataset=train_pairs,
+            eval_dataset=eval_pairs,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.remove_callback(ProgressCallback)
+        if not args.disable_tqdm:
+            self.add_callback(TermsProgressCallback)
+
+    @staticmethod
+    def _prepare_teacher(teacher: PreTrainedModel | Teacher | None) -> Teacher | None:
+        if teacher is None or isinstance(teacher, Teacher):
+            return teacher
+        check_head(teacher)
+        return OnlineTeacher(teacher)
+
+    def _encode(self, source: Source | None, args: DistillConfig, role: str) -> EncodedPairs | None:
+        if source is None or isinstance(source, EncodedPairs):
+            return source
+        name = source if isinstance(source, str) else f"the {role} dataset"
+        if isinstance(source, list) and source and isinstance(source[0], Example):
+            examples = source
+        else:
+            rows = Dataset.from_list(source) if isinstance(source, list) else source
+            examples = load_examples(
+                rows,
+                split="train" if role == "train" or not isinstance(source, str) else "validation",
+                prompt=args.prompt_column,
+                response=args.response_column,
+                input=args.input_column,
+                name=name,
+            )
+        if role == "eval":
+            self._eval_examples = examples
+        return encode_pairs(
+            examples,
+            *self._encoders,
+            max_length=args.max_length,
+            max_prompt_length=args.max_prompt_length,
+            invalid_rows=args.invalid_rows,
+            source=name,
+        )
+
+    @property
+    def student(self) -> PreTrainedModel:
+        """The student, unwrapped."""
+        return self.accelerator.unwrap_model(self.model).student
+
+    # The step: the teacher runs ahead of it, so that N(.) and the reduction see the whole optimiser batch.
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor | None]:
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        num_tokens = sum(batch["student_response_mask"].sum() for batch in batches).to(device)
+        if self.args.world_size > 1:
+            num_tokens = self.accelerator.gather(num_tokens).sum()
+        batches = [self._prepare_input(batch) for batch in batches]
+        self._add_teacher(batches)
+        self.accelerator.unwrap_model(self.model).loss.set_step(self.state.global_step)
+        return batches, num_tokens
+
+    def _add_teacher(self, batches: list[dict[str, Any]]) -> None:
+        """Attach the teacher's rows to each batch, and one set of moments over all of them and all ranks."""
+        if self.teacher is None:
+            return
+        for batch in batches:
+            batch["teacher"] = self.teacher.rows(batch)
+        scale = TeacherScale.merge([TeacherScale.of(batch["teacher"]) for batch in batches])
+        if self.args.world_size > 1:
+            gathered = self.accelerator.gather(scale.moments[None])
+            scale = TeacherScale.merge([TeacherScale(moments) for moments in gathered])
+        for batch in batches:
+            batch["teacher_scale"] = scale
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        output = model(tensors, inputs.get("teacher"), num_items_in_batch, inputs.get("teacher_scale"))
+        if model.training:
+            for name, value in output["terms"].items():
+                self._term_sums[name] = self._term_sums.get(name, 0.0) + value
+        # Wrappers average gradients over ranks; the division by the global number of tokens wants their sum.
+        loss = output["loss"] * self.accelerator.num_processes
+        return (loss, output) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean of every term over the optimiser steps since the last log."""
+        if "loss" in logs and self._term_sums:
+            steps = max(self.state.global_step - self._term_steps, 1)
+            sums = torch.stack(list(self._term_sums.values()))
+            sums = self.accelerator.reduce(sums, "sum") / steps
+            logs |= dict(zip(self._term_sums, sums.tolist(), strict=True))
+            self._term_sums, self._term_steps = {}, self.state.global_step
+        super().log(logs, start_time)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over the student at `learning_rate` and over the loss's own maps at `projector_learning_rate`."""
+        if self.optimizer is None:
+            module = model or self.model
+            decayed = set(self.get_decay_parameter_names(module))
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, module)
+            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    own = "student" not in name.split(".")[:2]
+                    groups.setdefault((own, name in decayed), []).append(parameter)
+            self.optimizer = optimizer_class(
+                [
+                    {
+                        "params": parameters,
+                        "weight_decay": self.args.weight_decay if decay else 0.0,
+                        "lr": self.args.projector_learning_rate if own else self.args.learning_rate,
+                    }
+                    for (own, decay), parameters in groups.items()
+                ],
+                **options,
+            )
+        return self.optimizer
+
+    # Evaluation: every term over the whole set, and answers if asked.
+
+    def evaluate(
+        self,
+        eval_dataset: EncodedPairs | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Every term in nats per student response token over the whole set, bits per byte, and ROUGE-L if asked."""
+        metrics = eval_terms(self, self.get_eval_dataloader(eval_dataset))
+        if eval_dataset is None and (self.args.eval_rouge_l or self.metrics_function):
+            metrics |= generated_metrics(self, self._eval_examples)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # Saving: the student as transformers saves it; what only training needs goes into checkpoints alone.
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        folder = output_dir or self.args.output_dir
+        if state_dict is not None:
+            state_dict = {n.removeprefix("student."): t for n, t in state_dict.items() if n.startswith("student.")}
+        self.student.save_pretrained(folder, state_dict=state_dict)
+        self.processing_class.save_pretrained(folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and self.args.should_save:
+            loss = self.accelerator.unwrap_model(self.model).loss
+            save_file(loss.state_dict(), Path(output_dir or self.args.output_dir) / LOSS_STATE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        load_student(self.student, resume_from_checkpoint)
+        loss = self.accelerator.unwrap_model(self.model).loss
+        loss.load_state_dict(load_file(Path(resume_from_checkpoint) / LOSS_STATE))
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+            return
+        load_student(self.student, self.state.best_model_checkpoint)

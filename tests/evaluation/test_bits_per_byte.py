@@ -1,0 +1,90 @@
+"""Bits per byte against sums by hand."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from dwakd.data.encoding import TextEncoder
+from dwakd.data.sources import Example
+from dwakd.errors import UserError
+from dwakd.evaluation.bits_per_byte import bits_per_byte
+from tests.builders import bpe_byte_fallback, byte_bpe, tiny_model, wordpiece
+
+VOCAB = 420
+EXAMPLES = [
+    Example(0, "Name three colours.", response="Red, green and blue."),
+    Example(1, "Hi", response="Ça va bien 😀"),
+    Example(2, "Which is larger, 12 or 7?", response="12"),
+]
+NUM_BYTES = sum(len(example.response.encode()) for example in EXAMPLES)
+TOKENIZERS = {"byte_bpe": byte_bpe, "bpe_byte_fallback": bpe_byte_fallback, "wordpiece": wordpiece}
+
+
+def bits_by_hand(model: Any, encoder: TextEncoder, example: Example) -> float:
+    """Row by row from the model's own logits, with no mask and no padding."""
+    prompt = encoder.prompt_ids(example)
+    response = [*encoder.response_ids(example.response)[0], encoder.end_token_id]
+    with torch.no_grad():
+        log_probs = model(torch.tensor([prompt + response])).logits[0].double().log_softmax(dim=-1)
+    return -sum(float(log_probs[len(prompt) + k - 1, token]) for k, token in enumerate(response)) / math.log(2)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "opt", "cohere"])
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_equals_the_sum_by_hand(family: str, kind: str) -> None:
+    """Prompt tokens in the sum, a missing end token or a forgotten soft cap make two models incomparable."""
+    model, encoder = tiny_model(family, VOCAB), TextEncoder(TOKENIZERS[kind](), "plain")
+    result = bits_per_byte(model, encoder, EXAMPLES, batch_size=2)
+    assert result.bits == pytest.approx(sum(bits_by_hand(model, encoder, example) for example in EXAMPLES), rel=1e-5)
+    assert result.bytes == NUM_BYTES
+    assert result.value == pytest.approx(result.bits / NUM_BYTES)
+    assert (result.num_examples, result.num_truncated) == (3, 0)
+
+
+def test_uniform_model() -> None:
+    """A model that knows nothing pays log2 of its vocabulary per token, the end token included."""
+    model, encoder = tiny_model("llama", VOCAB), TextEncoder(byte_bpe(), "plain")
+    torch.nn.init.zeros_(model.get_output_embeddings().weight)
+    num_tokens = sum(len(encoder.response_ids(example.response)[0]) + 1 for example in EXAMPLES)
+    result = bits_per_byte(model, encoder, EXAMPLES)
+    assert result.value == pytest.approx(math.log2(VOCAB) * num_tokens / NUM_BYTES, rel=1e-6)
+
+
+def test_batches_and_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding that reaches the sum would make the value depend on the batch size."""
+    model, encoder = tiny_model("gpt2", VOCAB), TextEncoder(byte_bpe(), "plain")
+    one = bits_per_byte(model, encoder, EXAMPLES, batch_size=1)
+    assert bits_per_byte(model, encoder, EXAMPLES[::-1], batch_size=3).bits == pytest.approx(one.bits, rel=1e-6)
+    monkeypatch.setattr("dwakd.evaluation.bits_per_byte._LOGITS_AT_ONCE", 3 * VOCAB)
+    assert bits_per_byte(model, encoder, EXAMPLES, batch_size=3).bits == pytest.approx(one.bits, rel=1e-6)
+
+
+def test_truncated_responses_are_counted() -> None:
+    """A cut response has fewer bytes; dividing by all of them would flatter the model with the coarser cut."""
+    model, encoder = tiny_model("gpt2", VOCAB), TextEncoder(byte_bpe(), "plain")
+    prompt = len(encoder.prompt_ids(EXAMPLES[0]))
+    result = bits_per_byte(model, encoder, EXAMPLES[:1], max_length=prompt + 4)
+    ids, ends = encoder.response_ids(EXAMPLES[0].response)
+    assert len(ids) > 4
+    assert (result.num_examples, result.num_truncated, result.bytes) == (1, 1, ends[3])
+
+
+def test_rows_without_a_response_are_left_out() -> None:
+    """Rows with references only have no text whose likelihood could be asked for."""
+    model, encoder = tiny_model("gpt2", VOCAB), TextEncoder(byte_bpe(), "plain")
+    asked = Example(3, "Hello?", references=("Hi", "Hello"))
+    assert bits_per_byte(model, encoder, [*EXAMPLES, asked]).num_examples == 3
+    with pytest.raises(UserError, match="response"):
+        bits_per_byte(model, encoder, [asked])
+    with pytest.raises(UserError, match="batch_size"):
+        bits_per_byte(model, encoder, EXAMPLES, batch_size=0)
+
+
+def test_model_is_left_as_it_was() -> None:
+    """Evaluation during training must neither switch dropout off for good nor leave gradients."""
+    model = tiny_model("gpt2", VOCAB).train()
+    bits_per_byte(model, TextEncoder(byte_bpe(), "plain"), EXAMPLES)
+    assert all(module.training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -1,0 +1,205 @@
+"""Answers must be those of the model, whatever shares the batch and whatever its generation settings say."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig
+
+from dwakd.data.encoding import TextEncoder
+from dwakd.data.sources import Example
+from dwakd.errors import UserError
+from dwakd.evaluation.generate import generate_answers, plan_batches
+from dwakd.evaluation.sampling import SeededSampling, streams
+from tests.builders import FAMILIES, byte_bpe, tiny_model
+
+VOCAB = 420  # wider than the tokenizer, as Qwen's heads are
+EXAMPLES = [
+    Example(0, "Hi"),
+    Example(1, "Which is larger, 12 or 7?"),
+    Example(2, "Name three colours.", input="Red and green are taken."),
+    Example(3, "Привет, мир!"),
+    Example(4, "The quick brown fox jumps over the lazy dog, and then?"),
+]
+QUIET: dict[str, Any] = {"max_new_tokens": 8, "progress": False}
+
+
+class EndsAt(TextEncoder):
+    """An encoder whose answers also end at the given tokens."""
+
+    extra: tuple[int, ...] = ()
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        return [*super().end_token_ids, *self.extra]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> EndsAt:
+    return EndsAt(byte_bpe(), "plain")
+
+
+def greedy_ids(model: Any, encoder: TextEncoder, example: Example, steps: int) -> list[int]:
+    """The likeliest tokens one by one: no batch, no padding, no cache."""
+    prompt = encoder.prompt_ids(example)
+    ids: list[int] = []
+    with torch.no_grad():
+        for _ in range(steps):
+            token = int(model(torch.tensor([prompt + ids])).logits[0, -1].argmax())
+            if token in encoder.end_token_ids:
+                break
+            ids.append(token)
+    return ids
+
+
+def greedy_by_hand(model: Any, encoder: TextEncoder, example: Example, steps: int) -> str:
+    return encoder.tokenizer.decode(greedy_ids(model, encoder, example, steps), skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batched_greedy_answers_equal_single_ones(family: str, encoder: TextEncoder) -> None:
+    """Wrong padding side, mask or positions would score a student below what it learnt."""
+    model = tiny_model(family, VOCAB, tie_word_embeddings=False)
+    answers = generate_answers(model, encoder, EXAMPLES, seed=0, do_sample=False, batch_size=5, **QUIET)
+    assert answers == [greedy_by_hand(model, encoder, example, 8) for example in EXAMPLES]
+    assert len(set(answers)) > 1
+
+
+def test_sampled_answers_do_not_depend_on_the_batch(encoder: TextEncoder) -> None:
+    """Otherwise another batch size, or a subset of the test set, gives another ROUGE-L under the same seed."""
+    model = tiny_model("llama", VOCAB)
+    state = torch.get_rng_state()
+    answers = generate_answers(model, encoder, EXAMPLES, seed=10, batch_size=5, **QUIET)
+    assert torch.equal(torch.get_rng_state(), state), "evaluation between two training steps must not shift dropout"
+    assert answers == generate_answers(model, encoder, EXAMPLES, seed=10, batch_size=2, **QUIET)
+    assert answers[:2] == generate_answers(model, encoder, EXAMPLES[:2], seed=10, batch_size=5, **QUIET)
+    assert answers != generate_answers(model, encoder, EXAMPLES, seed=20, batch_size=5, **QUIET)
+    twins = generate_answers(model, encoder, [EXAMPLES[0]] * 2, seed=10, **QUIET)
+    assert twins[0] != twins[1], "each row has its own random numbers"
+
+
+def test_saved_generation_settings_do_not_leak(encoder: TextEncoder) -> None:
+    """Qwen's saved repetition penalty and top-p of 0.8 would flatter a teacher that students are compared with."""
+    model = tiny_model("gpt2", VOCAB)
+    clean = [
+        generate_answers(model, encoder, EXAMPLES, seed=3, do_sample=sample, **QUIET) for sample in (True, False)
+    ]
+    saved = GenerationConfig(
+        do_sample=True, temperature=0.2, top_p=0.3, top_k=2, repetition_penalty=9.0, max_length=4, num_beams=2
+    )
+    model.generation_config = saved
+    leaky = [
+        generate_answers(model, encoder, EXAMPLES, seed=3, do_sample=sample, **QUIET) for sample in (True, False)
+    ]
+    assert leaky == clean
+    assert model.generation_config is saved
+
+
+def test_answers_end_at_every_end_token(encoder: EndsAt) -> None:
+    """A chat student that ends its turn would be scored with the turns it invents afterwards."""
+    model = tiny_model("llama", VOCAB)
+    ids = [greedy_ids(model, encoder, example, 8) for example in EXAMPLES]
+    encoder.extra = (ids[1][3],)
+    try:
+        answers = generate_answers(model, encoder, EXAMPLES, seed=0, do_sample=False, **QUIET)
+        assert answers == [greedy_by_hand(model, encoder, example, 8) for example in EXAMPLES]
+        stop = ids[1].index(ids[1][3])
+        assert answers[1] == encoder.tokenizer.decode(ids[1][:stop]).strip()
+    finally:
+        encoder.extra = ()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_answers_stay_within_the_positions(family: str, encoder: TextEncoder) -> None:
+    """Learned positions end: one token too many is an index error after hours of evaluation."""
+    positions = {"gpt2": "n_positions"}.get(family, "max_position_embeddings")
+    lengths = [len(encoder.prompt_ids(example)) for example in EXAMPLES]
+    model = tiny_model(family, VOCAB, **{positions: max(lengths) + 2})
+    answers = generate_answers(model, encoder, EXAMPLES, seed=0, do_sample=False, **QUIET)
+    limits = [min(8, max(lengths) + 2 - length) for length in lengths]
+    assert min(limits) == 2
+    assert max(limits) == 8
+    expected = [
+        greedy_by_hand(model, encoder, example, limit) for example, limit in zip(EXAMPLES, limits, strict=True)
+    ]
+    assert answers == expected
+    full = tiny_model(family, VOCAB, **{positions: max(lengths)})
+    with pytest.raises(UserError, match=rf"row {EXAMPLES[lengths.index(max(lengths))].index} .*{max(lengths)} pos"):
+        generate_answers(full, encoder, EXAMPLES, seed=0, **QUIET)
+
+
+def test_batches_hold_every_row_once(encoder: TextEncoder) -> None:
+    """A row lost between batches would shift every later answer to another reference."""
+    batches = plan_batches(tiny_model("gpt2", VOCAB), encoder, EXAMPLES, max_new_tokens=8, batch_size=2)
+    assert sorted(row for batch in batches for row in batch.rows) == [0, 1, 2, 3, 4]
+    assert [len(batch.rows) for batch in batches] == [2, 2, 1]
+    assert generate_answers(tiny_model("gpt2", VOCAB), encoder, [], seed=0, **QUIET) == []
+
+
+def test_modes_are_put_back(encoder: TextEncoder) -> None:
+    """A dev evaluation would switch dropout off for the rest of training, or on where it had been frozen."""
+    model = tiny_model("gpt2", VOCAB).train()
+    model.transformer.h[0].eval()
+    before = [module.training for module in model.modules()]
+    generate_answers(model, encoder, EXAMPLES[:1], seed=0, **QUIET)
+    assert [module.training for module in model.modules()] == before
+    assert True in before
+    assert False in before
+
+
+def test_adapters_take_part(encoder: TextEncoder) -> None:
+    """A LoRA student evaluated without its adapter shows the untrained model's score."""
+    plain = tiny_model("llama", VOCAB)
+    untrained = generate_answers(plain, encoder, EXAMPLES, seed=1, **QUIET)
+    torch.manual_seed(0)
+    model = get_peft_model(plain, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    adapted = generate_answers(model, encoder, EXAMPLES, seed=1, **QUIET)
+    assert adapted == generate_answers(model.merge_and_unload(), encoder, EXAMPLES, seed=1, **QUIET)
+    assert adapted != untrained
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"temperature": 0.0}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], word: str, encoder: TextEncoder) -> None:
+    """Otherwise the message comes from deep inside torch, and names no option."""
+    with pytest.raises(UserError, match=word):
+        generate_answers(tiny_model("gpt2", VOCAB), encoder, EXAMPLES, **{"seed": 0, **QUIET, **options})
+
+
+def draw(logits: list[float], temperature: float = 1.0, top_p: float = 1.0, rows: int = 20_000) -> torch.Tensor:
+    """Frequencies of the tokens that `rows` rows with their own streams choose."""
+    sampler = SeededSampling(streams(10, range(rows), 1, torch.device("cpu")), 3, temperature, top_p)
+    scores = torch.tensor(logits).expand(rows, -1)
+    chosen = sampler(torch.zeros(rows, 3, dtype=torch.long), scores)
+    assert (chosen == 0).sum(dim=1).eq(1).all(), "exactly one token stays possible"
+    return torch.bincount(chosen.argmax(dim=1), minlength=len(logits)) / rows
+
+
+def test_sampling_follows_the_distribution() -> None:
+    """A sampler that is off by one token or ignores the temperature gives plausible text and wrong scores."""
+    probabilities = torch.tensor([0.0, 0.5, 0.3, 0.0, 0.15, 0.05, 0.0])
+    logits = probabilities.log()
+    at_one, at_two, nucleus = draw(logits.tolist()), draw(logits.tolist(), 2.0), draw(logits.tolist(), top_p=0.75)
+    # 20,000 draws: a standard error of at most 0.0036
+    torch.testing.assert_close(at_one, probabilities, atol=0.015, rtol=0)
+    torch.testing.assert_close(at_two, probabilities.sqrt() / probabilities.sqrt().sum(), atol=0.015, rtol=0)
+    torch.testing.assert_close(nucleus, torch.tensor([0, 0.625, 0.375, 0, 0, 0, 0]), atol=0.015, rtol=0)
+    assert at_one[probabilities == 0].sum() == 0
+
+
+def test_streams_are_reproducible_and_extend() -> None:
+    """Allowing longer answers must not change the ones that end early."""
+    device = torch.device("cpu")
+    short, long = streams(10, [3, 7], 5, device), streams(10, [3, 7], 9, device)
+    assert torch.equal(long[:, :5], short)
+    assert torch.equal(streams(10, [7], 5, device)[0], short[1])
+    assert not torch.equal(streams(20, [7], 5, device)[0], short[1])

@@ -1,0 +1,159 @@
+"""What every method must keep, whatever it computes."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dwakd.errors import UserError
+from dwakd.losses import METHODS, TeacherScale, Widths, build_loss
+from tests.losses.builders import random_examples, random_heads, side
+
+LENGTHS = [(5, 7), (9, 4), (1, 2), (6, 6)]
+WIDTHS = Widths(6, 8, 6, 8)
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    torch.manual_seed(0)
+    return request.param, build_loss(request.param, widths=WIDTHS).double()
+
+
+def leaves(examples, heads):
+    tensors = [e[key] for e in examples for key in e if e[key].is_floating_point()]
+    return [t.requires_grad_() for t in (*tensors, *heads)]
+
+
+def run(loss, examples, heads, **options):
+    return loss(side(examples, "student", heads[0]), side(examples, "teacher", heads[1]), **options)
+
+
+def test_gradient_reaches_the_student_and_own_parameters_never_the_teacher(method):
+    """A teacher that receives gradient drifts towards the student; a projector without one never learns."""
+    name, loss = method
+    examples, heads = random_examples(LENGTHS), random_heads()
+    leaves(examples, heads)
+    output = run(loss, examples, heads)
+    assert output.loss.ndim == 0
+    assert torch.isfinite(output.loss)
+    assert {"ce", "loss"} <= set(output.terms)
+    assert not any(term.requires_grad for term in output.terms.values())
+    output.loss.backward()
+    for example in examples:
+        assert example["student_hidden"].grad.abs().sum() > 0
+        assert all(example[key].grad is None for key in ("teacher_hidden", "teacher_in", "teacher_out", "student_in"))
+    assert heads[0].grad.abs().sum() > 0
+    assert heads[1].grad is None
+    for parameter in loss.parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0 or parameter.ndim == 1
+
+
+def test_the_students_head_learns_from_its_own_logits_only(method):
+    """With the head frozen in the projected logits, gradient of CE and KD alone remains: that of detached terms is nil."""
+    _, loss = method
+    examples, heads = random_examples(LENGTHS), random_heads()
+    student, teacher = side(examples, "student", heads[0]), side(examples, "teacher", heads[1])
+    head = heads[0].clone().requires_grad_()
+    own_only = dataclasses.replace(student, head=dataclasses.replace(student.head, weight=head))
+    loss(own_only, teacher).loss.backward()
+    assert head.grad is not None
+    if hasattr(loss, "kd_weight"):
+        loss.kd_weight = 0.0
+        before = head.grad.clone()
+        head.grad = None
+        loss(own_only, teacher).loss.backward()
+        assert not torch.allclose(before, head.grad), "student-space KD moves the head through the student's own logits"
+
+
+def test_batch_order_changes_nothing(method):
+    """A loss that leaks between examples depends on who sits beside whom."""
+    _, loss = method
+    examples, heads = random_examples(LENGTHS), random_heads()
+    order = [2, 0, 3, 1]
+    expected, got = run(loss, examples, heads), run(loss, [examples[i] for i in order], heads)
+    for name, value in expected.terms.items():
+        torch.testing.assert_close(got.terms[name], value, atol=1e-12, rtol=1e-10)
+
+
+def test_splitting_the_batch_changes_nothing(method):
+    """Gradient accumulation and ranks must give what one batch gives: reduction and N(.) are those of the whole."""
+    _, loss = method
+    examples, heads = random_examples(LENGTHS), random_heads()
+    tensors = leaves(examples, heads)
+    whole = run(loss, examples, heads)
+    expected = torch.autograd.grad(whole.loss, [*tensors, *loss.parameters()], allow_unused=True)
+    scale = TeacherScale.merge([TeacherScale.of(side([e], "teacher", heads[1])) for e in examples])
+    num_tokens = sum(s for s, _ in LENGTHS)
+    parts = [
+        run(loss, examples[part], heads, num_tokens=num_tokens, teacher_scale=scale)
+        for part in (slice(0, 1), slice(1, 3), slice(3, 4))
+    ]
+    total = torch.stack([part.loss for part in parts]).sum()
+    torch.testing.assert_close(total, whole.loss, atol=1e-12, rtol=1e-10)
+    got = torch.autograd.grad(total, [*tensors, *loss.parameters()], allow_unused=True)
+    for a, b in zip(got, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
+
+
+def test_gradcheck(method):
+    """Hand-derived or detached pieces must still be the gradient of the value (weights, gate and band are constants)."""
+    name, loss = method
+    if name == "dwa_kd":
+        loss.weighting = {"use_entropy": False, "use_gate": False, "normalise": "product"}
+    examples, heads = random_examples([(3, 4), (2, 2)]), random_heads()
+
+    def value(*hidden):
+        for example, rows in zip(examples, hidden, strict=True):
+            example["student_hidden"] = rows
+        return run(loss, examples, heads).loss
+
+    assert torch.autograd.gradcheck(value, tuple(e["student_hidden"].clone().requires_grad_() for e in examples))
+
+
+def test_bfloat16_rows_give_a_finite_loss_close_to_float64(method):
+    """Mixed precision hands over bfloat16 rows; inside, float32 is the least."""
+    _, loss = method
+    examples, heads = random_examples(LENGTHS), random_heads()
+    expected = run(loss, examples, heads).loss.item()
+    low = [{k: v.bfloat16() if v.is_floating_point() else v for k, v in e.items()} for e in examples]
+    output = run(loss.float(), low, tuple(head.bfloat16() for head in heads))
+    assert output.loss.dtype == torch.float32
+    assert output.loss.item() == pytest.approx(expected, rel=0.05)
+
+
+def test_state_survives_a_round_trip(method):
+    """Projectors that are trained but not saved make a resumed run another run."""
+    name, loss = method
+    other = build_loss(name, widths=WIDTHS).double()
+    other.load_state_dict(loss.state_dict())
+    examples, heads = random_examples(LENGTHS), random_heads()
+    torch.testing.assert_close(run(loss, examples, heads).loss, run(other, examples, heads).loss)
+
+
+def test_bad_options_are_named(method):
+    """A mistyped option that is ignored silently trains the wrong method."""
+    name, _ = method
+    with pytest.raises(UserError, match=r"unknown option loss\.temprature of method .* valid ones"):
+        build_loss(name, {"temprature": 2.0}, widths=WIDTHS)
+
+
+@pytest.mark.parametrize(
+    ("method_name", "options", "message"),
+    [
+        ("dwa_kd", {"temperature": -1}, "temperature must be a number"),
+        ("dwa_kd", {"temperature": "hot"}, "temperature must be a number"),
+        ("dwa_kd", {"student_divergence": "kl"}, "unknown divergence 'kl'; valid ones: forward_kl"),
+        ("dwa_kd", {"compat": "mine"}, "unknown compat"),
+        ("dwa_kd", {"gate_warmup_steps": 5}, "needs weight_normalisation entropy_then_gate"),
+        ("dwa_kd", {"gamma_end": 1.0}, "gamma_steps must be a number at least 1"),
+        ("dskd", {"kd_rate": 2}, "kd_rate must be a number between 0 and 1"),
+        ("dwakd", {}, "unknown method 'dwakd' in loss.method; valid ones: sft, dskd, dwa_kd"),
+    ],
+)
+def test_bad_values_are_named(method_name, options, message):
+    """Values out of range fail before any model is loaded."""
+    with pytest.raises(UserError, match=message):
+        build_loss(method_name, options, widths=WIDTHS)

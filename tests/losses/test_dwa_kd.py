@@ -1,0 +1,242 @@
+"""The flagship against the specification's vectors and a literal float64 twin."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dwakd.losses import DwaKdLoss, TeacherScale, Widths
+from dwakd.losses.alignment import soft_dtw_divergences
+from dwakd.losses.attention import band_penalty, cross_model_attention
+from dwakd.losses.projectors import Projectors
+from dwakd.losses.weights import student_weights, teacher_weights
+from tests.losses import reference
+from tests.losses.builders import OPTIONS, random_examples, random_heads, side
+
+VECTORS = sorted((Path(__file__).parents[1] / "vectors").glob("*.json"))
+MAPS = ("query", "t2s", "s2t", "embedding_t2s")
+
+
+def double(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def loss_with_maps(widths, maps, **options):
+    loss = DwaKdLoss(widths=widths, **options).double()
+    with torch.no_grad():
+        for name in MAPS:
+            getattr(loss.projectors, name).weight.copy_(maps[name]["weight"])
+            getattr(loss.projectors, name).bias.copy_(maps[name]["bias"])
+    return loss
+
+
+def our_terms_and_gradients(examples, heads, maps, **options):
+    """Terms and gradients of our loss; leaves are the student's head, hidden rows and target embeddings, and the maps."""
+    leaves = [e[key].requires_grad_() for e in examples for key in ("student_hidden", "student_out")]
+    student_head = heads[0].requires_grad_()
+    widths = Widths(heads[0].shape[1], heads[1].shape[1], heads[0].shape[1], heads[1].shape[1])
+    loss = loss_with_maps(widths, maps, **options)
+    output = loss(side(examples, "student", student_head), side(examples, "teacher", heads[1]))
+    parameters = dict(loss.projectors.named_parameters())
+    gradients = torch.autograd.grad(output.loss, [student_head, *leaves, *parameters.values()])
+    return output.terms, gradients[0], gradients[1 : 1 + len(leaves)], dict(
+        zip(parameters, gradients[1 + len(leaves) :], strict=True)
+    )
+
+
+@pytest.mark.parametrize("path", VECTORS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("impl", ["naive", "cpu"])
+def test_vectors_of_the_specification(path, impl):
+    """Every term and every gradient of the published vectors; anything else is another method."""
+    content = json.loads(path.read_text())
+    examples = [
+        {key: torch.tensor(v) if key.endswith("target") else double(v) for key, v in e.items()}
+        for e in content["examples"]
+    ]
+    maps = {name: {k: double(v) for k, v in m.items()} for name, m in content["projectors"].items()}
+    options = {OPTIONS[name]: value for name, value in content["options"].items()}
+    heads = (double(content["student_head"]), double(content["teacher_head"]))
+    terms, head, rows, projectors = our_terms_and_gradients(examples, heads, maps, impl=impl, **options)
+    for name, value in content["terms"].items():
+        assert terms[name].item() == pytest.approx(value, abs=1e-8), name
+    expected = content["gradients"]
+    torch.testing.assert_close(head, double(expected["student_head"]), atol=1e-8, rtol=1e-6)
+    for index in range(len(examples)):
+        hidden, embeddings = rows[2 * index], rows[2 * index + 1]
+        torch.testing.assert_close(hidden, double(expected["student_hidden"][index]), atol=1e-8, rtol=1e-6)
+        torch.testing.assert_close(
+            embeddings, double(expected["student_target_embeddings"][index]), atol=1e-8, rtol=1e-6
+        )
+    for name in MAPS:
+        for part in ("weight", "bias"):
+            torch.testing.assert_close(
+                projectors[f"{name}.{part}"], double(expected["projectors"][name][part]), atol=1e-8, rtol=1e-6
+            )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_literal_twin_on_random_ragged_batches(seed):
+    """The vectors have few examples and one band each; random batches reach the rest of the code."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [tuple(torch.randint(1, 14, (2,), generator=generator).tolist()) for _ in range(4)]
+    options = [
+        {},
+        {"base": 0.3, "beta": 0.2, "gamma": 0.3},
+        {"weight_student": False, "lam": 0.4},
+        {"gate": False, "tau": 1.0},
+        {"use_band": False, "weight_teacher": False},
+        {"ce": 1.0, "kd": 0.0, "dtw": 1.0, "alpha": 0.0, "base": 1.0},
+    ][seed]
+    examples, heads = random_examples(lengths, seed=seed), random_heads(seed=seed)
+    widths = Widths(6, 8, 6, 8)
+    source = Projectors(widths, with_embedding=True).double()
+    maps = {
+        name: {part: getattr(getattr(source, name), part).detach().clone().requires_grad_() for part in ("weight", "bias")}
+        for name in MAPS
+    }
+    renamed = {OPTIONS[name]: value for name, value in options.items()}
+    terms, head, rows, projectors = our_terms_and_gradients(examples, heads, maps, **renamed)
+    expected = reference.dwa_kd(examples, *heads, maps, **options)
+    for name, value in expected.items():
+        assert terms[name].item() == pytest.approx(float(value), abs=1e-9), name
+    leaves = [e[key] for e in examples for key in ("student_hidden", "student_out")]
+    flat = {f"{name}.{part}": tensor for name, m in maps.items() for part, tensor in m.items()}
+    gradients = torch.autograd.grad(
+        expected["loss"], [heads[0], *leaves, *flat.values()], allow_unused=True, materialize_grads=True
+    )
+    ours = [head, *rows, *(projectors[name] for name in flat)]
+    for got, wanted in zip(ours, gradients, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-9, rtol=1e-6)
+
+
+TINY = {
+    "student_in": [[1, 0], [0, 1]],
+    "student_out": [[0, 1], [1, 1]],
+    "student_hidden": [[0.5, -0.5], [1, 0]],
+    "teacher_in": [[1, 0], [0, 1], [1, -1]],
+    "teacher_out": [[0, 1], [1, -1], [-1, 0]],
+    "teacher_hidden": [[1, 2], [0, -1], [2, 0]],
+}
+TINY_HEADS = ([[1, 0], [0, 1], [-1, -1]], [[1, 1], [1, -1], [0, 1], [-1, 0]])
+
+
+def tiny(**options):
+    """The hand-sized example of the specification: query is the identity on both halves, so are all maps."""
+    example = {name: double(value) for name, value in TINY.items()}
+    example |= {"student_target": torch.tensor([0, 1]), "teacher_target": torch.tensor([0, 0, 0])}
+    sizes = {"query": 4, "t2s": 2, "s2t": 2, "embedding_t2s": 2}
+    maps = {
+        name: {"weight": torch.eye(n, dtype=torch.float64), "bias": torch.zeros(n, dtype=torch.float64)}
+        for name, n in sizes.items()
+    }
+    heads = tuple(double(head) for head in TINY_HEADS)
+    loss = loss_with_maps(Widths(2, 2, 2, 2), maps, **options)
+    return loss, side([example], "student", heads[0]), side([example], "teacher", heads[1])
+
+
+def test_cross_model_attention_of_the_specification():
+    """Attention over the wrong axis or an unscaled key would still give rows that sum to one."""
+    loss, student, teacher = tiny()
+    scale = TeacherScale.of(teacher)
+    torch.testing.assert_close(scale.std, double([0.834847, 1.211060, 0.894427]), atol=1e-6, rtol=0)
+    crossed = cross_model_attention(student, teacher, loss.projectors, scale)
+    expected = double([[0.583006, 0.096685, 0.320309], [0.461715, 0.461715, 0.076570]])
+    torch.testing.assert_close(crossed.weights[0], expected, atol=1e-6, rtol=0)
+    expected = double([[0.760355, 1.426690], [0.938305, 0.381248]])
+    torch.testing.assert_close(crossed.t2s_hidden, expected, atol=1e-6, rtol=0)
+    expected = double([[0.677296, -0.322704], [0.884069, -0.115931], [0.571124, -0.428876]])
+    torch.testing.assert_close(crossed.s2t_hidden, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {"loss": 1.716970 * 2, "weighted_kd": 3.102201}),
+        ({"weight_normalisation": "entropy_then_gate"}, {"loss": 1.690533 * 2, "weighted_kd": 2.996452}),
+        ({}, {"dtw_hidden": 1.552691, "dtw_embedding": 2.641821}),
+        ({"gamma": 0.8}, {"dtw": 4.012571}),
+        ({"band_base": 0.0, "band_entropy": 0.5}, {"dtw": 8.836983}),
+        (
+            {"band_base": 0.0, "band_entropy": 0.5, "compat": "authors", "student_divergence": "forward_kl"},
+            {"dtw": 9.869616},
+        ),
+    ],
+)
+def test_end_to_end_values_of_the_specification(options, expected):
+    """Sums over the two tokens of the hand-sized example, paper and published readings apart."""
+    loss, student, teacher = tiny(**options)
+    terms = {name: 2 * value.item() for name, value in loss(student, teacher).terms.items()}
+    terms["weighted_kd"] = terms["t2s_ce"] + terms["kd_student"] + terms["kd_teacher"]
+    terms["dtw"] = terms["dtw_hidden"] + terms["dtw_embedding"]
+    for name, value in expected.items():
+        assert terms[name] == pytest.approx(value, abs=2e-6), name
+
+
+def test_weights_of_the_specification():
+    """Rescaling before or after the gate changes how much is distilled at all."""
+    entropies, gate, three = double([0.5, 2, 1]), double([0.9, 0.5, 0.2]), torch.tensor([3])
+    torch.testing.assert_close(
+        student_weights(entropies, gate, three), double([0.818182, 1.818182, 0.363636]), atol=1e-6, rtol=0
+    )
+    authors = student_weights(entropies, gate, three, normalise="entropy_then_gate")
+    torch.testing.assert_close(authors, double([0.385714, 0.857143, 0.171429]), atol=1e-6, rtol=0)
+    weights = teacher_weights(double([1, 3]), 151936, torch.tensor([2]))
+    torch.testing.assert_close(weights, double([1.100693, 0.899307]), atol=1e-6, rtol=0)
+
+
+def test_certain_student_gives_zero_weights():
+    """A sequence whose student is fully certain must not turn the whole batch into NaN."""
+    weights = student_weights(double([0, 0, 1, 3]), double([1, 1, 0.5, 0.5]), torch.tensor([2, 2]))
+    torch.testing.assert_close(weights, double([0, 0, 0.5, 1.5]))
+
+
+def test_band_of_the_specification():
+    """Counting from 0 shifts every centre by a fraction of a token."""
+    attention = double([[[0.7, 0.2, 0.1, 0], [0.1, 0.2, 0.3, 0.4]]])
+    lengths = (torch.tensor([2]), torch.tensor([4]))
+    penalty = band_penalty(attention, *lengths, base=0.5, entropy_factor=0.5)
+    assert penalty[0].tolist() == [[0, 0, 1, 1], [1, 1, 0, 0]]
+    assert band_penalty(attention, *lengths).sum() == 0
+
+
+@pytest.mark.parametrize(("gamma", "expected"), [(2.0, 0.715442), (0.8, 0.447470), (0.1, 0.297758)])
+def test_divergence_of_sequences(gamma, expected):
+    """The divergence and its symmetries: swap, row scale, reversal; zero of a sequence with itself."""
+    x, y = double([[1, 0], [0, 1], [1, 1]]), double([[1, 0], [1, 1]])
+    three, two = torch.tensor([3]), torch.tensor([2])
+
+    def divergence(a, b, n, m):
+        return soft_dtw_divergences([(a, b)], n, m, gamma=gamma)[0].item()
+
+    assert divergence(x, y, three, two) == pytest.approx(expected, abs=1e-6)
+    assert divergence(y, x, two, three) == pytest.approx(expected, abs=1e-6)
+    assert divergence(x * double([[3], [0.2], [7]]), y, three, two) == pytest.approx(expected, abs=1e-6)
+    assert divergence(x.flip(0), y.flip(0), three, two) == pytest.approx(expected, abs=1e-6)
+    assert divergence(x, x.clone(), three, three) == pytest.approx(0, abs=1e-12)
+
+
+def test_gamma_schedule_follows_optimiser_steps_and_is_saved():
+    """A schedule that restarts on resume sharpens the alignment twice."""
+    loss = DwaKdLoss(widths=Widths(4, 4, 4, 4), gamma=2.0, gamma_end=1.0, gamma_steps=10)
+    seen = []
+    for step in (0, 5, 10, 50):
+        loss.set_step(step)
+        seen.append(loss.gamma)
+    assert seen == [2.0, 1.5, 1.0, 1.0]
+    other = DwaKdLoss(widths=Widths(4, 4, 4, 4), gamma=2.0, gamma_end=1.0, gamma_steps=10)
+    loss.set_step(5)
+    other.load_state_dict(loss.state_dict())
+    assert other.gamma == 1.5
+
+
+def test_unweighted_and_unaligned_is_dskd_without_its_mask():
+    """The two files must not drift apart where the methods coincide."""
+    from dwakd.losses import DskdLoss
+
+    examples, heads, widths = random_examples([(5, 6), (3, 2)]), random_heads(), Widths(6, 8, 6, 8)
+    ours = DwaKdLoss(widths=widths, entropy_weights=False, gate=False, teacher_weights=False, dtw_weight=0.0).double()
+    dskd = DskdLoss(widths=widths, accuracy_mask=False).double()
+    dskd.load_state_dict({k: v for k, v in ours.state_dict().items() if k != "step"})
+    sides = side(examples, "student", heads[0]), side(examples, "teacher", heads[1])
+    torch.testing.assert_close(ours(*sides).loss, dskd(*sides).loss)
