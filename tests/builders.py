@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE, Unigram, WordPiece
 from transformers import (
     AutoModelForCausalLM,
@@ -129,13 +129,13 @@ def unigram_byte_fallback(
     """
     tokenizer = Tokenizer(Unigram())
     _sentencepiece(tokenizer, prefix_space)
+    _split_words(tokenizer)
     trainer = trainers.UnigramTrainer(
         vocab_size=max(vocab_size - 259, 40), unk_token="<unk>", special_tokens=["<unk>"], show_progress=False
     )
-    tokenizer.train_from_iterator(_piecewise(texts), trainer)
-    trained = Tokenizer.from_str(tokenizer.to_str())
-    pieces = _unigram_pieces(trained)
-    head = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0)] + [(f"<0x{byte:02X}>", -30.0) for byte in range(256)]
+    tokenizer.train_from_iterator(texts, trainer)
+    pieces = _unigram_pieces(tokenizer)
+    head = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0)] + [(f"<0x{byte:02X}>", -100.0) for byte in range(256)]
     tokenizer = Tokenizer(Unigram(vocab=head + pieces, unk_id=0, byte_fallback=True))
     _sentencepiece(tokenizer, prefix_space)
     return _wrapped(tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>")
@@ -149,8 +149,9 @@ def bpe_byte_fallback(
     head = specials + [f"<0x{byte:02X}>" for byte in range(256)]
     tokenizer = Tokenizer(BPE())
     _sentencepiece(tokenizer, prefix_space)
+    _split_words(tokenizer)
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=head, show_progress=False)
-    tokenizer.train_from_iterator(_piecewise(texts), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     model = BPE(
         vocab=tokenizer.get_vocab(),
         merges=_merges(tokenizer),
@@ -193,9 +194,10 @@ def _sentencepiece(tokenizer: Tokenizer, prefix_space: bool) -> None:
     tokenizer.decoder = decoders.Sequence(backwards + ([decoders.Strip(" ", 1, 0)] if prefix_space else []))
 
 
-def _piecewise(texts: Sequence[str]) -> list[str]:
-    """Words with their leading space: training without a pre-tokeniser would merge across words."""
-    return [word for text in texts for word in text.replace(" ", "\x00 ").split("\x00") if word]
+def _split_words(tokenizer: Tokenizer) -> None:
+    """For training only: without a pre-tokeniser tokens would cross words."""
+    words = [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(Regex("▁+"), "merged_with_next")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
 
 
 def _unigram_pieces(tokenizer: Tokenizer) -> list[tuple[str, float]]:

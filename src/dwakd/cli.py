@@ -72,7 +72,6 @@ def evaluate(
     temperature: Annotated[float, typer.Option(min=0.01, help="Sampling temperature.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Nucleus of the sampling.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
-    max_prompt_length: Annotated[int, typer.Option(min=1, help="Longest prompt in tokens.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of each set.")] = None,
     greedy: Annotated[bool, typer.Option(help="Also report greedy answers.")] = True,
@@ -96,7 +95,6 @@ def evaluate(
         temperature=temperature,
         top_p=top_p,
         max_new_tokens=max_new_tokens,
-        max_prompt_length=max_prompt_length,
         batch_size=batch_size,
         greedy=greedy,
     )

@@ -15,6 +15,9 @@ import yaml
 
 from dwakd.errors import UserError
 
+RECIPE_FILE = "dwakd-recipe.yaml"
+"""The resolved recipe in a run's folder."""
+
 
 @dataclass
 class StudentSection:

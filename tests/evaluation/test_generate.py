@@ -138,11 +138,16 @@ def test_batches_hold_every_row_once(encoder: TextEncoder) -> None:
 
 
 def test_modes_are_put_back(encoder: TextEncoder) -> None:
-    """A dev evaluation would switch dropout off for the rest of training, or on where it had been frozen."""
-    model = tiny_model("gpt2", VOCAB).train()
+    """A dev evaluation would switch dropout off for the rest of training, or on where it had been frozen.
+
+    And with dropout during the evaluation itself, the best checkpoint would be picked by chance.
+    """
+    model = tiny_model("gpt2", VOCAB, resid_pdrop=0.5)
+    answers = generate_answers(model, encoder, EXAMPLES[:1], seed=0, **QUIET)
+    model.train()
     model.transformer.h[0].eval()
     before = [module.training for module in model.modules()]
-    generate_answers(model, encoder, EXAMPLES[:1], seed=0, **QUIET)
+    assert generate_answers(model, encoder, EXAMPLES[:1], seed=0, **QUIET) == answers
     assert [module.training for module in model.modules()] == before
     assert True in before
     assert False in before

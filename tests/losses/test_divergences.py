@@ -39,9 +39,9 @@ def test_zero_only_where_equal_and_finite_gradient_there(name):
     assert (divergence(name, 0.1)(log_q.detach().flip(-1), log_q) > 0).all()
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "adaptive_kl"])
 def test_gradient(name):
-    """Gradient of the learned side, in float64."""
+    """Gradient of the learned side, in float64; the adaptive KL holds its two gaps constant, so it has another."""
     torch.manual_seed(1)
     log_p = torch.randn(3, 7, dtype=torch.float64).log_softmax(-1)
     logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)

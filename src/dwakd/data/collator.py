@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from dwakd.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-InvalidRows = Literal["error", "skip"]
+INVALID_ROWS = ("error", "skip")
 PROMPT_TOO_LONG = "prompt too long"
 EMPTY_PROMPT = "prompt without a token"
 EMPTY_RESPONSE = "response empty"
@@ -111,7 +111,7 @@ def encode_pairs(
     *,
     max_length: int = 512,
     max_prompt_length: int = 256,
-    invalid_rows: InvalidRows = "error",
+    invalid_rows: str = "error",
     source: str = "train data",
 ) -> EncodedPairs:
     """Encode rows for both tokenizers over the same characters of each response.
@@ -136,8 +136,8 @@ def encode_pairs(
     Raises:
         UserError: an invalid row (see `invalid_rows`), no row left, or limits that leave no room for a response.
     """
-    if invalid_rows not in ("error", "skip"):
-        raise UserError(f"data.invalid_rows {invalid_rows!r} is unknown: use error or skip")
+    if invalid_rows not in INVALID_ROWS:
+        raise UserError(f"data.invalid_rows {invalid_rows!r} is unknown: use {' or '.join(INVALID_ROWS)}")
     if not 1 <= max_prompt_length < max_length:
         raise UserError(
             f"data.max_prompt_length={max_prompt_length} must be at least 1 and below "
@@ -227,7 +227,7 @@ def _check_report(
     first_error: dict[str, str],
     num_examples: int,
     num_kept: int,
-    invalid_rows: InvalidRows,
+    invalid_rows: str,
     source: str,
 ) -> None:
     mends = {PROMPT_TOO_LONG: "raise data.max_prompt_length or ", EMPTY_RESPONSE: "correct the data or "}

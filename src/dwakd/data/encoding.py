@@ -60,7 +60,8 @@ class TextEncoder:
     def response_ids(self, text: str) -> tuple[list[int], list[int]]:
         """Token ids of a response without an end token, and the offset at which each token ends.
 
-        Special tokens that are spelled out in the text are taken for text: "</s>" in an answer ends nothing.
+        Special tokens that are spelled out in the text are taken for text: "</s>" in an answer ends nothing. (A
+        Unigram vocabulary that lists it among its pieces finds it all the same.)
 
         Args:
             text: the response; the empty text has no tokens.

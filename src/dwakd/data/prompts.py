@@ -37,7 +37,7 @@ def check_template(template: str) -> None:
 
     Examples:
         >>> check_template("Q: {instruction}\\nA: ")
-        >>> check_template("vicuna")
+        >>> check_template("vicuna")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
         dwakd.errors.UserError: data.template 'vicuna' is unknown: use alpaca, chat, plain, or a format string ...

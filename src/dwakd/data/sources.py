@@ -194,7 +194,9 @@ def _read_csv(path: Path, name: str) -> Iterator[_Placed]:
                 raise UserError(f"{where}: has not as many fields as the header ({len(reader.fieldnames or [])})")
             yield where, row
     except csv.Error as error:
-        raise UserError(f"{name}, line {reader.line_num}: not valid CSV ({error}): correct that line") from error
+        raise UserError(
+            f"{name}, line {reader.reader.line_num}: not valid CSV ({error}): correct that line"
+        ) from error
 
 
 def _read_parquet(path: Path, name: str) -> Any:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from dwakd.models.rows import response_rows
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
@@ -17,7 +16,7 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import pad_id_of
-from dwakd.evaluation.mode import evaluation_mode
+from dwakd.models.rows import evaluating, response_rows
 
 _LOGITS_AT_ONCE = 2**24
 """Rows go through the head in slices of about this many logits (64 MB in float32)."""
@@ -75,7 +74,7 @@ def bits_per_byte(
     lengths = pairs.student_lengths
     alike = Subset(pairs, sorted(range(len(pairs)), key=lambda row: -lengths[row]))
     bits, num_bytes = 0.0, 0
-    with evaluation_mode(model):
+    with evaluating(model), torch.no_grad():
         for batch in DataLoader(alike, batch_size=batch_size, collate_fn=PairedCollator(pad_id_of(encoder))):
             side = _rows(model, batch)
             bits += _bits(side)
@@ -94,9 +93,7 @@ def _bits(side: ModelSide) -> float:
     nats = 0.0
     for start in range(0, len(side.target_ids), rows):
         logits = side.head.logits(side.hidden[start : start + rows])
-        losses = torch.nn.functional.cross_entropy(
-            logits, side.target_ids[start : start + rows], reduction="none"
-        )
+        losses = torch.nn.functional.cross_entropy(logits, side.target_ids[start : start + rows], reduction="none")
         nats += losses.cpu().double().sum().item()
     return nats / math.log(2)
 

@@ -88,7 +88,6 @@ def evaluate_model(
     batch_size: int = 16,
     max_length: int = 512,
     progress: bool = True,
-    answers_path: str | Path | None = None,
 ) -> Evaluation:
     """Evaluate by the protocol of DSKD and DWA-KD, with greedy answers and bits per byte beside it.
 
@@ -104,7 +103,6 @@ def evaluate_model(
         temperature, top_p, max_new_tokens, batch_size: see `generate_answers`.
         max_length: tokens of prompt and response in bits per byte.
         progress: show a bar over all batches of all passes on standard error.
-        answers_path: write the answers there as jsonl.
 
     Raises:
         UserError: no rows, no pass to make, an option out of range, or a row that cannot be scored.
@@ -136,7 +134,7 @@ def evaluate_model(
             )
             answers += _score(encoder, examples, references, seed, texts)
     sampled = [seed for seed in passes if seed is not None]
-    evaluation = Evaluation(
+    return Evaluation(
         rouge_l=_summary(answers, "rouge_l", sampled),
         exact_match=_summary(answers, "exact_match", sampled),
         greedy_rouge_l=_summary(answers, "rouge_l", [None] if greedy else []),
@@ -157,25 +155,18 @@ def evaluate_model(
         ),
         answers=tuple(answers),
     )
-    if answers_path is not None:
-        write_answers(evaluation, answers_path)
-    return evaluation
 
 
 def write_evaluation(evaluation: Evaluation, json_path: str | Path, answers_path: str | Path | None = None) -> None:
     """Write the numbers with their signature as JSON and, if a path is given, the answers as jsonl.
 
-    Each file appears whole or not at all; folders are created as needed.
+    A line of the answers has row, seed (null: greedy), prompt, answer, references and scores. Each file appears
+    whole or not at all; folders are created as needed.
     """
     if answers_path is not None:
-        write_answers(evaluation, answers_path)
+        lines = [json.dumps(asdict(answer), ensure_ascii=False, allow_nan=False) for answer in evaluation.answers]
+        _write_atomically(answers_path, "\n".join(lines))
     _write_atomically(json_path, json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def write_answers(evaluation: Evaluation, path: str | Path) -> None:
-    """Write one JSON object per answer: row, seed (null: greedy), prompt, answer, references and scores."""
-    lines = [json.dumps(asdict(answer), ensure_ascii=False, allow_nan=False) for answer in evaluation.answers]
-    _write_atomically(path, "\n".join(lines))
 
 
 def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:

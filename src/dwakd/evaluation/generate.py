@@ -17,8 +17,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
-from dwakd.evaluation.mode import evaluation_mode
 from dwakd.evaluation.sampling import SeededSampling, streams
+from dwakd.models.rows import evaluating
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def answer_batches(
     _check_sampling(seed, temperature, top_p)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     answers: dict[int, str] = {}
-    with evaluation_mode(model):
+    with evaluating(model):
         for batch in batches:
             sampler = None if seed is None else _sampler(batch, seed, temperature, top_p, base.device)
             for row, ids in zip(batch.rows, _continue(base, encoder, batch, sampler), strict=True):
@@ -224,7 +224,7 @@ def _new_tokens(prompt: Sequence[int], example: Example, positions: int | None, 
             f"row {example.index} (counting from 0): its prompt of {len(prompt)} tokens leaves no room for an "
             f"answer in the model's {positions} positions; shorten or remove it."
         )
-    return max_new_tokens
+    return min(max_new_tokens, positions - len(prompt))
 
 
 def _check_at_least_one(**options: int) -> None:

@@ -1,0 +1,5 @@
+"""Numerical kernels. Each has a naive twin in plain torch: its specification, its fallback and its oracle."""
+
+from dwakd.kernels.soft_dtw import soft_dtw
+
+__all__ = ["soft_dtw"]

@@ -1,19 +1,9 @@
-"""Models and tokenizers from a hub id, a folder, a GGUF file or a file inside an installed Python package.
-
-A *spec* is one of
-
-    HuggingFaceTB/SmolLM2-135M         a model of the Hugging Face hub
-    runs/student, ./student            a folder, also one with a PEFT adapter
-    gguf:PATH                          a GGUF file
-    package:NAME/FILE                  a GGUF file (or folder) inside an installed package, which is not imported
+"""Models and tokenizers of a spec (`dwakd.models.specs`), ready to use.
 
 No remote code runs unless asked for, and no pickle is read except by transformers with weights_only.
 """
 
-import importlib.metadata
-import importlib.util
 import json
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
 from dwakd.errors import UserError
-from dwakd.models.gguf import convert_gguf
+from dwakd.models.specs import only_cached, resolve_spec
 
 _LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, UserWarning)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
@@ -35,7 +25,7 @@ def load_tokenizer(spec: str, *, trust_remote_code: bool = False, revision: str 
     """The tokenizer of a spec; of an adapter without one, its base model's. A missing pad token becomes eos.
 
     Args:
-        spec: see the module.
+        spec: see `dwakd.models.specs`.
         trust_remote_code: run the Python code of a hub repository. Off unless you have read that code.
         revision: branch, tag or commit of a hub id.
 
@@ -53,8 +43,11 @@ def load_tokenizer(spec: str, *, trust_remote_code: bool = False, revision: str 
                 f"{spec} holds no tokenizer (no tokenizer.json); name the tokenizer's own folder or hub id."
             )
         return load_tokenizer(_base_of(adapter, spec), trust_remote_code=trust_remote_code)
+    local = only_cached(location, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            location, trust_remote_code=trust_remote_code, revision=revision, local_files_only=local
+        )
     except _LOADING_ERRORS as error:
         raise _cannot_load("tokenizer", spec, error) from error
     if not getattr(tokenizer, "is_fast", False):
@@ -79,7 +72,7 @@ def load_causal_lm(
     """The causal language model of a spec, in eval mode, adapters merged into its weights.
 
     Args:
-        spec: see the module. A PEFT adapter's folder or hub id loads the base model that it names, and merges.
+        spec: see `dwakd.models.specs`. A PEFT adapter's folder or hub id loads the base that it names, and merges.
         adapter: a PEFT adapter, folder or hub id, that is merged into the model of `spec`.
         dtype: of the weights.
         trust_remote_code: run the Python code of a hub repository. Off unless you have read that code.
@@ -114,71 +107,11 @@ def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
         )
 
 
-def resolve_spec(spec: str) -> str:
-    """The folder or hub id behind a spec; converts a GGUF file on first use."""
-    if spec.startswith("package:"):
-        path = _package_file(spec)
-        return str(path) if path.is_dir() else str(convert_gguf(path))
-    if spec.startswith("gguf:"):
-        return str(convert_gguf(Path(spec.removeprefix("gguf:")).expanduser()))
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        return str(path)
-    if path.is_file():
-        mend = f"write gguf:{spec}" if path.suffix == ".gguf" else "give the model's folder"
-        raise UserError(f"{spec} is a file and not a model's folder; {mend}.")
-    if _looks_local(spec):
-        raise UserError(
-            f"{spec} does not exist; give a folder, a hub id such as owner/name, gguf:PATH or package:NAME/FILE."
-        )
-    return spec
-
-
-def _looks_local(spec: str) -> bool:
-    """A hub id is `name` or `owner/name`; anything else, or an owner that is a folder here, means a path."""
-    parts = spec.split("/")
-    if spec.startswith((".", "~")) or "\\" in spec or len(parts) > 2 or "" in parts:
-        return True
-    return len(parts) == 2 and Path(parts[0]).is_dir()
-
-
-def _package_file(spec: str) -> Path:
-    name, _, inner = spec.removeprefix("package:").partition("/")
-    if not name or not inner:
-        raise UserError(f"{spec} is incomplete; write package:NAME/FILE.")
-    folders = _package_folders(name)
-    if not folders:
-        raise UserError(f"{spec}: no package {name} is installed here; install it with pip, or correct the name.")
-    for folder in folders:
-        path = folder / inner
-        if path.exists() and path.resolve().is_relative_to(folder.resolve()):
-            return path
-    held = sorted(str(path.relative_to(folder)) for folder in folders for path in folder.rglob("*.gguf"))
-    raise UserError(f"{spec}: the package {name} has no file {inner}; its GGUF files: {', '.join(held) or 'none'}.")
-
-
-def _package_folders(name: str) -> list[Path]:
-    """Folders of an installed package by import name or distribution name, without importing it."""
-
-    def plain(text: str) -> str:
-        return re.sub(r"[-_.]+", "-", text).lower()
-
-    distributions = importlib.metadata.packages_distributions()
-    imports = [package for package, owners in distributions.items() if plain(name) in map(plain, owners)]
-    if name.isidentifier():
-        imports.insert(0, name)
-    folders: list[Path] = []
-    for package in imports:
-        found = importlib.util.find_spec(package)
-        if found is not None and found.submodule_search_locations is not None:
-            folders += [Path(folder) for folder in found.submodule_search_locations]
-    return folders
-
-
 def _adapter_config(location: str, revision: str | None) -> dict[str, Any] | None:
     """The adapter_config.json of a folder or hub id, or None."""
+    local = only_cached(location, revision)
     try:
-        found = find_adapter_config_file(location, revision=revision)
+        found = find_adapter_config_file(location, revision=revision, local_files_only=local)
         return None if found is None else dict(json.loads(Path(found).read_text(encoding="utf-8")))
     except _LOADING_ERRORS as error:
         raise _cannot_load("adapter", location, error) from error
@@ -199,6 +132,7 @@ def _base_of(adapter: dict[str, Any], spec: str) -> str:
 
 
 def _pretrained(location: str, spec: str, **options: Any) -> Any:
+    options["local_files_only"] = only_cached(location, options["revision"])
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(location, output_loading_info=True, **options)
     except _LOADING_ERRORS as error:

@@ -38,7 +38,8 @@ def embedding_table(model: nn.Module) -> Float[Tensor, "vocab embedding"]:
         UserError: the table is under LoRA or trainable tokens, which change rows outside the table.
     """
     module = _causal_lm(model).get_input_embeddings()
-    return _plain_module(module, "input embeddings", model).weight
+    table: Tensor = _plain_module(module, "input embeddings", model).weight
+    return table
 
 
 def output_head(model: nn.Module) -> OutputHead:
@@ -88,7 +89,7 @@ def check_head(model: nn.Module) -> None:
     if not difference <= tolerance * (1 + float(expected.abs().max())):
         raise UserError(
             f"{model_name(model)} cannot be used: its logits are not its output head applied to its final "
-            f"hidden states (largest difference {difference:.3g}), so its architecture does more to them than is known here."
+            f"hidden states (largest difference {difference:.3g}); its architecture does more than is known here."
         )
 
 

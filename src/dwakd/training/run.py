@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig
 from transformers.trainer_utils import get_last_checkpoint
 
-from dwakd.config import Recipe, StudentSection, TeacherSection, unknown_option
+from dwakd.config import RECIPE_FILE, Recipe, StudentSection, TeacherSection, unknown_option
 from dwakd.data.sources import load_examples
 from dwakd.errors import UserError
 from dwakd.losses import build_loss, method_class, method_options
@@ -21,7 +21,6 @@ from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.training.config import DistillConfig
 from dwakd.training.trainer import DistillTrainer
 
-RECIPE_FILE = "dwakd-recipe.yaml"
 RUN_FILE = "dwakd-run.json"
 DATA_FIELDS = ("template", "bos", "max_length", "max_prompt_length", "invalid_rows")
 

@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft import PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
@@ -26,6 +27,7 @@ from dwakd.training.checkpoint import load_student
 from dwakd.training.config import DistillConfig
 from dwakd.training.distiller import Distiller
 from dwakd.training.evaluation import eval_terms, generated_metrics
+from dwakd.training.sampler import LengthGroupedSampler
 from dwakd.training.teacher import OnlineTeacher, Teacher
 
 LOSS_STATE = "distillation.safetensors"
@@ -229,6 +231,13 @@ class DistillTrainer(Trainer):
             logs |= dict(zip(self._term_sums, sums.tolist(), strict=True))
             self._term_sums, self._term_steps = {}, self.state.global_step
         super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset: EncodedPairs | None = None) -> Sampler[int] | None:
+        dataset = train_dataset or self.train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, EncodedPairs):
+            return super()._get_train_sampler(train_dataset)
+        step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroupedSampler(dataset.student_lengths, step_size, self.args.data_seed or self.args.seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the student at `learning_rate` and over the loss's own maps at `projector_learning_rate`."""

@@ -1,0 +1,101 @@
+"""Rebuild a model with fewer layers or other vocabulary matrices."""
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+from dwakd.errors import UserError
+from dwakd.models.rows import model_name
+from dwakd.models.vocabulary import averaged_rows
+
+
+def layer_stack(model: Any) -> tuple[str, nn.ModuleList]:
+    """Where the transformer layers are: the outermost ModuleList of `num_hidden_layers` entries."""
+    count = model.config.get_text_config().num_hidden_layers
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return path, module
+    raise UserError(f"{model_name(model)} cannot be shrunk: no stack of {count} layers was found in it.")
+
+
+def build_student(
+    model: Any, path: str, kept: list[int], sources: list[list[int]] | None, tokenizer: Any, new_tokenizer: Any
+) -> Any:
+    """A new model of the same class with the kept layers' weights and the averaged vocabulary matrices.
+
+    Args:
+        model: the old model; left as it is.
+        path: of its layer stack, from `layer_stack`.
+        kept: old indices of the layers to keep, in order.
+        sources: old tokens of each new one, from `old_tokens_of`; None keeps the vocabulary.
+        tokenizer: the old tokenizer.
+        new_tokenizer: the new one, whose special ids go into config and generation config.
+
+    Raises:
+        UserError: an architecture with more per-layer or per-token parts than are known here.
+    """
+    state = _vocabulary_renewed(model, sources) if sources is not None else dict(model.state_dict())
+    prefix = f"{path}."
+    renamed = {}
+    for name, tensor in state.items():
+        if not name.startswith(prefix):
+            renamed[name] = tensor
+            continue
+        index, _, rest = name.removeprefix(prefix).partition(".")
+        if int(index) in kept:
+            renamed[f"{prefix}{kept.index(int(index))}.{rest}"] = tensor
+    config = _student_config(model.config, kept)
+    generation = copy.deepcopy(model.generation_config)
+    if sources is not None:
+        config.vocab_size = len(sources)
+        for settings in (config, generation):
+            _renew_token_ids(settings, tokenizer, new_tokenizer)
+    try:
+        student = type(model)(config).to(model.dtype)
+        student.load_state_dict(renamed)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{model_name(model)} is of an architecture that cannot be shrunk ({reason}).") from error
+    student.generation_config = generation
+    return student.to(model.device).eval()
+
+
+def _vocabulary_renewed(model: Any, sources: list[list[int]]) -> dict[str, Tensor]:
+    """The state dict with new rows for input embeddings, head and head bias."""
+    old = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    state = dict(model.state_dict())
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if any(parameter is matrix for matrix in old):
+            state[name] = averaged_rows(parameter, sources)
+        elif bias is not None and parameter is bias:
+            state[name] = averaged_rows(bias[:, None], sources)[:, 0]
+    return state
+
+
+def _student_config(config: Any, kept: list[int]) -> Any:
+    """The config with fewer layers, and every list that has one entry per layer cut alike."""
+    values = copy.deepcopy(config.to_dict())
+    count_name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    count = values[count_name]
+    for name, value in values.items():
+        if "layer" in name and isinstance(value, list) and len(value) == count:
+            values[name] = [value[index] for index in kept]
+    values[count_name] = len(kept)
+    return type(config).from_dict(values)
+
+
+def _renew_token_ids(settings: Any, tokenizer: Any, new_tokenizer: Any) -> None:
+    """Rewrite every `..._token_id` by the token's string; ids of tokens that are gone follow the new tokenizer."""
+    vocab, specials = new_tokenizer.get_vocab(), tokenizer.get_added_vocab()
+    strings = {index: token for token, index in specials.items() if token in vocab}
+    for name, value in settings.to_dict().items():
+        if not name.endswith("_token_id") or value is None:
+            continue
+        old = value if isinstance(value, list) else [value]
+        new = [vocab[strings[index]] for index in old if index in strings]
+        if isinstance(value, list) and new:
+            setattr(settings, name, new)
+        else:
+            setattr(settings, name, new[0] if new else getattr(new_tokenizer, name, None))

@@ -1,0 +1,238 @@
+"""A tokenizer of the same kind as another but of a chosen size, and embeddings for its tokens.
+
+Everything but the vocabulary stays: normaliser, pre-tokeniser, decoder, post-processor, special tokens, template.
+"""
+
+import copy
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from tokenizers import Regex, Tokenizer, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from dwakd.errors import UserError
+
+_BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
+_NUMBER = re.compile(r"[0-9]{2}")
+_BYTE_SCORE = -100.0  # never cheaper than the characters of a literal "<0x0A>" in a text
+_CHARACTER_COVERAGE = 0.9995  # SentencePiece's default: rarer characters fall back to bytes
+_TRAINERS = {"BPE": trainers.BpeTrainer, "Unigram": trainers.UnigramTrainer, "WordPiece": trainers.WordPieceTrainer}
+
+
+def train_tokenizer(tokenizer: Any, texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer like `tokenizer` whose vocabulary is learnt from `texts`.
+
+    Of the added tokens those stay that are named special tokens, stand in the chat template or the post-processor,
+    or occur in the texts; reserved and unused ones are dropped. Byte pieces stay where the old tokenizer falls back
+    to bytes. The result can be smaller than `vocab_size` when the texts do not yield enough tokens.
+
+    Args:
+        tokenizer: a fast tokenizer of the BPE, Unigram or WordPiece kind.
+        texts: what it is trained on.
+        vocab_size: number of tokens, special tokens included.
+
+    Raises:
+        UserError: another kind of tokenizer, or `vocab_size` below alphabet and special tokens (names the minimum).
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    kind = state["model"]["type"]
+    if kind not in _TRAINERS:
+        raise UserError(f"A tokenizer of the kind {kind} cannot be retrained; BPE, Unigram and WordPiece can.")
+    kept = _kept_tokens(tokenizer, state, texts)
+    byte_tokens = _BYTE_TOKENS if state["model"].get("byte_fallback") else []
+    trained = _trained(state, kept + byte_tokens, texts, vocab_size)
+    _check_size(len(trained.get_vocab()), vocab_size)
+    merged = _with_vocabulary(state, json.loads(trained.to_str())["model"], set(kept))
+    return _wrapped(tokenizer, Tokenizer.from_str(json.dumps(merged)), set(kept))
+
+
+def old_tokens_of(old: Any, new: Any) -> list[list[int]]:
+    """For each token of `new`, by id, the old tokens whose embeddings it starts from.
+
+    The old token of the same string if there is one (both tokenizers write bytes and spaces the same way), else the
+    old tokenisation of that string. Empty where the old tokenizer cannot write the string at all: vocabularies
+    without an unknown token lack the bytes that occur in no UTF-8 text.
+    """
+    old_vocab, model = old.get_vocab(), old.backend_tokenizer.model
+    new_vocab = new.get_vocab()
+    sources: list[list[int]] = [[] for _ in range(max(new_vocab.values()) + 1)]
+    for token, index in new_vocab.items():
+        sources[index] = [old_vocab[token]] if token in old_vocab else _pieces(token, model, old_vocab)
+    return sources
+
+
+def averaged_rows(
+    table: Float[Tensor, "old_vocab width"], sources: Sequence[Sequence[int]]
+) -> Float[Tensor, "new_vocab width"]:
+    """Each new row is the mean of the old rows that `old_tokens_of` names, or of all rows where it names none."""
+    flat = torch.tensor([index for source in sources for index in source], device=table.device)
+    sizes = torch.tensor([len(source) for source in sources], device=table.device)
+    offsets = sizes.cumsum(0) - sizes
+    rows = torch.nn.functional.embedding_bag(flat, table.detach(), offsets, mode="mean")
+    rows[sizes == 0] = table.detach().mean(dim=0)
+    return rows
+
+
+def _pieces(token: str, model: Any, old_vocab: dict[str, int]) -> list[int]:
+    """The old model's tokens of a token's string, past normaliser and pre-tokeniser."""
+    prefix = getattr(model, "continuing_subword_prefix", None) or ""
+    if not (prefix and token.startswith(prefix)):
+        return [piece.id for piece in model.tokenize(token)]
+    # inside a word: the first piece, too, is one that continues a word
+    pieces = [piece.value for piece in model.tokenize(token.removeprefix(prefix))]
+    return [old_vocab.get(prefix + piece, old_vocab[piece]) for piece in pieces]
+
+
+def _kept_tokens(tokenizer: Any, state: dict[str, Any], texts: Iterable[str]) -> list[str]:
+    """Special tokens to carry over, in the order of their old ids, the unknown token first."""
+    vocab = tokenizer.get_vocab()
+    needed = set(tokenizer.all_special_tokens) - set(getattr(tokenizer, "extra_special_tokens", []))
+    mentions = json.dumps(state["post_processor"], ensure_ascii=False) + str(tokenizer.chat_template or "")
+    candidates = {added["content"] for added in state["added_tokens"]} - needed
+    needed |= {token for token in candidates if token in mentions}
+    candidates -= needed
+    for text in texts if candidates else ():
+        needed |= {token for token in candidates if token in text}
+    model = state["model"]
+    unknown = model["vocab"][model["unk_id"]][0] if model.get("unk_id") is not None else model.get("unk_token")
+    kept = sorted(needed - {unknown}, key=lambda token: int(vocab[token]))
+    return [unknown, *kept] if unknown is not None else kept
+
+
+def _trained(state: dict[str, Any], fixed: list[str], texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    """A bare tokenizer with the pipeline of `state`, trained; `fixed` get the first ids."""
+    blank = copy.deepcopy(state)
+    blank.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
+    model = blank["model"]
+    kind = model["type"]
+    options: dict[str, Any] = {"vocab_size": vocab_size, "special_tokens": fixed, "show_progress": False}
+    if kind == "Unigram":
+        model.update(vocab=[[fixed[0], 0.0]], unk_id=0)
+        options["unk_token"] = fixed[0]
+    else:
+        model["vocab"] = {}
+        for option in ("continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(option) is not None:
+                options[option] = model[option]
+    if kind == "BPE":
+        model["merges"] = []
+    if '"ByteLevel"' in json.dumps([blank["pre_tokenizer"], blank["normalizer"]]):
+        options["initial_alphabet"] = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer.from_str(json.dumps(blank))
+    splitters = _splitters(state)
+    if splitters:
+        existing = [tokenizer.pre_tokenizer] if tokenizer.pre_tokenizer is not None else []
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(existing + splitters)
+    if model.get("byte_fallback"):
+        texts = _without_rare_characters(texts)
+    if kind == "Unigram":  # its trainer refuses a small vocabulary without the number; the others exceed it
+        _check_size(len(fixed) + len(_alphabet(tokenizer, texts)), vocab_size)
+    tokenizer.train_from_iterator(texts, _TRAINERS[kind](**options), length=len(texts))
+    return tokenizer
+
+
+def _check_size(minimum: int, vocab_size: int) -> None:
+    if minimum > vocab_size:
+        raise UserError(
+            f"A vocabulary of {vocab_size} tokens is too small for these texts: special tokens and alphabet alone "
+            f"take {minimum}."
+        )
+
+
+def _alphabet(tokenizer: Tokenizer, texts: Sequence[str]) -> set[str]:
+    """Characters that the model sees, after normaliser and pre-tokeniser."""
+    normalise = tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
+    split = tokenizer.pre_tokenizer.pre_tokenize_str if tokenizer.pre_tokenizer else lambda text: [(text, None)]
+    return {character for text in texts for piece, _ in split(normalise(text)) for character in piece}
+
+
+def _splitters(state: dict[str, Any]) -> list[Any]:
+    """Cuts made while training only, where the old vocabulary keeps them and the pipeline does not make them.
+
+    SentencePiece's pipelines have no pre-tokeniser, yet no token crosses words; and in many a vocabulary every
+    digit is its own token.
+    """
+    model = state["model"]
+    cuts: list[Any] = []
+    if model.get("byte_fallback"):
+        cuts += [
+            pre_tokenizers.Split(Regex("\n+"), "isolated"),
+            pre_tokenizers.Split(Regex("▁+"), "merged_with_next"),
+        ]
+    pieces = model["vocab"] if isinstance(model["vocab"], dict) else [piece for piece, _ in model["vocab"]]
+    added = {token["content"] for token in state["added_tokens"]} | set(_BYTE_TOKENS)
+    numbers = any(_NUMBER.search(piece) for piece in pieces if piece not in added)
+    if not numbers and model["type"] != "WordPiece":
+        cuts.append(pre_tokenizers.Digits(individual_digits=True))
+    return cuts
+
+
+def _without_rare_characters(texts: Sequence[str]) -> list[str]:
+    counts = Counter(character for text in texts for character in text)
+    budget = (1 - _CHARACTER_COVERAGE) * sum(counts.values())
+    rare = []
+    for character, count in sorted(counts.items(), key=lambda item: (item[1], item[0])):
+        budget -= count
+        if budget < 0:
+            break
+        rare.append(character)
+    return [text.translate(dict.fromkeys(map(ord, rare))) for text in texts]
+
+
+def _with_vocabulary(state: dict[str, Any], trained: dict[str, Any], kept: set[str]) -> dict[str, Any]:
+    """The old pipeline around the new vocabulary, with every token id in it renewed."""
+    merged = copy.deepcopy(state)
+    model = merged["model"]
+    if trained["type"] == "Unigram":
+        model["vocab"] = [
+            [piece, _BYTE_SCORE if piece in _BYTE_TOKENS else score] for piece, score in trained["vocab"]
+        ]
+        ids = {piece: index for index, (piece, _) in enumerate(model["vocab"])}
+        if model.get("unk_id") is not None:
+            model["unk_id"] = 0
+    else:
+        ids = model["vocab"] = trained["vocab"]
+        if "merges" in trained:
+            model["merges"] = trained["merges"]
+    added = [{**token, "id": ids[token["content"]]} for token in merged["added_tokens"] if token["content"] in kept]
+    merged["added_tokens"] = sorted(added, key=lambda token: int(token["id"]))
+    merged.update(truncation=None, padding=None)
+    _renew_ids(merged["post_processor"], ids)
+    return merged
+
+
+def _renew_ids(post_processor: Any, ids: dict[str, int]) -> None:
+    """Template, BERT and RoBERTa processors, also inside a sequence."""
+    if post_processor is None:
+        return
+    for inner in post_processor.get("processors", []):
+        _renew_ids(inner, ids)
+    for special in (post_processor.get("special_tokens") or {}).values():
+        special["ids"] = [ids[token] for token in special["tokens"]]
+    for name in ("cls", "sep"):
+        if name in post_processor:
+            token = post_processor[name][0]
+            post_processor[name] = [token, ids[token]]
+
+
+def _wrapped(old: Any, backend: Tokenizer, kept: set[str]) -> PreTrainedTokenizerFast:
+    named = {name: str(token) for name, token in old.special_tokens_map.items() if isinstance(token, str)}
+    extra = [str(token) for token in getattr(old, "extra_special_tokens", []) if str(token) in kept]
+    new = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        extra_special_tokens=extra,
+        model_max_length=old.model_max_length,
+        padding_side=old.padding_side,
+        truncation_side=old.truncation_side,
+        model_input_names=old.model_input_names,
+        clean_up_tokenization_spaces=False,
+        **named,
+    )
+    new.chat_template = old.chat_template
+    return new

@@ -1,0 +1,48 @@
+"""Batches of like length, in an order that depends on seed and epoch alone."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+BLOCK_STEPS = 50
+"""Rows are sorted within this many steps: enough to save the padding, few enough to keep the mixture."""
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Shuffles rows, sorts them by length within blocks of fifty steps, and shuffles the steps.
+
+    transformers' own draws from the global random state, so that a resumed epoch would be another one, and leaves
+    every block sorted, so that each ends on the shortest rows.
+
+    Args:
+        lengths: tokens per row.
+        step_size: rows of one optimiser step over accumulation and ranks: split differently, the steps stay the same.
+        seed: of the order.
+    """
+
+    def __init__(self, lengths: Sequence[int], step_size: int, seed: int) -> None:
+        self.lengths = list(lengths)
+        self.step_size = step_size
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch; another epoch is another order."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        full = len(order) - len(order) % self.step_size  # the incomplete step stays last
+        steps = []
+        for start in range(0, full, BLOCK_STEPS * self.step_size):
+            block = order[start : min(start + BLOCK_STEPS * self.step_size, full)]
+            block.sort(key=lambda row: self.lengths[row])
+            steps += [block[i : i + self.step_size] for i in range(0, len(block), self.step_size)]
+        for index in torch.randperm(len(steps), generator=generator).tolist():
+            yield from steps[index]
+        yield from order[full:]

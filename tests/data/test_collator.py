@@ -1,0 +1,228 @@
+"""Rows on both sides and batches made of them."""
+
+import logging
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dwakd.data.collator import EncodedPairs, PairedCollator, encode_pairs
+from dwakd.data.encoding import TextEncoder
+from dwakd.data.rows import Example
+from dwakd.errors import UserError
+from tests.builders import bpe_byte_fallback, byte_bpe, wordpiece
+from tests.data.chat import chatml, gemma_like
+from tests.data.test_encoding import TEXTS
+
+
+@cache
+def sides(template: str = "plain") -> tuple[TextEncoder, TextEncoder]:
+    return TextEncoder(byte_bpe(), template), TextEncoder(bpe_byte_fallback(), template)
+
+
+def row(index: int, response: str, instruction: str = "Hi") -> Example:
+    return Example(index, instruction, response=response, references=(response,))
+
+
+def supervised(item: dict[str, Any], side: str) -> list[int]:
+    return [t for t, m in zip(item[f"{side}_target_ids"], item[f"{side}_response_mask"], strict=True) if m]
+
+
+def supervised_ends(item: dict[str, Any], side: str) -> list[int]:
+    return [t for t, m in zip(item[f"{side}_byte_ends"], item[f"{side}_response_mask"], strict=True) if m]
+
+
+def test_layout_of_a_row() -> None:
+    """Position i predicts target i, the first supervised one is read at the last prompt token, the end included."""
+    student, teacher = sides()
+    item = encode_pairs([row(7, "a 😀")], student, teacher)[0]
+    assert item["example_id"] == 7
+    for name, side in (("student", student), ("teacher", teacher)):
+        prompt, (ids, ends) = side.prompt_ids(row(7, "")), side.response_ids("a 😀")
+        whole = [*prompt, *ids, side.end_token_id]
+        assert item[f"{name}_input_ids"] == whole[:-1]
+        assert item[f"{name}_target_ids"] == whole[1:]
+        assert item[f"{name}_response_mask"] == [False] * (len(prompt) - 1) + [True] * (len(ids) + 1)
+        assert item[f"{name}_byte_ends"] == [0] * (len(prompt) - 1) + ends + [6]
+
+
+def test_chat_supervises_the_assistant_s_text_alone() -> None:
+    """Each side has its own markers in front and its own end token; the text between is the same."""
+    student, teacher = TextEncoder(chatml(), "chat"), TextEncoder(gemma_like(), "chat")
+    history = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"})
+    example = Example(0, "Name three colours.", response="Red, green and blue.", history=history)
+    item = encode_pairs([example], student, teacher)[0]
+    for name, side, end in (("student", student, "<|im_end|>"), ("teacher", teacher, "<end_of_turn>")):
+        *ids, last = supervised(item, name)
+        assert side.tokenizer.decode(ids) == "Red, green and blue."
+        assert side.tokenizer.convert_ids_to_tokens(last) == end
+        assert "Hello" in side.tokenizer.decode(item[f"{name}_input_ids"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=TEXTS.filter(lambda text: "▁" not in text and "<0x" not in text), room=st.integers(2, 24))
+def test_truncation_covers_the_same_characters(text: str, room: int) -> None:
+    """Cut by tokens, the two sides would end at different characters and the tail would align with nothing."""
+    student, teacher = sides()
+    num_prompt = max(len(side.prompt_ids(row(0, ""))) for side in (student, teacher))
+    limits = {"max_length": num_prompt + room, "max_prompt_length": num_prompt}
+    rows = [row(0, text), row(1, "x")]  # the second keeps the set from being empty
+    pairs = encode_pairs(rows, student, teacher, **limits, invalid_rows="skip")
+    for kept in pairs.rows:
+        whole = text if kept.example_id == 0 else "x"
+        assert whole.startswith(kept.text)
+        for encoder, side in ((student, kept.student), (teacher, kept.teacher)):
+            assert side is not None
+            assert len(side.ids) <= limits["max_length"]
+            ids, ends = encoder.response_ids(kept.text)
+            num_end = len(side.byte_ends) - len(ids)
+            assert side.byte_ends[: len(ids)].tolist() == ends
+            assert side.ids[side.num_prompt : side.num_prompt + len(ids)].tolist() == ids
+            assert side.byte_ends[-1] == len(kept.text.encode())
+            assert num_end == (1 if side.ids[-1] == encoder.end_token_id else 0)
+            assert num_end == 0 or kept.text == whole
+
+
+def test_truncation_keeps_what_fits() -> None:
+    """The side with the least room decides, and what fits there is kept; a cut answer must not teach to stop."""
+    student, teacher = sides()
+    example = row(0, "a🤗b" * 30)
+    pairs = encode_pairs([example], student, teacher, max_length=40, max_prompt_length=20)
+    kept = pairs.rows[0]
+    assert pairs.num_truncated == 1
+    assert kept.teacher is not None
+    full = [len(kept.student.ids), len(kept.teacher.ids)]
+    assert 37 <= max(full) <= 40  # an emoji is four tokens, which fit as a whole or not at all
+    for name, side in (("student", student), ("teacher", teacher)):
+        assert side.end_token_id not in supervised(pairs[0], name)
+    assert supervised_ends(pairs[0], "student")[-1] == supervised_ends(pairs[0], "teacher")[-1]
+
+
+def test_a_text_that_fits_without_its_end_token_is_kept_whole() -> None:
+    """The boundary case: the last token takes the end token's place, on both sides alike."""
+    student, _ = sides()
+    example = row(0, "The quick brown fox")
+    ids = student.response_ids(example.response)[0]
+    limit = len(student.prompt_ids(example)) + len(ids)
+    exact = encode_pairs([example], student, max_length=limit + 1, max_prompt_length=limit)
+    assert supervised(exact[0], "student") == [*ids, student.end_token_id]
+    tight = encode_pairs([example], student, max_length=limit, max_prompt_length=limit - 1)
+    assert supervised(tight[0], "student") == ids
+    assert tight.rows[0].text == example.response
+
+
+def test_rows_that_leave_nothing_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    """A row without a supervised token on one side would enter the loss as an empty sequence."""
+    student, teacher = TextEncoder(byte_bpe(), "plain"), TextEncoder(wordpiece(), "plain")
+    rows = [row(3, "The dog"), row(5, "\u200b\x00"), row(8, "fox")]
+    with caplog.at_level(logging.WARNING, "dwakd"):
+        pairs = encode_pairs(rows, student, teacher)
+    assert pairs.report == {"no response token left": [5]}
+    assert [pairs[k]["example_id"] for k in range(len(pairs))] == [3, 8]
+    assert "1 of 3 rows left out (no response token left: 1)" in caplog.text
+    assert len(encode_pairs(rows, student)) == 3
+
+
+def test_an_emoji_that_does_not_fit_is_not_cut_in_two() -> None:
+    """Half a character is no text that the other side could cover."""
+    student, _ = sides()
+    limit = len(student.prompt_ids(row(0, ""))) + 2  # the emoji is three tokens
+    with pytest.raises(UserError, match=r"none of its 1 rows can be used \(no response token left: 1\)"):
+        encode_pairs([row(0, "🤗🤗")], student, max_length=limit, max_prompt_length=limit - 1)
+
+
+def test_invalid_rows_stop_the_run_or_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    """The sentence names row, length, limit, model, count and mend; `skip` leaves exactly those rows out."""
+    student, teacher = sides()
+    rows = [row(0, "a"), row(4, "b", "long " * 40), row(5, "c", "long " * 40), row(6, " \n"), row(7, "d", "🤗" * 9)]
+    with pytest.raises(UserError) as caught:
+        encode_pairs(rows, student, teacher, max_prompt_length=40, source="data.jsonl")
+    num_tokens = len(student.prompt_ids(rows[1]))
+    assert str(caught.value) == (
+        f"data.jsonl, row 4 (counting from 0): the prompt has {num_tokens} tokens for the student, above "
+        "data.max_prompt_length=40 (2 of 5 rows are so); "
+        "raise data.max_prompt_length or set data.invalid_rows: skip"
+    )
+    with pytest.raises(UserError, match=r"train data, row 6 \(counting from 0\): the response is empty \(1 of 2"):
+        encode_pairs([rows[0], rows[3]], student, teacher)
+    with caplog.at_level(logging.WARNING, "dwakd"):
+        pairs = encode_pairs(rows, student, teacher, max_prompt_length=40, invalid_rows="skip")
+    assert pairs.report == {"prompt too long": [4, 5], "response empty": [6]}
+    assert [pairs[k]["example_id"] for k in range(len(pairs))] == [0, 7]
+    assert "3 of 5 rows left out (prompt too long: 2, response empty: 1)" in caplog.text
+
+
+def test_a_prompt_too_long_for_the_teacher_alone() -> None:
+    """Both sides have the limit, and the message has to say whose it is."""
+    student, _ = sides()
+    example = row(0, "a", "dog " * 3)
+    short = max(len(student.prompt_ids(example)), 1)
+    long = TextEncoder(byte_bpe(["zz"], vocab_size=260), "plain")
+    assert len(long.prompt_ids(example)) > short
+    with pytest.raises(UserError, match="tokens for the teacher"):
+        encode_pairs([example], student, long, max_prompt_length=short)
+
+
+def test_a_prompt_without_a_token_is_invalid() -> None:
+    """Nothing would predict the first token of the response, on this side only."""
+    side = TextEncoder(byte_bpe(), "{instruction}")
+    with pytest.raises(UserError, match="the prompt has no token for the student"):
+        encode_pairs([row(0, "a", "")], side)
+
+
+def test_options_that_cannot_be() -> None:
+    """Limits without room for a response, an unknown choice, no rows."""
+    student, teacher = sides()
+    with pytest.raises(
+        UserError, match=r"data\.max_prompt_length=512 must be at least 1 and below data.max_length=512"
+    ):
+        encode_pairs([row(0, "a")], student, teacher, max_prompt_length=512)
+    with pytest.raises(UserError, match=r"data\.invalid_rows 'drop' is unknown: use error or skip"):
+        encode_pairs([row(0, "a")], student, teacher, invalid_rows="drop")
+    with pytest.raises(UserError, match="it is empty"):
+        encode_pairs([], student, teacher)
+
+
+def batch_of(pairs: EncodedPairs, **options: Any) -> dict[str, torch.Tensor]:
+    return PairedCollator(0, 2, **options)([pairs[k] for k in range(len(pairs))])
+
+
+def test_collator_pads_on_the_right() -> None:
+    """Padding must be masked on both sides, and no unpadded value may move."""
+    student, teacher = sides()
+    pairs = encode_pairs([row(0, "a"), row(9, "The quick brown fox jumps over 😀")], student, teacher)
+    batch = batch_of(pairs)
+    assert batch["example_ids"].tolist() == [0, 9]
+    for side, pad in (("student", 0), ("teacher", 2)):
+        fills = {"input_ids": pad, "target_ids": pad, "response_mask": False, "byte_ends": 0}
+        shape = batch[f"{side}_input_ids"].shape
+        for field, fill in fills.items():
+            tensor = batch[f"{side}_{field}"]
+            assert tensor.shape == shape
+            assert tensor.dtype == (torch.bool if field == "response_mask" else torch.long)
+            for k in range(2):
+                values = pairs[k][f"{side}_{field}"]
+                assert tensor[k].tolist() == values + [fill] * (shape[1] - len(values))
+        lengths = [len(pairs[k][f"{side}_input_ids"]) for k in range(2)]
+        mask = batch[f"{side}_attention_mask"]
+        assert mask.dtype == torch.long
+        assert mask.tolist() == [[1] * n + [0] * (shape[1] - n) for n in lengths]
+    assert pairs.student_lengths == [len(pairs[k]["student_input_ids"]) for k in range(2)]
+    assert batch_of(pairs, pad_to_multiple_of=16)["teacher_input_ids"].shape[1] % 16 == 0
+
+
+def test_without_a_teacher_there_are_student_fields_only() -> None:
+    """SFT must not need a second tokenizer; a teacher's rows without its pad id are a mistake."""
+    student, teacher = sides()
+    alone = PairedCollator(0)([encode_pairs([row(0, "a")], student)[0]])
+    assert sorted(alone) == sorted(
+        [
+            "example_ids",
+            *(f"student_{f}" for f in ("input_ids", "attention_mask", "target_ids", "response_mask", "byte_ends")),
+        ]
+    )
+    with pytest.raises(UserError, match="teacher_pad_id"):
+        PairedCollator(0)([encode_pairs([row(0, "a")], student, teacher)[0]])

@@ -1,0 +1,189 @@
+"""Token ids and byte ends for every kind of tokenizer and any script."""
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dwakd.data.encoding import TextEncoder
+from dwakd.data.rows import Example
+from dwakd.errors import UserError
+from tests.builders import bpe_byte_fallback, byte_bpe, unigram_byte_fallback, wordpiece
+from tests.data.chat import chatml, gemma_like, with_bos
+
+SNIPPETS = [
+    "The quick", " brown", "  ", "\n\n", "\t", "\r\n", "e\u0301", "a\u0308\u0323", "Ça", "你好", "Привет", "ไทยกำ",
+    "हिन्दी", "עִבְרִית", "العربية", "가각", "\u1100\u1161\u11a8", "😀", "👩‍👩‍👧", "🇩🇪", "\u200b", "\x00", "ﬁ", "½",
+    "\u212b", "▁", "</s>", "<0x41>", "<|endoftext|>", "##s", "\ufffd", "\U0010ffff",
+]  # fmt: skip
+TEXTS = st.lists(st.sampled_from(SNIPPETS) | st.text(max_size=4), max_size=8).map("".join)
+
+
+def nfc_byte_bpe() -> PreTrainedTokenizerFast:
+    """Qwen's kind: byte-level BPE behind NFC."""
+    tokenizer = byte_bpe()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+def nfkc_unigram() -> PreTrainedTokenizerFast:
+    """T5's kind: compatibility characters are spelled out before SentencePiece."""
+    tokenizer = unigram_byte_fallback()
+    layout = tokenizer.backend_tokenizer.normalizer
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), layout])
+    return tokenizer
+
+
+def metaspace_bpe() -> PreTrainedTokenizerFast:
+    """Llama's newer layout: the pre-tokenizer writes `▁`, and none in front of a space."""
+    tokenizer = bpe_byte_fallback()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return tokenizer
+
+
+def uncased_wordpiece() -> PreTrainedTokenizerFast:
+    """BERT's kind, uncased: case, accents, control characters and white space are dropped."""
+    tokenizer = wordpiece()
+    tokenizer.backend_tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    return tokenizer
+
+
+def gemma_unigram() -> PreTrainedTokenizerFast:
+    return unigram_byte_fallback(prefix_space=False)
+
+
+SPELLING = [byte_bpe, unigram_byte_fallback, gemma_unigram, bpe_byte_fallback, metaspace_bpe]
+ALL = [*SPELLING, nfc_byte_bpe, nfkc_unigram, wordpiece, uncased_wordpiece]
+
+
+@cache
+def encoder(build: Callable[[], PreTrainedTokenizerFast]) -> TextEncoder:
+    return TextEncoder(build(), "plain")
+
+
+@pytest.mark.parametrize("build", ALL)
+@settings(max_examples=60, deadline=None)
+@given(text=TEXTS)
+@example(text="")
+def test_ends_cover_the_text_once_in_order(build: Callable[[], PreTrainedTokenizerFast], text: str) -> None:
+    """Alignment pairs tokens by these ends: one that falls or leaves the text pairs unrelated tokens."""
+    ids, ends = encoder(build).response_ids(text)
+    assert len(ids) == len(ends)
+    assert ends == sorted(ends)
+    assert not ends or (ends[0] >= 0 and ends[-1] == len(text.encode()))
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=TEXTS)
+def test_byte_level_ends_are_exact(text: str) -> None:
+    """A token that ends inside a character has its end there (trl issue 4393); decoding prefixes is the oracle."""
+    side = encoder(byte_bpe)
+    ids, ends = side.response_ids(text)
+    for count, end in enumerate(ends, 1):
+        assert side.tokenizer.decode(ids[:count]) == text.encode()[:end].decode(errors="replace")
+
+
+@pytest.mark.parametrize("build", SPELLING[1:])
+@settings(max_examples=80, deadline=None)
+@given(text=TEXTS.filter(lambda text: "▁" not in text and "<0x" not in text))
+def test_sentencepiece_ends_are_exact(build: Callable[[], PreTrainedTokenizerFast], text: str) -> None:
+    """Byte pieces are one byte each and the dummy prefix none; every other token ends between characters."""
+    side = encoder(build)
+    ids, ends = side.response_ids(text)
+    pieces = side.tokenizer.convert_ids_to_tokens(ids)
+    start = 0
+    for k, (piece, end) in enumerate(zip(pieces, ends, strict=True)):
+        expected = 1 if piece.startswith("<0x") else len(piece.replace("▁", " ").encode())
+        dummy = k == 0 and piece.startswith("▁") and (end - start) == expected - 1
+        assert end - start == expected or dummy
+        start = end
+
+
+@pytest.mark.parametrize(
+    ("build", "text", "pieces", "ends"),
+    [
+        (byte_bpe, "🤗", ["ðŁ", "¤", "Ĺ"], [2, 3, 4]),
+        (unigram_byte_fallback, "🤗", ["▁", "<0xF0>", "<0x9F>", "<0xA4>", "<0x97>"], [0, 1, 2, 3, 4]),
+        (gemma_unigram, "🤗", ["<0xF0>", "<0x9F>", "<0xA4>", "<0x97>"], [1, 2, 3, 4]),
+        (nfc_byte_bpe, "u\u0301x", ["Ã", "º", "x"], [2, 3, 4]),
+        (wordpiece, " The dog ", ["The", "dog"], [4, 9]),
+        (wordpiece, "The \u0f40\u0f41 dog", ["The", "[UNK]", "dog"], [3, 10, 14]),
+        (uncased_wordpiece, "E\u0301 \x00e", ["e", "e"], [3, 6]),
+    ],
+)
+def test_ends_by_hand(
+    build: Callable[[], PreTrainedTokenizerFast], text: str, pieces: list[str], ends: list[int]
+) -> None:
+    """One case per rule: byte pieces, dummy prefix, composed marks, dropped white space, unknown words."""
+    side = encoder(build)
+    ids, got = side.response_ids(text)
+    assert side.tokenizer.convert_ids_to_tokens(ids) == pieces
+    assert got == ends
+
+
+def test_spelled_out_special_tokens_are_text() -> None:
+    """An answer that mentions "</s>" must not teach the student to stop in the middle."""
+    for side, text in ((encoder(byte_bpe), "a<|endoftext|>b"), (encoder(bpe_byte_fallback), "a</s>b")):
+        ids, ends = side.response_ids(text)
+        assert side.end_token_id not in ids
+        assert ends[-1] == len(text)
+
+
+def test_prompts_keep_special_tokens_and_responses_leave_no_trace() -> None:
+    """The chat markers of a prompt have to stay single tokens after any response was encoded."""
+    side = TextEncoder(chatml(), "chat")
+    side.response_ids("text")
+    ids = side.prompt_ids(Example(0, "Hi"))
+    assert ids[0] == side.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert side.tokenizer.decode(ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert side.tokenizer("<|im_end|>")["input_ids"] == [side.end_token_id]
+
+
+def test_beginning_of_sequence_only_where_the_model_wants_it() -> None:
+    """A missing or doubled bos puts the model off its distribution; `never` is the paper's way."""
+    row = Example(0, "Hi")
+    llama = with_bos(bpe_byte_fallback())
+    bos = llama.bos_token_id
+    assert TextEncoder(llama, "plain").prompt_ids(row)[0] == bos
+    assert TextEncoder(llama, "plain").prompt_ids(row)[1:] == TextEncoder(llama, "plain", "never").prompt_ids(row)
+    assert bos not in TextEncoder(bpe_byte_fallback(), "plain").prompt_ids(row)
+    assert bos not in TextEncoder(llama, "plain").response_ids("Hi")[0]
+    assert TextEncoder(gemma_like(), "chat").prompt_ids(row).count(gemma_like().bos_token_id) == 1
+
+
+def test_batches_and_single_texts_agree() -> None:
+    """Rows are encoded in batches; padding or truncation left on in a tokenizer must not reach them."""
+    side = TextEncoder(byte_bpe(), "plain")
+    side.tokenizer.backend_tokenizer.enable_padding(length=64)
+    side.tokenizer.backend_tokenizer.enable_truncation(2)
+    batch = side.response_ids_batch(SNIPPETS)
+    assert batch == [encoder(byte_bpe).response_ids(text) for text in SNIPPETS]
+    rows = [Example(0, text) for text in SNIPPETS]
+    assert side.prompt_ids_batch(rows) == [side.prompt_ids(row) for row in rows]
+
+
+def test_stop_tokens() -> None:
+    """Generation has to stop at the template's end token and at end-of-sequence."""
+    side = TextEncoder(chatml(), "chat")
+    assert side.end_token_ids == [side.tokenizer.convert_tokens_to_ids("<|im_end|>"), side.tokenizer.eos_token_id]
+    assert encoder(byte_bpe).end_token_ids == [encoder(byte_bpe).tokenizer.eos_token_id]
+
+
+def test_mistakes_are_named() -> None:
+    """Each has to stop the run before any tokenising."""
+
+    class Slow:
+        is_fast = False
+        name_or_path = "org/slow"
+
+    with pytest.raises(UserError, match="tokenizer of org/slow is a slow one"):
+        TextEncoder(Slow())
+    with pytest.raises(UserError, match=r"data\.bos 'always' is unknown: use auto or never"):
+        TextEncoder(byte_bpe(), bos="always")
+    with pytest.raises(UserError, match=r"data\.template 'vicuna' is unknown"):
+        TextEncoder(byte_bpe(), "vicuna")

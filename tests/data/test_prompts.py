@@ -1,0 +1,115 @@
+"""Prompt texts and end tokens, per template and per model."""
+
+import pytest
+
+from dwakd.data.prompts import end_token_id, render_prompt
+from dwakd.data.rows import Example
+from dwakd.errors import UserError
+from tests.builders import byte_bpe
+from tests.data.chat import chatml, gemma_like
+
+PLAIN = Example(0, "Add.", response="3")
+WITH_INPUT = Example(0, "Add.", "1 2", "3")
+TURNS = (
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+)
+
+
+def test_alpaca_is_the_literature_s_prompt() -> None:
+    """Another header or end would make results incomparable with the paper's."""
+    assert render_prompt(PLAIN, "alpaca", None) == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nAdd.\n\n### Response:\n"
+    )
+    assert render_prompt(WITH_INPUT, "alpaca", None) == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
+    )
+
+
+def test_plain_and_format_strings() -> None:
+    """Braces inside a row are text, never placeholders."""
+    assert render_prompt(PLAIN, "plain", None) == "Add.\n"
+    assert render_prompt(WITH_INPUT, "plain", None) == "Add.\n1 2\n"
+    assert render_prompt(WITH_INPUT, "{{Q}} {instruction} [{input}]", None) == "{Q} Add. [1 2]"
+    assert render_prompt(Example(0, "{input} {x}", "{0}"), "plain", None) == "{input} {x}\n{0}\n"
+
+
+def test_earlier_turns_stand_before_the_instruction() -> None:
+    """A template without turns must not drop what the answer refers to."""
+    only_system = Example(0, "Add.", history=TURNS[:1])
+    assert render_prompt(only_system, "plain", None) == "Be brief.\n\nAdd.\n"
+    whole = Example(0, "Add.", history=TURNS)
+    assert render_prompt(whole, "plain", None) == "Be brief.\n\nUser: Hi\n\nAssistant: Hello\n\nUser: Add.\n"
+
+
+def test_chat_is_the_model_s_own() -> None:
+    """Student and teacher each have to see the conversation in the form they were trained on."""
+    row = Example(0, "Add.", "1 2", history=TURNS[1:])
+    assert render_prompt(row, "chat", chatml()) == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+        "<|im_start|>user\nAdd.\n1 2<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert render_prompt(row, "chat", gemma_like()) == (
+        "<s><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nHello<end_of_turn>\n"
+        "<start_of_turn>user\nAdd.\n1 2<end_of_turn>\n<start_of_turn>model\n"
+    )
+
+
+def test_end_token_is_what_the_chat_template_writes() -> None:
+    """A student trained to end with another token than its template's would never stop where it is used."""
+    for tokenizer, token in ((chatml(), "<|im_end|>"), (gemma_like(), "<end_of_turn>")):
+        assert end_token_id(tokenizer, "chat") == tokenizer.convert_tokens_to_ids(token)
+        assert end_token_id(tokenizer, "alpaca") == tokenizer.eos_token_id
+        assert tokenizer.eos_token_id != tokenizer.convert_tokens_to_ids(token)
+
+
+def test_end_token_of_templates_that_write_none() -> None:
+    """Text after an answer (the next speaker's name) is no end token; Llama 2's has a space in front."""
+    tokenizer = byte_bpe()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\nend\n' }}{% endfor %}"
+    assert end_token_id(tokenizer, "chat") == tokenizer.eos_token_id
+    tokenizer = chatml()
+    tokenizer.chat_template = "{% for m in messages %}[INST]{{ m['content'] }} <|im_end|>{% endfor %}"
+    assert end_token_id(tokenizer, "chat") == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("vicuna", "data.template 'vicuna' is unknown: use alpaca, chat, plain, or a format string"),
+        ("{instruction} {context}", "unknown placeholder {context}"),
+        ("{instruction.__class__}", "unknown placeholder {instruction.__class__}"),
+        ("{instruction!r}", "unknown placeholder {instruction!r}"),
+        ("{instruction:>9}", "unknown placeholder {instruction:>9}"),
+        ("{} {instruction}", "unknown placeholder {}"),
+        ("{instruction", "is no format string"),
+        ("Context: {input}", "never shows the instruction"),
+    ],
+)
+def test_malformed_templates_are_refused(template: str, message: str) -> None:
+    """A template that leaves the question out would train on answers to nothing."""
+    with pytest.raises(UserError) as caught:
+        render_prompt(PLAIN, template, None)
+    assert message in str(caught.value)
+
+
+def test_chat_without_a_template_or_with_one_that_refuses() -> None:
+    """The message has to name the model and the row: two models have two templates."""
+    tokenizer = byte_bpe()
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match=r"no chat template: use data\.template: alpaca"):
+        render_prompt(PLAIN, "chat", tokenizer)
+    with pytest.raises(UserError, match=r"refuses row 7 \(counting from 0\): no system role here"):
+        render_prompt(Example(7, "Add.", history=TURNS), "chat", gemma_like())
+
+
+def test_no_end_of_sequence_token_is_refused() -> None:
+    """Without an end token the student would never learn to stop."""
+    tokenizer = byte_bpe()
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        end_token_id(tokenizer, "alpaca")

@@ -1,0 +1,254 @@
+"""Reading rows: every format and layout gives the same examples, every malformed row is named."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from dwakd.data import sources
+from dwakd.data.sources import Example, load_examples
+from dwakd.errors import UserError
+
+ROWS = [
+    {"prompt": "Wie heißt du?", "response": "Ich heiße Ada.", "source": "x"},
+    {"prompt": 'Say "a,\nb"', "response": " a,\nb\u2028c\x0c ", "source": "y"},
+    {"prompt": "Grüße 😀", "response": "e\u0301", "source": "z"},
+]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    match path.suffix:
+        case ".jsonl":
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        case ".json":
+            path.write_text(json.dumps(rows), encoding="utf-8")
+        case ".csv":
+            with path.open("w", newline="", encoding="utf-8-sig") as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+        case ".parquet":
+            datasets.Dataset.from_list(rows).to_parquet(str(path))
+    return path
+
+
+def error_of(source: Any, **options: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        load_examples(source, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_formats_give_the_same_examples(tmp_path: Path, suffix: str) -> None:
+    """A reader that alters text (line ends, separators, a byte-order mark) would train on other answers."""
+    examples = load_examples(str(write(tmp_path / f"data{suffix}", ROWS)))
+    assert examples == [
+        Example(n, row["prompt"], response=row["response"], references=(row["response"],))
+        for n, row in enumerate(ROWS)
+    ]
+
+
+def test_objects_in_memory_are_read_like_files() -> None:
+    """A data set passed in by a library user has to mean what the same rows in a file mean."""
+    expected = load_examples(ROWS)
+    table = datasets.Dataset.from_list(ROWS)
+    assert load_examples(table) == expected
+    assert load_examples(table.with_format("numpy")) == expected
+    assert load_examples(datasets.DatasetDict(test=table), split="test") == expected
+    assert load_examples(table, limit=2) == expected[:2]
+    assert "no split 'train': its splits are test" in error_of(datasets.DatasetDict(test=table))
+    assert "cannot read rows from int" in error_of(3)
+
+
+def test_hub_ids_go_to_load_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The id, its config and the split have to arrive; a failure has to name what was asked for."""
+    calls: list[Any] = []
+
+    def load_dataset(*args: Any, **options: Any) -> datasets.Dataset:
+        calls.append((*args, options))
+        if args[0] == "no/such":
+            raise ConnectionError("no network\nand more")
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(sources.datasets, "load_dataset", load_dataset)
+    assert len(load_examples("org/name:main", split="train[:3]")) == 3
+    load_examples("org/name")
+    assert calls == [("org/name", "main", {"split": "train[:3]"}), ("org/name", None, {"split": "train"})]
+    assert error_of("no/such", split="test").startswith("cannot load the data set 'no/such' (split 'test')")
+    assert "and more" not in error_of("no/such")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"instruction": "i", "input": "x", "output": "o"}, Example(0, "i", "x", "o", ("o",))),
+        ({"instruction": "i", "input": None, "output": "o"}, Example(0, "i", "", "o", ("o",))),
+        ({"instruction": "i", "context": "x", "response": "o"}, Example(0, "i", "x", "o", ("o",))),
+        ({"prompt": "i", "response": "o", "input": "ignored"}, Example(0, "i", "", "o", ("o",))),
+        ({"prompt": "i", "completion": "o"}, Example(0, "i", "", "o", ("o",))),
+        ({"prompt": "i", "output": "o"}, Example(0, "i", "", "o", ("o",))),
+        ({"prompt": "rendered i", "instruction": "i", "output": "o"}, Example(0, "i", "", "o", ("o",))),
+        ({"prompt": "i", "response": ["o", "p"]}, Example(0, "i", "", "o", ("o", "p"))),
+        (
+            {
+                "messages": [
+                    {"role": "system", "content": "s"},
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b"},
+                    {"role": "user", "content": "i"},
+                    {"role": "assistant", "content": "o"},
+                    {"role": "user", "content": "thanks"},
+                ]
+            },
+            Example(
+                0,
+                "i",
+                response="o",
+                references=("o",),
+                history=(
+                    {"role": "system", "content": "s"},
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b"},
+                ),
+            ),
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "i"}, {"from": "gpt", "value": "o"}]},
+            Example(0, "i", response="o", references=("o",)),
+        ),
+        (
+            {
+                "prompt": [{"role": "user", "content": "i"}],
+                "completion": [{"role": "assistant", "content": "o"}],
+            },
+            Example(0, "i", response="o", references=("o",)),
+        ),
+    ],
+)
+def test_layouts_are_recognised(row: dict[str, Any], expected: Example) -> None:
+    """A column taken for another one would train on questions as answers."""
+    assert load_examples([row]) == [expected]
+    assert load_examples(datasets.Dataset.from_list([row])) == [expected]
+
+
+def test_named_columns_win() -> None:
+    """The recipe's names hold even where the usual names exist; Dolly's context is found beside its instruction."""
+    row = {"question": "q", "hint": "h", "answer": "a", "instruction": "i", "context": "c", "response": "r"}
+    named = load_examples([row], prompt="question", response="answer", input="hint")
+    assert named == [Example(0, "q", "h", "a", ("a",))]
+    assert load_examples([row], prompt="question", response="answer")[0].input == ""
+    assert load_examples([row], prompt="instruction", response="response")[0].input == "c"
+
+
+def test_questions_without_answers() -> None:
+    """An evaluation set without answers (Vicuna) has to load, and one with answers has to keep them."""
+    question = {"role": "user", "content": "q"}
+    assert load_examples([{"instruction": "q"}], need_response=False) == [Example(0, "q")]
+    assert load_examples([{"messages": [question]}], need_response=False) == [Example(0, "q")]
+    assert load_examples([{"prompt": "q", "response": None}], need_response=False) == [Example(0, "q")]
+    answered = {"messages": [question, {"role": "assistant", "content": "a"}]}
+    assert load_examples([answered], need_response=False)[0].references == ("a",)
+    assert "no column with the response (output, response, completion)" in error_of([{"instruction": "q"}])
+
+
+def test_limit_reads_no_further(tmp_path: Path) -> None:
+    """A quick run on a few rows of a large file must not read the file."""
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "a", "response": "b"}\n\nbroken\n')
+    assert len(load_examples(path, limit=1)) == 1
+    assert "at least 1" in error_of(path, limit=0)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a", "response": }', "line 3: not valid JSON (Expecting value, column 29)"),
+        ('["a", "b"]', "line 3: expected an object with named columns, got list"),
+        ('{"prompt": "a", "response": 4}', "line 3: 'response' is int 4, not a string"),
+        ('{"prompt": "a", "response": null}', "line 3: 'response' is null, not a string"),
+        ('{"prompt": {"x": 1}, "response": "b"}', "line 3: 'prompt' is dict"),
+        ('{"prompt": "a"}', "line 3: the column 'response' is missing; this row has: prompt"),
+        ('{"prompt": "a", "response": []}', "line 3: 'response' is an empty list"),
+        ('{"prompt": "a", "response": ["b", 2]}', "line 3: 'response'[1] is int 2, not a string"),
+        ('{"prompt": "a", "response": "\\ud800"}', "line 3: 'response' is no valid Unicode text"),
+        ('{"prompt": ["a"], "response": "b"}', "line 3: 'prompt'[0] is str, not an object"),
+        ('{"prompt": [], "response": "b"}', "line 3: the turn before the answer in 'prompt' must be the user's"),
+        (b'{"prompt": "\xff", "response": "b"}', "line 3: not UTF-8"),
+        ("[" * 100_000, "line 3: not valid JSON"),
+    ],
+)
+def test_malformed_lines_are_named(tmp_path: Path, line: str | bytes, message: str) -> None:
+    """Blank lines count as lines: the number has to be the one an editor shows."""
+    path = tmp_path / "data.jsonl"
+    data = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(b'{"prompt": "a", "response": "b"}\n\n' + data + b"\n")
+    assert f"{path}, {message}" in error_of(str(path))
+    assert "the rows, " in error_of(str(path), name="the rows")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", '{"prompt": "a"}', "expected a list of objects, got dict"),
+        (
+            "a.json",
+            '{"prompt": "a"}\n{"prompt": "b"}\n',
+            "line 2: not valid JSON (Extra data): name the file .jsonl",
+        ),
+        ("a.json", '[{"prompt": "a", "response": "b"}, 3]', "row 1 (counting from 0): expected an object"),
+        ("a.json", "[]", "is empty"),
+        ("a.jsonl", "\n \n", "is empty"),
+        ("a.csv", "prompt,response\n", "is empty"),
+        ("a.csv", "", "is empty"),
+        ("a.csv", 'prompt,response\n"a\nb",c\nd\n', "line 4: has not as many fields as the header (2)"),
+        ("a.csv", "prompt,response\na,b,c\n", "line 2: has not as many fields as the header (2)"),
+        ("a.csv", 'prompt,response\n"a"b,c\n', "line 2: not valid CSV"),
+        ("a.parquet", "no", "not a readable parquet file"),
+        ("a.txt", "no", "cannot read .txt: use .json, .jsonl, .csv, .parquet"),
+        ("a", "no", "cannot read a file without suffix"),
+    ],
+)
+def test_malformed_files_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    """Each mistake has its own sentence with the path."""
+    path = tmp_path / name
+    path.write_text(content)
+    error = error_of(str(path))
+    assert str(path) in error
+    assert message in error
+
+
+def test_missing_files_and_columns_are_named(tmp_path: Path) -> None:
+    """A path that does not exist must not be taken for a hub id, and a column error lists what there is."""
+    assert "data/valid.jsonl: no such file" in error_of("data/valid.jsonl")
+    assert "no such file" in error_of(tmp_path / "nothing")
+    assert "is a folder" in error_of(str(tmp_path))
+    assert "is empty" in error_of([])
+    assert "is empty" in error_of(datasets.Dataset.from_list([]))
+    path = str(write(tmp_path / "data.jsonl", ROWS))
+    for option in ("prompt", "response", "input"):
+        error = error_of(path, **{option: "answer"})
+        assert f"{path} has no column 'answer', which data.{option} names" in error
+        assert "prompt, response, source" in error
+    assert "no column with the prompt" in error_of([{"text": "a"}])
+    assert "its columns are: text" in error_of(datasets.Dataset.from_list([{"text": "a"}]))
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "user", "content": "a"}], "no assistant turn"),
+        ([{"role": "assistant", "content": "a"}], "must be the user's"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}],
+            "'messages'[1] content is null",
+        ),
+        ([{"content": "a"}], "'messages'[0] role is null"),
+        (["a"], "'messages'[0] is str"),
+    ],
+)
+def test_malformed_conversations_are_named(messages: list[Any], message: str) -> None:
+    """A conversation without an answer, or with one that answers nobody, has nothing to learn."""
+    assert message in error_of([{"messages": messages}])
