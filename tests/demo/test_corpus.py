@@ -1,22 +1,35 @@
-"""The demo's corpus and tokenizers: what the comparison of the demo rests on."""
+"""The demo's corpus and tokenizers: what the comparison at the end of the demo rests on."""
 
 import hashlib
 import os
+import random
 import re
+import string
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from dwakd.data.sources import Example
+from dwakd.demo import lexicon
 from dwakd.demo.corpus import Task, Word, check, draw_scene, is_held_out, load_tasks, make_corpus
 from dwakd.demo.tokenizers import demo_tokenizers
 from dwakd.errors import UserError
 
 Splits = tuple[list[Example], list[Example], list[Example]]
 NUM_TRAIN, NUM_HELD_OUT = 3400, 170
+
+FINGERPRINT = """
+import hashlib
+from dwakd.demo.corpus import make_corpus
+from dwakd.demo.tokenizers import demo_tokenizers
+splits = make_corpus(680, 34, 34, seed=5)
+texts = [text for split in splits for row in split for text in (row.instruction, row.response)]
+tokenizers = [tokenizer.backend_tokenizer.to_str() for tokenizer in demo_tokenizers(texts)]
+print(hashlib.sha256(repr((splits, tokenizers)).encode()).hexdigest())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -26,31 +39,203 @@ def splits() -> Splits:
 
 @pytest.fixture(scope="module")
 def texts(splits: Splits) -> list[str]:
-    return [text for split in splits for example in split for text in (example.instruction, example.response)]
+    return [text for split in splits for row in split for text in (row.instruction, row.response)]
 
 
 @pytest.fixture(scope="module")
-def tokenizers(texts: list[str]):
+def tokenizers(texts: list[str]) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
     return demo_tokenizers(texts)
 
 
-def _matches(task: Task, example: Example) -> list[dict[str, str]]:
-    """The slot values under which one of the task's prompts gives this instruction."""
-    found = []
-    for prompt in task.prompts:
-        pattern, seen = "", set()
-        for literal, slot in re.findall(r"([^{]*)(?:\{(\w+)(?::\w+)?\})?", prompt):
-            pattern += re.escape(literal)
-            if slot:
-                pattern += f"(?P={slot})" if slot in seen else f"(?P<{slot}>.+?)"
-                seen.add(slot)
-        if match := re.fullmatch(pattern, example.instruction):
-            found.append(match.groupdict())
-    return found
+def _slots(template: str) -> set[str]:
+    return {slot for _, slot, _, _ in string.Formatter().parse(template) if slot}
+
+
+def _read_back(instruction: str) -> tuple[Task, dict[str, Word]]:
+    """The task and the slots an instruction was made from, found again from its text."""
+    for task in load_tasks():
+        for prompt in task.prompts:
+            pattern, known = "", set()
+            for literal, slot, _, _ in string.Formatter().parse(prompt):
+                pattern += re.escape(literal)
+                if slot:
+                    pattern += f"(?:an? )?(?P={slot})" if slot in known else f"(?:an? )?(?P<{slot}>.+?)"
+                    known.add(slot)
+            if match := re.fullmatch(pattern, instruction):
+                return task, {slot: Word(value) for slot, value in match.groupdict().items()}
+    raise AssertionError(instruction)
 
 
 def test_sizes_and_indices(splits: Splits) -> None:
-    """A short split, or an index that is no row number, would misname rows in every error message."""
+    """A wrong index would name the wrong row in every message about the data."""
     assert [len(split) for split in splits] == [NUM_TRAIN, NUM_HELD_OUT, NUM_HELD_OUT]
     for split in splits:
-        assert [example.index for example in split] == list(range(len(split)))
+        assert [row.index for row in split] == list(range(len(split)))
+
+
+def test_no_prompt_occurs_twice(splits: Splits) -> None:
+    """A test prompt among the training rows would measure memory, and reward the student that overfits."""
+    prompts = [row.instruction for split in splits for row in split]
+    assert len(set(prompts)) == len(prompts)
+
+
+def test_test_combinations_never_occur_in_training(splits: Splits) -> None:
+    """A reworded training row in the test split could be answered by looking the combination up."""
+    train, dev, test = splits
+    trained = set()
+    for row in train:
+        task, slots = _read_back(row.instruction)
+        if all(slot in slots for slot in task.key):
+            trained.add((task.kind, *(slots[slot] for slot in task.key)))
+    compared = 0
+    for row in dev + test:
+        task, slots = _read_back(row.instruction)
+        if all(slot in slots for slot in task.key):
+            compared += 1
+            assert (task.kind, *(slots[slot] for slot in task.key)) not in trained, row.instruction
+    assert compared > NUM_HELD_OUT
+    assert len(trained) > NUM_TRAIN / 2
+
+
+def test_every_task_has_its_share_of_any_leading_part(splits: Splits) -> None:
+    """A student trained on the first few hundred rows would never see some of the tasks it is tested on."""
+    kinds = [_read_back(row.instruction)[0].kind for row in splits[0][:850]]
+    counts = {task.kind: kinds.count(task.kind) for task in load_tasks()}
+    assert len(counts) >= 30
+    assert min(counts.values()) >= 8
+    assert max(counts.values()) <= 50
+
+
+def test_answers_are_short_and_accepted(splits: Splits) -> None:
+    """A response outside its own references would score the perfect model below 100."""
+    for row in (row for split in splits for row in split):
+        assert row.response in row.references
+        assert check(row, row.response)
+        assert all(3 <= len(reference.split()) <= 15 for reference in row.references), row
+        assert len(row.instruction.split()) <= 40
+        assert not re.search(r"[{}_]| {2}", " ".join([row.instruction, *row.references])), row
+
+
+def test_answers_depend_on_the_prompt(splits: Splits) -> None:
+    """If few distinct answers sufficed, a table of the commonest ones would beat any student."""
+    responses = [row.response for row in splits[2]]
+    trained = {reference for row in splits[0] for reference in row.references}
+    assert len(set(responses)) > 0.9 * len(responses)
+    assert sum(response not in trained for response in responses) > 0.4 * len(responses)
+
+
+@pytest.mark.parametrize("task", load_tasks(), ids=lambda task: task.kind)
+def test_templates_name_known_slots(task: Task) -> None:
+    """A misspelt slot would end the demo with a KeyError after a minute; answers must follow from the prompt."""
+    scene = draw_scene(random.Random(0))
+    for template in task.prompts + task.answers:
+        assert _slots(template) <= set(scene), template
+    assert set(task.key) <= set(scene)
+    assert len(set(task.prompts)) == len(task.prompts) >= 2
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_scenes_are_true(seed: int) -> None:
+    """Wrong sums, orders or facts would teach the teacher nonsense that its students are blamed for."""
+    scene = draw_scene(random.Random(seed))
+    number = {word: value for value, word in enumerate(lexicon.NUMBERS)}
+    assert number[scene["left"]] + number[scene["right"]] == number[scene["total"]]
+    assert number[scene["few"]] < number[scene["many"]]
+    words = [scene["word1"], scene["word2"], scene["word3"]]
+    assert scene["sorted_words"].split(", ") == sorted(words)
+    assert scene["nth"] == words[["first", "second", "third"].index(scene["ordinal"])]
+    assert lexicon.TOWNS[scene["town"]] == scene["country"]
+    assert scene["item"] in lexicon.KINDS[scene["kind"]]
+    assert scene["other"] not in lexicon.KINDS[scene["kind"]]
+    assert (scene["they"] == "she") is (scene["name"] in lexicon.WOMEN)
+    both = lexicon.OPPOSITES | {second: first for first, second in lexicon.OPPOSITES.items()}
+    assert both[scene["adjective"]] == scene["opposite"]
+    for slot in scene:
+        if slot.endswith("2") and slot != "word2":
+            assert scene[slot] != scene[slot[:-1]], slot
+
+
+def test_lexicon_words_are_unambiguous() -> None:
+    """A word with two opposites, kinds or genders would make a right answer count as wrong."""
+    assert not set(lexicon.WOMEN) & set(lexicon.MEN)
+    for table in (lexicon.OPPOSITES, lexicon.MOODS):
+        words = [*table, *table.values()]
+        assert len(set(words)) == len(words)
+    items = [item for items in lexicon.KINDS.values() for item in items]
+    assert len(set(items)) == len(items)
+    assert all(first[0] < second[0] for first, second in pairwise(lexicon.WORDS))
+
+
+def test_check_reads_the_content() -> None:
+    """Exact match would be zero for case or spacing, or one for a wrong name."""
+    row = Example(0, "Where?", response="He lives in Rome.", references=("Ben lives in Rome.", "He lives in Rome."))
+    assert check(row, " ben lives  in Rome\n")
+    assert check(row, "He lives in Rome.")
+    assert not check(row, "Ben lives in Oslo.")
+    assert not check(row, "Ben lives in Rome. Ben lives in Rome.")
+    assert not check(row, "")
+
+
+def test_held_out_share(splits: Splits) -> None:
+    """A share of nothing or everything would leave one split without rows."""
+    rng = random.Random(0)
+    task = load_tasks()[0]
+    share = sum(is_held_out(task, draw_scene(rng)) for _ in range(2000)) / 2000
+    assert 0.08 < share < 0.18
+
+
+def test_seed_decides() -> None:
+    """Two runs with different data could not be compared; two seeds with the same data would count as two."""
+    assert make_corpus(68, 34, 34, seed=1) == make_corpus(68, 34, 34, seed=1)
+    assert make_corpus(68, 34, 34, seed=1) != make_corpus(68, 34, 34, seed=2)
+
+
+def test_exhausted_corpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking for more rows than there are would never end."""
+    monkeypatch.setattr("dwakd.demo.corpus._MAX_TRIES", 50)
+    with pytest.raises(UserError, match="ask for fewer rows"):
+        make_corpus(0, 20_000, 0, seed=0)
+
+
+def test_same_corpus_and_tokenizers_in_every_process() -> None:
+    """Vocabularies that change from run to run make every number of the demo unrepeatable."""
+    prints = set()
+    for hash_seed, threads in (("1", "1"), ("2", "2")):
+        env = os.environ | {"PYTHONHASHSEED": hash_seed, "RAYON_NUM_THREADS": threads}
+        command = [sys.executable, "-c", FINGERPRINT]
+        prints.add(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
+    assert len(prints) == 1
+    assert len(prints.pop().strip()) == len(hashlib.sha256().hexdigest())
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_tokenizers_are_lossless(tokenizers, texts: list[str], side: int) -> None:
+    """A space or an accent lost in decoding would lower exact match for a perfect model."""
+    tokenizer = tokenizers[side]
+    unseen = [" two  spaces ", "naïve Łódź 東京 🙂\n", "e\u0301", "<0x41> and \t tab", "don't, 'quoted'"]
+    for text in [*texts[:1500], *unseen]:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids
+
+
+def test_tokenizers_are_of_different_families(tokenizers, texts: list[str]) -> None:
+    """With like tokenizers the demo would not show distillation across tokenizers."""
+    student, teacher = tokenizers
+    assert student.bos_token_id is None
+    assert teacher("Oslo").input_ids[0] == teacher.bos_token_id
+    for tokenizer in tokenizers:
+        assert None not in (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        assert tokenizer.pad_token_id != tokenizer.eos_token_id
+        assert max(tokenizer.get_vocab().values()) == len(tokenizer) - 1
+    assert len(student) == 640
+    assert 1000 <= len(teacher) <= 1536
+    lengths = [sum(len(tokenizer.tokenize(text)) for text in texts) for tokenizer in tokenizers]
+    assert lengths[0] > 1.2 * lengths[1]
+
+
+def test_rows_are_short_in_tokens(tokenizers, splits: Splits) -> None:
+    """Long rows would take the demo beyond its five minutes, and prompts beyond the limit would be refused."""
+    for tokenizer in tokenizers:
+        for row in splits[0]:
+            assert len(tokenizer(f"{row.instruction}\n{row.response}").input_ids) <= 72

@@ -1,5 +1,6 @@
-"""Soft-DTW: the published vectors, the compiled kernel against its plain twin, and what a ragged batch must not see."""
+"""Soft-DTW: published vectors, the compiled kernel against its plain twin, and what a ragged batch must not see."""
 
+import importlib
 import itertools
 import logging
 import math
@@ -11,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import dwakd.kernels.soft_dtw as room
 from dwakd.kernels import soft_dtw
 
+room = importlib.import_module("dwakd.kernels.soft_dtw")  # the module: `dwakd.kernels.soft_dtw` is the function
 IMPLS = ("naive", "cpu")
 EXAMPLE = torch.tensor([[[0.0, 1.0, 2.0], [1.0, 0.0, 1.0]]], dtype=torch.float64)
 
@@ -177,7 +178,7 @@ def test_float32_accuracy(gamma: float, size: tuple[int, int]) -> None:
     value, grad = value_and_grad(cost.double(), gamma, impl="cpu")
     value32, grad32 = value_and_grad(cost, gamma, impl="cpu")
     torch.testing.assert_close(value32.double(), value, rtol=3e-7, atol=1e-6)
-    torch.testing.assert_close(grad32.double(), grad, rtol=0, atol=2e-6)
+    torch.testing.assert_close(grad32.double(), grad, rtol=0, atol=1.5e-6)
 
 
 def test_small_gamma_is_hard_dtw() -> None:
@@ -300,7 +301,6 @@ def test_empty_batch(impl: str) -> None:
         ({"gamma": math.nan}, "gamma must be positive"),
         ({"x_lengths": torch.tensor([2, 0])}, r"x_lengths\[1\] is 0"),
         ({"y_lengths": torch.tensor([4, 1])}, r"y_lengths\[0\] is 4"),
-        ({"y_lengths": torch.tensor([1])}, r"shape \(2,\)"),
         ({"cost": torch.zeros(2, 2, 0)}, r"y_lengths\[0\] is 0"),
     ],
 )

@@ -15,7 +15,7 @@ from dwakd.data.collator import PairedCollator, encode_pairs
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
-from dwakd.evaluation.generate import pad_id_of
+from dwakd.evaluation.generate import pad_id_of, progress_bar
 from dwakd.models.rows import evaluating, response_rows
 
 _LOGITS_AT_ONCE = 2**24
@@ -49,6 +49,7 @@ def bits_per_byte(
     *,
     batch_size: int = 8,
     max_length: int = 512,
+    progress: bool = False,
 ) -> BitsPerByte:
     """Teacher-forced bits of every response, given its prompt, per UTF-8 byte of the responses.
 
@@ -59,6 +60,7 @@ def bits_per_byte(
     Args:
         batch_size: examples per forward; changes the speed and not the value.
         max_length: tokens of prompt and response together.
+        progress: show a bar on standard error.
 
     Raises:
         UserError: no row has a response, a prompt leaves no room for one, or `batch_size` is below 1.
@@ -74,8 +76,9 @@ def bits_per_byte(
     lengths = pairs.student_lengths
     alike = Subset(pairs, sorted(range(len(pairs)), key=lambda row: -lengths[row]))
     bits, num_bytes = 0.0, 0
-    with evaluating(model), torch.no_grad():
-        for batch in DataLoader(alike, batch_size=batch_size, collate_fn=PairedCollator(pad_id_of(encoder))):
+    loader = DataLoader(alike, batch_size=batch_size, collate_fn=PairedCollator(pad_id_of(encoder)))
+    with evaluating(model), torch.no_grad(), progress_bar(disable=not progress) as bar:
+        for batch in bar.track(loader, description="bits per byte"):
             side = _rows(model, batch)
             bits += _bits(side)
             num_bytes += _response_bytes(side)

@@ -102,7 +102,7 @@ def evaluate_model(
         greedy: make a greedy pass.
         temperature, top_p, max_new_tokens, batch_size: see `generate_answers`.
         max_length: tokens of prompt and response in bits per byte.
-        progress: show a bar over all batches of all passes on standard error.
+        progress: show bars on standard error: bits per byte, then all batches of all passes.
 
     Raises:
         UserError: no rows, no pass to make, an option out of range, or a row that cannot be scored.
@@ -117,7 +117,7 @@ def evaluate_model(
     _warn_of_unscorable(references)
     likelihood = None
     if any(example.response for example in examples):
-        likelihood = bits_per_byte(model, encoder, examples, max_length=max_length)
+        likelihood = bits_per_byte(model, encoder, examples, max_length=max_length, progress=progress)
     batches = plan_batches(model, encoder, examples, max_new_tokens=max_new_tokens, batch_size=batch_size)
     answers: list[Answer] = []
     with progress_bar(disable=not progress) as bar:

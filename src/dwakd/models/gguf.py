@@ -92,7 +92,8 @@ def _convert(path: Path, folder: Path) -> None:
 def _unquantised(model: Any) -> Any:
     """The same weights in a model that does not think itself quantised."""
     values = model.config.to_dict()
-    values.pop("quantization_config", None)
+    for name in ("quantization_config", "_model_name_or_path"):
+        values.pop(name, None)
     with torch.device("meta"):
         plain = type(model)(type(model.config).from_dict(values))
     plain.load_state_dict(model.state_dict(), assign=True)

@@ -133,6 +133,7 @@ def _base_of(adapter: dict[str, Any], spec: str) -> str:
 
 def _pretrained(location: str, spec: str, **options: Any) -> Any:
     options["local_files_only"] = only_cached(location, options["revision"])
+    options["adapter_kwargs"] = {"local_files_only": options["local_files_only"]}  # its look-up has its own option
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(location, output_loading_info=True, **options)
     except _LOADING_ERRORS as error:

@@ -56,8 +56,8 @@ def old_tokens_of(old: Any, new: Any) -> list[list[int]]:
     """For each token of `new`, by id, the old tokens whose embeddings it starts from.
 
     The old token of the same string if there is one (both tokenizers write bytes and spaces the same way), else the
-    old tokenisation of that string. Empty where the old tokenizer cannot write the string at all: vocabularies
-    without an unknown token lack the bytes that occur in no UTF-8 text.
+    old tokenisation of that string. Empty where the old tokenizer cannot write the string at all: some vocabularies
+    lack the bytes that occur in no UTF-8 text, WordPiece's lack characters.
     """
     old_vocab, model = old.get_vocab(), old.backend_tokenizer.model
     new_vocab = new.get_vocab()
@@ -84,9 +84,14 @@ def _pieces(token: str, model: Any, old_vocab: dict[str, int]) -> list[int]:
     prefix = getattr(model, "continuing_subword_prefix", None) or ""
     if not (prefix and token.startswith(prefix)):
         return [piece.id for piece in model.tokenize(token)]
-    # inside a word: the first piece, too, is one that continues a word
-    pieces = [piece.value for piece in model.tokenize(token.removeprefix(prefix))]
-    return [old_vocab.get(prefix + piece, old_vocab[piece]) for piece in pieces]
+    ids, rest = [], token.removeprefix(prefix)
+    while rest:  # WordPiece's longest match, begun inside a word
+        end = next((end for end in range(len(rest), 0, -1) if prefix + rest[:end] in old_vocab), 0)
+        if end == 0:
+            return []
+        ids.append(old_vocab[prefix + rest[:end]])
+        rest = rest[end:]
+    return ids
 
 
 def _kept_tokens(tokenizer: Any, state: dict[str, Any], texts: Iterable[str]) -> list[str]:
@@ -115,6 +120,8 @@ def _trained(state: dict[str, Any], fixed: list[str], texts: Sequence[str], voca
     if kind == "Unigram":
         model.update(vocab=[[fixed[0], 0.0]], unk_id=0)
         options["unk_token"] = fixed[0]
+        if model.get("byte_fallback"):  # unknown characters would make a literal "<0x0A>" in a text a line feed
+            options["initial_alphabet"] = sorted(set("".join(_BYTE_TOKENS)))
     else:
         model["vocab"] = {}
         for option in ("continuing_subword_prefix", "end_of_word_suffix"):
@@ -132,7 +139,8 @@ def _trained(state: dict[str, Any], fixed: list[str], texts: Sequence[str], voca
     if model.get("byte_fallback"):
         texts = _without_rare_characters(texts)
     if kind == "Unigram":  # its trainer refuses a small vocabulary without the number; the others exceed it
-        _check_size(len(fixed) + len(_alphabet(tokenizer, texts)), vocab_size)
+        alphabet = _alphabet(tokenizer, texts) | set(options.get("initial_alphabet", []))
+        _check_size(len(fixed) + len(alphabet), vocab_size)
     tokenizer.train_from_iterator(texts, _TRAINERS[kind](**options), length=len(texts))
     return tokenizer
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
@@ -173,7 +173,7 @@ class DistillTrainer(Trainer):
         )
 
     @property
-    def student(self) -> PreTrainedModel:
+    def student(self) -> PreTrainedModel | PeftModel:
         """The student, unwrapped."""
         return self.accelerator.unwrap_model(self.model).student
 
@@ -238,6 +238,9 @@ class DistillTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthGroupedSampler(dataset.student_lengths, step_size, self.args.data_seed or self.args.seed)
+
+    def _get_eval_sampler(self, eval_dataset: EncodedPairs) -> Sampler[int] | None:
+        return SequentialSampler(eval_dataset) if self.args.world_size == 1 else None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the student at `learning_rate` and over the loss's own maps at `projector_learning_rate`."""

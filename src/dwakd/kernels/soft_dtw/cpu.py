@@ -1,9 +1,8 @@
 """Soft-DTW on the CPU with numba, parallel over the batch.
 
-Accumulated costs are carried in float64 and only two anti-diagonals of them exist at a time. What the backward pass
-needs are the soft minimum's three weights per cell: the forward pass keeps them, in the order of the anti-diagonals
-and in the costs' own dtype (12 bytes a cell in float32), so that the backward pass has no exponentials. The loops over
-a diagonal are split so that each touches few arrays and one width of float: that is what lets the compiler vectorise.
+Accumulated costs are carried in float64, two anti-diagonals at a time. What the backward pass needs are the soft
+minimum's three weights per cell: the forward pass keeps them, in the order of the anti-diagonals and in the costs'
+own dtype (12 bytes a cell in float32), so that the backward pass has no exponentials.
 """
 
 import itertools
@@ -12,12 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dwakd.kernels.soft_dtw.cpu_loops import LANES, backward_batch, forward_batch
+
+Counts = npt.NDArray[np.int64]
 
 _CELLS_PER_THREAD = 50_000  # below this many cells a thread costs more than it brings
 
@@ -28,73 +30,71 @@ def soft_dtw_cpu(
     x_lengths: Int[Tensor, " batch"],
     y_lengths: Int[Tensor, " batch"],
 ) -> Float[Tensor, " batch"]:
-    """Soft-DTW of a ragged batch of float32 or float64 costs; the guarantees are those of `dwakd.kernels.soft_dtw`."""
-    lengths = torch.stack((x_lengths, y_lengths), dim=1).to("cpu", torch.int64)
+    """Soft-DTW of float32 or float64 costs; arguments and guarantees are those of `dwakd.kernels.soft_dtw`."""
+    lengths = np.stack([side.cpu().numpy().astype(np.int64) for side in (x_lengths, y_lengths)], axis=1)
     if torch.is_grad_enabled() and cost.requires_grad:
-        value: Tensor = _SoftDtw.apply(cost, gamma, lengths)
+        value: Tensor = _SoftDtw.apply(cost, gamma, lengths)  # type: ignore[no-untyped-call]
         return value
     return _forward(cost, gamma, lengths, keep=False)[0]
 
 
 class _SoftDtw(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, cost: Tensor, gamma: float, lengths: Tensor) -> Tensor:
-        value, weights, starts = _forward(cost, gamma, lengths, keep=True)
-        ctx.save_for_backward(value, lengths, weights, starts)
-        ctx.shape = cost.shape
+    def forward(ctx: Any, cost: Tensor, gamma: float, lengths: Counts) -> Tensor:
+        value, weights, ctx.starts = _forward(cost, gamma, lengths, keep=True)
+        ctx.save_for_backward(value, weights)
+        ctx.lengths, ctx.shape = lengths, cost.shape
         return value
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor, None, None]:
-        value, lengths, weights, starts = ctx.saved_tensors
+        value, weights = ctx.saved_tensors
         grad_cost = grad_value.new_zeros(ctx.shape)
-        tensors = (grad_value.contiguous(), value, lengths, weights, starts, grad_cost)
-        _over_batch(backward_batch, lengths, [tensor.numpy() for tensor in tensors])
+        grad_array = grad_value.contiguous().numpy()
+        arrays = [grad_array, value.detach().numpy(), ctx.lengths, weights.numpy(), ctx.starts, grad_cost.numpy()]
+        _over_batch(backward_batch, ctx.lengths, arrays)
         return grad_cost, None, None
 
 
 def _forward(
-    cost: Tensor, gamma: float, lengths: Tensor, keep: bool
-) -> tuple[Float[Tensor, " batch"], Float[Tensor, " weights"], Int[Tensor, " starts"]]:
+    cost: Tensor, gamma: float, lengths: Counts, keep: bool
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " weights"], Counts]:
     """The values, the weights of every cell, and where each example's weights start (and the last one's end)."""
-    shorter = lengths.amin(dim=1)
+    shorter, longer = lengths.min(axis=1), lengths.max(axis=1)
+    sizes = _padded(shorter)  # one diagonal, overwritten by the next
     if keep:
         # diagonals of 1, 2, ..., shorter - 1 cells, twice, and those of `shorter` cells
         blocks, rest = (shorter - 1) // LANES, (shorter - 1) % LANES
         rising = LANES * (LANES * blocks * (blocks + 1) // 2 + rest * (blocks + 1))
-        sizes = 2 * rising + (lengths.amax(dim=1) - shorter + 1) * _padded(shorter)
-    else:  # every diagonal of an example overwrites the one before
-        sizes = _padded(shorter)
-    starts = torch.nn.functional.pad((3 * sizes).cumsum(0), (1, 0))
+        sizes = 2 * rising + (longer - shorter + 1) * sizes
+    starts = np.concatenate(([0], (3 * sizes).cumsum()))
     weights, value = cost.new_empty(int(starts[-1])), cost.new_empty(len(cost))
-    arrays = [tensor.numpy() for tensor in (cost.detach().contiguous(), lengths, weights, starts, value)]
-    _over_batch(forward_batch, lengths, [np.float64(gamma), *arrays[:2], keep, *arrays[2:]])
+    arrays = [gamma, cost.detach().contiguous().numpy(), lengths, keep, weights.numpy(), starts, value.numpy()]
+    _over_batch(forward_batch, lengths, arrays)
     return value, weights, starts
 
 
-def _padded(cells: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+def _padded(cells: Counts) -> Counts:
     return (cells + LANES - 1) // LANES * LANES
 
 
-def _over_batch(kernel: Callable[..., None], lengths: Tensor, args: list[Any]) -> None:
-    """Call kernel(*args, first, last) on ranges of examples of about equal work, one thread each.
+def _over_batch(kernel: Callable[..., None], lengths: Counts, arrays: list[Any]) -> None:
+    """Call kernel(*arrays, first, last) on ranges of examples of about equal work, one thread each.
 
     Plain threads that release the GIL: numba's own pool would be a second OpenMP runtime beside torch's. They live
     as long as the call, so a forked process inherits none. Each example is computed by one thread in one order: the
     result does not depend on their number.
     """
-    ends = lengths.prod(dim=1).cumsum(0)
-    total = int(ends[-1])
-    workers = min(torch.get_num_threads(), len(lengths), total // _CELLS_PER_THREAD)
+    ends = lengths.prod(axis=1).cumsum()
+    workers = min(torch.get_num_threads(), len(lengths), int(ends[-1]) // _CELLS_PER_THREAD)
     if workers <= 1:
-        kernel(*args, 0, len(lengths))
+        kernel(*arrays, 0, len(lengths))
         return
-    targets = torch.arange(1, workers) * total // workers
-    borders = [0, *(torch.searchsorted(ends, targets) + 1).tolist(), len(lengths)]
-    spans = [(first, last) for first, last in itertools.pairwise(borders) if first < last]
+    inner = np.searchsorted(ends, np.arange(1, workers) * int(ends[-1]) // workers) + 1
+    spans = [(a, b) for a, b in itertools.pairwise([0, *inner.tolist(), len(lengths)]) if a < b]
     with ThreadPoolExecutor(workers - 1) as pool:
-        others = [pool.submit(kernel, *args, first, last) for first, last in spans[1:]]
-        kernel(*args, *spans[0])
+        others = [pool.submit(kernel, *arrays, first, last) for first, last in spans[1:]]
+        kernel(*arrays, *spans[0])
         for other in others:
             other.result()

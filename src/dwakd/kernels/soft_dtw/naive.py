@@ -22,7 +22,10 @@ def soft_dtw_naive(
     slanted = _slant(cost.masked_fill(~valid, torch.inf))
 
     outside = cost.new_full((batch, 1), torch.inf)
-    before, last = outside.expand(-1, n + 1), outside.expand(-1, n + 1)  # diagonals k - 2, k - 1; column 0 is i = -1
+    before, last = (
+        outside.expand(-1, n + 1),
+        outside.expand(-1, n + 1),
+    )  # diagonals k - 2, k - 1; column 0 is i = -1
     diagonals = []
     for k in range(n + m - 1):
         if k == 0:
@@ -44,9 +47,7 @@ def _slant(cost: Float[Tensor, "batch n m"]) -> Float[Tensor, "batch n diagonals
     return wide.flatten(1)[:, : n * (n + m - 1)].reshape(batch, n, n + m - 1)
 
 
-def _softmin(
-    reached: Float[Tensor, "predecessors batch n"], gamma: float
-) -> Float[Tensor, "batch n"]:
+def _softmin(reached: Float[Tensor, "predecessors batch n"], gamma: float) -> Float[Tensor, "batch n"]:
     """-gamma log sum exp(-reached / gamma) over the first axis; +inf, with zero gradient, where all are +inf."""
     lowest = reached.detach().amin(dim=0)
     unreachable = lowest.isposinf()

@@ -1,0 +1,204 @@
+"""Loading: every kind of spec, safe defaults, one sentence for each mistake."""
+
+import importlib
+import json
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
+
+from dwakd.errors import UserError
+from dwakd.models import specs
+from dwakd.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
+from tests.builders import byte_bpe, tiny_model, unigram_byte_fallback
+
+IDS = torch.arange(2, 22).view(2, 10)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError("no network in the tests")
+
+    monkeypatch.setattr(HfApi, "model_info", unreachable)
+    specs.only_cached.cache_clear()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model with its tokenizer."""
+    tokenizer = byte_bpe()
+    tiny_model("llama", len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def save_adapter(folder, target, base=None):
+    """A LoRA adapter with a change that shows; returns the logits of base and adapter together."""
+    adapted = get_peft_model(load_causal_lm(str(folder)), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    logits = adapted.eval()(IDS).logits.detach()
+    adapted.save_pretrained(target)
+    if base is not None:
+        config = json.loads((target / "adapter_config.json").read_text())
+        (target / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+    return logits
+
+
+def test_folder(folder):
+    """The plain case: same logits, eval mode, float32 whatever was stored."""
+    model = load_causal_lm(str(folder))
+    assert not model.training
+    assert model.dtype == torch.float32
+    assert load_causal_lm(str(folder), dtype=torch.bfloat16).dtype == torch.bfloat16
+    torch.testing.assert_close(model(IDS).logits, tiny_model("llama", 400)(IDS).logits)
+    assert load_tokenizer(str(folder))("a b").input_ids == byte_bpe()("a b").input_ids
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "gemma2", "gemma3", "opt_projected", "gpt_neox", "phi"])
+def test_every_family_survives_saving_and_loading(family, tmp_path):
+    """Weights that a checkpoint lacks are refused, so tied heads must not count as lacking."""
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(load_causal_lm(str(tmp_path))(IDS).logits, model(IDS).logits)
+
+
+def test_adapter_folder_and_adapter_argument_merge(folder, tmp_path):
+    """A teacher whose adapter is left out is its untuned base, and nothing would say so."""
+    expected = save_adapter(folder, tmp_path / "adapter")
+    for model in (
+        load_causal_lm(str(tmp_path / "adapter")),
+        load_causal_lm(str(folder), adapter=str(tmp_path / "adapter")),
+    ):
+        torch.testing.assert_close(model(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+        assert not any("lora" in name for name, _ in model.named_parameters())
+    assert load_tokenizer(str(tmp_path / "adapter")).eos_token == "<|endoftext|>"
+    model.save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(load_causal_lm(str(tmp_path / "merged"))(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_adapter_mistakes(folder, tmp_path):
+    """An adapter that does not fit, or whose base is gone, must not load as something else."""
+    save_adapter(folder, tmp_path / "lost", base=str(tmp_path / "gone"))
+    with pytest.raises(UserError, match=r"base_model_name_or_path"):
+        load_causal_lm(str(tmp_path / "lost"))
+    with pytest.raises(UserError, match=r"no adapter_config\.json"):
+        load_causal_lm(str(folder), adapter=str(folder))
+    tiny_model("llama", 400, num_hidden_layers=3).save_pretrained(tmp_path / "deeper")
+    with pytest.raises(UserError, match=r"adapter of .*lost"):
+        load_causal_lm(str(tmp_path / "deeper"), adapter=str(tmp_path / "lost"))
+
+
+def test_missing_pad_token_becomes_eos(tmp_path):
+    """GPT-2 and Llama have none; padding would fail in the first batch."""
+    bare = byte_bpe()
+    bare.pad_token = None
+    bare.save_pretrained(tmp_path)
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path).pad_token is None
+    assert load_tokenizer(str(tmp_path)).pad_token_id == bare.eos_token_id
+
+
+def test_tokenizer_without_end_of_sequence_is_refused(tmp_path):
+    """A student that never sees an end would never learn to stop."""
+    PreTrainedTokenizerFast(tokenizer_object=byte_bpe().backend_tokenizer).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_tokenizer_larger_than_the_embedding_table_is_refused():
+    """Its ids would index past the table in the middle of an epoch; a wider table is normal."""
+    tokenizer = unigram_byte_fallback()
+    check_vocabulary(tiny_model("llama", 512), tokenizer, "x")
+    with pytest.raises(UserError, match="only 300 embeddings"):
+        check_vocabulary(tiny_model("llama", 300), tokenizer, "x")
+
+
+def test_checkpoint_with_missing_weights_is_refused(folder):
+    """transformers fills them with noise and only warns."""
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 weights.*up_proj"):
+        load_causal_lm(str(folder))
+
+
+def test_remote_code_is_not_run_unless_asked_for(folder, tmp_path):
+    """A downloaded repository must not execute its Python."""
+    config = json.loads((folder / "config.json").read_text())
+    config.update(model_type="strange", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"})
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise SystemExit")
+    with pytest.raises(UserError):
+        load_causal_lm(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_causal_lm])
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("./none", "./none does not exist"),
+        ("/no/such/folder", "/no/such/folder does not exist"),
+        ("~/no-such-folder-of-dwakd", "does not exist"),
+        ("runs/a/student", "runs/a/student does not exist"),
+        ("here/student", "here/student does not exist"),
+        ("student/", "student/ does not exist"),
+        ("", "is empty"),
+        ("a.gguf", "write gguf:a.gguf"),
+        ("gguf:none.gguf", "none.gguf does not exist"),
+        ("package:torch", "write package:NAME/FILE"),
+        ("package:no_such_package/m.gguf", "no package no_such_package is installed"),
+        ("package:holder/none.gguf", "its GGUF files: inner/m.gguf"),
+        ("package:holder/../a.gguf", "has no file"),
+        ("here", "here"),
+        ("owner/model", "owner/model cannot be had from the Hugging Face hub"),
+    ],
+)
+def test_each_bad_spec_gets_one_sentence(load, spec, message, tmp_path, monkeypatch):
+    """The place and the mend, not a hub traceback for a mistyped path."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    (tmp_path / "holder" / "inner").mkdir(parents=True)
+    (tmp_path / "holder" / "__init__.py").touch()
+    (tmp_path / "holder" / "inner" / "m.gguf").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError) as caught:
+        load(spec)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_hub_model_is_told_apart_from_a_missing_network(monkeypatch):
+    """Someone online with a typing error should not be told to connect."""
+    error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
+
+    def unknown(*_, **__):
+        raise error
+
+    monkeypatch.setattr(HfApi, "model_info", unknown)
+    with pytest.raises(UserError, match="correct the name"):
+        load_causal_lm("owner/modle")
+
+
+def test_file_of_a_package_is_found_without_importing_it(folder, tmp_path, monkeypatch):
+    """Importing a model package may start a server or fail for want of its dependencies."""
+    package = tmp_path / "site" / "some_models"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    folder.rename(package / "tiny")
+    info = tmp_path / "site" / "Some_Dist-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: Some-Dist\nVersion: 1.0\n")
+    (info / "top_level.txt").write_text("some_models\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    importlib.invalidate_caches()
+    for name in ("some_models", "some-dist", "Some_Dist"):
+        assert load_causal_lm(f"package:{name}/tiny").num_parameters() > 0

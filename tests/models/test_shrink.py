@@ -1,0 +1,188 @@
+"""Shrunk models: the right layers go, every config entry follows, the result is a plain checkpoint."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dwakd.errors import UserError
+from dwakd.models.rows import check_head
+from dwakd.models.shrink import block_influence, shrink_model, text_bits_per_byte
+from tests.builders import SAMPLE_TEXTS, bpe_byte_fallback, byte_bpe, tiny_model, unigram_byte_fallback, wordpiece
+
+TEXTS = SAMPLE_TEXTS * 3
+LAYERS = {"gpt2": "n_layer"}
+FAMILIES = ["gpt2", "llama", "qwen2", "gemma2", "gemma3", "opt", "opt_projected", "mistral", "gpt_neox", "phi"]
+
+
+def deep_model(family, vocab_size=400, layers=5):
+    return tiny_model(family, vocab_size, **{LAYERS.get(family, "num_hidden_layers"): layers})
+
+
+def same_special_ids(model, tokenizer):
+    for settings in (model.config, model.generation_config):
+        settings.eos_token_id = tokenizer.eos_token_id
+        settings.bos_token_id = tokenizer.bos_token_id
+        settings.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_cuts_in_every_family_give_a_plain_checkpoint(family, tmp_path):
+    """The student is trained, saved and loaded by people who never heard of dwakd."""
+    tokenizer = byte_bpe()
+    model = same_special_ids(deep_model(family), tokenizer)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    student, new, report = shrink_model(model, tokenizer, TEXTS, num_layers=3, vocab_size=300, progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert student.config.num_hidden_layers == len(report.kept_layers) == 3
+    assert student.config.vocab_size == len(new) == report.vocab_size_after == 300
+    assert student.config.eos_token_id == new.eos_token_id == student.generation_config.eos_token_id
+    assert report.parameters_after == student.num_parameters() < report.parameters_before
+    check_head(student)
+    student.save_pretrained(tmp_path)
+    new.save_pretrained(tmp_path)
+    loaded, read = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    ids = read(TEXTS[0], return_tensors="pt").input_ids
+    torch.testing.assert_close(loaded(ids).logits, student(ids).logits)
+    loaded.generate(ids, max_new_tokens=3, do_sample=False)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "opt"])
+def test_kept_layers_keep_their_weights_in_order(family):
+    """A student with layers out of order has the right shapes and none of the knowledge."""
+    tokenizer = byte_bpe()
+    model = deep_model(family)
+    student, _, report = shrink_model(model, tokenizer, TEXTS, num_layers=3, progress=False)
+    assert list(report.kept_layers) == sorted(report.kept_layers)
+    assert (report.kept_layers[0], report.kept_layers[-1]) == (0, 4)
+
+    def stack(lm):
+        return next(module for module in lm.modules() if isinstance(module, torch.nn.ModuleList))
+
+    for new, old in enumerate(report.kept_layers):
+        for kept, whole in zip(stack(student)[new].parameters(), stack(model)[old].parameters(), strict=True):
+            assert torch.equal(kept, whole)
+
+
+def test_per_layer_lists_follow_their_layers():
+    """Gemma 3 alternates local and global attention: a cut list would give a layer another's window."""
+    kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention", "full_attention"]
+    model = tiny_model("gemma3", 400, num_hidden_layers=5, layer_types=kinds)
+    student, _, report = shrink_model(model, byte_bpe(), TEXTS, num_layers=3, progress=False)
+    assert student.config.layer_types == [kinds[index] for index in report.kept_layers]
+
+
+def test_influence_is_one_minus_the_cosine_and_the_idle_layer_goes():
+    """The layer that changes nothing has influence 0 and is the first to go."""
+    model, tokenizer = deep_model("llama"), byte_bpe()
+    with torch.no_grad():
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            model.get_submodule(f"model.layers.2.{name}").weight.zero_()
+    influence = block_influence(model, tokenizer, TEXTS, batch_size=3)
+    assert influence[2] == pytest.approx(0, abs=1e-6)
+    cosines = []
+    for text in TEXTS:
+        states = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states
+        cosines.append(torch.nn.functional.cosine_similarity(states[1], states[2], dim=-1).flatten())
+    assert influence[1] == pytest.approx(1 - torch.cat(cosines).mean().item(), abs=1e-5)
+    student, _, report = shrink_model(model, tokenizer, TEXTS, num_layers=4, progress=False)
+    assert report.kept_layers == (0, 1, 3, 4)
+    ids = tokenizer(TEXTS[0], return_tensors="pt").input_ids
+    torch.testing.assert_close(student(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_influence_does_not_depend_on_batching_and_leaves_no_hook():
+    """Padding that counted would rank the layers by the lengths of the texts."""
+    model, tokenizer = deep_model("gpt2"), byte_bpe()
+    together = block_influence(model, tokenizer, TEXTS, batch_size=24)
+    assert together == pytest.approx(block_influence(model, tokenizer, TEXTS, batch_size=1), abs=1e-5)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("builder", [byte_bpe, unigram_byte_fallback, bpe_byte_fallback, wordpiece])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi"])
+def test_matrices_start_from_the_old_tokens(builder, family):
+    """Tied, untied and biased heads: a head that kept its old rows would predict other tokens."""
+    tokenizer = builder()
+    model = same_special_ids(deep_model(family, 450, layers=2), tokenizer)
+    size = {"byte_bpe": 330, "wordpiece": 250}.get(builder.__name__, 370)
+    student, new, report = shrink_model(model, tokenizer, TEXTS, vocab_size=size, progress=False)
+    shared = {token: index for token, index in new.get_vocab().items() if token in tokenizer.get_vocab()}
+    assert len(shared) == report.shared_tokens > 100
+    olds = torch.tensor([tokenizer.get_vocab()[token] for token in shared])
+    news = torch.tensor(list(shared.values()))
+    for before, after in (
+        (model.get_input_embeddings(), student.get_input_embeddings()),
+        (model.get_output_embeddings(), student.get_output_embeddings()),
+    ):
+        assert torch.equal(after.weight[news], before.weight[olds])
+    if family == "phi":
+        assert torch.equal(student.lm_head.bias[news], model.lm_head.bias[olds])
+    tied = student.get_input_embeddings().weight is student.get_output_embeddings().weight
+    assert tied == (family == "qwen2")
+
+
+def test_lists_of_end_tokens_follow_their_strings():
+    """Llama 3 stops at several tokens; at their old ids it would stop at words, or never."""
+    tokenizer = byte_bpe()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>", "<gone>"]})
+    tokenizer.chat_template = "<turn>"
+    model = deep_model("llama", 420)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, 401, 400]
+    student, new, _ = shrink_model(model, tokenizer, TEXTS, vocab_size=300, progress=False)
+    turn = new.convert_tokens_to_ids("<turn>")
+    assert student.generation_config.eos_token_id == [new.eos_token_id, turn]
+
+
+def test_bits_per_byte_by_hand():
+    """The number that says whether shrinking hurt: every token once, no padding, the first one included."""
+    model, tokenizer = deep_model("llama"), byte_bpe()
+    texts = ["Name three colours.", "你好 fox", "", "a"]
+    bits = 0.0
+    for text in texts:
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text).input_ids]])
+        log_probs = model(ids).logits.detach().log_softmax(-1)[0, :-1]
+        bits -= float(log_probs.gather(1, ids[0, 1:, None]).sum()) / math.log(2)
+    expected = bits / sum(len(text.encode()) for text in texts)
+    for batch_size in (1, 3):
+        assert text_bits_per_byte(model, tokenizer, texts, batch_size) == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(UserError, match="no text"):
+        text_bits_per_byte(model, tokenizer, [""])
+
+
+def test_bits_per_byte_counts_the_bytes_that_were_read():
+    """Else a longer text would look better for being cut."""
+    model, tokenizer = deep_model("llama"), byte_bpe()
+    whole = "abc def " * 40
+    ids = tokenizer(whole).input_ids[:19]
+    cut = text_bits_per_byte(model, tokenizer, [whole], max_length=20)
+    assert cut == pytest.approx(text_bits_per_byte(model, tokenizer, [tokenizer.decode(ids)]), rel=0.1)
+
+
+def test_report_holds_bits_per_byte_of_held_out_texts():
+    """Before and after are measured with their own tokenizers."""
+    model, tokenizer = deep_model("llama"), byte_bpe()
+    student, new, report = shrink_model(
+        model, tokenizer, TEXTS, num_layers=2, vocab_size=300, held_out=SAMPLE_TEXTS, progress=False
+    )
+    assert report.bits_per_byte_before == pytest.approx(text_bits_per_byte(model, tokenizer, SAMPLE_TEXTS))
+    assert report.bits_per_byte_after == pytest.approx(text_bits_per_byte(student, new, SAMPLE_TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "Nothing to shrink"),
+        ({"num_layers": 1}, "allows 2 to 5"),
+        ({"num_layers": 6}, "allows 2 to 5"),
+        ({"vocab_size": 100}, "alone take 257"),
+        ({"num_layers": 3, "texts": ["", ""]}, "no texts"),
+    ],
+)
+def test_mistakes(options, message):
+    """Each with one sentence and the range that works."""
+    options = {"texts": TEXTS, **options}
+    with pytest.raises(UserError, match=message):
+        shrink_model(deep_model("llama"), byte_bpe(), options.pop("texts"), progress=False, **options)

@@ -1,0 +1,59 @@
+"""Runs of a few steps on tiny models, for invariants of training."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from dwakd import DistillConfig, DistillTrainer
+from tests.builders import byte_bpe, tiny_model, unigram_byte_fallback
+
+ROWS = [
+    {"prompt": f"Name a colour that goes with {noun}.", "response": f"A {colour} {noun} é😀"}
+    for noun, colour in zip(
+        "door cat sea sky tree house boat lamp road hill shoe bird ring book wall moon".split(),
+        "red black blue grey green white brown warm long steep old quick gold thin pale bright".split(),
+        strict=True,
+    )
+]
+
+
+TOKENIZERS = byte_bpe(), unigram_byte_fallback()  # Unigram training is not deterministic: once for all runs
+
+
+def trainer(output: Path, *, rows: list[dict[str, Any]] = ROWS, lora: bool = False, **options: Any) -> DistillTrainer:
+    """A trainer over a Llama-shaped student and a Gemma-shaped teacher with another tokenizer."""
+    student_tokenizer, teacher_tokenizer = TOKENIZERS
+    arguments = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "template": "plain",
+        "use_cpu": True,
+        "seed": 3,
+    }
+    eval_rows = options.pop("eval_rows", None)
+    return DistillTrainer(
+        model=tiny_model(options.pop("student", "llama"), len(student_tokenizer), seed=1),
+        teacher_model=tiny_model(options.pop("teacher", "gemma2"), len(teacher_tokenizer), seed=2),
+        args=DistillConfig(output_dir=str(output), **{**arguments, **options}),
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        processing_class=student_tokenizer,
+        teacher_processing_class=teacher_tokenizer,
+        peft_config=LoraConfig(r=4, task_type="CAUSAL_LM") if lora else None,
+    )
+
+
+def weights(run: DistillTrainer) -> dict[str, torch.Tensor]:
+    """A copy of everything that training changes."""
+    return {name: tensor.detach().clone() for name, tensor in run.model.state_dict().items()}
+
+
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float = 0.0) -> None:
+    """Equal weights, name by name."""
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}")

@@ -1,0 +1,196 @@
+"""Invariants of training on tiny models with two tokenizers."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dwakd import METHODS, UserError
+from tests.builders import FAMILIES, tiny_model
+from tests.training.builders import ROWS, assert_same, trainer, weights
+
+TERMS = {
+    "sft": {"ce"},
+    "dskd": {"ce", "t2s_ce", "kd_student", "kd_teacher"},
+    "dwa_kd": {"ce", "t2s_ce", "kd_student", "kd_teacher", "dtw_hidden", "dtw_embedding"},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_term_is_logged_and_the_student_is_a_plain_folder(tmp_path, method):
+    """A student that needs dwakd to be loaded cannot be shipped."""
+    run = trainer(tmp_path, method=method)
+    before = weights(run)
+    run.train()
+    run.save_model()
+    logs = [entry for entry in run.state.log_history if "ce" in entry]
+    assert len(logs) == 4
+    assert all(entry.keys() >= TERMS[method] | {"loss", "learning_rate", "grad_norm"} for entry in logs)
+    assert any(not torch.equal(before[name], tensor) for name, tensor in weights(run).items() if "student" in name)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, tensor in run.student.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], tensor)
+    assert AutoTokenizer.from_pretrained(tmp_path)("a cat")["input_ids"] == run.processing_class("a cat")["input_ids"]
+    assert not list(tmp_path.glob("*distillation*"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_seed_same_numbers(tmp_path, method):
+    """Two runs that differ for no reason cannot be compared with anything."""
+    runs = [trainer(tmp_path / str(index), method=method) for index in range(2)]
+    for run in runs:
+        run.train()
+    assert_same(weights(runs[0]), weights(runs[1]))
+
+
+def test_another_seed_gives_another_run(tmp_path):
+    """Guards the test above against a seed that is ignored by both runs alike."""
+    runs = [trainer(tmp_path / str(seed), seed=seed) for seed in (3, 4)]
+    assert not torch.equal(runs[0].model.loss.projectors.t2s.weight, runs[1].model.loss.projectors.t2s.weight)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_accumulation_changes_nothing(tmp_path, method):
+    """Means of means weigh short micro-batches too much, and a standard deviation per micro-batch is another N(.)."""
+    whole = trainer(tmp_path / "whole", method=method, per_device_train_batch_size=4)
+    split = trainer(
+        tmp_path / "split", method=method, per_device_train_batch_size=1, gradient_accumulation_steps=4
+    )
+    for run in (whole, split):
+        run.train()
+    for one, other in zip(whole.state.log_history, split.state.log_history, strict=True):
+        for name in TERMS[method] & one.keys():
+            assert one[name] == pytest.approx(other[name], rel=2e-4), name
+    assert_same(weights(split), weights(whole), atol=2e-4)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_resumed_run_ends_with_the_same_student(tmp_path, lora):
+    """Projectors, optimiser, schedule, gamma and data order must all survive, or a long run cannot be stopped."""
+    schedule = {"gamma": 2.0, "gamma_end": 0.5, "gamma_steps": 6}
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "loss_options": schedule, "lora": lora}
+    whole = trainer(tmp_path / "run", **options)
+    whole.train()
+    resumed = trainer(tmp_path / "run", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert resumed.state.global_step == 6
+    assert resumed.model.loss.gamma == whole.model.loss.gamma == pytest.approx(2.0 - 1.5 * 5 / 6)
+    assert_same(weights(resumed), weights(whole))
+
+
+def test_projectors_have_a_rate_of_their_own(tmp_path):
+    """At the student's rate the projectors of a LoRA-free run learn too slowly to teach anything."""
+    run = trainer(tmp_path, learning_rate=1e-5, projector_learning_rate=3e-3)
+    own = {id(parameter) for parameter in run.model.loss.parameters()}
+    for group in run.create_optimizer().param_groups:
+        for parameter in group["params"]:
+            assert group["lr"] == (3e-3 if id(parameter) in own else 1e-5)
+    counted = sum(len(group["params"]) for group in run.optimizer.param_groups)
+    assert counted == sum(parameter.requires_grad for parameter in run.model.parameters())
+
+
+def test_teacher_is_neither_trained_nor_saved(tmp_path):
+    """A teacher inside the module is wrapped, saved and put into train mode with it."""
+    run = trainer(tmp_path)
+    teacher = run.teacher.model
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    run.train()
+    assert not teacher.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+    assert sum(1 for name, _ in run.model.named_parameters() if "teacher" in name) == 0
+
+
+def test_lora_adapter_loads_with_peft(tmp_path):
+    """An adapter whose names carry our wrapper cannot be loaded by anybody."""
+    run = trainer(tmp_path, lora=True)
+    run.train()
+    run.save_model()
+    assert (tmp_path / "adapter_config.json").is_file()
+    base = tiny_model("llama", len(run.processing_class), seed=1)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    ids = torch.tensor([[5, 9, 30]])
+    torch.testing.assert_close(loaded(ids).logits, run.student.eval()(ids).logits)
+    assert not torch.allclose(loaded(ids).logits, tiny_model("llama", len(run.processing_class), seed=1)(ids).logits)
+
+
+def test_evaluation_is_exact_over_the_set_and_selects_the_best(tmp_path):
+    """A mean of batch means depends on the batch size; the checkpoint kept must be the best one."""
+    results = []
+    for size in (1, 5):
+        run = trainer(tmp_path / str(size), method="dskd", eval_rows=ROWS[:7], per_device_eval_batch_size=size)
+        results.append(run.evaluate())
+    for name in ("eval_ce", "eval_bits_per_byte"):
+        assert results[0][name] == pytest.approx(results[1][name], rel=1e-5)
+    run = trainer(
+        tmp_path / "best",
+        method="sft",
+        max_steps=6,
+        eval_rows=ROWS[:4],
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_ce",
+        greater_is_better=False,
+        learning_rate=0.05,
+    )
+    run.train()
+    best = min(entry["eval_ce"] for entry in run.state.log_history if "eval_ce" in entry)
+    assert run.evaluate()["eval_ce"] == pytest.approx(best, rel=1e-5)
+
+
+def test_answers_during_training(tmp_path):
+    """ROUGE-L of sampled answers and the user's own metric, without touching the training's random numbers."""
+    seen = []
+
+    def metric(prediction):
+        seen.append((prediction.predictions, prediction.label_ids))
+        return {"words": float(len(prediction.predictions))}
+
+    run = trainer(tmp_path / "a", method="sft", eval_rows=ROWS[:3], eval_rouge_l=True, eval_max_new_tokens=5)
+    run.metrics_function = metric
+    state = torch.random.get_rng_state()
+    metrics = run.evaluate()
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert 0 <= metrics["eval_rouge_l"] <= 100
+    assert metrics["eval_words"] == 3
+    assert seen[0][1] == [[row["response"]] for row in ROWS[:3]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_as_student_and_teacher(tmp_path, family):
+    """One forward and backward in both roles; attribute chains break on the next architecture."""
+    if family != "opt_projected":  # embeddings narrower than hidden states are allowed for students
+        run = trainer(tmp_path / "teacher", teacher=family, max_steps=1)
+        run.train()
+        assert run.state.log_history[0]["kd_teacher"] > 0
+    run = trainer(tmp_path / "student", student=family, max_steps=1)
+    run.train()
+    assert all(torch.isfinite(torch.tensor(value)) for value in run.state.log_history[0].values())
+
+
+def test_missing_pieces_are_named(tmp_path):
+    """A missing teacher or tokenizer must not surface as an AttributeError deep in a step."""
+    from dwakd import DistillConfig, DistillTrainer
+    from tests.builders import byte_bpe
+
+    student = tiny_model("llama")
+    args = DistillConfig(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(UserError, match="method dwa_kd needs a teacher"):
+        DistillTrainer(student, None, args, ROWS, processing_class=byte_bpe())
+    with pytest.raises(UserError, match="teacher_processing_class is missing"):
+        DistillTrainer(student, tiny_model("gpt2"), args, ROWS, processing_class=byte_bpe())
+    with pytest.raises(UserError, match="processing_class is missing"):
+        DistillTrainer(student, tiny_model("gpt2"), args, ROWS)
+
+
+def test_logs_are_json(tmp_path):
+    """Tensors in the log history break saving the state."""
+    run = trainer(tmp_path, max_steps=1)
+    run.train()
+    run.save_state()
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
