@@ -1,4 +1,4 @@
-"""The type checker of the test runs: beartype, with an int accepted where a float is asked for, as PEP 484 has it."""
+"""The type checker of the test runs: beartype, with an int accepted for a float, as PEP 484 has it."""
 
 from beartype import BeartypeConf, beartype
 

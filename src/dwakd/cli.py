@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -33,7 +34,8 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML file with sections student, teacher, data, loss, training.")],
     overrides: Overrides = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder of the result; runs/NAME of the recipe by default.")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the result; runs/NAME of the recipe by default."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
 ) -> None:
@@ -78,8 +80,8 @@ def evaluate(
 ) -> None:
     """Answer test sets and score them: ROUGE-L over seeds, exact match, bits per byte.
 
-    Sampling at temperature 1 over five seeds is the published protocol; greedy answers and bits per byte are steadier and
-    stand beside it. Bits per byte compares models whatever their tokenizers.
+    Sampling at temperature 1 over five seeds is the published protocol; greedy answers and bits per byte are steadier
+    and stand beside it. Bits per byte compares models whatever their tokenizers.
     """
     from dwakd.evaluation.run import evaluate_sets
 
@@ -103,7 +105,9 @@ def evaluate(
 
 @app.command()
 def shrink(
-    model: Annotated[str, typer.Argument(help="The model to start from: folder, hub id, gguf:PATH, package:NAME/FILE.")],
+    model: Annotated[
+        str, typer.Argument(help="The model to start from: folder, hub id, gguf:PATH, package:NAME/FILE.")
+    ],
     data: Annotated[str, typer.Option("--data", "-d", help="Your text: an instruction set, a file or a hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new student.")],
     vocab_size: Annotated[int | None, typer.Option(min=1, help="Train a tokenizer of this size on the text.")] = None,
@@ -141,7 +145,7 @@ def shrink(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.")] = Path("demo-run"),
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; the first free demo-run.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of corpus, models and training.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps of everything, to see that it works.")] = False,
 ) -> None:
@@ -177,6 +181,8 @@ def methods(
 def main() -> None:
     """Entry point: a user's mistake is one sentence on stderr and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DELAY", "1")  # bars for what takes a while, not for reading a file
     try:
         app(standalone_mode=True)
     except UserError as error:

@@ -46,8 +46,7 @@ def test_formats_give_the_same_examples(tmp_path: Path, suffix: str) -> None:
     """A reader that alters text (line ends, separators, a byte-order mark) would train on other answers."""
     examples = load_examples(str(write(tmp_path / f"data{suffix}", ROWS)))
     assert examples == [
-        Example(n, row["prompt"], response=row["response"], references=(row["response"],))
-        for n, row in enumerate(ROWS)
+        Example(n, row["prompt"], response=row["response"], references=(row["response"],)) for n, row in enumerate(ROWS)
     ]
 
 

@@ -37,9 +37,7 @@ def test_equals_the_sum_by_hand(family: str, kind: str) -> None:
     """Prompt tokens in the sum, a missing end token or a forgotten soft cap make two models incomparable."""
     model, encoder = tiny_model(family, VOCAB), TextEncoder(TOKENIZERS[kind](), "plain")
     result = bits_per_byte(model, encoder, EXAMPLES, batch_size=2)
-    assert result.bits == pytest.approx(
-        sum(bits_by_hand(model, encoder, example) for example in EXAMPLES), rel=1e-5
-    )
+    assert result.bits == pytest.approx(sum(bits_by_hand(model, encoder, example) for example in EXAMPLES), rel=1e-5)
     assert result.bytes == NUM_BYTES
     assert result.value == pytest.approx(result.bits / NUM_BYTES)
     assert (result.num_examples, result.num_truncated) == (3, 0)

@@ -82,16 +82,12 @@ def test_sampled_answers_do_not_depend_on_the_batch(encoder: TextEncoder) -> Non
 def test_saved_generation_settings_do_not_leak(encoder: TextEncoder) -> None:
     """Qwen's saved repetition penalty and top-p of 0.8 would flatter a teacher that students are compared with."""
     model = tiny_model("gpt2", VOCAB)
-    clean = [
-        generate_answers(model, encoder, EXAMPLES, seed=3, do_sample=sample, **QUIET) for sample in (True, False)
-    ]
+    clean = [generate_answers(model, encoder, EXAMPLES, seed=3, do_sample=sample, **QUIET) for sample in (True, False)]
     saved = GenerationConfig(
         do_sample=True, temperature=0.2, top_p=0.3, top_k=2, repetition_penalty=9.0, max_length=4, num_beams=2
     )
     model.generation_config = saved
-    leaky = [
-        generate_answers(model, encoder, EXAMPLES, seed=3, do_sample=sample, **QUIET) for sample in (True, False)
-    ]
+    leaky = [generate_answers(model, encoder, EXAMPLES, seed=3, do_sample=sample, **QUIET) for sample in (True, False)]
     assert leaky == clean
     assert model.generation_config is saved
 
@@ -120,9 +116,7 @@ def test_answers_stay_within_the_positions(family: str, encoder: TextEncoder) ->
     limits = [min(8, max(lengths) + 2 - length) for length in lengths]
     assert min(limits) == 2
     assert max(limits) == 8
-    expected = [
-        greedy_by_hand(model, encoder, example, limit) for example, limit in zip(EXAMPLES, limits, strict=True)
-    ]
+    expected = [greedy_by_hand(model, encoder, example, limit) for example, limit in zip(EXAMPLES, limits, strict=True)]
     assert answers == expected
     full = tiny_model(family, VOCAB, **{positions: max(lengths)})
     with pytest.raises(UserError, match=rf"row {EXAMPLES[lengths.index(max(lengths))].index} .*{max(lengths)} pos"):

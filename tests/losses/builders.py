@@ -9,6 +9,7 @@ from dwakd.batch import ModelSide
 from dwakd.losses import Widths
 from dwakd.models.head import OutputHead
 
+WIDTHS = Widths(6, 8, 6, 8)
 OPTIONS = {
     "tau": "temperature",
     "gamma": "gamma",
@@ -41,7 +42,7 @@ def side(examples: list[dict[str, Tensor]], name: str, head: Tensor) -> ModelSid
 
 
 def random_examples(
-    lengths: list[tuple[int, int]], *, seed: int = 0, widths: Widths = Widths(6, 8, 6, 8), vocabularies=(11, 13)
+    lengths: list[tuple[int, int]], *, seed: int = 0, widths: Widths = WIDTHS, vocabularies=(11, 13)
 ) -> list[dict[str, Tensor]]:
     """Response rows of a ragged batch in float64."""
     generator = torch.Generator().manual_seed(seed)
@@ -59,7 +60,7 @@ def random_examples(
     return examples
 
 
-def random_heads(*, seed: int = 0, widths: Widths = Widths(6, 8, 6, 8), vocabularies=(11, 13)) -> tuple[Tensor, Tensor]:
+def random_heads(*, seed: int = 0, widths: Widths = WIDTHS, vocabularies=(11, 13)) -> tuple[Tensor, Tensor]:
     """A student's and a teacher's head in float64."""
     generator = torch.Generator().manual_seed(1000 + seed)
     return (

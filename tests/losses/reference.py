@@ -1,4 +1,4 @@
-"""The whole DWA-KD objective written literally, one example and one cell at a time, in float64. Shares no code with dwakd."""
+"""The whole DWA-KD objective written literally, one example and one cell at a time; shares no code with dwakd."""
 
 import math
 

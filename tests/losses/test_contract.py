@@ -50,7 +50,7 @@ def test_gradient_reaches_the_student_and_own_parameters_never_the_teacher(metho
 
 
 def test_the_students_head_learns_from_its_own_logits_only(method):
-    """With the head frozen in the projected logits, gradient of CE and KD alone remains: that of detached terms is nil."""
+    """The projected logits use the head as a constant; its gradient is that of CE and student-space KD."""
     _, loss = method
     examples, heads = random_examples(LENGTHS), random_heads()
     student, teacher = side(examples, "student", heads[0]), side(examples, "teacher", heads[1])
@@ -99,7 +99,7 @@ def test_splitting_the_batch_changes_nothing(method):
 
 
 def test_gradcheck(method):
-    """Hand-derived or detached pieces must still be the gradient of the value (weights, gate and band are constants)."""
+    """The gradient is that of the value, where the weights are not (they are constants)."""
     name, loss = method
     if name == "dwa_kd":
         loss.weighting = {"use_entropy": False, "use_gate": False, "normalise": "product"}

@@ -32,7 +32,7 @@ def loss_with_maps(widths, maps, **options):
 
 
 def our_terms_and_gradients(examples, heads, maps, **options):
-    """Terms and gradients of our loss; leaves are the student's head, hidden rows and target embeddings, and the maps."""
+    """Terms and gradients with respect to the student's head, hidden rows, target embeddings, and the maps."""
     leaves = [e[key].requires_grad_() for e in examples for key in ("student_hidden", "student_out")]
     student_head = heads[0].requires_grad_()
     widths = Widths(heads[0].shape[1], heads[1].shape[1], heads[0].shape[1], heads[1].shape[1])
@@ -40,8 +40,11 @@ def our_terms_and_gradients(examples, heads, maps, **options):
     output = loss(side(examples, "student", student_head), side(examples, "teacher", heads[1]))
     parameters = dict(loss.projectors.named_parameters())
     gradients = torch.autograd.grad(output.loss, [student_head, *leaves, *parameters.values()])
-    return output.terms, gradients[0], gradients[1 : 1 + len(leaves)], dict(
-        zip(parameters, gradients[1 + len(leaves) :], strict=True)
+    return (
+        output.terms,
+        gradients[0],
+        gradients[1 : 1 + len(leaves)],
+        dict(zip(parameters, gradients[1 + len(leaves) :], strict=True)),
     )
 
 
@@ -92,7 +95,9 @@ def test_literal_twin_on_random_ragged_batches(seed):
     widths = Widths(6, 8, 6, 8)
     source = Projectors(widths, with_embedding=True).double()
     maps = {
-        name: {part: getattr(getattr(source, name), part).detach().clone().requires_grad_() for part in ("weight", "bias")}
+        name: {
+            part: getattr(getattr(source, name), part).detach().clone().requires_grad_() for part in ("weight", "bias")
+        }
         for name in MAPS
     }
     renamed = {OPTIONS[name]: value for name, value in options.items()}

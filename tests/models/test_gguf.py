@@ -125,9 +125,7 @@ def test_a_failed_conversion_leaves_nothing_behind(tmp_path, cache, model, token
     assert list(cache.iterdir()) == []
 
 
-def test_a_second_process_that_converts_at_once_wins_or_loses_quietly(
-    tmp_path, cache, model, tokenizer, monkeypatch
-):
+def test_a_second_process_that_converts_at_once_wins_or_loses_quietly(tmp_path, cache, model, tokenizer, monkeypatch):
     """Two ranks start together."""
     path = write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
     convert = conversion._convert

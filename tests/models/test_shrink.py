@@ -68,7 +68,7 @@ def test_kept_layers_keep_their_weights_in_order(family):
 
 def test_per_layer_lists_follow_their_layers():
     """Gemma 3 alternates local and global attention: a cut list would give a layer another's window."""
-    kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention", "full_attention"]
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "full_attention"]
     model = tiny_model("gemma3", 400, num_hidden_layers=5, layer_types=kinds)
     student, _, report = shrink_model(model, byte_bpe(), TEXTS, num_layers=3, progress=False)
     assert student.config.layer_types == [kinds[index] for index in report.kept_layers]

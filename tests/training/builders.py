@@ -9,16 +9,14 @@ from peft import LoraConfig
 from dwakd import DistillConfig, DistillTrainer
 from tests.builders import byte_bpe, tiny_model, unigram_byte_fallback
 
+NOUNS = ["door", "cat", "sea", "sky", "tree", "house", "boat", "lamp"]
+NOUNS += ["road", "hill", "shoe", "bird", "ring", "book", "wall", "moon"]
+COLOURS = ["red", "black", "blue", "grey", "green", "white", "brown", "warm"]
+COLOURS += ["long", "steep", "old", "quick", "gold", "thin", "pale", "bright"]
 ROWS = [
     {"prompt": f"Name a colour that goes with {noun}.", "response": f"A {colour} {noun} é😀"}
-    for noun, colour in zip(
-        "door cat sea sky tree house boat lamp road hill shoe bird ring book wall moon".split(),
-        "red black blue grey green white brown warm long steep old quick gold thin pale bright".split(),
-        strict=True,
-    )
+    for noun, colour in zip(NOUNS, COLOURS, strict=True)
 ]
-
-
 TOKENIZERS = byte_bpe(), unigram_byte_fallback()  # Unigram training is not deterministic: once for all runs
 
 

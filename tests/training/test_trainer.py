@@ -55,9 +55,7 @@ def test_another_seed_gives_another_run(tmp_path):
 def test_accumulation_changes_nothing(tmp_path, method):
     """Means of means weigh short micro-batches too much, and a standard deviation per micro-batch is another N(.)."""
     whole = trainer(tmp_path / "whole", method=method, per_device_train_batch_size=4)
-    split = trainer(
-        tmp_path / "split", method=method, per_device_train_batch_size=1, gradient_accumulation_steps=4
-    )
+    split = trainer(tmp_path / "split", method=method, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     for run in (whole, split):
         run.train()
     for one, other in zip(whole.state.log_history, split.state.log_history, strict=True):

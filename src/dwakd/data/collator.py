@@ -179,8 +179,7 @@ def _find_fault(draft: _Draft, max_prompt_length: int) -> tuple[str | None, str]
     for whose, ids in zip(("student", "teacher"), draft.prompts, strict=False):
         if len(ids) > max_prompt_length:
             return PROMPT_TOO_LONG, (
-                f"the prompt has {len(ids)} tokens for the {whose}, "
-                f"above data.max_prompt_length={max_prompt_length}"
+                f"the prompt has {len(ids)} tokens for the {whose}, above data.max_prompt_length={max_prompt_length}"
             )
         if not ids:
             return EMPTY_PROMPT, f"the prompt has no token for the {whose}"
@@ -262,9 +261,7 @@ class PairedCollator:
         the end token included; `byte_ends` is 0 elsewhere.
     """
 
-    def __init__(
-        self, student_pad_id: int, teacher_pad_id: int | None = None, *, pad_to_multiple_of: int = 1
-    ) -> None:
+    def __init__(self, student_pad_id: int, teacher_pad_id: int | None = None, *, pad_to_multiple_of: int = 1) -> None:
         assert pad_to_multiple_of >= 1
         self.pad_ids = {"student": student_pad_id, "teacher": teacher_pad_id}
         self.pad_to_multiple_of = pad_to_multiple_of

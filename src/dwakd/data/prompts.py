@@ -138,9 +138,7 @@ def _render_chat(
             "use data.template: alpaca, or add a chat_template to its tokenizer_config.json"
         )
     try:
-        return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        )
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
     except Exception as error:  # templates raise what they like: jinja2's TemplateError, TypeError, ...
         where = "" if row is None else f" row {row} (counting from 0)"
         raise UserError(

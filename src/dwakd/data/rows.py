@@ -177,13 +177,10 @@ def _read_conversation(
     if columns.response is None and (need_response or (turns and turns[-1]["role"] == "assistant")):
         at = max((n for n, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
         if at < 0:
-            raise UserError(
-                f"{where}: {columns.prompt!r} has no assistant turn to learn: add one or remove that row"
-            )
+            raise UserError(f"{where}: {columns.prompt!r} has no assistant turn to learn: add one or remove that row")
         answer, turns = turns[at]["content"], turns[:at]
     if not turns or turns[-1]["role"] != "user":
         raise UserError(
-            f"{where}: the turn before the answer in {columns.prompt!r} must be the user's: "
-            "correct or remove that row"
+            f"{where}: the turn before the answer in {columns.prompt!r} must be the user's: correct or remove that row"
         )
     return turns[-1]["content"], tuple(turns[:-1]), answer

@@ -109,8 +109,7 @@ def _open(source: Any, split: str, name: str) -> Any:
     if isinstance(source, Sequence):
         return _number(source, name)
     raise UserError(
-        f"cannot read rows from {type(source).__name__}: "
-        "give a hub id, a file, a datasets.Dataset or a list of dicts"
+        f"cannot read rows from {type(source).__name__}: give a hub id, a file, a datasets.Dataset or a list of dicts"
     )
 
 
@@ -134,8 +133,7 @@ def _load_from_hub(source: str, split: str) -> Any:
     except Exception as error:  # the hub, the network and the builders raise a dozen unrelated types
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"cannot load the data set {source!r} (split {split!r}) from the hub, "
-            f"and no such file exists: {first_line}"
+            f"cannot load the data set {source!r} (split {split!r}) from the hub, and no such file exists: {first_line}"
         ) from error
 
 
@@ -194,9 +192,7 @@ def _read_csv(path: Path, name: str) -> Iterator[_Placed]:
                 raise UserError(f"{where}: has not as many fields as the header ({len(reader.fieldnames or [])})")
             yield where, row
     except csv.Error as error:
-        raise UserError(
-            f"{name}, line {reader.reader.line_num}: not valid CSV ({error}): correct that line"
-        ) from error
+        raise UserError(f"{name}, line {reader.reader.line_num}: not valid CSV ({error}): correct that line") from error
 
 
 def _read_parquet(path: Path, name: str) -> Any:

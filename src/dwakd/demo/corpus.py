@@ -187,9 +187,7 @@ def _row(rng: random.Random, task: Task, seen: set[str], *, held_out: bool) -> t
             seen.add(prompt)
             references = tuple(answer.format_map(scene) for answer in task.answers)
             return prompt, rng.choice(references), references
-    raise UserError(
-        f"The demo's corpus has no more distinct prompts for the task '{task.kind}'; ask for fewer rows."
-    )
+    raise UserError(f"The demo's corpus has no more distinct prompts for the task '{task.kind}'; ask for fewer rows.")
 
 
 def check(example: Example, answer: str) -> bool:

@@ -16,9 +16,7 @@ def _pairs(text: str) -> dict[str, str]:
     return {row[0]: row[1] for row in _rows(text)}
 
 
-WOMEN = _words(
-    "Zoë Anna Clara Dora Ella Frida Greta Hanna Ida Julia Lena Maria Nora Olga Paula Rosa Sara Tina Vera"
-)
+WOMEN = _words("Zoë Anna Clara Dora Ella Frida Greta Hanna Ida Julia Lena Maria Nora Olga Paula Rosa Sara Tina Vera")
 MEN = _words("Adam Ben David Emil Felix Georg Hugo Ivan Jakob Leo Max Noah Otto Peter René Simon Tom Victor Walter")
 TOWNS = _pairs(
     "Oslo-Norway Paris-France Rome-Italy Berlin-Germany Madrid-Spain Vienna-Austria Athens-Greece Dublin-Ireland "

@@ -69,8 +69,7 @@ class Evaluation:
         """Numbers and signature as plain JSON values, without the answers."""
         values = {name: value for name, value in vars(self).items() if name != "answers"}
         return {
-            name: asdict(value) if hasattr(value, "__dataclass_fields__") else value
-            for name, value in values.items()
+            name: asdict(value) if hasattr(value, "__dataclass_fields__") else value for name, value in values.items()
         }
 
 

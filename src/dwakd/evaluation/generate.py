@@ -148,9 +148,7 @@ def pad_id_of(encoder: TextEncoder) -> int:
     return encoder.end_token_id if pad_id is None else int(pad_id)
 
 
-def _sampler(
-    batch: PromptBatch, seed: int, temperature: float, top_p: float, device: torch.device
-) -> SeededSampling:
+def _sampler(batch: PromptBatch, seed: int, temperature: float, top_p: float, device: torch.device) -> SeededSampling:
     uniforms = streams(seed, batch.rows, batch.max_new_tokens, device)
     return SeededSampling(uniforms, max(map(len, batch.prompts)), temperature, top_p)
 
@@ -214,9 +212,7 @@ def _max_positions(model: Any) -> int | None:
 
 def _new_tokens(prompt: Sequence[int], example: Example, positions: int | None, max_new_tokens: int) -> int:
     if not prompt:
-        raise UserError(
-            f"row {example.index}: the prompt has no tokens; give it an instruction or another template."
-        )
+        raise UserError(f"row {example.index}: the prompt has no tokens; give it an instruction or another template.")
     if positions is None:
         return max_new_tokens
     if len(prompt) >= positions:
@@ -237,8 +233,6 @@ def _check_sampling(seed: int | None, temperature: float, top_p: float) -> None:
     if seed is not None and seed < 0:
         raise UserError(f"a seed must not be negative, got {seed}.")
     if not temperature > 0:
-        raise UserError(
-            f"temperature must be above 0, got {temperature}; for the likeliest tokens decode greedily."
-        )
+        raise UserError(f"temperature must be above 0, got {temperature}; for the likeliest tokens decode greedily.")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p must be above 0 and at most 1, got {top_p}.")

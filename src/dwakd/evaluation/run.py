@@ -21,7 +21,7 @@ def evaluate_sets(
     output: Path | None,
     template: str | None,
     adapter: str | None,
-    columns: dict[str, str | None],
+    columns: dict[str, Any],
     limit: int | None,
     num_seeds: int,
     **options: Any,
@@ -30,9 +30,7 @@ def evaluate_sets(
     recipe = Path(model) / RECIPE_FILE
     shown = parse_yaml(recipe.read_text(encoding="utf-8"))["data"] if recipe.is_file() else {}
     sets = {name: load_examples(name, split="test", limit=limit, **columns) for name in data}
-    encoder = TextEncoder(
-        load_tokenizer(model), template or shown.get("template", "alpaca"), shown.get("bos", "auto")
-    )
+    encoder = TextEncoder(load_tokenizer(model), template or shown.get("template", "alpaca"), shown.get("bos", "auto"))
     loaded = load_causal_lm(model, adapter=adapter)
     folder = output or (Path(model) / "eval" if Path(model).is_dir() else Path("eval") / Path(model).name)
     return _evaluate_all(loaded, encoder, sets, folder, num_seeds, options)
@@ -41,7 +39,7 @@ def evaluate_sets(
 def evaluate_recipe(recipe: Recipe, model: Any, encoder: TextEncoder, folder: Path) -> Table:
     """Evaluate a student just trained on the test sets of its recipe."""
     section, data = recipe.evaluation, recipe.data
-    columns = {"prompt": data.prompt, "response": data.response, "input": data.input}
+    columns: dict[str, Any] = {"prompt": data.prompt, "response": data.response, "input": data.input}
     sets = {name: load_examples(name, split="test", limit=section.limit, **columns) for name in section.test}
     options = {"max_new_tokens": section.max_new_tokens, "batch_size": section.batch_size}
     return _evaluate_all(model, encoder, sets, folder / "eval", section.seeds, options)

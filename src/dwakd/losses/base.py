@@ -51,9 +51,7 @@ def cross_entropy(log_probs: Float[Tensor, "tokens vocab"], targets: Tensor) -> 
     return torch.nn.functional.nll_loss(log_probs, targets, reduction="sum")
 
 
-def reduce_terms(
-    sums: dict[str, Tensor], weights: dict[str, float], num_tokens: Tensor | float | int
-) -> LossOutput:
+def reduce_terms(sums: dict[str, Tensor], weights: dict[str, float], num_tokens: Tensor | float | int) -> LossOutput:
     """Divide each summed term by the number of tokens and add them up with their weights."""
     means = {name: value / num_tokens for name, value in sums.items()}
     loss = torch.stack([weights[name] * value for name, value in means.items()]).sum()

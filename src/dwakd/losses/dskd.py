@@ -12,7 +12,9 @@ from dwakd.losses.projectors import Projectors, Widths
 
 
 class DskdLoss(DistillationLoss):
-    """L = (1 - r) CE + r (CE^{t->s} + sum_i [argmax p^{t->s}_i = x_i] D(p^{t->s}_i || p^s_i) + sum_j KL(p^t_j || p^{s->t}_j)).
+    """L = (1 - r) CE + r (CE^{t->s} + KD^stu + KD^tea).
+
+    KD^stu = sum_i [argmax p^{t->s}_i = x_i] D(p^{t->s}_i || p^s_i) and KD^tea = sum_j KL(p^t_j || p^{s->t}_j).
 
     Gradient: CE^{t->s} trains query and t2s only; the student-space divergence moves the student only; the
     teacher-space divergence moves the student, s2t and query. Neither head receives gradient except the student's own
@@ -85,5 +87,5 @@ class DskdLoss(DistillationLoss):
             "kd_student": kd_student.sum(),
             "kd_teacher": kd_teacher.sum(),
         }
-        rates = {name: self.kd_rate for name in sums} | {"ce": 1 - self.kd_rate}
+        rates = dict.fromkeys(sums, self.kd_rate) | {"ce": 1 - self.kd_rate}
         return reduce_terms(sums, rates, len(student.target_ids) if num_tokens is None else num_tokens)

@@ -22,9 +22,9 @@ AUTHORS = {"weight_normalisation": "entropy_then_gate", "student_divergence": "s
 class DwaKdLoss(DistillationLoss):
     """L = ce_weight CE + kd_weight (CE^{t->s} + KD^stu + KD^tea) + dtw_weight (nDTW(h^s, P h^t) + nDTW(e^s, P e^t)).
 
-    KD^stu = sum_i w_i D(p^{t->s}_i || p^s_i) and KD^tea = sum_j w_j KL(p^t_j || p^{s->t}_j), weighted up where the student
-    is uncertain and the projected teacher confident. nDTW is the Soft-DTW divergence of cosine costs, its cross cost
-    raised outside a band around the cross-model attention. Every constant defaults to the paper's.
+    KD^stu = sum_i w_i D(p^{t->s}_i || p^s_i) and KD^tea = sum_j w_j KL(p^t_j || p^{s->t}_j), weighted up where the
+    student is uncertain and the projected teacher confident. nDTW is the Soft-DTW divergence of cosine costs, its
+    cross cost raised outside a band around the cross-model attention. Every constant defaults to the paper's.
 
     Gradient: the student's hidden states through CE, KD^stu, KD^tea and nDTW; its head through its own logits only; its
     embeddings through nDTW only (beside the model's own use); never the teacher.
@@ -117,9 +117,7 @@ class DwaKdLoss(DistillationLoss):
         defaults = AUTHORS if compat == "authors" else {}
         normalise = weight_normalisation or defaults.get("weight_normalisation", "product")
         if normalise not in ("product", "entropy_then_gate"):
-            raise ValueError(
-                f"unknown weight_normalisation {normalise!r}; valid ones: product, entropy_then_gate"
-            )
+            raise ValueError(f"unknown weight_normalisation {normalise!r}; valid ones: product, entropy_then_gate")
         if gate_warmup_steps and normalise == "product":
             raise ValueError("gate_warmup_steps needs weight_normalisation entropy_then_gate")
         if compat == "authors":
@@ -127,10 +125,8 @@ class DwaKdLoss(DistillationLoss):
 
         self.ce_weight, self.kd_weight, self.dtw_weight = ce_weight, kd_weight, dtw_weight
         self.temperature = temperature
-        self.divergence = divergence(
-            student_divergence or defaults.get("student_divergence", "forward_kl"), skew
-        )
-        self.weighting = {"use_entropy": entropy_weights, "use_gate": gate, "normalise": normalise}
+        self.divergence = divergence(student_divergence or defaults.get("student_divergence", "forward_kl"), skew)
+        self.weighting: dict[str, Any] = {"use_entropy": entropy_weights, "use_gate": gate, "normalise": normalise}
         self.teacher_weights = teacher_weights
         self.gate_warmup_steps = gate_warmup_steps
         self.dtw_hidden = dtw_hidden and dtw_weight > 0
@@ -212,9 +208,7 @@ class DwaKdLoss(DistillationLoss):
             divergences = weights * divergences
         return divergences.sum()
 
-    def _alignment(
-        self, student: ModelSide, teacher: ModelSide, crossed: CrossModelAttention
-    ) -> dict[str, Tensor]:
+    def _alignment(self, student: ModelSide, teacher: ModelSide, crossed: CrossModelAttention) -> dict[str, Tensor]:
         """Equations 17 to 24: both pairs of sequences in one Soft-DTW call; the raw teacher vectors are projected."""
         dtype = self.projectors.t2s.weight.dtype
         pairs = {}

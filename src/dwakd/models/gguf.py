@@ -75,9 +75,7 @@ def _convert(path: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=torch.float32, output_loading_info=True
-        )
+        model, loading = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # a damaged file can fail anywhere in the reader
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(

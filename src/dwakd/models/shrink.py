@@ -90,9 +90,7 @@ def shrink_model(
     influence, kept = None, list(range(len(layers)))
     if num_layers is not None:
         if not 2 <= num_layers <= len(layers):
-            raise UserError(
-                f"num_layers={num_layers} is out of range: {model_name(model)} allows 2 to {len(layers)}."
-            )
+            raise UserError(f"num_layers={num_layers} is out of range: {model_name(model)} allows 2 to {len(layers)}.")
         chosen = texts[:: max(1, len(texts) // _INFLUENCE_TEXTS)][:_INFLUENCE_TEXTS]
         influence = block_influence(model, tokenizer, chosen, progress=progress)
         kept = _most_influential(influence, num_layers)

@@ -198,9 +198,7 @@ def _with_vocabulary(state: dict[str, Any], trained: dict[str, Any], kept: set[s
     merged = copy.deepcopy(state)
     model = merged["model"]
     if trained["type"] == "Unigram":
-        model["vocab"] = [
-            [piece, _BYTE_SCORE if piece in _BYTE_TOKENS else score] for piece, score in trained["vocab"]
-        ]
+        model["vocab"] = [[piece, _BYTE_SCORE if piece in _BYTE_TOKENS else score] for piece, score in trained["vocab"]]
         ids = {piece: index for index, (piece, _) in enumerate(model["vocab"])}
         if model.get("unk_id") is not None:
             model["unk_id"] = 0

@@ -5,7 +5,7 @@ from typing import Any
 from transformers.trainer_callback import ProgressCallback
 
 
-class TermsProgressCallback(ProgressCallback):  # type: ignore[misc]
+class TermsProgressCallback(ProgressCallback):
     """A progress bar that carries the latest terms beside it instead of printing a line for each step."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:

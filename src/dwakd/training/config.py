@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 
@@ -53,4 +54,10 @@ class DistillConfig(TrainingArguments):
         default="group_by_length",
         metadata={"help": "group_by_length: rows of like length share a step; or random, sequential."},
     )
+    disable_tqdm: bool | None = field(default=False, metadata={"help": "No progress bars."})
     report_to: str | list[str] | None = field(default="none", metadata={"help": "Trackers to log to."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # nothing to pin for, and torch warns of it

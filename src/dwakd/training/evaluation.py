@@ -11,6 +11,8 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction
 
 from dwakd.data.sources import Example
+from dwakd.evaluation.generate import generate_answers
+from dwakd.evaluation.rouge import references_of, rouge_l
 
 if TYPE_CHECKING:
     from dwakd.training.trainer import DistillTrainer
@@ -27,7 +29,7 @@ def eval_terms(trainer: DistillTrainer, dataloader: DataLoader[Any]) -> dict[str
         prepared = trainer._prepare_input(batch)
         trainer._add_teacher([prepared])
         with torch.no_grad():
-            output = trainer.compute_loss(distiller, prepared, return_outputs=True, num_items_in_batch=1)[1]
+            output = distiller(*trainer.forward_inputs(prepared, num_tokens=1.0))
         for name, value in output["terms"].items():
             sums[name] = sums.get(name, 0.0) + value.double()
         counts += torch.tensor(
@@ -47,20 +49,16 @@ def eval_terms(trainer: DistillTrainer, dataloader: DataLoader[Any]) -> dict[str
 
 def generated_metrics(trainer: DistillTrainer, examples: list[Example]) -> dict[str, float]:
     """ROUGE-L of sampled answers (temperature 1, a fixed seed), and the user's own metrics of them."""
-    from dwakd.evaluation.generate import generate_answers
-    from dwakd.evaluation.rouge import rouge_l
-
-    with torch.random.fork_rng():
-        answers = generate_answers(
-            trainer.student,
-            trainer.student_encoder,
-            examples,
-            seed=trainer.args.seed,
-            max_new_tokens=trainer.args.eval_max_new_tokens,
-            batch_size=trainer.args.per_device_eval_batch_size,
-            progress=not trainer.args.disable_tqdm,
-        )
-    references = [list(example.references) or [example.response] for example in examples]
+    answers = generate_answers(
+        trainer.student,
+        trainer.student_encoder,
+        examples,
+        seed=trainer.args.seed,
+        max_new_tokens=trainer.args.eval_max_new_tokens,
+        batch_size=trainer.args.per_device_eval_batch_size,
+        progress=not trainer.args.disable_tqdm,
+    )
+    references = [list(references_of(example)) for example in examples]
     metrics: dict[str, float] = {}
     if trainer.args.eval_rouge_l:
         scores = rouge_l(answers, references)

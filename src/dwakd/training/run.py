@@ -96,7 +96,7 @@ def _peft_config(options: dict[str, Any] | None) -> LoraConfig | None:
 
 
 def build_trainer(recipe: Recipe, output_dir: str | Path) -> DistillTrainer:
-    """Load data, models and loss of a recipe into a trainer; every mistake shows before any model is loaded if it can."""
+    """Load data, models and loss of a recipe into a trainer; mistakes show before a model is loaded where they can."""
     method = method_class(recipe.method)
     if not method.needs_widths:
         build_loss(recipe.method, recipe.loss_options)
@@ -108,7 +108,7 @@ def build_trainer(recipe: Recipe, output_dir: str | Path) -> DistillTrainer:
     args = training_config(recipe, output_dir)
     peft_config = _peft_config(recipe.student.peft)
     data = recipe.data
-    columns = {"prompt": data.prompt, "response": data.response, "input": data.input}
+    columns: dict[str, Any] = {"prompt": data.prompt, "response": data.response, "input": data.input}
     train = load_examples(data.train, limit=data.limit, **columns)
     evaluation = None
     if data.eval is not None:

@@ -1,4 +1,4 @@
-"""A thin transformers.Trainer: exact reduction, the teacher ahead of the step, projectors with a rate of their own."""
+"""A thin transformers.Trainer: exact reduction, the teacher ahead of the step, a rate of their own for projectors."""
 
 from __future__ import annotations
 
@@ -7,31 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
-from transformers.trainer_callback import ProgressCallback, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from dwakd.data.collator import EncodedPairs, PairedCollator, encode_pairs
+from dwakd.data.collator import EncodedPairs, PairedCollator
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.sources import Example, load_examples
 from dwakd.errors import UserError
 from dwakd.losses import TeacherScale, Widths, build_loss, method_class
-from dwakd.models.loading import load_causal_lm, load_tokenizer
-from dwakd.models.rows import check_head, embedding_table, output_head
+from dwakd.models.rows import embedding_table, output_head
 from dwakd.training.callbacks import TermsProgressCallback
 from dwakd.training.checkpoint import load_student
 from dwakd.training.config import DistillConfig
 from dwakd.training.distiller import Distiller
 from dwakd.training.evaluation import eval_terms, generated_metrics
+from dwakd.training.inputs import Source, disable_dropout, encode_source, load_pair
 from dwakd.training.sampler import LengthGroupedSampler
 from dwakd.training.teacher import OnlineTeacher, Teacher
 
 LOSS_STATE = "distillation.safetensors"
-Source = str | Dataset | list[dict[str, Any]] | list[Example] | EncodedPairs
 
 
 class DistillTrainer(Trainer):
@@ -72,52 +69,24 @@ class DistillTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = args or DistillConfig()
-        remote = args.trust_remote_code
-        if isinstance(model, str):
-            processing_class = processing_class or load_tokenizer(model, trust_remote_code=remote)
-            model = load_causal_lm(model, trust_remote_code=remote)
-        if isinstance(teacher_model, str):
-            teacher_processing_class = teacher_processing_class or load_tokenizer(
-                teacher_model, trust_remote_code=remote
-            )
-            teacher_model = load_causal_lm(teacher_model, trust_remote_code=remote)
-        if processing_class is None:
-            raise UserError("processing_class is missing: give the student's tokenizer beside a student that is a model")
         method = method_class(args.method)
         if method.needs_teacher and teacher_model is None:
             raise UserError(f"method {args.method} needs a teacher: give teacher_model (recipe: teacher.model)")
-        if not method.needs_teacher:
-            teacher_model = teacher_processing_class = None
-        if teacher_model is not None and teacher_processing_class is None:
-            raise UserError("teacher_processing_class is missing: give the tokenizer beside a teacher that is a model")
-
-        self.teacher = self._prepare_teacher(teacher_model)
-        check_head(model)
+        model, processing_class = load_pair(model, processing_class, args, "processing_class")
         self.student_encoder = TextEncoder(processing_class, args.template, args.bos)
-        teacher_encoder = None
-        if teacher_processing_class is not None:
-            teacher_encoder = TextEncoder(teacher_processing_class, args.template, args.bos)
-        self._encoders = (self.student_encoder, teacher_encoder)
-        self._eval_examples: list[Example] = []
-        train_pairs = self._encode(train_dataset, args, "train")
-        eval_pairs = self._encode(eval_dataset, args, "eval")
+        self._encoders: tuple[TextEncoder, TextEncoder | None] = (self.student_encoder, None)
+        self.teacher: Teacher | None = None
+        if method.needs_teacher:
+            self.teacher = self._prepare_teacher(teacher_model, teacher_processing_class, args)
+        _, train_pairs = encode_source(train_dataset, self._encoders, args, "train")
+        self._eval_examples, eval_pairs = encode_source(eval_dataset, self._encoders, args, "eval")
 
         set_seed(args.seed)
-        widths = None
-        if self.teacher is not None:
-            widths = Widths(
-                output_head(model).hidden_size,
-                self.teacher.hidden_size,
-                embedding_table(model).shape[1],
-                self.teacher.embedding_size,
-            )
-        loss = build_loss(args.method, args.loss_options, widths=widths)
+        loss = build_loss(args.method, args.loss_options, widths=self._widths(model))
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         if args.disable_dropout:
-            for module in model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0
+            disable_dropout(model)
         self.metrics_function = compute_metrics
         self._term_sums: dict[str, Tensor] = {}
         self._term_steps = 0
@@ -126,7 +95,7 @@ class DistillTrainer(Trainer):
             args=args,
             data_collator=PairedCollator(
                 processing_class.pad_token_id,
-                None if teacher_processing_class is None else teacher_processing_class.pad_token_id,
+                None if self._encoders[1] is None else self._encoders[1].tokenizer.pad_token_id,
             ),
             train_dataset=train_pairs,
             eval_dataset=eval_pairs,
@@ -134,42 +103,29 @@ class DistillTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         if not args.disable_tqdm:
             self.add_callback(TermsProgressCallback)
 
-    @staticmethod
-    def _prepare_teacher(teacher: PreTrainedModel | Teacher | None) -> Teacher | None:
-        if teacher is None or isinstance(teacher, Teacher):
-            return teacher
-        check_head(teacher)
-        return OnlineTeacher(teacher)
+    def _prepare_teacher(
+        self, teacher: str | PreTrainedModel | Teacher, tokenizer: PreTrainedTokenizerBase | None, args: DistillConfig
+    ) -> Teacher:
+        if not isinstance(teacher, Teacher):
+            teacher, tokenizer = load_pair(teacher, tokenizer, args, "teacher_processing_class")
+            teacher = OnlineTeacher(teacher)
+        if tokenizer is None:
+            raise UserError("teacher_processing_class is missing: give the teacher's tokenizer beside it")
+        self._encoders = (self.student_encoder, TextEncoder(tokenizer, args.template, args.bos))
+        return teacher
 
-    def _encode(self, source: Source | None, args: DistillConfig, role: str) -> EncodedPairs | None:
-        if source is None or isinstance(source, EncodedPairs):
-            return source
-        name = source if isinstance(source, str) else f"the {role} dataset"
-        if isinstance(source, list) and source and isinstance(source[0], Example):
-            examples = source
-        else:
-            rows = Dataset.from_list(source) if isinstance(source, list) else source
-            examples = load_examples(
-                rows,
-                split="train" if role == "train" or not isinstance(source, str) else "validation",
-                prompt=args.prompt_column,
-                response=args.response_column,
-                input=args.input_column,
-                name=name,
-            )
-        if role == "eval":
-            self._eval_examples = examples
-        return encode_pairs(
-            examples,
-            *self._encoders,
-            max_length=args.max_length,
-            max_prompt_length=args.max_prompt_length,
-            invalid_rows=args.invalid_rows,
-            source=name,
+    def _widths(self, student: PreTrainedModel) -> Widths | None:
+        if self.teacher is None:
+            return None
+        return Widths(
+            output_head(student).hidden_size,
+            self.teacher.hidden_size,
+            embedding_table(student).shape[1],
+            self.teacher.embedding_size,
         )
 
     @property
@@ -206,6 +162,12 @@ class DistillTrainer(Trainer):
         for batch in batches:
             batch["teacher_scale"] = scale
 
+    @staticmethod
+    def forward_inputs(inputs: dict[str, Any], num_tokens: Tensor | float | None) -> tuple[Any, ...]:
+        """What `Distiller.forward` takes, from a batch with the teacher attached."""
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        return tensors, inputs.get("teacher"), num_tokens, inputs.get("teacher_scale")
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -213,8 +175,7 @@ class DistillTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-        output = model(tensors, inputs.get("teacher"), num_items_in_batch, inputs.get("teacher_scale"))
+        output = model(*self.forward_inputs(inputs, num_items_in_batch))
         if model.training:
             for name, value in output["terms"].items():
                 self._term_sums[name] = self._term_sums.get(name, 0.0) + value
@@ -244,7 +205,7 @@ class DistillTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the student at `learning_rate` and over the loss's own maps at `projector_learning_rate`."""
-        if self.optimizer is None:
+        if self.optimizer is None:  # type: ignore[has-type]
             module = model or self.model
             decayed = set(self.get_decay_parameter_names(module))
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, module)
@@ -275,12 +236,18 @@ class DistillTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Every term in nats per student response token over the whole set, bits per byte, and ROUGE-L if asked."""
-        metrics = eval_terms(self, self.get_eval_dataloader(eval_dataset))
-        if eval_dataset is None and (self.args.eval_rouge_l or self.metrics_function):
-            metrics |= generated_metrics(self, self._eval_examples)
+        with torch.random.fork_rng():  # a run must not depend on how often it is evaluated
+            metrics = eval_terms(self, self.get_eval_dataloader(eval_dataset))
+            if eval_dataset is None and (self.args.eval_rouge_l or self.metrics_function):
+                metrics |= generated_metrics(self, self._eval_examples)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args,
+            self.state,
+            self.control,  # type: ignore[has-type]
+            metrics,
+        )
         return metrics
 
     # Saving: the student as transformers saves it; what only training needs goes into checkpoints alone.

@@ -1,0 +1,184 @@
+"""The whole package in five minutes, offline: corpus, tokenizers, teacher, three students, one table."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from dwakd.data.encoding import TextEncoder
+from dwakd.data.sources import Example
+from dwakd.demo.corpus import make_corpus
+from dwakd.demo.tokenizers import demo_tokenizers
+from dwakd.errors import UserError
+from dwakd.evaluation.evaluate import Evaluation, evaluate_model, write_evaluation
+from dwakd.training.config import DistillConfig
+from dwakd.training.trainer import DistillTrainer
+
+TEMPLATE = "{instruction}\n"
+METHODS = ("sft", "dskd", "dwa_kd")
+
+
+@dataclass(frozen=True)
+class DemoSizes:
+    """What fits into about five minutes on two cores."""
+
+    num_train: int = 10_000
+    num_student_rows: int = 1_200
+    num_test: int = 200
+    teacher_steps: int = 800
+    student_steps: int = 600
+    teacher_width: int = 192
+    student_width: int = 128
+
+
+QUICK = DemoSizes(400, 64, 8, 6, 4, 32, 32)
+"""A few steps of everything."""
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One line of the table."""
+
+    evaluation: Evaluation
+    seconds_per_step: float
+    num_parameters: int
+
+
+def run_demo(output: Path | None, *, seed: int, quick: bool) -> Group:
+    """Train and compare; writes models, scores and demo.json into the folder and returns what to print.
+
+    Raises:
+        UserError: the folder isn't empty.
+    """
+    folder = output or _free_folder(Path("demo-run"))
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"output folder {folder} is not empty; choose another with --output")
+    sizes = QUICK if quick else DemoSizes()
+    console = Console(stderr=True)
+    train, _, test = make_corpus(sizes.num_train, 0, sizes.num_test, seed)
+    texts = [text for example in train for text in (example.instruction, example.response)]
+    student_tokenizer, teacher_tokenizer = demo_tokenizers(texts)
+    console.print(
+        f"A corpus of {len(train):,} instructions. The teacher ({len(teacher_tokenizer):,} tokens) sees them all, "
+        f"the students ({len(student_tokenizer):,} other tokens) {sizes.num_student_rows:,} of them."
+    )
+    rows: dict[str, DemoRow] = {}
+    console.rule("teacher: sft on every row")
+    teacher = build_model(teacher_tokenizer, sizes.teacher_width, num_layers=4, tied=False, seed=seed)
+    args = training_args(folder / "teacher", "sft", seed, steps=sizes.teacher_steps, batch_size=32, rate=2e-3)
+    trainer = DistillTrainer(teacher, None, args, train, processing_class=teacher_tokenizer)
+    rows["teacher"] = _train_and_evaluate(trainer, test, folder)
+    for method in METHODS:
+        console.rule(f"student: {method}")
+        student = build_model(student_tokenizer, sizes.student_width, num_layers=2, tied=True, seed=seed + 1)
+        args = training_args(folder / method, method, seed, steps=sizes.student_steps, batch_size=16, rate=4e-3)
+        trainer = DistillTrainer(
+            student,
+            teacher,
+            args,
+            train[: sizes.num_student_rows],
+            processing_class=student_tokenizer,
+            teacher_processing_class=teacher_tokenizer,
+        )
+        rows[method] = _train_and_evaluate(trainer, test, folder)
+    _write(folder / "demo.json", rows, seed, sizes)
+    return Group(demo_table(rows, sizes), f"students: {', '.join(str(folder / method) for method in METHODS)}")
+
+
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, width: int, *, num_layers: int, tied: bool, seed: int
+) -> LlamaForCausalLM:
+    """A small random Llama for a tokenizer."""
+    set_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=512 if num_layers > 2 else 2 * width,
+            num_hidden_layers=num_layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=256,
+            tie_word_embeddings=tied,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def training_args(folder: Path, method: str, seed: int, *, steps: int, batch_size: int, rate: float) -> DistillConfig:
+    """The same arguments for all, but for length, batch and rate."""
+    return DistillConfig(
+        output_dir=str(folder),
+        method=method,
+        template=TEMPLATE,
+        max_length=128,
+        max_prompt_length=96,
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=rate,
+        projector_learning_rate=rate,
+        warmup_steps=math.ceil(0.05 * steps),
+        save_strategy="no",
+        seed=seed,
+        data_seed=seed,
+        use_cpu=True,
+    )
+
+
+def demo_table(rows: dict[str, DemoRow], sizes: DemoSizes) -> Table:
+    """Scores and cost of the teacher and the students."""
+    table = Table(title="Held-out instructions", title_justify="left", caption_justify="left")
+    for heading in ("model", "parameters", "ROUGE-L, 5 seeds", "ROUGE-L, greedy", "exact match", "bits per byte", "s/step"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for name, row in rows.items():
+        table.add_row(name, f"{row.num_parameters / 1e6:.2f} M", *_scores(row.evaluation), f"{row.seconds_per_step:.3f}")
+    table.caption = (
+        f"ROUGE-L and exact match in percent; sampled at temperature 1, mean ± deviation over generation seeds, "
+        f"{sizes.num_test} rows, one training seed: differences of a point or two are noise."
+    )
+    return table
+
+
+def _scores(evaluation: Evaluation) -> tuple[str, ...]:
+    sampled, greedy, exact = evaluation.rouge_l, evaluation.greedy_rouge_l, evaluation.greedy_exact_match
+    bits = evaluation.bits_per_byte
+    assert sampled is not None and greedy is not None and exact is not None and bits is not None
+    return (
+        f"{sampled.mean:.1f} ± {sampled.std or 0.0:.1f}",
+        f"{greedy.mean:.1f}",
+        f"{exact.mean:.1f}",
+        f"{bits.value:.3f}",
+    )
+
+
+def _train_and_evaluate(trainer: DistillTrainer, test: list[Example], folder: Path) -> DemoRow:
+    runtime = trainer.train().metrics["train_runtime"]
+    trainer.save_model()
+    name = Path(trainer.args.output_dir).name
+    encoder: TextEncoder = trainer.student_encoder
+    evaluation = evaluate_model(trainer.student, encoder, test, max_new_tokens=40, batch_size=100)
+    write_evaluation(evaluation, folder / f"{name}.json", folder / f"{name}.answers.jsonl")
+    return DemoRow(evaluation, runtime / trainer.state.global_step, trainer.student.num_parameters())
+
+
+def _write(path: Path, rows: dict[str, DemoRow], seed: int, sizes: DemoSizes) -> None:
+    content: dict[str, Any] = {"seed": seed, "sizes": vars(sizes)}
+    for name, row in rows.items():
+        content[name] = {**row.evaluation.to_dict(), "seconds_per_step": row.seconds_per_step}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _free_folder(folder: Path) -> Path:
+    candidate, number = folder, 2
+    while candidate.exists():
+        candidate, number = folder.with_name(f"{folder.name}-{number}"), number + 1
+    return candidate

@@ -1,0 +1,72 @@
+"""What a trainer accepts: models and tokenizers by name or loaded, data in any of the usual forms."""
+
+from typing import Any, TypeAlias
+
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dwakd.data.collator import EncodedPairs, encode_pairs
+from dwakd.data.encoding import TextEncoder
+from dwakd.data.sources import Example, load_examples
+from dwakd.errors import UserError
+from dwakd.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
+from dwakd.models.rows import check_head, model_name
+from dwakd.training.config import DistillConfig
+
+Source: TypeAlias = str | Dataset | list[dict[str, Any]] | list[Example] | EncodedPairs
+Pair: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+def load_pair(
+    model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: DistillConfig, name: str
+) -> Pair:
+    """A model with its tokenizer, loaded if given by name, and checked to be one that losses can use.
+
+    Raises:
+        UserError: no tokenizer beside a loaded model, a head that is not the whole way from hidden states to logits, or
+            a tokenizer with more tokens than the model.
+    """
+    if isinstance(model, str):
+        tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=args.trust_remote_code)
+        model = load_causal_lm(model, trust_remote_code=args.trust_remote_code)
+    if tokenizer is None:
+        raise UserError(f"{name} is missing: a model that is given loaded needs its tokenizer beside it")
+    check_head(model)
+    check_vocabulary(model, tokenizer, model_name(model))
+    return model, tokenizer
+
+
+def encode_source(
+    source: Source | None, encoders: tuple[TextEncoder, TextEncoder | None], args: DistillConfig, role: str
+) -> tuple[list[Example], EncodedPairs | None]:
+    """The examples of a data set and their tokens on both sides; `role` is "train" or "eval"."""
+    if source is None or isinstance(source, EncodedPairs):
+        return [], source
+    name = source if isinstance(source, str) else f"the {role} dataset"
+    if isinstance(source, list) and source and isinstance(source[0], Example):
+        examples = [example for example in source if isinstance(example, Example)]
+    else:
+        examples = load_examples(
+            source,
+            split="validation" if role == "eval" and isinstance(source, str) else "train",
+            prompt=args.prompt_column,
+            response=args.response_column,
+            input=args.input_column,
+            name=name,
+        )
+    return examples, encode_pairs(
+        examples,
+        *encoders,
+        max_length=args.max_length,
+        max_prompt_length=args.max_prompt_length,
+        invalid_rows=args.invalid_rows,
+        source=name,
+    )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of a model to 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
