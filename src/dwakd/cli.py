@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -43,6 +42,7 @@ def train(
 
     The result is a plain Hugging Face folder: AutoModelForCausalLM.from_pretrained(FOLDER).
     """
+    _hush_transformers()
     from dwakd.config import load_recipe
     from dwakd.evaluation.run import evaluate_recipe
     from dwakd.training.run import train as run_recipe
@@ -50,7 +50,7 @@ def train(
     loaded = load_recipe(recipe, overrides)
     folder = output or Path("runs") / recipe.stem
     trainer = run_recipe(loaded, folder, resume=resume)
-    console.print(f"student: [bold]{folder}[/bold] after {trainer.state.global_step} steps")
+    console.print(f"student: [bold]{folder}[/bold] after {trainer.state.global_step} steps", soft_wrap=True)
     if loaded.evaluation.test:
         console.print(evaluate_recipe(loaded, trainer.student, trainer.student_encoder, folder))
 
@@ -83,6 +83,7 @@ def evaluate(
     Sampling at temperature 1 over five seeds is the published protocol; greedy answers and bits per byte are steadier
     and stand beside it. Bits per byte compares models whatever their tokenizers.
     """
+    _hush_transformers()
     from dwakd.evaluation.run import evaluate_sets
 
     table = evaluate_sets(
@@ -126,6 +127,7 @@ def shrink(
     Example: dwakd shrink HuggingFaceTB/SmolLM2-135M-Instruct --data databricks/databricks-dolly-15k --vocab-size 8000
     --layers 20 -o student
     """
+    _hush_transformers()
     from dwakd.models.shrink_run import shrink_to_folder
 
     columns = {"prompt": prompt, "response": response, "input": input_column}
@@ -150,6 +152,7 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A few steps of everything, to see that it works.")] = False,
 ) -> None:
     """Train a teacher, then SFT, DSKD and DWA-KD students with another tokenizer, and compare them. Offline."""
+    _hush_transformers()
     from dwakd.demo.run import run_demo
 
     console.print(run_demo(output, seed=seed, quick=quick))
@@ -178,11 +181,17 @@ def methods(
     console.print(table)
 
 
+def _hush_transformers() -> None:
+    """Its bars over reading a file and its remarks on special tokens bury what a person should see."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
 def main() -> None:
     """Entry point: a user's mistake is one sentence on stderr and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DELAY", "1")  # bars for what takes a while, not for reading a file
     try:
         app(standalone_mode=True)
     except UserError as error:

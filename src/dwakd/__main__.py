@@ -1,0 +1,5 @@
+"""python -m dwakd"""
+
+from dwakd.cli import main
+
+main()

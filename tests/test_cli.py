@@ -1,0 +1,256 @@
+"""The command line: a user's mistake is one sentence and exit code 2, never a traceback; a right call works."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dwakd.cli import main
+from tests.builders import byte_bpe, tiny_model, unigram_byte_fallback
+
+ROWS = [{"prompt": f"Say number {n}.", "response": f"It is number {n}."} for n in range(12)]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """Two tiny models saved as folders, a data file and a recipe over them."""
+    folder = tmp_path_factory.mktemp("workspace")
+    for name, family, tokenizer in (("student", "llama", byte_bpe()), ("teacher", "qwen2", unigram_byte_fallback())):
+        model = tiny_model(family, len(tokenizer))
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    (folder / "data.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
+    recipe = {
+        "student": {"model": str(folder / "student")},
+        "teacher": {"model": str(folder / "teacher")},
+        "data": {"train": str(folder / "data.jsonl"), "template": "plain"},
+        "loss": {"method": "dwa_kd"},
+        "training": {"max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True, "save_strategy": "no"},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def run(monkeypatch, capsys, *arguments):
+    """Exit code, standard output and standard error of one call, within this process."""
+    monkeypatch.setattr(sys, "argv", ["dwakd", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    out, err = capsys.readouterr()
+    return stop.value.code or 0, out, err
+
+
+def one_sentence(err):
+    """The last line of standard error, which must be the only one that starts with error."""
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    return lines[0]
+
+
+def test_train_eval_and_resume(workspace, tmp_path, monkeypatch, capsys):
+    """The main road: recipe in, plain folder out, scores beside it; a second start in the same folder is refused."""
+    output = tmp_path / "run"
+    extra = ["training.save_strategy=steps", "training.save_steps=1", "evaluation.limit=2", "evaluation.seeds=2"]
+    extra += [f"evaluation.test=[{workspace / 'data.jsonl'}]", "evaluation.max_new_tokens=4"]
+    code, out, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *extra, "-o", output)
+    assert code == 0, err
+    assert "after 2 steps" in out
+    scores = json.loads(next((output / "eval").glob("*.json")).read_text())
+    assert scores["signature"]["seeds"] == [10, 20]
+    assert scores["signature"]["template"] == "plain"
+    assert (output / "dwakd-run.json").is_file()
+
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *extra, "-o", output)
+    assert code == 2
+    assert "already holds a run" in one_sentence(err)
+    code, _, err = run(
+        monkeypatch, capsys, "train", workspace / "recipe.yaml", "loss.temperature=3", "-o", output, "--resume"
+    )
+    assert code == 2
+    assert "another recipe" in one_sentence(err)
+    code, out, _ = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *extra, "-o", output, "--resume")
+    assert code == 0
+
+    code, out, err = run(
+        monkeypatch, capsys, "eval", output, "-d", workspace / "data.jsonl", "--limit", 2, "--seeds", 1,
+        "--max-new-tokens", 3, "-o", tmp_path / "scores",
+    )  # fmt: skip
+    assert code == 0, err
+    answers = next((tmp_path / "scores").glob("*.answers.jsonl")).read_text().splitlines()
+    assert len(answers) == 4  # two rows, one seed and greedy
+    assert json.loads(answers[0])["prompt"] == "Say number 0.\n", "the template is the run's own"
+
+
+def test_lora_by_recipe_loads_with_peft(workspace, tmp_path, monkeypatch, capsys):
+    """`student.peft` trains an adapter that PEFT and `dwakd eval` both read."""
+    from peft import AutoPeftModelForCausalLM
+
+    output = tmp_path / "lora"
+    code, _, err = run(
+        monkeypatch, capsys, "train", workspace / "recipe.yaml", "student.peft={r: 4, lora_alpha: 8}", "-o", output
+    )
+    assert code == 0, err
+    loaded = AutoPeftModelForCausalLM.from_pretrained(output)
+    assert any("lora_A" in name for name, _ in loaded.named_parameters())
+    code, _, err = run(
+        monkeypatch, capsys, "eval", output, "-d", workspace / "data.jsonl", "--limit", 1, "--seeds", 1,
+        "--max-new-tokens", 2,
+    )  # fmt: skip
+    assert code == 0, err
+    assert list((output / "eval").glob("*.json"))
+
+
+def test_shrink(workspace, tmp_path, monkeypatch, capsys):
+    """A smaller folder that loads; a vocabulary below the alphabet is refused with the least that works."""
+    student = tmp_path / "student"
+    arguments = ["shrink", workspace / "student", "-d", workspace / "data.jsonl", "--layers", 2]
+    code, out, err = run(monkeypatch, capsys, *arguments, "--vocab-size", 300, "-o", student)
+    assert code == 0, err
+    assert "bits per byte" in out
+    assert (student / "config.json").is_file()
+    code, _, err = run(monkeypatch, capsys, *arguments, "--vocab-size", 20, "-o", tmp_path / "other")
+    assert code == 2
+    assert "20" in one_sentence(err)
+    assert not (tmp_path / "other").exists()
+
+
+BAD = {
+    "unknown option": (["loss.temprature=2"], r"loss\.temprature"),
+    "unknown method": (["loss.method=dwakd"], "valid ones: sft, dskd, dwa_kd"),
+    "unknown section": (["lose.method=sft"], "unknown option lose; did you mean loss"),
+    "unknown training option": (["training.learning_rat=1"], "did you mean learning_rate"),
+    "unknown peft option": (["student.peft={rank: 4}"], r"unknown option student\.peft\.rank"),
+    "mistyped value": (["data.max_length=long"], "data.max_length must be int"),
+    "value out of range": (["loss.temperature=-1"], "temperature must be a number"),
+    "no section": (["data=3"], "data must be a section"),
+    "bad override": (["temperature"], "must look like section.option=value"),
+    "unknown template": (["data.template=alpacca"], "alpaca"),
+    "missing column": (["data.prompt=question"], "question"),
+    "no such student": (["student.model=./nowhere"], "nowhere"),
+    "no such teacher": (["teacher.model=./nowhere"], "nowhere"),
+    "no such data": (["data.train=nowhere.jsonl"], "nowhere.jsonl"),
+    "prompt too long": (["data.max_prompt_length=2"], "max_prompt_length"),
+    "dtype": (["student.dtype=float12"], "unknown dtype"),
+    "unreadable optimiser": (["training.optim=fancy"], "training options"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes_in_a_recipe(name, workspace, tmp_path, monkeypatch, capsys):
+    """Each names the option or the file."""
+    overrides, message = BAD[name]
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *overrides, "-o", tmp_path / "run")
+    assert code == 2, err
+    assert re.search(message, one_sentence(err)), err
+    assert not (tmp_path / "run").exists(), "nothing is half-written"
+
+
+FILES = {
+    "empty dataset": ("data.jsonl", "", "data.jsonl"),
+    "malformed line": ("data.jsonl", '{"prompt": "a", "response": "b"}\n{"prompt": ', "line 2"),
+    "row that is no object": ("data.jsonl", '["a"]', "line 1"),
+    "value that is no string": ("data.jsonl", '{"prompt": 3, "response": "b"}', "line 1"),
+    "empty response": ("data.jsonl", '{"prompt": "a", "response": " "}', "response"),
+    "missing response": ("data.jsonl", '{"prompt": "a", "answer": "b"}', "answer"),
+    "unknown kind": ("data.xls", "x", "data.xls"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_mistakes_in_the_data(name, workspace, tmp_path, monkeypatch, capsys):
+    """Each names the file and the line."""
+    file_name, content, message = FILES[name]
+    (tmp_path / file_name).write_text(content)
+    train = f"data.train={tmp_path / file_name}"
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", train, "-o", tmp_path / "run")
+    assert code == 2, err
+    assert message in one_sentence(err)
+
+
+def test_more_mistakes(workspace, tmp_path, monkeypatch, capsys):
+    """No recipe, broken YAML, a folder that holds something else, a GGUF that is none, a tokenizer without end."""
+    code, _, err = run(monkeypatch, capsys, "train", tmp_path / "none.yaml")
+    assert code == 2
+    assert "none.yaml does not exist" in one_sentence(err)
+    (tmp_path / "broken.yaml").write_text("student: [")
+    code, _, err = run(monkeypatch, capsys, "train", tmp_path / "broken.yaml")
+    assert code == 2
+    assert "not valid YAML" in one_sentence(err)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", "-o", tmp_path / "mine")
+    assert code == 2
+    assert "is not empty" in one_sentence(err)
+    (tmp_path / "model.gguf").write_bytes(b"no GGUF at all")
+    model = f"teacher.model=gguf:{tmp_path / 'model.gguf'}"
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", model, "-o", tmp_path / "run")
+    assert code == 2
+    assert "model.gguf" in one_sentence(err)
+    tokenizer = byte_bpe()
+    tokenizer.eos_token = None
+    for name in ("config.json", "model.safetensors", "generation_config.json"):
+        source = workspace / "student" / name
+        if source.is_file():
+            target = tmp_path / "endless" / name
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(source.read_bytes())
+    tokenizer.save_pretrained(tmp_path / "endless")
+    model = f"student.model={tmp_path / 'endless'}"
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", model, "-o", tmp_path / "run")
+    assert code == 2
+    assert "end-of-sequence" in one_sentence(err)
+
+
+def test_help_and_methods(monkeypatch, capsys):
+    """`--help` of every command, and the list of methods with the options of one."""
+    for command in ([], ["train"], ["eval"], ["shrink"], ["demo"], ["methods"]):
+        code, out, _ = run(monkeypatch, capsys, *command, "--help")
+        assert code == 0
+        assert "Usage" in out
+    code, out, _ = run(monkeypatch, capsys, "methods")
+    assert code == 0
+    assert "dwa_kd" in out
+    code, out, _ = run(monkeypatch, capsys, "methods", "dwa_kd")
+    assert "loss.band_blend" in out
+    code, _, err = run(monkeypatch, capsys, "methods", "nothing")
+    assert code == 2
+    assert "valid ones" in one_sentence(err)
+
+
+def test_imports_point_one_way():
+    """losses and kernels without transformers, evaluation without losses: or the layers grow into each other."""
+    script = (
+        "import sys, importlib; importlib.import_module(sys.argv[1]); "
+        "sys.exit(any(name.split('.')[: len(bad)] == bad for name in sys.modules for bad in [sys.argv[2].split('.')]))"
+    )
+    for module, forbidden in (
+        ("dwakd", "torch"),
+        ("dwakd.cli", "torch"),
+        ("dwakd.losses", "transformers"),
+        ("dwakd.kernels", "transformers"),
+        ("dwakd.evaluation.run", "dwakd.losses"),
+        ("dwakd.models.rows", "dwakd.losses"),
+        ("dwakd.data.collator", "dwakd.models"),
+    ):
+        result = subprocess.run([sys.executable, "-c", script, module, forbidden], check=False, capture_output=True)
+        assert result.returncode == 0, f"{module} imports {forbidden}: {result.stderr.decode()}"
+
+
+def test_recipes_of_the_repository_load():
+    """A recipe that a user copies must be one that is read."""
+    from dwakd.config import load_recipe
+    from dwakd.losses import build_loss, method_class
+    from dwakd.training.run import training_config
+
+    recipes = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        recipe = load_recipe(path)
+        training_config(recipe, "unused")
+        if not method_class(recipe.method).needs_widths:
+            build_loss(recipe.method, recipe.loss_options)
