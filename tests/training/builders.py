@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig
 
 from dwakd import DistillConfig, DistillTrainer
-from tests.builders import byte_bpe, tiny_model, unigram_byte_fallback
+from tests.builders import bpe_byte_fallback, byte_bpe, tiny_model
 
 NOUNS = ["door", "cat", "sea", "sky", "tree", "house", "boat", "lamp"]
 NOUNS += ["road", "hill", "shoe", "bird", "ring", "book", "wall", "moon"]
@@ -17,7 +17,7 @@ ROWS = [
     {"prompt": f"Name a colour that goes with {noun}.", "response": f"A {colour} {noun} é😀"}
     for noun, colour in zip(NOUNS, COLOURS, strict=True)
 ]
-TOKENIZERS = byte_bpe(), unigram_byte_fallback()  # Unigram training is not deterministic: once for all runs
+TOKENIZERS = byte_bpe(), bpe_byte_fallback()  # BPE: Unigram training is not deterministic, and ranks would differ
 
 
 def trainer(output: Path, *, rows: list[dict[str, Any]] = ROWS, lora: bool = False, **options: Any) -> DistillTrainer:

@@ -137,10 +137,20 @@ def training_args(folder: Path, method: str, seed: int, *, steps: int, batch_siz
 def demo_table(rows: dict[str, DemoRow], sizes: DemoSizes) -> Table:
     """Scores and cost of the teacher and the students."""
     table = Table(title="Held-out instructions", title_justify="left", caption_justify="left")
-    for heading in ("model", "parameters", "ROUGE-L, 5 seeds", "ROUGE-L, greedy", "exact match", "bits per byte", "s/step"):
+    for heading in (
+        "model",
+        "parameters",
+        "ROUGE-L, 5 seeds",
+        "ROUGE-L, greedy",
+        "exact match",
+        "bits per byte",
+        "s/step",
+    ):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for name, row in rows.items():
-        table.add_row(name, f"{row.num_parameters / 1e6:.2f} M", *_scores(row.evaluation), f"{row.seconds_per_step:.3f}")
+        table.add_row(
+            name, f"{row.num_parameters / 1e6:.2f} M", *_scores(row.evaluation), f"{row.seconds_per_step:.3f}"
+        )
     table.caption = (
         f"ROUGE-L and exact match in percent; sampled at temperature 1, mean ± deviation over generation seeds, "
         f"{sizes.num_test} rows, one training seed: differences of a point or two are noise."

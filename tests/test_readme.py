@@ -1,0 +1,59 @@
+"""What a reader copies from the README must run as it stands."""
+
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+from transformers import AutoModelForCausalLM
+
+from dwakd.config import parse_yaml, recipe_from_dict
+from dwakd.training.run import training_config
+from tests.builders import byte_bpe, tiny_model, unigram_byte_fallback
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROWS = {"instruction": ["Say hello.", "Add."], "context": ["", "1 and 2"], "response": ["Hello.", "3"]}
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def test_python_example(tmp_path, monkeypatch):
+    """The example runs verbatim: folders stand where the hub's models would, and a data set of Dolly's columns."""
+    monkeypatch.chdir(tmp_path)
+    for name, family, tokenizer in (
+        ("HuggingFaceTB/SmolLM2-135M", "llama", byte_bpe()),
+        ("Qwen/Qwen2.5-0.5B-Instruct", "qwen2", unigram_byte_fallback()),
+    ):
+        tiny_model(family, len(tokenizer)).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    loaded = []
+
+    def load_dataset(name, *args, **kwargs):
+        loaded.append(name)
+        return datasets.Dataset.from_dict(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (example,) = blocks("python")
+    exec(example, {})
+    assert loaded == ["databricks/databricks-dolly-15k"]
+    assert AutoModelForCausalLM.from_pretrained("student").config.model_type == "llama"
+
+
+def test_recipe():
+    """The recipe of the README is read strictly, too."""
+    (recipe,) = blocks("yaml")
+    read = recipe_from_dict(parse_yaml(recipe))
+    assert training_config(read, "unused").learning_rate == pytest.approx(1e-3)
+
+
+def test_commands_exist():
+    """Every `dwakd` command and `make` target named in the README."""
+    from dwakd.cli import app
+
+    names = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert set(re.findall(r"^dwakd (\w+)", README, re.M)) <= names
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    for target in re.findall(r"make (\w+)", README):
+        assert re.search(rf"^{target}:", makefile, re.M), target

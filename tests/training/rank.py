@@ -1,0 +1,24 @@
+"""One rank of a two-process run over gloo; started by test_ranks.py through torchrun."""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from tests.training.builders import trainer, weights
+
+if __name__ == "__main__":
+    output, method, batch_size, accumulation = sys.argv[1:]
+    torch.set_num_threads(1)
+    run = trainer(
+        Path(output),
+        method=method,
+        per_device_train_batch_size=int(batch_size),
+        gradient_accumulation_steps=int(accumulation),
+        ddp_backend="gloo",
+    )
+    run.train()
+    if run.is_world_process_zero():
+        save_file(weights(run), Path(output) / "weights.safetensors")
+        run.save_state()

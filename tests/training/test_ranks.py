@@ -1,0 +1,43 @@
+"""Two ranks over gloo give what one rank gives on the same global batch."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.training.builders import assert_same, trainer, weights
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(("method", "accumulation"), [("dwa_kd", 1), ("sft", 2)])
+def test_two_ranks_equal_one(tmp_path, method, accumulation):
+    """Projectors that diverge between ranks, a mean of means, or N(.) per rank: none of them raises an error."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [tmp_path / "two", method, 2 // accumulation, accumulation]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    result = subprocess.run(
+        [sys.executable, *launch, "-m", "tests.training.rank", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    one = trainer(tmp_path / "one", method=method, per_device_train_batch_size=4)
+    one.train()
+    assert_same(load_file(tmp_path / "two" / "weights.safetensors"), weights(one), atol=2e-4)
+    logged = json.loads((tmp_path / "two" / "trainer_state.json").read_text())["log_history"]
+    for got, expected in zip(logged, one.state.log_history, strict=True):
+        for name in ("ce", "loss", "kd_teacher", "dtw_hidden", "grad_norm"):
+            if name in expected:
+                assert got[name] == pytest.approx(expected[name], rel=5e-4), name
