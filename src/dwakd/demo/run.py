@@ -161,7 +161,10 @@ def demo_table(rows: dict[str, DemoRow], sizes: DemoSizes) -> Table:
 def _scores(evaluation: Evaluation) -> tuple[str, ...]:
     sampled, greedy, exact = evaluation.rouge_l, evaluation.greedy_rouge_l, evaluation.greedy_exact_match
     bits = evaluation.bits_per_byte
-    assert sampled is not None and greedy is not None and exact is not None and bits is not None
+    assert sampled is not None
+    assert greedy is not None
+    assert exact is not None
+    assert bits is not None
     return (
         f"{sampled.mean:.1f} ± {sampled.std or 0.0:.1f}",
         f"{greedy.mean:.1f}",
