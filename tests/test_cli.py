@@ -120,7 +120,7 @@ def test_shrink(workspace, tmp_path, monkeypatch, capsys):
 
 
 BAD = {
-    "unknown option": (["loss.temperatur_=2"], r"loss\.temperatur_"),
+    "unknown option": (["loss.tau=2"], r"loss\.tau"),
     "unknown method": (["loss.method=dwakd"], "valid ones: sft, dskd, dwa_kd"),
     "unknown section": (["lose.method=sft"], "unknown option lose; did you mean loss"),
     "unknown training option": (["training.learning_rat=1"], "did you mean learning_rate"),

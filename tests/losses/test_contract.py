@@ -136,8 +136,8 @@ def test_state_survives_a_round_trip(method):
 def test_bad_options_are_named(method):
     """A mistyped option that is ignored silently trains the wrong method."""
     name, _ = method
-    with pytest.raises(UserError, match=r"unknown option loss\.temperatur_ of method .* valid ones"):
-        build_loss(name, {"temperatur_": 2.0}, widths=WIDTHS)
+    with pytest.raises(UserError, match=r"unknown option loss\.tau of method .* valid ones"):
+        build_loss(name, {"tau": 2.0}, widths=WIDTHS)
 
 
 @pytest.mark.parametrize(
