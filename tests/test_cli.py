@@ -64,6 +64,7 @@ def test_train_eval_and_resume(workspace, tmp_path, monkeypatch, capsys):
     assert scores["signature"]["seeds"] == [10, 20]
     assert scores["signature"]["template"] == "plain"
     assert (output / "dwakd-run.json").is_file()
+    assert "method `dwa_kd`" in (output / "README.md").read_text()
 
     code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *extra, "-o", output)
     assert code == 2

@@ -50,10 +50,6 @@ class DistillConfig(TrainingArguments):
     logging_steps: float = field(default=1, metadata={"help": "Optimiser steps between two logs."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best included."})
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Leave at False."})
-    train_sampling_strategy: str = field(
-        default="group_by_length",
-        metadata={"help": "group_by_length: rows of like length share a step; or random, sequential."},
-    )
     disable_tqdm: bool | None = field(default=False, metadata={"help": "No progress bars."})
     report_to: str | list[str] | None = field(default="none", metadata={"help": "Trackers to log to."})
 

@@ -18,6 +18,7 @@ from dwakd.data.sources import load_examples
 from dwakd.errors import UserError
 from dwakd.losses import build_loss, method_class, method_options
 from dwakd.models.loading import load_causal_lm, load_tokenizer
+from dwakd.training.card import write_card
 from dwakd.training.config import DistillConfig
 from dwakd.training.trainer import DistillTrainer
 
@@ -139,6 +140,7 @@ def train(recipe: Recipe, output_dir: str | Path, *, resume: bool = False) -> Di
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
+    write_card(recipe, folder)
     (folder / RUN_FILE).write_text(json.dumps(run_record(trainer), indent=2) + "\n", encoding="utf-8")
     return trainer
 
