@@ -32,7 +32,7 @@ class DemoSizes:
     num_train: int = 10_000
     num_student_rows: int = 1_200
     num_test: int = 200
-    teacher_steps: int = 800
+    teacher_steps: int = 900
     student_steps: int = 600
     teacher_width: int = 192
     student_width: int = 128
