@@ -45,6 +45,7 @@ def train(
     _hush_transformers()
     from dwakd.config import load_recipe
     from dwakd.evaluation.run import evaluate_recipe
+    from dwakd.training.run import end_of_run
     from dwakd.training.run import train as run_recipe
 
     loaded = load_recipe(recipe, overrides)
@@ -53,6 +54,7 @@ def train(
     console.print(f"student: [bold]{folder}[/bold] after {trainer.state.global_step} steps", soft_wrap=True)
     if loaded.evaluation.test:
         console.print(evaluate_recipe(loaded, trainer.student, trainer.student_encoder, folder))
+    end_of_run()
 
 
 @app.command("eval")

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from dwakd.training.run import end_of_run
 from tests.training.builders import trainer, weights
 
 if __name__ == "__main__":
@@ -22,3 +23,4 @@ if __name__ == "__main__":
     if run.is_world_process_zero():
         save_file(weights(run), Path(output) / "weights.safetensors")
         run.save_state()
+    end_of_run()

@@ -176,7 +176,7 @@ def test_missing_pieces_are_named(tmp_path):
     from dwakd import DistillConfig, DistillTrainer
     from tests.builders import byte_bpe
 
-    student = tiny_model("llama")
+    student = tiny_model("llama", 400)
     args = DistillConfig(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(UserError, match="method dwa_kd needs a teacher"):
         DistillTrainer(student, None, args, ROWS, processing_class=byte_bpe())

@@ -50,6 +50,9 @@ class DistillConfig(TrainingArguments):
     logging_steps: float = field(default=1, metadata={"help": "Optimiser steps between two logs."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best included."})
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Leave at False."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every parameter of a method takes part in each step."}
+    )
     disable_tqdm: bool | None = field(default=False, metadata={"help": "No progress bars."})
     report_to: str | list[str] | None = field(default="none", metadata={"help": "Trackers to log to."})
 

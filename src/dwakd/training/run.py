@@ -145,6 +145,13 @@ def train(recipe: Recipe, output_dir: str | Path, *, resume: bool = False) -> Di
     return trainer
 
 
+def end_of_run() -> None:
+    """Leave the process group together; a rank that exits first aborts the others."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def run_record(trainer: DistillTrainer) -> dict[str, Any]:
     """What made a run: versions, machine and the models' revisions."""
     packages = ("dwakd", "torch", "transformers", "tokenizers", "peft", "datasets", "accelerate", "numba")
