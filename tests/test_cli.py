@@ -171,6 +171,7 @@ def test_mistakes_in_the_data(name, workspace, tmp_path, monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", train, "-o", tmp_path / "run")
     assert code == 2, err
     assert message in one_sentence(err)
+    assert file_name in one_sentence(err)
 
 
 def test_more_mistakes(workspace, tmp_path, monkeypatch, capsys):

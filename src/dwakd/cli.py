@@ -51,8 +51,9 @@ def train(
     loaded = load_recipe(recipe, overrides)
     folder = output or Path("runs") / recipe.stem
     trainer = run_recipe(loaded, folder, resume=resume)
-    console.print(f"student: [bold]{folder}[/bold] after {trainer.state.global_step} steps", soft_wrap=True)
-    if loaded.evaluation.test:
+    if trainer.is_world_process_zero():
+        console.print(f"student: [bold]{folder}[/bold] after {trainer.state.global_step} steps", soft_wrap=True)
+    if loaded.evaluation.test and trainer.is_world_process_zero():
         console.print(evaluate_recipe(loaded, trainer.student, trainer.student_encoder, folder))
     end_of_run()
 

@@ -38,12 +38,16 @@ def load_pair(
 
 
 def encode_source(
-    source: Source | None, encoders: tuple[TextEncoder, TextEncoder | None], args: DistillConfig, role: str
+    source: Source | None,
+    encoders: tuple[TextEncoder, TextEncoder | None],
+    args: DistillConfig,
+    role: str,
+    name: str | None = None,
 ) -> tuple[list[Example], EncodedPairs | None]:
     """The examples of a data set and their tokens on both sides; `role` is "train" or "eval"."""
     if source is None or isinstance(source, EncodedPairs):
         return [], source
-    name = source if isinstance(source, str) else f"the {role} dataset"
+    name = name or (source if isinstance(source, str) else f"the {role} dataset")
     if isinstance(source, list) and source and isinstance(source[0], Example):
         examples = [example for example in source if isinstance(example, Example)]
     else:

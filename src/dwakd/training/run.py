@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -59,6 +60,8 @@ def check_output(folder: Path, *, resume: bool, recipe: Recipe) -> str | None:
     Raises:
         UserError: the folder already holds a run and `resume` is off, or holds another recipe's run.
     """
+    if os.environ.get("RANK", "0") != "0":  # the first rank speaks for all, before it writes anything
+        return get_last_checkpoint(str(folder)) if resume and folder.exists() else None
     if not folder.exists() or not any(folder.iterdir()):
         return None
     saved = folder / RECIPE_FILE
@@ -114,6 +117,7 @@ def build_trainer(recipe: Recipe, output_dir: str | Path) -> DistillTrainer:
     evaluation = None
     if data.eval is not None:
         evaluation = load_examples(data.eval, split="validation", limit=data.eval_limit, **columns)
+    names = {"train": data.train, "eval": data.eval or ""}
     student, student_tokenizer = _load(recipe.student)
     teacher, teacher_tokenizer = None, None
     if method.needs_teacher and recipe.teacher is not None:
@@ -127,6 +131,7 @@ def build_trainer(recipe: Recipe, output_dir: str | Path) -> DistillTrainer:
         processing_class=student_tokenizer,
         teacher_processing_class=teacher_tokenizer,
         peft_config=peft_config,
+        dataset_names=names,
     )
 
 
@@ -135,13 +140,15 @@ def train(recipe: Recipe, output_dir: str | Path, *, resume: bool = False) -> Di
     folder = Path(output_dir)
     checkpoint = check_output(folder, resume=resume, recipe=recipe)
     trainer = build_trainer(recipe, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECIPE_FILE).write_text(recipe.dump(), encoding="utf-8")
+    if trainer.is_world_process_zero():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RECIPE_FILE).write_text(recipe.dump(), encoding="utf-8")
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
-    write_card(recipe, folder)
-    (folder / RUN_FILE).write_text(json.dumps(run_record(trainer), indent=2) + "\n", encoding="utf-8")
+    if trainer.is_world_process_zero():
+        write_card(recipe, folder)
+        (folder / RUN_FILE).write_text(json.dumps(run_record(trainer), indent=2) + "\n", encoding="utf-8")
     return trainer
 
 

@@ -47,6 +47,7 @@ class DistillTrainer(Trainer):
         compute_metrics: takes an EvalPrediction whose predictions are the generated answers and whose label_ids are the
             references, both lists; implies generation during evaluation.
         optimizers: an optimiser and a schedule in place of the configured ones.
+        dataset_names: what messages call the data sets "train" and "eval"; their source by default.
 
     Raises:
         UserError: anything in models, data or options that a user can mend.
@@ -67,8 +68,10 @@ class DistillTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         compute_metrics: Callable[..., dict[str, float]] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        dataset_names: dict[str, str] | None = None,
     ) -> None:
         args = args or DistillConfig()
+        names = dataset_names or {}
         method = method_class(args.method)
         if method.needs_teacher and teacher_model is None:
             raise UserError(f"method {args.method} needs a teacher: give teacher_model (recipe: teacher.model)")
@@ -78,8 +81,8 @@ class DistillTrainer(Trainer):
         self.teacher: Teacher | None = None
         if method.needs_teacher:
             self.teacher = self._prepare_teacher(teacher_model, teacher_processing_class, args)
-        _, train_pairs = encode_source(train_dataset, self._encoders, args, "train")
-        self._eval_examples, eval_pairs = encode_source(eval_dataset, self._encoders, args, "eval")
+        _, train_pairs = encode_source(train_dataset, self._encoders, args, "train", names.get("train"))
+        self._eval_examples, eval_pairs = encode_source(eval_dataset, self._encoders, args, "eval", names.get("eval"))
 
         set_seed(args.seed)
         loss = build_loss(args.method, args.loss_options, widths=self._widths(model))
