@@ -152,9 +152,9 @@ def demo_table(rows: dict[str, DemoRow], sizes: DemoSizes) -> Table:
             name, f"{row.num_parameters / 1e6:.2f} M", *_scores(row.evaluation), f"{row.seconds_per_step:.3f}"
         )
     table.caption = (
-        f"ROUGE-L sampled at temperature 1, mean ± deviation over five generation seeds, and greedy; exact match greedy; "
-        f"in percent over {sizes.num_test} rows. One training seed: differences of a point or two are noise. Maps between the "
-        "models start at random: distillation needs longer than this to pay. SFT ahead is no fault of your installation."
+        f"ROUGE-L sampled at temperature 1, mean ± deviation over five generation seeds, and greedy; exact match of "
+        f"greedy answers; in percent over {sizes.num_test} rows. One training seed: differences of a point or two are "
+        "noise. The maps between the models start at random, so that distillation needs many steps to pay."
     )
     return table
 
