@@ -196,6 +196,14 @@ def test_certain_student_gives_zero_weights():
     torch.testing.assert_close(weights, double([0, 0, 0.5, 1.5]))
 
 
+def test_uniform_teacher_gives_zero_weights():
+    """1 - H / log V of a teacher that knows nothing is rounding, which rescaling would blow up to full weight."""
+    from dwakd.losses.weights import entropy
+
+    log_probs = torch.zeros(6, 50257).log_softmax(-1)
+    assert teacher_weights(entropy(log_probs), 50257, torch.tensor([6])).abs().sum() == 0
+
+
 def test_band_of_the_specification():
     """Counting from 0 shifts every centre by a fraction of a token."""
     attention = double([[[0.7, 0.2, 0.1, 0], [0.1, 0.2, 0.3, 0.4]]])

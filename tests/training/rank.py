@@ -7,13 +7,14 @@ import torch
 from safetensors.torch import save_file
 
 from dwakd.training.run import end_of_run
-from tests.training.builders import trainer, weights
+from tests.training.builders import ROWS, trainer, weights
 
 if __name__ == "__main__":
-    output, method, batch_size, accumulation = sys.argv[1:]
+    output, method, batch_size, accumulation, num_rows = sys.argv[1:]
     torch.set_num_threads(1)
     run = trainer(
         Path(output),
+        rows=ROWS[: int(num_rows)],
         method=method,
         per_device_train_batch_size=int(batch_size),
         gradient_accumulation_steps=int(accumulation),

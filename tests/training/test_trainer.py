@@ -141,6 +141,24 @@ def test_evaluation_is_exact_over_the_set_and_selects_the_best(tmp_path):
     assert run.evaluate()["eval_ce"] == pytest.approx(best, rel=1e-5)
 
 
+def test_best_checkpoint_brings_its_projectors_back(tmp_path):
+    """A best student beside the last projectors is a pair that never was."""
+    often = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    run = trainer(tmp_path, max_steps=6, eval_rows=ROWS[:4], projector_learning_rate=0.5, **often, **best)
+    run.train()
+    logged = max(entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry)
+    assert run.evaluate()["eval_loss"] == pytest.approx(logged, rel=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    """Recomputed activations must give the same gradients through the wrapper."""
+    runs = [trainer(tmp_path / str(on), max_steps=2, gradient_checkpointing=on) for on in (False, True)]
+    for run in runs:
+        run.train()
+    assert_same(weights(runs[1]), weights(runs[0]), atol=1e-6)
+
+
 def test_answers_during_training(tmp_path):
     """ROUGE-L of sampled answers and the user's own metric, without touching the training's random numbers."""
     seen = []

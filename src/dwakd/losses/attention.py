@@ -45,7 +45,7 @@ class TeacherScale:
         moments = torch.stack([scale.moments for scale in scales])
         counts, means, deviations = moments.unbind(-1)
         total = counts.sum(0)
-        mean = (counts * means).sum(0) / total
+        mean = (counts * means).sum(0) / total.clamp_min(1)
         squares = deviations.sum(0) + (counts * (means - mean).square()).sum(0)
         return TeacherScale(torch.stack([total, mean, squares], -1))
 

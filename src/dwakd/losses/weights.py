@@ -56,4 +56,6 @@ def student_weights(
 
 def teacher_weights(teacher_entropy: Weights, vocab_size: int, lengths: Int[Tensor, " batch"]) -> Weights:
     """w_j = 1 - H(p^t_j) / log V_t, rescaled (equations 8, 14)."""
-    return rescale((1 - teacher_entropy / math.log(vocab_size)).clamp_min(0.0), lengths)
+    certainty = 1 - teacher_entropy / math.log(vocab_size)
+    rounding = 16 * torch.finfo(certainty.dtype).eps  # of a uniform teacher; rescaled, it would weigh like any other
+    return rescale(certainty.masked_fill(certainty < rounding, 0.0), lengths)

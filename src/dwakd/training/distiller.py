@@ -32,9 +32,9 @@ class Distiller(nn.Module):
     def config(self) -> Any:
         return self.student.config
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Delegated to the student, for `TrainingArguments.gradient_checkpointing`."""
-        self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs)  # type: ignore[operator]
+        self.student.gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
 
     def forward(
         self,

@@ -27,12 +27,13 @@ def eval_terms(trainer: DistillTrainer, dataloader: DataLoader[Any]) -> dict[str
     counts = torch.zeros(2, dtype=torch.float64)
     for batch in tqdm(dataloader, desc="evaluating", delay=2, leave=False, disable=trainer.args.disable_tqdm):
         prepared = trainer._prepare_input(batch)
+        trainer._cut_repeats([prepared])
         trainer._add_teacher([prepared])
         with torch.no_grad():
             output = distiller(*trainer.forward_inputs(prepared, num_tokens=1.0))
         for name, value in output["terms"].items():
-            sums[name] = sums.get(name, 0.0) + value.double()
-        counts += torch.tensor(
+            sums[name] = sums.get(name, 0.0) + prepared["share"] * value.double()
+        counts += prepared["share"] * torch.tensor(
             [
                 prepared["student_response_mask"].sum().item(),
                 prepared["student_byte_ends"].amax(-1).sum().item(),

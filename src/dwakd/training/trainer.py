@@ -53,8 +53,6 @@ class DistillTrainer(Trainer):
         UserError: anything in models, data or options that a user can mend.
     """
 
-    _tag_names = ("dwakd", "distillation")
-
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -144,7 +142,8 @@ class DistillTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        num_tokens = sum(batch["student_response_mask"].sum() for batch in batches).to(device)
+        self._cut_repeats(batches)
+        num_tokens = sum(batch["share"] * batch["student_response_mask"].sum() for batch in batches).to(device)
         if self.args.world_size > 1:
             num_tokens = self.accelerator.gather(num_tokens).sum()
         batches = [self._prepare_input(batch) for batch in batches]
@@ -152,13 +151,30 @@ class DistillTrainer(Trainer):
         self.accelerator.unwrap_model(self.model).loss.set_step(self.state.global_step)
         return batches, num_tokens
 
+    def _cut_repeats(self, batches: list[dict[str, Any]]) -> None:
+        """Cut the rows with which accelerate fills up the ranks' last batches; a batch of nothing else has share 0."""
+        for batch in batches:
+            batch["share"] = 1.0
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return
+        last = batches[-1]
+        size = len(last["example_ids"])
+        kept = min(max(state.remainder - self.args.process_index * size, 0), size)
+        last["share"] = float(kept > 0)
+        for name, value in last.items():
+            if isinstance(value, Tensor):
+                last[name] = value[: max(kept, 1)]
+
     def _add_teacher(self, batches: list[dict[str, Any]]) -> None:
         """Attach the teacher's rows to each batch, and one set of moments over all of them and all ranks."""
         if self.teacher is None:
             return
         for batch in batches:
             batch["teacher"] = self.teacher.rows(batch)
-        scale = TeacherScale.merge([TeacherScale.of(batch["teacher"]) for batch in batches])
+        scale = TeacherScale.merge(
+            [TeacherScale(TeacherScale.of(batch["teacher"]).moments * batch["share"]) for batch in batches]
+        )
         if self.args.world_size > 1:
             gathered = self.accelerator.gather(scale.moments[None])
             scale = TeacherScale.merge([TeacherScale(moments) for moments in gathered])
@@ -181,9 +197,9 @@ class DistillTrainer(Trainer):
         output = model(*self.forward_inputs(inputs, num_items_in_batch))
         if model.training:
             for name, value in output["terms"].items():
-                self._term_sums[name] = self._term_sums.get(name, 0.0) + value
+                self._term_sums[name] = self._term_sums.get(name, 0.0) + inputs["share"] * value
         # Wrappers average gradients over ranks; the division by the global number of tokens wants their sum.
-        loss = output["loss"] * self.accelerator.num_processes
+        loss = output["loss"] * self.accelerator.num_processes * inputs["share"]
         return (loss, output) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -201,7 +217,8 @@ class DistillTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, EncodedPairs):
             return super()._get_train_sampler(train_dataset)
         step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedSampler(dataset.student_lengths, step_size, self.args.data_seed or self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthGroupedSampler(dataset.student_lengths, step_size, seed)
 
     def _get_eval_sampler(self, eval_dataset: EncodedPairs) -> Sampler[int] | None:
         return SequentialSampler(eval_dataset) if self.args.world_size == 1 else None
@@ -245,12 +262,8 @@ class DistillTrainer(Trainer):
                 metrics |= generated_metrics(self, self._eval_examples)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(
-            self.args,
-            self.state,
-            self.control,  # type: ignore[has-type]
-            metrics,
-        )
+        control = self.control  # type: ignore[has-type]
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
         return metrics
 
     # Saving: the student as transformers saves it; what only training needs goes into checkpoints alone.
@@ -272,12 +285,15 @@ class DistillTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        load_student(self.student, resume_from_checkpoint)
-        loss = self.accelerator.unwrap_model(self.model).loss
-        loss.load_state_dict(load_file(Path(resume_from_checkpoint) / LOSS_STATE))
+        self._load_both(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
             return
-        load_student(self.student, self.state.best_model_checkpoint)
+        self._load_both(self.state.best_model_checkpoint)
+
+    def _load_both(self, folder: str) -> None:
+        load_student(self.student, folder)
+        loss = self.accelerator.unwrap_model(self.model).loss
+        loss.load_state_dict(load_file(Path(folder) / LOSS_STATE))
