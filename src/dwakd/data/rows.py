@@ -77,7 +77,7 @@ def resolve_columns(
     if prompt is None:
         raise UserError(
             f"{source} has no column with the prompt (messages, conversations, instruction or prompt); its columns "
-            f"are: {shown}; name the right one in data.prompt"
+            f"are: {shown}; name the right one in data.prompt (eval, shrink: --prompt)"
         )
     if response is None and prompt not in CONVERSATIONS:
         known = RESPONSES.get(prompt, RESPONSES["prompt"])
@@ -85,7 +85,7 @@ def resolve_columns(
         if response is None and need_response:
             raise UserError(
                 f"{source} has no column with the response ({', '.join(known)}); its columns are: {shown}; "
-                "name the right one in data.response"
+                "name the right one in data.response (eval, shrink: --response)"
             )
     if input is None and prompt == "instruction":
         input = next((name for name in INPUTS if name in names), None)
