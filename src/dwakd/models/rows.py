@@ -112,7 +112,9 @@ def final_hidden(
     backbone = lm.base_model
     if backbone is lm:
         raise UserError(f"{model_name(model)} has no backbone apart from its head (base_model_prefix is empty).")
-    output = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True)
+    # Right padding needs no mask under causal attention, and rows of nothing but masked keys are NaN in eager float64.
+    seen = torch.ones_like(attention_mask)
+    output = backbone(input_ids=input_ids, attention_mask=seen, use_cache=False, return_dict=True)
     hidden: Tensor = output.last_hidden_state
     return hidden
 

@@ -32,8 +32,17 @@ def load_pair(
         model = load_causal_lm(model, trust_remote_code=args.trust_remote_code)
     if tokenizer is None:
         raise UserError(f"{name} is missing: a model that is given loaded needs its tokenizer beside it")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer given as {name} has no end-of-sequence token; set its eos_token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     check_head(model)
     check_vocabulary(model, tokenizer, model_name(model))
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and positions < args.max_length:
+        raise UserError(
+            f"data.max_length is {args.max_length}, but {model_name(model)} has only {positions} positions; lower it"
+        )
     return model, tokenizer
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import platform
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers.trainer_utils import get_last_checkpoint
 
 from dwakd.config import RECIPE_FILE, Recipe, StudentSection, TeacherSection, unknown_option
 from dwakd.data.sources import load_examples
@@ -21,7 +22,9 @@ from dwakd.losses import build_loss, method_class, method_options
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.training.card import write_card
 from dwakd.training.config import DistillConfig
-from dwakd.training.trainer import DistillTrainer
+from dwakd.training.trainer import LOSS_STATE, DistillTrainer
+
+logger = logging.getLogger(__name__)
 
 RUN_FILE = "dwakd-run.json"
 DATA_FIELDS = ("template", "bos", "max_length", "max_prompt_length", "invalid_rows")
@@ -61,8 +64,11 @@ def check_output(folder: Path, *, resume: bool, recipe: Recipe) -> str | None:
         UserError: the folder already holds a run and `resume` is off, or holds another recipe's run.
     """
     if os.environ.get("RANK", "0") != "0":  # the first rank speaks for all, before it writes anything
-        return get_last_checkpoint(str(folder)) if resume and folder.exists() else None
-    if not folder.exists() or not any(folder.iterdir()):
+        return last_checkpoint(folder) if resume and folder.exists() else None
+    if folder.is_file():
+        raise UserError(f"output folder {folder} is a file; choose another with --output")
+    started = folder.exists() and {path.name for path in folder.iterdir()} - {RECIPE_FILE}
+    if not started:  # a run that broke before its first checkpoint leaves its recipe at the most
         return None
     saved = folder / RECIPE_FILE
     if not saved.is_file():
@@ -73,8 +79,18 @@ def check_output(folder: Path, *, resume: bool, recipe: Recipe) -> str | None:
         )
     if saved.read_text(encoding="utf-8") != recipe.dump():
         raise UserError(f"output folder {folder} holds a run of another recipe ({saved}); choose another with --output")
-    checkpoint: str | None = get_last_checkpoint(str(folder))
-    return checkpoint
+    return last_checkpoint(folder)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that is whole; one cut off in the writing is passed over with a warning."""
+    whole = ("trainer_state.json", "optimizer.pt", "scheduler.pt", LOSS_STATE)
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in found:
+        if all((path / name).is_file() for name in whole) and list(path.glob("*.safetensors.tmp")) == []:
+            return str(path)
+        logger.warning("%s is not whole and is passed over", path)
+    return None
 
 
 def _load(section: StudentSection | TeacherSection) -> tuple[Any, Any]:
@@ -157,6 +173,9 @@ def end_of_run() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # gloo's threads can outlive the interpreter and abort the process after all is done
 
 
 def run_record(trainer: DistillTrainer) -> dict[str, Any]:

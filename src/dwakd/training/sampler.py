@@ -35,7 +35,7 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        generator = torch.Generator().manual_seed(1000003 * self.seed + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         full = len(order) - len(order) % self.step_size  # the incomplete step stays last
         steps = []

@@ -19,12 +19,13 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.errors import UserError
 from dwakd.losses import TeacherScale, Widths, build_loss, method_class
 from dwakd.models.rows import embedding_table, output_head
-from dwakd.training.callbacks import TermsProgressCallback
+from dwakd.training.callbacks import EpochAndTerms, TermsProgressCallback
 from dwakd.training.checkpoint import load_student
 from dwakd.training.config import DistillConfig
 from dwakd.training.distiller import Distiller
 from dwakd.training.evaluation import eval_terms, generated_metrics
 from dwakd.training.inputs import Source, disable_dropout, encode_source, load_pair
+from dwakd.training.optimizer import parameter_groups
 from dwakd.training.sampler import LengthGroupedSampler
 from dwakd.training.teacher import OnlineTeacher, Teacher
 
@@ -78,6 +79,8 @@ class DistillTrainer(Trainer):
         self._encoders: tuple[TextEncoder, TextEncoder | None] = (self.student_encoder, None)
         self.teacher: Teacher | None = None
         if method.needs_teacher:
+            if teacher_model is model:
+                raise UserError("student and teacher are one model object: load the teacher apart, it gets frozen")
             self.teacher = self._prepare_teacher(teacher_model, teacher_processing_class, args)
         _, train_pairs = encode_source(train_dataset, self._encoders, args, "train", names.get("train"))
         self._eval_examples, eval_pairs = encode_source(eval_dataset, self._encoders, args, "eval", names.get("eval"))
@@ -89,6 +92,7 @@ class DistillTrainer(Trainer):
         if args.disable_dropout:
             disable_dropout(model)
         self.metrics_function = compute_metrics
+        self.length_sampler: LengthGroupedSampler | None = None
         self._term_sums: dict[str, Tensor] = {}
         self._term_steps = 0
         super().__init__(
@@ -104,6 +108,7 @@ class DistillTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.add_callback(EpochAndTerms(self))
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         if not args.disable_tqdm:
             self.add_callback(TermsProgressCallback)
@@ -202,6 +207,10 @@ class DistillTrainer(Trainer):
         loss = output["loss"] * self.accelerator.num_processes * inputs["share"]
         return (loss, output) if return_outputs else loss
 
+    def reset_terms(self) -> None:
+        """Forget the sums of terms; the next log averages from here."""
+        self._term_sums, self._term_steps = {}, self.state.global_step
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of every term over the optimiser steps since the last log."""
         if "loss" in logs and self._term_sums:
@@ -209,7 +218,7 @@ class DistillTrainer(Trainer):
             sums = torch.stack(list(self._term_sums.values()))
             sums = self.accelerator.reduce(sums, "sum") / steps
             logs |= dict(zip(self._term_sums, sums.tolist(), strict=True))
-            self._term_sums, self._term_steps = {}, self.state.global_step
+            self.reset_terms()
         super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: EncodedPairs | None = None) -> Sampler[int] | None:
@@ -218,7 +227,8 @@ class DistillTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthGroupedSampler(dataset.student_lengths, step_size, seed)
+        self.length_sampler = LengthGroupedSampler(dataset.student_lengths, step_size, seed)
+        return self.length_sampler
 
     def _get_eval_sampler(self, eval_dataset: EncodedPairs) -> Sampler[int] | None:
         return SequentialSampler(eval_dataset) if self.args.world_size == 1 else None
@@ -229,22 +239,7 @@ class DistillTrainer(Trainer):
             module = model or self.model
             decayed = set(self.get_decay_parameter_names(module))
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, module)
-            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-            for name, parameter in module.named_parameters():
-                if parameter.requires_grad:
-                    own = "student" not in name.split(".")[:2]
-                    groups.setdefault((own, name in decayed), []).append(parameter)
-            self.optimizer = optimizer_class(
-                [
-                    {
-                        "params": parameters,
-                        "weight_decay": self.args.weight_decay if decay else 0.0,
-                        "lr": self.args.projector_learning_rate if own else self.args.learning_rate,
-                    }
-                    for (own, decay), parameters in groups.items()
-                ],
-                **options,
-            )
+            self.optimizer = optimizer_class(parameter_groups(module, decayed, self.args), **options)
         return self.optimizer
 
     # Evaluation: every term over the whole set, and answers if asked.
