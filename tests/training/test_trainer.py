@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from dwakd import METHODS, DistillConfig, DistillTrainer, UserError
+from dwakd.training.inputs import checked_args
 from tests.builders import FAMILIES, byte_bpe, tiny_model
 from tests.training.builders import ROWS, assert_same, trainer, weights
 
@@ -193,6 +194,16 @@ def test_every_family_as_student_and_teacher(tmp_path, family):
     assert all(torch.isfinite(torch.tensor(value)) for value in run.state.log_history[0].values())
 
 
+def test_noise_on_embeddings_and_other_sets(tmp_path):
+    """NEFTune asks the module for its embeddings; `evaluate` takes what the constructor takes."""
+    run = trainer(tmp_path, max_steps=1, neftune_noise_alpha=5.0)
+    run.train()
+    metrics = run.evaluate(ROWS[:3], metric_key_prefix="test")
+    assert metrics["test_ce"] > 0
+    with pytest.raises(UserError, match="generate_answers"):
+        run.predict(ROWS)
+
+
 def test_missing_pieces_are_named(tmp_path):
     """A missing teacher or tokenizer must not surface as an AttributeError deep in a step."""
     student = tiny_model("llama", 400)
@@ -203,6 +214,8 @@ def test_missing_pieces_are_named(tmp_path):
         DistillTrainer(student, tiny_model("gpt2"), args, ROWS, processing_class=byte_bpe())
     with pytest.raises(UserError, match="processing_class is missing"):
         DistillTrainer(student, tiny_model("gpt2"), args, ROWS)
+    with pytest.raises(UserError, match=r"must be a dwakd\.DistillConfig"):
+        checked_args(TrainingArguments(str(tmp_path), use_cpu=True))
     with pytest.raises(UserError, match="one model object"):
         DistillTrainer(student, student, args, ROWS, processing_class=byte_bpe(), teacher_processing_class=byte_bpe())
     short = tiny_model("llama", 400, max_position_embeddings=64)

@@ -18,6 +18,8 @@ class DistillationLoss(nn.Module, ABC):
     `widths`. Parameters of the module are the method's own (projectors) and train with the student.
     """
 
+    terms: ClassVar[tuple[str, ...]]
+    """Names of the terms it may report, beside `loss`."""
     needs_teacher: ClassVar[bool] = True
     """Whether a teacher must be given."""
     needs_widths: ClassVar[bool] = False

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
@@ -24,9 +24,9 @@ from dwakd.training.checkpoint import load_student
 from dwakd.training.config import DistillConfig
 from dwakd.training.distiller import Distiller
 from dwakd.training.evaluation import eval_terms, generated_metrics
-from dwakd.training.inputs import Source, disable_dropout, encode_source, load_pair
+from dwakd.training.inputs import Source, add_adapter, checked_args, disable_dropout, encode_source, load_pair
 from dwakd.training.optimizer import parameter_groups
-from dwakd.training.sampler import LengthGroupedSampler
+from dwakd.training.sampler import LengthGroupedSampler, cut_repeats
 from dwakd.training.teacher import OnlineTeacher, Teacher
 
 LOSS_STATE = "distillation.safetensors"
@@ -69,7 +69,7 @@ class DistillTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         dataset_names: dict[str, str] | None = None,
     ) -> None:
-        args = args or DistillConfig()
+        args = checked_args(args)
         names = dataset_names or {}
         method = method_class(args.method)
         if method.needs_teacher and teacher_model is None:
@@ -88,7 +88,7 @@ class DistillTrainer(Trainer):
         set_seed(args.seed)
         loss = build_loss(args.method, args.loss_options, widths=self._widths(model))
         if peft_config is not None:
-            model = get_peft_model(model, peft_config)
+            model = add_adapter(model, peft_config)
         if args.disable_dropout:
             disable_dropout(model)
         self.metrics_function = compute_metrics
@@ -147,7 +147,7 @@ class DistillTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        self._cut_repeats(batches)
+        cut_repeats(batches, self.accelerator.gradient_state, self.args)
         num_tokens = sum(batch["share"] * batch["student_response_mask"].sum() for batch in batches).to(device)
         if self.args.world_size > 1:
             num_tokens = self.accelerator.gather(num_tokens).sum()
@@ -155,21 +155,6 @@ class DistillTrainer(Trainer):
         self._add_teacher(batches)
         self.accelerator.unwrap_model(self.model).loss.set_step(self.state.global_step)
         return batches, num_tokens
-
-    def _cut_repeats(self, batches: list[dict[str, Any]]) -> None:
-        """Cut the rows with which accelerate fills up the ranks' last batches; a batch of nothing else has share 0."""
-        for batch in batches:
-            batch["share"] = 1.0
-        state = self.accelerator.gradient_state
-        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return
-        last = batches[-1]
-        size = len(last["example_ids"])
-        kept = min(max(state.remainder - self.args.process_index * size, 0), size)
-        last["share"] = float(kept > 0)
-        for name, value in last.items():
-            if isinstance(value, Tensor):
-                last[name] = value[: max(kept, 1)]
 
     def _add_teacher(self, batches: list[dict[str, Any]]) -> None:
         """Attach the teacher's rows to each batch, and one set of moments over all of them and all ranks."""
@@ -246,11 +231,19 @@ class DistillTrainer(Trainer):
 
     def evaluate(
         self,
-        eval_dataset: EncodedPairs | None = None,
+        eval_dataset: Source | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Every term in nats per student response token over the whole set, bits per byte, and ROUGE-L if asked."""
+        """Every term in nats per student response token over the whole set, bits per byte, and ROUGE-L if asked.
+
+        Args:
+            eval_dataset: as in the constructor; its `eval_dataset` if None, which alone is answered for ROUGE-L.
+            ignore_keys: unused, of transformers.
+            metric_key_prefix: goes before every metric's name.
+        """
+        if eval_dataset is not None:
+            _, eval_dataset = encode_source(eval_dataset, self._encoders, self.args, "eval")
         with torch.random.fork_rng():  # a run must not depend on how often it is evaluated
             metrics = eval_terms(self, self.get_eval_dataloader(eval_dataset))
             if eval_dataset is None and (self.args.eval_rouge_l or self.metrics_function):
@@ -260,6 +253,10 @@ class DistillTrainer(Trainer):
         control = self.control  # type: ignore[has-type]
         self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Not offered: a batch's logits are never whole here. See `dwakd.evaluation.generate.generate_answers`."""
+        raise UserError("DistillTrainer has no predict; use dwakd.evaluation.generate.generate_answers for answers")
 
     # Saving: the student as transformers saves it; what only training needs goes into checkpoints alone.
 
