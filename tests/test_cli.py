@@ -150,6 +150,8 @@ BAD = {
     "evaluation without data": (["training.eval_strategy=steps"], "give data.eval"),
     "best without data": (["training.metric_for_best_model=ce"], "give data.eval"),
     "collator's columns": (["training.remove_unused_columns=true"], "must stay False"),
+    "no such test set": (["evaluation.test=[nowhere.jsonl]"], "nowhere.jsonl"),
+    "no seeds": (["evaluation.seeds=0"], "evaluation.seeds must be at least 1"),
     "order": (["training.train_sampling_strategy=foo"], "valid ones: random"),
     "fsdp alone": (["training.fsdp=full_shard"], "distributed"),
 }

@@ -19,6 +19,7 @@ from peft import LoraConfig
 from dwakd.config import RECIPE_FILE, Recipe, StudentSection, TeacherSection, parse_yaml
 from dwakd.data.sources import load_examples
 from dwakd.errors import UserError
+from dwakd.evaluation.run import check_recipe_evaluation
 from dwakd.losses import Widths, build_loss, method_class
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.options import check_type, unknown_option
@@ -170,6 +171,7 @@ def build_trainer(recipe: Recipe, output_dir: str | Path) -> DistillTrainer:
         raise UserError(f"method {recipe.method} needs a teacher: add a teacher section to the recipe")
     args = training_config(recipe, output_dir)
     peft_config = _peft_config(recipe.student.peft)
+    check_recipe_evaluation(recipe)
     data = recipe.data
     columns: dict[str, Any] = {"prompt": data.prompt, "response": data.response, "input": data.input}
     train = load_examples(data.train, limit=data.limit, **columns)
