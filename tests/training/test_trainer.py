@@ -137,11 +137,10 @@ def test_evaluation_is_exact_over_the_set_and_selects_the_best(tmp_path):
         save_strategy="steps",
         save_steps=2,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_ce",
-        greater_is_better=False,
         learning_rate=0.05,
     )
     run.train()
+    assert (run.args.metric_for_best_model, run.args.greater_is_better) == ("bits_per_byte", False)
     best = min(entry["eval_ce"] for entry in run.state.log_history if "eval_ce" in entry)
     assert run.evaluate()["eval_ce"] == pytest.approx(best, rel=1e-5)
 

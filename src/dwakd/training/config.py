@@ -7,6 +7,7 @@ import torch
 from transformers import TrainingArguments
 
 from dwakd.errors import UserError
+from dwakd.losses import method_class
 
 SAMPLING = ("random", "sequential", "group_by_length")
 _POSITIVE, _COUNT, _SIZE = (0, "above 0"), (0, "at least 1"), (-1e-300, "0 or more")
@@ -74,6 +75,12 @@ class DistillConfig(TrainingArguments):
     )
     eval_max_new_tokens: int = field(default=128, metadata={"help": "Longest answer for eval_rouge_l."})
 
+    metric_for_best_model: str | None = field(
+        default=None, metadata={"help": "rouge_l where eval_rouge_l is on, else bits_per_byte; or any logged term."}
+    )
+    greater_is_better: bool | None = field(
+        default=None, metadata={"help": "Known for rouge_l, bits_per_byte and the terms; true for other metrics."}
+    )
     output_dir: str | None = field(default="distilled", metadata={"help": "Where checkpoints and the result go."})
     learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of the student."})
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's, not on biases and norms."})
@@ -100,6 +107,11 @@ class DistillConfig(TrainingArguments):
             raise UserError(
                 f"unknown train_sampling_strategy {self.train_sampling_strategy!r}; valid ones: {', '.join(SAMPLING)}"
             )
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
+            self.metric_for_best_model = "rouge_l" if self.eval_rouge_l else "bits_per_byte"
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            lower = (*method_class(self.method).terms, "loss", "bits_per_byte")
+            self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") not in lower
         super().__post_init__()
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # nothing to pin for, and torch warns of it

@@ -55,8 +55,8 @@ def training_config(recipe: Recipe, output_dir: str | Path) -> DistillConfig:
     for name in ("eval_strategy", "eval_rouge_l", "load_best_model_at_end", "metric_for_best_model"):
         if recipe.data.eval is None and options.get(name) not in (None, False, "no"):
             raise UserError(f"training.{name} needs an evaluation set: give data.eval")
-    if options.get("save_strategy") == "best":
-        options.setdefault("metric_for_best_model", "loss")
+    if recipe.data.eval is None and options.get("save_strategy") == "best":
+        raise UserError("training.save_strategy=best needs an evaluation set: give data.eval")
     _check_best_metric(recipe, options)
     try:
         return DistillConfig(

@@ -237,6 +237,9 @@ class DistillTrainer(Trainer):
     ) -> dict[str, float]:
         """Every term in nats per student response token over the whole set, bits per byte, and ROUGE-L if asked.
 
+        N(.) is taken over one batch at a time, so the terms of distillation depend a little on
+        `per_device_eval_batch_size`; `ce`, `bits_per_byte` and `rouge_l` do not.
+
         Args:
             eval_dataset: as in the constructor; its `eval_dataset` if None, which alone is answered for ROUGE-L.
             ignore_keys: unused, of transformers.
