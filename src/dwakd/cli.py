@@ -1,4 +1,4 @@
-"""The command line: `dwakd train | eval | shrink | demo | methods`."""
+"""The command line: `dwakd train | eval | compare | shrink | demo | methods`."""
 
 from __future__ import annotations
 
@@ -105,6 +105,38 @@ def evaluate(
         greedy=greedy,
     )
     console.print(table)
+
+
+@app.command()
+def compare(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file; its section compare names methods and seeds.")],
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the comparison; compare/NAME of the recipe by default."),
+    ] = None,
+    methods: Annotated[str | None, typer.Option(help="Methods, with commas between; as in the recipe, or all.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Training seeds, with commas between: 1,2,3.")] = None,
+    ablation: Annotated[bool, typer.Option("--ablation", help="The rows of the paper's ablation instead.")] = False,
+    lr_sweep: Annotated[
+        bool, typer.Option("--lr-sweep", help="First choose learning rate and loss weight for each on the dev set.")
+    ] = False,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time.")] = 1,
+) -> None:
+    """Train every method from the same start on the same data, with several seeds, and put them into one table.
+
+    Started again, it goes on with what isn't finished. A method that fails is a line that says why.
+    """
+    _hush_transformers()
+    from dwakd.compare.compare import compare_methods
+    from dwakd.config import load_recipe
+
+    chosen = [f"compare.methods=[{methods}]"] if methods else []
+    chosen += [f"compare.seeds=[{seeds}]"] if seeds else []
+    loaded = load_recipe(recipe, [*(overrides or []), *chosen])
+    folder = output or Path("compare") / recipe.stem
+    console.print(compare_methods(loaded, folder, ablation=ablation, lr_sweep=lr_sweep, jobs=jobs))
+    console.print(f"runs, logs and every number: [bold]{folder}[/bold]", soft_wrap=True)
 
 
 @app.command()

@@ -71,6 +71,15 @@ class EvaluationSection:
 
 
 @dataclass
+class CompareSection:
+    """What `dwakd compare` runs: methods (all that fit if empty), training seeds, and options by method."""
+
+    methods: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [1])
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class Recipe:
     """A whole run. `loss` holds `method` and its options; `training` goes to DistillConfig unchanged."""
 
@@ -80,6 +89,7 @@ class Recipe:
     loss: dict[str, Any] = field(default_factory=lambda: {"method": "dwa_kd"})
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    compare: CompareSection | None = None
 
     @property
     def method(self) -> str:

@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import platform
+import resource
+import statistics
 import sys
 import typing
 from importlib import metadata
@@ -228,8 +230,16 @@ def end_of_run() -> None:
         os._exit(0)  # gloo's threads can outlive the interpreter and abort the process after all is done
 
 
+def peak_memory_bytes() -> int:
+    """The most memory this process has held: of the GPU, if there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def run_record(trainer: DistillTrainer) -> dict[str, Any]:
-    """What made a run: versions, machine and the models' revisions."""
+    """What made a run: versions and the models' revisions; and what it cost, the median time of a step."""
     packages = ("dwakd", "torch", "transformers", "tokenizers", "peft", "datasets", "accelerate", "numba")
     teacher = getattr(trainer.teacher, "model", None)
     return {
@@ -238,6 +248,8 @@ def run_record(trainer: DistillTrainer) -> dict[str, Any]:
         "student_revision": getattr(trainer.student.config, "_commit_hash", None),
         "teacher_revision": getattr(getattr(teacher, "config", None), "_commit_hash", None),
         "num_steps": trainer.state.global_step,
+        "seconds_per_step": statistics.median(trainer.clock.seconds) if trainer.clock.seconds else None,
+        "peak_memory_bytes": peak_memory_bytes(),
         "num_train_examples": len(trainer.train_dataset),
         "world_size": trainer.args.world_size,
     }
