@@ -17,7 +17,7 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.data.prompts import render_prompt
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
-from dwakd.evaluation.bits_per_byte import BitsPerByte, bits_per_byte
+from dwakd.evaluation.bits_per_byte import BitsPerByte, bits_per_byte, length_limit, measurable
 from dwakd.evaluation.generate import answer_batches, plan_batches, progress_bar
 from dwakd.evaluation.rouge import exact_match, is_scorable, references_of, rouge_l
 from dwakd.evaluation.summary import RESAMPLES, Summary, summarise
@@ -115,7 +115,8 @@ def evaluate_model(
     references = [references_of(example) for example in examples]
     _warn_of_unscorable(references)
     likelihood = None
-    if any(example.response for example in examples):
+    max_length = length_limit(model, max_length)
+    if measurable(encoder, examples, max_length):
         likelihood = bits_per_byte(model, encoder, examples, max_length=max_length, progress=progress)
     batches = plan_batches(model, encoder, examples, max_new_tokens=max_new_tokens, batch_size=batch_size)
     answers: list[Answer] = []
