@@ -17,7 +17,8 @@ from dwakd.data.sources import Example
 from dwakd.demo.corpus import make_corpus
 from dwakd.demo.tokenizers import demo_tokenizers
 from dwakd.errors import UserError
-from dwakd.evaluation.evaluate import Evaluation, evaluate_model, write_evaluation
+from dwakd.evaluation.evaluate import Evaluation, evaluate_model
+from dwakd.evaluation.report import write_evaluation
 from dwakd.training.config import DistillConfig
 from dwakd.training.trainer import DistillTrainer
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.console import Group
+from rich.text import Text
 
 from dwakd.config import RECIPE_FILE, Recipe, parse_yaml
 from dwakd.data.encoding import TextEncoder
-from dwakd.evaluation.evaluate import Evaluation, evaluate_model, evaluation_table, write_evaluation
+from dwakd.evaluation.evaluate import Evaluation, evaluate_model
+from dwakd.evaluation.report import evaluation_table, write_evaluation
 from dwakd.evaluation.sets import EvaluationSet, check_evaluation
+from dwakd.evaluation.signature import data_identity, model_identity
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 
 
@@ -25,8 +28,8 @@ def evaluate_sets(
     limit: int | None,
     num_seeds: int,
     **options: Any,
-) -> Table:
-    """Evaluate a model on each test set; writes SET.json and SET.answers.jsonl and returns the table."""
+) -> Group:
+    """Evaluate a model on each test set; writes SET.json and SET.answers.jsonl and returns what to print."""
     recipe = Path(model) / RECIPE_FILE
     shown = parse_yaml(recipe.read_text(encoding="utf-8"))["data"] if recipe.is_file() else {}
     checked = {name: options[name] for name in ("max_new_tokens", "batch_size")}
@@ -34,7 +37,7 @@ def evaluate_sets(
     encoder = TextEncoder(load_tokenizer(model), template or shown.get("template", "alpaca"), shown.get("bos", "auto"))
     loaded = load_causal_lm(model, adapter=adapter)
     folder = output or (Path(model) / "eval" if Path(model).is_dir() else Path("eval") / Path(model).name)
-    return _evaluate_all(loaded, encoder, sets, folder, num_seeds, options)
+    return _evaluate_all(loaded, encoder, sets, folder, model_identity(loaded, model), num_seeds, options)
 
 
 def check_recipe_evaluation(recipe: Recipe) -> list[EvaluationSet]:
@@ -55,11 +58,13 @@ def check_recipe_evaluation(recipe: Recipe) -> list[EvaluationSet]:
     )
 
 
-def evaluate_recipe(recipe: Recipe, model: Any, encoder: TextEncoder, folder: Path) -> Table:
+def evaluate_recipe(recipe: Recipe, model: Any, encoder: TextEncoder, folder: Path) -> Group:
     """Evaluate a student just trained on the test sets of its recipe."""
     section = recipe.evaluation
     options = {"max_new_tokens": section.max_new_tokens, "batch_size": section.batch_size}
-    return _evaluate_all(model, encoder, check_recipe_evaluation(recipe), folder / "eval", section.seeds, options)
+    identity = model_identity(model, str(folder))
+    sets = check_recipe_evaluation(recipe)
+    return _evaluate_all(model, encoder, sets, folder / "eval", identity, section.seeds, options)
 
 
 def _evaluate_all(
@@ -67,13 +72,16 @@ def _evaluate_all(
     encoder: TextEncoder,
     sets: list[EvaluationSet],
     folder: Path,
+    model_digest: dict[str, Any],
     num_seeds: int,
     options: dict[str, Any],
-) -> Table:
+) -> Group:
     seeds = [10 * (index + 1) for index in range(num_seeds)]
     rows: dict[str, Evaluation] = {}
     for item in sets:
-        evaluation = evaluate_model(model, encoder, item.examples, seeds=seeds, **options)
+        identity = {"model": model_digest, "data": data_identity(item.examples, item.source)}
+        evaluation = evaluate_model(model, encoder, item.examples, seeds=seeds, identity=identity, **options)
         write_evaluation(evaluation, folder / f"{item.name}.json", folder / f"{item.name}.answers.jsonl")
         rows[item.name] = evaluation
-    return evaluation_table(rows)
+    where = Text(f"answers, and numbers with their whole signature: {folder}", no_wrap=True, overflow="ignore")
+    return Group(evaluation_table(rows), where)
