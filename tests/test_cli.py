@@ -256,3 +256,25 @@ def test_recipes_of_the_repository_load():
         training_config(recipe, "unused")
         if not method_class(recipe.method).needs_widths:
             build_loss(recipe.method, recipe.loss_options)
+
+
+def test_output_that_is_a_file(workspace, tmp_path, monkeypatch, capsys):
+    """A slip in -o is found before models are loaded, and said in a sentence."""
+    taken = tmp_path / "notes.txt"
+    taken.write_text("mine")
+    data = ["-d", workspace / "data.jsonl"]
+    for command in (["eval", workspace / "student", *data], ["shrink", workspace / "student", *data], ["demo"]):
+        extra = ["--layers", 2] if command[0] == "shrink" else []
+        for output in (taken, taken / "inner"):
+            code, _, err = run(monkeypatch, capsys, *command, *extra, "-o", output)
+            assert code == 2, err
+            assert "notes.txt is a file" in one_sentence(err)
+    assert taken.read_text() == "mine"
+
+
+def test_demo_seed_out_of_range(tmp_path, monkeypatch, capsys):
+    """NumPy's seeds are not negative."""
+    for seed in (-1, 2**32 - 1):
+        code, _, err = run(monkeypatch, capsys, "demo", "--quick", "--seed", seed, "-o", tmp_path / "demo")
+        assert code == 2, err
+        assert "--seed must be from 0" in one_sentence(err)

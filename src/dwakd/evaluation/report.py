@@ -33,10 +33,8 @@ def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:
 
     The mean of each column is over the sets that have the number.
     """
-    table = Table(
-        box=box.HORIZONTALS, title_justify="left", caption_justify="left", padding=(0, 1, 0, 0), show_edge=False
-    )
-    table.title = "ROUGE-L and exact match in percent"
+    table = Table(box=box.HORIZONTALS, show_edge=False, padding=(0, 1, 0, 0), caption_justify="left")
+    table.title, table.title_justify = "ROUGE-L and exact match in percent", "left"
     table.add_column("test set", overflow="fold")
     for heading in (
         "ROUGE-L\nsampled",

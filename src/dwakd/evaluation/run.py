@@ -14,6 +14,7 @@ from dwakd.evaluation.evaluate import Evaluation, evaluate_model
 from dwakd.evaluation.report import evaluation_table, write_evaluation
 from dwakd.evaluation.sets import EvaluationSet, check_evaluation
 from dwakd.evaluation.signature import data_identity, model_identity
+from dwakd.folders import check_output_folder
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 
 
@@ -32,11 +33,12 @@ def evaluate_sets(
     """Evaluate a model on each test set; writes SET.json and SET.answers.jsonl and returns what to print."""
     recipe = Path(model) / RECIPE_FILE
     shown = parse_yaml(recipe.read_text(encoding="utf-8"))["data"] if recipe.is_file() else {}
+    folder = output or (Path(model) / "eval" if Path(model).is_dir() else Path("eval") / Path(model).name)
+    check_output_folder(folder)
     checked = {name: options[name] for name in ("max_new_tokens", "batch_size")}
     sets = check_evaluation(data, columns=columns, limit=limit, num_seeds=num_seeds, **checked)
     encoder = TextEncoder(load_tokenizer(model), template or shown.get("template", "alpaca"), shown.get("bos", "auto"))
     loaded = load_causal_lm(model, adapter=adapter)
-    folder = output or (Path(model) / "eval" if Path(model).is_dir() else Path("eval") / Path(model).name)
     return _evaluate_all(loaded, encoder, sets, folder, model_identity(loaded, model), num_seeds, options)
 
 

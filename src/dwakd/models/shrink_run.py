@@ -9,7 +9,7 @@ from rich.table import Table
 
 from dwakd.data.prompts import render_prompt
 from dwakd.data.sources import load_examples
-from dwakd.errors import UserError
+from dwakd.folders import check_output_folder
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.models.shrink import ShrinkReport, shrink_model
 
@@ -37,8 +37,7 @@ def shrink_to_folder(
     Raises:
         UserError: the folder isn't empty, or anything in model, data or sizes that a user can mend.
     """
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"output folder {output} is not empty; choose another with --output")
+    check_output_folder(output, empty=True)
     tokenizer = load_tokenizer(model)
 
     def texts(source: str, split: str) -> list[str]:
