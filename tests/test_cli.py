@@ -278,3 +278,43 @@ def test_demo_seed_out_of_range(tmp_path, monkeypatch, capsys):
         code, _, err = run(monkeypatch, capsys, "demo", "--quick", "--seed", seed, "-o", tmp_path / "demo")
         assert code == 2, err
         assert "--seed must be from 0" in one_sentence(err)
+
+
+def test_results_of_other_options_stay(workspace, tmp_path, monkeypatch, capsys):
+    """A second evaluation with one seed would silently replace the five-seed scores that a report quotes."""
+    (tmp_path / "data.jsonl").write_text((workspace / "data.jsonl").read_text())
+
+    def evaluate(*options):
+        arguments = ["eval", workspace / "student", "-d", tmp_path / "data.jsonl", "--limit", 2, "-o", tmp_path / "out"]
+        return run(monkeypatch, capsys, *arguments, "--max-new-tokens", 2, *options)
+
+    assert evaluate("--seeds", 2)[0] == 0
+    (json_path,) = (tmp_path / "out").glob("*.json")
+    before = json_path.read_text()
+    code, _, err = evaluate("--seeds", 1, "--batch-size", 1)
+    assert code == 2
+    assert "seeds 10/20 before, 10 now" in one_sentence(err)
+    assert "--overwrite" in one_sentence(err)
+    assert json_path.read_text() == before
+    assert evaluate("--seeds", 2, "--batch-size", 1)[0] == 0, "the same evaluation may be repeated"
+    assert evaluate("--seeds", 1, "--overwrite")[0] == 0
+    assert json.loads(json_path.read_text())["signature"]["seeds"] == [10]
+    (tmp_path / "data.jsonl").write_text((workspace / "data.jsonl").read_text().replace("number", "figure"))
+    code, _, err = evaluate("--seeds", 1)
+    assert code == 2
+    assert "data sha256" in one_sentence(err), "other rows under the same name"
+    json_path.write_text("{}")
+    assert "no evaluation" in one_sentence(evaluate("--seeds", 1)[2])
+
+
+def test_eval_of_questions_without_references(workspace, tmp_path, monkeypatch, capsys):
+    """Questions for a judge are answered; the table says why there is no score."""
+    (tmp_path / "questions.jsonl").write_text('{"instruction": "How?"}\n{"instruction": "Why?"}\n')
+    sets = ["-d", tmp_path / "questions.jsonl", "-d", workspace / "data.jsonl"]
+    code, out, err = run(
+        monkeypatch, capsys, "eval", workspace / "student", *sets, "--limit", 2, "--seeds", 1, "--max-new-tokens", 2,
+        "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "no references: answers without scores" in " ".join(out.split())
+    assert len(list((tmp_path / "out").glob("*.answers.jsonl"))) == 2

@@ -80,6 +80,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of each set.")] = None,
     greedy: Annotated[bool, typer.Option(help="Also report greedy answers.")] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace results of these sets that were got with other options.")
+    ] = False,
 ) -> None:
     """Answer test sets and score them: ROUGE-L over seeds, exact match, bits per byte.
 
@@ -103,6 +106,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         greedy=greedy,
+        overwrite=overwrite,
     )
     console.print(table)
 

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 SEEDS = (10, 20, 30, 40, 50)
 """The seeds of DSKD's and DWA-KD's evaluation."""
+MAX_LENGTH = 512
+"""Tokens of prompt and response in bits per byte."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def evaluate_model(
     top_p: float = 1.0,
     max_new_tokens: int = 256,
     batch_size: int = 16,
-    max_length: int = 512,
+    max_length: int = MAX_LENGTH,
     identity: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Evaluation:
@@ -171,7 +173,7 @@ def evaluation_signature(
     temperature: float,
     top_p: float,
     max_new_tokens: int,
-    max_length: int,
+    max_length: int = MAX_LENGTH,
     identity: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The signature that an evaluation with these arguments has (those of `evaluate_model`), known before it runs."""

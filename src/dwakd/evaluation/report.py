@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from dwakd.errors import UserError
 from dwakd.evaluation.evaluate import Evaluation
-from dwakd.evaluation.signature import shown
+from dwakd.evaluation.signature import differences, shown
 from dwakd.evaluation.summary import Summary
 
 _OF_ONE_SET = ("data", "references")
@@ -26,6 +28,26 @@ def write_evaluation(evaluation: Evaluation, json_path: str | Path, answers_path
         lines = [json.dumps(asdict(answer), ensure_ascii=False, allow_nan=False) for answer in evaluation.answers]
         _write_atomically(answers_path, "\n".join(lines))
     _write_atomically(json_path, json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def check_overwrite(json_path: Path, signature: Mapping[str, Any]) -> None:
+    """Refuse to replace results that were got another way; those of the same signature may be made anew.
+
+    Raises:
+        UserError: the file holds results of another signature, or something else; says what differs.
+    """
+    if not json_path.exists():
+        return
+    try:
+        old = json.loads(json_path.read_text(encoding="utf-8"))["signature"]
+        found = differences(old, signature)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        found = ["the file is no evaluation"]
+    if found:
+        raise UserError(
+            f"{json_path} holds other results ({'; '.join(found)}); choose another folder with --output, or "
+            "--overwrite to replace them"
+        )
 
 
 def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:
