@@ -239,6 +239,7 @@ def test_missing_files_and_columns_are_named(tmp_path: Path) -> None:
     ("messages", "message"),
     [
         ([{"role": "user", "content": "a"}], "no assistant turn"),
+        ("hello", "not a list of turns"),
         ([{"role": "assistant", "content": "a"}], "must be the user's"),
         (
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}],

@@ -1,6 +1,7 @@
 """The methods. To add one: its file, one line in METHODS, its test, its docs page, its recipe."""
 
 import inspect
+import typing
 from typing import Any
 
 from dwakd.errors import UserError
@@ -10,6 +11,7 @@ from dwakd.losses.dskd import DskdLoss
 from dwakd.losses.dwa_kd import DwaKdLoss
 from dwakd.losses.projectors import Widths
 from dwakd.losses.sft import SftLoss
+from dwakd.options import check_type, unknown_option
 
 METHODS: dict[str, type[DistillationLoss]] = {
     "sft": SftLoss,
@@ -60,10 +62,11 @@ def build_loss(method: str, options: dict[str, Any] | None = None, *, widths: Wi
     """
     valid = method_options(method)
     options = options or {}
-    for name in options:
+    hints = typing.get_type_hints(METHODS[method].__init__)
+    for name, value in options.items():
         if name not in valid:
-            names = ", ".join(valid) or "none"
-            raise UserError(f"unknown option loss.{name} of method {method}; valid ones: {names}")
+            raise unknown_option(f"loss.{name} of method {method}", name, list(valid))
+        check_type(hints[name], value, f"loss.{name}")
     sizes = {"widths": widths} if METHODS[method].needs_widths else {}
     try:
         return METHODS[method](**sizes, **options)

@@ -2,7 +2,21 @@
 
 from typing import Any
 
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import ProgressCallback, TrainerCallback
+
+
+class EpochAndTerms(TrainerCallback):
+    """Starts the sums of terms where a run starts, and tells the sampler the epoch, which a resumed loader doesn't."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.reset_terms()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.length_sampler is not None:
+            self.trainer.length_sampler.set_epoch(int(state.epoch or 0))
 
 
 class TermsProgressCallback(ProgressCallback):
