@@ -376,3 +376,11 @@ def test_eval_of_questions_without_references(workspace, tmp_path, monkeypatch, 
     assert code == 0, err
     assert "no references: answers without scores" in " ".join(out.split())
     assert len(list((tmp_path / "out").glob("*.answers.jsonl"))) == 2
+
+
+def test_shrink_of_one_row_says_why_a_number_is_missing(workspace, tmp_path, monkeypatch, capsys):
+    """A dash without a reason looks like a fault."""
+    arguments = ["shrink", workspace / "student", "-d", workspace / "data.jsonl", "--layers", 2, "--limit", 1]
+    code, out, err = run(monkeypatch, capsys, *arguments, "-o", tmp_path / "student")
+    assert code == 0, err
+    assert "no row of the data is left" in " ".join(out.split())

@@ -202,3 +202,13 @@ def test_file_of_a_package_is_found_without_importing_it(folder, tmp_path, monke
     importlib.invalidate_caches()
     for name in ("some_models", "some-dist", "Some_Dist"):
         assert load_causal_lm(f"package:{name}/tiny").num_parameters() > 0
+
+
+def test_a_folder_has_no_revision(tmp_path):
+    """The recipe would say that the run began at v1.0 of a model while it began at whatever lies in the folder."""
+    tokenizer = byte_bpe()
+    tiny_model("llama", len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for load in (load_causal_lm, load_tokenizer):
+        with pytest.raises(UserError, match=r"is a folder here, which has no revision v1\.0"):
+            load(str(tmp_path), revision="v1.0")

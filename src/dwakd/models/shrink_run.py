@@ -73,7 +73,11 @@ def shrink_table(report: ShrinkReport, output: Path) -> Table:
     bits = (report.bits_per_byte_before, report.bits_per_byte_after)
     table.add_row("bits per byte, untrained", *("-" if value is None else f"{value:.3f}" for value in bits))
     kept = set(report.kept_layers)
+    notes = []
+    if report.bits_per_byte_before is None:
+        notes.append("bits per byte: no row of the data is left to measure them on; name other text with --eval-data")
     if report.block_influence is not None:
         dropped = [f"{i} ({value:.2f})" for i, value in enumerate(report.block_influence) if i not in kept]
-        table.caption = f"dropped layers, with their influence: {', '.join(dropped) or 'none'}"
+        notes.append(f"dropped layers, with their influence: {', '.join(dropped) or 'none'}")
+    table.caption = "\n".join(notes)
     return table
