@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 from dwakd.cli import main
 from tests.builders import byte_bpe, tiny_model, unigram_byte_fallback
@@ -275,8 +276,14 @@ def test_help_and_methods(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "methods")
     assert code == 0
     assert "dwa_kd" in out
+    monkeypatch.setattr("dwakd.cli.console", Console(width=80))
     code, out, _ = run(monkeypatch, capsys, "methods", "dwa_kd")
-    assert "loss.band_blend" in out
+    assert re.search(r"band_blend +0\.7 +alpha\. +between 0 and 1", out)
+    assert re.search(r"weight_normalisation +null .* product,", out), "names are whole and allowed values shown"
+    assert re.search(r"gate_warmup_steps +0 .* whole, at least 0", out)
+    assert re.search(r"gamma_end +null .* at least 1e-06", out)
+    assert "KD^stu = sum_i w_i D(p^{t->s}_i || p^s_i) and KD^tea" in " ".join(out.split()), "the formula as written"
+    assert max(map(len, out.splitlines())) <= 80
     code, _, err = run(monkeypatch, capsys, "methods", "nothing")
     assert code == 2
     assert "valid ones" in one_sentence(err)

@@ -170,22 +170,9 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="Show this method's options and what they mean.")] = None,
 ) -> None:
     """List the methods, or the options of one with their defaults."""
-    from rich.table import Table
+    from dwakd.describe import method_page, methods_table
 
-    from dwakd.losses import METHODS, method_class, method_options
-
-    if name is not None:
-        console.print((method_class(name).__doc__ or "").strip(), highlight=False, markup=False)
-        table = Table("option", "default")
-        for option, default in method_options(name).items():
-            table.add_row(f"loss.{option}", repr(default))
-        console.print(table)
-        return
-    table = Table("method", "teacher", "what it does")
-    for word, method in METHODS.items():
-        module = sys.modules[method.__module__]
-        table.add_row(word, "yes" if method.needs_teacher else "no", (module.__doc__ or "").splitlines()[0])
-    console.print(table)
+    console.print(methods_table() if name is None else method_page(name))
 
 
 def _hush_transformers() -> None:
