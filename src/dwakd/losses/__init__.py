@@ -9,6 +9,7 @@ from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss
 from dwakd.losses.dskd import DskdLoss
 from dwakd.losses.dwa_kd import DwaKdLoss
+from dwakd.losses.pair import ModelPair
 from dwakd.losses.projectors import Widths
 from dwakd.losses.sft import SftLoss
 from dwakd.options import check_type, unknown_option
@@ -24,6 +25,7 @@ __all__ = [
     "DistillationLoss",
     "DskdLoss",
     "DwaKdLoss",
+    "ModelPair",
     "SftLoss",
     "TeacherScale",
     "Widths",
@@ -50,12 +52,18 @@ def method_options(method: str) -> dict[str, Any]:
     return {
         name: parameter.default
         for name, parameter in parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name != "widths"
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in ("widths", "pair")
     }
 
 
-def build_loss(method: str, options: dict[str, Any] | None = None, *, widths: Widths | None = None) -> DistillationLoss:
-    """Build a method from a recipe's options.
+def build_loss(
+    method: str,
+    options: dict[str, Any] | None = None,
+    *,
+    widths: Widths | None = None,
+    pair: ModelPair | None = None,
+) -> DistillationLoss:
+    """Build a method from a recipe's options; `widths` and `pair` are for those that need them.
 
     Raises:
         UserError: unknown method or option (names the valid ones), or a value the method refuses.
@@ -67,9 +75,11 @@ def build_loss(method: str, options: dict[str, Any] | None = None, *, widths: Wi
         if name not in valid:
             raise unknown_option(f"loss.{name} of method {method}", name, list(valid))
         check_type(hints[name], value, f"loss.{name}")
-    sizes = {"widths": widths} if METHODS[method].needs_widths else {}
+    models: dict[str, Any] = {"widths": widths} if METHODS[method].needs_widths else {}
+    if METHODS[method].needs_pair:
+        models["pair"] = pair
     try:
-        return METHODS[method](**sizes, **options)
+        return METHODS[method](**models, **options)
     except UserError:
         raise
     except (TypeError, ValueError) as error:

@@ -24,6 +24,10 @@ class DistillationLoss(nn.Module, ABC):
     """Whether a teacher must be given."""
     needs_widths: ClassVar[bool] = False
     """Whether the constructor takes `widths`."""
+    needs_pair: ClassVar[bool] = False
+    """Whether the constructor takes `pair`, a `ModelPair`: vocabularies and heads."""
+    needs_same_vocabulary: ClassVar[bool] = False
+    """Whether student and teacher must share one tokenizer."""
 
     def set_step(self, step: int) -> None:
         """Told the number of finished optimiser steps before each step; only schedules care."""

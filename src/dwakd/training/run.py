@@ -20,7 +20,7 @@ from dwakd.config import RECIPE_FILE, Recipe, StudentSection, TeacherSection, pa
 from dwakd.data.sources import load_examples
 from dwakd.errors import UserError
 from dwakd.evaluation.run import check_recipe_evaluation
-from dwakd.losses import Widths, build_loss, method_class
+from dwakd.losses import ModelPair, Widths, build_loss, method_class
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.options import check_type, unknown_option
 from dwakd.training.card import write_card
@@ -166,7 +166,7 @@ def _peft_config(options: dict[str, Any] | None) -> LoraConfig | None:
 def build_trainer(recipe: Recipe, output_dir: str | Path) -> DistillTrainer:
     """Load data, models and loss of a recipe into a trainer; mistakes show before a model is loaded where they can."""
     method = method_class(recipe.method)
-    build_loss(recipe.method, recipe.loss_options, widths=Widths(1, 1, 1, 1))
+    build_loss(recipe.method, recipe.loss_options, widths=Widths(1, 1, 1, 1), pair=ModelPair.smallest())
     if method.needs_teacher and recipe.teacher is None:
         raise UserError(f"method {recipe.method} needs a teacher: add a teacher section to the recipe")
     args = training_config(recipe, output_dir)

@@ -17,14 +17,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from dwakd.data.collator import EncodedPairs, PairedCollator
 from dwakd.data.encoding import TextEncoder
 from dwakd.errors import UserError
-from dwakd.losses import TeacherScale, Widths, build_loss, method_class
-from dwakd.models.rows import embedding_table, output_head
+from dwakd.losses import TeacherScale, method_class
 from dwakd.training.callbacks import EpochAndTerms, TermsProgressCallback
 from dwakd.training.checkpoint import load_student
 from dwakd.training.config import DistillConfig
 from dwakd.training.distiller import Distiller
 from dwakd.training.evaluation import eval_terms, generated_metrics
 from dwakd.training.inputs import Source, add_adapter, checked_args, disable_dropout, encode_source, load_pair
+from dwakd.training.method import build_method
 from dwakd.training.optimizer import parameter_groups
 from dwakd.training.sampler import LengthGroupedSampler, cut_repeats
 from dwakd.training.teacher import OnlineTeacher, Teacher
@@ -86,7 +86,7 @@ class DistillTrainer(Trainer):
         self._eval_examples, eval_pairs = encode_source(eval_dataset, self._encoders, args, "eval", names.get("eval"))
 
         set_seed(args.seed)
-        loss = build_loss(args.method, args.loss_options, widths=self._widths(model))
+        loss = build_method(args, model, self.teacher, self._encoders)
         if peft_config is not None:
             model = add_adapter(model, peft_config)
         if args.disable_dropout:
@@ -123,16 +123,6 @@ class DistillTrainer(Trainer):
             raise UserError("teacher_processing_class is missing: give the teacher's tokenizer beside it")
         self._encoders = (self.student_encoder, TextEncoder(tokenizer, args.template, args.bos))
         return teacher
-
-    def _widths(self, student: PreTrainedModel) -> Widths | None:
-        if self.teacher is None:
-            return None
-        return Widths(
-            output_head(student).hidden_size,
-            self.teacher.hidden_size,
-            embedding_table(student).shape[1],
-            self.teacher.embedding_size,
-        )
 
     @property
     def student(self) -> PreTrainedModel | PeftModel:

@@ -49,7 +49,8 @@ class ChunkedRun:
         self.sides, self.criterion, self.by_row = sides, criterion, by_row
         self.learns_hidden = [with_gradient and side.hidden.requires_grad for side in sides]
         self.learns_head = [
-            with_gradient and (side.head.weight.requires_grad or (side.head.bias is not None and side.head.bias.requires_grad))
+            with_gradient
+            and (side.head.weight.requires_grad or (side.head.bias is not None and side.head.bias.requires_grad))
             for side in sides
         ]
         self.needs = [a or b for a, b in zip(self.learns_hidden, self.learns_head, strict=True)]
@@ -113,8 +114,7 @@ class ChunkedRun:
                 values = [values[name] for values, _ in self.collected]
                 terms[name] = torch.cat(values) if self.by_row else torch.stack([v.sum() for v in values]).sum()
             statistics = {
-                name: torch.cat([statistics[name] for _, statistics in self.collected])
-                for name in self.collected[0][1]
+                name: torch.cat([statistics[name] for _, statistics in self.collected]) for name in self.collected[0][1]
             }
         total = torch.stack([rate * terms[name] for name, rate in self.criterion.rates.items()]).sum(0)
         return total, terms, statistics
@@ -185,7 +185,9 @@ class ChunkedHeadLoss(torch.autograd.Function):
         ctx.save_for_backward(*run.hidden_gradients, *run.weight_gradients, *run.bias_gradients)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in _inputs]
         run.names = (tuple(terms), tuple(statistics))
-        constants = tuple(value.clone() if value is total else value for value in (*terms.values(), *statistics.values()))
+        constants = tuple(
+            value.clone() if value is total else value for value in (*terms.values(), *statistics.values())
+        )
         ctx.mark_non_differentiable(*constants)
         return total, *constants
 

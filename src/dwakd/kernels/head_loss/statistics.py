@@ -130,7 +130,9 @@ class SoftenedPair:
         kl = cross * self.soft / other.soft_total - other.soft_total.log() + own.soft_total.log()
         return own, other, kl
 
-    def gradient(self, kept: Columns, other: Columns, own_share: PerToken, other_share: PerToken, out: Columns) -> Columns:
+    def gradient(
+        self, kept: Columns, other: Columns, own_share: PerToken, other_share: PerToken, out: Columns
+    ) -> Columns:
         """own_share x softened(kept) - other_share x softened(other), of one block."""
         if self.soft == 1.0:
             return torch.mul(kept, own_share, out=out).addcmul_(other, other_share, value=-1)
