@@ -80,6 +80,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of each set.")] = None,
     greedy: Annotated[bool, typer.Option(help="Also report greedy answers.")] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace results of these sets that were got with other options.")
+    ] = False,
 ) -> None:
     """Answer test sets and score them: ROUGE-L over seeds, exact match, bits per byte.
 
@@ -103,6 +106,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         greedy=greedy,
+        overwrite=overwrite,
     )
     console.print(table)
 
@@ -198,22 +202,9 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="Show this method's options and what they mean.")] = None,
 ) -> None:
     """List the methods, or the options of one with their defaults."""
-    from rich.table import Table
+    from dwakd.describe import method_page, methods_table
 
-    from dwakd.losses import METHODS, method_class, method_options
-
-    if name is not None:
-        console.print((method_class(name).__doc__ or "").strip(), highlight=False, markup=False)
-        table = Table("option", "default")
-        for option, default in method_options(name).items():
-            table.add_row(f"loss.{option}", repr(default))
-        console.print(table)
-        return
-    table = Table("method", "teacher", "what it does")
-    for word, method in METHODS.items():
-        module = sys.modules[method.__module__]
-        table.add_row(word, "yes" if method.needs_teacher else "no", (module.__doc__ or "").splitlines()[0])
-    console.print(table)
+    console.print(methods_table() if name is None else method_page(name))
 
 
 def _hush_transformers() -> None:

@@ -1,6 +1,7 @@
 """Invariants of training on tiny models with two tokenizers."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -247,3 +248,15 @@ def test_logs_are_json(tmp_path):
     run.train()
     run.save_state()
     assert json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+
+
+def test_training_starts_without_remarks_on_special_tokens(tmp_path, caplog, recwarn):
+    """Remarks about settings that dwakd itself should have made hide those about the user's data."""
+    transformers_logger = logging.getLogger("transformers")
+    transformers_logger.addHandler(caplog.handler)
+    try:
+        trainer(tmp_path, lora=True, max_steps=1).train()
+    finally:
+        transformers_logger.removeHandler(caplog.handler)
+    assert "PAD/BOS/EOS" not in caplog.text
+    assert not [warning for warning in recwarn if "is_gradient_checkpointing" in str(warning.message)]

@@ -9,6 +9,7 @@ from typing import Any
 
 from dwakd.data.sources import SUFFIXES, Example, load_examples
 from dwakd.errors import UserError
+from dwakd.evaluation.rouge import has_reference
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,6 @@ def check_evaluation(
         _check_references(examples, source)
         sets.append(EvaluationSet(_free_name(source, [other.name for other in sets]), source, examples))
     return sets
-
-
-def has_reference(example: Example) -> bool:
-    """Whether an answer to this row can be compared with anything."""
-    return any(text.strip() for text in (*example.references, example.response))
 
 
 def _check_references(examples: Sequence[Example], source: str) -> None:

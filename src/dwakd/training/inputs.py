@@ -11,7 +11,7 @@ from dwakd.data.collator import EncodedPairs, encode_pairs
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example, load_examples
 from dwakd.errors import UserError
-from dwakd.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
+from dwakd.models.loading import align_special_tokens, check_vocabulary, load_causal_lm, load_tokenizer, quiet_peft
 from dwakd.models.rows import check_head, embedding_table, model_name, output_head
 from dwakd.training.config import DistillConfig
 
@@ -35,7 +35,8 @@ def checked_args(args: Any) -> DistillConfig:
 def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     """The student with adapters to train; refuses those that change the matrices which losses read."""
     try:
-        adapted = get_peft_model(model, config)
+        with quiet_peft():
+            adapted = get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"peft_config (student.peft): {error}") from error
     output_head(adapted)
@@ -63,6 +64,7 @@ def load_pair(
         tokenizer.pad_token = tokenizer.eos_token
     check_head(model)
     check_vocabulary(model, tokenizer, model_name(model))
+    align_special_tokens(model, tokenizer)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and positions < args.max_length:
         raise UserError(
