@@ -8,7 +8,9 @@ from tests.builders import tiny_model
 from tests.training.builders import ROWS, TOKENIZERS
 
 STUDENT, TEACHER = TOKENIZERS
-LONG = [{"prompt": row["prompt"] * (1 + n % 3), "response": row["response"] * (1 + n % 4)} for n, row in enumerate(ROWS)]
+LONG = [
+    {"prompt": row["prompt"] * (1 + n % 3), "response": row["response"] * (1 + n % 4)} for n, row in enumerate(ROWS)
+]
 """Prompts and responses of unlike lengths, so that batches are ragged."""
 
 

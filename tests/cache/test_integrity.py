@@ -143,7 +143,10 @@ REFUSED = {
     "template": ({"template": "alpaca"}, r"data\.template is 'plain' in the cache and 'alpaca' here"),
     "bos": ({"bos": "never"}, r"data\.bos is 'auto' in the cache and 'never' here"),
     "truncation": ({"max_length": 300}, r"data\.max_length is '512' in the cache and '300' here"),
-    "prompt": ({"rows": changed("prompt", "Another?")}, r"row 5 \(counting from 0\) of d\.jsonl has changed .*that row"),
+    "prompt": (
+        {"rows": changed("prompt", "Another?")},
+        r"row 5 \(counting from 0\) of d\.jsonl has changed .*that row",
+    ),
     "response": ({"rows": changed("response", "Other")}, r"row 5 \(counting from 0\) of d\.jsonl has changed"),
     "new row": ({"rows": [*LONG, LONG[0] | {"response": "New"}]}, r"row 16 .* was not there when it was built"),
     "eval set": ({"eval_rows": [LONG[0] | {"response": "New"}]}, r"built without the eval set"),
@@ -175,7 +178,7 @@ def test_another_teacher_adapter_dtype_and_tokenizer(built, teacher, tmp_path):
     sets = {"train": run.train_dataset, "eval": None}
     with pytest.raises(UserError, match=r"teacher\.dtype is 'float32' in the cache and 'bfloat16' here"):
         CachedTeacher(built, str(teacher), dtype=torch.bfloat16).prepare(run._encoders[1], run.args, sets)
-    with pytest.raises(UserError, match="the tokenizer .* content has changed"):
+    with pytest.raises(UserError, match=r"the tokenizer .* content has changed"):
         CachedTeacher(built, str(teacher)).prepare(run._encoders[0], run.args, sets)
 
 

@@ -121,8 +121,8 @@ def test_half_precision_stores_half(tmp_path, teacher):
         sets[name] = cached.cache.read(places)
         assert cached.head.weight.dtype is dtype
     torch.testing.assert_close(sets["a"].float(), sets["b"].float(), atol=0.2, rtol=0.1)
+    wrong = CachedTeacher(tmp_path / "a", str(teacher), cache_dtype="float32", tokenizer=TEACHER)
     with pytest.raises(UserError, match=r"holds bfloat16 and teacher\.cache_dtype is float32"):
-        wrong = CachedTeacher(tmp_path / "a", str(teacher), cache_dtype="float32", tokenizer=TEACHER)
         wrong.prepare(run._encoders[1], run.args, {"train": run.train_dataset, "eval": None})
 
 
