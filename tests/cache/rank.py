@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from dwakd.cache.store import Cache
 from dwakd.training.run import end_of_run
-from tests.cache.builders import trainer
+from tests.cache.builders import LONG, trainer
 from tests.training.builders import weights
 
 if __name__ == "__main__":
@@ -24,7 +24,12 @@ if __name__ == "__main__":
 
     Cache.write_shard = noted
     run = trainer(
-        folder / "two", teacher, cache=folder / "cache", per_device_train_batch_size=2, ddp_backend="gloo", max_steps=3
+        folder / "two",
+        teacher,
+        cache=folder / "cache",
+        per_device_train_batch_size=2,
+        ddp_backend="gloo",
+        rows=LONG[:13],
     )
     run.train()
     if run.is_world_process_zero():

@@ -157,7 +157,7 @@ class _Builder:
             raise UserError(
                 f"the disk of teacher cache {self.cache.folder} is too full: {human_bytes(needed)} are needed and "
                 f"{human_bytes(free)} are free ({num_mine - len(shards)} of {num_mine} shards are finished and stay "
-                "good); make room, or store teacher.cache_dtype: bfloat16"
+                "good); make room, or name another folder in teacher.cache"
             )
         if self.order.progress:
             done = f"; {num_mine - len(shards)} shards are there already" if len(shards) < num_mine else ""

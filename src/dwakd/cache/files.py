@@ -51,7 +51,11 @@ def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
-        unfinished.replace(path)
+        try:
+            unfinished.replace(path)
+        except FileNotFoundError:  # tidied away by another build, which has finished the same file
+            if not path.is_file():
+                raise
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise

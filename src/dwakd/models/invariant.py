@@ -9,7 +9,7 @@ from dwakd.models.rows import final_hidden
 
 _GROUP_TOKENS = 128
 """Short sequences are run together up to this many tokens: below it a CPU's products are slow."""
-_WIDTHS = (32, 64)
+_WIDTHS = (32, 48, 64)
 
 
 def response_hidden(model: nn.Module, sequences: Sequence[Tensor], num_rows: Sequence[int]) -> list[Tensor]:
