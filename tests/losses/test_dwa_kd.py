@@ -198,7 +198,7 @@ def test_certain_student_gives_zero_weights():
 
 def test_uniform_teacher_gives_zero_weights():
     """1 - H / log V of a teacher that knows nothing is rounding, which rescaling would blow up to full weight."""
-    from dwakd.losses.weights import entropy
+    from dwakd.kernels.head_loss import entropy
 
     log_probs = torch.zeros(6, 50257).log_softmax(-1)
     assert teacher_weights(entropy(log_probs), 50257, torch.tensor([6])).abs().sum() == 0

@@ -1,5 +1,6 @@
 """Numerical kernels. Each has a naive twin in plain torch: its specification, its fallback and its oracle."""
 
+from dwakd.kernels.head_loss import head_loss
 from dwakd.kernels.soft_dtw import soft_dtw
 
-__all__ = ["soft_dtw"]
+__all__ = ["head_loss", "soft_dtw"]

@@ -1,13 +1,13 @@
-"""What every method shares: the signature, the cross-entropy and the one reduction."""
+"""What every method shares: the signature and the one reduction."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from dwakd.batch import LossOutput, ModelSide
+from dwakd.kernels.head_loss import HeadRows
 from dwakd.losses.attention import TeacherScale
 
 
@@ -46,16 +46,39 @@ class DistillationLoss(nn.Module, ABC):
         """
 
 
-def cross_entropy(log_probs: Float[Tensor, "tokens vocab"], targets: Tensor) -> Float[Tensor, ""]:
-    """Sum over the rows of -log p(target), in nats."""
-    return torch.nn.functional.nll_loss(log_probs, targets, reduction="sum")
+def reduce_terms(
+    sums: dict[str, Tensor],
+    weights: dict[str, float],
+    num_tokens: Tensor | float | int,
+    total: Tensor | None = None,
+) -> LossOutput:
+    """Divide each summed term by the number of tokens and add them up with their weights.
+
+    Args:
+        sums: over the batch, by public name.
+        weights: of the terms that carry gradient; the others must be part of `total`.
+        num_tokens: what every term is divided by.
+        total: weighted sum of the terms without an entry in `weights`, with their gradient (`head_loss`).
+    """
+    parts = [weights[name] * sums[name] for name in weights if name in sums]
+    loss = torch.stack(parts if total is None else [total, *parts]).sum() / num_tokens
+    means = {name: value.detach() / num_tokens for name, value in sums.items()}
+    return LossOutput(loss, {**means, "loss": loss.detach()})
 
 
-def reduce_terms(sums: dict[str, Tensor], weights: dict[str, float], num_tokens: Tensor | float | int) -> LossOutput:
-    """Divide each summed term by the number of tokens and add them up with their weights."""
-    means = {name: value / num_tokens for name, value in sums.items()}
-    loss = torch.stack([weights[name] * value for name, value in means.items()]).sum()
-    return LossOutput(loss, {**{name: value.detach() for name, value in means.items()}, "loss": loss.detach()})
+def head_rows(side: ModelSide) -> HeadRows:
+    """A side's own rows, with its head."""
+    return HeadRows(side.hidden, side.head, side.lengths)
+
+
+def constant_rows(side: ModelSide) -> HeadRows:
+    """A side's own rows and head without gradient: a teacher's."""
+    return HeadRows(side.hidden.detach(), side.head.detached(), side.lengths)
+
+
+def projected_rows(hidden: Tensor, side: ModelSide) -> HeadRows:
+    """Another model's states in this side's space; the head is a constant to them."""
+    return HeadRows(hidden, side.head.detached(), side.lengths)
 
 
 def require_teacher(teacher: ModelSide | None, method: str) -> ModelSide:

@@ -13,13 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dwakd.kernels.head_loss import forward_kl
+
 LogProbs = Float[Tensor, "tokens vocab"]
 PerToken = Float[Tensor, " tokens"]
-
-
-def forward_kl(log_p: LogProbs, log_q: LogProbs) -> PerToken:
-    """KL(p || q)."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def reverse_kl(log_p: LogProbs, log_q: LogProbs) -> PerToken:

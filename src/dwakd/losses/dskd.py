@@ -5,9 +5,18 @@ from typing import ClassVar
 from torch import Tensor
 
 from dwakd.batch import LossOutput, ModelSide
+from dwakd.kernels.head_loss import TeacherSpace, head_loss, student_space
 from dwakd.losses.attention import TeacherScale, cross_model_attention
-from dwakd.losses.base import DistillationLoss, check_range, cross_entropy, reduce_terms, require_teacher
-from dwakd.losses.divergences import divergence, forward_kl
+from dwakd.losses.base import (
+    DistillationLoss,
+    check_range,
+    constant_rows,
+    head_rows,
+    projected_rows,
+    reduce_terms,
+    require_teacher,
+)
+from dwakd.losses.divergences import divergence
 from dwakd.losses.projectors import Projectors, Widths
 
 
@@ -66,26 +75,28 @@ class DskdLoss(DistillationLoss):
         teacher_scale: TeacherScale | None = None,
     ) -> LossOutput:
         teacher = require_teacher(teacher, "dskd")
-        tau = self.temperature
         crossed = cross_model_attention(student, teacher, self.projectors, teacher_scale or TeacherScale.of(teacher))
 
-        student_logits = student.head.logits(student.hidden)
-        t2s_logits = student.head.detached().logits(crossed.t2s_hidden)
-        kd_student = self.divergence(
-            (t2s_logits.detach() / tau).log_softmax(-1), (student_logits / tau).log_softmax(-1)
+        rate = self.kd_rate
+        space = student_space(self.divergence)(
+            student.target_ids,
+            self.temperature,
+            {"ce": 1 - rate, "t2s_ce": rate, "kd_student": rate},
+            divergence=self.divergence,
+            weigh=accuracy_mask if self.accuracy_mask else None,
         )
-        if self.accuracy_mask:
-            kd_student = kd_student * (t2s_logits.argmax(-1) == student.target_ids)
-        head = teacher.head.detached()
-        kd_teacher = forward_kl(
-            (head.logits(teacher.hidden.detach()) / tau).log_softmax(-1),
-            (head.logits(crossed.s2t_hidden) / tau).log_softmax(-1),
+        in_student = head_loss([head_rows(student), projected_rows(crossed.t2s_hidden, student)], space)
+        in_teacher = head_loss(
+            [projected_rows(crossed.s2t_hidden, teacher), constant_rows(teacher)], TeacherSpace(self.temperature)
         )
-        sums = {
-            "ce": cross_entropy(student_logits.log_softmax(-1), student.target_ids),
-            "t2s_ce": cross_entropy(t2s_logits.log_softmax(-1), student.target_ids),
-            "kd_student": kd_student.sum(),
-            "kd_teacher": kd_teacher.sum(),
-        }
-        rates = dict.fromkeys(sums, self.kd_rate) | {"ce": 1 - self.kd_rate}
-        return reduce_terms(sums, rates, len(student.target_ids) if num_tokens is None else num_tokens)
+        return reduce_terms(
+            in_student.terms | {"kd_teacher": in_teacher.loss},
+            {"kd_teacher": rate},
+            len(student.target_ids) if num_tokens is None else num_tokens,
+            total=in_student.loss,
+        )
+
+
+def accuracy_mask(statistics: dict[str, Tensor], lengths: Tensor | None) -> Tensor:
+    """Weight 1 where the projected teacher's most probable token is the target, else 0."""
+    return statistics["right"].to(statistics["gate"].dtype)

@@ -7,12 +7,21 @@ import torch
 from torch import Tensor
 
 from dwakd.batch import LossOutput, ModelSide
+from dwakd.kernels.head_loss import HeadLoss, TeacherSpace, head_loss, student_space
 from dwakd.losses.alignment import soft_dtw_divergences
 from dwakd.losses.attention import CrossModelAttention, TeacherScale, band_penalty, cross_model_attention
-from dwakd.losses.base import DistillationLoss, check_range, cross_entropy, reduce_terms, require_teacher
-from dwakd.losses.divergences import divergence, forward_kl
+from dwakd.losses.base import (
+    DistillationLoss,
+    check_range,
+    constant_rows,
+    head_rows,
+    projected_rows,
+    reduce_terms,
+    require_teacher,
+)
+from dwakd.losses.divergences import divergence
 from dwakd.losses.projectors import Projectors, Widths
-from dwakd.losses.weights import entropy, student_weights, teacher_weights
+from dwakd.losses.weights import student_weights, teacher_weights
 
 logger = logging.getLogger(__name__)
 INFINITY = float("inf")
@@ -164,49 +173,42 @@ class DwaKdLoss(DistillationLoss):
     ) -> LossOutput:
         teacher = require_teacher(teacher, "dwa_kd")
         crossed = cross_model_attention(student, teacher, self.projectors, teacher_scale or TeacherScale.of(teacher))
-        sums = {
-            **self._student_space(student, crossed),
-            "kd_teacher": self._teacher_space(teacher, crossed),
-            **self._alignment(student, teacher, crossed),
-        }
-        weights = {
-            "ce": self.ce_weight,
-            **dict.fromkeys(("t2s_ce", "kd_student", "kd_teacher"), self.kd_weight),
-            **dict.fromkeys(("dtw_hidden", "dtw_embedding"), self.dtw_weight),
-        }
-        return reduce_terms(sums, weights, len(student.target_ids) if num_tokens is None else num_tokens)
-
-    def _student_space(self, student: ModelSide, crossed: CrossModelAttention) -> dict[str, Tensor]:
-        """Equations 7 and 11 to 13, with both cross-entropies."""
-        tau = self.temperature
-        student_logits = student.head.logits(student.hidden)
-        t2s_logits = student.head.detached().logits(crossed.t2s_hidden)
-        student_log_probs, t2s_log_probs = student_logits.log_softmax(-1), t2s_logits.log_softmax(-1)
-        gate = t2s_log_probs.detach().amax(-1).exp()
-        if self.gate_warmup_steps:
-            gate = gate * min(int(self.step) / self.gate_warmup_steps, 1.0)
-        weights = student_weights(entropy(student_log_probs.detach()), gate, student.lengths, **self.weighting)
-        divergences = self.divergence(
-            (t2s_logits.detach() / tau).log_softmax(-1), (student_logits / tau).log_softmax(-1)
+        in_student = self._student_space(student, crossed)
+        alignment = self._alignment(student, teacher, crossed)
+        return reduce_terms(
+            {**in_student.terms, "kd_teacher": self._teacher_space(teacher, crossed), **alignment},
+            {"kd_teacher": self.kd_weight, **dict.fromkeys(alignment, self.dtw_weight)},
+            len(student.target_ids) if num_tokens is None else num_tokens,
+            total=in_student.loss,
         )
-        return {
-            "ce": cross_entropy(student_log_probs, student.target_ids),
-            "t2s_ce": cross_entropy(t2s_log_probs, student.target_ids),
-            "kd_student": (weights * divergences).sum(),
-        }
+
+    def _student_space(self, student: ModelSide, crossed: CrossModelAttention) -> HeadLoss:
+        """Equations 7 and 11 to 13, with both cross-entropies."""
+        weighted = self.weighting["use_entropy"] or self.weighting["use_gate"]
+        space = student_space(self.divergence)(
+            student.target_ids,
+            self.temperature,
+            {"ce": self.ce_weight, "t2s_ce": self.kd_weight, "kd_student": self.kd_weight},
+            divergence=self.divergence,
+            weigh=self._student_weights if weighted else None,
+            whole_examples=weighted,
+        )
+        return head_loss([head_rows(student), projected_rows(crossed.t2s_hidden, student)], space)
+
+    def _student_weights(self, statistics: dict[str, Tensor], lengths: Tensor) -> Tensor:
+        gate = statistics["gate"]
+        if self.gate_warmup_steps:
+            gate = gate * (self.step / self.gate_warmup_steps).clamp(max=1.0)
+        return student_weights(statistics["entropy"], gate, lengths, **self.weighting)
 
     def _teacher_space(self, teacher: ModelSide, crossed: CrossModelAttention) -> Tensor:
-        """Equations 8, 14 and 15."""
-        head = teacher.head.detached()
-        logits = head.logits(teacher.hidden.detach())
-        divergences = forward_kl(
-            (logits / self.temperature).log_softmax(-1),
-            (head.logits(crossed.s2t_hidden) / self.temperature).log_softmax(-1),
-        )
-        if self.teacher_weights:
-            weights = teacher_weights(entropy(logits.log_softmax(-1)), head.vocab_size, teacher.lengths)
-            divergences = weights * divergences
-        return divergences.sum()
+        """Equations 8, 14 and 15. The head is a constant, so rows may be weighted after their gradient is known."""
+        rows = [projected_rows(crossed.s2t_hidden, teacher), constant_rows(teacher)]
+        if not self.teacher_weights:
+            return head_loss(rows, TeacherSpace(self.temperature)).loss
+        output = head_loss(rows, TeacherSpace(self.temperature), by_row=True)
+        weights = teacher_weights(output.statistics["entropy"], teacher.head.vocab_size, teacher.lengths)
+        return (weights * output.loss).sum()
 
     def _alignment(self, student: ModelSide, teacher: ModelSide, crossed: CrossModelAttention) -> dict[str, Tensor]:
         """Equations 17 to 24: both pairs of sequences in one Soft-DTW call; the raw teacher vectors are projected."""

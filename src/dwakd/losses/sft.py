@@ -5,8 +5,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from dwakd.batch import LossOutput, ModelSide
+from dwakd.kernels.head_loss import CrossEntropy, head_loss
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import DistillationLoss, cross_entropy, reduce_terms
+from dwakd.losses.base import DistillationLoss, head_rows, reduce_terms
 
 
 class SftLoss(DistillationLoss):
@@ -25,6 +26,7 @@ class SftLoss(DistillationLoss):
         num_tokens: Tensor | float | None = None,
         teacher_scale: TeacherScale | None = None,
     ) -> LossOutput:
-        log_probs = student.head.logits(student.hidden).log_softmax(-1)
-        sums = {"ce": cross_entropy(log_probs, student.target_ids)}
-        return reduce_terms(sums, {"ce": 1.0}, len(student.target_ids) if num_tokens is None else num_tokens)
+        output = head_loss([head_rows(student)], CrossEntropy(student.target_ids))
+        return reduce_terms(
+            output.terms, {}, len(student.target_ids) if num_tokens is None else num_tokens, total=output.loss
+        )

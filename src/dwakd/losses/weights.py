@@ -11,11 +11,6 @@ from dwakd.losses.packing import example_ids
 Weights = Float[Tensor, " tokens"]
 
 
-def entropy(log_probs: Float[Tensor, "tokens vocab"]) -> Weights:
-    """Shannon entropy per token in nats."""
-    return -(log_probs.exp() * log_probs).sum(-1)
-
-
 def rescale(weights: Weights, lengths: Int[Tensor, " batch"]) -> Weights:
     """Rescale the weights of each sequence so that they sum to its number of tokens.
 

@@ -1,0 +1,51 @@
+"""Cross-entropy of the targets, with its gradient by hand."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from dwakd.kernels.head_loss.criterion import Chunk, Criterion, Logits, Statistics
+from dwakd.kernels.head_loss.statistics import blocks, pick, scratch, subtract_at
+
+
+class CrossEntropy(Criterion):
+    """Term `ce`: -log p(target) of one side, in nats.
+
+    Args:
+        targets: one token per row.
+        rate: factor in the loss.
+    """
+
+    def __init__(self, targets: Int[Tensor, " tokens"], rate: float = 1.0) -> None:
+        super().__init__({"ce": rate})
+        self.targets = targets
+
+    def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
+        log_probs = logits[0].log_softmax(-1)
+        return {"ce": torch.nn.functional.nll_loss(log_probs, self.targets[chunk.rows[0]], reduction="none")}
+
+    def observe(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
+        columns = logits[0].t()
+        peak, chosen = columns.amax(0), pick(columns, self.targets[chunk.rows[0]])
+        total = torch.zeros_like(peak)
+        (work,) = scratch(columns, 1)
+        for block in blocks(columns):
+            x = torch.sub(columns[block], peak, out=work[: block.stop - block.start])
+            total += torch.exp(x, out=columns[block]).sum(0)
+        return {"total": total, "ce": total.log() + peak - chosen}
+
+    def differentiate(
+        self,
+        logits: Sequence[Logits],
+        chunk: Chunk,
+        statistics: Statistics,
+        weights: Tensor | None,
+        needs: Sequence[bool],
+    ) -> dict[str, Tensor]:
+        if needs[0]:
+            columns = logits[0].t()
+            columns.mul_(self.rates["ce"] / statistics["total"])
+            subtract_at(columns, self.targets[chunk.rows[0]], torch.full_like(statistics["ce"], self.rates["ce"]))
+        return {"ce": statistics["ce"]}

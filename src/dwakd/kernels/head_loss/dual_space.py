@@ -1,0 +1,183 @@
+"""Distillation in the student's and in the teacher's space (DSKD, DWA-KD): criteria over two sides that share a head."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dwakd.kernels.head_loss.criterion import Chunk, Criterion, Logits, Statistics
+from dwakd.kernels.head_loss.statistics import (
+    SoftenedPair,
+    blocks,
+    entropy,
+    forward_kl,
+    pick,
+    raise_to,
+    scratch,
+    subtract_at,
+)
+
+Weigh = Callable[[Statistics, Int[Tensor, " batch"] | None], Float[Tensor, " tokens"]]
+
+
+class StudentSpace(Criterion):
+    """Terms `ce`, `t2s_ce` and `kd_student` = weight x D(p^{t->s} || p^s), of the student's rows and of projected ones.
+
+    The projected distribution is a constant in D and learns from its own cross-entropy.
+
+    Statistics, at temperature 1: `entropy` H(p^s), `gate` max p^{t->s}, `right`, whether the projected peak is the target.
+
+    Args:
+        targets: one token per row.
+        temperature: softens both sides of D.
+        rates: each term's factor in the loss.
+        divergence: D of log-probabilities (target, learned), per row.
+        weigh: weights from the statistics and the lengths; ones if not given.
+        whole_examples: whether `weigh` needs whole examples.
+    """
+
+    def __init__(
+        self,
+        targets: Int[Tensor, " tokens"],
+        temperature: float,
+        rates: dict[str, float],
+        *,
+        divergence: Callable[[Tensor, Tensor], Tensor] = forward_kl,
+        weigh: Weigh | None = None,
+        whole_examples: bool = False,
+    ) -> None:
+        super().__init__(rates)
+        self.unit = "weights" if whole_examples else "rows"
+        self.targets, self.temperature = targets, temperature
+        self.divergence, self.weigh = divergence, weigh
+
+    def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
+        own, projected = logits
+        targets = self.targets[chunk.rows[0]]
+        cross_entropies = [
+            torch.nn.functional.nll_loss(side.log_softmax(-1), targets, reduction="none") for side in logits
+        ]
+        softened = [(side / self.temperature).log_softmax(-1) for side in (projected.detach(), own)]
+        kd = self.divergence(*softened)
+        return {
+            "ce": cross_entropies[0],
+            "t2s_ce": cross_entropies[1],
+            "kd_student": kd if weights is None else weights * kd,
+        }
+
+    def statistics(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
+        if self.weigh is None:
+            return {}
+        own, projected = (side.log_softmax(-1) for side in logits)
+        peak = projected.amax(-1)
+        chosen = projected.gather(-1, self.targets[chunk.rows[0]][:, None]).squeeze(-1)
+        return {"entropy": entropy(own), "gate": peak.exp(), "right": chosen == peak}
+
+    def weights(self, statistics: Statistics, lengths: Int[Tensor, " batch"] | None) -> Tensor | None:
+        return None if self.weigh is None else self.weigh(statistics, lengths)
+
+
+class ForwardKlSpace(StudentSpace):
+    """`StudentSpace` with D = KL(p^{t->s} || p^s), its gradient by hand: the default of DWA-KD and DSKD."""
+
+    def observe(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
+        own, projected = (side.t() for side in logits)
+        targets = self.targets[chunk.rows[0]]
+        chosen = pick(own, targets), pick(projected, targets)
+        pair = SoftenedPair(self.temperature)
+        mine, theirs, kl = pair.observe(own, projected, entropy_of=own, totals_of=(own, projected))
+        return {
+            "entropy": mine.entropy(),
+            "gate": theirs.total.reciprocal(),
+            "right": chosen[1] == theirs.peak,
+            "ce": mine.total.log() + mine.peak - chosen[0],
+            "t2s_ce": theirs.total.log() + theirs.peak - chosen[1],
+            "kl": kl,
+            "own_total": mine.total,
+            "own_soft_total": mine.soft_total,
+            "projected_total": theirs.total,
+            "projected_soft_total": theirs.soft_total,
+        }
+
+    def differentiate(
+        self,
+        logits: Sequence[Logits],
+        chunk: Chunk,
+        statistics: Statistics,
+        weights: Tensor | None,
+        needs: Sequence[bool],
+    ) -> dict[str, Tensor]:
+        kl = statistics["kl"]
+        weights = torch.ones_like(kl) if weights is None else weights
+        if any(needs):
+            self._overwrite(logits, self.targets[chunk.rows[0]], statistics, weights)
+        return {"ce": statistics["ce"], "t2s_ce": statistics["t2s_ce"], "kd_student": weights * kl}
+
+    def _overwrite(self, logits: Sequence[Logits], targets: Tensor, statistics: Statistics, weights: Tensor) -> None:
+        own, projected = (side.t() for side in logits)
+        pair, rates = SoftenedPair(self.temperature), self.rates
+        kd = weights * (rates["kd_student"] / self.temperature)
+        own_soft, projected_soft = kd / statistics["own_soft_total"], kd / statistics["projected_soft_total"]
+        own_share, projected_share = rates["ce"] / statistics["own_total"], rates["t2s_ce"] / statistics["projected_total"]
+        (work,) = scratch(own, 1)
+        for block in blocks(own):
+            mine, theirs = own[block], projected[block]
+            pulled = pair.gradient(mine, theirs, own_soft, projected_soft, work[: block.stop - block.start])
+            raise_to(mine, pair.base, mine).mul_(own_share).add_(pulled)
+            raise_to(theirs, pair.base, theirs).mul_(projected_share)
+        for columns, name in ((own, "ce"), (projected, "t2s_ce")):
+            subtract_at(columns, targets, torch.full_like(weights, rates[name]))
+
+
+class TeacherSpace(Criterion):
+    """Term `kd_teacher` = KL(p^t || p^{s->t}), of projected rows and of the teacher's own.
+
+    Statistics: `entropy` H(p^t) at temperature 1.
+
+    Args:
+        temperature: softens both sides.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__({"kd_teacher": 1.0})
+        self.temperature = temperature
+
+    def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
+        projected, own = ((side / self.temperature).log_softmax(-1) for side in logits)
+        return {"kd_teacher": forward_kl(own.detach(), projected)}
+
+    def statistics(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
+        return {"entropy": entropy(logits[1].log_softmax(-1))}
+
+    def observe(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
+        projected, own = (side.t() for side in logits)
+        pair = SoftenedPair(self.temperature)
+        learned, target, kl = pair.observe(projected, own, entropy_of=own, totals_of=(own,))
+        return {
+            "entropy": target.entropy(),
+            "kl": kl,
+            "projected_soft_total": learned.soft_total,
+            "own_soft_total": target.soft_total,
+        }
+
+    def differentiate(
+        self,
+        logits: Sequence[Logits],
+        chunk: Chunk,
+        statistics: Statistics,
+        weights: Tensor | None,
+        needs: Sequence[bool],
+    ) -> dict[str, Tensor]:
+        if needs[0]:
+            projected, own = (side.t() for side in logits)
+            pair = SoftenedPair(self.temperature)
+            shares = [(1 / self.temperature) / statistics[f"{name}_soft_total"] for name in ("projected", "own")]
+            for block in blocks(projected):
+                pair.gradient(projected[block], own[block], *shares, out=projected[block])
+        return {"kd_teacher": statistics["kl"]}
+
+
+def student_space(divergence: Callable[[Tensor, Tensor], Tensor]) -> type[StudentSpace]:
+    """The class that computes this divergence best."""
+    return ForwardKlSpace if divergence is forward_kl else StudentSpace

@@ -1,0 +1,204 @@
+"""The chunked engine: logits, criterion and gradients, a few rows at a time, all in the forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dwakd.kernels.head_loss.criterion import Chunk, Criterion, Statistics
+from dwakd.kernels.head_loss.plan import Group, plan_examples, plan_rows
+from dwakd.kernels.head_loss.products import HeadProducts
+from dwakd.models.head import OutputHead
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """Rows of one side and the head they go through.
+
+    Args:
+        hidden: packed over the examples; carries gradient, or none if detached.
+        head: its weight and bias carry gradient unless it is `detached()`.
+        lengths: rows per example.
+    """
+
+    hidden: Float[Tensor, "tokens hidden"]
+    head: OutputHead
+    lengths: Int[Tensor, " batch"]
+
+
+class ChunkedRun:
+    """One evaluation of a criterion over a batch.
+
+    Args:
+        sides: of the batch.
+        criterion: what is computed.
+        budget: bytes of logits at a time.
+        by_row: keep each row's value apart.
+        with_gradient: also compute the gradients of whatever requires them.
+    """
+
+    def __init__(
+        self, sides: Sequence[HeadRows], criterion: Criterion, budget: int, *, by_row: bool, with_gradient: bool
+    ) -> None:
+        self.sides, self.criterion, self.by_row = sides, criterion, by_row
+        self.learns_hidden = [with_gradient and side.hidden.requires_grad for side in sides]
+        self.learns_head = [
+            with_gradient and (side.head.weight.requires_grad or (side.head.bias is not None and side.head.bias.requires_grad))
+            for side in sides
+        ]
+        self.needs = [a or b for a, b in zip(self.learns_hidden, self.learns_head, strict=True)]
+        self.groups = self._plan(budget)
+        self.products = self._products()
+        self.hidden_gradients = [
+            torch.zeros_like(side.hidden) if learns else None
+            for side, learns in zip(sides, self.learns_hidden, strict=True)
+        ]
+        self.weight_gradients, self.bias_gradients = self._head_gradients()
+        self.collected: list[tuple[dict[str, Tensor], Statistics]] = []
+
+    def _plan(self, budget: int) -> list[Group]:
+        widths = [HeadProducts.row_bytes(side.head) for side in self.sides]
+        if self.criterion.unit == "rows":
+            return plan_rows(self.sides[0].hidden.shape[0], len(self.sides), sum(widths), budget)
+        lengths = torch.stack([side.lengths for side in self.sides]).tolist()  # the one wait for the device
+        return plan_examples(lengths, widths, budget, divisible=self.criterion.unit == "weights")
+
+    def _products(self) -> list[tuple[list[int], HeadProducts]]:
+        """Sides by head; those that need a gradient first, so that theirs are neighbouring columns."""
+        shared: dict[tuple[Any, ...], list[int]] = {}
+        for index in sorted(range(len(self.sides)), key=lambda index: not self.needs[index]):
+            head = self.sides[index].head
+            bias = None if head.bias is None else head.bias.data_ptr()
+            shared.setdefault((head.weight.data_ptr(), bias, head.scale, head.soft_cap), []).append(index)
+        chunks = [chunk for group in self.groups for chunk in group.chunks]
+        return [
+            (
+                indices,
+                HeadProducts(
+                    self.sides[indices[0]].head.detached(),
+                    max((sum(_length(chunk.rows[i]) for i in indices) for chunk in chunks), default=0),
+                    with_gradient=any(self.needs),
+                ),
+            )
+            for indices in shared.values()
+        ]
+
+    def _head_gradients(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Zeros in which the head's gradients add up over the chunks, in float32 or better."""
+        weights: list[Tensor | None] = []
+        biases: list[Tensor | None] = []
+        for side, learns in zip(self.sides, self.learns_head, strict=True):
+            for kept, tensor in ((weights, side.head.weight), (biases, side.head.bias)):
+                wanted = learns and tensor is not None and tensor.requires_grad
+                dtype = torch.promote_types(side.head.weight.dtype, torch.float32)
+                kept.append(torch.zeros_like(tensor, dtype=dtype) if wanted and tensor is not None else None)
+        return weights, biases
+
+    def run(self) -> tuple[Tensor, dict[str, Tensor], Statistics]:
+        """The loss (a value per row if `by_row`), its terms likewise, and the statistics of all rows."""
+        for group in self.groups:
+            self._run_group(group)
+        reference = self.sides[0].head.weight
+        zero = reference.new_zeros(0 if self.by_row else (), dtype=torch.promote_types(reference.dtype, torch.float32))
+        terms = dict.fromkeys(self.criterion.rates, zero)
+        statistics: Statistics = {}
+        if self.collected:
+            for name in terms:
+                values = [values[name] for values, _ in self.collected]
+                terms[name] = torch.cat(values) if self.by_row else torch.stack([v.sum() for v in values]).sum()
+            statistics = {
+                name: torch.cat([statistics[name] for _, statistics in self.collected])
+                for name in self.collected[0][1]
+            }
+        total = torch.stack([rate * terms[name] for name, rate in self.criterion.rates.items()]).sum(0)
+        return total, terms, statistics
+
+    def _run_group(self, group: Group) -> None:
+        criterion = self.criterion
+        lengths = None if group.examples is None else self.sides[0].lengths[group.examples]
+        if len(group.chunks) == 1:
+            (chunk,) = group.chunks
+            logits = self._logits(chunk)
+            statistics = criterion.observe(logits, chunk)
+            self._finish(logits, chunk, statistics, criterion.weights(statistics, lengths))
+            return
+        seen = [criterion.observe(self._logits(chunk), chunk) for chunk in group.chunks]
+        weights = criterion.weights({name: torch.cat([s[name] for s in seen]) for name in seen[0]}, lengths)
+        start = group.chunks[0].rows[0].start
+        for chunk in group.chunks:
+            logits = self._logits(chunk)
+            own = slice(chunk.rows[0].start - start, chunk.rows[0].stop - start)
+            self._finish(logits, chunk, criterion.observe(logits, chunk), None if weights is None else weights[own])
+
+    def _logits(self, chunk: Chunk) -> list[Tensor]:
+        found: dict[int, Tensor] = {}
+        for indices, products in self.products:
+            rows = [self.sides[index].hidden[chunk.rows[index]] for index in indices]
+            found |= dict(zip(indices, products.logits(rows), strict=True))
+        return [found[index] for index in range(len(self.sides))]
+
+    def _finish(self, logits: list[Tensor], chunk: Chunk, statistics: Statistics, weights: Tensor | None) -> None:
+        terms = self.criterion.differentiate(logits, chunk, statistics, weights, self.needs)
+        self.collected.append((terms, statistics))
+        for indices, products in self.products:
+            learned = [index for index in indices if self.needs[index]]
+            if learned:
+                self._pull_back(learned, products, chunk)
+
+    def _pull_back(self, learned: list[int], products: HeadProducts, chunk: Chunk) -> None:
+        """Gradients of hidden rows in one product for all sides, those of the head for each side that trains it."""
+        sizes = [_length(chunk.rows[index]) for index in learned]
+        gradient, rows = products.pull_back(slice(0, sum(sizes)))
+        weight, scale = products.head.weight, products.head.scale
+        if any(self.learns_hidden[index] for index in learned):
+            pulled = torch.mm(gradient.t(), weight)
+            if scale != 1.0:
+                pulled.mul_(scale)
+            for index, part in zip(learned, pulled.split(sizes), strict=True):
+                kept = self.hidden_gradients[index]
+                if kept is not None:
+                    kept[chunk.rows[index]] = part.to(kept.dtype)
+        parts = zip(learned, gradient.split(sizes, dim=1), rows.split(sizes), strict=True)
+        for index, columns, own in parts:
+            weight_gradient, bias_gradient = self.weight_gradients[index], self.bias_gradients[index]
+            if weight_gradient is not None and weight_gradient.dtype == columns.dtype:
+                weight_gradient.addmm_(columns, own)
+            elif weight_gradient is not None:
+                weight_gradient.add_(torch.mm(columns, own))
+            if bias_gradient is not None:
+                bias_gradient.add_(columns.sum(1, dtype=bias_gradient.dtype), alpha=scale)
+
+
+class ChunkedHeadLoss(torch.autograd.Function):
+    """Runs the engine in the forward and hands its gradients out, times the upstream one, in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, run: ChunkedRun, *_inputs: Tensor | None) -> tuple[Tensor, ...]:
+        with torch.autocast(run.sides[0].hidden.device.type, enabled=False):
+            total, terms, statistics = run.run()
+        ctx.save_for_backward(*run.hidden_gradients, *run.weight_gradients, *run.bias_gradients)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in _inputs]
+        run.names = (tuple(terms), tuple(statistics))
+        constants = tuple(value.clone() if value is total else value for value in (*terms.values(), *statistics.values()))
+        ctx.mark_non_differentiable(*constants)
+        return total, *constants
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        factor = upstream[0].unsqueeze(-1) if upstream[0].ndim else upstream[0]
+        return None, *(
+            None if gradient is None else (gradient * factor).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+
+
+def _length(rows: slice) -> int:
+    length: int = rows.stop - rows.start
+    return length

@@ -1,0 +1,63 @@
+"""Cutting a batch of response rows into chunks whose logits fit a budget."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dwakd.kernels.head_loss.criterion import Chunk
+
+
+@dataclass(frozen=True)
+class Group:
+    """Chunks that are weighted together; with more than one, their statistics come from a pass of their own."""
+
+    chunks: tuple[Chunk, ...]
+    examples: slice | None = None
+
+
+def plan_rows(num_rows: int, num_sides: int, row_bytes: int, budget: int) -> list[Group]:
+    """Chunks of nearly equal size anywhere in the batch."""
+    return [Group((chunk,)) for chunk in _even(0, num_rows, num_sides, row_bytes, budget)]
+
+
+def plan_examples(
+    lengths: Sequence[Sequence[int]], row_bytes: Sequence[int], budget: int, *, divisible: bool
+) -> list[Group]:
+    """Chunks of whole examples; an example above the budget is a group of several if `divisible`, else one chunk.
+
+    Args:
+        lengths: of each side, rows per example.
+        row_bytes: of each side, bytes of logits per row.
+        budget: bytes per chunk.
+        divisible: whether an example may be cut; the sides then have the same lengths.
+    """
+    groups: list[Group] = []
+    starts = [0] * len(lengths)
+    ends = [0] * len(lengths)
+    first, held = 0, 0
+    for example, counts in enumerate(zip(*lengths, strict=True)):
+        size = sum(count * width for count, width in zip(counts, row_bytes, strict=True))
+        if held + size > budget and first < example:
+            groups.append(_whole(starts, ends, first, example))
+            starts, first, held = list(ends), example, 0
+        ends = [end + count for end, count in zip(ends, counts, strict=True)]
+        held += size
+        if divisible and size > budget:
+            parts = _even(starts[0], ends[0], len(lengths), sum(row_bytes), budget)
+            groups.append(Group(tuple(parts), slice(first, example + 1)))
+            starts, first, held = list(ends), example + 1, 0
+    if first < len(lengths[0]):
+        groups.append(_whole(starts, ends, first, len(lengths[0])))
+    return groups
+
+
+def _whole(starts: Sequence[int], ends: Sequence[int], first: int, stop: int) -> Group:
+    examples = slice(first, stop)
+    return Group((Chunk(tuple(map(slice, starts, ends)), examples),), examples)
+
+
+def _even(start: int, stop: int, num_sides: int, row_bytes: int, budget: int) -> list[Chunk]:
+    """Equal chunks leave no small rest, whose products would be slow."""
+    per_chunk = max(budget // row_bytes, 1)
+    count = -(-(stop - start) // per_chunk)
+    bounds = [start + (stop - start) * index // count for index in range(count + 1)] if count else [start]
+    return [Chunk((slice(a, b),) * num_sides) for a, b in zip(bounds, bounds[1:], strict=False)]

@@ -1,0 +1,138 @@
+"""Statistics of next-token distributions: in plain torch, and of a pair in one sweep over logits that it overwrites."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+LogProbs = Float[Tensor, "tokens vocab"]
+Columns = Float[Tensor, "vocab tokens"]
+PerToken = Float[Tensor, " tokens"]
+
+BLOCK = 2**18
+"""Logits per block on a CPU: with its temporaries it stays in cache over all the operations on it."""
+
+
+def entropy(log_probs: LogProbs) -> PerToken:
+    """Shannon entropy per token in nats; impossible tokens add 0."""
+    return torch.special.entr(log_probs.exp()).sum(-1)
+
+
+def forward_kl(log_p: LogProbs, log_q: LogProbs) -> PerToken:
+    """KL(p || q) per token in nats; tokens impossible under p add 0."""
+    return (log_p.exp() * (log_p - log_q).masked_fill(log_p.isneginf(), 0.0)).sum(-1)
+
+
+def blocks(logits: Columns) -> Iterator[slice]:
+    """Slices of the vocabulary to work on one after the other; all of it at once where the device hides latencies."""
+    vocab, tokens = logits.shape
+    size = max(BLOCK // max(tokens, 1), 1) if logits.device.type == "cpu" else vocab
+    return (slice(start, min(start + size, vocab)) for start in range(0, vocab, size))
+
+
+def scratch(logits: Columns, count: int) -> list[Columns]:
+    """Temporaries of the size of a block."""
+    rows = next(iter(blocks(logits)), slice(0, 0)).stop
+    return [logits.new_empty(rows, logits.shape[1]) for _ in range(count)]
+
+
+def raise_to(base: Columns, power: float, out: Columns) -> Columns:
+    """base ** power, without a transcendental function at the powers that are used: 1 and 2."""
+    if power == 1.0:
+        return out.copy_(base) if out is not base else base
+    return torch.mul(base, base, out=out) if power == 2.0 else torch.pow(base, power, out=out)
+
+
+def pick(logits: Columns, targets: Tensor) -> PerToken:
+    """The logit of each column's target."""
+    return logits[targets, torch.arange(logits.shape[1], device=logits.device)]
+
+
+def subtract_at(gradient: Columns, targets: Tensor, amount: PerToken) -> None:
+    """gradient[target] -= amount, in each column."""
+    gradient[targets, torch.arange(gradient.shape[1], device=gradient.device)] -= amount
+
+
+@dataclass
+class Softmax:
+    """One side of a pair: its largest logit and, with x = logit - peak, sums over the vocabulary.
+
+    Args:
+        peak: the largest logit.
+        total: sum of exp(x).
+        soft_total: sum of exp(x / temperature).
+        energy: sum of exp(x) x.
+    """
+
+    peak: PerToken
+    total: PerToken = field(init=False)
+    soft_total: PerToken = field(init=False)
+    energy: PerToken = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.total, self.soft_total, self.energy = (torch.zeros_like(self.peak) for _ in range(3))
+
+    def entropy(self) -> PerToken:
+        """At temperature 1."""
+        return self.total.log() - self.energy / self.total
+
+
+@dataclass(frozen=True)
+class SoftenedPair:
+    """KL(target || learned) of two sides softened alike, in two sweeps over logits that are overwritten.
+
+    The logits give way to kept = exp(x / base), base the larger of 1 and the temperature, so that one exponential serves
+    temperature 1 (kept ** base) and the softened distribution (kept ** soft), and neither comes from an underflow.
+    """
+
+    temperature: float
+
+    @property
+    def base(self) -> float:
+        return max(self.temperature, 1.0)
+
+    @property
+    def soft(self) -> float:
+        return self.base / self.temperature
+
+    def observe(
+        self, learned: Columns, target: Columns, *, entropy_of: Columns | None, totals_of: tuple[Columns, ...]
+    ) -> tuple[Softmax, Softmax, PerToken]:
+        """Overwrite the logits of both sides; returns their sums and KL(target || learned) per token.
+
+        Args:
+            learned: logits.
+            target: logits.
+            entropy_of: the side whose `energy` is wanted.
+            totals_of: the sides whose `total` is wanted.
+        """
+        own, other = Softmax(learned.amax(0)), Softmax(target.amax(0))
+        cross = torch.zeros_like(own.peak)
+        work = scratch(learned, 3)
+        for block in blocks(learned):
+            own_x, other_x, powers = (buffer[: block.stop - block.start] for buffer in work)
+            for side, x, logits in ((own, own_x, learned), (other, other_x, target)):
+                torch.sub(logits[block], side.peak, out=x)
+                if self.base != 1.0:
+                    x.mul_(1.0 / self.base)
+                kept = torch.exp(x, out=logits[block])
+                if any(logits is wanted for wanted in totals_of):
+                    side.total += raise_to(kept, self.base, powers).sum(0)
+                    if logits is entropy_of:
+                        side.energy += powers.mul_(x).sum(0)
+                side.soft_total += (kept if self.soft == 1.0 else raise_to(kept, self.soft, powers)).sum(0)
+            softened = target[block] if self.soft == 1.0 else powers  # the target's: it came last
+            cross += other_x.sub_(own_x).mul_(softened).sum(0)
+        own.energy *= self.base
+        other.energy *= self.base
+        kl = cross * self.soft / other.soft_total - other.soft_total.log() + own.soft_total.log()
+        return own, other, kl
+
+    def gradient(self, kept: Columns, other: Columns, own_share: PerToken, other_share: PerToken, out: Columns) -> Columns:
+        """own_share x softened(kept) - other_share x softened(other), of one block."""
+        if self.soft == 1.0:
+            return torch.mul(kept, own_share, out=out).addcmul_(other, other_share, value=-1)
+        raise_to(kept, self.soft, out).mul_(own_share)
+        return out.addcmul_(torch.pow(other, self.soft), other_share, value=-1)
