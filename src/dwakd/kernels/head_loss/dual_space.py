@@ -119,7 +119,10 @@ class ForwardKlSpace(StudentSpace):
         pair, rates = SoftenedPair(self.temperature), self.rates
         kd = weights * (rates["kd_student"] / self.temperature)
         own_soft, projected_soft = kd / statistics["own_soft_total"], kd / statistics["projected_soft_total"]
-        own_share, projected_share = rates["ce"] / statistics["own_total"], rates["t2s_ce"] / statistics["projected_total"]
+        own_share, projected_share = (
+            rates["ce"] / statistics["own_total"],
+            rates["t2s_ce"] / statistics["projected_total"],
+        )
         (work,) = scratch(own, 1)
         for block in blocks(own):
             mine, theirs = own[block], projected[block]

@@ -9,7 +9,6 @@ from dwakd.kernels.head_loss.criterion import Chunk, Criterion, Statistics
 from dwakd.kernels.head_loss.engine import HeadRows
 
 
-
 def head_loss_naive(
     sides: Sequence[HeadRows], criterion: Criterion, *, by_row: bool
 ) -> tuple[Tensor, dict[str, Tensor], Statistics]:
