@@ -33,22 +33,19 @@ class HeadRows:
 
 
 class ChunkedRun:
-    """One evaluation of a criterion over a batch.
+    """One evaluation of a criterion over a batch, with the gradients of whatever requires them unless grad is off.
 
     Args:
         sides: of the batch.
         criterion: what is computed.
         budget: bytes of logits at a time.
         by_row: keep each row's value apart.
-        with_gradient: also compute the gradients of whatever requires them.
     """
 
-    def __init__(
-        self, sides: Sequence[HeadRows], criterion: Criterion, budget: int, *, by_row: bool, with_gradient: bool
-    ) -> None:
+    def __init__(self, sides: Sequence[HeadRows], criterion: Criterion, budget: int, *, by_row: bool) -> None:
         self.sides, self.criterion, self.by_row = sides, criterion, by_row
         self.dtype = torch.promote_types(sides[0].head.weight.dtype, torch.float32)
-        self.with_gradient = with_gradient
+        self.with_gradient = torch.is_grad_enabled()
         self.learns_hidden = [self._learns(side.hidden) for side in sides]
         self.needs = [
             any(self._learns(tensor) for tensor in (side.hidden, side.head.weight, side.head.bias)) for side in sides
@@ -62,6 +59,8 @@ class ChunkedRun:
         self.weight_gradients: list[Tensor | None] = [None] * len(sides)
         self.bias_gradients: list[Tensor | None] = [None] * len(sides)
         self.collected: list[tuple[dict[str, Tensor], Statistics]] = []
+        self.term_names: tuple[str, ...] = ()
+        self.statistic_names: tuple[str, ...] = ()
 
     def _learns(self, tensor: Tensor | None) -> bool:
         return self.with_gradient and tensor is not None and tensor.requires_grad
@@ -151,11 +150,13 @@ class ChunkedRun:
             pulled = torch.mm(gradient.t(), weight)
             if scale != 1.0:
                 pulled.mul_(scale)
-            for index, part in zip(learned, pulled.split(sizes), strict=True):
+            for index, part in zip(learned, torch.split(pulled, sizes), strict=True):
                 kept = self.hidden_gradients[index]
                 if kept is not None:
                     kept[chunk.rows[index]] = part.to(kept.dtype)
-        for index, columns, own in zip(learned, gradient.split(sizes, dim=1), rows.split(sizes), strict=True):
+        for index, columns, own in zip(
+            learned, torch.split(gradient, sizes, dim=1), torch.split(rows, sizes), strict=True
+        ):
             self._add_head_gradients(index, columns, own, scale)
 
     def _add_head_gradients(self, index: int, columns: Tensor, rows: Tensor, scale: float) -> None:
@@ -175,15 +176,17 @@ class ChunkedRun:
             self.bias_gradients[index] = added if kept is None else kept.add_(added)
 
     def gradients(self) -> list[Tensor | None]:
-        """Of all hidden rows, all weights, all biases; None for what is a constant."""
-        heads = [side.head for side in self.sides]
-        inputs = [side.hidden for side in self.sides], [head.weight for head in heads], [head.bias for head in heads]
-        found = self.hidden_gradients, self.weight_gradients, self.bias_gradients
+        """Of each of `inputs`; None for what is a constant."""
+        found = [*self.hidden_gradients, *self.weight_gradients, *self.bias_gradients]
         return [
             torch.zeros_like(tensor) if gradient is None and tensor is not None and self._learns(tensor) else gradient
-            for tensors, gradients in zip(inputs, found, strict=True)
-            for tensor, gradient in zip(tensors, gradients, strict=True)
+            for tensor, gradient in zip(self.inputs(), found, strict=True)
         ]
+
+    def inputs(self) -> list[Tensor | None]:
+        """All hidden rows, all weights, all biases."""
+        heads = [side.head for side in self.sides]
+        return [*(side.hidden for side in self.sides), *(head.weight for head in heads), *(head.bias for head in heads)]
 
 
 class ChunkedHeadLoss(torch.autograd.Function):
@@ -195,7 +198,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
             total, terms, statistics = run.run()
         ctx.save_for_backward(*run.gradients())
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
-        run.names = (tuple(terms), tuple(statistics))
+        run.term_names, run.statistic_names = tuple(terms), tuple(statistics)
         constants = tuple(
             value.clone() if value is total else value for value in (*terms.values(), *statistics.values())
         )

@@ -104,8 +104,9 @@ class Softmax:
 class SoftenedPair:
     """KL(target || learned) of two sides softened alike, in two sweeps over logits that are overwritten.
 
-    The logits give way to kept = exp(x / base), base the larger of 1 and the temperature, so that one exponential serves
-    temperature 1 (kept ** base) and the softened distribution (kept ** soft), and neither comes from an underflow.
+    The logits give way to kept = exp(x / base), base the larger of 1 and the temperature, so that one exponential
+    serves temperature 1 (kept ** base) and the softened distribution (kept ** soft), and neither comes from an
+    underflow.
     """
 
     temperature: float
