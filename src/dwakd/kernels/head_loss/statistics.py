@@ -34,7 +34,7 @@ def blocks(logits: Columns) -> Iterator[slice]:
     return (slice(start, min(start + size, vocab)) for start in range(0, vocab, size))
 
 
-def scratch(logits: Columns, count: int) -> list[Columns]:
+def scratch(logits: Columns, count: int) -> list[Float[Tensor, "block tokens"]]:
     """Temporaries of the size of a block."""
     rows = next(iter(blocks(logits)), slice(0, 0)).stop
     return [logits.new_empty(rows, logits.shape[1]) for _ in range(count)]
