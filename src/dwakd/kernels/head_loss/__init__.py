@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -98,14 +97,11 @@ def head_loss(
         raise ValueError("head_loss: values by row need heads without gradient; use head.detached().")
     if impl == "naive":
         return HeadLoss(*head_loss_naive(sides, criterion, by_row=by_row))
-    inputs = [
-        *(side.hidden for side in sides),
-        *(side.head.weight for side in sides),
-        *(side.head.bias for side in sides),
-    ]
-    learns = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-    run = ChunkedRun(sides, criterion, budget, by_row=by_row, with_gradient=learns)
-    loss, *constants = ChunkedHeadLoss.apply(run, *inputs)
-    term_names, statistic_names = run.names
-    terms = dict(zip(term_names, constants, strict=False))
-    return HeadLoss(loss, terms, dict(zip(statistic_names, constants[len(terms) :], strict=True)))
+    return _chunked(sides, criterion, budget, by_row=by_row)
+
+
+def _chunked(sides: Sequence[HeadRows], criterion: Criterion, budget: int, *, by_row: bool) -> HeadLoss:
+    run = ChunkedRun(sides, criterion, budget, by_row=by_row)
+    loss, *constants = ChunkedHeadLoss.apply(run, *run.inputs())  # type: ignore[no-untyped-call]
+    terms = dict(zip(run.term_names, constants, strict=False))
+    return HeadLoss(loss, terms, dict(zip(run.statistic_names, constants[len(terms) :], strict=True)))

@@ -1,6 +1,7 @@
-"""Distillation in the student's and in the teacher's space (DSKD, DWA-KD): criteria over two sides that share a head."""
+"""Distillation in the student's and in the teacher's space (DSKD, DWA-KD): two sides that share a head."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +19,7 @@ from dwakd.kernels.head_loss.statistics import (
     subtract_at,
 )
 
-Weigh = Callable[[Statistics, Int[Tensor, " batch"] | None], Float[Tensor, " tokens"]]
+Weigh = Callable[[Statistics, Any], Float[Tensor, " tokens"]]
 
 
 class StudentSpace(Criterion):
@@ -26,7 +27,7 @@ class StudentSpace(Criterion):
 
     The projected distribution is a constant in D and learns from its own cross-entropy.
 
-    Statistics, at temperature 1: `entropy` H(p^s), `gate` max p^{t->s}, `right`, whether the projected peak is the target.
+    Statistics, at temperature 1: `entropy` H(p^s), `gate` max p^{t->s}, `right` whether the target has that peak.
 
     Args:
         targets: one token per row.
@@ -177,7 +178,7 @@ class TeacherSpace(Criterion):
             pair = SoftenedPair(self.temperature)
             shares = [(1 / self.temperature) / statistics[f"{name}_soft_total"] for name in ("projected", "own")]
             for block in blocks(projected):
-                pair.gradient(projected[block], own[block], *shares, out=projected[block])
+                pair.gradient(projected[block], own[block], shares[0], shares[1], out=projected[block])
         return {"kd_teacher": statistics["kl"]}
 
 

@@ -1,0 +1,139 @@
+"""Sizes, models and batches that the measurements of a training step share, and the signature of a result."""
+
+import argparse
+import dataclasses
+import json
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A GPT-2-like student, a Llama-like teacher and a batch of random tokens, right-padded to `length`."""
+
+    batch: int = 4
+    length: int = 256
+    response: int = 100
+    student_vocab: int = 50_257
+    student_hidden: int = 256
+    student_layers: int = 4
+    teacher_vocab: int = 151_936
+    teacher_hidden: int = 512
+    teacher_layers: int = 6
+    seed: int = 0
+
+
+def add_options(parser: argparse.ArgumentParser, **defaults: int) -> None:
+    """One option per field of `Sizes`, and where the result goes."""
+    for field in dataclasses.fields(Sizes):
+        default = defaults.get(field.name, field.default)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=default, help="default %(default)s")
+    parser.add_argument(
+        "--vary", nargs="+", metavar=("FIELD", "VALUE"), help="measure at several values, as in --vary batch 2 4 8"
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch; default %(default)s")
+    parser.add_argument("--output", type=Path, help="JSON file; default benchmarks/results/NAME.json")
+
+
+def sizes_of(options: argparse.Namespace) -> list[Sizes]:
+    """The sizes asked for: one, or one for each value of `--vary`."""
+    sizes = Sizes(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Sizes)})
+    if not options.vary:
+        return [sizes]
+    field, *values = options.vary
+    return [dataclasses.replace(sizes, **{field.replace("-", "_"): int(value)}) for value in values]
+
+
+def build_models(sizes: Sizes) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Student and teacher with random weights, no dropout."""
+    torch.manual_seed(sizes.seed)
+    student = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=sizes.student_vocab,
+            bos_token_id=None,
+            eos_token_id=None,
+            n_embd=sizes.student_hidden,
+            n_layer=sizes.student_layers,
+            n_head=max(sizes.student_hidden // 64, 1),
+            n_positions=max(sizes.length, 1024),
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+    )
+    teacher = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=sizes.teacher_vocab,
+            hidden_size=sizes.teacher_hidden,
+            intermediate_size=sizes.teacher_hidden * 8 // 3,
+            num_hidden_layers=sizes.teacher_layers,
+            num_attention_heads=max(sizes.teacher_hidden // 64, 1),
+            max_position_embeddings=max(sizes.length, 1024),
+            tie_word_embeddings=False,
+        )
+    )
+    return student, teacher.eval().requires_grad_(False)
+
+
+def build_batch(sizes: Sizes) -> dict[str, Tensor]:
+    """What the collator gives: prompts, and responses of `response` tokens give or take a fifth on either side."""
+    generator = torch.Generator().manual_seed(sizes.seed)
+    batch: dict[str, Tensor] = {}
+    for side, vocab in (("student", sizes.student_vocab), ("teacher", sizes.teacher_vocab)):
+        spread = sizes.response // 5
+        responses = sizes.response + torch.randint(-spread, spread + 1, (sizes.batch,), generator=generator)
+        responses = responses.clamp(1, sizes.length)
+        place = torch.arange(sizes.length)
+        prompt = sizes.length - sizes.response - spread
+        start = torch.full((sizes.batch, 1), max(prompt, 0))
+        end = (start + responses[:, None]).clamp(max=sizes.length)
+        tokens = torch.randint(0, vocab, (sizes.batch, sizes.length + 1), generator=generator)
+        batch |= {
+            f"{side}_input_ids": tokens[:, :-1],
+            f"{side}_target_ids": tokens[:, 1:],
+            f"{side}_attention_mask": (place < end).long(),
+            f"{side}_response_mask": (place >= start) & (place < end),
+            f"{side}_byte_ends": torch.zeros(sizes.batch, sizes.length, dtype=torch.long),
+        }
+    return batch
+
+
+def signature(options: argparse.Namespace) -> dict[str, Any]:
+    """What a number needs beside it to be had again."""
+    cpu = next((line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")), "unknown")
+    return {
+        "options": {
+            name: value if isinstance(value, int | float) else str(value) for name, value in vars(options).items()
+        },
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "commit": subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent, check=False
+        ).stdout.strip(),
+    }
+
+
+def write(name: str, result: dict[str, Any], output: Path | None) -> Path:
+    """The result as JSON; returns where."""
+    path = output or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def _cpu_info() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
