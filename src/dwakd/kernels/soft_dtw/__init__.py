@@ -71,7 +71,7 @@ def soft_dtw(
     if batch == 0:
         return cost.sum(dim=(1, 2))
     if chosen == "cpu":
-        value: Tensor = _cpu_module().soft_dtw_cpu(cost, gamma, x_lengths, y_lengths)
+        value: Tensor = _cpu_module().soft_dtw_cpu(cost, gamma, torch.stack((x_lengths, y_lengths), 1).cpu().long().numpy())
         return value
     return soft_dtw_naive(cost, gamma, x_lengths.to(cost.device), y_lengths.to(cost.device))
 
