@@ -7,14 +7,12 @@ processor's cache: what stays until the backward pass is one number per cell.
 import functools
 import itertools
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dwakd.kernels.soft_dtw.cpu_loops import solve_float32, solve_float64
 
@@ -24,30 +22,12 @@ _CELLS_PER_THREAD = 100_000  # about half a millisecond: below, waiting for anot
 _CELLS_PER_SPAN = 20_000
 
 
-def soft_dtw_cpu(cost: Float[Tensor, "batch n m"], gamma: float, lengths: Counts) -> Float[Tensor, " batch"]:
-    """Soft-DTW of float32 or float64 costs; guarantees are those of `dwakd.kernels.soft_dtw`."""
-    if torch.is_grad_enabled() and cost.requires_grad:
-        value: Tensor = _SoftDtw.apply(cost, gamma, lengths)  # type: ignore[no-untyped-call]
-        return value
-    return solve(cost, gamma, lengths, keep=False)[0]
-
-
-class _SoftDtw(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, cost: Tensor, gamma: float, lengths: Counts) -> Tensor:
-        value, grad_cost = solve(cost, gamma, lengths, keep=True)
-        ctx.save_for_backward(grad_cost)
-        return value
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor, None, None]:
-        (grad_cost,) = ctx.saved_tensors
-        return grad_cost * grad_value[:, None, None], None, None
-
-
 def solve(
-    cost: Float[Tensor, "batch n m"], gamma: float, lengths: Counts, keep: bool
+    cost: Float[Tensor, "batch n m"],
+    gamma: float,
+    x_lengths: Int[Tensor, " batch"],
+    y_lengths: Int[Tensor, " batch"],
+    keep: bool,
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "..."]]:
     """The values, and where `keep` their gradients (else an empty tensor).
 
@@ -56,9 +36,10 @@ def solve(
     plain threads that release the GIL: numba's own pool would be a second OpenMP runtime beside torch's. Each example is
     computed by one thread in one order: the result does not depend on their number.
     """
-    value, grad_cost = cost.new_empty(len(cost)), cost.new_empty(cost.shape if keep else (0, 0, 0))
+    lengths = np.stack([side.cpu().numpy().astype(np.int64) for side in (x_lengths, y_lengths)], axis=1)
+    value, grad = cost.new_empty(len(cost)), cost.new_empty(cost.shape if keep else (0, 0, 0))
     kernel = solve_float32 if cost.dtype == torch.float32 else solve_float64
-    arrays = [cost.detach().contiguous().numpy(), lengths, gamma, keep, value.numpy(), grad_cost.numpy()]
+    arrays = [cost.detach().contiguous().numpy(), lengths, gamma, keep, value.numpy(), grad.numpy()]
     spans = _spans(lengths)
     num_helpers = min(torch.get_num_threads(), len(spans), int(lengths.prod(axis=1).sum()) // _CELLS_PER_THREAD) - 1
     rest = iter(spans)
@@ -72,7 +53,7 @@ def solve(
     for helper in helpers:
         if not helper.cancel():  # it has begun
             helper.result()
-    return value, grad_cost
+    return value, grad
 
 
 def _spans(lengths: Counts) -> list[tuple[int, int]]:

@@ -1,50 +1,36 @@
 """Soft-DTW in plain torch: the specification of every other kernel, their oracle, and the one for any device."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 Lengths = Int[Tensor, " batch"]
 
 
-def soft_dtw_naive(
-    cost: Float[Tensor, "batch n m"], gamma: float, x_lengths: Lengths, y_lengths: Lengths
-) -> Float[Tensor, " batch"]:
-    """Soft-DTW of a ragged batch; arguments and guarantees are those of `dwakd.kernels.soft_dtw`.
+def solve(
+    cost: Float[Tensor, "batch n m"], gamma: float, x_lengths: Lengths, y_lengths: Lengths, keep: bool
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, "..."]]:
+    """The values, and where `keep` their gradients (else an empty tensor).
 
     With A = -R / gamma the recurrence is A[i, j] = logsumexp of the three predecessors - cost[i, j] / gamma, one
     anti-diagonal i + j at a time. The share of a cell in all alignments, its gradient, is the sum over the ways to it
     times the sum over the ways from it, over the sum of all: a second recurrence, from the end, that runs beside the
     first. In float64, where the device has it.
     """
-    if torch.is_grad_enabled() and cost.requires_grad:
-        value: Tensor = _SoftDtw.apply(cost, gamma, x_lengths, y_lengths)  # type: ignore[no-untyped-call]
-        return value
     log_costs = _log_costs(cost, gamma, x_lengths, y_lengths)
-    before = _log_sums(log_costs)
-    return _value(before + log_costs, gamma, x_lengths, y_lengths).to(cost.dtype)
-
-
-class _SoftDtw(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, cost: Tensor, gamma: float, x_lengths: Tensor, y_lengths: Tensor) -> Tensor:
-        log_costs = _log_costs(cost, gamma, x_lengths, y_lengths)
+    if keep:
         turned = _turned(log_costs, x_lengths, y_lengths)
-        before, after = _log_sums(torch.cat((log_costs, turned))).chunk(2)
-        end = _value(before + log_costs, gamma, x_lengths, y_lengths)
-        share = (before + _turned(after + turned, x_lengths, y_lengths) + (end / gamma)[:, None, None]).exp()
-        unreachable = end.isposinf()[:, None, None] | log_costs.isneginf()
-        ctx.save_for_backward(share.masked_fill(unreachable, 0.0).to(cost.dtype))
-        return end.to(cost.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor, None, None, None]:
-        (share,) = ctx.saved_tensors
-        return share * grad_value[:, None, None], None, None, None
+        before, after_turned = _log_sums(torch.cat((log_costs, turned))).chunk(2)
+    else:
+        before = _log_sums(log_costs)
+    end = (before + log_costs)[torch.arange(len(cost), device=cost.device), x_lengths - 1, y_lengths - 1]
+    value = (-gamma * end).to(cost.dtype)
+    if not keep:
+        return value, cost.new_empty(0)
+    after = _turned(after_turned + turned, x_lengths, y_lengths)  # a cell's own cost is in `after`, not in `before`
+    share = (before + after - end[:, None, None]).exp()
+    none = end.isneginf()[:, None, None] | log_costs.isneginf()
+    return value, share.masked_fill(none, 0.0).to(cost.dtype)
 
 
 def _log_costs(
@@ -87,9 +73,3 @@ def _turned(
     columns = (y_lengths[:, None] - 1 - torch.arange(m, device=cost.device))[:, None, :]
     turned = cost[examples, rows.clamp(min=0), columns.clamp(min=0)]
     return turned.masked_fill((rows < 0) | (columns < 0), -torch.inf)
-
-
-def _value(
-    reached: Float[Tensor, "batch n m"], gamma: float, x_lengths: Lengths, y_lengths: Lengths
-) -> Float[Tensor, " batch"]:
-    return -gamma * reached[torch.arange(len(reached), device=reached.device), x_lengths - 1, y_lengths - 1]
