@@ -4,6 +4,7 @@ import functools
 import importlib
 import logging
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +103,8 @@ def _resolve(impl: str, device: torch.device) -> str:
         raise ValueError(f"soft_dtw: unknown impl {impl!r}; valid are {', '.join(map(repr, IMPLS))}.")
     if impl == "cpu" and device.type != "cpu":
         raise ValueError(f"soft_dtw: impl 'cpu' takes tensors on the CPU, got one on {device}; use impl='auto'.")
+    if impl == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"soft_dtw: impl 'triton' takes tensors on a GPU, got one on {device}; use impl='auto'.")
     if impl == "auto":
         compiled = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
         return compiled if compiled and _is_usable(compiled) else "naive"

@@ -16,6 +16,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+_LARGEST_BLOCK = 512  # rows of a diagonal at once
 _NOWHERE: Any = tl.constexpr(1 << 30)  # a row after all others
 
 
@@ -41,7 +42,7 @@ def _forward(
     weights += example * 3 * num_rows * num_columns
     ranges += example * 2 * (num_rows + num_columns - 1)
     kind = weights.dtype.element_ty
-    inverse_gamma = inverse_high.to(tl.float64) + inverse_low.to(tl.float64)
+    inverse_gamma = tl.full([], inverse_high, tl.float64) + tl.full([], inverse_low, tl.float64)
     lanes = tl.arange(0, BLOCK)
     bad = tl.zeros([BLOCK], tl.int32)
     start = tl.zeros([], tl.int64)
@@ -153,7 +154,7 @@ def solve(
     weights = cost.new_empty(batch if keep else 0, 3, n * m)
     ranges = torch.empty(batch if keep else 0, n + m - 1, 2, dtype=torch.int32, device=cost.device)
     inverse_high = float(torch.tensor(1 / gamma, dtype=torch.float32))  # Triton takes float arguments as float32
-    block = min(512, max(16, triton.next_power_of_2(min(n, m))))
+    block = min(_LARGEST_BLOCK, max(16, triton.next_power_of_2(min(n, m))))
     options = {"BLOCK": block, "num_warps": max(1, min(8, block // 32))}
     _forward[(batch,)](
         cost.detach(), x_lengths, y_lengths, value, rows, weights, ranges, inverse_high, 1 / gamma - inverse_high, n, m,
