@@ -9,6 +9,7 @@ from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss
 from dwakd.losses.dskd import DskdLoss
 from dwakd.losses.dwa_kd import DwaKdLoss
+from dwakd.losses.kd import KdLoss
 from dwakd.losses.pair import ModelPair
 from dwakd.losses.projectors import Widths
 from dwakd.losses.sft import SftLoss
@@ -16,6 +17,7 @@ from dwakd.options import check_type, unknown_option
 
 METHODS: dict[str, type[DistillationLoss]] = {
     "sft": SftLoss,
+    "kd": KdLoss,
     "dskd": DskdLoss,
     "dwa_kd": DwaKdLoss,
 }
@@ -25,6 +27,7 @@ __all__ = [
     "DistillationLoss",
     "DskdLoss",
     "DwaKdLoss",
+    "KdLoss",
     "ModelPair",
     "SftLoss",
     "TeacherScale",
