@@ -63,9 +63,7 @@ def _log_sums(log_costs: Float[Tensor, "batch n m"]) -> Float[Tensor, "batch n m
     return sums
 
 
-def _turned(
-    cost: Float[Tensor, "batch n m"], x_lengths: Lengths, y_lengths: Lengths
-) -> Float[Tensor, "batch n m"]:
+def _turned(cost: Float[Tensor, "batch n m"], x_lengths: Lengths, y_lengths: Lengths) -> Float[Tensor, "batch n m"]:
     """Each example's table turned by half a circle: its last cell becomes the first. -inf outside the lengths."""
     batch, n, m = cost.shape
     examples = torch.arange(batch, device=cost.device)[:, None, None]
