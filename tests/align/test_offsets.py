@@ -123,7 +123,7 @@ def test_one_tokenizer_gives_single_tokens():
 
 
 def test_the_toy_alignment_of_the_specification():
-    """Teacher [The, cat, alog, ue, is, new] and student [The, catal, ogue, is, new]."""
+    """Two pairs of tokens between them cover one word, and have nothing to copy."""
     teacher, student = torch.tensor([3, 7, 11, 13, 16, 20]), torch.tensor([3, 9, 13, 16, 20])
     lengths = torch.tensor([5]), torch.tensor([6])
     assert exact_rows(student, lengths[0], teacher, lengths[1]).tolist() == [0, -1, -1, 4, 5]
