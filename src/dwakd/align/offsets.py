@@ -6,7 +6,7 @@ Everything is vectorised over a packed ragged batch and waits for no device.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 _RANK_BITS, _BYTE_BITS = 12, 30
@@ -94,3 +94,31 @@ def _among(
     """Whether each key is one of the others, and where."""
     rows = torch.searchsorted(others, keys).clamp(max=len(others) - 1)
     return others[rows] == keys, rows
+
+
+def sum_by_group(
+    values: Shaped[Tensor, " tokens"], groups: Int[Tensor, " tokens"], size: int
+) -> Shaped[Tensor, " {size}"]:
+    """The sum of each group's values, by group; 0 beyond the last group. Differentiable."""
+    return values.new_zeros(size).index_add(0, groups, values)
+
+
+def tokens_per_group(
+    groups: ByteGroups, student_lengths: Int[Tensor, " batch"], *, even: bool
+) -> Float[Tensor, " s_tokens"]:
+    """Weights of groups that sum to the student's tokens, by group; 0 beyond the last group.
+
+    Args:
+        groups: of a batch.
+        student_lengths: tokens per example.
+        even: the groups of an example share its tokens evenly; else each has its own.
+    """
+    size = len(groups.student)
+    if not even:
+        return sum_by_group(torch.ones_like(groups.student, dtype=torch.float32), groups.student, size)
+    example = torch.searchsorted(
+        student_lengths.cumsum(0), torch.arange(size, device=student_lengths.device), right=True
+    )
+    last = groups.student_last.float()
+    share = student_lengths / sum_by_group(last, example, len(student_lengths))
+    return sum_by_group(last * share[example], groups.student, size)

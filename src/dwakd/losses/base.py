@@ -26,6 +26,8 @@ class DistillationLoss(nn.Module, ABC):
     """Whether the constructor takes `widths`."""
     needs_pair: ClassVar[bool] = False
     """Whether the constructor takes `pair`, a `ModelPair`: vocabularies and heads."""
+    needs_edit_alignment: ClassVar[bool] = False
+    """Whether it reads `aligned_rows` of the student's side."""
     needs_same_vocabulary: ClassVar[bool] = False
     """Whether student and teacher must share one tokenizer."""
 
