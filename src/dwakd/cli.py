@@ -134,8 +134,18 @@ def similarity(
     from dwakd.evaluation.structure_run import compare_structures
 
     columns = {"prompt": prompt, "response": response, "input": input_column}
-    options = {"adapter": adapter, "template": template, "columns": columns, "limit": limit, "output": output}
-    console.print(compare_structures(students, teacher, data, max_length=max_length, **options))
+    report = compare_structures(
+        students,
+        teacher,
+        data,
+        adapter=adapter,
+        template=template,
+        columns=columns,
+        limit=limit,
+        max_length=max_length,
+        output=output,
+    )
+    console.print(report)
 
 
 @app.command()

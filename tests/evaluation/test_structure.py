@@ -8,7 +8,9 @@ from dwakd.evaluation.structure import cosine_structure, product_structure, stru
 from dwakd.evaluation.structure_run import box_plot
 from tests.builders import bpe_byte_fallback, byte_bpe, tiny_model
 
-ROWS = [{"prompt": f"Name {word}.", "response": f"The {word} is é😀 and {word}"} for word in ("door", "cat", "sky", "sea")]
+ROWS = [
+    {"prompt": f"Name {word}.", "response": f"The {word} is é😀 and {word}"} for word in ("door", "cat", "sky", "sea")
+]
 
 
 def side(family, tokenizer, seed):

@@ -7,16 +7,17 @@ import torch
 
 from dwakd.errors import UserError
 from dwakd.losses import METHODS, TeacherScale, Widths, build_loss
-from tests.losses.builders import random_examples, random_heads, side
+from tests.losses.builders import random_examples, random_heads, random_pair, side
 
 LENGTHS = [(5, 7), (9, 4), (1, 2), (6, 6)]
 WIDTHS = Widths(6, 8, 6, 8)
+PAIR = random_pair()
 
 
 @pytest.fixture(params=METHODS)
 def method(request):
     torch.manual_seed(0)
-    return request.param, build_loss(request.param, widths=WIDTHS).double()
+    return request.param, build_loss(request.param, widths=WIDTHS, pair=PAIR).double()
 
 
 def batch(loss, lengths=LENGTHS):
@@ -134,7 +135,7 @@ def test_bfloat16_rows_give_a_finite_loss_close_to_float64(method):
 def test_state_survives_a_round_trip(method):
     """Projectors that are trained but not saved make a resumed run another run."""
     name, loss = method
-    other = build_loss(name, widths=WIDTHS).double()
+    other = build_loss(name, widths=WIDTHS, pair=PAIR).double()
     other.load_state_dict(loss.state_dict())
     examples, heads = batch(loss)
     torch.testing.assert_close(run(loss, examples, heads).loss, run(other, examples, heads).loss)
@@ -144,7 +145,7 @@ def test_bad_options_are_named(method):
     """A mistyped option that is ignored silently trains the wrong method."""
     name, _ = method
     with pytest.raises(UserError, match=r"unknown option loss\.tau of method .* valid ones"):
-        build_loss(name, {"tau": 2.0}, widths=WIDTHS)
+        build_loss(name, {"tau": 2.0}, widths=WIDTHS, pair=PAIR)
 
 
 @pytest.mark.parametrize(
@@ -164,4 +165,4 @@ def test_bad_options_are_named(method):
 def test_bad_values_are_named(method_name, options, message):
     """Values out of range fail before any model is loaded."""
     with pytest.raises(UserError, match=message):
-        build_loss(method_name, options, widths=WIDTHS)
+        build_loss(method_name, options, widths=WIDTHS, pair=PAIR)

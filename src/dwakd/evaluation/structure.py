@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -22,7 +22,7 @@ from dwakd.errors import UserError
 from dwakd.evaluation.generate import max_positions, pad_id_of, progress_bar
 from dwakd.models.rows import evaluating, response_rows
 
-Model = PreTrainedModel | PeftModel
+Model: TypeAlias = PreTrainedModel | PeftModel
 Structure = Float[Tensor, "spans spans"]
 
 
@@ -78,7 +78,7 @@ def structure_distances(
         answered, student[1], teacher[1], max_length=length, max_prompt_length=length - 1, invalid_rows="skip"
     )
     collator = PairedCollator(pad_id_of(student[1]), pad_id_of(teacher[1]))
-    loader = DataLoader(pairs, batch_size=batch_size, collate_fn=collator)  # type: ignore[arg-type]
+    loader = DataLoader(pairs, batch_size=batch_size, collate_fn=collator)
     cosine: list[float] = []
     product: list[float] = []
     spans: list[int] = []
@@ -119,7 +119,7 @@ def _pooled(batch: dict[str, Tensor], student: Model, teacher: Model) -> tuple[l
         rows = side.hidden.double().cpu()
         size = int(index[-1]) + 1
         sums = rows.new_zeros(size, rows.shape[1]).index_add(0, index, rows)
-        pooled.append(list((sums / index.bincount(minlength=size)[:, None]).split(per_text)))
+        pooled.append(list((sums / index.bincount(minlength=size)[:, None]).split(per_text)))  # type: ignore[no-untyped-call]
     return pooled[0], pooled[1]
 
 

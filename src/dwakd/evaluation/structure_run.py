@@ -72,13 +72,17 @@ def _table(title: str, values: dict[str, Sequence[float]]) -> Table:
     table.add_column(f"0 to {top:.3g}: 5th percentile, quartiles, 95th", no_wrap=True)
     for name, row in values.items():
         low, first, median, third, high = np.percentile(row, [5, 25, 50, 75, 95])
-        table.add_row(name, f"{median:.4f}", f"{first:.4f}–{third:.4f}", box_plot((low, first, median, third, high), top))
+        table.add_row(
+            name, f"{median:.4f}", f"{first:.4f}–{third:.4f}", box_plot((low, first, median, third, high), top)
+        )
     return table
 
 
 def box_plot(points: Sequence[float], top: float, width: int = PLOT_WIDTH) -> str:
     """Five points, ascending, as a line of characters on a scale from 0 to `top`."""
-    low, first, median, third, high = (min(round(point / top * (width - 1)), width - 1) if top else 0 for point in points)
+    low, first, median, third, high = (
+        min(round(point / top * (width - 1)), width - 1) if top else 0 for point in points
+    )
     line = [" "] * width
     line[low : high + 1] = "─" * (high + 1 - low)
     line[first : third + 1] = "▒" * (third + 1 - first)

@@ -5,6 +5,7 @@ import typing
 from typing import Any
 
 from dwakd.errors import UserError
+from dwakd.losses.alm import AlmLoss
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss
 from dwakd.losses.dskd import DskdLoss
@@ -20,10 +21,12 @@ METHODS: dict[str, type[DistillationLoss]] = {
     "kd": KdLoss,
     "dskd": DskdLoss,
     "dwa_kd": DwaKdLoss,
+    "alm": AlmLoss,
 }
 
 __all__ = [
     "METHODS",
+    "AlmLoss",
     "DistillationLoss",
     "DskdLoss",
     "DwaKdLoss",

@@ -28,6 +28,8 @@ class DistillationLoss(nn.Module, ABC):
     """Whether the constructor takes `pair`, a `ModelPair`: vocabularies and heads."""
     needs_same_vocabulary: bool = False
     """Whether student and teacher must share one tokenizer; an option may decide it."""
+    needs_edit_alignment: ClassVar[bool] = False
+    """Whether it reads `aligned_rows` of the student's side."""
 
     def set_step(self, step: int) -> None:
         """Told the number of finished optimiser steps before each step; only schedules care."""

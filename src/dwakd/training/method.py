@@ -32,7 +32,8 @@ def build_method(
     pair = None
     if method.needs_pair:
         tokens = [encoder.token_bytes() for encoder in (student_encoder, teacher_encoder)]
-        pair = ModelPair(widths, tokens[0], tokens[1], head, teacher.head)
+        ends = student_encoder.end_token_id, teacher_encoder.end_token_id
+        pair = ModelPair(widths, tokens[0], tokens[1], head, teacher.head, ends)
     loss = build_loss(args.method, args.loss_options, widths=widths, pair=pair)
     vocabularies = [encoder.tokenizer.get_vocab() for encoder in (student_encoder, teacher_encoder)]
     if loss.needs_same_vocabulary and vocabularies[0] != vocabularies[1]:
