@@ -81,7 +81,7 @@ class Contest:
         return self._optimised(module, lambda: function(student, self.teacher.model, projectors, self.batch))
 
     def _optimised(self, module: nn.Module, loss: Callable[[], Tensor]) -> Step:
-        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)  # as the trainer does
 
         def step() -> Tensor:
             value = loss()

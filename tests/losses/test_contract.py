@@ -1,12 +1,15 @@
 """What every method must keep, whatever it computes."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
 
 from dwakd.errors import UserError
+from dwakd.kernels import head_loss
 from dwakd.losses import METHODS, TeacherScale, Widths, build_loss
+from dwakd.losses.divergences import DIVERGENCES
 from tests.losses.builders import random_examples, random_heads, random_pair, side
 
 LENGTHS = [(5, 7), (9, 4), (1, 2), (6, 6)]
@@ -119,6 +122,41 @@ def test_gradcheck(method):
         return run(loss, examples, heads).loss
 
     assert torch.autograd.gradcheck(value, tuple(e["student_hidden"].clone().requires_grad_() for e in examples))
+
+
+def test_num_tokens_may_be_a_tensor(method):
+    """The trainer gives a tensor, so that nothing waits for the device; it must act as the number does."""
+    _, loss = method
+    examples, heads = random_examples(LENGTHS), random_heads()
+    tensors = leaves(examples, heads)
+    results = []
+    for num_tokens in (50.0, torch.tensor(50)):
+        output = run(loss, examples, heads, num_tokens=num_tokens)
+        results.append((output.terms, torch.autograd.grad(output.loss, tensors, allow_unused=True)))
+    (terms, gradients), (other_terms, other_gradients) = results
+    torch.testing.assert_close(other_terms, terms)
+    for a, b in zip(other_gradients, gradients, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "forward_kl"])
+def test_other_divergences_in_chunks(name, monkeypatch):
+    """The published scripts' divergences have no gradient by hand; cut row by row they must give the same."""
+    torch.manual_seed(0)
+    loss = build_loss("dwa_kd", {"student_divergence": name}, widths=WIDTHS).double()
+    examples, heads = random_examples(LENGTHS), random_heads()
+    tensors = leaves(examples, heads)
+    whole = run(loss, examples, heads)
+    expected = torch.autograd.grad(whole.loss, tensors, allow_unused=True)
+    monkeypatch.setattr("dwakd.losses.dwa_kd.head_loss", partial(head_loss, budget=1))
+    cut = run(loss, examples, heads)
+    torch.testing.assert_close(cut.terms, whole.terms)
+    for a, b in zip(torch.autograd.grad(cut.loss, tensors, allow_unused=True), expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b)
 
 
 def test_bfloat16_rows_give_a_finite_loss_close_to_float64(method):

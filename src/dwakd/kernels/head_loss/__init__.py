@@ -31,7 +31,8 @@ __all__ = [
 
 IMPLS = ("auto", "naive", "chunked")
 BUDGET_BYTES = 128 * 2**20
-"""Logits held at a time. Below it products lose speed (10 % at half of it), above it little is won."""
+"""Logits held at a time. On CPUs half of it makes products of a vocabulary of 150,000 a quarter slower, twice as much
+makes them 5 % faster."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def head_loss(
         criterion: what is computed of the sides' logits. Of half-precision heads it sees float32.
         by_row: give a value per row, each of which may then be weighted; the heads must be detached.
         impl: "auto", "naive" (plain torch on all rows at once: the specification) or "chunked". "auto" takes "chunked".
-        budget: bytes of logits held at a time; `BUDGET_BYTES` if not given. A single row, and a single example of a
+        budget: bytes of logits held at a time; `BUDGET_BYTES` if not given. A criterion without a gradient by hand adds
+            autograd's temporaries, several times as much. A single row, and a single example of a
             criterion whose unit is the example, may exceed it. An example above it whose rows are weighted together
             costs one more product per side.
 
