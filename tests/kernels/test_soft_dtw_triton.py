@@ -11,7 +11,8 @@ from dwakd.kernels import soft_dtw
 pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytestmark = pytest.mark.skipif(
-        not importlib.import_module("triton").knobs.runtime.interpret, reason="triton was imported without its interpreter"
+        not importlib.import_module("triton").knobs.runtime.interpret,
+        reason="triton was imported without its interpreter",
     )
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -86,4 +87,6 @@ def test_invalid_costs_lengths_and_views() -> None:
 def test_without_gradient() -> None:
     """Evaluation takes the same values without the memory of the weights."""
     cost = torch.rand(1, 4, 5, device=DEVICE)
-    assert soft_dtw(cost, 1.0, impl="triton").item() == pytest.approx(soft_dtw(cost, 1.0, impl="naive").item(), abs=1e-6)
+    assert soft_dtw(cost, 1.0, impl="triton").item() == pytest.approx(
+        soft_dtw(cost, 1.0, impl="naive").item(), abs=1e-6
+    )

@@ -149,7 +149,17 @@ def _forward_lanes(typingctx, downs, i, rights, j, cells, at, stride, inverse, w
     is what they leave of 1.
     """
     signature = types.void(
-        downs, types.intp, rights, types.intp, cells, types.intp, types.intp, types.float32, weights, types.intp, types.intp
+        downs,
+        types.intp,
+        rights,
+        types.intp,
+        cells,
+        types.intp,
+        types.intp,
+        types.float32,
+        weights,
+        types.intp,
+        types.intp,
     )
 
     def codegen(context, builder, signature, args):
@@ -223,7 +233,9 @@ def _forward_fast(cells, n, m, width, inverse, keep, weights):
             downs[k] = 0.0 if k > 0 else _FAR
         for t in range(0, whole, LANES):
             i = first + t
-            _forward_lanes(downs, i, rights, column + i, cells, at + t * stride, stride, inverse, weights, start + t, plane)
+            _forward_lanes(
+                downs, i, rights, column + i, cells, at + t * stride, stride, inverse, weights, start + t, plane
+            )
         if whole < plane:
             for t in range(end - first - whole):
                 tail[t] = cells[at + (whole + t) * stride]
