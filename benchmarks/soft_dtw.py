@@ -10,6 +10,7 @@ import platform
 import random
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -78,6 +79,7 @@ def kernel_times(peers: dict[str, soft_dtw_peers.Peer], gamma: float, rounds: in
         chosen = peers if (batch, length) in EQUAL else {"ours": peers["ours"]}
         chosen = {name: peer for name, peer in chosen.items() if name != "autograd_loop" or length <= 128}
         table[f"{batch} x {length}"] = timed(chosen, cost, gamma, sizes, sizes, rounds)
+        print(f"{batch} x {length}", table[f"{batch} x {length}"], file=sys.stderr, flush=True)
     x_lengths, y_lengths = torch.randint(60, 141, (2, 48))
     cost = torch.rand(48, int(x_lengths.max()), int(y_lengths.max())) * 2
     chosen = {name: peer for name, peer in peers.items() if name not in ("tslearn", "autograd_loop")}

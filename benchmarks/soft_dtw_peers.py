@@ -12,7 +12,7 @@ from torch import Tensor
 Peer = Callable[[Tensor, float, Tensor, Tensor], Tensor]
 
 
-@numba.njit(parallel=True)
+@numba.njit(parallel=True, cache=True)
 def _row_order(cost, lengths, gamma):
     """What pytorch-softdtw-cuda computes on a CPU: all of R, cell by cell, one example per thread."""
     reached = np.full((cost.shape[0], cost.shape[1] + 2, cost.shape[2] + 2), np.inf)
@@ -32,7 +32,7 @@ def _row_order(cost, lengths, gamma):
     return reached
 
 
-@numba.njit(parallel=True)
+@numba.njit(parallel=True, cache=True)
 def _row_order_backward(cost, reached, lengths, gamma):
     batch, rows, columns = cost.shape
     padded = np.zeros((batch, rows + 2, columns + 2))
@@ -90,7 +90,7 @@ def pysdtw(cost: Tensor, gamma: float, x_lengths: Tensor, y_lengths: Tensor) -> 
 
 
 def tslearn(cost: Tensor, gamma: float, x_lengths: Tensor, y_lengths: Tensor) -> Tensor:
-    """Its function of costs; it writes into them where it has a constraint, which is not used here. Equal lengths only."""
+    """Its function of costs, without a constraint. Equal lengths only."""
     function = importlib.import_module("tslearn.metrics.soft_dtw_loss_pytorch")._SoftDTWLossPyTorch
     value: Tensor = function.apply(cost, gamma)
     return value

@@ -328,7 +328,7 @@ def test_mistakes_are_named(change: dict[str, object], message: str) -> None:
 def test_auto_falls_back_once_and_says_why(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Without numba training runs, slower; the user reads the reason once, not once a step."""
     monkeypatch.setitem(sys.modules, "numba", None)
-    for name in ("cpu", "cpu_loops"):
+    for name in ("cpu", "cpu_fast", "cpu_exact"):
         monkeypatch.delitem(sys.modules, f"{room.__name__}.{name}", raising=False)
     room._is_usable.cache_clear()
     try:
