@@ -158,7 +158,8 @@ def signature(options: argparse.Namespace) -> dict[str, Any]:
     versions = {name: version for name in names if (version := version_of(name))}
     return {
         "commit": git.stdout.strip(), "python": platform.python_version(), "versions": versions, "cpu": cpu[0],
-        "cores": len(cpu), "threads": options.threads, "clock": "processor" if options.threads == 1 else "wall", "rounds": options.rounds, "seed": options.seed,
+        "cores": len(cpu), "threads": options.threads,
+        "clock": "processor" if options.threads == 1 else "wall", "rounds": options.rounds, "seed": options.seed,
         "costs": "U(0, 2)", "gamma": options.gamma, "width": options.width,
     }  # fmt: skip
 
