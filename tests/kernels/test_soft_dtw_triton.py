@@ -34,7 +34,7 @@ def assert_twins_agree(cost: Tensor, gamma: float, *lengths: Tensor, **tolerance
 
 @pytest.mark.parametrize("gamma", [1e-3, 1.0, 1e3])
 def test_twins_agree_on_a_ragged_batch(gamma: float) -> None:
-    """On a GPU a student would train towards another objective; padding of NaN and forbidden cells must leave no trace."""
+    """On a GPU students would train towards another objective; NaN in the padding must leave no trace."""
     torch.manual_seed(0)
     lengths = torch.tensor([11, 1, 7, 5, 1]), torch.tensor([9, 6, 1, 9, 1])
     cost = torch.rand(5, 11, 9) * 2

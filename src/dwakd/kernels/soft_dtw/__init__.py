@@ -51,7 +51,7 @@ def soft_dtw(
 
     Raises:
         ValueError: gamma not positive and finite, a length outside its range, an unknown impl, or "cpu" for a
-            tensor on another device. Lengths on a GPU are not waited for: there the kernel answers a wrong one with NaN.
+            tensor on another device. Lengths on a GPU are not waited for: a wrong one there gives NaN.
         ImportError: the named impl needs numba or triton, and it cannot be imported.
 
     References:
@@ -79,7 +79,7 @@ def soft_dtw(
 
 
 class _SoftDtw(torch.autograd.Function):
-    """The kernels return the gradient with the value: it costs least then, and one number per cell is all that stays."""
+    """The kernels return the gradient with the value: it is cheapest then, and one number per cell is kept."""
 
     @staticmethod
     def forward(

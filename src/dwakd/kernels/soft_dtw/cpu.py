@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dwakd.kernels.soft_dtw.cpu_loops import solve_float32, solve_float64
+from dwakd.kernels.soft_dtw.cpu_exact import solve_exact
+from dwakd.kernels.soft_dtw.cpu_fast import solve_fast
 
 Counts = npt.NDArray[np.int64]
 
@@ -33,20 +34,23 @@ def solve(
 
     This thread takes one span of examples after the other; others help as far as they come to run. None of them is
     waited for before it has begun, so that a busy processor, or a forked process without them, costs no time. They are
-    plain threads that release the GIL: numba's own pool would be a second OpenMP runtime beside torch's. Each example is
-    computed by one thread in one order: the result does not depend on their number.
+    plain threads that release the GIL: numba's own pool would be a second OpenMP runtime beside torch's. Each
+    example is computed by one thread in one order: the result does not depend on their number.
     """
     lengths = np.stack([side.cpu().numpy().astype(np.int64) for side in (x_lengths, y_lengths)], axis=1)
     value, grad = cost.new_empty(len(cost)), cost.new_empty(cost.shape if keep else (0, 0, 0))
-    kernel = solve_float32 if cost.dtype == torch.float32 else solve_float64
-    arrays = [cost.detach().contiguous().numpy(), lengths, gamma, keep, value.numpy(), grad.numpy()]
+    is_open = np.ones(len(cost), bool)
+    arguments = [cost.detach().contiguous().numpy(), lengths, gamma, keep, value.numpy(), grad.numpy(), is_open]
     spans = _spans(lengths)
     num_helpers = min(torch.get_num_threads(), len(spans), int(lengths.prod(axis=1).sum()) // _CELLS_PER_THREAD) - 1
     rest = iter(spans)
 
     def work() -> None:
         for first, last in rest:
-            kernel(*arrays, first, last)
+            if cost.dtype == torch.float32:
+                solve_fast(*arguments, first, last)
+            if is_open[first:last].any():
+                solve_exact(*arguments, first, last)
 
     helpers = [_pool(num_helpers).submit(work) for _ in range(num_helpers)]
     work()

@@ -28,7 +28,7 @@ def solve(
     if not keep:
         return value, cost.new_empty(0)
     after = _turned(after_turned + turned, x_lengths, y_lengths)  # a cell's own cost is in `after`, not in `before`
-    share = (before + after - end[:, None, None]).exp()
+    share = (before + after - end[:, None, None]).clamp(max=0.0).exp()  # above 0 by rounding, far where costs are huge
     none = end.isneginf()[:, None, None] | log_costs.isneginf()
     return value, share.masked_fill(none, 0.0).to(cost.dtype)
 

@@ -1,9 +1,9 @@
-"""Soft-DTW on GPUs with Triton: one program per example, which goes from anti-diagonal to anti-diagonal in blocks of rows.
+"""Soft-DTW on GPUs with Triton: one program per example goes along its anti-diagonals, in blocks of rows.
 
 Accumulated costs and flows are carried in float64, in units of gamma, for the two diagonals before; exponentials and
-weights have the costs' dtype. Cells that no path of finite cost reaches are skipped at both ends of a diagonal, so that a
-hard band (+inf outside) costs what lies inside. Each diagonal's three weights per cell lie behind each other, whole
-diagonals one after the other: 12 bytes a cell, freed when the gradient is there.
+weights have the costs' dtype. Cells that no path of finite cost reaches are skipped at both ends of a diagonal, so
+that a hard band (+inf outside) costs what lies inside. The three weights per cell lie one diagonal after the other: 12
+bytes a cell, freed when the gradient is there.
 
 `no_type_check` keeps the tests' shape checker from wrapping what Triton compiles.
 """
@@ -33,7 +33,7 @@ def _lengths(x_length, y_length, num_rows, num_columns):
 @no_type_check
 def _forward(
     cost, x_lengths, y_lengths, value, reached, weights, ranges, inverse_high, inverse_low, num_rows, num_columns,
-    stride_example, stride_row, stride_column, KEEP: tl.constexpr, NARROW: tl.constexpr, BLOCK: tl.constexpr,
+    stride_example, stride_row, stride_column, keep: tl.constexpr, narrow: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     example = tl.program_id(0).to(tl.int64)
     n, m = _lengths(x_lengths + example, y_lengths + example, num_rows, num_columns)
@@ -43,13 +43,13 @@ def _forward(
     ranges += example * 2 * (num_rows + num_columns - 1)
     kind = weights.dtype.element_ty
     inverse_gamma = tl.full([], inverse_high, tl.float64) + tl.full([], inverse_low, tl.float64)
-    lanes = tl.arange(0, BLOCK)
-    bad = tl.zeros([BLOCK], tl.int32)
+    lanes = tl.arange(0, block)
+    bad = tl.zeros([block], tl.int32)
     start = tl.zeros([], tl.int64)
     empty = tl.full([], _NOWHERE, tl.int32)
     low_1, high_1 = empty, empty - _NOWHERE  # rows reached on the diagonal before: from low to high - 1
     low_2, high_2 = low_1, high_1  # and on the one before that
-    end_value = tl.full([BLOCK], float("inf"), tl.float64)
+    end_value = tl.full([block], float("inf"), tl.float64)
     for k in range(n + m - 1):
         first, end = tl.maximum(0, k - m + 1), tl.minimum(n, k + 1)
         from_row = tl.maximum(first, tl.minimum(low_1, low_2 + 1)) * tl.minimum(k, 1)
@@ -60,8 +60,8 @@ def _forward(
             reached + (k + 1) % 3 * num_rows,
         )
         low, high = empty, empty - _NOWHERE
-        for block in range(from_row, to_row, BLOCK):
-            i = block + lanes
+        for top in range(from_row, to_row, block):
+            i = top + lanes
             inside = i < to_row
             here = tl.load(cost + i.to(tl.int64) * stride_row + (k - i) * stride_column, mask=inside, other=0.0).to(
                 tl.float64
@@ -83,19 +83,19 @@ def _forward(
             sum_here = here * inverse_gamma + soft
             tl.store(now + i, sum_here, mask=inside)
             end_value = tl.where(inside & (i == n - 1) & (k == n + m - 2), sum_here, end_value)
-            if NARROW:
+            if narrow:
                 alive = inside & (sum_here < float("inf"))
                 low = tl.minimum(low, tl.min(tl.where(alive, i, _NOWHERE), axis=0))
                 high = tl.maximum(high, tl.max(tl.where(alive, i + 1, 0), axis=0))
-            if KEEP:
+            if keep:
                 place = weights + start + (i - first)
                 share = 1.0 / tl.maximum(total, 1.0)
                 tl.store(place, a * share, mask=inside)
                 tl.store(place + (end - first), b * share, mask=inside)
                 tl.store(place + 2 * (end - first), c * share, mask=inside)
-        if NARROW == 0:
+        if narrow == 0:
             low, high = from_row, to_row
-        if KEEP:
+        if keep:
             tl.store(ranges + 2 * k, low)
             tl.store(ranges + 2 * k + 1, high)
         low_2, high_2, low_1, high_1 = low_1, high_1, low, high
@@ -108,7 +108,7 @@ def _forward(
 @triton.jit
 @no_type_check
 def _backward(
-    grad, x_lengths, y_lengths, value, flows, weights, ranges, num_rows, num_columns, BLOCK: tl.constexpr
+    grad, x_lengths, y_lengths, value, flows, weights, ranges, num_rows, num_columns, block: tl.constexpr
 ):  # fmt: skip
     example = tl.program_id(0).to(tl.int64)
     n, m = _lengths(x_lengths + example, y_lengths + example, num_rows, num_columns)
@@ -116,7 +116,7 @@ def _backward(
     flows += example * 3 * num_rows
     weights += example * 3 * num_rows * num_columns
     ranges += example * 2 * (num_rows + num_columns - 1)
-    lanes = tl.arange(0, BLOCK)
+    lanes = tl.arange(0, block)
     # all flow arrives at the last cell; none where it cannot be reached
     value_here = tl.load(value + example)
     source = tl.where(value_here < float("inf"), 1.0, tl.where(value_here == float("inf"), 0.0, value_here))
@@ -135,8 +135,8 @@ def _backward(
             flows + (k + 1) % 3 * num_rows,
             flows + (k + 2) % 3 * num_rows,
         )
-        for block in range(low, high, BLOCK):
-            i = block + lanes
+        for top in range(low, high, block):
+            i = top + lanes
             inside = i < high
             below = inside & (i + 1 >= low_1) & (i + 1 < high_1)
             beside = inside & (i >= low_1) & (i < high_1)
@@ -175,10 +175,10 @@ def solve(
     ranges = torch.empty(batch if keep else 0, n + m - 1, 2, dtype=torch.int32, device=cost.device)
     inverse_high = float(torch.tensor(1 / gamma, dtype=torch.float32))  # Triton takes float arguments as float32
     block = min(_LARGEST_BLOCK, max(16, triton.next_power_of_2(min(n, m))))
-    options = {"BLOCK": block, "num_warps": max(1, min(8, block // 32))}
+    options = {"block": block, "num_warps": max(1, min(8, block // 32))}
     _forward[(batch,)](
         cost.detach(), x_lengths, y_lengths, value, rows, weights, ranges, inverse_high, 1 / gamma - inverse_high, n, m,
-        *cost.stride(), KEEP=keep, NARROW=min(n, m) > block, **options,
+        *cost.stride(), keep=keep, narrow=min(n, m) > block, **options,
     )  # fmt: skip
     grad = cost.new_zeros(cost.shape if keep else (0,))
     if keep:

@@ -1,33 +1,27 @@
-"""The compiled loops of the CPU kernel: numpy arrays in, numpy arrays out, no torch.
+"""The fast path of the CPU kernel: numpy arrays in, numpy arrays out, no torch.
 
-The fast path takes float32 costs of moderate size, one anti-diagonal after the other, LANES cells of it at once. It
+It takes float32 costs of moderate size, one anti-diagonal after the other, LANES cells of it at once. It
 carries differences of the accumulated cost R, in units of gamma, between neighbours: the step down into a cell,
 R[i, j] - R[i - 1, j], kept by row, and the step right, R[i, j] - R[i, j - 1], kept by column. They stay small where R
 grows along a path, so that float32 holds them. numba's own vectoriser gives up on such loops (many arrays that might
 overlap, two widths of float), so the vectors are spelled out in LLVM's terms, which fits them to the processor.
 
-The exact path takes everything else (float64, infinite costs, costs far above gamma) one cell at a time in float64.
-
 All of it is one file because numba's cache on disk notices changes of the file it compiles from, and of no other.
 `no_type_check` keeps the tests' shape checker from wrapping what numba compiles.
 """
 
-import logging
-import math
-from collections.abc import Callable
 from typing import Any, no_type_check
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-logger = logging.getLogger(__name__)
+from dwakd.kernels.soft_dtw.cpu_exact import compiled_by_numba
 
 LANES = 8
-_FAST_LIMIT = 4.0  # largest cost, in units of gamma, of the fast path: above, rounded steps show in the gradient (1e-6)
+_LIMIT = 4.0  # largest cost, in units of gamma, here: above, rounded steps show in the gradient (1e-6)
 _FAR = np.float32(1e9)  # how far the row and the column before the first are, in units of gamma
 _F32, _F64, _I32 = (ir.VectorType(scalar, LANES) for scalar in (ir.FloatType(), ir.DoubleType(), ir.IntType(32)))
 
@@ -124,29 +118,15 @@ class _Vectors:
         return self.b.fmul(self.polynomial(self.b.fmul(z, z), _ARTANH), z)
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """numba.njit with an on-disk cache where a folder for it is writable, and without one elsewhere."""
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        compiled: Callable[..., Any] = numba.njit(cache=True, **options)(function)
-    except RuntimeError as error:  # numba: "no locator available"
-        logger.info("Soft-DTW is compiled anew in each process: %s.", error)
-        compiled = numba.njit(**options)(function)
-    return compiled
-
-
-# --- the fast path ---
-
-
 @intrinsic
 @no_type_check
 def _forward_lanes(typingctx, downs, i, rights, j, cells, at, stride, inverse, weights, start, plane):
     """LANES cells of a diagonal, from row i down.
 
     `downs[i ...]` holds the steps down into the cells on their left, `rights[j ...]` the steps right into the cells
-    above; both are overwritten by the cells' own. Costs are `cells[at], cells[at + stride], ...`, `inverse` is 1 / gamma.
-    The weights of the predecessors above and left go to `weights[start ...]` and `weights[start + plane ...]`; the third
-    is what they leave of 1.
+    above; both are overwritten by the cells' own. Costs are `cells[at], cells[at + stride], ...`; `inverse` is
+    1 / gamma. The weights of the predecessors above and left go to `weights[start ...]` and
+    `weights[start + plane ...]`; the third is what they leave of 1.
     """
     signature = types.void(
         downs,
@@ -165,7 +145,7 @@ def _forward_lanes(typingctx, downs, i, rights, j, cells, at, stride, inverse, w
     def codegen(context, builder, signature, args):
         downs, i, rights, j, cells, at, stride, inverse, weights, start, plane = args
         v = _Vectors(context, builder, signature, args)
-        # costs of the predecessors above and left, less that of the corner's; and what each is above the lowest of three
+        # what was reached above and left, less that at the corner; then the lowest of the three less each
         up, left, zero = v.load(rights, j, _F32), v.load(downs, i, _F32), v.constant(0.0, _F32)
         lowest = v.lower(v.lower(up, left), zero)
         above_up, above_left = builder.fsub(lowest, up), builder.fsub(lowest, left)
@@ -211,7 +191,7 @@ def _backward_lanes(typingctx, flows, ups, lefts, corners, weights, start, plane
     return signature, codegen
 
 
-@_compiled
+@compiled_by_numba
 @no_type_check
 def _forward_fast(cells, n, m, width, inverse, keep, weights):
     """The cost reached at the end, in units of gamma, and the end of the weights: of all cells where `keep`."""
@@ -248,7 +228,7 @@ def _forward_fast(cells, n, m, width, inverse, keep, weights):
     return total, start
 
 
-@_compiled
+@compiled_by_numba
 @no_type_check
 def _backward_fast(cells, n, m, width, weights, start):
     """Gradients into `cells`: the probability of coming through each on the way back from the end, by the weights.
@@ -281,67 +261,10 @@ def _backward_fast(cells, n, m, width, weights, start):
         corners, other_corners = other_corners, corners
 
 
-# --- the exact path ---
-
-
-@_compiled
-@no_type_check
-def _forward_exact(cost, n, m, gamma, weights):
-    """The cost reached at the end, and the weights of every cell's predecessors above, left, above left."""
-    row = np.full(m + 1, np.inf)  # what was reached in the row above, then in this one
-    row[0] = 0.0  # the corner before the first cell
-    for i in range(n):
-        corner, left = row[0], np.inf
-        row[0] = np.inf
-        for j in range(m):
-            up = row[j + 1]
-            lowest = min(up, left, corner)
-            finite = min(lowest, 1e300)  # all three unreachable: exponents are -inf, not NaN
-            a = math.exp((finite - up) / gamma)
-            b = math.exp((finite - left) / gamma)
-            c = math.exp((finite - corner) / gamma)
-            rest = min(a, b) + min(max(a, b), c)
-            weights[i, j, 0], weights[i, j, 1], weights[i, j, 2] = a / (1 + rest), b / (1 + rest), c / (1 + rest)
-            left = cost[i, j] + (lowest - gamma * math.log1p(rest))
-            row[j + 1], corner = left, up
-    return row[m]
-
-
-@_compiled
-@no_type_check
-def _backward_exact(grad, n, m, weights):
-    """As `_backward_fast`."""
-    downwards, corners = np.zeros(m), np.zeros(m)  # what the row below passes on
-    for i in range(n - 1, -1, -1):
-        sideways, corner = 0.0, 0.0
-        if i == n - 1:
-            sideways = 1.0  # arrives at the last cell
-        for j in range(m - 1, -1, -1):
-            arriving = downwards[j] + sideways + corners[j]
-            grad[i, j] = arriving
-            downwards[j], sideways = arriving * weights[i, j, 0], arriving * weights[i, j, 1]
-            corners[j], corner = corner, arriving * weights[i, j, 2]
-
-
-@_compiled
-@no_type_check
-def _solve_exact(cost, row, n, m, gamma, keep, value, grad):
-    weights = np.empty((n, m, 3))
-    value[row] = _forward_exact(cost[row], n, m, gamma, weights)
-    if keep:
-        if value[row] < np.inf:
-            _backward_exact(grad[row], n, m, weights)
-        else:
-            grad[row, :n, :m] = 0.0
-
-
-# --- entry points ---
-
-
-@_compiled
+@compiled_by_numba
 @no_type_check
 def _largest(cost, row, n, m):
-    """The largest absolute cost of the example; NaN if a cost is NaN or -inf."""
+    """The largest absolute cost of the example; +inf if one is NaN."""
     largest = 0.0
     for i in range(n):
         num_valid, low, high = 0, cost[row, i, 0], cost[row, i, 0]
@@ -349,30 +272,15 @@ def _largest(cost, row, n, m):
             num_valid += cost[row, i, j] > -np.inf  # false for NaN
             low, high = min(low, cost[row, i, j]), max(high, cost[row, i, j])
         if num_valid < m:
-            return np.nan
+            return np.inf
         largest = max(largest, -low, high)
     return largest
 
 
-@_compiled
+@compiled_by_numba
 @no_type_check
-def _prepare(cost, row, n, m, keep, value, grad):
-    """The largest cost; zeroes the padding's gradient, and marks an example that cannot be computed."""
-    largest = _largest(cost, row, n, m)
-    if keep:
-        grad[row, n:] = 0.0
-        grad[row, :n, m:] = 0.0
-    if np.isnan(largest):
-        value[row] = np.nan
-        if keep:
-            grad[row, :n, :m] = np.nan
-    return largest
-
-
-@_compiled
-@no_type_check
-def solve_float32(cost, lengths, gamma, keep, value, grad, first_row, last_row):
-    """Values of the examples first_row to last_row - 1, and where `keep` their gradients."""
+def solve_fast(cost, lengths, gamma, keep, value, grad, is_open, first_row, last_row):
+    """Values of the examples first_row to last_row - 1, and where `keep` their gradients; large costs stay open."""
     width, size = cost.shape[2], 0
     for row in range(first_row, last_row):
         n, m = lengths[row, 0], lengths[row, 1]
@@ -380,21 +288,12 @@ def solve_float32(cost, lengths, gamma, keep, value, grad, first_row, last_row):
     weights = np.empty(size, np.float32)
     for row in range(first_row, last_row):
         n, m = lengths[row, 0], lengths[row, 1]
-        largest = _prepare(cost, row, n, m, keep, value, grad)
-        if largest <= _FAST_LIMIT * gamma:
-            reached, used = _forward_fast(cost[row].reshape(-1), n, m, width, 1.0 / gamma, keep, weights)
-            value[row] = reached * gamma
-            if keep:
-                _backward_fast(grad[row].reshape(-1), n, m, width, weights, used)
-        elif largest > 0:  # not NaN
-            _solve_exact(cost, row, n, m, gamma, keep, value, grad)
-
-
-@_compiled
-@no_type_check
-def solve_float64(cost, lengths, gamma, keep, value, grad, first_row, last_row):
-    """As `solve_float32`."""
-    for row in range(first_row, last_row):
-        n, m = lengths[row, 0], lengths[row, 1]
-        if _prepare(cost, row, n, m, keep, value, grad) >= 0:
-            _solve_exact(cost, row, n, m, gamma, keep, value, grad)
+        if not _largest(cost, row, n, m) <= _LIMIT * gamma:
+            continue
+        is_open[row] = False
+        reached, used = _forward_fast(cost[row].reshape(-1), n, m, width, 1.0 / gamma, keep, weights)
+        value[row] = reached * gamma
+        if keep:
+            grad[row, n:] = 0.0
+            grad[row, :n, m:] = 0.0
+            _backward_fast(grad[row].reshape(-1), n, m, width, weights, used)
