@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dwakd.data.sources import load_examples
     from dwakd.errors import UserError
-    from dwakd.losses import METHODS, DskdLoss, DwaKdLoss, SftLoss
+    from dwakd.losses import METHODS, DskdLoss, DskdV2Loss, DwaKdLoss, SftLoss
     from dwakd.models.loading import load_causal_lm, load_tokenizer
     from dwakd.training.config import DistillConfig
     from dwakd.training.trainer import DistillTrainer
@@ -19,6 +19,7 @@ _HOMES = {
     "DistillConfig": "dwakd.training.config",
     "DistillTrainer": "dwakd.training.trainer",
     "DskdLoss": "dwakd.losses",
+    "DskdV2Loss": "dwakd.losses",
     "DwaKdLoss": "dwakd.losses",
     "SftLoss": "dwakd.losses",
     "UserError": "dwakd.errors",
@@ -32,6 +33,7 @@ __all__ = [
     "DistillConfig",
     "DistillTrainer",
     "DskdLoss",
+    "DskdV2Loss",
     "DwaKdLoss",
     "SftLoss",
     "UserError",

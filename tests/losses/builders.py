@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dwakd.batch import ModelSide
-from dwakd.losses import Widths
+from dwakd.losses import ModelPair, Widths
 from dwakd.models.head import OutputHead
 
 WIDTHS = Widths(6, 8, 6, 8)
@@ -66,4 +66,18 @@ def random_heads(*, seed: int = 0, widths: Widths = WIDTHS, vocabularies=(11, 13
     return (
         torch.randn(vocabularies[0], widths.student_hidden, dtype=torch.float64, generator=generator),
         torch.randn(vocabularies[1], widths.teacher_hidden, dtype=torch.float64, generator=generator),
+    )
+
+
+def pair_of(heads: tuple[Tensor, Tensor], *, widths: Widths = WIDTHS) -> ModelPair:
+    """A pair with these heads: one letter per token, the teacher's alphabet three letters on; the last ends a text."""
+    s_vocab, t_vocab = len(heads[0]), len(heads[1])
+    return ModelPair(
+        widths,
+        (*(bytes([97 + index]) for index in range(s_vocab - 1)), None),
+        (*(bytes([100 + index]) for index in range(t_vocab - 1)), None),
+        OutputHead(heads[0]),
+        OutputHead(heads[1]),
+        s_vocab - 1,
+        t_vocab - 1,
     )

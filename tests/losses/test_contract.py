@@ -7,7 +7,7 @@ import torch
 
 from dwakd.errors import UserError
 from dwakd.losses import METHODS, TeacherScale, Widths, build_loss
-from tests.losses.builders import random_examples, random_heads, side
+from tests.losses.builders import pair_of, random_examples, random_heads, side
 
 LENGTHS = [(5, 7), (9, 4), (1, 2), (6, 6)]
 WIDTHS = Widths(6, 8, 6, 8)
@@ -16,7 +16,11 @@ WIDTHS = Widths(6, 8, 6, 8)
 @pytest.fixture(params=METHODS)
 def method(request):
     torch.manual_seed(0)
-    return request.param, build_loss(request.param, widths=WIDTHS).double()
+    return request.param, build(request.param)
+
+
+def build(name, options=None):
+    return build_loss(name, options, widths=WIDTHS, pair=pair_of(random_heads())).double()
 
 
 def leaves(examples, heads):
@@ -127,7 +131,7 @@ def test_bfloat16_rows_give_a_finite_loss_close_to_float64(method):
 def test_state_survives_a_round_trip(method):
     """Projectors that are trained but not saved make a resumed run another run."""
     name, loss = method
-    other = build_loss(name, widths=WIDTHS).double()
+    other = build(name)
     other.load_state_dict(loss.state_dict())
     examples, heads = random_examples(LENGTHS), random_heads()
     torch.testing.assert_close(run(loss, examples, heads).loss, run(other, examples, heads).loss)
@@ -137,7 +141,7 @@ def test_bad_options_are_named(method):
     """A mistyped option that is ignored silently trains the wrong method."""
     name, _ = method
     with pytest.raises(UserError, match=r"unknown option loss\.tau of method .* valid ones"):
-        build_loss(name, {"tau": 2.0}, widths=WIDTHS)
+        build(name, {"tau": 2.0})
 
 
 @pytest.mark.parametrize(
@@ -149,10 +153,12 @@ def test_bad_options_are_named(method):
         ("dwa_kd", {"gate_warmup_steps": 5}, "needs weight_normalisation entropy_then_gate"),
         ("dwa_kd", {"gamma_end": 1.0}, "gamma_steps must be a number at least 1"),
         ("dskd", {"kd_rate": 2}, "kd_rate must be a number between 0 and 1"),
-        ("dwakd", {}, "unknown method 'dwakd' in loss.method; valid ones: sft, dskd, dwa_kd"),
+        ("dskd_v2", {"kd_rate": 2}, "kd_rate must be a number between 0 and 1"),
+        ("dskd_v2", {"divergence": "kl"}, "unknown divergence 'kl'; valid ones: forward_kl"),
+        ("dwakd", {}, "unknown method 'dwakd' in loss.method; valid ones: sft, dskd, dwa_kd, dskd_v2"),
     ],
 )
 def test_bad_values_are_named(method_name, options, message):
     """Values out of range fail before any model is loaded."""
     with pytest.raises(UserError, match=message):
-        build_loss(method_name, options, widths=WIDTHS)
+        build(method_name, options)

@@ -16,6 +16,7 @@ TERMS = {
     "sft": {"ce"},
     "dskd": {"ce", "t2s_ce", "kd_student", "kd_teacher"},
     "dwa_kd": {"ce", "t2s_ce", "kd_student", "kd_teacher", "dtw_hidden", "dtw_embedding"},
+    "dskd_v2": {"ce", "t2s_ce", "kd_student", "kd_teacher"},
 }
 
 

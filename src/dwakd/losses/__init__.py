@@ -8,6 +8,7 @@ from dwakd.errors import UserError
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss
 from dwakd.losses.dskd import DskdLoss
+from dwakd.losses.dskd_v2 import DskdV2Loss
 from dwakd.losses.dwa_kd import DwaKdLoss
 from dwakd.losses.pair import ModelPair
 from dwakd.losses.projectors import Widths
@@ -18,12 +19,14 @@ METHODS: dict[str, type[DistillationLoss]] = {
     "sft": SftLoss,
     "dskd": DskdLoss,
     "dwa_kd": DwaKdLoss,
+    "dskd_v2": DskdV2Loss,
 }
 
 __all__ = [
     "METHODS",
     "DistillationLoss",
     "DskdLoss",
+    "DskdV2Loss",
     "DwaKdLoss",
     "ModelPair",
     "SftLoss",

@@ -19,6 +19,8 @@ class ModelPair:
         teacher_tokens: likewise.
         student_head: at the start; a constant here.
         teacher_head: a constant.
+        student_end_id: the token that ends a response, if known.
+        teacher_end_id: likewise.
     """
 
     widths: Widths
@@ -26,6 +28,8 @@ class ModelPair:
     teacher_tokens: tuple[bytes | None, ...]
     student_head: OutputHead
     teacher_head: OutputHead
+    student_end_id: int | None = None
+    teacher_end_id: int | None = None
 
     @classmethod
     def smallest(cls) -> "ModelPair":

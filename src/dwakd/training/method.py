@@ -38,5 +38,6 @@ def build_method(
     pair = None
     if method.needs_pair:
         tokens = [encoder.token_bytes() for encoder in (student_encoder, teacher_encoder)]
-        pair = ModelPair(widths, tokens[0], tokens[1], head, teacher.head)
+        ends = [encoder.end_token_id for encoder in (student_encoder, teacher_encoder)]
+        pair = ModelPair(widths, tokens[0], tokens[1], head, teacher.head, ends[0], ends[1])
     return build_loss(args.method, args.loss_options, widths=widths, pair=pair)
