@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dwakd.data.sources import load_examples
     from dwakd.errors import UserError
-    from dwakd.losses import METHODS, DskdLoss, DskdV2Loss, DwaKdLoss, SftLoss
+    from dwakd.losses import METHODS, DskdLoss, DskdV2Loss, DwaKdLoss, DwaKdV2Loss, SftLoss
     from dwakd.models.loading import load_causal_lm, load_tokenizer
     from dwakd.training.config import DistillConfig
     from dwakd.training.trainer import DistillTrainer
@@ -21,6 +21,7 @@ _HOMES = {
     "DskdLoss": "dwakd.losses",
     "DskdV2Loss": "dwakd.losses",
     "DwaKdLoss": "dwakd.losses",
+    "DwaKdV2Loss": "dwakd.losses",
     "SftLoss": "dwakd.losses",
     "UserError": "dwakd.errors",
     "load_causal_lm": "dwakd.models.loading",
@@ -35,6 +36,7 @@ __all__ = [
     "DskdLoss",
     "DskdV2Loss",
     "DwaKdLoss",
+    "DwaKdV2Loss",
     "SftLoss",
     "UserError",
     "load_causal_lm",

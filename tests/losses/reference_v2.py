@@ -88,7 +88,7 @@ def exact_token_kd(
             penalty = torch.zeros(size, t_size, dtype=torch.float64)
             for i in range(size):
                 line = (i + 1) * t_size / size
-                centre = alpha * (partner[i] + 1) + (1 - alpha) * line if i in partner else line
+                centre = line + alpha * (partner[i] + 1 - line) if i in partner else line
                 for j in range(t_size):
                     penalty[i, j] = lam * float(abs(j + 1 - centre) > base)
             for name, x, y in (

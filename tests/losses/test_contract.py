@@ -107,6 +107,8 @@ def test_gradcheck(method):
     name, loss = method
     if name == "dwa_kd":
         loss.weighting = {"use_entropy": False, "use_gate": False, "normalise": "product"}
+    if name == "dwa_kd_v2":
+        loss.weighting["entropy_weights"] = False
     examples, heads = random_examples([(3, 4), (2, 2)]), random_heads()
 
     def value(*hidden):
@@ -155,7 +157,9 @@ def test_bad_options_are_named(method):
         ("dskd", {"kd_rate": 2}, "kd_rate must be a number between 0 and 1"),
         ("dskd_v2", {"kd_rate": 2}, "kd_rate must be a number between 0 and 1"),
         ("dskd_v2", {"divergence": "kl"}, "unknown divergence 'kl'; valid ones: forward_kl"),
-        ("dwakd", {}, "unknown method 'dwakd' in loss.method; valid ones: sft, dskd, dwa_kd, dskd_v2"),
+        ("dwa_kd_v2", {"gamma": 0}, "gamma must be a number at least 1e-06"),
+        ("dwa_kd_v2", {"impl": "fast"}, "unknown impl 'fast'; valid ones: auto"),
+        ("dwakd", {}, "unknown method 'dwakd' in loss.method; valid ones: sft, dskd, dwa_kd, dskd_v2, dwa_kd_v2"),
     ],
 )
 def test_bad_values_are_named(method_name, options, message):

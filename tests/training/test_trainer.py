@@ -17,6 +17,7 @@ TERMS = {
     "dskd": {"ce", "t2s_ce", "kd_student", "kd_teacher"},
     "dwa_kd": {"ce", "t2s_ce", "kd_student", "kd_teacher", "dtw_hidden", "dtw_embedding"},
     "dskd_v2": {"ce", "t2s_ce", "kd_student", "kd_teacher"},
+    "dwa_kd_v2": {"ce", "t2s_ce", "kd_student", "kd_teacher", "dtw_hidden", "dtw_embedding"},
 }
 
 

@@ -10,6 +10,7 @@ from dwakd.losses.base import DistillationLoss
 from dwakd.losses.dskd import DskdLoss
 from dwakd.losses.dskd_v2 import DskdV2Loss
 from dwakd.losses.dwa_kd import DwaKdLoss
+from dwakd.losses.dwa_kd_v2 import DwaKdV2Loss
 from dwakd.losses.pair import ModelPair
 from dwakd.losses.projectors import Widths
 from dwakd.losses.sft import SftLoss
@@ -20,6 +21,7 @@ METHODS: dict[str, type[DistillationLoss]] = {
     "dskd": DskdLoss,
     "dwa_kd": DwaKdLoss,
     "dskd_v2": DskdV2Loss,
+    "dwa_kd_v2": DwaKdV2Loss,
 }
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "DskdLoss",
     "DskdV2Loss",
     "DwaKdLoss",
+    "DwaKdV2Loss",
     "ModelPair",
     "SftLoss",
     "TeacherScale",

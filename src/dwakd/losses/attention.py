@@ -135,7 +135,8 @@ def band_penalty(
     rows = torch.arange(attention.shape[1], device=attention.device) + first_index
     columns = (torch.arange(attention.shape[2], device=attention.device) + first_index).to(attention.dtype)
     slope = (teacher_lengths / student_lengths).to(attention.dtype)
-    centre = blend * (attention @ columns) + (1 - blend) * rows * slope[:, None]
+    diagonal = rows * slope[:, None]  # in this form the centre is exact where the two agree
+    centre = diagonal + blend * (attention @ columns - diagonal)
     width = base + entropy_factor * torch.special.entr(attention).sum(-1)
     outside = (columns - centre[..., None]).abs() > width[..., None]
     return penalty * outside.to(attention.dtype)
