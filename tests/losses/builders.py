@@ -64,20 +64,23 @@ def random_examples(
     return examples
 
 
-def random_pair(*, widths: Widths = WIDTHS, vocabularies=(11, 13)) -> ModelPair:
-    """What a method may know of the two models: some tokens spelled alike, some not, one special token each."""
-    tokens = [
-        (*(bytes([97 + (index * step) % 23]) * (1 + index % 2) for index in range(size - 1)), None)
-        for size, step in zip(vocabularies, (1, 3), strict=True)
-    ]
-    heads = [OutputHead(head) for head in random_heads(widths=widths, vocabularies=vocabularies)]
-    return ModelPair(widths, tokens[0], tokens[1], heads[0], heads[1], (vocabularies[0] - 1, vocabularies[1] - 1))
-
-
 def random_heads(*, seed: int = 0, widths: Widths = WIDTHS, vocabularies=(11, 13)) -> tuple[Tensor, Tensor]:
     """A student's and a teacher's head in float64."""
     generator = torch.Generator().manual_seed(1000 + seed)
     return (
         torch.randn(vocabularies[0], widths.student_hidden, dtype=torch.float64, generator=generator),
         torch.randn(vocabularies[1], widths.teacher_hidden, dtype=torch.float64, generator=generator),
+    )
+
+
+def pair_of(heads: tuple[Tensor, Tensor], *, widths: Widths = WIDTHS) -> ModelPair:
+    """A pair with these heads: one letter per token, the teacher's alphabet three letters on; the last ends a text."""
+    s_vocab, t_vocab = len(heads[0]), len(heads[1])
+    return ModelPair(
+        widths,
+        (*(bytes([97 + index]) for index in range(s_vocab - 1)), None),
+        (*(bytes([100 + index]) for index in range(t_vocab - 1)), None),
+        OutputHead(heads[0]),
+        OutputHead(heads[1]),
+        (s_vocab - 1, t_vocab - 1),
     )

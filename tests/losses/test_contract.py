@@ -10,17 +10,20 @@ from dwakd.errors import UserError
 from dwakd.kernels import head_loss
 from dwakd.losses import METHODS, TeacherScale, Widths, build_loss
 from dwakd.losses.divergences import DIVERGENCES
-from tests.losses.builders import random_examples, random_heads, random_pair, side
+from tests.losses.builders import pair_of, random_examples, random_heads, side
 
 LENGTHS = [(5, 7), (9, 4), (1, 2), (6, 6)]
 WIDTHS = Widths(6, 8, 6, 8)
-PAIR = random_pair()
 
 
 @pytest.fixture(params=METHODS)
 def method(request):
     torch.manual_seed(0)
-    return request.param, build_loss(request.param, widths=WIDTHS, pair=PAIR).double()
+    return request.param, build(request.param)
+
+
+def build(name, options=None):
+    return build_loss(name, options, widths=WIDTHS, pair=pair_of(random_heads())).double()
 
 
 def batch(loss, lengths=LENGTHS):
@@ -114,6 +117,8 @@ def test_gradcheck(method):
     name, loss = method
     if name == "dwa_kd":
         loss.weighting = {"use_entropy": False, "use_gate": False, "normalise": "product"}
+    if name == "dwa_kd_v2":
+        loss.weighting["entropy_weights"] = False
     examples, heads = batch(loss, [(3, 4), (2, 2)])
 
     def value(*hidden):
@@ -173,7 +178,7 @@ def test_bfloat16_rows_give_a_finite_loss_close_to_float64(method):
 def test_state_survives_a_round_trip(method):
     """Projectors that are trained but not saved make a resumed run another run."""
     name, loss = method
-    other = build_loss(name, widths=WIDTHS, pair=PAIR).double()
+    other = build(name)
     other.load_state_dict(loss.state_dict())
     examples, heads = batch(loss)
     torch.testing.assert_close(run(loss, examples, heads).loss, run(other, examples, heads).loss)
@@ -183,7 +188,7 @@ def test_bad_options_are_named(method):
     """A mistyped option that is ignored silently trains the wrong method."""
     name, _ = method
     with pytest.raises(UserError, match=r"unknown option loss\.tau of method .* valid ones"):
-        build_loss(name, {"tau": 2.0}, widths=WIDTHS, pair=PAIR)
+        build(name, {"tau": 2.0})
 
 
 @pytest.mark.parametrize(
@@ -198,9 +203,13 @@ def test_bad_options_are_named(method):
         ("dwakd", {}, "unknown method 'dwakd' in loss.method; valid ones: sft, kd, "),
         ("kd", {"divergence": "kl"}, "unknown divergence 'kl'; valid ones: forward_kl"),
         ("kd", {"temperature": 0}, "temperature must be a number at least 0.001"),
+        ("dskd_v2", {"kd_rate": 2}, "kd_rate must be a number between 0 and 1"),
+        ("dskd_v2", {"divergence": "kl"}, "unknown divergence 'kl'; valid ones: forward_kl"),
+        ("dwa_kd_v2", {"gamma": 0}, "gamma must be a number at least 1e-06"),
+        ("dwa_kd_v2", {"impl": "fast"}, "unknown impl 'fast'; valid ones: auto"),
     ],
 )
 def test_bad_values_are_named(method_name, options, message):
     """Values out of range fail before any model is loaded."""
     with pytest.raises(UserError, match=message):
-        build_loss(method_name, options, widths=WIDTHS, pair=PAIR)
+        build(method_name, options)

@@ -9,7 +9,9 @@ from dwakd.losses.alm import AlmLoss
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss
 from dwakd.losses.dskd import DskdLoss
+from dwakd.losses.dskd_v2 import DskdV2Loss
 from dwakd.losses.dwa_kd import DwaKdLoss
+from dwakd.losses.dwa_kd_v2 import DwaKdV2Loss
 from dwakd.losses.kd import KdLoss
 from dwakd.losses.pair import ModelPair
 from dwakd.losses.projectors import Widths
@@ -22,6 +24,8 @@ METHODS: dict[str, type[DistillationLoss]] = {
     "dskd": DskdLoss,
     "dwa_kd": DwaKdLoss,
     "alm": AlmLoss,
+    "dskd_v2": DskdV2Loss,
+    "dwa_kd_v2": DwaKdV2Loss,
 }
 
 __all__ = [
@@ -29,7 +33,9 @@ __all__ = [
     "AlmLoss",
     "DistillationLoss",
     "DskdLoss",
+    "DskdV2Loss",
     "DwaKdLoss",
+    "DwaKdV2Loss",
     "KdLoss",
     "ModelPair",
     "SftLoss",

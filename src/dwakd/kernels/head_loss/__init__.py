@@ -11,6 +11,7 @@ from dwakd.kernels.head_loss.cross_entropy import CrossEntropy
 from dwakd.kernels.head_loss.dual_space import ForwardKlSpace, StudentSpace, TeacherSpace, student_space
 from dwakd.kernels.head_loss.engine import ChunkedHeadLoss, ChunkedRun, HeadRows
 from dwakd.kernels.head_loss.naive import head_loss_naive
+from dwakd.kernels.head_loss.prediction import WithPrediction, teacher_space
 from dwakd.kernels.head_loss.statistics import entropy, forward_kl
 
 __all__ = [
@@ -23,10 +24,12 @@ __all__ = [
     "HeadRows",
     "StudentSpace",
     "TeacherSpace",
+    "WithPrediction",
     "entropy",
     "forward_kl",
     "head_loss",
     "student_space",
+    "teacher_space",
 ]
 
 IMPLS = ("auto", "naive", "chunked")
