@@ -42,7 +42,7 @@ def twin_batch(*, steps=5):
     torch.manual_seed(0)
     weight = torch.randn(20, 8, dtype=torch.float64)
     tokens = (*(bytes([97 + index]) for index in range(19)), None)
-    pair = ModelPair(Widths(8, 8, 8, 8), tokens, tokens, OutputHead(weight), OutputHead(weight), 19, 19)
+    pair = ModelPair(Widths(8, 8, 8, 8), tokens, tokens, OutputHead(weight), OutputHead(weight), (19, 19))
     examples = random_examples([(steps, steps), (2, 2)], widths=Widths(8, 8, 8, 8), vocabularies=(20, 20))
     for example in examples:
         for key in ("hidden", "in", "out", "target"):

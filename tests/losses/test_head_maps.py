@@ -53,7 +53,7 @@ def test_one_head_gives_the_identity():
     """Two models with one head must not be turned against each other."""
     weight = torch.randn(40, 8, dtype=torch.float64)
     tokens = (*(bytes([97 + index]) for index in range(39)), None)
-    pair = ModelPair(Widths(8, 8, 8, 8), tokens, tokens, OutputHead(weight), OutputHead(weight), 39, 39)
+    pair = ModelPair(Widths(8, 8, 8, 8), tokens, tokens, OutputHead(weight), OutputHead(weight), (39, 39))
     maps, identity = HeadMaps(pair), torch.eye(8, dtype=torch.float64)
     torch.testing.assert_close(maps.t2s.weight.detach(), identity)
     torch.testing.assert_close(maps.s2t(identity, pair.student_head, pair.teacher_head), identity)
@@ -104,7 +104,7 @@ def test_tokens_are_shared_by_their_bytes():
     student = (None, b"A", b" a", b"A", b"\n", None)
     teacher = (b"\n", b" a", b"a", b"A", b"", None, None)
     weights = torch.randn(6, 4, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
-    pair = ModelPair(Widths(4, 5, 4, 5), student, teacher, *map(OutputHead, weights), 5, 6)
+    pair = ModelPair(Widths(4, 5, 4, 5), student, teacher, *map(OutputHead, weights), (5, 6))
     table = student_tokens(pair)
     assert table.tolist() == [4, 2, -1, 3, -1, -1, 5, -1, -1]
     assert shared_teacher_ids(pair, table).tolist() == [0, 1, 3, 6]
