@@ -304,7 +304,7 @@ def test_imports_point_one_way():
 def test_recipes_of_the_repository_load():
     """A recipe that a user copies must be one that is read."""
     from dwakd.config import load_recipe
-    from dwakd.losses import build_loss, method_class
+    from dwakd.losses import ModelPair, build_loss, method_class
     from dwakd.training.run import training_config
 
     recipes = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
@@ -313,4 +313,4 @@ def test_recipes_of_the_repository_load():
         recipe = load_recipe(path)
         training_config(recipe, "unused")
         if not method_class(recipe.method).needs_widths:
-            build_loss(recipe.method, recipe.loss_options)
+            build_loss(recipe.method, recipe.loss_options, pair=ModelPair.smallest())

@@ -10,6 +10,7 @@ from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss
 from dwakd.losses.dskd import DskdLoss
 from dwakd.losses.dwa_kd import DwaKdLoss
+from dwakd.losses.min_ed import MinEdLoss
 from dwakd.losses.pair import ModelPair
 from dwakd.losses.projectors import Widths
 from dwakd.losses.sft import SftLoss
@@ -20,6 +21,7 @@ METHODS: dict[str, type[DistillationLoss]] = {
     "dskd": DskdLoss,
     "dwa_kd": DwaKdLoss,
     "alm": AlmLoss,
+    "min_ed": MinEdLoss,
 }
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "DistillationLoss",
     "DskdLoss",
     "DwaKdLoss",
+    "MinEdLoss",
     "ModelPair",
     "SftLoss",
     "TeacherScale",
