@@ -13,6 +13,7 @@ from dwakd.losses.dskd_v2 import DskdV2Loss
 from dwakd.losses.dwa_kd import DwaKdLoss
 from dwakd.losses.dwa_kd_v2 import DwaKdV2Loss
 from dwakd.losses.kd import KdLoss
+from dwakd.losses.min_ed import MinEdLoss
 from dwakd.losses.pair import ModelPair
 from dwakd.losses.projectors import Widths
 from dwakd.losses.sft import SftLoss
@@ -26,6 +27,7 @@ METHODS: dict[str, type[DistillationLoss]] = {
     "alm": AlmLoss,
     "dskd_v2": DskdV2Loss,
     "dwa_kd_v2": DwaKdV2Loss,
+    "min_ed": MinEdLoss,
 }
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "DwaKdLoss",
     "DwaKdV2Loss",
     "KdLoss",
+    "MinEdLoss",
     "ModelPair",
     "SftLoss",
     "TeacherScale",
