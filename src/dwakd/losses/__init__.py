@@ -13,11 +13,13 @@ from dwakd.losses.kd import KdLoss
 from dwakd.losses.pair import ModelPair
 from dwakd.losses.projectors import Widths
 from dwakd.losses.sft import SftLoss
+from dwakd.losses.uld import UldLoss
 from dwakd.options import check_type, unknown_option
 
 METHODS: dict[str, type[DistillationLoss]] = {
     "sft": SftLoss,
     "kd": KdLoss,
+    "uld": UldLoss,
     "dskd": DskdLoss,
     "dwa_kd": DwaKdLoss,
 }
@@ -31,6 +33,7 @@ __all__ = [
     "ModelPair",
     "SftLoss",
     "TeacherScale",
+    "UldLoss",
     "Widths",
     "build_loss",
     "method_class",
