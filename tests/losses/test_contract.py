@@ -202,6 +202,8 @@ def test_bad_options_are_named(method):
         ("dskd", {"kd_rate": 2}, "kd_rate must be a number between 0 and 1"),
         ("dwakd", {}, "unknown method 'dwakd' in loss.method; valid ones: sft, kd, "),
         ("kd", {"divergence": "kl"}, "unknown divergence 'kl'; valid ones: forward_kl"),
+        ("uld", {"compat": "mine"}, "unknown compat 'mine'; valid ones: paper, dskd"),
+        ("uld", {"uld_weight": -1}, "uld_weight must be a number at least 0"),
         ("kd", {"temperature": 0}, "temperature must be a number at least 0.001"),
         ("dskd_v2", {"kd_rate": 2}, "kd_rate must be a number between 0 and 1"),
         ("dskd_v2", {"divergence": "kl"}, "unknown divergence 'kl'; valid ones: forward_kl"),

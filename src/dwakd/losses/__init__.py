@@ -17,11 +17,13 @@ from dwakd.losses.min_ed import MinEdLoss
 from dwakd.losses.pair import ModelPair
 from dwakd.losses.projectors import Widths
 from dwakd.losses.sft import SftLoss
+from dwakd.losses.uld import UldLoss
 from dwakd.options import check_type, unknown_option
 
 METHODS: dict[str, type[DistillationLoss]] = {
     "sft": SftLoss,
     "kd": KdLoss,
+    "uld": UldLoss,
     "dskd": DskdLoss,
     "dwa_kd": DwaKdLoss,
     "alm": AlmLoss,
@@ -43,6 +45,7 @@ __all__ = [
     "ModelPair",
     "SftLoss",
     "TeacherScale",
+    "UldLoss",
     "Widths",
     "build_loss",
     "method_class",
