@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dwakd.data.sources import load_examples
     from dwakd.errors import UserError
-    from dwakd.losses import METHODS, DskdLoss, DwaKdLoss, SftLoss
+    from dwakd.losses import METHODS, DskdLoss, DskdV2Loss, DwaKdLoss, DwaKdV2Loss, SftLoss
     from dwakd.models.loading import load_causal_lm, load_tokenizer
     from dwakd.training.config import DistillConfig
     from dwakd.training.trainer import DistillTrainer
@@ -19,7 +19,9 @@ _HOMES = {
     "DistillConfig": "dwakd.training.config",
     "DistillTrainer": "dwakd.training.trainer",
     "DskdLoss": "dwakd.losses",
+    "DskdV2Loss": "dwakd.losses",
     "DwaKdLoss": "dwakd.losses",
+    "DwaKdV2Loss": "dwakd.losses",
     "SftLoss": "dwakd.losses",
     "UserError": "dwakd.errors",
     "load_causal_lm": "dwakd.models.loading",
@@ -32,7 +34,9 @@ __all__ = [
     "DistillConfig",
     "DistillTrainer",
     "DskdLoss",
+    "DskdV2Loss",
     "DwaKdLoss",
+    "DwaKdV2Loss",
     "SftLoss",
     "UserError",
     "load_causal_lm",

@@ -1,4 +1,4 @@
-"""The command line: `dwakd train | cache | eval | compare | shrink | demo | methods`."""
+"""The command line: `dwakd train | cache | eval | similarity | compare | shrink | demo | methods`."""
 
 from __future__ import annotations
 
@@ -140,6 +140,43 @@ def evaluate(
         overwrite=overwrite,
     )
     console.print(table)
+
+
+@app.command()
+def similarity(
+    students: Annotated[list[str], typer.Argument(help="One or more: folder, hub id, gguf:PATH, package:NAME/FILE.")],
+    teacher: Annotated[str, typer.Option("--teacher", "-t", help="The teacher, likewise.")],
+    data: Annotated[str, typer.Option("--data", "-d", help="Prompts with responses: a file or a hub id.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for every value.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to merge into the teacher.")] = None,
+    template: Annotated[str, typer.Option(help="alpaca, chat, plain or a format string.")] = "alpaca",
+    prompt: Annotated[str | None, typer.Option(help="Column of the prompt.")] = None,
+    response: Annotated[str | None, typer.Option(help="Column of the response.")] = None,
+    input_column: Annotated[str | None, typer.Option("--input", help="Column of the optional input.")] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Most tokens of prompt and response.")] = 512,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of the data.")] = 100,
+) -> None:
+    """Compare how students and a teacher relate the parts of a text to each other, whatever their tokenizers.
+
+    Hidden states are pooled over the spans that both tokenisations share; box plots of the distances of their cosine and
+    inner-product matrices, over texts.
+    """
+    _hush_transformers()
+    from dwakd.evaluation.structure_run import compare_structures
+
+    columns = {"prompt": prompt, "response": response, "input": input_column}
+    report = compare_structures(
+        students,
+        teacher,
+        data,
+        adapter=adapter,
+        template=template,
+        columns=columns,
+        limit=limit,
+        max_length=max_length,
+        output=output,
+    )
+    console.print(report)
 
 
 @app.command()

@@ -178,7 +178,7 @@ def test_float32_accuracy(gamma: float, size: tuple[int, int]) -> None:
     value, grad = value_and_grad(cost.double(), gamma, impl="cpu")
     value32, grad32 = value_and_grad(cost, gamma, impl="cpu")
     torch.testing.assert_close(value32.double(), value, rtol=3e-7, atol=1e-6)
-    torch.testing.assert_close(grad32.double(), grad, rtol=0, atol=1.5e-6)
+    torch.testing.assert_close(grad32.double(), grad, rtol=0, atol=1e-6)
 
 
 def test_small_gamma_is_hard_dtw() -> None:
@@ -206,7 +206,20 @@ def test_a_single_row_is_a_plain_sum(impl: str) -> None:
 
 
 @both_impls
-@pytest.mark.parametrize("shape", [(1100, 30), (1500, 1100)])
+def test_costs_of_every_size(impl: str) -> None:
+    """The compiled kernel changes its way of computing at costs of a few gamma: nothing may show at the seam."""
+    torch.manual_seed(6)
+    cost = torch.rand(6, 21, 34) * torch.tensor([1e-30, 1.0, 3.99, 4.01, 50.0, 1e30])[:, None, None]
+    cost[1:3] -= 1
+    value, grad = value_and_grad(cost.double(), 1.0, impl="naive" if impl == "cpu" else "cpu")
+    value32, grad32 = value_and_grad(cost, 1.0, impl=impl)
+    torch.testing.assert_close(value32.double(), value, rtol=1e-6, atol=1e-6)
+    assert grad32.isfinite().all()
+    torch.testing.assert_close(grad32[:5].double(), grad[:5], rtol=0, atol=1e-6)
+
+
+@both_impls
+@pytest.mark.parametrize("shape", [(3000, 7), (1100, 30), (1500, 1100)])
 def test_lengths_of_a_thousand(impl: str, shape: tuple[int, int]) -> None:
     """No limit at 1,024, and no error that grows along a path of thousands of cells."""
     n, m = shape
@@ -217,7 +230,7 @@ def test_lengths_of_a_thousand(impl: str, shape: tuple[int, int]) -> None:
     last, d = torch.tensor(m - 1.0, dtype=torch.float64), torch.arange(m, dtype=torch.float64)
     log_paths = torch.logsumexp(_log_choose(last, d) + _log_choose(n - 1 + last - d, last), 0)
     assert value.item() == pytest.approx(-log_paths.item(), rel=1e-6)
-    assert grad[0, 0, 0].item() == pytest.approx(1.0, abs=1e-4 if impl == "naive" else 2e-6)
+    assert grad[0, 0, 0].item() == pytest.approx(1.0, abs=2e-6)
 
 
 def _log_choose(n: Tensor, k: Tensor) -> Tensor:
@@ -225,11 +238,12 @@ def _log_choose(n: Tensor, k: Tensor) -> Tensor:
 
 
 @both_impls
-def test_many_threads_change_nothing(impl: str) -> None:
+def test_many_threads_change_nothing(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same numbers whatever the number of threads: a run must be repeatable on another machine."""
+    monkeypatch.setattr(importlib.import_module("dwakd.kernels.soft_dtw.cpu"), "_CELLS_PER_THREAD", 1)
     torch.manual_seed(4)
     cost = torch.rand(7, 150, 160)
-    lengths = torch.randint(100, 151, (7,)), torch.randint(1, 161, (7,))
+    lengths = torch.randint(100, 151, (7,)), torch.randint(130, 161, (7,))
     threads = torch.get_num_threads()
     try:
         results = []
@@ -296,7 +310,7 @@ def test_empty_batch(impl: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"impl": "gpu"}, "'auto', 'naive', 'cpu'"),
+        ({"impl": "gpu"}, "'auto', 'naive', 'cpu', 'triton'"),
         ({"gamma": 0.0}, "gamma must be positive"),
         ({"gamma": math.nan}, "gamma must be positive"),
         ({"x_lengths": torch.tensor([2, 0])}, r"x_lengths\[1\] is 0"),
@@ -314,9 +328,9 @@ def test_mistakes_are_named(change: dict[str, object], message: str) -> None:
 def test_auto_falls_back_once_and_says_why(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Without numba training runs, slower; the user reads the reason once, not once a step."""
     monkeypatch.setitem(sys.modules, "numba", None)
-    for name in ("cpu", "cpu_loops"):
+    for name in ("cpu", "cpu_fast", "cpu_exact"):
         monkeypatch.delitem(sys.modules, f"{room.__name__}.{name}", raising=False)
-    room._numba_works.cache_clear()
+    room._is_usable.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             for _ in range(2):
@@ -326,12 +340,12 @@ def test_auto_falls_back_once_and_says_why(monkeypatch: pytest.MonkeyPatch, capl
         with pytest.raises(ImportError, match="numba"):
             soft_dtw(EXAMPLE, 1.0, impl="cpu")
     finally:
-        room._numba_works.cache_clear()
+        room._is_usable.cache_clear()
 
 
 def test_auto_takes_the_compiled_kernel() -> None:
     """Otherwise every run would be many times slower without a word."""
     assert room._resolve("auto", torch.device("cpu")) == "cpu"
-    assert room._resolve("auto", torch.device("cuda")) == "naive"
+    assert room._resolve("auto", torch.device("meta")) == "naive"
     with pytest.raises(ValueError, match="cuda"):
         room._resolve("cpu", torch.device("cuda"))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dwakd.batch import ModelSide
-from dwakd.losses import Widths
+from dwakd.losses import ModelPair, Widths
 from dwakd.models.head import OutputHead
 
 WIDTHS = Widths(6, 8, 6, 8)
@@ -38,6 +38,9 @@ def side(examples: list[dict[str, Tensor]], name: str, head: Tensor) -> ModelSid
         lengths=lengths,
         byte_ends=torch.cat([torch.arange(1, int(n) + 1) for n in lengths]),
         head=OutputHead(head),
+        aligned_rows=torch.cat([e["aligned"] for e in examples])
+        if name == "student" and "aligned" in examples[0]
+        else None,
     )
 
 
@@ -56,6 +59,7 @@ def random_examples(
             for key, width in (("hidden", hidden), ("in", embedding), ("out", embedding)):
                 example[f"{name}_{key}"] = torch.randn(count, width, dtype=torch.float64, generator=generator)
             example[f"{name}_target"] = torch.randint(0, vocabulary, (count,), generator=generator)
+        example["aligned"] = torch.arange(s_len).where(torch.arange(s_len) % 4 != 2, -1).clamp(max=t_len - 1)
         examples.append(example)
     return examples
 
@@ -66,4 +70,17 @@ def random_heads(*, seed: int = 0, widths: Widths = WIDTHS, vocabularies=(11, 13
     return (
         torch.randn(vocabularies[0], widths.student_hidden, dtype=torch.float64, generator=generator),
         torch.randn(vocabularies[1], widths.teacher_hidden, dtype=torch.float64, generator=generator),
+    )
+
+
+def pair_of(heads: tuple[Tensor, Tensor], *, widths: Widths = WIDTHS) -> ModelPair:
+    """A pair with these heads: one letter per token, the teacher's alphabet three letters on; the last ends a text."""
+    s_vocab, t_vocab = len(heads[0]), len(heads[1])
+    return ModelPair(
+        widths,
+        (*(bytes([97 + index]) for index in range(s_vocab - 1)), None),
+        (*(bytes([100 + index]) for index in range(t_vocab - 1)), None),
+        OutputHead(heads[0]),
+        OutputHead(heads[1]),
+        (s_vocab - 1, t_vocab - 1),
     )

@@ -2,7 +2,8 @@
 
 import torch
 
-from dwakd.losses.alignment import unit_rows
+from dwakd.kernels import soft_dtw
+from dwakd.losses.alignment import soft_dtw_divergences, unit_rows
 
 
 def test_zero_row_has_no_gradient():
@@ -13,3 +14,26 @@ def test_zero_row_has_no_gradient():
     unit.sum().backward()
     assert torch.isfinite(rows.grad).all()
     assert rows.grad.abs().max() <= 1
+
+
+def test_self_terms_carry_the_whole_gradient():
+    """Half of a self term's gradient is left to symmetry: the sum must be that of the definition, on both sides.
+
+    Without the teacher's self term its projector would be drawn to one point.
+    """
+    torch.manual_seed(0)
+    lengths = torch.tensor([4, 2]), torch.tensor([3, 5])
+    x, y = (torch.randn(int(side.sum()), 6, dtype=torch.float64, requires_grad=True) for side in lengths)
+    band = torch.rand(2, 4, 5, dtype=torch.float64).round()
+    (scores,) = soft_dtw_divergences([(x, y)], *lengths, gamma=0.7, band=band)
+
+    expected = []
+    for a, b, penalty in zip(x.split([4, 2]), y.split([3, 5]), band, strict=True):
+        a, b = (torch.nn.functional.normalize(side, dim=-1) for side in (a, b))
+        cross = soft_dtw((1 - a @ b.T + penalty[: len(a), : len(b)])[None], 0.7)
+        own_a, own_b = (soft_dtw((1 - side @ side.T)[None], 0.7) for side in (a, b))
+        expected.append(cross - (own_a + own_b) / 2)
+    expected = torch.cat(expected)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-12)
+    grads, expected_grads = (torch.autograd.grad(value.sum(), (x, y)) for value in (scores, expected))
+    torch.testing.assert_close(grads, expected_grads, rtol=0, atol=1e-12)

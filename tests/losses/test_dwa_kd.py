@@ -1,11 +1,14 @@
 """The flagship against the specification's vectors and a literal float64 twin."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from dwakd.kernels import head_loss
+from dwakd.kernels.head_loss import entropy
 from dwakd.losses import DwaKdLoss, TeacherScale, Widths
 from dwakd.losses.alignment import soft_dtw_divergences
 from dwakd.losses.attention import band_penalty, cross_model_attention
@@ -49,9 +52,13 @@ def our_terms_and_gradients(examples, heads, maps, **options):
 
 
 @pytest.mark.parametrize("path", VECTORS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("impl", ["naive", "cpu"])
-def test_vectors_of_the_specification(path, impl):
+@pytest.mark.parametrize(("impl", "head"), [("naive", "naive"), ("cpu", "chunked"), ("cpu", "row_by_row")])
+def test_vectors_of_the_specification(path, impl, head, monkeypatch):
     """Every term and every gradient of the published vectors; anything else is another method."""
+    if head == "naive":
+        monkeypatch.setattr("dwakd.losses.dwa_kd.head_loss", partial(head_loss, impl="naive"))
+    if head == "row_by_row":
+        monkeypatch.setattr("dwakd.losses.dwa_kd.head_loss", partial(head_loss, budget=1))
     content = json.loads(path.read_text())
     examples = [
         {key: torch.tensor(v) if key.endswith("target") else double(v) for key, v in e.items()}
@@ -198,8 +205,6 @@ def test_certain_student_gives_zero_weights():
 
 def test_uniform_teacher_gives_zero_weights():
     """1 - H / log V of a teacher that knows nothing is rounding, which rescaling would blow up to full weight."""
-    from dwakd.kernels.head_loss import entropy
-
     log_probs = torch.zeros(6, 50257).log_softmax(-1)
     assert teacher_weights(entropy(log_probs), 50257, torch.tensor([6])).abs().sum() == 0
 

@@ -16,7 +16,7 @@ from dwakd.compare.table import CellScores, comparison_tables, read_cell, summar
 from dwakd.config import CompareSection, Recipe
 from dwakd.errors import UserError
 from dwakd.evaluation.run import check_recipe_evaluation
-from dwakd.training.run import training_config
+from dwakd.training.run import check_options
 
 RESULTS = "comparison.json"
 
@@ -45,7 +45,7 @@ def compare_methods(
         raise UserError("compare.seeds is empty: give at least one training seed")
     variants = variants_of(recipe, section, ablation=ablation)
     for variant in variants:
-        training_config(Cell(variant, section.seeds[0]).recipe(recipe), folder)
+        check_options(Cell(variant, section.seeds[0]).recipe(recipe), folder)
     check_recipe_evaluation(recipe)
     runner = Runner(recipe, folder, jobs)
     failures: dict[str, str] = {}

@@ -14,7 +14,7 @@ _NO_WEIGHTS = {"entropy_weights": False, "gate": False, "teacher_weights": False
 _NO_ALIGNMENT = {"dtw_hidden": False, "dtw_embedding": False}
 ABLATION: dict[str, tuple[str, dict[str, Any]]] = {
     "dskd": ("dskd", {}),
-    "dskd + entropy weights": ("dwa_kd", _NO_ALIGNMENT),
+    "dskd + entropy weights": ("dwa_kd", {"gate": False, **_NO_ALIGNMENT}),
     "dskd + dtw": ("dwa_kd", {**_NO_WEIGHTS, "band": False}),
     "dskd + banded dtw": ("dwa_kd", _NO_WEIGHTS),
     "dwa_kd without gate": ("dwa_kd", {"gate": False}),

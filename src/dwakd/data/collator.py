@@ -74,6 +74,10 @@ class EncodedPairs(torch.utils.data.Dataset[dict[str, Any]]):
         report: rows that are left out, by reason: their indices in the source.
         num_truncated: how many of the kept rows had their response cut.
         source: what to call the rows in messages.
+
+    Attributes:
+        aligned_rows: per row, the teacher's row for each of the student's response rows, or -1; None unless
+            `dwakd.data.spelling.align_by_spelling` was called.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class EncodedPairs(torch.utils.data.Dataset[dict[str, Any]]):
         self.report = report
         self.num_truncated = num_truncated
         self.source = source
+        self.aligned_rows: list[NDArray[np.int32]] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -94,6 +99,8 @@ class EncodedPairs(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
         item: dict[str, Any] = {"example_id": row.example_id, **row.student.features("student")}
+        if self.aligned_rows is not None:
+            item["student_aligned_rows"] = [-1] * (row.student.num_prompt - 1) + self.aligned_rows[index].tolist()
         return item if row.teacher is None else {**item, **row.teacher.features("teacher")}
 
     @property
@@ -289,6 +296,8 @@ class PairedCollator:
         longest = max(len(feature[f"{side}_input_ids"]) for feature in features)
         width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         fills = {"input_ids": pad_id, "target_ids": pad_id, "response_mask": False, "byte_ends": 0}
+        if f"{side}_aligned_rows" in features[0]:
+            fills["aligned_rows"] = -1
         padded = {
             f"{side}_{field}": torch.tensor(
                 [row + [fill] * (width - len(row)) for row in (feature[f"{side}_{field}"] for feature in features)]

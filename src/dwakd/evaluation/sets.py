@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ def _free_name(source: str, taken: Sequence[str]) -> str:
     path = Path(source)
     last = path.stem if path.suffix.lower() in SUFFIXES else path.name
     parts = [part for part in (*path.parts[-2:-1], last) if part not in ("/", ".", "..", "~")]
-    name = "-".join(parts).replace(":", "-") or "test"
+    name = re.sub(r"[^\w.]+", "-", "-".join(parts)).strip("-") or "test"
     used, candidate, number = {other.casefold() for other in taken}, name, 2
     while candidate.casefold() in used:  # some file systems don't tell upper from lower case
         candidate, number = f"{name}-{number}", number + 1

@@ -2,5 +2,6 @@
 
 from dwakd.kernels.head_loss import head_loss
 from dwakd.kernels.soft_dtw import soft_dtw
+from dwakd.kernels.sorted_distance import sorted_distance
 
-__all__ = ["head_loss", "soft_dtw"]
+__all__ = ["head_loss", "soft_dtw", "sorted_distance"]

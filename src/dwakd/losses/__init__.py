@@ -5,29 +5,47 @@ import typing
 from typing import Any
 
 from dwakd.errors import UserError
+from dwakd.losses.alm import AlmLoss
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss
 from dwakd.losses.dskd import DskdLoss
+from dwakd.losses.dskd_v2 import DskdV2Loss
 from dwakd.losses.dwa_kd import DwaKdLoss
+from dwakd.losses.dwa_kd_v2 import DwaKdV2Loss
+from dwakd.losses.kd import KdLoss
+from dwakd.losses.min_ed import MinEdLoss
 from dwakd.losses.pair import ModelPair
 from dwakd.losses.projectors import Widths
 from dwakd.losses.sft import SftLoss
+from dwakd.losses.uld import UldLoss
 from dwakd.options import check_type, unknown_option
 
 METHODS: dict[str, type[DistillationLoss]] = {
     "sft": SftLoss,
+    "kd": KdLoss,
+    "uld": UldLoss,
     "dskd": DskdLoss,
     "dwa_kd": DwaKdLoss,
+    "alm": AlmLoss,
+    "dskd_v2": DskdV2Loss,
+    "dwa_kd_v2": DwaKdV2Loss,
+    "min_ed": MinEdLoss,
 }
 
 __all__ = [
     "METHODS",
+    "AlmLoss",
     "DistillationLoss",
     "DskdLoss",
+    "DskdV2Loss",
     "DwaKdLoss",
+    "DwaKdV2Loss",
+    "KdLoss",
+    "MinEdLoss",
     "ModelPair",
     "SftLoss",
     "TeacherScale",
+    "UldLoss",
     "Widths",
     "build_loss",
     "method_class",

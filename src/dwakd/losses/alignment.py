@@ -7,7 +7,7 @@ from torch import Tensor
 from dwakd.kernels.soft_dtw import soft_dtw
 from dwakd.losses.packing import pad_rows
 
-Padded = Float[Tensor, "batch length length"]
+Padded = Float[Tensor, "batch length _"]
 
 
 def unit_rows(
@@ -43,20 +43,32 @@ def soft_dtw_divergences(
         One value per example and pair. Values of examples of unequal lengths carry an offset without gradient: never
         compare them with each other, never clamp them.
     """
-    length = int(torch.maximum(student_lengths.max(), teacher_lengths.max()))
+    # the band's shape is known to the host; a maximum of lengths makes it wait for the device
+    longest = (
+        max(band.shape[1:]) if band is not None else int(torch.maximum(student_lengths.max(), teacher_lengths.max()))
+    )
     costs: list[Padded] = []
     for student_rows, teacher_rows in pairs:
         dtype = torch.promote_types(student_rows.dtype, teacher_rows.dtype)
-        x = unit_rows(student_rows.to(dtype), student_lengths, length)
-        y = unit_rows(teacher_rows.to(dtype), teacher_lengths, length)
-        cross = 1 - x @ y.transpose(1, 2)
+        x = unit_rows(student_rows.to(dtype), student_lengths, longest)
+        y = unit_rows(teacher_rows.to(dtype), teacher_lengths, longest)
+        one = x.new_ones(1, 1, 1)
+        offset = one
         if band is not None:
-            cross = cross + torch.nn.functional.pad(
-                band.to(cross.dtype), (0, length - band.shape[2], 0, length - band.shape[1])
+            offset = one + torch.nn.functional.pad(
+                band.to(x.dtype), (0, longest - band.shape[2], 0, longest - band.shape[1])
             )
-        costs += [cross, 1 - x @ x.transpose(1, 2), 1 - y @ y.transpose(1, 2)]
+        costs += [_costs(offset, x, y), _costs(one, x, x.detach()), _costs(one, y, y.detach())]
     x_lengths = torch.cat([student_lengths, student_lengths, teacher_lengths]).repeat(len(pairs))
     y_lengths = torch.cat([teacher_lengths, student_lengths, teacher_lengths]).repeat(len(pairs))
     scores = soft_dtw(torch.cat(costs), gamma, x_lengths, y_lengths, impl=impl)
-    scores = scores.reshape(len(pairs), 3, -1)
-    return list(scores[:, 0] - (scores[:, 1] + scores[:, 2]) / 2)
+    cross, student_self, teacher_self = scores.reshape(len(pairs), 3, -1).unbind(1)
+    own = student_self + teacher_self
+    # half the value, all of the gradient: the other half is that of the factors detached above, and equal to this one,
+    # since s of a symmetric cost has a symmetric gradient
+    return list(cross - own + own.detach() / 2)
+
+
+def _costs(offset: Float[Tensor, "#batch #n #m"], x: Padded, y: Padded) -> Padded:
+    """offset - cosine, for rows of length 1."""
+    return torch.baddbmm(offset, x, -y.transpose(1, 2))

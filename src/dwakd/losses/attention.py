@@ -114,7 +114,7 @@ def band_penalty(
     *,
     base: float = 5.0,
     entropy_factor: float = 2.0,
-    blend: float = 0.7,
+    blend: float | Float[Tensor, "batch s_length"] = 0.7,
     penalty: float = 1.0,
     first_index: int = 1,
 ) -> Float[Tensor, "batch s_length t_length"]:
@@ -126,7 +126,8 @@ def band_penalty(
         teacher_lengths: T of each example.
         base: b.
         entropy_factor: beta, tokens of width per nat of the attention's entropy.
-        blend: alpha, how far the centre follows the attention; 0 gives a Sakoe-Chiba band.
+        blend: alpha, how far the centre follows the attention, one for all rows or each its own; 0 gives a Sakoe-Chiba
+            band.
         penalty: lambda_band, added to each cell outside.
         first_index: 1 as in the paper; 0 reproduces the published code.
     """
@@ -134,7 +135,8 @@ def band_penalty(
     rows = torch.arange(attention.shape[1], device=attention.device) + first_index
     columns = (torch.arange(attention.shape[2], device=attention.device) + first_index).to(attention.dtype)
     slope = (teacher_lengths / student_lengths).to(attention.dtype)
-    centre = blend * (attention @ columns) + (1 - blend) * rows * slope[:, None]
+    diagonal = rows * slope[:, None]  # in this form the centre is exact where the two agree
+    centre = diagonal + blend * (attention @ columns - diagonal)
     width = base + entropy_factor * torch.special.entr(attention).sum(-1)
     outside = (columns - centre[..., None]).abs() > width[..., None]
     return penalty * outside.to(attention.dtype)

@@ -19,6 +19,8 @@ class ModelPair:
         teacher_tokens: likewise.
         student_head: at the start; a constant here.
         teacher_head: a constant.
+        end_tokens: the end-of-sequence ids (student, teacher), which stand for the same; special tokens else have no
+            counterpart.
     """
 
     widths: Widths
@@ -26,6 +28,7 @@ class ModelPair:
     teacher_tokens: tuple[bytes | None, ...]
     student_head: OutputHead
     teacher_head: OutputHead
+    end_tokens: tuple[int, int] | None = None
 
     @classmethod
     def smallest(cls) -> "ModelPair":

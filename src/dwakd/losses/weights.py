@@ -49,8 +49,12 @@ def student_weights(
     return rescale(weights * gate, lengths)
 
 
+def certainty(entropy: Weights, vocab_size: int) -> Weights:
+    """1 - H(p^t_j) / log V_t (equation 8); 0 where it is but rounding, which rescaling would blow up to full weight."""
+    value = 1 - entropy / math.log(vocab_size)
+    return value.masked_fill(value < 16 * torch.finfo(value.dtype).eps, 0.0)
+
+
 def teacher_weights(teacher_entropy: Weights, vocab_size: int, lengths: Int[Tensor, " batch"]) -> Weights:
     """w_j = 1 - H(p^t_j) / log V_t, rescaled (equations 8, 14)."""
-    certainty = 1 - teacher_entropy / math.log(vocab_size)
-    rounding = 16 * torch.finfo(certainty.dtype).eps  # of a uniform teacher; rescaled, it would weigh like any other
-    return rescale(certainty.masked_fill(certainty < rounding, 0.0), lengths)
+    return rescale(certainty(teacher_entropy, vocab_size), lengths)

@@ -10,7 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dwakd.data.collator import EncodedPairs, encode_pairs
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example, load_examples
+from dwakd.data.spelling import align_by_spelling
 from dwakd.errors import UserError
+from dwakd.losses import method_class
 from dwakd.models.loading import align_special_tokens, check_vocabulary, load_causal_lm, load_tokenizer, quiet_peft
 from dwakd.models.rows import check_head, embedding_table, model_name, output_head
 from dwakd.training.config import DistillConfig
@@ -80,9 +82,23 @@ def encode_source(
     role: str,
     name: str | None = None,
 ) -> tuple[list[Example], EncodedPairs | None]:
-    """The examples of a data set and their tokens on both sides; `role` is "train" or "eval"."""
-    if source is None or isinstance(source, EncodedPairs):
-        return [], source
+    """The examples of a data set and what the method wants of their tokens; `role` is "train" or "eval"."""
+    if source is None:
+        return [], None
+    examples, pairs = ([], source) if isinstance(source, EncodedPairs) else _encode(source, encoders, args, role, name)
+    student, teacher = encoders
+    if method_class(args.method).needs_edit_alignment and teacher is not None:
+        align_by_spelling(pairs, student, teacher)
+    return examples, pairs
+
+
+def _encode(
+    source: str | Dataset | list[dict[str, Any]] | list[Example],
+    encoders: tuple[TextEncoder, TextEncoder | None],
+    args: DistillConfig,
+    role: str,
+    name: str | None,
+) -> tuple[list[Example], EncodedPairs]:
     name = name or (source if isinstance(source, str) else f"the {role} dataset")
     if isinstance(source, list) and source and isinstance(source[0], Example):
         examples = [example for example in source if isinstance(example, Example)]

@@ -25,12 +25,6 @@ def build_method(
     student_encoder, teacher_encoder = encoders
     if teacher is None or teacher_encoder is None:
         return build_loss(args.method, args.loss_options)
-    vocabularies = [encoder.tokenizer.get_vocab() for encoder in (student_encoder, teacher_encoder)]
-    if method.needs_same_vocabulary and vocabularies[0] != vocabularies[1]:
-        raise UserError(
-            f"method {args.method} needs a teacher with the student's tokenizer, and theirs differ; "
-            "dwa_kd and dskd work across tokenizers"
-        )
     head = output_head(student).detached()
     widths = Widths(
         head.hidden_size, teacher.head.hidden_size, embedding_table(student).shape[1], teacher.embedding_size
@@ -38,5 +32,13 @@ def build_method(
     pair = None
     if method.needs_pair:
         tokens = [encoder.token_bytes() for encoder in (student_encoder, teacher_encoder)]
-        pair = ModelPair(widths, tokens[0], tokens[1], head, teacher.head)
-    return build_loss(args.method, args.loss_options, widths=widths, pair=pair)
+        ends = student_encoder.end_token_id, teacher_encoder.end_token_id
+        pair = ModelPair(widths, tokens[0], tokens[1], head, teacher.head, ends)
+    loss = build_loss(args.method, args.loss_options, widths=widths, pair=pair)
+    vocabularies = [encoder.tokenizer.get_vocab() for encoder in (student_encoder, teacher_encoder)]
+    if loss.needs_same_vocabulary and vocabularies[0] != vocabularies[1]:
+        raise UserError(
+            f"method {args.method} needs a teacher with the student's tokenizer, and theirs differ; "
+            "dwa_kd and dskd work across tokenizers"
+        )
+    return loss

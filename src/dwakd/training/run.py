@@ -183,14 +183,19 @@ def recipe_examples(recipe: Recipe) -> tuple[list[Example], list[Example] | None
     return train, load_examples(data.eval, split="validation", limit=data.eval_limit, **columns)
 
 
-def build_trainer(recipe: Recipe, output_dir: str | Path) -> DistillTrainer:
-    """Load data, models and loss of a recipe into a trainer; mistakes show before a model is loaded where they can."""
+def check_options(recipe: Recipe, output_dir: str | Path) -> tuple[DistillConfig, LoraConfig | None]:
+    """The training arguments and adapter of a recipe, every option checked; reads no data and no model."""
     method = method_class(recipe.method)
     build_loss(recipe.method, recipe.loss_options, widths=Widths(1, 1, 1, 1), pair=ModelPair.smallest())
     if method.needs_teacher and recipe.teacher is None:
         raise UserError(f"method {recipe.method} needs a teacher: add a teacher section to the recipe")
-    args = training_config(recipe, output_dir)
-    peft_config = _peft_config(recipe.student.peft)
+    return training_config(recipe, output_dir), _peft_config(recipe.student.peft)
+
+
+def build_trainer(recipe: Recipe, output_dir: str | Path) -> DistillTrainer:
+    """Load data, models and loss of a recipe into a trainer; mistakes show before a model is loaded where they can."""
+    method = method_class(recipe.method)
+    args, peft_config = check_options(recipe, output_dir)
     check_recipe_evaluation(recipe)
     train, evaluation = recipe_examples(recipe)
     names = {"train": recipe.data.train, "eval": recipe.data.eval or ""}

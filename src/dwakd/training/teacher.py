@@ -102,5 +102,5 @@ class OnlineTeacher(Teacher):
 
 def side_rows(model: torch.nn.Module, batch: dict[str, Tensor], side: str) -> ModelSide:
     """Response rows of one side ("student" or "teacher") of a collated batch."""
-    names = ("input_ids", "attention_mask", "target_ids", "response_mask", "byte_ends")
-    return response_rows(model, *(batch[f"{side}_{name}"] for name in names))
+    names = ("input_ids", "attention_mask", "target_ids", "response_mask", "byte_ends", "aligned_rows")
+    return response_rows(model, **{name: batch[f"{side}_{name}"] for name in names if f"{side}_{name}" in batch})

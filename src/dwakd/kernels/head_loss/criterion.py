@@ -1,4 +1,4 @@
-"""What is computed from logits: the contract between the engine and a method, and its form that needs no gradient by hand."""
+"""What is computed from logits: the contract between the engine and a method."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -38,8 +38,8 @@ class Criterion(ABC):
     """
 
     unit: str = "rows"
-    """What may not be cut: "rows" (all sides have the same rows, cut anywhere), "weights" (likewise, but `weights` needs
-    the statistics of whole examples), "examples" (`terms` needs whole examples; sides may differ in rows)."""
+    """What may not be cut: "rows" (all sides have the same rows, cut anywhere), "weights" (likewise, but `weights`
+    needs the statistics of whole examples), "examples" (`terms` needs whole examples; sides may differ in rows)."""
 
     def __init__(self, rates: dict[str, float]) -> None:
         self.rates = rates
@@ -68,7 +68,7 @@ class Criterion(ABC):
         weights: Tensor | None,
         needs: Sequence[bool],
     ) -> dict[str, Tensor]:
-        """The terms; overwrites the logits of each side that `needs` a gradient with d (sum of rate x term) / d logits."""
+        """The terms; the logits of each side that `needs` it give way to d (sum of rate x term) / d logits."""
         leaves = [side.detach().requires_grad_(need) for side, need in zip(logits, needs, strict=True)]
         with torch.set_grad_enabled(any(needs)):
             terms = self.terms(leaves, chunk, weights)

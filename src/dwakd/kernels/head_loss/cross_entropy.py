@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dwakd.kernels.head_loss.criterion import Chunk, Criterion, Logits, Statistics
-from dwakd.kernels.head_loss.statistics import blocks, pick, scratch, subtract_at
+from dwakd.kernels.head_loss.statistics import blocks, peak_of, pick, scratch, shifted_exp, subtract_at
 
 
 class CrossEntropy(Criterion):
@@ -28,12 +28,11 @@ class CrossEntropy(Criterion):
 
     def observe(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
         columns = logits[0].t()
-        peak, chosen = columns.amax(0), pick(columns, self.targets[chunk.rows[0]])
+        peak, chosen = peak_of(columns), pick(columns, self.targets[chunk.rows[0]])
         total = torch.zeros_like(peak)
         (work,) = scratch(columns, 1)
         for block in blocks(columns):
-            x = torch.sub(columns[block], peak, out=work[: block.stop - block.start])
-            total += torch.exp(x, out=columns[block]).sum(0)
+            total += shifted_exp(columns[block], peak, 1.0, work[: block.stop - block.start]).sum(0)
         return {"total": total, "ce": total.log() + peak - chosen}
 
     def differentiate(

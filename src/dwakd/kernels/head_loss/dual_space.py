@@ -1,6 +1,7 @@
-"""Distillation in the student's and in the teacher's space (DSKD, DWA-KD): criteria over two sides that share a head."""
+"""Distillation in the student's and in the teacher's space (DSKD, DWA-KD): two sides that share a head."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +19,7 @@ from dwakd.kernels.head_loss.statistics import (
     subtract_at,
 )
 
-Weigh = Callable[[Statistics, Int[Tensor, " batch"] | None], Float[Tensor, " tokens"]]
+Weigh = Callable[[Statistics, Any], Float[Tensor, " tokens"]]
 
 
 class StudentSpace(Criterion):
@@ -26,7 +27,8 @@ class StudentSpace(Criterion):
 
     The projected distribution is a constant in D and learns from its own cross-entropy.
 
-    Statistics, at temperature 1: `entropy` H(p^s), `gate` max p^{t->s}, `right`, whether the projected peak is the target.
+    Statistics, at temperature 1: `entropy` H(p^s), `gate` max p^{t->s}, `right`, whether the projected peak is its
+    target, and `projected_weight` if such weights are given.
 
     Args:
         targets: one token per row.
@@ -35,6 +37,8 @@ class StudentSpace(Criterion):
         divergence: D of log-probabilities (target, learned), per row.
         weigh: weights from the statistics and the lengths; ones if not given.
         whole_examples: whether `weigh` needs whole examples.
+        projected_targets: targets of the projected rows in `t2s_ce` and `right`; those of the student if not given.
+        projected_weights: a constant factor of each row's `t2s_ce`; 1 if not given.
     """
 
     def __init__(
@@ -46,33 +50,43 @@ class StudentSpace(Criterion):
         divergence: Callable[[Tensor, Tensor], Tensor] = forward_kl,
         weigh: Weigh | None = None,
         whole_examples: bool = False,
+        projected_targets: Int[Tensor, " tokens"] | None = None,
+        projected_weights: Float[Tensor, " tokens"] | None = None,
     ) -> None:
         super().__init__(rates)
         self.unit = "weights" if whole_examples else "rows"
         self.targets, self.temperature = targets, temperature
+        self.projected_targets = targets if projected_targets is None else projected_targets
+        self.projected_weights = projected_weights
         self.divergence, self.weigh = divergence, weigh
 
     def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
         own, projected = logits
-        targets = self.targets[chunk.rows[0]]
         cross_entropies = [
-            torch.nn.functional.nll_loss(side.log_softmax(-1), targets, reduction="none") for side in logits
+            torch.nn.functional.nll_loss(side.log_softmax(-1), targets[chunk.rows[0]], reduction="none")
+            for side, targets in zip(logits, (self.targets, self.projected_targets), strict=True)
         ]
         softened = [(side / self.temperature).log_softmax(-1) for side in (projected.detach(), own)]
         kd = self.divergence(*softened)
         return {
             "ce": cross_entropies[0],
-            "t2s_ce": cross_entropies[1],
+            "t2s_ce": cross_entropies[1] * self._projected_weights(chunk),
             "kd_student": kd if weights is None else weights * kd,
         }
+
+    def _projected_weights(self, chunk: Chunk) -> Tensor | float:
+        return 1.0 if self.projected_weights is None else self.projected_weights[chunk.rows[1]]
 
     def statistics(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
         if self.weigh is None:
             return {}
         own, projected = (side.log_softmax(-1) for side in logits)
         peak = projected.amax(-1)
-        chosen = projected.gather(-1, self.targets[chunk.rows[0]][:, None]).squeeze(-1)
-        return {"entropy": entropy(own), "gate": peak.exp(), "right": chosen == peak}
+        chosen = projected.gather(-1, self.projected_targets[chunk.rows[1]][:, None]).squeeze(-1)
+        return {"entropy": entropy(own), "gate": peak.exp(), "right": chosen == peak, **self._known(chunk)}
+
+    def _known(self, chunk: Chunk) -> Statistics:
+        return {} if self.projected_weights is None else {"projected_weight": self.projected_weights[chunk.rows[1]]}
 
     def weights(self, statistics: Statistics, lengths: Int[Tensor, " batch"] | None) -> Tensor | None:
         return None if self.weigh is None else self.weigh(statistics, lengths)
@@ -83,8 +97,7 @@ class ForwardKlSpace(StudentSpace):
 
     def observe(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
         own, projected = (side.t() for side in logits)
-        targets = self.targets[chunk.rows[0]]
-        chosen = pick(own, targets), pick(projected, targets)
+        chosen = pick(own, self.targets[chunk.rows[0]]), pick(projected, self.projected_targets[chunk.rows[1]])
         pair = SoftenedPair(self.temperature)
         mine, theirs, kl = pair.observe(own, projected, entropy_of=own, totals_of=(own, projected))
         return {
@@ -98,6 +111,7 @@ class ForwardKlSpace(StudentSpace):
             "own_soft_total": mine.soft_total,
             "projected_total": theirs.total,
             "projected_soft_total": theirs.soft_total,
+            **self._known(chunk),
         }
 
     def differentiate(
@@ -111,26 +125,26 @@ class ForwardKlSpace(StudentSpace):
         kl = statistics["kl"]
         weights = torch.ones_like(kl) if weights is None else weights
         if any(needs):
-            self._overwrite(logits, self.targets[chunk.rows[0]], statistics, weights)
-        return {"ce": statistics["ce"], "t2s_ce": statistics["t2s_ce"], "kd_student": weights * kl}
+            self._overwrite(logits, chunk, statistics, weights)
+        t2s_ce = statistics["t2s_ce"] * self._projected_weights(chunk)
+        return {"ce": statistics["ce"], "t2s_ce": t2s_ce, "kd_student": weights * kl}
 
-    def _overwrite(self, logits: Sequence[Logits], targets: Tensor, statistics: Statistics, weights: Tensor) -> None:
+    def _overwrite(self, logits: Sequence[Logits], chunk: Chunk, statistics: Statistics, weights: Tensor) -> None:
         own, projected = (side.t() for side in logits)
         pair, rates = SoftenedPair(self.temperature), self.rates
         kd = weights * (rates["kd_student"] / self.temperature)
         own_soft, projected_soft = kd / statistics["own_soft_total"], kd / statistics["projected_soft_total"]
-        own_share, projected_share = (
-            rates["ce"] / statistics["own_total"],
-            rates["t2s_ce"] / statistics["projected_total"],
-        )
+        own_rate = torch.full_like(weights, rates["ce"])
+        projected_rate = torch.full_like(weights, rates["t2s_ce"]) * self._projected_weights(chunk)
+        own_share, projected_share = own_rate / statistics["own_total"], projected_rate / statistics["projected_total"]
         (work,) = scratch(own, 1)
         for block in blocks(own):
             mine, theirs = own[block], projected[block]
             pulled = pair.gradient(mine, theirs, own_soft, projected_soft, work[: block.stop - block.start])
             raise_to(mine, pair.base, mine).mul_(own_share).add_(pulled)
             raise_to(theirs, pair.base, theirs).mul_(projected_share)
-        for columns, name in ((own, "ce"), (projected, "t2s_ce")):
-            subtract_at(columns, targets, torch.full_like(weights, rates[name]))
+        subtract_at(own, self.targets[chunk.rows[0]], own_rate)
+        subtract_at(projected, self.projected_targets[chunk.rows[1]], projected_rate)
 
 
 class TeacherSpace(Criterion):
@@ -177,7 +191,7 @@ class TeacherSpace(Criterion):
             pair = SoftenedPair(self.temperature)
             shares = [(1 / self.temperature) / statistics[f"{name}_soft_total"] for name in ("projected", "own")]
             for block in blocks(projected):
-                pair.gradient(projected[block], own[block], *shares, out=projected[block])
+                pair.gradient(projected[block], own[block], shares[0], shares[1], out=projected[block])
         return {"kd_teacher": statistics["kl"]}
 
 

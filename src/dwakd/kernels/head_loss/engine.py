@@ -33,35 +33,37 @@ class HeadRows:
 
 
 class ChunkedRun:
-    """One evaluation of a criterion over a batch.
+    """One evaluation of a criterion over a batch, with the gradients of whatever requires them unless grad is off.
 
     Args:
         sides: of the batch.
         criterion: what is computed.
         budget: bytes of logits at a time.
         by_row: keep each row's value apart.
-        with_gradient: also compute the gradients of whatever requires them.
     """
 
-    def __init__(
-        self, sides: Sequence[HeadRows], criterion: Criterion, budget: int, *, by_row: bool, with_gradient: bool
-    ) -> None:
+    def __init__(self, sides: Sequence[HeadRows], criterion: Criterion, budget: int, *, by_row: bool) -> None:
         self.sides, self.criterion, self.by_row = sides, criterion, by_row
-        self.learns_hidden = [with_gradient and side.hidden.requires_grad for side in sides]
-        self.learns_head = [
-            with_gradient
-            and (side.head.weight.requires_grad or (side.head.bias is not None and side.head.bias.requires_grad))
-            for side in sides
+        self.dtype = torch.promote_types(sides[0].head.weight.dtype, torch.float32)
+        self.with_gradient = torch.is_grad_enabled()
+        self.learns_hidden = [self._learns(side.hidden) for side in sides]
+        self.needs = [
+            any(self._learns(tensor) for tensor in (side.hidden, side.head.weight, side.head.bias)) for side in sides
         ]
-        self.needs = [a or b for a, b in zip(self.learns_hidden, self.learns_head, strict=True)]
         self.groups = self._plan(budget)
         self.products = self._products()
         self.hidden_gradients = [
             torch.zeros_like(side.hidden) if learns else None
             for side, learns in zip(sides, self.learns_hidden, strict=True)
         ]
-        self.weight_gradients, self.bias_gradients = self._head_gradients()
+        self.weight_gradients: list[Tensor | None] = [None] * len(sides)
+        self.bias_gradients: list[Tensor | None] = [None] * len(sides)
         self.collected: list[tuple[dict[str, Tensor], Statistics]] = []
+        self.term_names: tuple[str, ...] = ()
+        self.statistic_names: tuple[str, ...] = ()
+
+    def _learns(self, tensor: Tensor | None) -> bool:
+        return self.with_gradient and tensor is not None and tensor.requires_grad
 
     def _plan(self, budget: int) -> list[Group]:
         widths = [HeadProducts.row_bytes(side.head) for side in self.sides]
@@ -90,23 +92,11 @@ class ChunkedRun:
             for indices in shared.values()
         ]
 
-    def _head_gradients(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """Zeros in which the head's gradients add up over the chunks, in float32 or better."""
-        weights: list[Tensor | None] = []
-        biases: list[Tensor | None] = []
-        for side, learns in zip(self.sides, self.learns_head, strict=True):
-            for kept, tensor in ((weights, side.head.weight), (biases, side.head.bias)):
-                wanted = learns and tensor is not None and tensor.requires_grad
-                dtype = torch.promote_types(side.head.weight.dtype, torch.float32)
-                kept.append(torch.zeros_like(tensor, dtype=dtype) if wanted and tensor is not None else None)
-        return weights, biases
-
     def run(self) -> tuple[Tensor, dict[str, Tensor], Statistics]:
         """The loss (a value per row if `by_row`), its terms likewise, and the statistics of all rows."""
         for group in self.groups:
             self._run_group(group)
-        reference = self.sides[0].head.weight
-        zero = reference.new_zeros(0 if self.by_row else (), dtype=torch.promote_types(reference.dtype, torch.float32))
+        zero = self.sides[0].hidden.new_zeros(0 if self.by_row else (), dtype=self.dtype)
         terms = dict.fromkeys(self.criterion.rates, zero)
         statistics: Statistics = {}
         if self.collected:
@@ -160,31 +150,55 @@ class ChunkedRun:
             pulled = torch.mm(gradient.t(), weight)
             if scale != 1.0:
                 pulled.mul_(scale)
-            for index, part in zip(learned, pulled.split(sizes), strict=True):
+            for index, part in zip(learned, torch.split(pulled, sizes), strict=True):
                 kept = self.hidden_gradients[index]
                 if kept is not None:
                     kept[chunk.rows[index]] = part.to(kept.dtype)
-        parts = zip(learned, gradient.split(sizes, dim=1), rows.split(sizes), strict=True)
-        for index, columns, own in parts:
-            weight_gradient, bias_gradient = self.weight_gradients[index], self.bias_gradients[index]
-            if weight_gradient is not None and weight_gradient.dtype == columns.dtype:
-                weight_gradient.addmm_(columns, own)
-            elif weight_gradient is not None:
-                weight_gradient.add_(torch.mm(columns, own))
-            if bias_gradient is not None:
-                bias_gradient.add_(columns.sum(1, dtype=bias_gradient.dtype), alpha=scale)
+        for index, columns, own in zip(
+            learned, torch.split(gradient, sizes, dim=1), torch.split(rows, sizes), strict=True
+        ):
+            self._add_head_gradients(index, columns, own, scale)
+
+    def _add_head_gradients(self, index: int, columns: Tensor, rows: Tensor, scale: float) -> None:
+        """Over the chunks they add up in float32 or better."""
+        head = self.sides[index].head
+        if self._learns(head.weight):
+            kept = self.weight_gradients[index]
+            if kept is None:
+                self.weight_gradients[index] = torch.mm(columns, rows).to(self.dtype)
+            elif kept.dtype == columns.dtype:
+                kept.addmm_(columns, rows)
+            else:
+                kept.add_(torch.mm(columns, rows))
+        if self._learns(head.bias):
+            added = columns.sum(1, dtype=self.dtype) * scale
+            kept = self.bias_gradients[index]
+            self.bias_gradients[index] = added if kept is None else kept.add_(added)
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of each of `inputs`; None for what is a constant."""
+        found = [*self.hidden_gradients, *self.weight_gradients, *self.bias_gradients]
+        return [
+            torch.zeros_like(tensor) if gradient is None and tensor is not None and self._learns(tensor) else gradient
+            for tensor, gradient in zip(self.inputs(), found, strict=True)
+        ]
+
+    def inputs(self) -> list[Tensor | None]:
+        """All hidden rows, all weights, all biases."""
+        heads = [side.head for side in self.sides]
+        return [*(side.hidden for side in self.sides), *(head.weight for head in heads), *(head.bias for head in heads)]
 
 
 class ChunkedHeadLoss(torch.autograd.Function):
     """Runs the engine in the forward and hands its gradients out, times the upstream one, in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, run: ChunkedRun, *_inputs: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, run: ChunkedRun, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         with torch.autocast(run.sides[0].hidden.device.type, enabled=False):
             total, terms, statistics = run.run()
-        ctx.save_for_backward(*run.hidden_gradients, *run.weight_gradients, *run.bias_gradients)
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in _inputs]
-        run.names = (tuple(terms), tuple(statistics))
+        ctx.save_for_backward(*run.gradients())
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
+        run.term_names, run.statistic_names = tuple(terms), tuple(statistics)
         constants = tuple(
             value.clone() if value is total else value for value in (*terms.values(), *statistics.values())
         )

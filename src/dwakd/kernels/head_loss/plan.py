@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from dwakd.kernels.head_loss.criterion import Chunk
 
@@ -60,4 +61,4 @@ def _even(start: int, stop: int, num_sides: int, row_bytes: int, budget: int) ->
     per_chunk = max(budget // row_bytes, 1)
     count = -(-(stop - start) // per_chunk)
     bounds = [start + (stop - start) * index // count for index in range(count + 1)] if count else [start]
-    return [Chunk((slice(a, b),) * num_sides) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [Chunk((slice(a, b),) * num_sides) for a, b in pairwise(bounds)]

@@ -12,8 +12,8 @@ from dwakd.models.head import OutputHead
 class HeadProducts:
     """Logits of the rows of one or more sides that share a head, and the gradients that come back from them.
 
-    The buffer holds (vocab, tokens): `weight @ hidden.T` runs up to twice as fast as `hidden @ weight.T` on CPUs, rows of
-    several sides stacked make one product, and a block of the vocabulary is contiguous.
+    The buffer holds (vocab, tokens): on CPUs `weight @ hidden.T` takes two thirds of the time of `hidden @ weight.T`,
+    rows of several sides stacked make one product, and a block of the vocabulary is contiguous.
 
     Args:
         head: of these sides.
@@ -53,7 +53,7 @@ class HeadProducts:
             self.filled.clamp_(min=torch.finfo(self.dtype).min / 16)
         if head.soft_cap is not None:
             self._cap(head.soft_cap)
-        return [columns.t() for columns in self.filled.split([len(rows) for rows in hidden], dim=1)]
+        return [columns.t() for columns in torch.split(self.filled, [len(rows) for rows in hidden], dim=1)]
 
     def _cap(self, soft_cap: float) -> None:
         self.filled.div_(soft_cap).tanh_()

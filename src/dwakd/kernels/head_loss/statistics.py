@@ -1,5 +1,6 @@
 """Statistics of next-token distributions: in plain torch, and of a pair in one sweep over logits that it overwrites."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -11,8 +12,10 @@ LogProbs = Float[Tensor, "tokens vocab"]
 Columns = Float[Tensor, "vocab tokens"]
 PerToken = Float[Tensor, " tokens"]
 
-BLOCK = 2**18
-"""Logits per block on a CPU: with its temporaries it stays in cache over all the operations on it."""
+CPU_BLOCK, DEVICE_BLOCK = 2**18, 2**22
+"""Logits per block: on a CPU its temporaries stay in cache over all the operations on it; on other devices it is large
+enough to hide launches and small enough to add little memory."""
+LOG2_E = math.log2(math.e)
 
 
 def entropy(log_probs: LogProbs) -> PerToken:
@@ -26,16 +29,26 @@ def forward_kl(log_p: LogProbs, log_q: LogProbs) -> PerToken:
 
 
 def blocks(logits: Columns) -> Iterator[slice]:
-    """Slices of the vocabulary to work on one after the other; all of it at once where the device hides latencies."""
+    """Slices of the vocabulary to work on one after the other."""
     vocab, tokens = logits.shape
-    size = max(BLOCK // max(tokens, 1), 1) if logits.device.type == "cpu" else vocab
+    size = max((CPU_BLOCK if logits.device.type == "cpu" else DEVICE_BLOCK) // max(tokens, 1), 1)
     return (slice(start, min(start + size, vocab)) for start in range(0, vocab, size))
 
 
-def scratch(logits: Columns, count: int) -> list[Columns]:
+def scratch(logits: Columns, count: int) -> list[Float[Tensor, "block tokens"]]:
     """Temporaries of the size of a block."""
     rows = next(iter(blocks(logits)), slice(0, 0)).stop
     return [logits.new_empty(rows, logits.shape[1]) for _ in range(count)]
+
+
+def peak_of(logits: Columns) -> PerToken:
+    """The largest logit of each column; half the time of `amax` over the whole vocabulary, with the same NaN."""
+    running, *rest = (logits[block] for block in blocks(logits))
+    if rest:
+        running = running.clone()
+    for part in rest:
+        torch.maximum(running[: len(part)], part, out=running[: len(part)])
+    return running.amax(0)
 
 
 def raise_to(base: Columns, power: float, out: Columns) -> Columns:
@@ -43,6 +56,15 @@ def raise_to(base: Columns, power: float, out: Columns) -> Columns:
     if power == 1.0:
         return out.copy_(base) if out is not base else base
     return torch.mul(base, base, out=out) if power == 2.0 else torch.pow(base, power, out=out)
+
+
+def shifted_exp(logits: Columns, peak: PerToken, base: float, x: Columns) -> Columns:
+    """Overwrite logits with exp((logits - peak) / base); x gets (logits - peak) / base in units of log 2.
+
+    Through exp2, which on CPUs takes a fifth of the time of exp.
+    """
+    torch.sub(logits, peak, out=x).mul_(LOG2_E / base)
+    return torch.exp2(x, out=logits)
 
 
 def pick(logits: Columns, targets: Tensor) -> PerToken:
@@ -83,8 +105,9 @@ class Softmax:
 class SoftenedPair:
     """KL(target || learned) of two sides softened alike, in two sweeps over logits that are overwritten.
 
-    The logits give way to kept = exp(x / base), base the larger of 1 and the temperature, so that one exponential serves
-    temperature 1 (kept ** base) and the softened distribution (kept ** soft), and neither comes from an underflow.
+    The logits give way to kept = exp(x / base), base the larger of 1 and the temperature, so that one exponential
+    serves temperature 1 (kept ** base) and the softened distribution (kept ** soft), and neither comes from an
+    underflow.
     """
 
     temperature: float
@@ -108,16 +131,13 @@ class SoftenedPair:
             entropy_of: the side whose `energy` is wanted.
             totals_of: the sides whose `total` is wanted.
         """
-        own, other = Softmax(learned.amax(0)), Softmax(target.amax(0))
+        own, other = Softmax(peak_of(learned)), Softmax(peak_of(target))
         cross = torch.zeros_like(own.peak)
         work = scratch(learned, 3)
         for block in blocks(learned):
             own_x, other_x, powers = (buffer[: block.stop - block.start] for buffer in work)
             for side, x, logits in ((own, own_x, learned), (other, other_x, target)):
-                torch.sub(logits[block], side.peak, out=x)
-                if self.base != 1.0:
-                    x.mul_(1.0 / self.base)
-                kept = torch.exp(x, out=logits[block])
+                kept = shifted_exp(logits[block], side.peak, self.base, x)
                 if any(logits is wanted for wanted in totals_of):
                     side.total += raise_to(kept, self.base, powers).sum(0)
                     if logits is entropy_of:
@@ -125,9 +145,9 @@ class SoftenedPair:
                 side.soft_total += (kept if self.soft == 1.0 else raise_to(kept, self.soft, powers)).sum(0)
             softened = target[block] if self.soft == 1.0 else powers  # the target's: it came last
             cross += other_x.sub_(own_x).mul_(softened).sum(0)
-        own.energy *= self.base
-        other.energy *= self.base
-        kl = cross * self.soft / other.soft_total - other.soft_total.log() + own.soft_total.log()
+        own.energy *= self.base / LOG2_E
+        other.energy *= self.base / LOG2_E
+        kl = cross * (self.soft / LOG2_E) / other.soft_total - other.soft_total.log() + own.soft_total.log()
         return own, other, kl
 
     def gradient(

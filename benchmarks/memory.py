@@ -1,0 +1,97 @@
+"""Peak memory of a training step above the weights of student and teacher, each contestant in a process of its own.
+
+The peak resident size over two steps (gradients and AdamW's moments included) minus what was resident before the first.
+The contestants are those of `benchmarks.step`. Needs Linux's /proc.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.step import NAMES, Contest
+from benchmarks.workload import Sizes, add_options, signature, sizes_of, write
+
+DEFAULT = (
+    "sft_all_positions",
+    "sft_response",
+    "published_dskd",
+    "published_dwa_kd",
+    "response_dskd",
+    "sft",
+    "dskd",
+    "dwa_kd",
+    "dwa_kd_cached",
+)
+STATUS = Path("/proc/self/status")
+
+
+def resident(field: str) -> int:
+    """Bytes of this process's VmRSS (now) or VmHWM (peak)."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def peak_of_two_steps(sizes: Sizes, name: str) -> int:
+    """Bytes above what is resident once the models stand."""
+    step = Contest(sizes).step(name)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident("VmRSS")
+    for _ in range(2):
+        step()
+    return resident("VmHWM") - before
+
+
+def in_a_child(sizes: Sizes, name: str, threads: int) -> int | None:
+    """The peak, measured in a fresh process; None if it died, as it does where memory runs out."""
+    asked = json.dumps({"sizes": dataclasses.asdict(sizes), "name": name, "threads": threads})
+    child = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory", "--child", asked], capture_output=True, text=True, check=False
+    )
+    if child.returncode:
+        print(child.stderr[-500:], file=sys.stderr)
+        return None
+    return int(child.stdout.split()[-1])
+
+
+def report(sizes: Sizes, names: list[str], threads: int) -> dict[str, Any]:
+    """Measures, prints and returns the peaks at one size."""
+    print(sizes)
+    peaks: dict[str, int | None] = {}
+    for name in names:
+        peaks[name] = peak = in_a_child(sizes, name, threads)
+        print(f"  {name:20s}", "out of memory" if peak is None else f"{peak / 1e9:8.3f} GB", flush=True)
+    base = peaks.get("published_dskd")
+    ratios = {f"{name} / published_dskd": peak / base for name, peak in peaks.items() if base and peak}
+    for name, ratio in ratios.items():
+        print(f"  {name:36s} {ratio:6.3f}")
+    return {"sizes": dataclasses.asdict(sizes), "peak_bytes": peaks, "ratios": ratios}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_options(parser, batch=8)
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=DEFAULT, metavar="NAME", help="some of them")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.child:
+        asked = json.loads(options.child)
+        torch.set_num_threads(asked["threads"])
+        print(peak_of_two_steps(Sizes(**asked["sizes"]), asked["name"]))
+        return
+    results = [report(sizes, options.only, options.threads) for sizes in sizes_of(options)]
+    print("written to", write("memory", {"signature": signature(options), "results": results}, options.output))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Steps as one writes them from the papers, for comparison: full logits under autograd, no kernels.
+
+`published_*` keep logits of all positions, prompt and padding included, and mask them in the end; the DWA-KD one aligns
+one example at a time. `response_*` select the response rows first, and are otherwise as plain.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from dwakd.kernels import soft_dtw
+from dwakd.losses.projectors import Projectors
+
+TEMPERATURE = 2.0
+Batch = dict[str, Tensor]
+
+
+def sft_all_positions(student: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy over the logits of every position, the others masked."""
+    logits = student(batch["student_input_ids"], attention_mask=batch["student_attention_mask"]).logits
+    mask = batch["student_response_mask"]
+    targets = batch["student_target_ids"].masked_fill(~mask, -100)
+    return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum") / mask.sum()
+
+
+def sft_response(student: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy over the logits of response rows."""
+    mask = batch["student_response_mask"]
+    hidden = student.base_model(
+        batch["student_input_ids"], attention_mask=batch["student_attention_mask"]
+    ).last_hidden_state[mask]
+    return cross_entropy(student.get_output_embeddings()(hidden), batch["student_target_ids"][mask])
+
+
+def published_dskd(student: nn.Module, teacher: nn.Module, projectors: Projectors, batch: Batch) -> Tensor:
+    """DSKD with cross-model attention over all positions."""
+    return _published(student, teacher, projectors, batch, weighted=False)
+
+
+def published_dwa_kd(student: nn.Module, teacher: nn.Module, projectors: Projectors, batch: Batch) -> Tensor:
+    """DWA-KD over all positions: its weights, and six Soft-DTW calls for each example."""
+    return _published(student, teacher, projectors, batch, weighted=True)
+
+
+def _forward(model: nn.Module, batch: Batch, side: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits, final hidden states, embeddings of what is read and of what is predicted."""
+    output = model(
+        batch[f"{side}_input_ids"], attention_mask=batch[f"{side}_attention_mask"], output_hidden_states=True
+    )
+    table = model.get_input_embeddings().weight
+    targets = batch[f"{side}_target_ids"].masked_fill(~batch[f"{side}_response_mask"], 0)
+    return output.logits, output.hidden_states[-1], table[batch[f"{side}_input_ids"]], table[targets]
+
+
+def _published(
+    student: nn.Module, teacher: nn.Module, projectors: Projectors, batch: Batch, *, weighted: bool
+) -> Tensor:
+    s_mask, t_mask, targets = (
+        batch[f"{n}"] for n in ("student_response_mask", "teacher_response_mask", "student_target_ids")
+    )
+    logits, hidden, read, predicted = _forward(student, batch, "student")
+    with torch.no_grad():
+        t_logits, t_hidden, t_read, t_predicted = _forward(teacher, batch, "teacher")
+
+    query = projectors.query(torch.cat([read, predicted], -1).detach())
+    key = torch.cat([t_read, t_predicted], -1)
+    key = key / key.std()
+    value = projectors.t2s(t_hidden / t_hidden.std() + t_predicted / t_predicted.std())
+    scores = query @ key.transpose(1, 2) / math.sqrt(key.shape[-1])
+    scores = scores.masked_fill(~(s_mask[:, :, None] & t_mask[:, None, :]), -1e5)
+    attention = scores.softmax(-1)
+    t2s_logits = attention @ value @ student.get_output_embeddings().weight.detach().T
+    s2t_hidden = scores.transpose(1, 2).softmax(-1) @ projectors.s2t(hidden)
+    s2t_logits = s2t_hidden @ teacher.get_output_embeddings().weight.T
+
+    ce = _cross_entropy(logits, targets)
+    t2s_ce = _cross_entropy(t2s_logits, targets)
+    kd_student = _kl(t2s_logits.detach(), logits)
+    kd_teacher = _kl(t_logits, s2t_logits)
+    if weighted:
+        gate = t2s_logits.detach().softmax(-1).amax(-1)
+        kd_student = kd_student * _rescaled(_entropy(logits.detach()) * gate, s_mask)
+        kd_teacher = kd_teacher * _rescaled(1 - _entropy(t_logits) / math.log(t_logits.shape[-1]), t_mask)
+    else:
+        kd_student = kd_student * (t2s_logits.argmax(-1) == targets)
+    loss = 0.5 * (ce * s_mask).sum()
+    loss = loss + 0.5 * ((t2s_ce * s_mask).sum() + (kd_student * s_mask).sum() + (kd_teacher * t_mask).sum())
+    if weighted:
+        pairs = ((hidden, projectors.t2s(t_hidden)), (predicted, projectors.embedding_t2s(t_predicted)))
+        loss = loss + 0.2 * _alignment(pairs, attention.detach(), s_mask, t_mask)
+    return loss / s_mask.sum()
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+def _kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    log_p, log_q = ((side.float() / TEMPERATURE).log_softmax(-1) for side in (p_logits, q_logits))
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    log_probs = logits.float().log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def _rescaled(weights: Tensor, mask: Tensor) -> Tensor:
+    weights = weights * mask
+    return weights * mask.sum(-1, keepdim=True) / weights.sum(-1, keepdim=True)
+
+
+def _alignment(pairs: tuple[tuple[Tensor, Tensor], ...], attention: Tensor, s_mask: Tensor, t_mask: Tensor) -> Tensor:
+    total = attention.new_zeros(())
+    for example in range(len(s_mask)):
+        s_rows, t_rows = s_mask[example], t_mask[example]
+        own = attention[example][s_rows][:, t_rows]
+        rows, columns = (torch.arange(1, n + 1, dtype=own.dtype) for n in own.shape)
+        centre = 0.7 * (own @ columns) + 0.3 * rows * (own.shape[1] / own.shape[0])
+        width = 5.0 + 2.0 * torch.special.entr(own).sum(-1)
+        band = ((columns - centre[:, None]).abs() > width[:, None]).to(own.dtype)
+        for x, y in pairs:
+            x_unit, y_unit = normalize(x[example][s_rows], dim=-1), normalize(y[example][t_rows], dim=-1)
+            costs = (1 - x_unit @ y_unit.T + band, 1 - x_unit @ x_unit.T, 1 - y_unit @ y_unit.T)
+            cross, left, right = (soft_dtw(cost[None], 2.0)[0] for cost in costs)
+            total = total + cross - (left + right) / 2
+    return total
+
+
+def response_dskd(student: nn.Module, teacher: nn.Module, projectors: Projectors, batch: Batch) -> Tensor:
+    """DSKD over response rows only: what selecting rows alone brings."""
+    s_mask, t_mask = batch["student_response_mask"], batch["teacher_response_mask"]
+    hidden = student.base_model(
+        batch["student_input_ids"], attention_mask=batch["student_attention_mask"]
+    ).last_hidden_state
+    table, t_table = (model.get_input_embeddings().weight.detach() for model in (student, teacher))
+    read, predicted = table[batch["student_input_ids"]], table[batch["student_target_ids"]]
+    t_read, t_predicted = t_table[batch["teacher_input_ids"]], t_table[batch["teacher_target_ids"]]
+    with torch.no_grad():
+        t_hidden = teacher.base_model(
+            batch["teacher_input_ids"], attention_mask=batch["teacher_attention_mask"]
+        ).last_hidden_state
+    query = projectors.query(torch.cat([read, predicted], -1))
+    key = torch.cat([t_read, t_predicted], -1)
+    key = key / key[t_mask].std()
+    value = projectors.t2s(t_hidden / t_hidden[t_mask].std() + t_predicted / t_predicted[t_mask].std())
+    scores = query @ key.transpose(1, 2) / math.sqrt(key.shape[-1])
+    scores = scores.masked_fill(~(s_mask[:, :, None] & t_mask[:, None, :]), -1e5)
+    targets = batch["student_target_ids"][s_mask]
+    head, t_head = student.get_output_embeddings().weight, teacher.get_output_embeddings().weight
+    logits = hidden[s_mask] @ head.T
+    t2s_logits = (scores.softmax(-1) @ value)[s_mask] @ head.detach().T
+    s2t_hidden = scores.transpose(1, 2).softmax(-1) @ projectors.s2t(hidden)
+    kd_student = _kl(t2s_logits.detach(), logits) * (t2s_logits.argmax(-1) == targets)
+    kd_teacher = _kl(t_hidden[t_mask] @ t_head.T, s2t_hidden[t_mask] @ t_head.T)
+    ce, t2s_ce = (cross_entropy(side, targets, reduction="sum") for side in (logits, t2s_logits))
+    return 0.5 * (ce + t2s_ce + kd_student.sum() + kd_teacher.sum()) / len(targets)

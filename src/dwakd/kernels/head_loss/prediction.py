@@ -1,0 +1,86 @@
+"""The most probable token of a side, beside another criterion; and the teacher's space with any divergence."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dwakd.kernels.head_loss.criterion import Chunk, Criterion, Logits, Statistics
+from dwakd.kernels.head_loss.dual_space import TeacherSpace
+from dwakd.kernels.head_loss.statistics import entropy, forward_kl
+
+_BLOCK = 256
+
+
+def most_probable(logits: Float[Tensor, "vocab tokens"]) -> Int[Tensor, " tokens"]:
+    """Row of the largest logit in each column.
+
+    On CPUs `argmax` over rows is many times as slow as `amax`: maxima of blocks first, then a search in the best alone.
+    """
+    if logits.device.type != "cpu":
+        return logits.argmax(0)
+    peaks = torch.stack([block.amax(0) for block in torch.split(logits, _BLOCK)])
+    best = peaks.t().contiguous().argmax(1)
+    rows = (best * _BLOCK + torch.arange(_BLOCK)[:, None]).clamp_max(logits.shape[0] - 1)
+    found = logits.gather(0, rows).t().contiguous().argmax(1)
+    return rows.gather(0, found[None]).squeeze(0)
+
+
+class WithPrediction(Criterion):
+    """Another criterion with one more statistic: `prediction`, the most probable token of a side.
+
+    Args:
+        criterion: what is computed.
+        side: whose prediction.
+    """
+
+    def __init__(self, criterion: Criterion, side: int) -> None:
+        super().__init__(criterion.rates)
+        self.unit = criterion.unit
+        self.criterion, self.side = criterion, side
+
+    def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
+        return self.criterion.terms(logits, chunk, weights)
+
+    def statistics(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
+        return self.criterion.statistics(logits, chunk) | {"prediction": logits[self.side].argmax(-1)}
+
+    def weights(self, statistics: Statistics, lengths: Int[Tensor, " batch"] | None) -> Float[Tensor, " tokens"] | None:
+        return self.criterion.weights(statistics, lengths)
+
+    def observe(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
+        prediction = most_probable(logits[self.side].t())
+        return self.criterion.observe(logits, chunk) | {"prediction": prediction}
+
+    def differentiate(
+        self,
+        logits: Sequence[Logits],
+        chunk: Chunk,
+        statistics: Statistics,
+        weights: Tensor | None,
+        needs: Sequence[bool],
+    ) -> dict[str, Tensor]:
+        return self.criterion.differentiate(logits, chunk, statistics, weights, needs)
+
+
+class DivergentTeacherSpace(Criterion):
+    """`TeacherSpace` with any divergence of log-probabilities (target, learned), per row."""
+
+    def __init__(self, temperature: float, divergence: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__({"kd_teacher": 1.0})
+        self.temperature, self.divergence = temperature, divergence
+
+    def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
+        projected, own = ((side / self.temperature).log_softmax(-1) for side in logits)
+        return {"kd_teacher": self.divergence(own.detach(), projected)}
+
+    def statistics(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
+        return {"entropy": entropy(logits[1].log_softmax(-1))}
+
+
+def teacher_space(temperature: float, divergence: Callable[[Tensor, Tensor], Tensor]) -> Criterion:
+    """The criterion that computes this divergence best."""
+    if divergence is forward_kl:
+        return TeacherSpace(temperature)
+    return DivergentTeacherSpace(temperature, divergence)

@@ -1,0 +1,97 @@
+"""The exact path of the CPU kernel: any costs, one cell at a time in float64.
+
+It takes float64, infinite costs, and costs far above gamma. numpy arrays in, numpy arrays out. All of it is one file
+because numba's cache on disk notices changes of the file it compiles from, and of no other. `no_type_check` keeps the
+tests' shape checker from wrapping what numba compiles.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any, no_type_check
+
+import numba
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+
+def compiled_by_numba(function: Callable[..., Any]) -> Callable[..., Any]:
+    """numba.njit with an on-disk cache where a folder for it is writable, and without one elsewhere."""
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        compiled: Callable[..., Any] = numba.njit(cache=True, **options)(function)
+    except RuntimeError as error:  # numba: "no locator available"
+        logger.info("Soft-DTW is compiled anew in each process: %s.", error)
+        compiled = numba.njit(**options)(function)
+    return compiled
+
+
+@compiled_by_numba
+@no_type_check
+def _forward_exact(cost, n, m, gamma, weights):
+    """The cost reached at the end, and the weights of every cell's predecessors above, left, above left."""
+    row = np.full(m + 1, np.inf)  # what was reached in the row above, then in this one
+    row[0] = 0.0  # the corner before the first cell
+    for i in range(n):
+        corner, left = row[0], np.inf
+        row[0] = np.inf
+        for j in range(m):
+            up = row[j + 1]
+            lowest = min(up, left, corner)
+            finite = min(lowest, 1e300)  # all three unreachable: exponents are -inf, not NaN
+            a = math.exp((finite - up) / gamma)
+            b = math.exp((finite - left) / gamma)
+            c = math.exp((finite - corner) / gamma)
+            rest = min(a, b) + min(max(a, b), c)
+            weights[i, j, 0], weights[i, j, 1], weights[i, j, 2] = a / (1 + rest), b / (1 + rest), c / (1 + rest)
+            left = cost[i, j] + (lowest - gamma * math.log1p(rest))
+            row[j + 1], corner = left, up
+    return row[m]
+
+
+@compiled_by_numba
+@no_type_check
+def _backward_exact(grad, n, m, weights):
+    """Gradients: the probability of coming through each cell on the way back from the end, by the weights."""
+    downwards, corners = np.zeros(m), np.zeros(m)  # what the row below passes on
+    for i in range(n - 1, -1, -1):
+        sideways, corner = 0.0, 0.0
+        if i == n - 1:
+            sideways = 1.0  # arrives at the last cell
+        for j in range(m - 1, -1, -1):
+            arriving = downwards[j] + sideways + corners[j]
+            grad[i, j] = arriving
+            downwards[j], sideways = arriving * weights[i, j, 0], arriving * weights[i, j, 1]
+            corners[j], corner = corner, arriving * weights[i, j, 2]
+
+
+@compiled_by_numba
+@no_type_check
+def _is_valid(cost, n, m):
+    """Whether no cost is NaN or -inf."""
+    for i in range(n):
+        for j in range(m):
+            if not cost[i, j] > -np.inf:
+                return False
+    return True
+
+
+@compiled_by_numba
+@no_type_check
+def solve_exact(cost, lengths, gamma, keep, value, grad, is_open, first_row, last_row):
+    """Values of those examples from first_row to last_row - 1 that are open, and where `keep` their gradients."""
+    for row in range(first_row, last_row):
+        if not is_open[row]:
+            continue
+        n, m = lengths[row, 0], lengths[row, 1]
+        value[row] = np.nan
+        if keep:
+            grad[row] = 0.0
+        if _is_valid(cost[row], n, m):
+            weights = np.empty((n, m, 3))
+            value[row] = _forward_exact(cost[row], n, m, gamma, weights)
+            if keep and value[row] < np.inf:
+                _backward_exact(grad[row], n, m, weights)
+        elif keep:
+            grad[row, :n, :m] = np.nan

@@ -1,0 +1,126 @@
+"""Maps between two models' hidden states that keep the logits of the tokens they share (DSKDv2, arXiv 2504.11426)."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from dwakd.losses.pair import ModelPair
+from dwakd.models.head import OutputHead
+
+RTOL = 1e-12
+"""Eigenvalues of a Gram matrix below this share of the largest are 0: singular values of the head below 1e-6."""
+_BLOCK = 8192
+
+
+class HeadMaps(nn.Module):
+    """t2s, trained from its pseudo-inverse start, and s2t, which follows the student's head and is not trained.
+
+    With the rows S and T of the heads that stand for shared tokens, in the least-squares sense for every h:
+
+        t2s: S (t2s h) = T h at the start        s2t: T (s2t h) = S h with S as it is at each call, a constant
+
+    so that a state carried over predicts the shared tokens as it did at home. Biases and scales of the heads are part
+    of the logits that are kept; t2s has a bias only if a head has one. Soft caps are left out: what is kept is the
+    logits before them.
+
+    Args:
+        pair: vocabularies and heads; two tokens are shared if they stand for the same bytes, and the end tokens are.
+
+    Raises:
+        ValueError: the vocabularies share no token.
+    """
+
+    student_ids: Tensor
+    teacher_inverse: Tensor
+    teacher_bias: Tensor
+    student_tokens: Tensor
+
+    def __init__(self, pair: ModelPair) -> None:
+        super().__init__()
+        student, teacher = pair.student_head.detached(), pair.teacher_head.detached()
+        table = student_tokens(pair)
+        teacher_ids = shared_teacher_ids(pair, table)
+        student_ids = table[teacher_ids]
+        dtype = torch.promote_types(torch.promote_types(student.weight.dtype, teacher.weight.dtype), torch.float32)
+        with torch.no_grad():
+            s_rows, s_bias = _shared_rows(student, student_ids, dtype)
+            t_rows, t_bias = _shared_rows(teacher, teacher_ids, dtype)
+            inverse, ratio = pseudo_inverse(s_rows), teacher.scale / student.scale
+            biased = student.bias is not None or teacher.bias is not None
+            self.t2s = nn.Linear(teacher.hidden_size, student.hidden_size, bias=biased, dtype=dtype)
+            self.t2s.weight.copy_(ratio * (inverse.T @ t_rows))
+            if biased:
+                self.t2s.bias.copy_(inverse.T @ (ratio * t_bias - s_bias))
+            del s_rows, inverse
+            rebuilt = {
+                "student_ids": student_ids,
+                "student_tokens": table,
+                "teacher_inverse": pseudo_inverse(t_rows),
+                "teacher_bias": t_bias,
+            }
+        for name, tensor in rebuilt.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def s2t(
+        self, hidden: Float[Tensor, "tokens s_hidden"], student: OutputHead, teacher: OutputHead
+    ) -> Float[Tensor, "tokens t_hidden"]:
+        """Student states in the teacher's space; gradient flows to `hidden` only."""
+        dtype = self.teacher_inverse.dtype
+        rows, bias = _shared_rows(student.detached(), self.student_ids, dtype)
+        ratio = student.scale / teacher.scale
+        weight = ratio * (self.teacher_inverse.T @ rows)
+        offset = self.teacher_inverse.T @ (ratio * bias - self.teacher_bias)
+        return nn.functional.linear(hidden.to(dtype), weight, offset)
+
+
+def student_tokens(pair: ModelPair) -> Int[Tensor, " t_vocab"]:
+    """The student's token for each row of the teacher's head: the same bytes, or the end for the end; else -1.
+
+    Of several tokens with the same bytes the last is taken: the byte pieces of SentencePiece come first, and a
+    tokenizer uses them only for want of another.
+    """
+    vocab = pair.student_head.vocab_size
+    by_bytes = {token: index for index, token in enumerate(pair.student_tokens[:vocab]) if token}
+    width = pair.teacher_head.vocab_size
+    table = [by_bytes.get(token, -1) if token else -1 for token in pair.teacher_tokens[:width]]
+    table += [-1] * (width - len(table))
+    if pair.end_tokens is not None:
+        student_end, teacher_end = pair.end_tokens
+        table[teacher_end] = student_end
+    found = torch.tensor(table, device=pair.student_head.weight.device)
+    return found.masked_fill(_forbidden(pair.student_head)[found.clamp_min(0)], -1)
+
+
+def shared_teacher_ids(pair: ModelPair, table: Int[Tensor, " t_vocab"]) -> Int[Tensor, " shared"]:
+    """For each shared token of the student one of the teacher's, the last."""
+    forbidden = _forbidden(pair.teacher_head).tolist()
+    owners = {index: owner for owner, index in enumerate(table.tolist()) if index >= 0 and not forbidden[owner]}
+    if not owners:
+        raise ValueError("the two vocabularies share no token, which the method starts from; choose another method")
+    return torch.tensor(sorted(owners.values()), device=table.device)
+
+
+def _forbidden(head: OutputHead) -> Bool[Tensor, " vocab"]:
+    """Tokens with a bias of -inf."""
+    if head.bias is None:
+        return torch.zeros(head.vocab_size, dtype=torch.bool, device=head.weight.device)
+    return head.bias.detach().isinf()
+
+
+def pseudo_inverse(rows: Float[Tensor, "shared hidden"]) -> Float[Tensor, "shared hidden"]:
+    """The transposed Moore-Penrose inverse X of a tall matrix: X.T @ rows is the identity at full column rank.
+
+    By way of the Gram matrix in float64, which costs a fraction of a singular value decomposition.
+    """
+    gram = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    for block in torch.split(rows, _BLOCK):
+        wide = block.double()
+        gram.addmm_(wide.T, wide)
+    return rows @ torch.linalg.pinv(gram, rtol=RTOL, hermitian=True).to(rows.dtype)
+
+
+def _shared_rows(head: OutputHead, ids: Int[Tensor, " shared"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weight and bias of these tokens; zeros for a bias that the head hasn't."""
+    own = ids.to(head.weight.device)
+    rows = head.weight[own].to(ids.device, dtype)
+    return rows, rows.new_zeros(len(ids)) if head.bias is None else head.bias[own].to(rows)

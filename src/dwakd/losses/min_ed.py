@@ -1,0 +1,198 @@
+"""MinED: the teacher's distribution, carried over token by token to the nearest spelling (arXiv 2401.10491)."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from dwakd.align.offsets import starts
+from dwakd.align.vocab import nearest_tokens
+from dwakd.batch import LossOutput, ModelSide
+from dwakd.kernels.head_loss import Chunk, Criterion, HeadRows, forward_kl, head_loss
+from dwakd.kernels.head_loss.statistics import blocks, pick, raise_to, scratch, subtract_at
+from dwakd.losses.attention import TeacherScale
+from dwakd.losses.base import DistillationLoss, check_range, head_rows, reduce_terms, require_teacher
+from dwakd.losses.packing import example_ids
+from dwakd.losses.pair import ModelPair
+
+VOCABULARY_MAPS = ("sum", "first")
+DROPPED = -1
+
+
+class MinEdLoss(DistillationLoss):
+    """L = (1 - r) CE + r KD, KD = sum_i KL(m_i || p^s_i) at temperature tau.
+
+    m_i is the teacher's distribution of the aligned row, each token's probability given to the student's token of least
+    edit distance; where no row is aligned, all of it is on the target, and KD is a second cross-entropy. Rows
+    are aligned by dynamic time warping over the spelling of the tokens *read*, once for the data set: a row counts
+    where exactly one of the teacher's falls on it and the two tokens map onto each other.
+
+    Gradient: the student's rows and head.
+
+    Args:
+        pair: vocabularies and heads. The teacher's columns without a counterpart (special tokens, padding of the head)
+            take no part in m.
+        kd_rate: r; the published port uses 0.5.
+        temperature: softens both sides; no tau^2 factor. The port uses 2.0.
+        vocabulary_map: of several teacher tokens that fall on one token of the student, "sum" adds up the
+            probabilities; "first" keeps the one with the lowest id, as the port does, and drops the others.
+        same_prefix: further ask that both models have read the same bytes at an aligned row. Neither the paper nor the
+            port does.
+
+    Raises:
+        ValueError: an option out of range or unknown.
+
+    References:
+        Wan et al. 2024 (FuseLLM), of which this is the alignment: the fusion of several teachers, the top-10 of stored
+        logits and the weight 0.9 of the cross-entropy are not taken over. Port: songmzhang/DSKD; in float32 its targets
+        overwrite the student's logits, ours touch nothing.
+    """
+
+    terms: ClassVar[tuple[str, ...]] = ("ce", "kd")
+    needs_pair: ClassVar[bool] = True
+    needs_edit_alignment: ClassVar[bool] = True
+    student_of: Int[Tensor, " t_vocab"]
+
+    def __init__(
+        self,
+        *,
+        pair: ModelPair,
+        kd_rate: float = 0.5,
+        temperature: float = 2.0,
+        vocabulary_map: str = "sum",
+        same_prefix: bool = False,
+    ) -> None:
+        super().__init__()
+        check_range(kd_rate=(kd_rate, 0, 1), temperature=(temperature, 1e-3, float("inf")))
+        if vocabulary_map not in VOCABULARY_MAPS:
+            raise ValueError(f"unknown vocabulary_map {vocabulary_map!r}; valid ones: {', '.join(VOCABULARY_MAPS)}")
+        self.kd_rate, self.temperature, self.same_prefix = kd_rate, temperature, same_prefix
+        ends = None if pair.end_tokens is None else pair.end_tokens[::-1]
+        found = nearest_tokens(pair.teacher_tokens, pair.student_tokens, ends)
+        student_of = torch.full((pair.teacher_head.vocab_size,), DROPPED)
+        student_of[: len(found)] = found
+        if vocabulary_map == "first":
+            student_of = firsts_only(student_of)
+        self.register_buffer("student_of", student_of, persistent=False)
+
+    def forward(
+        self,
+        student: ModelSide,
+        teacher: ModelSide | None = None,
+        *,
+        num_tokens: Tensor | float | None = None,
+        teacher_scale: TeacherScale | None = None,
+    ) -> LossOutput:
+        teacher = require_teacher(teacher, "min_ed")
+        rows, aligned = aligned_teacher_rows(student, teacher, same_prefix=self.same_prefix)
+        criterion = CarriedOver(student.target_ids, aligned, self.student_of, self.temperature, self.kd_rate)
+        carried = HeadRows(teacher.hidden.detach()[rows], teacher.head.detached(), student.lengths)
+        output = head_loss([head_rows(student), carried], criterion)
+        return reduce_terms(
+            output.terms, {}, len(student.target_ids) if num_tokens is None else num_tokens, total=output.loss
+        )
+
+
+class CarriedOver(Criterion):
+    """Terms `ce` and `kd` = KL(m || p^s) of the student's rows and of the teacher's that are aligned with them.
+
+    Args:
+        targets: one token per row.
+        aligned: whether the teacher's row is one to learn from.
+        student_of: the student's token for each of the teacher's, or `DROPPED`.
+        temperature: softens both sides of `kd`.
+        kd_rate: of `kd` in the loss; the rest is that of `ce`.
+    """
+
+    def __init__(
+        self,
+        targets: Int[Tensor, " tokens"],
+        aligned: Bool[Tensor, " tokens"],
+        student_of: Int[Tensor, " t_vocab"],
+        temperature: float,
+        kd_rate: float,
+    ) -> None:
+        super().__init__({"ce": 1 - kd_rate, "kd": kd_rate})
+        self.targets, self.aligned, self.temperature = targets, aligned, temperature
+        self.dropped = (student_of == DROPPED).nonzero().squeeze(1)
+        self.student_of = student_of.clamp(min=0)
+
+    def terms(self, logits: Sequence[Tensor], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
+        own, theirs = logits
+        targets, aligned = self.targets[chunk.rows[0]], self.aligned[chunk.rows[0]]
+        probs = (theirs.detach() / self.temperature).index_fill(1, self.dropped, float("-inf")).softmax(-1)
+        carried = torch.zeros_like(own).index_add(1, self.student_of, probs)
+        one_hot = torch.nn.functional.one_hot(targets, own.shape[1]).to(carried.dtype)
+        kd = forward_kl(torch.where(aligned[:, None], carried, one_hot).log(), (own / self.temperature).log_softmax(-1))
+        return {"ce": torch.nn.functional.cross_entropy(own, targets, reduction="none"), "kd": kd}
+
+    def differentiate(
+        self,
+        logits: Sequence[Tensor],
+        chunk: Chunk,
+        statistics: dict[str, Tensor],
+        weights: Tensor | None,
+        needs: Sequence[bool],
+    ) -> dict[str, Tensor]:
+        own = logits[0].t()
+        targets, aligned = self.targets[chunk.rows[0]], self.aligned[chunk.rows[0]].to(own.dtype)
+        carried, scale = self._carried(own, logits[1].t(), aligned)
+        tau = self.temperature
+        base = max(tau, 1.0)  # exp(x / base) gives both temperatures without an underflow
+        peak, chosen = own.amax(0), pick(own, targets)
+        total, soft_total, negative_entropy = (torch.zeros_like(peak) for _ in range(3))
+        cross = (1 - aligned) * (chosen - peak)
+        tiny = torch.finfo(own.dtype).tiny
+        work, powers = scratch(own, 2)
+        for block in blocks(own):
+            x, power = (buffer[: block.stop - block.start] for buffer in (work, powers))
+            probs = carried[block].mul_(scale)
+            torch.sub(own[block], peak, out=x)
+            cross += torch.mul(x, probs, out=power).sum(0)
+            kept = torch.exp(x.mul_(1 / base), out=own[block])
+            soft_total += (kept if tau == base else raise_to(kept, base / tau, power)).sum(0)
+            total += raise_to(kept, base, power).sum(0)
+            negative_entropy += torch.clamp(probs, min=tiny, out=power).log_().mul_(probs).sum(0)
+        if needs[0]:
+            ce_rate, kd_rate = self.rates["ce"], self.rates["kd"] / tau
+            for block in blocks(own):
+                kept, power = own[block], powers[: block.stop - block.start]
+                raise_to(kept, base / tau, power).mul_(kd_rate / soft_total).sub_(carried[block], alpha=kd_rate)
+                raise_to(kept, base, kept).mul_(ce_rate / total).add_(power)
+            subtract_at(own, targets, ce_rate + kd_rate * (1 - aligned))
+        return {"ce": total.log() + peak - chosen, "kd": negative_entropy - cross / tau + soft_total.log()}
+
+    def _carried(self, own: Tensor, theirs: Tensor, aligned: Tensor) -> tuple[Tensor, Tensor]:
+        """m in columns, 0 where no row is aligned, up to a factor per column; overwrites the teacher's logits."""
+        theirs.index_fill_(0, self.dropped, float("-inf"))
+        peak, total = theirs.amax(0), torch.zeros_like(aligned)
+        for block in blocks(theirs):
+            total += theirs[block].sub_(peak).mul_(1 / self.temperature).exp_().sum(0)
+        return torch.zeros_like(own).index_add_(0, self.student_of, theirs), aligned / total
+
+
+def aligned_teacher_rows(
+    student: ModelSide, teacher: ModelSide, *, same_prefix: bool
+) -> tuple[Int[Tensor, " s_tokens"], Bool[Tensor, " s_tokens"]]:
+    """For each student row a teacher's row in the packed batch, and whether the two are aligned."""
+    if student.aligned_rows is None:
+        raise ValueError("method min_ed needs aligned_rows on the student's side")
+    within = student.aligned_rows
+    aligned = within >= 0
+    firsts = (teacher.lengths.cumsum(0) - teacher.lengths)[example_ids(student.lengths, len(within))]
+    rows = firsts + within.clamp(min=0)
+    if same_prefix:
+        read = [starts(side.byte_ends, side.lengths) for side in (student, teacher)]
+        aligned = aligned & (read[0] == read[1][rows])
+    return rows, aligned
+
+
+def firsts_only(student_of: Int[Tensor, " t_vocab"]) -> Int[Tensor, " t_vocab"]:
+    """The map without the teacher tokens that fall on the same student token as one with a lower id."""
+    size = int(student_of.max()) + 1
+    ids = torch.arange(len(student_of))
+    mapped = student_of != DROPPED
+    first = torch.full((size,), len(student_of)).scatter_reduce(0, student_of[mapped], ids[mapped], "amin")
+    return student_of.where(mapped & (first[student_of.clamp(min=0)] == ids), DROPPED)

@@ -1,0 +1,72 @@
+"""Sorted distances: values known by hand, and the compiled kernel against its plain twin."""
+
+import pytest
+import torch
+
+from dwakd.kernels import sorted_distance
+
+IMPLS = ("naive", "cpu")
+both_impls = pytest.mark.parametrize("impl", IMPLS)
+
+
+def probabilities(rows: int, vocab: int, seed: int, scale: float = 3.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(rows, vocab, generator=generator)).softmax(-1)
+
+
+@both_impls
+def test_values_of_the_specification(impl):
+    """Ranks compared from the wrong end, or without the zeros of the smaller vocabulary, give another number."""
+    p, q = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.1, 0.5, 0.15, 0.25]])
+    assert sorted_distance(p, q, impl=impl)[0].item() == pytest.approx(0.4, abs=1e-6)
+    assert sorted_distance(q, p, impl=impl)[0].item() == pytest.approx(0.4, abs=1e-6)
+    one_hot, uniform = torch.eye(8)[:1], torch.full((1, 8), 1 / 8)
+    assert sorted_distance(one_hot, uniform, impl=impl)[0].item() == pytest.approx(2 * (1 - 1 / 8), abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 9, 9), (7, 3000, 5000), (3, 5000, 3000), (0, 4, 6)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_compiled_kernel_is_its_twin(shape, threads):
+    """The radix sort and the shares of threads must change neither value nor gradient."""
+    rows, vocab, other = shape
+    p, q = probabilities(rows, vocab, 0), probabilities(rows, other, 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = sorted_distance(p, q, impl="cpu")
+    finally:
+        torch.set_num_threads(before)
+    expected = sorted_distance(p.double(), q.double(), impl="naive")
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=2e-6, rtol=1e-5)
+
+
+@both_impls
+def test_rows_of_equal_values_and_of_zeros(impl):
+    """Impossible tokens and half-precision logits give many equal probabilities: no place may be lost."""
+    p = torch.tensor([[0.25, 0.25, 0.25, 0.25, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    q = torch.tensor([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0]])
+    distance, slope = sorted_distance(p, q, impl=impl)
+    torch.testing.assert_close(distance, torch.tensor([1.0, 0.0]))
+    assert slope.sum(-1).abs().max() < 1e-6
+    assert slope[1].abs().max() == 0
+
+
+@both_impls
+def test_the_gradient_is_that_of_the_logits(impl):
+    """The gradient by hand against autograd through sort."""
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    q = probabilities(4, 40, 6)
+    gap = torch.nn.functional.pad(q.sort(-1, descending=True).values, (0, 10))
+    value = (logits.softmax(-1).sort(-1, descending=True).values - gap).abs().sum()
+    (expected,) = torch.autograd.grad(value, logits)
+    torch.testing.assert_close(sorted_distance(logits.softmax(-1), q, impl=impl)[1], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_bad_arguments_are_named():
+    """A kernel that quietly takes another way hides that it is slow."""
+    p = probabilities(2, 5, 0)
+    with pytest.raises(ValueError, match="unknown impl 'gpu'; valid are 'auto', 'naive', 'cpu'"):
+        sorted_distance(p, p, impl="gpu")
+    with pytest.raises(ValueError, match=r"takes float32 on the CPU, got torch\.float64"):
+        sorted_distance(p.double(), p.double(), impl="cpu")

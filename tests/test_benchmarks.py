@@ -1,0 +1,72 @@
+"""Benchmarks measure the same loss as ours, or their ratios mean nothing."""
+
+import json
+import sys
+
+import pytest
+import torch
+from benchmarks import cache, plain, step
+from benchmarks.workload import Sizes, build_models
+
+from dwakd.losses import build_loss
+from dwakd.training.teacher import side_rows
+
+SMALL = ["--batch=2", "--length=24", "--response=8", "--student-vocab=90", "--teacher-vocab=110"]
+SMALL += ["--student-hidden=64", "--teacher-hidden=64", "--student-layers=1", "--teacher-layers=1"]
+SIZES = Sizes(2, 24, 8, 90, 64, 1, 110, 64, 1)
+
+
+def test_plain_steps_are_our_losses():
+    """A plain reading that computes something cheaper would make us look slow, a dearer one fast."""
+    contest, (student, _) = step.Contest(SIZES), build_models(SIZES)
+    rows, teacher = side_rows(student, contest.batch, "student"), contest.teacher.rows(contest.batch)
+    dskd = build_loss("dskd", widths=contest.widths)
+    value = plain.response_dskd(student, contest.teacher.model, dskd.projectors, contest.batch)
+    torch.testing.assert_close(value, dskd(rows, teacher).loss, rtol=1e-4, atol=1e-5)
+    ce = build_loss("sft")(rows).loss
+    for function in (plain.sft_response, plain.sft_all_positions):
+        torch.testing.assert_close(function(student, contest.batch), ce, rtol=1e-4, atol=1e-5)
+
+
+def test_published_dwa_kd_without_prompt_and_padding(monkeypatch):
+    """Where every position is a response position the published structure and ours are the same method."""
+    sizes = Sizes(2, 8, 8, 90, 64, 1, 110, 64, 1)
+    contest, (student, _) = step.Contest(sizes), build_models(sizes)
+    for side in ("student", "teacher"):
+        contest.batch[f"{side}_response_mask"][:] = True
+        contest.batch[f"{side}_attention_mask"][:] = 1
+    loss = build_loss("dwa_kd", widths=contest.widths)
+    rows, teacher = side_rows(student, contest.batch, "student"), contest.teacher.rows(contest.batch)
+    value = plain.published_dwa_kd(student, contest.teacher.model, loss.projectors, contest.batch)
+    torch.testing.assert_close(value, loss(rows, teacher).loss, rtol=1e-4, atol=1e-5)
+
+
+def test_step_writes_a_signed_result(tmp_path, monkeypatch, capsys):
+    """A number without sizes, versions and commit cannot be had again."""
+    path = tmp_path / "step.json"
+    monkeypatch.setattr(sys, "argv", ["step", *SMALL, "--rounds=1", "--threads=1", f"--output={path}"])
+    step.main()
+    result = json.loads(path.read_text())
+    assert {"torch", "cpu", "threads", "commit", "options"} <= set(result["signature"])
+    (one,) = result["results"]
+    assert set(one["median_seconds"]) == set(step.NAMES)
+    assert "dwa_kd / products" in capsys.readouterr().out
+
+
+def test_help_explains_the_contestants(monkeypatch, capsys):
+    """The name of a contestant says little."""
+    monkeypatch.setattr(sys, "argv", ["step", "--help"])
+    with pytest.raises(SystemExit):
+        step.main()
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("published_dskd", "response rows selected first"))
+
+
+def test_cache_writes_a_signed_result(tmp_path, monkeypatch):
+    """What a cache saves is measured with a cache on the disk."""
+    path = tmp_path / "cache.json"
+    monkeypatch.setattr(sys, "argv", ["cache", *SMALL, "--rows=4", "--rounds=1", "--threads=1", f"--output={path}"])
+    cache.main()
+    (one,) = json.loads(path.read_text())["results"]
+    assert set(one["median_seconds"]) == set(cache.NAMES)
+    assert one["disk"]["bytes_per_response_token"] == 64 * 4
