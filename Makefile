@@ -27,14 +27,14 @@ test: $(STAMP) ## run the test suite (under ten minutes, no network)
 	$(BIN)/pytest -n 2
 
 check: $(STAMP) ## lint, format, types, spelling
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/typos
 
 format: $(STAMP) ## format and mend what ruff can mend
-	$(BIN)/ruff check --fix src tests
-	$(BIN)/ruff format src tests
+	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks
 
 clean: ## remove the environment, caches and demo runs
 	rm -rf $(VENV) demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis

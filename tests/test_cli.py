@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 from dwakd.cli import main
 from tests.builders import byte_bpe, tiny_model, unigram_byte_fallback
@@ -73,7 +74,7 @@ def test_train_eval_and_resume(workspace, tmp_path, monkeypatch, capsys):
         monkeypatch, capsys, "train", workspace / "recipe.yaml", "loss.temperature=3", "-o", output, "--resume"
     )
     assert code == 2
-    assert "another recipe" in one_sentence(err)
+    assert "loss.temperature is unset there" in one_sentence(err)
     code, out, _ = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *extra, "-o", output, "--resume")
     assert code == 0
 
@@ -122,7 +123,7 @@ def test_shrink(workspace, tmp_path, monkeypatch, capsys):
 
 BAD = {
     "unknown option": (["loss.tau=2"], r"loss\.tau"),
-    "unknown method": (["loss.method=dwakd"], "valid ones: sft, dskd, dwa_kd"),
+    "unknown method": (["loss.method=dwakd"], "valid ones: sft, "),
     "unknown section": (["lose.method=sft"], "unknown option lose; did you mean loss"),
     "unknown training option": (["training.learning_rat=1"], "did you mean learning_rate"),
     "unknown peft option": (["student.peft={rank: 4}"], r"unknown option student\.peft\.rank"),
@@ -138,6 +139,22 @@ BAD = {
     "prompt too long": (["data.max_prompt_length=2"], "max_prompt_length"),
     "dtype": (["student.dtype=float12"], "unknown dtype"),
     "unreadable optimiser": (["training.optim=fancy"], "training options"),
+    "mistyped training option": (["training.learning_rate=abc"], "training.learning_rate must be float"),
+    "training option out of range": (["training.per_device_train_batch_size=0"], "must be at least 1"),
+    "mistyped loss option": (["loss.gate=5"], "loss.gate must be bool"),
+    "unknown kernel": (["loss.impl=foo"], "valid ones: auto, naive, cpu"),
+    "unknown tracker": (["training.report_to=foo"], "foo is not supported"),
+    "absent tracker": (["training.report_to=wandb"], "pip install wandb"),
+    "peft value": (["student.peft={r: -4}"], "student.peft"),
+    "peft target": (["student.peft={target_modules: [foo]}"], "foo"),
+    "peft on the head": (["student.peft={target_modules: [lm_head]}"], "modules_to_save"),
+    "evaluation without data": (["training.eval_strategy=steps"], "give data.eval"),
+    "best without data": (["training.metric_for_best_model=ce"], "give data.eval"),
+    "collator's columns": (["training.remove_unused_columns=true"], "must stay False"),
+    "no such test set": (["evaluation.test=[nowhere.jsonl]"], "nowhere.jsonl"),
+    "no seeds": (["evaluation.seeds=0"], "evaluation.seeds must be at least 1"),
+    "order": (["training.train_sampling_strategy=foo"], "valid ones: random"),
+    "fsdp alone": (["training.fsdp=full_shard"], "distributed"),
 }
 
 
@@ -172,6 +189,48 @@ def test_mistakes_in_the_data(name, workspace, tmp_path, monkeypatch, capsys):
     assert code == 2, err
     assert message in one_sentence(err)
     assert file_name in one_sentence(err)
+
+
+def test_best_metric_is_checked_before_training(workspace, tmp_path, monkeypatch, capsys):
+    """transformers finds out after the first evaluation, when an epoch is lost."""
+    recipe = [workspace / "recipe.yaml", f"data.eval={workspace / 'data.jsonl'}", "-o", tmp_path / "run"]
+    code, _, err = run(monkeypatch, capsys, "train", *recipe, "training.metric_for_best_model=foo")
+    assert code == 2
+    assert "bits_per_byte" in one_sentence(err)
+    code, _, err = run(monkeypatch, capsys, "train", *recipe, "training.metric_for_best_model=rouge_l")
+    assert code == 2
+    assert "training.eval_rouge_l=true" in one_sentence(err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_names_what_differs_and_passes_over_a_broken_checkpoint(
+    workspace, tmp_path, monkeypatch, capsys, caplog
+):
+    """Another recipe in the same folder mixes two runs; longer training of the same one is what resuming is for."""
+    base = ["train", workspace / "recipe.yaml", "-o", tmp_path / "run"]
+    base += ["training.save_strategy=steps", "training.save_steps=1"]
+    code, _, err = run(monkeypatch, capsys, *base)
+    assert code == 0, err
+    code, _, err = run(monkeypatch, capsys, *base, "loss.temperature=3", "--resume")
+    assert code == 2
+    assert "loss.temperature is unset there and 3 here" in one_sentence(err)
+    (tmp_path / "run" / "checkpoint-2" / "distillation.safetensors").unlink()
+    code, _, err = run(monkeypatch, capsys, *base, "training.max_steps=3", "--resume")
+    assert code == 0, err
+    assert "checkpoint-2 is not whole" in caplog.text
+    steps = [
+        entry["step"] for entry in json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    ]
+    assert steps == [1, 2, 3, 3]
+    (tmp_path / "file").write_text("mine")
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", "-o", tmp_path / "file")
+    assert code == 2
+    assert "is a file" in one_sentence(err)
+    twice = (workspace / "recipe.yaml").read_text() + "loss: {method: sft}\n"
+    (tmp_path / "twice.yaml").write_text(twice)
+    code, _, err = run(monkeypatch, capsys, "train", tmp_path / "twice.yaml")
+    assert code == 2
+    assert "loss is given twice" in one_sentence(err)
 
 
 def test_more_mistakes(workspace, tmp_path, monkeypatch, capsys):
@@ -217,8 +276,14 @@ def test_help_and_methods(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "methods")
     assert code == 0
     assert "dwa_kd" in out
+    monkeypatch.setattr("dwakd.cli.console", Console(width=80))
     code, out, _ = run(monkeypatch, capsys, "methods", "dwa_kd")
-    assert "loss.band_blend" in out
+    assert re.search(r"band_blend +0\.7 +alpha\. +between 0 and 1", out)
+    assert re.search(r"weight_normalisation +null .* product,", out), "names are whole and allowed values shown"
+    assert re.search(r"gate_warmup_steps +0 .* whole, at least 0", out)
+    assert re.search(r"gamma_end +null .* at least 1e-06", out)
+    assert "KD^stu = sum_i w_i D(p^{t->s}_i || p^s_i) and KD^tea" in " ".join(out.split()), "the formula as written"
+    assert max(map(len, out.splitlines())) <= 80
     code, _, err = run(monkeypatch, capsys, "methods", "nothing")
     assert code == 2
     assert "valid ones" in one_sentence(err)
@@ -243,16 +308,15 @@ def test_imports_point_one_way():
         assert result.returncode == 0, f"{module} imports {forbidden}: {result.stderr.decode()}"
 
 
-def test_recipes_of_the_repository_load():
-    """A recipe that a user copies must be one that is read."""
-    from dwakd.config import load_recipe
-    from dwakd.losses import build_loss, method_class
-    from dwakd.training.run import training_config
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml")), ids=lambda path: path.stem
+)
+def test_recipes_of_the_repository_load(path):
+    """A recipe that a user copies must be one that is read, with options that its methods take."""
+    from dwakd.compare.plan import variants_of
+    from dwakd.config import CompareSection, load_recipe
+    from dwakd.training.run import check_options
 
-    recipes = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
-    assert recipes
-    for path in recipes:
-        recipe = load_recipe(path)
-        training_config(recipe, "unused")
-        if not method_class(recipe.method).needs_widths:
-            build_loss(recipe.method, recipe.loss_options)
+    recipe = load_recipe(path, ["training.bf16=false", "training.use_cpu=true"])
+    check_options(recipe, "unused")
+    variants_of(recipe, recipe.compare or CompareSection(methods=[recipe.method]), ablation=False)

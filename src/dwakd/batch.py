@@ -26,6 +26,8 @@ class ModelSide:
         lengths: rows per example; they sum to tokens.
         byte_ends: offset in the response's UTF-8 bytes at which the predicted token ends (end-of-sequence: the length).
         head: hidden rows to logits.
+        aligned_rows: of a student whose method asks for it: the teacher's row that each row is paired with by spelling,
+            counted within the example; -1 for none.
     """
 
     hidden: Float[Tensor, "tokens hidden"]
@@ -35,6 +37,7 @@ class ModelSide:
     lengths: Int[Tensor, " batch"]
     byte_ends: Int[Tensor, " tokens"]
     head: OutputHead
+    aligned_rows: Int[Tensor, " tokens"] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The command line: `dwakd train | eval | shrink | demo | methods`."""
+"""The command line: `dwakd train | eval | similarity | compare | shrink | demo | methods`."""
 
 from __future__ import annotations
 
@@ -80,6 +80,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of each set.")] = None,
     greedy: Annotated[bool, typer.Option(help="Also report greedy answers.")] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace results of these sets that were got with other options.")
+    ] = False,
 ) -> None:
     """Answer test sets and score them: ROUGE-L over seeds, exact match, bits per byte.
 
@@ -103,8 +106,78 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         greedy=greedy,
+        overwrite=overwrite,
     )
     console.print(table)
+
+
+@app.command()
+def similarity(
+    students: Annotated[list[str], typer.Argument(help="One or more: folder, hub id, gguf:PATH, package:NAME/FILE.")],
+    teacher: Annotated[str, typer.Option("--teacher", "-t", help="The teacher, likewise.")],
+    data: Annotated[str, typer.Option("--data", "-d", help="Prompts with responses: a file or a hub id.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for every value.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to merge into the teacher.")] = None,
+    template: Annotated[str, typer.Option(help="alpaca, chat, plain or a format string.")] = "alpaca",
+    prompt: Annotated[str | None, typer.Option(help="Column of the prompt.")] = None,
+    response: Annotated[str | None, typer.Option(help="Column of the response.")] = None,
+    input_column: Annotated[str | None, typer.Option("--input", help="Column of the optional input.")] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Most tokens of prompt and response.")] = 512,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of the data.")] = 100,
+) -> None:
+    """Compare how students and a teacher relate the parts of a text to each other, whatever their tokenizers.
+
+    Hidden states are pooled over the spans that both tokenisations share; box plots of the distances of their cosine and
+    inner-product matrices, over texts.
+    """
+    _hush_transformers()
+    from dwakd.evaluation.structure_run import compare_structures
+
+    columns = {"prompt": prompt, "response": response, "input": input_column}
+    report = compare_structures(
+        students,
+        teacher,
+        data,
+        adapter=adapter,
+        template=template,
+        columns=columns,
+        limit=limit,
+        max_length=max_length,
+        output=output,
+    )
+    console.print(report)
+
+
+@app.command()
+def compare(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file; its section compare names methods and seeds.")],
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the comparison; compare/NAME of the recipe by default."),
+    ] = None,
+    methods: Annotated[str | None, typer.Option(help="Methods, with commas between; as in the recipe, or all.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Training seeds, with commas between: 1,2,3.")] = None,
+    ablation: Annotated[bool, typer.Option("--ablation", help="The rows of the paper's ablation instead.")] = False,
+    lr_sweep: Annotated[
+        bool, typer.Option("--lr-sweep", help="First choose learning rate and loss weight for each on the dev set.")
+    ] = False,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time.")] = 1,
+) -> None:
+    """Train every method from the same start on the same data, with several seeds, and put them into one table.
+
+    Started again, it goes on with what isn't finished. A method that fails is a line that says why.
+    """
+    _hush_transformers()
+    from dwakd.compare.compare import compare_methods
+    from dwakd.config import load_recipe
+
+    chosen = [f"compare.methods=[{methods}]"] if methods else []
+    chosen += [f"compare.seeds=[{seeds}]"] if seeds else []
+    loaded = load_recipe(recipe, [*(overrides or []), *chosen])
+    folder = output or Path("compare") / recipe.stem
+    console.print(compare_methods(loaded, folder, ablation=ablation, lr_sweep=lr_sweep, jobs=jobs))
+    console.print(f"runs, logs and every number: [bold]{folder}[/bold]", soft_wrap=True)
 
 
 @app.command()
@@ -166,22 +239,9 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="Show this method's options and what they mean.")] = None,
 ) -> None:
     """List the methods, or the options of one with their defaults."""
-    from rich.table import Table
+    from dwakd.describe import method_page, methods_table
 
-    from dwakd.losses import METHODS, method_class, method_options
-
-    if name is not None:
-        console.print((method_class(name).__doc__ or "").strip(), highlight=False, markup=False)
-        table = Table("option", "default")
-        for option, default in method_options(name).items():
-            table.add_row(f"loss.{option}", repr(default))
-        console.print(table)
-        return
-    table = Table("method", "teacher", "what it does")
-    for word, method in METHODS.items():
-        module = sys.modules[method.__module__]
-        table.add_row(word, "yes" if method.needs_teacher else "no", (module.__doc__ or "").splitlines()[0])
-    console.print(table)
+    console.print(methods_table() if name is None else method_page(name))
 
 
 def _hush_transformers() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import types
 import typing
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from dwakd.errors import UserError
+from dwakd.options import check_type, unknown_option
 
 RECIPE_FILE = "dwakd-recipe.yaml"
 """The resolved recipe in a run's folder."""
@@ -71,6 +71,15 @@ class EvaluationSection:
 
 
 @dataclass
+class CompareSection:
+    """What `dwakd compare` runs: methods (all that fit if empty), training seeds, and options by method."""
+
+    methods: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [1])
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class Recipe:
     """A whole run. `loss` holds `method` and its options; `training` goes to DistillConfig unchanged."""
 
@@ -80,6 +89,7 @@ class Recipe:
     loss: dict[str, Any] = field(default_factory=lambda: {"method": "dwa_kd"})
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    compare: CompareSection | None = None
 
     @property
     def method(self) -> str:
@@ -95,7 +105,16 @@ class Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 5e-4 as a string; everybody who writes it means a number."""
+    """YAML 1.1 reads 5e-4 as a string, where everybody means a number, and lets the last of two equal keys win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value} is given twice", problem_mark=key.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -155,14 +174,6 @@ def recipe_from_dict(content: dict[str, Any]) -> Recipe:
     return recipe
 
 
-def unknown_option(name: str, word: str, valid: list[str]) -> UserError:
-    """The error for an option that doesn't exist: it names the nearest, or all."""
-    near = difflib.get_close_matches(word, valid, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    shown = ", ".join(valid) if len(valid) <= 40 else f"{len(valid)} of them"
-    return UserError(f"unknown option {name}; {hint}valid ones: {shown}")
-
-
 def _section(cls: type[Any], content: Any, prefix: str) -> Any:
     if not isinstance(content, dict):
         raise UserError(f"{prefix.rstrip('.')} must be a section with options, got {content!r}")
@@ -185,14 +196,5 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     for option in options:
         if dataclasses.is_dataclass(option):
             return _section(typing.cast("type[Any]", option), value, f"{name}.")
-    plain = tuple(typing.get_origin(option) or option for option in options)
-    if isinstance(value, bool) and bool not in plain:
-        matches = False
-    elif list in plain and isinstance(value, list):
-        matches = all(isinstance(item, str) for item in value)
-    else:
-        matches = isinstance(value, plain)
-    if not matches:
-        names = " or ".join("nothing" if kind is types.NoneType else kind.__name__ for kind in plain)
-        raise UserError(f"{name} must be {names}, got {value!r}")
+    check_type(hint, value, name)
     return value

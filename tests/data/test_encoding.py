@@ -187,3 +187,15 @@ def test_mistakes_are_named() -> None:
         TextEncoder(byte_bpe(), bos="always")
     with pytest.raises(UserError, match=r"data\.template 'vicuna' is unknown"):
         TextEncoder(byte_bpe(), "vicuna")
+
+
+@pytest.mark.parametrize("build", [byte_bpe, bpe_byte_fallback, unigram_byte_fallback, wordpiece])
+def test_token_bytes_know_every_token_of_the_vocabulary(build: Callable[[], PreTrainedTokenizerFast]) -> None:
+    """Methods match vocabularies by these bytes: a Ġ that is no space matches nothing of SentencePiece."""
+    text = TextEncoder(build(), "plain")
+    table = text.token_bytes()
+    assert len(table) == max(text.tokenizer.get_vocab().values()) + 1
+    assert table[text.tokenizer.eos_token_id] is None
+    ids, _ = text.response_ids("the cat sat")
+    spelled = b"".join(table[index] or b"" for index in ids)
+    assert spelled.replace(b" ", b"") == b"thecatsat"

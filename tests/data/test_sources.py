@@ -75,7 +75,12 @@ def test_hub_ids_go_to_load_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources.datasets, "load_dataset", load_dataset)
     assert len(load_examples("org/name:main", split="train[:3]")) == 3
     load_examples("org/name")
-    assert calls == [("org/name", "main", {"split": "train[:3]"}), ("org/name", None, {"split": "train"})]
+    load_examples("org/name:main@train[3:9]", split="validation")
+    assert calls == [
+        ("org/name", "main", {"split": "train[:3]"}),
+        ("org/name", None, {"split": "train"}),
+        ("org/name", "main", {"split": "train[3:9]"}),
+    ]
     assert error_of("no/such", split="test").startswith("cannot load the data set 'no/such' (split 'test')")
     assert "and more" not in error_of("no/such")
 
@@ -239,6 +244,7 @@ def test_missing_files_and_columns_are_named(tmp_path: Path) -> None:
     ("messages", "message"),
     [
         ([{"role": "user", "content": "a"}], "no assistant turn"),
+        ("hello", "not a list of turns"),
         ([{"role": "assistant", "content": "a"}], "must be the user's"),
         (
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}],

@@ -1,5 +1,6 @@
 """Bits per byte against sums by hand."""
 
+import logging
 import math
 from typing import Any
 
@@ -88,3 +89,21 @@ def test_model_is_left_as_it_was() -> None:
     value = bits_per_byte(model, encoder, EXAMPLES).value
     assert bits_per_byte(model.train(), encoder, EXAMPLES).value == value, "no dropout in an evaluation"
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+def test_a_model_with_few_positions_cuts_like_max_length(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A response beyond the model's positions is an IndexError in GPT-2 and nonsense in Llama."""
+    positions = 48
+    encoder = TextEncoder(byte_bpe(), "plain")
+    model = tiny_model(family, VOCAB, **{"n_positions" if family == "gpt2" else "max_position_embeddings": positions})
+    long = Example(0, "Count.", response=" ".join(map(str, range(100))))
+    result = bits_per_byte(model, encoder, [long], max_length=512)
+    assert result == bits_per_byte(model, encoder, [long], max_length=positions)
+    assert result.num_truncated == 1
+    endless = Example(0, "Count to a hundred. " * 20, response="1")
+    with caplog.at_level(logging.WARNING, logger="dwakd.evaluation.bits_per_byte"):
+        assert bits_per_byte(model, encoder, [long, endless]) == result
+    assert f"1 of 2 rows: their prompts fill {positions} tokens" in caplog.text
+    with pytest.raises(UserError, match=f"prompt below {positions} tokens"):
+        bits_per_byte(model, encoder, [endless])

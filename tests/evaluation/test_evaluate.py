@@ -3,19 +3,23 @@
 import io
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
 from dwakd.evaluation.bits_per_byte import bits_per_byte
-from dwakd.evaluation.evaluate import Evaluation, evaluate_model, evaluation_table, write_evaluation
+from dwakd.evaluation.evaluate import Evaluation, evaluate_model
 from dwakd.evaluation.generate import generate_answers
+from dwakd.evaluation.report import evaluation_table, write_evaluation
 from dwakd.evaluation.rouge import exact_match, rouge_l
+from dwakd.evaluation.signature import data_identity, model_identity
 from dwakd.evaluation.summary import summarise
 from tests.builders import byte_bpe, tiny_model
 
@@ -99,13 +103,66 @@ def test_unscorable_references_are_told(encoder: TextEncoder, caplog: pytest.Log
     assert "1 of 2 rows" in caplog.text
 
 
-def test_table_shows_spread_interval_and_signature(evaluation: Evaluation) -> None:
-    """A table is what gets copied into a report: it must say how its numbers were got."""
-    console = Console(width=200, file=io.StringIO())
+def shown(rows: dict[str, Evaluation], width: int = 80) -> str:
+    console = Console(width=width, file=io.StringIO())
     with console.capture() as capture:
-        console.print(evaluation_table({"teacher": evaluation, "student": evaluation}))
-    text = capture.get()
+        console.print(evaluation_table(rows))
+    return capture.get()
+
+
+def test_table_shows_spread_mean_and_signature(evaluation: Evaluation) -> None:
+    """A table is what gets copied into a report: it must say how its numbers were got."""
     assert evaluation.rouge_l is not None
+    assert evaluation.bits_per_byte is not None
+    other = replace(evaluation, rouge_l=replace(evaluation.rouge_l, mean=evaluation.rouge_l.mean + 10))
+    text = shown({"dolly": evaluation, "p3": other}, 500)
     assert f"{evaluation.rouge_l.mean:.2f} ± {evaluation.rouge_l.std:.2f}" in text
-    assert "student" in text
     assert text.count("seeds 10/20") == 1
+    (mean,) = (line.split() for line in text.splitlines() if "mean of 2 sets" in line)
+    assert mean[4] == f"{evaluation.rouge_l.mean + 5:.2f}", "unweighted mean over the sets"
+    assert mean[-1] == f"{evaluation.bits_per_byte.value:.3f}"
+
+
+def test_table_fits_80_columns(evaluation: Evaluation) -> None:
+    """Numbers that wrap inside their cells cannot be read."""
+    assert evaluation.rouge_l is not None
+    wide = replace(evaluation.rouge_l, mean=98.76, std=2.34, interval=(97.6, 99.9))
+    wide = replace(evaluation, rouge_l=wide, exact_match=wide, greedy_exact_match=wide)
+    lines = shown({"self_instruct-test": wide, "vicuna-questions": wide}).splitlines()
+    assert any("self_instruct-test" in line and "98.76 ± 2.34" in line and "97.6–99.9" in line for line in lines)
+    assert any("vicuna-questions" in line and "98.76 ± 2.34" in line for line in lines)
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_set_without_references_is_answered_without_scores(encoder: TextEncoder, tmp_path: Path) -> None:
+    """The questions of Vicuna are for a judge: their answers are what is wanted, and a score of 0 would be false."""
+    rows = [Example(0, "How?"), Example(1, "Why?")]
+    evaluation = evaluate_model(tiny_model("llama", 400), encoder, rows, seeds=(10,), **OPTIONS)
+    write_evaluation(evaluation, tmp_path / "x.json", tmp_path / "x.answers.jsonl")
+    written = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
+    assert (written["rouge_l"], written["greedy_exact_match"], written["bits_per_byte"]) == (None, None, None)
+    assert written["signature"]["references"] == "none"
+    answers = [json.loads(line) for line in (tmp_path / "x.answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(line["row"], line["rouge_l"]) for line in answers] == [(0, None), (1, None), (0, None), (1, None)]
+    text = shown({"vicuna": evaluation})
+    assert next(line for line in text.splitlines() if line.strip().startswith("vicuna")).split()[1:] == ["-"] * 6
+    assert "no references: answers without scores" in text
+    assert "mean of" not in text
+
+
+def test_signature_names_model_and_data(encoder: TextEncoder) -> None:
+    """Without digests the scores of two checkpoints in one folder, or of an edited test set, look comparable."""
+    model = tiny_model("llama", 400)
+    identity = model_identity(model, "runs/a")
+    assert identity["name"] == "runs/a"
+    assert identity == model_identity(tiny_model("llama", 400), "runs/a")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[3, 3] += 1e-3
+    assert identity["sha256"] != model_identity(model)["sha256"]
+    assert len(model_identity(model.to(torch.bfloat16))["sha256"]) == 16
+    data = data_identity(EXAMPLES, "p3/test.jsonl")
+    assert (data["name"], data["rows"]) == ("p3/test.jsonl", 2)
+    assert data["sha256"] != data_identity([EXAMPLES[0], replace(EXAMPLES[1], response="a 2")])["sha256"]
+    made = evaluate_model(tiny_model("llama", 400), encoder, EXAMPLES, do_sample=False, **OPTIONS).signature
+    assert made["model"]["sha256"] == identity["sha256"]
+    assert made["data"]["sha256"] == data["sha256"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dwakd.batch import ModelSide
-from dwakd.losses import Widths
+from dwakd.losses import ModelPair, Widths
 from dwakd.models.head import OutputHead
 
 WIDTHS = Widths(6, 8, 6, 8)
@@ -38,6 +38,9 @@ def side(examples: list[dict[str, Tensor]], name: str, head: Tensor) -> ModelSid
         lengths=lengths,
         byte_ends=torch.cat([torch.arange(1, int(n) + 1) for n in lengths]),
         head=OutputHead(head),
+        aligned_rows=torch.cat([e["aligned"] for e in examples])
+        if name == "student" and "aligned" in examples[0]
+        else None,
     )
 
 
@@ -56,8 +59,19 @@ def random_examples(
             for key, width in (("hidden", hidden), ("in", embedding), ("out", embedding)):
                 example[f"{name}_{key}"] = torch.randn(count, width, dtype=torch.float64, generator=generator)
             example[f"{name}_target"] = torch.randint(0, vocabulary, (count,), generator=generator)
+        example["aligned"] = torch.arange(s_len).where(torch.arange(s_len) % 4 != 2, -1).clamp(max=t_len - 1)
         examples.append(example)
     return examples
+
+
+def random_pair(*, widths: Widths = WIDTHS, vocabularies=(11, 13)) -> ModelPair:
+    """What a method may know of the two models: some tokens spelled alike, some not, one special token each."""
+    tokens = [
+        (*(bytes([97 + (index * step) % 23]) * (1 + index % 2) for index in range(size - 1)), None)
+        for size, step in zip(vocabularies, (1, 3), strict=True)
+    ]
+    heads = [OutputHead(head) for head in random_heads(widths=widths, vocabularies=vocabularies)]
+    return ModelPair(widths, tokens[0], tokens[1], heads[0], heads[1], (vocabularies[0] - 1, vocabularies[1] - 1))
 
 
 def random_heads(*, seed: int = 0, widths: Widths = WIDTHS, vocabularies=(11, 13)) -> tuple[Tensor, Tensor]:

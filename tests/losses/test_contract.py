@@ -10,16 +10,24 @@ from dwakd.errors import UserError
 from dwakd.kernels import head_loss
 from dwakd.losses import METHODS, TeacherScale, Widths, build_loss
 from dwakd.losses.divergences import DIVERGENCES
-from tests.losses.builders import random_examples, random_heads, side
+from tests.losses.builders import random_examples, random_heads, random_pair, side
 
 LENGTHS = [(5, 7), (9, 4), (1, 2), (6, 6)]
 WIDTHS = Widths(6, 8, 6, 8)
+PAIR = random_pair()
 
 
 @pytest.fixture(params=METHODS)
 def method(request):
     torch.manual_seed(0)
-    return request.param, build_loss(request.param, widths=WIDTHS).double()
+    return request.param, build_loss(request.param, widths=WIDTHS, pair=PAIR).double()
+
+
+def batch(loss, lengths=LENGTHS):
+    """Random rows and heads, as many rows on both sides where the models share a tokenizer."""
+    if loss.needs_same_vocabulary:
+        lengths = [(rows, rows) for rows, _ in lengths]
+    return random_examples(lengths), random_heads()
 
 
 def leaves(examples, heads):
@@ -34,7 +42,7 @@ def run(loss, examples, heads, **options):
 def test_gradient_reaches_the_student_and_own_parameters_never_the_teacher(method):
     """A teacher that receives gradient drifts towards the student; a projector without one never learns."""
     name, loss = method
-    examples, heads = random_examples(LENGTHS), random_heads()
+    examples, heads = batch(loss)
     leaves(examples, heads)
     output = run(loss, examples, heads)
     assert output.loss.ndim == 0
@@ -55,7 +63,7 @@ def test_gradient_reaches_the_student_and_own_parameters_never_the_teacher(metho
 def test_the_students_head_learns_from_its_own_logits_only(method):
     """The projected logits use the head as a constant; its gradient is that of CE and student-space KD."""
     _, loss = method
-    examples, heads = random_examples(LENGTHS), random_heads()
+    examples, heads = batch(loss)
     student, teacher = side(examples, "student", heads[0]), side(examples, "teacher", heads[1])
     head = heads[0].clone().requires_grad_()
     own_only = dataclasses.replace(student, head=dataclasses.replace(student.head, weight=head))
@@ -72,7 +80,7 @@ def test_the_students_head_learns_from_its_own_logits_only(method):
 def test_batch_order_changes_nothing(method):
     """A loss that leaks between examples depends on who sits beside whom."""
     _, loss = method
-    examples, heads = random_examples(LENGTHS), random_heads()
+    examples, heads = batch(loss)
     order = [2, 0, 3, 1]
     expected, got = run(loss, examples, heads), run(loss, [examples[i] for i in order], heads)
     for name, value in expected.terms.items():
@@ -82,7 +90,7 @@ def test_batch_order_changes_nothing(method):
 def test_splitting_the_batch_changes_nothing(method):
     """Gradient accumulation and ranks must give what one batch gives: reduction and N(.) are those of the whole."""
     _, loss = method
-    examples, heads = random_examples(LENGTHS), random_heads()
+    examples, heads = batch(loss)
     tensors = leaves(examples, heads)
     whole = run(loss, examples, heads)
     expected = torch.autograd.grad(whole.loss, [*tensors, *loss.parameters()], allow_unused=True)
@@ -106,7 +114,7 @@ def test_gradcheck(method):
     name, loss = method
     if name == "dwa_kd":
         loss.weighting = {"use_entropy": False, "use_gate": False, "normalise": "product"}
-    examples, heads = random_examples([(3, 4), (2, 2)]), random_heads()
+    examples, heads = batch(loss, [(3, 4), (2, 2)])
 
     def value(*hidden):
         for example, rows in zip(examples, hidden, strict=True):
@@ -119,7 +127,7 @@ def test_gradcheck(method):
 def test_num_tokens_may_be_a_tensor(method):
     """The trainer gives a tensor, so that nothing waits for the device; it must act as the number does."""
     _, loss = method
-    examples, heads = random_examples(LENGTHS), random_heads()
+    examples, heads = batch(loss)
     tensors = leaves(examples, heads)
     results = []
     for num_tokens in (50.0, torch.tensor(50)):
@@ -154,7 +162,7 @@ def test_other_divergences_in_chunks(name, monkeypatch):
 def test_bfloat16_rows_give_a_finite_loss_close_to_float64(method):
     """Mixed precision hands over bfloat16 rows; inside, float32 is the least."""
     _, loss = method
-    examples, heads = random_examples(LENGTHS), random_heads()
+    examples, heads = batch(loss)
     expected = run(loss, examples, heads).loss.item()
     low = [{k: v.bfloat16() if v.is_floating_point() else v for k, v in e.items()} for e in examples]
     output = run(loss.float(), low, tuple(head.bfloat16() for head in heads))
@@ -165,9 +173,9 @@ def test_bfloat16_rows_give_a_finite_loss_close_to_float64(method):
 def test_state_survives_a_round_trip(method):
     """Projectors that are trained but not saved make a resumed run another run."""
     name, loss = method
-    other = build_loss(name, widths=WIDTHS).double()
+    other = build_loss(name, widths=WIDTHS, pair=PAIR).double()
     other.load_state_dict(loss.state_dict())
-    examples, heads = random_examples(LENGTHS), random_heads()
+    examples, heads = batch(loss)
     torch.testing.assert_close(run(loss, examples, heads).loss, run(other, examples, heads).loss)
 
 
@@ -175,7 +183,7 @@ def test_bad_options_are_named(method):
     """A mistyped option that is ignored silently trains the wrong method."""
     name, _ = method
     with pytest.raises(UserError, match=r"unknown option loss\.tau of method .* valid ones"):
-        build_loss(name, {"tau": 2.0}, widths=WIDTHS)
+        build_loss(name, {"tau": 2.0}, widths=WIDTHS, pair=PAIR)
 
 
 @pytest.mark.parametrize(
@@ -187,10 +195,12 @@ def test_bad_options_are_named(method):
         ("dwa_kd", {"gate_warmup_steps": 5}, "needs weight_normalisation entropy_then_gate"),
         ("dwa_kd", {"gamma_end": 1.0}, "gamma_steps must be a number at least 1"),
         ("dskd", {"kd_rate": 2}, "kd_rate must be a number between 0 and 1"),
-        ("dwakd", {}, "unknown method 'dwakd' in loss.method; valid ones: sft, dskd, dwa_kd"),
+        ("dwakd", {}, "unknown method 'dwakd' in loss.method; valid ones: sft, kd, "),
+        ("kd", {"divergence": "kl"}, "unknown divergence 'kl'; valid ones: forward_kl"),
+        ("kd", {"temperature": 0}, "temperature must be a number at least 0.001"),
     ],
 )
 def test_bad_values_are_named(method_name, options, message):
     """Values out of range fail before any model is loaded."""
     with pytest.raises(UserError, match=message):
-        build_loss(method_name, options, widths=WIDTHS)
+        build_loss(method_name, options, widths=WIDTHS, pair=PAIR)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dwakd.errors import UserError
 from dwakd.models import gguf as conversion
 from dwakd.models.loading import load_causal_lm, load_tokenizer
+from dwakd.paths import CACHE_VARIABLE
 from tests.builders import CHAT_TEMPLATE, SAMPLE_TEXTS, byte_bpe, tiny_model
 
 HEADS, KEY_HEADS = 4, 2
@@ -59,7 +60,7 @@ def write_gguf(path, model, tokenizer, *, architecture="llama", skip=()):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv(conversion.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     return tmp_path / "cache" / "models"
 
 

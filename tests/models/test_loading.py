@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dwakd.errors import UserError
 from dwakd.models import specs
-from dwakd.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
+from dwakd.models.loading import align_special_tokens, check_vocabulary, load_causal_lm, load_tokenizer
 from tests.builders import byte_bpe, tiny_model, unigram_byte_fallback
 
 IDS = torch.arange(2, 22).view(2, 10)
@@ -202,3 +202,34 @@ def test_file_of_a_package_is_found_without_importing_it(folder, tmp_path, monke
     importlib.invalidate_caches()
     for name in ("some_models", "some-dist", "Some_Dist"):
         assert load_causal_lm(f"package:{name}/tiny").num_parameters() > 0
+
+
+def test_a_folder_has_no_revision(tmp_path):
+    """The recipe would say that the run began at v1.0 of a model while it began at whatever lies in the folder."""
+    tokenizer = byte_bpe()
+    tiny_model("llama", len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for load in (load_causal_lm, load_tokenizer):
+        with pytest.raises(UserError, match=r"is a folder here, which has no revision v1\.0"):
+            load(str(tmp_path), revision="v1.0")
+
+
+def test_settings_take_the_tokenizer_s_special_tokens():
+    """A generation config without the tokenizer's end token lets answers run on to the limit."""
+    tokenizer = unigram_byte_fallback()  # <s> is 1, </s> 2 and padding
+    model = tiny_model("llama", len(tokenizer))
+    model.generation_config.eos_token_id = [7, 1]
+    model.config.eos_token_id = 1
+    align_special_tokens(model, tokenizer)
+    assert model.generation_config.eos_token_id == [2, 7, 1], "what ended an answer still does"
+    assert (model.config.eos_token_id, model.config.pad_token_id, model.generation_config.pad_token_id) == (2, 2, 2)
+    align_special_tokens(model, tokenizer)
+    assert model.generation_config.eos_token_id == [2, 7, 1]
+
+
+def test_merging_an_adapter_is_quiet(folder, tmp_path, recwarn):
+    """A deprecation inside PEFT is nothing that a user can mend, and drowns what is."""
+    save_adapter(folder, tmp_path / "adapter")
+    recwarn.clear()
+    load_causal_lm(str(tmp_path / "adapter"))
+    assert not [warning for warning in recwarn if issubclass(warning.category, FutureWarning)]

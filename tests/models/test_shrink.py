@@ -186,3 +186,12 @@ def test_mistakes(options, message):
     options = {"texts": TEXTS, **options}
     with pytest.raises(UserError, match=message):
         shrink_model(deep_model("llama"), byte_bpe(), options.pop("texts"), progress=False, **options)
+
+
+@pytest.mark.parametrize(("layers", "asked"), [(1, 2), (2, 3)])
+def test_models_with_no_layer_to_drop_say_so(layers, asked):
+    """The range "allows 2 to 1" tells nobody that the option has to go."""
+    with pytest.raises(UserError, match=rf"no layer to drop .it has {layers}, .*leave out num_layers .--layers"):
+        shrink_model(deep_model("llama", layers=layers), byte_bpe(), TEXTS, num_layers=asked, progress=False)
+    with pytest.raises(UserError, match=r"--layers.*--vocab-size"):
+        shrink_model(deep_model("llama", layers=layers), byte_bpe(), TEXTS, progress=False)

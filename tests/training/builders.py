@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from dwakd import DistillConfig, DistillTrainer
+from dwakd import METHODS, DistillConfig, DistillTrainer
 from tests.builders import bpe_byte_fallback, byte_bpe, tiny_model
 
 NOUNS = ["door", "cat", "sea", "sky", "tree", "house", "boat", "lamp"]
@@ -23,6 +23,8 @@ TOKENIZERS = byte_bpe(), bpe_byte_fallback()  # BPE: Unigram training is not det
 def trainer(output: Path, *, rows: list[dict[str, Any]] = ROWS, lora: bool = False, **options: Any) -> DistillTrainer:
     """A trainer over a Llama-shaped student and a Gemma-shaped teacher with another tokenizer."""
     student_tokenizer, teacher_tokenizer = TOKENIZERS
+    if METHODS[options.get("method", "dwa_kd")].needs_same_vocabulary:
+        teacher_tokenizer = student_tokenizer
     arguments = {
         "max_steps": 4,
         "per_device_train_batch_size": 4,

@@ -1,21 +1,17 @@
 """Invariants of training on tiny models with two tokenizers."""
 
 import json
+import logging
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from dwakd import METHODS, UserError
-from tests.builders import FAMILIES, tiny_model
+from dwakd import METHODS, DistillConfig, DistillTrainer, UserError
+from dwakd.training.inputs import checked_args
+from tests.builders import FAMILIES, byte_bpe, tiny_model
 from tests.training.builders import ROWS, assert_same, trainer, weights
-
-TERMS = {
-    "sft": {"ce"},
-    "dskd": {"ce", "t2s_ce", "kd_student", "kd_teacher"},
-    "dwa_kd": {"ce", "t2s_ce", "kd_student", "kd_teacher", "dtw_hidden", "dtw_embedding"},
-}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -27,7 +23,7 @@ def test_every_term_is_logged_and_the_student_is_a_plain_folder(tmp_path, method
     run.save_model()
     logs = [entry for entry in run.state.log_history if "ce" in entry]
     assert len(logs) == 4
-    assert all(entry.keys() >= TERMS[method] | {"loss", "learning_rate", "grad_norm"} for entry in logs)
+    assert all(entry.keys() >= set(METHODS[method].terms) | {"loss", "learning_rate", "grad_norm"} for entry in logs)
     assert any(not torch.equal(before[name], tensor) for name, tensor in weights(run).items() if "student" in name)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     for name, tensor in run.student.state_dict().items():
@@ -59,20 +55,24 @@ def test_accumulation_changes_nothing(tmp_path, method):
     for run in (whole, split):
         run.train()
     for one, other in zip(whole.state.log_history, split.state.log_history, strict=True):
-        for name in TERMS[method] & one.keys():
+        for name in set(METHODS[method].terms) & one.keys():
             assert one[name] == pytest.approx(other[name], rel=2e-4), name
     assert_same(weights(split), weights(whole), atol=2e-4)
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_resumed_run_ends_with_the_same_student(tmp_path, lora):
+@pytest.mark.parametrize(("lora", "order"), [(False, "random"), (True, "random"), (False, "group_by_length")])
+def test_resumed_run_ends_with_the_same_student(tmp_path, lora, order):
     """Projectors, optimiser, schedule, gamma and data order must all survive, or a long run cannot be stopped."""
     schedule = {"gamma": 2.0, "gamma_end": 0.5, "gamma_steps": 6}
-    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "loss_options": schedule, "lora": lora}
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 5, "loss_options": schedule, "lora": lora}
+    options |= {"train_sampling_strategy": order, "logging_steps": 2}
     whole = trainer(tmp_path / "run", **options)
     whole.train()
     resumed = trainer(tmp_path / "run", **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
+    times = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+    logs = [[{n: v for n, v in e.items() if n not in times} for e in run.state.log_history] for run in (whole, resumed)]
+    assert logs[0][:2] == logs[1][:2]
     assert resumed.state.global_step == 6
     assert resumed.model.loss.gamma == whole.model.loss.gamma == pytest.approx(2.0 - 1.5 * 5 / 6)
     assert_same(weights(resumed), weights(whole))
@@ -132,11 +132,10 @@ def test_evaluation_is_exact_over_the_set_and_selects_the_best(tmp_path):
         save_strategy="steps",
         save_steps=2,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_ce",
-        greater_is_better=False,
         learning_rate=0.05,
     )
     run.train()
+    assert (run.args.metric_for_best_model, run.args.greater_is_better) == ("bits_per_byte", False)
     best = min(entry["eval_ce"] for entry in run.state.log_history if "eval_ce" in entry)
     assert run.evaluate()["eval_ce"] == pytest.approx(best, rel=1e-5)
 
@@ -189,11 +188,18 @@ def test_every_family_as_student_and_teacher(tmp_path, family):
     assert all(torch.isfinite(torch.tensor(value)) for value in run.state.log_history[0].values())
 
 
+def test_noise_on_embeddings_and_other_sets(tmp_path):
+    """NEFTune asks the module for its embeddings; `evaluate` takes what the constructor takes."""
+    run = trainer(tmp_path, max_steps=1, neftune_noise_alpha=5.0)
+    run.train()
+    metrics = run.evaluate(ROWS[:3], metric_key_prefix="test")
+    assert metrics["test_ce"] > 0
+    with pytest.raises(UserError, match="generate_answers"):
+        run.predict(ROWS)
+
+
 def test_missing_pieces_are_named(tmp_path):
     """A missing teacher or tokenizer must not surface as an AttributeError deep in a step."""
-    from dwakd import DistillConfig, DistillTrainer
-    from tests.builders import byte_bpe
-
     student = tiny_model("llama", 400)
     args = DistillConfig(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(UserError, match="method dwa_kd needs a teacher"):
@@ -202,6 +208,32 @@ def test_missing_pieces_are_named(tmp_path):
         DistillTrainer(student, tiny_model("gpt2"), args, ROWS, processing_class=byte_bpe())
     with pytest.raises(UserError, match="processing_class is missing"):
         DistillTrainer(student, tiny_model("gpt2"), args, ROWS)
+    with pytest.raises(UserError, match=r"must be a dwakd\.DistillConfig"):
+        checked_args(TrainingArguments(str(tmp_path), use_cpu=True))
+    with pytest.raises(UserError, match="one model object"):
+        DistillTrainer(student, student, args, ROWS, processing_class=byte_bpe(), teacher_processing_class=byte_bpe())
+    short = tiny_model("llama", 400, max_position_embeddings=64)
+    with pytest.raises(UserError, match="has only 64 positions"):
+        DistillTrainer(
+            short, None, DistillConfig(output_dir=str(tmp_path), use_cpu=True, method="sft"), ROWS, None, byte_bpe()
+        )
+
+
+def test_tokenizer_without_padding_token(tmp_path):
+    """Base models often have none, and the row that pads is never looked at."""
+    tokenizer = byte_bpe()
+    tokenizer.pad_token = None
+    args = {"method": "sft", "max_steps": 1, "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    run = DistillTrainer(
+        tiny_model("llama", len(tokenizer)),
+        None,
+        DistillConfig(output_dir=str(tmp_path), **args),
+        ROWS,
+        None,
+        tokenizer,
+    )
+    run.train()
+    assert run.processing_class.pad_token_id == tokenizer.eos_token_id
 
 
 def test_logs_are_json(tmp_path):
@@ -210,3 +242,15 @@ def test_logs_are_json(tmp_path):
     run.train()
     run.save_state()
     assert json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+
+
+def test_training_starts_without_remarks_on_special_tokens(tmp_path, caplog, recwarn):
+    """Remarks about settings that dwakd itself should have made hide those about the user's data."""
+    transformers_logger = logging.getLogger("transformers")
+    transformers_logger.addHandler(caplog.handler)
+    try:
+        trainer(tmp_path, lora=True, max_steps=1).train()
+    finally:
+        transformers_logger.removeHandler(caplog.handler)
+    assert "PAD/BOS/EOS" not in caplog.text
+    assert not [warning for warning in recwarn if "is_gradient_checkpointing" in str(warning.message)]

@@ -48,6 +48,18 @@ class TextEncoder:
         eos = self.tokenizer.eos_token_id
         return [self.end_token_id] if eos in (None, self.end_token_id) else [self.end_token_id, int(eos)]
 
+    def token_bytes(self) -> tuple[bytes | None, ...]:
+        """The bytes of text that each token of the vocabulary stands for, by id; None for special and unused ones.
+
+        The space of SentencePiece and that of byte-level BPE are the same byte here.
+        """
+        special = set(self.tokenizer.all_special_ids)
+        known = set(self.tokenizer.get_vocab().values())
+        return tuple(
+            self._piece_bytes[index] if index in known and index not in special else None
+            for index in range(max(known) + 1)
+        )
+
     def prompt_ids(self, example: Example) -> list[int]:
         """Token ids of the prompt, with the model's own beginning-of-sequence tokens."""
         return self.prompt_ids_batch([example])[0]

@@ -110,6 +110,8 @@ def read_example(row: Row, columns: Columns, *, index: int, where: str, need_res
         instruction, history, answer = _read_conversation(asked, columns, where, need_response)
     else:
         instruction, history, answer = _text(row, columns.prompt, where), (), None
+        if columns.prompt in CONVERSATIONS and columns.response is None:
+            raise UserError(f"{where}: {columns.prompt!r} is a string, not a list of turns with role and content")
     if columns.response is not None:
         references = _read_references(row, columns.response, where, need_response)
     else:

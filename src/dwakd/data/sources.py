@@ -49,9 +49,10 @@ def load_examples(
     """Read and check the rows of a data set.
 
     Args:
-        source: a hub id ("org/name", or "org/name:config"), the path of a .json (a list of objects), .jsonl,
-            .csv or .parquet file, a `datasets.Dataset` (or a dict of them by split), or a sequence of dicts.
-        split: of a hub data set (in the syntax of `datasets`, "train[:1%]" too) or of a dict of data sets.
+        source: a hub id ("org/name", "org/name:config", either with a split of its own as "org/name@train[:90%]"), the
+            path of a .json (a list of objects), .jsonl, .csv or .parquet file, a `datasets.Dataset` (or a dict of them
+            by split), or a sequence of dicts.
+        split: of a hub data set without one of its own (in the syntax of `datasets`) or of a dict of data sets.
         prompt: column of the prompt, the instruction or the conversation; by default found, see `dwakd.data.rows`.
         response: column of the response: a string, or a list of reference strings of which the first is learnt.
         input: column of the further context.
@@ -127,7 +128,9 @@ def _is_local(source: str | Path) -> bool:
 
 
 def _load_from_hub(source: str, split: str) -> Any:
-    path, _, config = source.partition(":")
+    place, _, own_split = source.partition("@")
+    path, _, config = place.partition(":")
+    split = own_split or split
     try:
         return datasets.load_dataset(path, config or None, split=split)
     except Exception as error:  # the hub, the network and the builders raise a dozen unrelated types

@@ -17,12 +17,16 @@ from dwakd.data.sources import Example
 from dwakd.demo.corpus import make_corpus
 from dwakd.demo.tokenizers import demo_tokenizers
 from dwakd.errors import UserError
-from dwakd.evaluation.evaluate import Evaluation, evaluate_model, write_evaluation
+from dwakd.evaluation.evaluate import Evaluation, evaluate_model
+from dwakd.evaluation.report import write_evaluation
+from dwakd.folders import check_output_folder
 from dwakd.training.config import DistillConfig
 from dwakd.training.trainer import DistillTrainer
 
 TEMPLATE = "{instruction}\n"
 METHODS = ("sft", "dskd", "dwa_kd")
+_SEEDS = 2**32 - 1
+"""NumPy's seeds end at 2**32 - 1, and the students' models take the seed after the one given."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,12 @@ def run_demo(output: Path | None, *, seed: int, quick: bool) -> Group:
     """Train and compare; writes models, scores and demo.json into the folder and returns what to print.
 
     Raises:
-        UserError: the folder isn't empty.
+        UserError: the folder isn't empty or is a file, or the seed is out of range.
     """
     folder = output or _free_folder(Path("demo-run"))
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"output folder {folder} is not empty; choose another with --output")
+    check_output_folder(folder, empty=True)
+    if not 0 <= seed < _SEEDS:
+        raise UserError(f"--seed must be from 0 to {_SEEDS - 1}, got {seed}.")
     sizes = QUICK if quick else DemoSizes()
     console = Console(stderr=True)
     train, _, test = make_corpus(sizes.num_train, 0, sizes.num_test, seed)

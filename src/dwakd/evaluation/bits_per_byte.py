@@ -1,5 +1,6 @@
 """Bits per byte: a likelihood that models with different tokenizers can be compared by."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from dwakd.data.collator import PairedCollator, encode_pairs
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
-from dwakd.evaluation.generate import pad_id_of, progress_bar
+from dwakd.evaluation.generate import max_positions, pad_id_of, progress_bar
 from dwakd.models.rows import evaluating, response_rows
+
+logger = logging.getLogger(__name__)
 
 _LOGITS_AT_ONCE = 2**24
 """Rows go through the head in slices of about this many logits (64 MB in float32)."""
@@ -54,22 +57,27 @@ def bits_per_byte(
     """Teacher-forced bits of every response, given its prompt, per UTF-8 byte of the responses.
 
     The tokenisation is the encoder's own (one of the many that spell a text), and the softmax runs over the whole
-    head, rows without a token included. A response is cut by text as in training. Rows without a response are left
-    out and do not count in `num_examples`.
+    head, rows without a token included. A response is cut by text as in training. Rows without a response, or whose
+    prompt leaves no room for one, are left out and do not count in `num_examples`; a warning tells of the latter.
 
     Args:
         batch_size: examples per forward; changes the speed and not the value.
-        max_length: tokens of prompt and response together.
+        max_length: tokens of prompt and response together, or the model's positions if those are fewer.
         progress: show a bar on standard error.
 
     Raises:
-        UserError: no row has a response, a prompt leaves no room for one, or `batch_size` is below 1.
+        UserError: no row has a response and room for it, or `batch_size` is below 1.
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}.")
-    scored = [example for example in examples if example.response.strip()]
+    max_length = length_limit(model, max_length)
+    scored = measurable(encoder, examples, max_length)
     if not scored:
-        raise UserError("bits per byte needs rows with a response, and none has one.")
+        raise UserError(f"bits per byte needs a row with a response and a prompt below {max_length} tokens.")
+    if left_out := sum(bool(example.response.strip()) for example in examples) - len(scored):
+        logger.warning(
+            "bits per byte leaves out %d of %d rows: their prompts fill %d tokens", left_out, len(examples), max_length
+        )
     pairs = encode_pairs(
         scored, encoder, None, max_length=max_length, max_prompt_length=max_length - 1, source="evaluation data"
     )
@@ -83,6 +91,18 @@ def bits_per_byte(
             bits += _bits(side)
             num_bytes += _response_bytes(side)
     return BitsPerByte(bits / num_bytes, bits, num_bytes, len(pairs), pairs.num_truncated)
+
+
+def length_limit(model: PreTrainedModel | PeftModel, max_length: int) -> int:
+    """`max_length`, or the model's positions if those are fewer."""
+    return min(max_length, max_positions(model) or max_length)
+
+
+def measurable(encoder: TextEncoder, examples: Sequence[Example], max_length: int) -> list[Example]:
+    """The rows that have a response, and a prompt that leaves room for it within `max_length` tokens."""
+    answered = [example for example in examples if example.response.strip()]
+    prompts = encoder.prompt_ids_batch(answered) if answered else []
+    return [example for example, prompt in zip(answered, prompts, strict=True) if len(prompt) < max_length]
 
 
 def _rows(model: PreTrainedModel | PeftModel, batch: dict[str, Tensor]) -> ModelSide:

@@ -91,7 +91,7 @@ def plan_batches(
 ) -> list[PromptBatch]:
     """Batches of prompts of like length, the longest first; all of a batch have the same limit of new tokens."""
     _check_at_least_one(max_new_tokens=max_new_tokens, batch_size=batch_size)
-    positions = _max_positions(model)
+    positions = max_positions(model)
     prompts = [encoder.prompt_ids(example) for example in examples]
     limits = [
         _new_tokens(prompt, example, positions, max_new_tokens)
@@ -146,6 +146,11 @@ def pad_id_of(encoder: TextEncoder) -> int:
     """The tokenizer's padding token, else the end token: padding is masked, so any token will do."""
     pad_id = encoder.tokenizer.pad_token_id
     return encoder.end_token_id if pad_id is None else int(pad_id)
+
+
+def max_positions(model: Any) -> int | None:
+    """Positions that the model has embeddings or rotations for; None where it knows no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _sampler(batch: PromptBatch, seed: int, temperature: float, top_p: float, device: torch.device) -> SeededSampling:
@@ -203,11 +208,6 @@ def _decode(encoder: TextEncoder, ids: Sequence[int]) -> str:
     end = next((place for place, token in enumerate(ids) if token in encoder.end_token_ids), len(ids))
     decode: Callable[..., str] = encoder.tokenizer.decode
     return decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-
-
-def _max_positions(model: Any) -> int | None:
-    """Positions that the model has embeddings or rotations for; None where it knows no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _new_tokens(prompt: Sequence[int], example: Example, positions: int | None, max_new_tokens: int) -> int:

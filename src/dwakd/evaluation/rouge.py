@@ -61,9 +61,14 @@ def references_of(example: Example) -> tuple[str, ...]:
         UserError: the row has neither.
     """
     references = example.references or (example.response,)
-    if not any(references):
+    if not has_reference(example):
         raise UserError(f"row {example.index} (counting from 0) has no response and no references: add one.")
     return references
+
+
+def has_reference(example: Example) -> bool:
+    """Whether an answer to this row can be compared with anything."""
+    return any(text.strip() for text in example.references or (example.response,))
 
 
 def is_scorable(references: Sequence[str]) -> bool:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.console import Group
+from rich.text import Text
 
 from dwakd.config import RECIPE_FILE, Recipe, parse_yaml
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.sources import load_examples
-from dwakd.evaluation.evaluate import Evaluation, evaluate_model, evaluation_table, write_evaluation
+from dwakd.evaluation.evaluate import Evaluation, evaluate_model, evaluation_signature
+from dwakd.evaluation.report import check_overwrite, evaluation_table, write_evaluation
+from dwakd.evaluation.sets import EvaluationSet, check_evaluation
+from dwakd.evaluation.signature import data_identity, model_identity
+from dwakd.folders import check_output_folder
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 
 
@@ -23,43 +27,83 @@ def evaluate_sets(
     adapter: str | None,
     columns: dict[str, Any],
     limit: int | None,
-    num_seeds: int,
+    overwrite: bool,
     **options: Any,
-) -> Table:
-    """Evaluate a model on each test set; writes SET.json and SET.answers.jsonl and returns the table."""
+) -> Group:
+    """Evaluate a model on each test set; writes SET.json and SET.answers.jsonl and returns what to print.
+
+    Args:
+        overwrite: replace results of the same name that have another signature; else they are refused.
+        options: num_seeds, greedy, temperature, top_p, max_new_tokens and batch_size.
+
+    Raises:
+        UserError: an option out of range, anything in model or data that a user can mend, or results in the way.
+    """
     recipe = Path(model) / RECIPE_FILE
     shown = parse_yaml(recipe.read_text(encoding="utf-8"))["data"] if recipe.is_file() else {}
-    sets = {name: load_examples(name, split="test", limit=limit, **columns) for name in data}
+    folder = output or (Path(model) / "eval" if Path(model).is_dir() else Path("eval") / Path(model).name)
+    check_output_folder(folder)
+    checked = {name: options[name] for name in ("num_seeds", "max_new_tokens", "batch_size")}
+    sets = check_evaluation(data, columns=columns, limit=limit, **checked)
     encoder = TextEncoder(load_tokenizer(model), template or shown.get("template", "alpaca"), shown.get("bos", "auto"))
     loaded = load_causal_lm(model, adapter=adapter)
-    folder = output or (Path(model) / "eval" if Path(model).is_dir() else Path("eval") / Path(model).name)
-    return _evaluate_all(loaded, encoder, sets, folder, num_seeds, options)
+    return _evaluate_all(loaded, encoder, sets, folder, model, options, overwrite=overwrite)
 
 
-def evaluate_recipe(recipe: Recipe, model: Any, encoder: TextEncoder, folder: Path) -> Table:
-    """Evaluate a student just trained on the test sets of its recipe."""
+def check_recipe_evaluation(recipe: Recipe) -> list[EvaluationSet]:
+    """The test sets of a recipe, read and checked; needs no model, so that it can precede the training.
+
+    Raises:
+        UserError: as `check_evaluation`; options are named evaluation.NAME.
+    """
     section, data = recipe.evaluation, recipe.data
-    columns: dict[str, Any] = {"prompt": data.prompt, "response": data.response, "input": data.input}
-    sets = {name: load_examples(name, split="test", limit=section.limit, **columns) for name in section.test}
-    options = {"max_new_tokens": section.max_new_tokens, "batch_size": section.batch_size}
-    return _evaluate_all(model, encoder, sets, folder / "eval", section.seeds, options)
+    return check_evaluation(
+        section.test,
+        columns={"prompt": data.prompt, "response": data.response, "input": data.input},
+        limit=section.limit,
+        num_seeds=section.seeds,
+        max_new_tokens=section.max_new_tokens,
+        batch_size=section.batch_size,
+        prefix="evaluation.",
+    )
+
+
+def evaluate_recipe(recipe: Recipe, model: Any, encoder: TextEncoder, folder: Path) -> Group:
+    """Evaluate a student just trained on the test sets of its recipe; the folder's eval/ is the run's to write."""
+    section = recipe.evaluation
+    options = {
+        "num_seeds": section.seeds,
+        "greedy": True,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "max_new_tokens": section.max_new_tokens,
+        "batch_size": section.batch_size,
+    }
+    sets = check_recipe_evaluation(recipe)
+    return _evaluate_all(model, encoder, sets, folder / "eval", str(folder), options, overwrite=True)
 
 
 def _evaluate_all(
-    model: Any, encoder: TextEncoder, sets: dict[str, Any], folder: Path, num_seeds: int, options: dict[str, Any]
-) -> Table:
-    seeds = [10 * (index + 1) for index in range(num_seeds)]
+    model: Any,
+    encoder: TextEncoder,
+    sets: list[EvaluationSet],
+    folder: Path,
+    name: str,
+    options: dict[str, Any],
+    *,
+    overwrite: bool,
+) -> Group:
+    options["seeds"] = [10 * (index + 1) for index in range(options.pop("num_seeds"))]
+    weights = model_identity(model, name)
+    identities = [{"model": weights, "data": data_identity(item.examples, item.source)} for item in sets]
+    if not overwrite:
+        signed = {option: value for option, value in options.items() if option != "batch_size"}
+        for item, identity in zip(sets, identities, strict=True):
+            signature = evaluation_signature(model, encoder, item.examples, identity=identity, **signed)
+            check_overwrite(folder / f"{item.name}.json", signature)
     rows: dict[str, Evaluation] = {}
-    for name, examples in sets.items():
-        stem = _stem(name)
-        evaluation = evaluate_model(model, encoder, examples, seeds=seeds, **options)
-        write_evaluation(evaluation, folder / f"{stem}.json", folder / f"{stem}.answers.jsonl")
-        rows[stem] = evaluation
-    return evaluation_table(rows)
-
-
-def _stem(name: str) -> str:
-    """A file name for a test set: p3/test.jsonl gives p3-test."""
-    path = Path(name)
-    parts = [*path.parts[-2:-1], path.stem] if path.suffix else path.parts[-2:]
-    return "-".join(part for part in parts if part not in ("/", ".", ".."))
+    for item, identity in zip(sets, identities, strict=True):
+        rows[item.name] = evaluate_model(model, encoder, item.examples, identity=identity, **options)
+        write_evaluation(rows[item.name], folder / f"{item.name}.json", folder / f"{item.name}.answers.jsonl")
+    where = Text(f"answers, and numbers with their whole signature: {folder}", no_wrap=True, overflow="ignore")
+    return Group(evaluation_table(rows), where)

@@ -1,27 +1,37 @@
 """The methods. To add one: its file, one line in METHODS, its test, its docs page, its recipe."""
 
 import inspect
+import typing
 from typing import Any
 
 from dwakd.errors import UserError
+from dwakd.losses.alm import AlmLoss
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss
 from dwakd.losses.dskd import DskdLoss
 from dwakd.losses.dwa_kd import DwaKdLoss
+from dwakd.losses.kd import KdLoss
+from dwakd.losses.pair import ModelPair
 from dwakd.losses.projectors import Widths
 from dwakd.losses.sft import SftLoss
+from dwakd.options import check_type, unknown_option
 
 METHODS: dict[str, type[DistillationLoss]] = {
     "sft": SftLoss,
+    "kd": KdLoss,
     "dskd": DskdLoss,
     "dwa_kd": DwaKdLoss,
+    "alm": AlmLoss,
 }
 
 __all__ = [
     "METHODS",
+    "AlmLoss",
     "DistillationLoss",
     "DskdLoss",
     "DwaKdLoss",
+    "KdLoss",
+    "ModelPair",
     "SftLoss",
     "TeacherScale",
     "Widths",
@@ -48,25 +58,34 @@ def method_options(method: str) -> dict[str, Any]:
     return {
         name: parameter.default
         for name, parameter in parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name != "widths"
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in ("widths", "pair")
     }
 
 
-def build_loss(method: str, options: dict[str, Any] | None = None, *, widths: Widths | None = None) -> DistillationLoss:
-    """Build a method from a recipe's options.
+def build_loss(
+    method: str,
+    options: dict[str, Any] | None = None,
+    *,
+    widths: Widths | None = None,
+    pair: ModelPair | None = None,
+) -> DistillationLoss:
+    """Build a method from a recipe's options; `widths` and `pair` are for those that need them.
 
     Raises:
         UserError: unknown method or option (names the valid ones), or a value the method refuses.
     """
     valid = method_options(method)
     options = options or {}
-    for name in options:
+    hints = typing.get_type_hints(METHODS[method].__init__)
+    for name, value in options.items():
         if name not in valid:
-            names = ", ".join(valid) or "none"
-            raise UserError(f"unknown option loss.{name} of method {method}; valid ones: {names}")
-    sizes = {"widths": widths} if METHODS[method].needs_widths else {}
+            raise unknown_option(f"loss.{name} of method {method}", name, list(valid))
+        check_type(hints[name], value, f"loss.{name}")
+    models: dict[str, Any] = {"widths": widths} if METHODS[method].needs_widths else {}
+    if METHODS[method].needs_pair:
+        models["pair"] = pair
     try:
-        return METHODS[method](**sizes, **options)
+        return METHODS[method](**models, **options)
     except UserError:
         raise
     except (TypeError, ValueError) as error:

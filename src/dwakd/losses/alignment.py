@@ -15,7 +15,9 @@ def unit_rows(
 ) -> Float[Tensor, "batch length width"]:
     """Rows scaled to length 1 and padded, in float32 or better; a zero row stays zero (cosine 0 to everything)."""
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return pad_rows(torch.nn.functional.normalize(rows, dim=-1, eps=1e-12), lengths, length)
+    zero = (rows == 0).all(-1, keepdim=True)  # a new padding row: an epsilon in the norm would make its gradient huge
+    norm = torch.where(zero, torch.ones_like(rows), rows).norm(dim=-1, keepdim=True)
+    return pad_rows(rows / torch.where(zero, 1.0, norm), lengths, length)
 
 
 def soft_dtw_divergences(
@@ -44,8 +46,9 @@ def soft_dtw_divergences(
     length = int(torch.maximum(student_lengths.max(), teacher_lengths.max()))
     costs: list[Padded] = []
     for student_rows, teacher_rows in pairs:
-        x = unit_rows(student_rows, student_lengths, length)
-        y = unit_rows(teacher_rows.to(student_rows.dtype), teacher_lengths, length)
+        dtype = torch.promote_types(student_rows.dtype, teacher_rows.dtype)
+        x = unit_rows(student_rows.to(dtype), student_lengths, length)
+        y = unit_rows(teacher_rows.to(dtype), teacher_lengths, length)
         cross = 1 - x @ y.transpose(1, 2)
         if band is not None:
             cross = cross + torch.nn.functional.pad(

@@ -18,10 +18,18 @@ class DistillationLoss(nn.Module, ABC):
     `widths`. Parameters of the module are the method's own (projectors) and train with the student.
     """
 
+    terms: ClassVar[tuple[str, ...]]
+    """Names of the terms it may report, beside `loss`."""
     needs_teacher: ClassVar[bool] = True
     """Whether a teacher must be given."""
     needs_widths: ClassVar[bool] = False
     """Whether the constructor takes `widths`."""
+    needs_pair: ClassVar[bool] = False
+    """Whether the constructor takes `pair`, a `ModelPair`: vocabularies and heads."""
+    needs_same_vocabulary: bool = False
+    """Whether student and teacher must share one tokenizer; an option may decide it."""
+    needs_edit_alignment: ClassVar[bool] = False
+    """Whether it reads `aligned_rows` of the student's side."""
 
     def set_step(self, step: int) -> None:
         """Told the number of finished optimiser steps before each step; only schedules care."""
@@ -86,6 +94,16 @@ def require_teacher(teacher: ModelSide | None, method: str) -> ModelSide:
     if teacher is None:
         raise ValueError(f"method {method} needs a teacher")
     return teacher
+
+
+def require_same_rows(student: ModelSide, teacher: ModelSide, method: str) -> None:
+    """Raise ValueError unless the two sides have the same number of rows, as one tokenizer gives them."""
+    rows = [side.target_ids.shape[0] for side in (student, teacher)]
+    if rows[0] != rows[1]:
+        raise ValueError(
+            f"method {method} compares models of one tokenizer row by row, but got {rows[0]} rows of the student and "
+            f"{rows[1]} of the teacher; give both the same response"
+        )
 
 
 def check_range(**options: tuple[float, float, float]) -> None:

@@ -46,6 +46,7 @@ class DskdLoss(DistillationLoss):
         and padding positions; ours are those of response positions (DWA-KD specification, section 5).
     """
 
+    terms: ClassVar[tuple[str, ...]] = ("ce", "t2s_ce", "kd_student", "kd_teacher")
     needs_widths: ClassVar[bool] = True
 
     def __init__(

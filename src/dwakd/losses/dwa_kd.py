@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dwakd.batch import LossOutput, ModelSide
 from dwakd.kernels.head_loss import HeadLoss, TeacherSpace, head_loss, student_space
+from dwakd.kernels.soft_dtw import IMPLS
 from dwakd.losses.alignment import soft_dtw_divergences
 from dwakd.losses.attention import CrossModelAttention, TeacherScale, band_penalty, cross_model_attention
 from dwakd.losses.base import (
@@ -74,6 +75,7 @@ class DwaKdLoss(DistillationLoss):
         Vu et al. 2026, equations 1 to 25.
     """
 
+    terms: ClassVar[tuple[str, ...]] = ("ce", "t2s_ce", "kd_student", "kd_teacher", "dtw_hidden", "dtw_embedding")
     needs_widths: ClassVar[bool] = True
     step: Tensor
 
@@ -121,6 +123,8 @@ class DwaKdLoss(DistillationLoss):
             band_blend=(band_blend, 0, 1),
             band_penalty=(band_penalty, 0, INFINITY),
         )
+        if impl not in IMPLS:
+            raise ValueError(f"unknown impl {impl!r}; valid ones: {', '.join(IMPLS)}")
         if compat not in ("paper", "authors"):
             raise ValueError(f"unknown compat {compat!r}; valid ones: paper, authors")
         defaults = AUTHORS if compat == "authors" else {}

@@ -16,6 +16,7 @@ class SftLoss(DistillationLoss):
     The teacher, if there is one, is ignored. Term: `ce`.
     """
 
+    terms: ClassVar[tuple[str, ...]] = ("ce",)
     needs_teacher: ClassVar[bool] = False
 
     def forward(

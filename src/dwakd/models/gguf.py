@@ -6,7 +6,6 @@ Dequantising a file through transformers takes tens of seconds and the model tha
 
 import contextlib
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,14 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from dwakd.errors import UserError
+from dwakd.paths import cache_folder
 
-CACHE_VARIABLE = "DWAKD_CACHE"
 _CONVERSION = b"dwakd gguf conversion 1"
-
-
-def cache_folder() -> Path:
-    """`$DWAKD_CACHE`, else `~/.cache/dwakd`."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "dwakd").expanduser()
 
 
 def convert_gguf(path: Path) -> Path:

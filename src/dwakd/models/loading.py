@@ -3,8 +3,10 @@
 No remote code runs unless asked for, and no pickle is read except by transformers with weights_only.
 """
 
+import contextlib
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,30 @@ def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
         )
 
 
+def align_special_tokens(model: Any, tokenizer: Any) -> None:
+    """Give the model's settings the tokenizer's special tokens: an id that they lack is one that never ends an answer.
+
+    End tokens are added to those of the generation settings; beginning and padding are replaced.
+    """
+    for settings in (model.config.get_text_config(), model.generation_config):
+        for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+            token, old = getattr(tokenizer, name), getattr(settings, name, None)
+            ids = old if isinstance(old, list) else [old]
+            if token is None or token in ids:
+                continue
+            several = name == "eos_token_id" and (isinstance(old, list) or settings is model.generation_config)
+            kept = [item for item in ids if item is not None]
+            setattr(settings, name, [token, *kept] if several and kept else token)
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """PEFT asks transformers for an attribute by its old name; its user can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
+
+
 def _adapter_config(location: str, revision: str | None) -> dict[str, Any] | None:
     """The adapter_config.json of a folder or hub id, or None."""
     local = only_cached(location, revision)
@@ -149,7 +175,7 @@ def _pretrained(location: str, spec: str, **options: Any) -> Any:
 def _merged(model: Any, location: str, spec: str, revision: str | None) -> Any:
     """The model with an adapter's change added to its weights; an adapter that fits only in part is refused."""
     try:
-        with warnings.catch_warnings():
+        with quiet_peft():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(model, location, revision=revision).merge_and_unload()
     except _LOADING_ERRORS as error:

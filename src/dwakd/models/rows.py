@@ -52,7 +52,7 @@ def output_head(model: nn.Module) -> OutputHead:
     module = lm.get_output_embeddings()
     if module is None:
         raise UserError(f"{model_name(model)} has no output head (get_output_embeddings() is None).")
-    module = _plain_module(module, "output head", model)
+    module = _plain_module(module, "weights of the output head", model)
     config = lm.config.get_text_config()
     caps = [cap for cap in (getattr(config, field, None) for field in _SOFT_CAPS) if cap is not None]
     return OutputHead(
@@ -112,7 +112,9 @@ def final_hidden(
     backbone = lm.base_model
     if backbone is lm:
         raise UserError(f"{model_name(model)} has no backbone apart from its head (base_model_prefix is empty).")
-    output = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True)
+    # Right padding needs no mask under causal attention, and rows of nothing but masked keys are NaN in eager float64.
+    seen = torch.ones_like(attention_mask)
+    output = backbone(input_ids=input_ids, attention_mask=seen, use_cache=False, return_dict=True)
     hidden: Tensor = output.last_hidden_state
     return hidden
 
@@ -188,8 +190,8 @@ def _plain_module(module: Any, what: str, model: nn.Module) -> Any:
         return module.modules_to_save[active[0]] if active else module.original_module
     if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
         raise UserError(
-            f"The {what} of {model_name(model)} are changed by a PEFT adapter outside their matrix; take the "
-            "module out of target_modules, or train it whole with modules_to_save."
+            f"a PEFT adapter changes the {what} of {model_name(model)} outside their matrix; take the module out of "
+            "target_modules, or train it whole with modules_to_save"
         )
     return module
 

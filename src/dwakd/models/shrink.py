@@ -82,15 +82,14 @@ def shrink_model(
             layers or vocabulary matrices are not where they are expected.
     """
     if num_layers is None and vocab_size is None:
-        raise UserError("Nothing to shrink: give num_layers, vocab_size or both.")
+        raise UserError("Nothing to shrink: give num_layers (--layers), vocab_size (--vocab-size) or both.")
     if not any(texts):
         raise UserError("There are no texts to shrink the model on; give a data set with text in it.")
     check_vocabulary(model, tokenizer, model_name(model))
     path, layers = layer_stack(model)
     influence, kept = None, list(range(len(layers)))
     if num_layers is not None:
-        if not 2 <= num_layers <= len(layers):
-            raise UserError(f"num_layers={num_layers} is out of range: {model_name(model)} allows 2 to {len(layers)}.")
+        _check_layers(num_layers, len(layers), model_name(model))
         chosen = texts[:: max(1, len(texts) // _INFLUENCE_TEXTS)][:_INFLUENCE_TEXTS]
         influence = block_influence(model, tokenizer, chosen, progress=progress)
         kept = _most_influential(influence, num_layers)
@@ -210,6 +209,17 @@ def _batches(
         input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         yield input_ids.to(device), mask.to(device)
+
+
+def _check_layers(num_layers: int, available: int, name: str) -> None:
+    if available < 3:
+        if num_layers != available:
+            raise UserError(
+                f"{name} has no layer to drop (it has {available}, and the first and the last stay); leave out "
+                "num_layers (--layers)."
+            )
+    elif not 2 <= num_layers <= available:
+        raise UserError(f"num_layers (--layers) is {num_layers}, but {name} allows 2 to {available}.")
 
 
 def _most_influential(influence: Sequence[float], num_layers: int) -> list[int]:

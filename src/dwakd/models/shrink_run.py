@@ -9,7 +9,7 @@ from rich.table import Table
 
 from dwakd.data.prompts import render_prompt
 from dwakd.data.sources import load_examples
-from dwakd.errors import UserError
+from dwakd.folders import check_output_folder
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.models.shrink import ShrinkReport, shrink_model
 
@@ -37,8 +37,7 @@ def shrink_to_folder(
     Raises:
         UserError: the folder isn't empty, or anything in model, data or sizes that a user can mend.
     """
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"output folder {output} is not empty; choose another with --output")
+    check_output_folder(output, empty=True)
     tokenizer = load_tokenizer(model)
 
     def texts(source: str, split: str) -> list[str]:
@@ -74,7 +73,11 @@ def shrink_table(report: ShrinkReport, output: Path) -> Table:
     bits = (report.bits_per_byte_before, report.bits_per_byte_after)
     table.add_row("bits per byte, untrained", *("-" if value is None else f"{value:.3f}" for value in bits))
     kept = set(report.kept_layers)
+    notes = []
+    if report.bits_per_byte_before is None:
+        notes.append("bits per byte: no row of the data is left to measure them on; name other text with --eval-data")
     if report.block_influence is not None:
         dropped = [f"{i} ({value:.2f})" for i, value in enumerate(report.block_influence) if i not in kept]
-        table.caption = f"dropped layers, with their influence: {', '.join(dropped) or 'none'}"
+        notes.append(f"dropped layers, with their influence: {', '.join(dropped) or 'none'}")
+    table.caption = "\n".join(notes)
     return table

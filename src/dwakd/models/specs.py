@@ -93,9 +93,14 @@ def only_cached(location: str, revision: str | None) -> bool:
     Asks once and without retries: transformers would wait a minute for every file.
 
     Raises:
-        UserError: the hub knows no such model or revision, or guards it.
+        UserError: the hub knows no such model or revision, or guards it; or a revision of a folder.
     """
     if Path(location).is_dir():
+        if revision is not None:
+            raise UserError(
+                f"{location} is a folder here, which has no revision {revision}; leave the revision out, or name the "
+                "model by its hub id."
+            )
         return False
     try:
         HfApi().model_info(location, revision=revision, timeout=_HUB_SECONDS)

@@ -148,7 +148,7 @@ def _trained(state: dict[str, Any], fixed: list[str], texts: Sequence[str], voca
 def _check_size(minimum: int, vocab_size: int) -> None:
     if minimum > vocab_size:
         raise UserError(
-            f"A vocabulary of {vocab_size} tokens is too small for these texts: special tokens and alphabet alone "
+            f"vocab_size (--vocab-size) {vocab_size} is too small for these texts: special tokens and alphabet alone "
             f"take {minimum}."
         )
 

@@ -6,6 +6,39 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from dwakd.errors import UserError
+from dwakd.losses import method_class
+
+SAMPLING = ("random", "sequential", "group_by_length")
+_POSITIVE, _COUNT, _SIZE = (0, "above 0"), (0, "at least 1"), (-1e-300, "0 or more")
+RANGES: dict[str, tuple[float, str]] = {
+    "learning_rate": _POSITIVE,
+    "projector_learning_rate": _POSITIVE,
+    "num_train_epochs": _POSITIVE,
+    "logging_steps": _POSITIVE,
+    "save_steps": _POSITIVE,
+    "eval_steps": _POSITIVE,
+    "max_steps": (0, "at least 1, or -1 to count epochs"),
+    "per_device_train_batch_size": _COUNT,
+    "per_device_eval_batch_size": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "eval_max_new_tokens": _COUNT,
+    "max_length": _COUNT,
+    "max_prompt_length": _COUNT,
+    "save_total_limit": _COUNT,
+    "weight_decay": _SIZE,
+    "max_grad_norm": _SIZE,
+    "warmup_steps": _SIZE,
+    "seed": _SIZE,
+    "data_seed": _SIZE,
+}
+"""Options with a lower bound, which must be exceeded, and what to say of it."""
+FIXED = {
+    "remove_unused_columns": (False, "the collator's tensors are no arguments of the student"),
+    "use_liger_kernel": (False, "apply Liger to a student that you load yourself"),
+    "label_smoothing_factor": (0.0, "the cross-entropy is the method's own"),
+}
+
 
 @dataclass
 class DistillConfig(TrainingArguments):
@@ -42,6 +75,12 @@ class DistillConfig(TrainingArguments):
     )
     eval_max_new_tokens: int = field(default=128, metadata={"help": "Longest answer for eval_rouge_l."})
 
+    metric_for_best_model: str | None = field(
+        default=None, metadata={"help": "rouge_l where eval_rouge_l is on, else bits_per_byte; or any logged term."}
+    )
+    greater_is_better: bool | None = field(
+        default=None, metadata={"help": "Known for rouge_l, bits_per_byte and the terms; true for other metrics."}
+    )
     output_dir: str | None = field(default="distilled", metadata={"help": "Where checkpoints and the result go."})
     learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of the student."})
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's, not on biases and norms."})
@@ -57,6 +96,22 @@ class DistillConfig(TrainingArguments):
     report_to: str | list[str] | None = field(default="none", metadata={"help": "Trackers to log to."})
 
     def __post_init__(self) -> None:
+        for name, (low, what) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not (value > low or (name == "max_steps" and value == -1)):
+                raise UserError(f"{name} must be {what}, got {value!r}")
+        for name, (only, why) in FIXED.items():
+            if getattr(self, name) != only:
+                raise UserError(f"{name} must stay {only}: {why}")
+        if self.train_sampling_strategy not in SAMPLING:
+            raise UserError(
+                f"unknown train_sampling_strategy {self.train_sampling_strategy!r}; valid ones: {', '.join(SAMPLING)}"
+            )
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
+            self.metric_for_best_model = "rouge_l" if self.eval_rouge_l else "bits_per_byte"
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            lower = (*method_class(self.method).terms, "loss", "bits_per_byte")
+            self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") not in lower
         super().__post_init__()
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # nothing to pin for, and torch warns of it

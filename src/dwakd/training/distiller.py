@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dwakd.batch import ModelSide
+from dwakd.batch import LossOutput, ModelSide
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss
 from dwakd.training.teacher import side_rows
@@ -32,6 +32,10 @@ class Distiller(nn.Module):
     def config(self) -> Any:
         return self.student.config
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The student's, for `TrainingArguments.neftune_noise_alpha`."""
+        return self.student.get_input_embeddings()  # type: ignore[operator]
+
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Delegated to the student, for `TrainingArguments.gradient_checkpointing`."""
         self.student.gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
@@ -51,7 +55,13 @@ class Distiller(nn.Module):
             num_tokens: see `DistillationLoss.forward`.
             teacher_scale: see `DistillationLoss.forward`.
         """
-        student = side_rows(self.student, batch, "student")
-        with torch.autocast(student.hidden.device.type, enabled=False):
-            output = self.loss(student, teacher, num_tokens=num_tokens, teacher_scale=teacher_scale)
+        output = self._loss(side_rows(self.student, batch, "student"), teacher, num_tokens, teacher_scale)
         return {"loss": output.loss, "terms": output.terms}
+
+    # The kernels bring their own compiled code; `torch_compile` is for the student.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _loss(self, student: ModelSide, *arguments: Any) -> LossOutput:
+        teacher, num_tokens, teacher_scale = arguments
+        with torch.autocast(student.hidden.device.type, enabled=False):
+            output: LossOutput = self.loss(student, teacher, num_tokens=num_tokens, teacher_scale=teacher_scale)
+        return output

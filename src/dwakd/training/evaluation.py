@@ -13,6 +13,7 @@ from transformers import EvalPrediction
 from dwakd.data.sources import Example
 from dwakd.evaluation.generate import generate_answers
 from dwakd.evaluation.rouge import references_of, rouge_l
+from dwakd.training.sampler import cut_repeats
 
 if TYPE_CHECKING:
     from dwakd.training.trainer import DistillTrainer
@@ -27,7 +28,7 @@ def eval_terms(trainer: DistillTrainer, dataloader: DataLoader[Any]) -> dict[str
     counts = torch.zeros(2, dtype=torch.float64)
     for batch in tqdm(dataloader, desc="evaluating", delay=2, leave=False, disable=trainer.args.disable_tqdm):
         prepared = trainer._prepare_input(batch)
-        trainer._cut_repeats([prepared])
+        cut_repeats([prepared], trainer.accelerator.gradient_state, trainer.args)
         trainer._add_teacher([prepared])
         with torch.no_grad():
             output = distiller(*trainer.forward_inputs(prepared, num_tokens=1.0))

@@ -3,6 +3,7 @@
 from typing import Any, TypeAlias
 
 from datasets import Dataset
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -10,12 +11,37 @@ from dwakd.data.collator import EncodedPairs, encode_pairs
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example, load_examples
 from dwakd.errors import UserError
-from dwakd.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
-from dwakd.models.rows import check_head, model_name
+from dwakd.models.loading import align_special_tokens, check_vocabulary, load_causal_lm, load_tokenizer, quiet_peft
+from dwakd.models.rows import check_head, embedding_table, model_name, output_head
 from dwakd.training.config import DistillConfig
 
 Source: TypeAlias = str | Dataset | list[dict[str, Any]] | list[Example] | EncodedPairs
 Pair: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+def checked_args(args: Any) -> DistillConfig:
+    """The arguments, if they are ours and this process can train with them."""
+    args = args or DistillConfig()
+    if not isinstance(args, DistillConfig):
+        raise UserError(f"args must be a dwakd.DistillConfig, which takes every option of {type(args).__name__}")
+    if args.n_gpu > 1:
+        raise UserError(
+            f"{args.n_gpu} GPUs are visible to one process: start one for each with torchrun "
+            f"--nproc-per-node={args.n_gpu}, or set CUDA_VISIBLE_DEVICES to one of them"
+        )
+    return args
+
+
+def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """The student with adapters to train; refuses those that change the matrices which losses read."""
+    try:
+        with quiet_peft():
+            adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"peft_config (student.peft): {error}") from error
+    output_head(adapted)
+    embedding_table(adapted)
+    return adapted
 
 
 def load_pair(
@@ -32,8 +58,18 @@ def load_pair(
         model = load_causal_lm(model, trust_remote_code=args.trust_remote_code)
     if tokenizer is None:
         raise UserError(f"{name} is missing: a model that is given loaded needs its tokenizer beside it")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer given as {name} has no end-of-sequence token; set its eos_token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     check_head(model)
     check_vocabulary(model, tokenizer, model_name(model))
+    align_special_tokens(model, tokenizer)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and positions < args.max_length:
+        raise UserError(
+            f"data.max_length is {args.max_length}, but {model_name(model)} has only {positions} positions; lower it"
+        )
     return model, tokenizer
 
 

@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import platform
+import resource
+import statistics
+import sys
+import typing
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers.trainer_utils import get_last_checkpoint
 
-from dwakd.config import RECIPE_FILE, Recipe, StudentSection, TeacherSection, unknown_option
+from dwakd.config import RECIPE_FILE, Recipe, StudentSection, TeacherSection, parse_yaml
 from dwakd.data.sources import load_examples
 from dwakd.errors import UserError
-from dwakd.losses import build_loss, method_class, method_options
+from dwakd.evaluation.run import check_recipe_evaluation
+from dwakd.losses import ModelPair, Widths, build_loss, method_class
 from dwakd.models.loading import load_causal_lm, load_tokenizer
+from dwakd.options import check_type, unknown_option
 from dwakd.training.card import write_card
 from dwakd.training.config import DistillConfig
-from dwakd.training.trainer import DistillTrainer
+from dwakd.training.trainer import LOSS_STATE, DistillTrainer
+
+logger = logging.getLogger(__name__)
 
 RUN_FILE = "dwakd-run.json"
+CHANGEABLE = ("evaluation.", "training.max_steps", "training.num_train_epochs", "training.disable_tqdm")
+"""Options that may differ when a run is resumed."""
 DATA_FIELDS = ("template", "bos", "max_length", "max_prompt_length", "invalid_rows")
 
 
@@ -34,14 +44,22 @@ def training_config(recipe: Recipe, output_dir: str | Path) -> DistillConfig:
         UserError: an unknown option, one that belongs to another section, or a value transformers refuses.
     """
     valid = [item.name for item in dataclasses.fields(DistillConfig) if item.init]
+    hints = typing.get_type_hints(DistillConfig)
     for name in recipe.training:
         if name in (*DATA_FIELDS, "method", "loss_options", "output_dir", "trust_remote_code"):
             raise UserError(f"training.{name} belongs elsewhere: in data, loss, student, or --output")
         if name not in valid:
             raise unknown_option(f"training.{name}", name, valid)
+        check_type(hints[name], recipe.training[name], f"training.{name}")
     options = dict(recipe.training)
     if recipe.data.eval is not None:
         options.setdefault("eval_strategy", "epoch")
+    for name in ("eval_strategy", "eval_rouge_l", "load_best_model_at_end", "metric_for_best_model"):
+        if recipe.data.eval is None and options.get(name) not in (None, False, "no"):
+            raise UserError(f"training.{name} needs an evaluation set: give data.eval")
+    if recipe.data.eval is None and options.get("save_strategy") == "best":
+        raise UserError("training.save_strategy=best needs an evaluation set: give data.eval")
+    _check_best_metric(recipe, options)
     try:
         return DistillConfig(
             output_dir=str(output_dir),
@@ -50,8 +68,24 @@ def training_config(recipe: Recipe, output_dir: str | Path) -> DistillConfig:
             **{name: getattr(recipe.data, name) for name in DATA_FIELDS},
             **{"save_strategy": options.get("eval_strategy", "epoch"), **options},
         )
-    except (ValueError, TypeError) as error:
-        raise UserError(f"training options: {error}") from error
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        hint = "; on a machine without a GPU set training.use_cpu=true" if "use_cpu" in str(error) else ""
+        raise UserError(f"training options: {' '.join(str(error).split())}{hint}") from error
+
+
+def _check_best_metric(recipe: Recipe, options: dict[str, Any]) -> None:
+    """An unknown metric would show only after the first evaluation."""
+    if "metric_for_best_model" not in options:
+        return
+    terms = (*method_class(recipe.method).terms, "loss", "bits_per_byte")
+    valid = [*terms, "rouge_l"] if options.get("eval_rouge_l") else list(terms)
+    name = options["metric_for_best_model"].removeprefix("eval_")
+    if name not in valid:
+        hint = " with training.eval_rouge_l=true" if name == "rouge_l" else ""
+        raise UserError(
+            f"unknown training.metric_for_best_model {name}{hint and ', which exists' + hint}; valid ones: "
+            + ", ".join(valid)
+        )
 
 
 def check_output(folder: Path, *, resume: bool, recipe: Recipe) -> str | None:
@@ -61,8 +95,11 @@ def check_output(folder: Path, *, resume: bool, recipe: Recipe) -> str | None:
         UserError: the folder already holds a run and `resume` is off, or holds another recipe's run.
     """
     if os.environ.get("RANK", "0") != "0":  # the first rank speaks for all, before it writes anything
-        return get_last_checkpoint(str(folder)) if resume and folder.exists() else None
-    if not folder.exists() or not any(folder.iterdir()):
+        return last_checkpoint(folder) if resume and folder.exists() else None
+    if folder.is_file():
+        raise UserError(f"output folder {folder} is a file; choose another with --output")
+    started = folder.exists() and {path.name for path in folder.iterdir()} - {RECIPE_FILE}
+    if not started:  # a run that broke before its first checkpoint leaves its recipe at the most
         return None
     saved = folder / RECIPE_FILE
     if not saved.is_file():
@@ -71,10 +108,34 @@ def check_output(folder: Path, *, resume: bool, recipe: Recipe) -> str | None:
         raise UserError(
             f"output folder {folder} already holds a run; choose another with --output, or --resume to go on with it"
         )
-    if saved.read_text(encoding="utf-8") != recipe.dump():
-        raise UserError(f"output folder {folder} holds a run of another recipe ({saved}); choose another with --output")
-    checkpoint: str | None = get_last_checkpoint(str(folder))
-    return checkpoint
+    before, now = (_flat(parse_yaml(text)) for text in (saved.read_text(encoding="utf-8"), recipe.dump()))
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name) and not name.startswith(CHANGEABLE):
+            was, is_now = before.get(name, "unset"), now.get(name, "unset")
+            raise UserError(
+                f"output folder {folder} holds another run: {name} is {was} there and {is_now} here; choose another "
+                "with --output"
+            )
+    return last_checkpoint(folder)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every option by its dotted name."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return flat
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that is whole; one cut off in the writing is passed over with a warning."""
+    whole = ("trainer_state.json", "optimizer.pt", "scheduler.pt", LOSS_STATE)
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in found:
+        if all((path / name).is_file() for name in whole) and list(path.glob("*.safetensors.tmp")) == []:
+            return str(path)
+        logger.warning("%s is not whole and is passed over", path)
+    return None
 
 
 def _load(section: StudentSection | TeacherSection) -> tuple[Any, Any]:
@@ -93,24 +154,31 @@ def _peft_config(options: dict[str, Any] | None) -> LoraConfig | None:
     if options is None:
         return None
     valid = [item.name for item in dataclasses.fields(LoraConfig)]
+    hints = typing.get_type_hints(LoraConfig)
     for name in options:
         if name not in valid:
             raise unknown_option(f"student.peft.{name}", name, valid)
-    return LoraConfig(**{"task_type": "CAUSAL_LM", **options})
+        check_type(hints[name], options[name], f"student.peft.{name}")
+    try:
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **options})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"student.peft: {error}") from error
+
+
+def check_options(recipe: Recipe, output_dir: str | Path) -> tuple[DistillConfig, LoraConfig | None]:
+    """The training arguments and adapter of a recipe, every option checked; reads no data and no model."""
+    method = method_class(recipe.method)
+    build_loss(recipe.method, recipe.loss_options, widths=Widths(1, 1, 1, 1), pair=ModelPair.smallest())
+    if method.needs_teacher and recipe.teacher is None:
+        raise UserError(f"method {recipe.method} needs a teacher: add a teacher section to the recipe")
+    return training_config(recipe, output_dir), _peft_config(recipe.student.peft)
 
 
 def build_trainer(recipe: Recipe, output_dir: str | Path) -> DistillTrainer:
     """Load data, models and loss of a recipe into a trainer; mistakes show before a model is loaded where they can."""
     method = method_class(recipe.method)
-    if not method.needs_widths:
-        build_loss(recipe.method, recipe.loss_options)
-    for name in recipe.loss_options:
-        if name not in method_options(recipe.method):
-            build_loss(recipe.method, recipe.loss_options)
-    if method.needs_teacher and recipe.teacher is None:
-        raise UserError(f"method {recipe.method} needs a teacher: add a teacher section to the recipe")
-    args = training_config(recipe, output_dir)
-    peft_config = _peft_config(recipe.student.peft)
+    args, peft_config = check_options(recipe, output_dir)
+    check_recipe_evaluation(recipe)
     data = recipe.data
     columns: dict[str, Any] = {"prompt": data.prompt, "response": data.response, "input": data.input}
     train = load_examples(data.train, limit=data.limit, **columns)
@@ -122,17 +190,22 @@ def build_trainer(recipe: Recipe, output_dir: str | Path) -> DistillTrainer:
     teacher, teacher_tokenizer = None, None
     if method.needs_teacher and recipe.teacher is not None:
         teacher, teacher_tokenizer = _load(recipe.teacher)
-    return DistillTrainer(
-        model=student,
-        teacher_model=teacher,
-        args=args,
-        train_dataset=train,
-        eval_dataset=evaluation,
-        processing_class=student_tokenizer,
-        teacher_processing_class=teacher_tokenizer,
-        peft_config=peft_config,
-        dataset_names=names,
-    )
+    try:
+        return DistillTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=args,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=student_tokenizer,
+            teacher_processing_class=teacher_tokenizer,
+            peft_config=peft_config,
+            dataset_names=names,
+        )
+    except (ImportError, ValueError, RuntimeError) as error:
+        if isinstance(error, UserError) or (type(error) is RuntimeError and "requires" not in str(error)):
+            raise
+        raise UserError(f"training options: {error}") from error  # a tracker or a backend that isn't installed
 
 
 def train(recipe: Recipe, output_dir: str | Path, *, resume: bool = False) -> DistillTrainer:
@@ -157,10 +230,21 @@ def end_of_run() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # gloo's threads can outlive the interpreter and abort the process after all is done
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held: of the GPU, if there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def run_record(trainer: DistillTrainer) -> dict[str, Any]:
-    """What made a run: versions, machine and the models' revisions."""
+    """What made a run: versions and the models' revisions; and what it cost, the median time of a step."""
     packages = ("dwakd", "torch", "transformers", "tokenizers", "peft", "datasets", "accelerate", "numba")
     teacher = getattr(trainer.teacher, "model", None)
     return {
@@ -169,6 +253,8 @@ def run_record(trainer: DistillTrainer) -> dict[str, Any]:
         "student_revision": getattr(trainer.student.config, "_commit_hash", None),
         "teacher_revision": getattr(getattr(teacher, "config", None), "_commit_hash", None),
         "num_steps": trainer.state.global_step,
+        "seconds_per_step": statistics.median(trainer.clock.seconds) if trainer.clock.seconds else None,
+        "peak_memory_bytes": peak_memory_bytes(),
         "num_train_examples": len(trainer.train_dataset),
         "world_size": trainer.args.world_size,
     }

@@ -1,9 +1,13 @@
-"""Batches of like length, in an order that depends on seed and epoch alone."""
+"""Which rows make a step: batches of like length, and no row twice where ranks share the last step."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+from accelerate.state import GradientState
+from torch import Tensor
 from torch.utils.data import Sampler
+from transformers import TrainingArguments
 
 BLOCK_STEPS = 50
 """Rows are sorted within this many steps: enough to save the padding, few enough to keep the mixture."""
@@ -35,7 +39,7 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        generator = torch.Generator().manual_seed(1000003 * self.seed + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         full = len(order) - len(order) % self.step_size  # the incomplete step stays last
         steps = []
@@ -46,3 +50,18 @@ class LengthGroupedSampler(Sampler[int]):
         for index in torch.randperm(len(steps), generator=generator).tolist():
             yield from steps[index]
         yield from order[full:]
+
+
+def cut_repeats(batches: list[dict[str, Any]], state: GradientState, args: TrainingArguments) -> None:
+    """Cut the rows with which accelerate fills up the ranks' last batches; a batch of nothing else has share 0."""
+    for batch in batches:
+        batch["share"] = 1.0
+    if args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return
+    last = batches[-1]
+    size = len(last["example_ids"])
+    kept = min(max(state.remainder - args.process_index * size, 0), size)
+    last["share"] = float(kept > 0)
+    for name, value in last.items():
+        if isinstance(value, Tensor):
+            last[name] = value[: max(kept, 1)]

@@ -7,14 +7,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dwakd.batch import ModelSide
+from dwakd.models.head import OutputHead
 from dwakd.models.rows import embedding_table, output_head, response_rows
 
 
 class Teacher(ABC):
     """Gives the teacher's response rows of a batch; a plain object, so that no wrapper or checkpoint finds it."""
 
-    hidden_size: int
     embedding_size: int
+
+    @property
+    @abstractmethod
+    def head(self) -> OutputHead:
+        """The teacher's output head."""
 
     @abstractmethod
     def rows(self, batch: dict[str, Tensor]) -> ModelSide:
@@ -30,8 +35,11 @@ class OnlineTeacher(Teacher):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.hidden_size = output_head(model).hidden_size
         self.embedding_size = embedding_table(model).shape[1]
+
+    @property
+    def head(self) -> OutputHead:
+        return output_head(self.model).detached()
 
     def rows(self, batch: dict[str, Tensor]) -> ModelSide:
         if self.model.device != batch["teacher_input_ids"].device:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
@@ -17,15 +18,16 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from dwakd.data.collator import EncodedPairs, PairedCollator
 from dwakd.data.encoding import TextEncoder
 from dwakd.errors import UserError
-from dwakd.losses import TeacherScale, Widths, build_loss, method_class
-from dwakd.models.rows import embedding_table, output_head
-from dwakd.training.callbacks import TermsProgressCallback
+from dwakd.losses import TeacherScale, method_class
+from dwakd.training.callbacks import EpochAndTerms, TermsProgressCallback
 from dwakd.training.checkpoint import load_student
 from dwakd.training.config import DistillConfig
 from dwakd.training.distiller import Distiller
 from dwakd.training.evaluation import eval_terms, generated_metrics
-from dwakd.training.inputs import Source, disable_dropout, encode_source, load_pair
-from dwakd.training.sampler import LengthGroupedSampler
+from dwakd.training.inputs import Source, add_adapter, checked_args, disable_dropout, encode_source, load_pair
+from dwakd.training.method import build_method
+from dwakd.training.optimizer import parameter_groups
+from dwakd.training.sampler import LengthGroupedSampler, cut_repeats
 from dwakd.training.teacher import OnlineTeacher, Teacher
 
 LOSS_STATE = "distillation.safetensors"
@@ -68,7 +70,7 @@ class DistillTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         dataset_names: dict[str, str] | None = None,
     ) -> None:
-        args = args or DistillConfig()
+        args = checked_args(args)
         names = dataset_names or {}
         method = method_class(args.method)
         if method.needs_teacher and teacher_model is None:
@@ -78,17 +80,20 @@ class DistillTrainer(Trainer):
         self._encoders: tuple[TextEncoder, TextEncoder | None] = (self.student_encoder, None)
         self.teacher: Teacher | None = None
         if method.needs_teacher:
+            if teacher_model is model:
+                raise UserError("student and teacher are one model object: load the teacher apart, it gets frozen")
             self.teacher = self._prepare_teacher(teacher_model, teacher_processing_class, args)
         _, train_pairs = encode_source(train_dataset, self._encoders, args, "train", names.get("train"))
         self._eval_examples, eval_pairs = encode_source(eval_dataset, self._encoders, args, "eval", names.get("eval"))
 
         set_seed(args.seed)
-        loss = build_loss(args.method, args.loss_options, widths=self._widths(model))
+        loss = build_method(args, model, self.teacher, self._encoders)
         if peft_config is not None:
-            model = get_peft_model(model, peft_config)
+            model = add_adapter(model, peft_config)
         if args.disable_dropout:
             disable_dropout(model)
         self.metrics_function = compute_metrics
+        self.length_sampler: LengthGroupedSampler | None = None
         self._term_sums: dict[str, Tensor] = {}
         self._term_steps = 0
         super().__init__(
@@ -104,6 +109,8 @@ class DistillTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.clock = EpochAndTerms(self)
+        self.add_callback(self.clock)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         if not args.disable_tqdm:
             self.add_callback(TermsProgressCallback)
@@ -119,16 +126,6 @@ class DistillTrainer(Trainer):
         self._encoders = (self.student_encoder, TextEncoder(tokenizer, args.template, args.bos))
         return teacher
 
-    def _widths(self, student: PreTrainedModel) -> Widths | None:
-        if self.teacher is None:
-            return None
-        return Widths(
-            output_head(student).hidden_size,
-            self.teacher.hidden_size,
-            embedding_table(student).shape[1],
-            self.teacher.embedding_size,
-        )
-
     @property
     def student(self) -> PreTrainedModel | PeftModel:
         """The student, unwrapped."""
@@ -139,10 +136,11 @@ class DistillTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
+        self.step_started = time.perf_counter()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        self._cut_repeats(batches)
+        cut_repeats(batches, self.accelerator.gradient_state, self.args)
         num_tokens = sum(batch["share"] * batch["student_response_mask"].sum() for batch in batches).to(device)
         if self.args.world_size > 1:
             num_tokens = self.accelerator.gather(num_tokens).sum()
@@ -150,21 +148,6 @@ class DistillTrainer(Trainer):
         self._add_teacher(batches)
         self.accelerator.unwrap_model(self.model).loss.set_step(self.state.global_step)
         return batches, num_tokens
-
-    def _cut_repeats(self, batches: list[dict[str, Any]]) -> None:
-        """Cut the rows with which accelerate fills up the ranks' last batches; a batch of nothing else has share 0."""
-        for batch in batches:
-            batch["share"] = 1.0
-        state = self.accelerator.gradient_state
-        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return
-        last = batches[-1]
-        size = len(last["example_ids"])
-        kept = min(max(state.remainder - self.args.process_index * size, 0), size)
-        last["share"] = float(kept > 0)
-        for name, value in last.items():
-            if isinstance(value, Tensor):
-                last[name] = value[: max(kept, 1)]
 
     def _add_teacher(self, batches: list[dict[str, Any]]) -> None:
         """Attach the teacher's rows to each batch, and one set of moments over all of them and all ranks."""
@@ -202,6 +185,10 @@ class DistillTrainer(Trainer):
         loss = output["loss"] * self.accelerator.num_processes * inputs["share"]
         return (loss, output) if return_outputs else loss
 
+    def reset_terms(self) -> None:
+        """Forget the sums of terms; the next log averages from here."""
+        self._term_sums, self._term_steps = {}, self.state.global_step
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of every term over the optimiser steps since the last log."""
         if "loss" in logs and self._term_sums:
@@ -209,7 +196,7 @@ class DistillTrainer(Trainer):
             sums = torch.stack(list(self._term_sums.values()))
             sums = self.accelerator.reduce(sums, "sum") / steps
             logs |= dict(zip(self._term_sums, sums.tolist(), strict=True))
-            self._term_sums, self._term_steps = {}, self.state.global_step
+            self.reset_terms()
         super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: EncodedPairs | None = None) -> Sampler[int] | None:
@@ -218,7 +205,8 @@ class DistillTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthGroupedSampler(dataset.student_lengths, step_size, seed)
+        self.length_sampler = LengthGroupedSampler(dataset.student_lengths, step_size, seed)
+        return self.length_sampler
 
     def _get_eval_sampler(self, eval_dataset: EncodedPairs) -> Sampler[int] | None:
         return SequentialSampler(eval_dataset) if self.args.world_size == 1 else None
@@ -229,33 +217,29 @@ class DistillTrainer(Trainer):
             module = model or self.model
             decayed = set(self.get_decay_parameter_names(module))
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, module)
-            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-            for name, parameter in module.named_parameters():
-                if parameter.requires_grad:
-                    own = "student" not in name.split(".")[:2]
-                    groups.setdefault((own, name in decayed), []).append(parameter)
-            self.optimizer = optimizer_class(
-                [
-                    {
-                        "params": parameters,
-                        "weight_decay": self.args.weight_decay if decay else 0.0,
-                        "lr": self.args.projector_learning_rate if own else self.args.learning_rate,
-                    }
-                    for (own, decay), parameters in groups.items()
-                ],
-                **options,
-            )
+            self.optimizer = optimizer_class(parameter_groups(module, decayed, self.args), **options)
         return self.optimizer
 
     # Evaluation: every term over the whole set, and answers if asked.
 
     def evaluate(
         self,
-        eval_dataset: EncodedPairs | None = None,
+        eval_dataset: Source | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Every term in nats per student response token over the whole set, bits per byte, and ROUGE-L if asked."""
+        """Every term in nats per student response token over the whole set, bits per byte, and ROUGE-L if asked.
+
+        N(.) is taken over one batch at a time, so the terms of distillation depend a little on
+        `per_device_eval_batch_size`; `ce`, `bits_per_byte` and `rouge_l` do not.
+
+        Args:
+            eval_dataset: as in the constructor; its `eval_dataset` if None, which alone is answered for ROUGE-L.
+            ignore_keys: unused, of transformers.
+            metric_key_prefix: goes before every metric's name.
+        """
+        if eval_dataset is not None:
+            _, eval_dataset = encode_source(eval_dataset, self._encoders, self.args, "eval")
         with torch.random.fork_rng():  # a run must not depend on how often it is evaluated
             metrics = eval_terms(self, self.get_eval_dataloader(eval_dataset))
             if eval_dataset is None and (self.args.eval_rouge_l or self.metrics_function):
@@ -265,6 +249,10 @@ class DistillTrainer(Trainer):
         control = self.control  # type: ignore[has-type]
         self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Not offered: a batch's logits are never whole here. See `dwakd.evaluation.generate.generate_answers`."""
+        raise UserError("DistillTrainer has no predict; use dwakd.evaluation.generate.generate_answers for answers")
 
     # Saving: the student as transformers saves it; what only training needs goes into checkpoints alone.
 

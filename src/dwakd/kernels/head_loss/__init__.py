@@ -79,6 +79,7 @@ def head_loss(
             head that requires gradient.
 
     Examples:
+        >>> import torch
         >>> from dwakd.models.head import OutputHead
         >>> head = OutputHead(torch.randn(50, 8, requires_grad=True))
         >>> rows = HeadRows(torch.randn(6, 8, requires_grad=True), head, torch.tensor([4, 2]))

@@ -4,17 +4,19 @@ import functools
 import importlib
 import logging
 import math
-from types import ModuleType
+import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-
-from dwakd.kernels.soft_dtw.naive import soft_dtw_naive
+from torch.autograd.function import once_differentiable
 
 logger = logging.getLogger(__name__)
 
-IMPLS = ("auto", "naive", "cpu")
+IMPLS = ("auto", "naive", "cpu", "triton")
+_NEEDS = {"cpu": "numba", "triton": "triton"}
 
 
 def soft_dtw(
@@ -39,8 +41,8 @@ def soft_dtw(
             that of hard DTW.
         x_lengths: rows per example, 1 to n; all n when None.
         y_lengths: columns per example, 1 to m; all m when None.
-        impl: "auto", "naive" (plain torch, any device) or "cpu" (compiled, for CPU tensors). "auto" takes "cpu"
-            where it can run; a fallback is logged once.
+        impl: "auto", "naive" (plain torch, any device), "cpu" (compiled by numba, for CPU tensors) or "triton" (for
+            CUDA tensors). "auto" takes the compiled one where it can run; a fallback is logged once.
 
     Returns:
         One value per example, in the costs' unit and in float32 or better; +inf with zero gradient where no path of
@@ -49,8 +51,8 @@ def soft_dtw(
 
     Raises:
         ValueError: gamma not positive and finite, a length outside its range, an unknown impl, or "cpu" for a
-            tensor on another device.
-        ImportError: impl is "cpu" and numba cannot be imported.
+            tensor on another device. Lengths on a GPU are not waited for: there the kernel answers a wrong one with NaN.
+        ImportError: the named impl needs numba or triton, and it cannot be imported.
 
     References:
         Cuturi and Blondel 2017, Soft-DTW: a Differentiable Loss Function for Time-Series, algorithms 1 and 2.
@@ -63,17 +65,36 @@ def soft_dtw(
     gamma = float(gamma)
     if not 0 < gamma < math.inf:
         raise ValueError(f"soft_dtw: gamma must be positive and finite, got {gamma}.")
-    batch, n, m = cost.shape
-    x_lengths = _checked_lengths("x_lengths", x_lengths, batch, n)
-    y_lengths = _checked_lengths("y_lengths", y_lengths, batch, m)
+    x_lengths = _checked_lengths("x_lengths", x_lengths, cost, 1)
+    y_lengths = _checked_lengths("y_lengths", y_lengths, cost, 2)
     chosen = _resolve(impl, cost.device)
     cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
-    if batch == 0:
+    if len(cost) == 0:
         return cost.sum(dim=(1, 2))
-    if chosen == "cpu":
-        value: Tensor = _cpu_module().soft_dtw_cpu(cost, gamma, x_lengths, y_lengths)
+    solve = _kernel(chosen)
+    if torch.is_grad_enabled() and cost.requires_grad:
+        value: Tensor = _SoftDtw.apply(solve, cost, gamma, x_lengths, y_lengths)  # type: ignore[no-untyped-call]
         return value
-    return soft_dtw_naive(cost, gamma, x_lengths.to(cost.device), y_lengths.to(cost.device))
+    return solve(cost, gamma, x_lengths, y_lengths, keep=False)[0]
+
+
+class _SoftDtw(torch.autograd.Function):
+    """The kernels return the gradient with the value: it costs least then, and one number per cell is all that stays."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, solve: Callable[..., Any], cost: Tensor, gamma: float, x_lengths: Tensor, y_lengths: Tensor
+    ) -> Tensor:
+        value: Tensor
+        value, grad = solve(cost, gamma, x_lengths, y_lengths, keep=True)
+        ctx.save_for_backward(grad)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_value: Tensor) -> tuple[None, Tensor, None, None, None]:
+        (grad,) = ctx.saved_tensors
+        return None, grad * grad_value[:, None, None], None, None, None
 
 
 def _resolve(impl: str, device: torch.device) -> str:
@@ -82,37 +103,43 @@ def _resolve(impl: str, device: torch.device) -> str:
         raise ValueError(f"soft_dtw: unknown impl {impl!r}; valid are {', '.join(map(repr, IMPLS))}.")
     if impl == "cpu" and device.type != "cpu":
         raise ValueError(f"soft_dtw: impl 'cpu' takes tensors on the CPU, got one on {device}; use impl='auto'.")
-    if impl == "auto":  # a Triton kernel for device.type == "cuda" joins here
-        return "cpu" if device.type == "cpu" and _numba_works() else "naive"
+    if impl == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"soft_dtw: impl 'triton' takes tensors on a GPU, got one on {device}; use impl='auto'.")
+    if impl == "auto":
+        compiled = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
+        return compiled if compiled and _is_usable(compiled) else "naive"
     return impl
 
 
 @functools.cache
-def _numba_works() -> bool:
-    """Whether the compiled kernel can be imported; if not, the reason is logged, once."""
+def _is_usable(impl: str) -> bool:
+    """Whether a compiled kernel can be imported; if not, the reason is logged, once."""
     try:
-        _cpu_module()
+        _kernel(impl)
     except ImportError as error:
-        logger.warning("soft_dtw runs in plain torch, several times slower, because numba is not usable: %s", error)
+        logger.warning(
+            "soft_dtw runs in plain torch, several times slower, because %s is not usable: %s", _NEEDS[impl], error
+        )
         return False
     return True
 
 
-def _cpu_module() -> ModuleType:
-    return importlib.import_module("dwakd.kernels.soft_dtw.cpu")  # numba takes half a second: only when it is used
+def _kernel(impl: str) -> Callable[..., Any]:
+    """`solve` of one of the modules, imported when it is used: numba takes half a second."""
+    solve: Callable[..., Any] = importlib.import_module(f"{__name__}.{impl}").solve
+    return solve
 
 
-def _checked_lengths(
-    name: str, lengths: Int[Tensor, " batch"] | None, batch: int, longest: int
-) -> Int[Tensor, " batch"]:
+def _checked_lengths(name: str, lengths: Int[Tensor, " batch"] | None, cost: Tensor, dim: int) -> Int[Tensor, " batch"]:
+    batch, longest = len(cost), cost.shape[dim]
     if lengths is None:
-        lengths = torch.full((batch,), longest)
+        lengths = torch.full((batch,), longest, device=cost.device)
     if lengths.shape != (batch,):
         raise ValueError(f"soft_dtw: expects {name} of shape ({batch},), got {tuple(lengths.shape)}.")
-    wrong = (lengths < 1) | (lengths > longest)
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"soft_dtw: {name}[{row}] is {int(lengths[row])}, but lengths must be 1 to {longest}, the cost's size."
-        )
-    return lengths
+    if lengths.device.type != "cuda":  # there the check would make the host wait
+        for row, length in enumerate(lengths.tolist()):
+            if not 1 <= length <= longest:
+                raise ValueError(
+                    f"soft_dtw: {name}[{row}] is {length}, but lengths must be 1 to {longest}, the cost's size."
+                )
+    return lengths.to(cost.device)

@@ -1,12 +1,12 @@
 """The compiled loops of the CPU kernel: numpy arrays in, numpy arrays out, no torch.
 
-The arrays of one diagonal hold cell i at index i + 1; index 0 is the row before the first. Weights lie in
-blocks, one per diagonal: three planes (of the predecessor above, left, above left) of the diagonal's cells padded
-to a multiple of LANES. Padding cells are unreachable and pass nothing on.
-
-In float32, LANES cells are computed at once. numba's own vectoriser gives up on these loops (many arrays that might
+The fast path takes float32 costs of moderate size, one anti-diagonal after the other, LANES cells of it at once. It
+carries differences of the accumulated cost R, in units of gamma, between neighbours: the step down into a cell,
+R[i, j] - R[i - 1, j], kept by row, and the step right, R[i, j] - R[i, j - 1], kept by column. They stay small where R
+grows along a path, so that float32 holds them. numba's own vectoriser gives up on such loops (many arrays that might
 overlap, two widths of float), so the vectors are spelled out in LLVM's terms, which fits them to the processor.
-Carried costs and flows are float64, exponentials, logarithms and weights float32.
+
+The exact path takes everything else (float64, infinite costs, costs far above gamma) one cell at a time in float64.
 
 All of it is one file because numba's cache on disk notices changes of the file it compiles from, and of no other.
 `no_type_check` keeps the tests' shape checker from wrapping what numba compiles.
@@ -22,11 +22,13 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
 logger = logging.getLogger(__name__)
 
 LANES = 8
+_FAST_LIMIT = 4.0  # largest cost, in units of gamma, of the fast path: above, rounded steps show in the gradient (1e-6)
+_FAR = np.float32(1e9)  # how far the row and the column before the first are, in units of gamma
 _F32, _F64, _I32 = (ir.VectorType(scalar, LANES) for scalar in (ir.FloatType(), ir.DoubleType(), ir.IntType(32)))
 
 # exp(r) for |r| <= ln 2 / 2 after Cephes' expf, highest power first, without the two leading terms 1 + r
@@ -38,21 +40,47 @@ _ARTANH = (0.3675323923349, 0.1620839772365, 0.2940806106697, 0.3994882271805, 0
 class _Vectors:
     """LANES numbers at a time, over LLVM's IR builder."""
 
-    def __init__(self, builder: Any) -> None:
+    def __init__(self, context: Any, builder: Any, signature: Any, args: Any) -> None:
         self.b = builder
+        self.arrays = {
+            value: context.make_array(kind)(context, builder, value).data
+            for kind, value in zip(signature.args, args, strict=True)
+            if isinstance(kind, types.Array)
+        }
 
-    def load(self, address: Any, kind: Any, skip_bytes: int = 0) -> Any:
-        address = self.b.add(address, ir.Constant(address.type, skip_bytes))
-        return self.b.load(self.b.inttoptr(address, kind.as_pointer()), align=4)
+    def address(self, array: Any, index: Any, skip: int = 0) -> Any:
+        return self.b.gep(self.arrays[array], [self.b.add(index, ir.Constant(index.type, skip))])
 
-    def store(self, value: Any, address: Any) -> None:
-        self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=4)
+    def load(self, array: Any, index: Any, kind: Any, skip: int = 0) -> Any:
+        address = self.b.bitcast(self.address(array, index, skip), kind.as_pointer())
+        return self.b.load(address, align=4)
+
+    def store(self, value: Any, array: Any, index: Any) -> None:
+        self.b.store(value, self.b.bitcast(self.address(array, index), value.type.as_pointer()), align=4)
+
+    def apart(self, array: Any, index: Any, stride: Any) -> list[Any]:
+        """Addresses of LANES elements that lie `stride` apart."""
+        first = self.address(array, index)
+        # without this, LLVM carries a pointer for each lane from block to block, on the stack
+        hide = ir.InlineAsm(ir.FunctionType(first.type, [first.type]), "", "=r,0")
+        first = self.b.call(hide, [first])
+        return [self.b.gep(first, [self.b.mul(stride, ir.Constant(stride.type, lane))]) for lane in range(LANES)]
+
+    def load_apart(self, array: Any, index: Any, stride: Any) -> Any:
+        value = ir.Constant(_F32, ir.Undefined)
+        for lane, address in enumerate(self.apart(array, index, stride)):
+            value = self.b.insert_element(value, self.b.load(address), ir.Constant(ir.IntType(32), lane))
+        return value
+
+    def store_apart(self, value: Any, array: Any, index: Any, stride: Any) -> None:
+        for lane, address in enumerate(self.apart(array, index, stride)):
+            self.b.store(self.b.extract_element(value, ir.Constant(ir.IntType(32), lane)), address)
 
     def constant(self, number: float, kind: Any) -> Any:
         return ir.Constant(kind, [number] * LANES)
 
     def spread(self, scalar: Any) -> Any:
-        empty = ir.Constant(_F64, ir.Undefined)
+        empty = ir.Constant(_F32, ir.Undefined)
         first = self.b.insert_element(empty, scalar, ir.Constant(ir.IntType(32), 0))
         return self.b.shuffle_vector(first, empty, ir.Constant(_I32, [0] * LANES))
 
@@ -75,7 +103,7 @@ class _Vectors:
         return total
 
     def exp(self, x: Any) -> Any:
-        """exp(x) = 2^k exp(r) for x <= 0: within 1e-7 relative, exactly 1 at 0, and 0 below -87."""
+        """exp(x) = 2^k exp(r) for x <= 0: within 1e-7 relative, exactly 1 at 0, 0 from -87 down and for NaN."""
         floor = self.constant(-87.0, _F32)
         y = self.higher(x, floor)
         # adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
@@ -88,140 +116,12 @@ class _Vectors:
         p = self.b.fadd(p, self.constant(1.0, _F32))
         exponent = self.b.shl(self.b.bitcast(shifted, _I32), self.constant(23, _I32))
         scaled = self.b.bitcast(self.b.add(self.b.bitcast(p, _I32), exponent), _F32)
-        return self.b.select(self.b.fcmp_ordered("<", x, floor), self.constant(0.0, _F32), scaled)
+        return self.b.select(self.b.fcmp_ordered(">", y, floor), scaled, self.constant(0.0, _F32))
 
     def log1p(self, u: Any) -> Any:
         """log(1 + u) = 2 artanh(u / (2 + u)) for 0 <= u <= 2: within 2e-7 relative, exactly 0 at 0."""
         z = self.b.fdiv(u, self.b.fadd(u, self.constant(2.0, _F32)))
         return self.b.fmul(self.polynomial(self.b.fmul(z, z), _ARTANH), z)
-
-
-@intrinsic
-@no_type_check
-def forward_lanes(typingctx, last, before, cost, now, weights, plane, gamma, inverse_gamma):
-    """Costs reached and softmin weights of LANES cells.
-
-    `last` and `before` are the addresses of the cells above in the two diagonals before (float64), `cost`
-    (float32) and `now` (float64) of the cells themselves, `weights` of their first weight (float32);
-    `plane` is the distance in bytes between a cell's three weights.
-    """
-    signature = types.void(*[types.uintp] * 6, types.float64, types.float64)
-
-    def codegen(context, builder, signature, args):
-        last, before, cost, now, weights, plane, gamma, inverse_gamma = args
-        v = _Vectors(builder)
-        reached = [v.load(last, _F64), v.load(last, _F64, 8), v.load(before, _F64)]
-        lowest = v.lower(reached[2], v.lower(reached[1], reached[0]))
-        finite = v.lower(lowest, v.constant(1e300, _F64))  # all three unreachable: exponents are -inf, not NaN
-        scale = v.spread(inverse_gamma)
-        exponents = (builder.fmul(builder.fsub(finite, source), scale) for source in reached)
-        a, b, c = (v.exp(builder.fptrunc(exponent, _F32)) for exponent in exponents)
-        # the largest of the three is exactly 1; `rest` is the sum of the other two
-        rest = builder.fadd(v.lower(a, b), v.lower(v.higher(a, b), c))
-        log_total = builder.fpext(v.log1p(rest), _F64)
-        share = builder.fdiv(v.constant(1.0, _F32), builder.fadd(v.constant(1.0, _F32), rest))
-        for weight in (a, b, c):
-            v.store(builder.fmul(weight, share), weights)
-            weights = builder.add(weights, plane)
-        soft = builder.fsub(lowest, builder.fmul(v.spread(gamma), log_total))
-        v.store(builder.fadd(builder.fpext(v.load(cost, _F32), _F64), soft), now)
-        return context.get_dummy_value()
-
-    return signature, codegen
-
-
-@intrinsic
-@no_type_check
-def backward_lanes(typingctx, ups, lefts, corners, weights, plane, flow):
-    """The flow through LANES cells, and what each passes on to its three predecessors.
-
-    `ups`, `lefts`, `corners` are the addresses of the cells in the three float64 arrays of flows passed on, which
-    are read for the diagonals after and overwritten for this one; `flow` is where the sum goes (float64).
-    """
-    signature = types.void(*[types.uintp] * 6)
-
-    def codegen(context, builder, signature, args):
-        ups, lefts, corners, weights, plane, flow = args
-        v = _Vectors(builder)
-        arriving = builder.fadd(v.load(ups, _F64, 8), v.load(lefts, _F64))
-        arriving = builder.fadd(arriving, v.load(corners, _F64, 8))
-        v.store(arriving, flow)
-        for passed_on in (ups, lefts, corners):
-            v.store(builder.fmul(arriving, builder.fpext(v.load(weights, _F32), _F64)), passed_on)
-            weights = builder.add(weights, plane)
-        return context.get_dummy_value()
-
-    return signature, codegen
-
-
-# --- one diagonal: vectors in float32, a plain loop with libm's functions in float64 ---
-
-
-@no_type_check
-def _forward_diagonal(gamma, cost, before, last, now, weights, start, first, padded):
-    """Costs reached on the diagonal whose first cell is in row `first`, and their weights."""
-
-
-@overload(_forward_diagonal)
-@no_type_check
-def _forward_diagonal_of(gamma, cost, before, last, now, weights, start, first, padded):
-    def float32(gamma, cost, before, last, now, weights, start, first, padded):
-        inverse = 1.0 / gamma
-        for t in range(0, padded, LANES):
-            above, here = np.uintp(8 * (first + t)), np.uintp(8 * (first + 1 + t))
-            forward_lanes(
-                last.ctypes.data + above,
-                before.ctypes.data + above,
-                cost.ctypes.data + np.uintp(4 * t),
-                now.ctypes.data + here,
-                weights.ctypes.data + np.uintp(4 * (start + t)),
-                np.uintp(4 * padded),
-                gamma,
-                inverse,
-            )
-
-    def float64(gamma, cost, before, last, now, weights, start, first, padded):
-        for t in range(padded):
-            up, left, corner = last[first + t], last[first + t + 1], before[first + t]
-            lowest = min(up, left, corner)
-            finite = min(lowest, 1e300)
-            a = math.exp((finite - up) / gamma)
-            b = math.exp((finite - left) / gamma)
-            c = math.exp((finite - corner) / gamma)
-            rest = min(a, b) + min(max(a, b), c)
-            weights[start + t] = a / (1.0 + rest)
-            weights[start + padded + t] = b / (1.0 + rest)
-            weights[start + 2 * padded + t] = c / (1.0 + rest)
-            now[first + 1 + t] = cost[t] + (lowest - gamma * math.log1p(rest))
-
-    return float32 if weights.dtype is types.float32 else float64
-
-
-@no_type_check
-def _backward_diagonal(ups, lefts, corners, weights, start, first, padded, flow):
-    """Flow through the diagonal's cells, and what they pass on."""
-
-
-@overload(_backward_diagonal)
-@no_type_check
-def _backward_diagonal_of(ups, lefts, corners, weights, start, first, padded, flow):
-    def float32(ups, lefts, corners, weights, start, first, padded, flow):
-        for t in range(0, padded, LANES):
-            here = np.uintp(8 * (first + 1 + t))
-            up, left, corner = ups.ctypes.data + here, lefts.ctypes.data + here, corners.ctypes.data + here
-            weight, out = weights.ctypes.data + np.uintp(4 * (start + t)), flow.ctypes.data + np.uintp(8 * t)
-            backward_lanes(up, left, corner, weight, np.uintp(4 * padded), out)
-
-    def float64(ups, lefts, corners, weights, start, first, padded, flow):
-        for t in range(padded):
-            i = first + 1 + t
-            arriving = ups[i + 1] + lefts[i] + corners[i + 1]
-            flow[t] = arriving
-            ups[i] = arriving * weights[start + t]
-            lefts[i] = arriving * weights[start + padded + t]
-            corners[i] = arriving * weights[start + 2 * padded + t]
-
-    return float32 if weights.dtype is types.float32 else float64
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -235,62 +135,266 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return compiled
 
 
-@_compiled
+# --- the fast path ---
+
+
+@intrinsic
 @no_type_check
-def forward_batch(gamma, cost, lengths, keep, weights, starts, value, first_row, last_row):
-    """Values of the examples first_row to last_row - 1, and their weights where `keep`."""
-    width, size = cost.shape[2], cost.shape[1] + 2 + LANES
-    before, last, now = np.empty(size), np.empty(size), np.empty(size)
-    slanted = np.empty(size, cost.dtype)
-    for row in range(first_row, last_row):
-        n, m, start = lengths[row, 0], lengths[row, 1], starts[row]
-        before[:], last[:], now[:] = np.inf, np.inf, np.inf
-        before[0] = 0.0  # the corner before the first cell
-        cells = cost[row].reshape(-1)
-        num_cells = num_valid = 0
-        for k in range(n + m - 1):
-            first, end = max(0, k - m + 1), min(n, k + 1)
-            padded = (end - first + LANES - 1) // LANES * LANES
-            slanted[end - first : padded] = np.inf
-            corner = np.uintp(first * width + k - first)
-            for t in range(np.uintp(end - first)):
-                slanted[t] = cells[corner + t * np.uintp(width - 1)]
-            for t in range(padded):
-                num_valid += slanted[t] > -np.inf  # false for NaN
-            num_cells += padded
-            _forward_diagonal(gamma, slanted, before, last, now, weights, start, first, padded)
-            now[first] = np.inf
-            before, last, now = last, now, before
-            if keep:
-                start += 3 * padded
-        value[row] = last[n] if num_valid == num_cells else np.nan
+def _forward_lanes(typingctx, downs, i, rights, j, cells, at, stride, inverse, weights, start, plane):
+    """LANES cells of a diagonal, from row i down.
 
-
-@_compiled
-@no_type_check
-def backward_batch(grad_value, value, lengths, weights, starts, grad_cost, first_row, last_row):
-    """Gradients of the examples first_row to last_row - 1 into grad_cost, which is zero before.
-
-    A cell's gradient is the probability of coming through it on the way back from the end, by the weights.
+    `downs[i ...]` holds the steps down into the cells on their left, `rights[j ...]` the steps right into the cells
+    above; both are overwritten by the cells' own. Costs are `cells[at], cells[at + stride], ...`, `inverse` is 1 / gamma.
+    The weights of the predecessors above and left go to `weights[start ...]` and `weights[start + plane ...]`; the third
+    is what they leave of 1.
     """
-    width, size = grad_cost.shape[2], grad_cost.shape[1] + 2 + LANES
-    ups, lefts, flow = np.empty(size), np.empty(size), np.empty(size)
-    corners, other_corners = np.empty(size), np.empty(size)  # of the diagonals of either parity
+    signature = types.void(
+        downs,
+        types.intp,
+        rights,
+        types.intp,
+        cells,
+        types.intp,
+        types.intp,
+        types.float32,
+        weights,
+        types.intp,
+        types.intp,
+    )
+
+    def codegen(context, builder, signature, args):
+        downs, i, rights, j, cells, at, stride, inverse, weights, start, plane = args
+        v = _Vectors(context, builder, signature, args)
+        # costs of the predecessors above and left, less that of the corner's; and what each is above the lowest of three
+        up, left, zero = v.load(rights, j, _F32), v.load(downs, i, _F32), v.constant(0.0, _F32)
+        lowest = v.lower(v.lower(up, left), zero)
+        above_up, above_left = builder.fsub(lowest, up), builder.fsub(lowest, left)
+        a, b, c = v.exp(above_up), v.exp(above_left), v.exp(lowest)
+        # the largest of the three is exactly 1; `rest` is the sum of the other two
+        rest = builder.fadd(v.lower(a, b), v.lower(v.higher(a, b), c))
+        share = builder.fdiv(v.constant(1.0, _F32), builder.fadd(v.constant(1.0, _F32), rest))
+        v.store(builder.fmul(a, share), weights, start)
+        v.store(builder.fmul(b, share), weights, builder.add(start, plane))
+        cost = builder.fmul(v.load_apart(cells, at, stride), v.spread(inverse))
+        step = builder.fsub(cost, v.log1p(rest))  # from the lowest predecessor
+        v.store(builder.fadd(step, above_up), downs, i)
+        v.store(builder.fadd(step, above_left), rights, j)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+@no_type_check
+def _backward_lanes(typingctx, flows, ups, lefts, corners, weights, start, plane, cells, at, stride):
+    """The flow through LANES cells into `cells[at], cells[at + stride], ...`, and what each passes on.
+
+    `ups`, `lefts`, `corners` are the cells' places in `flows`: what is passed on to the three predecessors, read for
+    the diagonals after and overwritten for this one. No flow is lost: float64, and the corner gets what is left.
+    """
+    signature = types.void(flows, *[types.intp] * 3, weights, *[types.intp] * 2, cells, *[types.intp] * 2)
+
+    def codegen(context, builder, signature, args):
+        flows, ups, lefts, corners, weights, start, plane, cells, at, stride = args
+        v = _Vectors(context, builder, signature, args)
+        arriving = builder.fadd(v.load(flows, ups, _F64, 1), v.load(flows, lefts, _F64))
+        arriving = left_over = builder.fadd(arriving, v.load(flows, corners, _F64, 1))
+        for passed_on in (ups, lefts):
+            flow = builder.fmul(arriving, builder.fpext(v.load(weights, start, _F32), _F64))
+            v.store(flow, flows, passed_on)
+            left_over = builder.fsub(left_over, flow)
+            start = builder.add(start, plane)
+        v.store(left_over, flows, corners)
+        v.store_apart(builder.fptrunc(arriving, _F32), cells, at, stride)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@_compiled
+@no_type_check
+def _forward_fast(cells, n, m, width, inverse, keep, weights):
+    """The cost reached at the end, in units of gamma, and the end of the weights: of all cells where `keep`."""
+    # rows in order, columns in reverse: a diagonal goes forward through both
+    downs, rights = np.zeros(n + LANES, np.float32), np.zeros(m + LANES, np.float32)
+    rights[m - 1] = _FAR
+    tail = np.zeros(LANES, np.float32)
+    stride = width - 1
+    start, total = 0, 0.0
+    for i in range(n):
+        total += cells[i * width] * inverse
+    inverse = np.float32(inverse)
+    for k in range(n + m - 1):
+        first, end = max(0, k - m + 1), min(n, k + 1)
+        plane = (end - first + LANES - 1) // LANES * LANES
+        whole = (end - first) // LANES * LANES
+        at, column = first * width + k - first, m - 1 - k
+        if k < n:
+            downs[k] = 0.0 if k > 0 else _FAR
+        for t in range(0, whole, LANES):
+            i = first + t
+            _forward_lanes(
+                downs, i, rights, column + i, cells, at + t * stride, stride, inverse, weights, start + t, plane
+            )
+        if whole < plane:
+            for t in range(end - first - whole):
+                tail[t] = cells[at + (whole + t) * stride]
+            i = first + whole
+            _forward_lanes(downs, i, rights, column + i, tail, 0, 1, inverse, weights, start + whole, plane)
+        if k >= n:
+            total += rights[column + n - 1]
+        if keep:
+            start += 2 * plane
+    return total, start
+
+
+@_compiled
+@no_type_check
+def _backward_fast(cells, n, m, width, weights, start):
+    """Gradients into `cells`: the probability of coming through each on the way back from the end, by the weights.
+
+    `start` is the end of the weights.
+    """
+    size = n + 2 + LANES
+    # the arrays of one diagonal hold cell i at i + 1; rows before `first` are never written while k falls: no flow
+    flows = np.zeros(4 * size)
+    ups, lefts, corners, other_corners = 0, size, 2 * size, 3 * size  # corners of the diagonals of either parity
+    flows[corners + n + 1] = 1.0  # arrives at the last cell
+    tail = np.empty(LANES, np.float32)
+    stride = width - 1
+    for k in range(n + m - 2, -1, -1):
+        first, end = max(0, k - m + 1), min(n, k + 1)
+        plane = (end - first + LANES - 1) // LANES * LANES
+        whole = (end - first) // LANES * LANES
+        at = first * width + k - first
+        start -= 2 * plane
+        for t in range(0, whole, LANES):
+            i = first + 1 + t
+            _backward_lanes(
+                flows, ups + i, lefts + i, corners + i, weights, start + t, plane, cells, at + t * stride, stride
+            )
+        if whole < plane:
+            i = first + 1 + whole
+            _backward_lanes(flows, ups + i, lefts + i, corners + i, weights, start + whole, plane, tail, 0, 1)
+            for t in range(end - first - whole):
+                cells[at + (whole + t) * stride] = tail[t]
+        corners, other_corners = other_corners, corners
+
+
+# --- the exact path ---
+
+
+@_compiled
+@no_type_check
+def _forward_exact(cost, n, m, gamma, weights):
+    """The cost reached at the end, and the weights of every cell's predecessors above, left, above left."""
+    row = np.full(m + 1, np.inf)  # what was reached in the row above, then in this one
+    row[0] = 0.0  # the corner before the first cell
+    for i in range(n):
+        corner, left = row[0], np.inf
+        row[0] = np.inf
+        for j in range(m):
+            up = row[j + 1]
+            lowest = min(up, left, corner)
+            finite = min(lowest, 1e300)  # all three unreachable: exponents are -inf, not NaN
+            a = math.exp((finite - up) / gamma)
+            b = math.exp((finite - left) / gamma)
+            c = math.exp((finite - corner) / gamma)
+            rest = min(a, b) + min(max(a, b), c)
+            weights[i, j, 0], weights[i, j, 1], weights[i, j, 2] = a / (1 + rest), b / (1 + rest), c / (1 + rest)
+            left = cost[i, j] + (lowest - gamma * math.log1p(rest))
+            row[j + 1], corner = left, up
+    return row[m]
+
+
+@_compiled
+@no_type_check
+def _backward_exact(grad, n, m, weights):
+    """As `_backward_fast`."""
+    downwards, corners = np.zeros(m), np.zeros(m)  # what the row below passes on
+    for i in range(n - 1, -1, -1):
+        sideways, corner = 0.0, 0.0
+        if i == n - 1:
+            sideways = 1.0  # arrives at the last cell
+        for j in range(m - 1, -1, -1):
+            arriving = downwards[j] + sideways + corners[j]
+            grad[i, j] = arriving
+            downwards[j], sideways = arriving * weights[i, j, 0], arriving * weights[i, j, 1]
+            corners[j], corner = corner, arriving * weights[i, j, 2]
+
+
+@_compiled
+@no_type_check
+def _solve_exact(cost, row, n, m, gamma, keep, value, grad):
+    weights = np.empty((n, m, 3))
+    value[row] = _forward_exact(cost[row], n, m, gamma, weights)
+    if keep:
+        if value[row] < np.inf:
+            _backward_exact(grad[row], n, m, weights)
+        else:
+            grad[row, :n, :m] = 0.0
+
+
+# --- entry points ---
+
+
+@_compiled
+@no_type_check
+def _largest(cost, row, n, m):
+    """The largest absolute cost of the example; NaN if a cost is NaN or -inf."""
+    largest = 0.0
+    for i in range(n):
+        num_valid, low, high = 0, cost[row, i, 0], cost[row, i, 0]
+        for j in range(m):
+            num_valid += cost[row, i, j] > -np.inf  # false for NaN
+            low, high = min(low, cost[row, i, j]), max(high, cost[row, i, j])
+        if num_valid < m:
+            return np.nan
+        largest = max(largest, -low, high)
+    return largest
+
+
+@_compiled
+@no_type_check
+def _prepare(cost, row, n, m, keep, value, grad):
+    """The largest cost; zeroes the padding's gradient, and marks an example that cannot be computed."""
+    largest = _largest(cost, row, n, m)
+    if keep:
+        grad[row, n:] = 0.0
+        grad[row, :n, m:] = 0.0
+    if np.isnan(largest):
+        value[row] = np.nan
+        if keep:
+            grad[row, :n, :m] = np.nan
+    return largest
+
+
+@_compiled
+@no_type_check
+def solve_float32(cost, lengths, gamma, keep, value, grad, first_row, last_row):
+    """Values of the examples first_row to last_row - 1, and where `keep` their gradients."""
+    width, size = cost.shape[2], 0
     for row in range(first_row, last_row):
-        n, m, start = lengths[row, 0], lengths[row, 1], starts[row + 1]
-        if not value[row] < np.inf:
-            grad_cost[row, :n, :m] = 0.0 if value[row] == np.inf else np.nan
-            continue
-        # rows before `first` are never written while k falls: they pass nothing on
-        ups[:], lefts[:], corners[:], other_corners[:] = 0.0, 0.0, 0.0, 0.0
-        cells, scale = grad_cost[row].reshape(-1), grad_value[row]
-        corners[n + 1] = 1.0  # arrives at the last cell
-        for k in range(n + m - 2, -1, -1):
-            first, end = max(0, k - m + 1), min(n, k + 1)
-            padded = (end - first + LANES - 1) // LANES * LANES
-            start -= 3 * padded
-            _backward_diagonal(ups, lefts, corners, weights, start, first, padded, flow)
-            corner = np.uintp(first * width + k - first)
-            for t in range(np.uintp(end - first)):
-                cells[corner + t * np.uintp(width - 1)] = flow[t] * scale
-            corners, other_corners = other_corners, corners
+        n, m = lengths[row, 0], lengths[row, 1]
+        size = max(size, 2 * (min(n, m) + LANES) * (n + m - 1 if keep else 1))
+    weights = np.empty(size, np.float32)
+    for row in range(first_row, last_row):
+        n, m = lengths[row, 0], lengths[row, 1]
+        largest = _prepare(cost, row, n, m, keep, value, grad)
+        if largest <= _FAST_LIMIT * gamma:
+            reached, used = _forward_fast(cost[row].reshape(-1), n, m, width, 1.0 / gamma, keep, weights)
+            value[row] = reached * gamma
+            if keep:
+                _backward_fast(grad[row].reshape(-1), n, m, width, weights, used)
+        elif largest > 0:  # not NaN
+            _solve_exact(cost, row, n, m, gamma, keep, value, grad)
+
+
+@_compiled
+@no_type_check
+def solve_float64(cost, lengths, gamma, keep, value, grad, first_row, last_row):
+    """As `solve_float32`."""
+    for row in range(first_row, last_row):
+        n, m = lengths[row, 0], lengths[row, 1]
+        if _prepare(cost, row, n, m, keep, value, grad) >= 0:
+            _solve_exact(cost, row, n, m, gamma, keep, value, grad)

@@ -1,0 +1,124 @@
+"""Tokens of two tokenisations of one text, paired by the bytes they cover.
+
+Everything is vectorised over a packed ragged batch and waits for no device.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+_RANK_BITS, _BYTE_BITS = 12, 30
+
+
+@dataclass(frozen=True)
+class ByteGroups:
+    """The finest spans whose ends both tokenisations share, numbered from 0 over the whole batch, in order.
+
+    Args:
+        student: the group of each student token.
+        teacher: the group of each teacher token.
+        student_last: whether a student token is the last of its group.
+        teacher_last: likewise.
+    """
+
+    student: Int[Tensor, " s_tokens"]
+    teacher: Int[Tensor, " t_tokens"]
+    student_last: Bool[Tensor, " s_tokens"]
+    teacher_last: Bool[Tensor, " t_tokens"]
+
+
+def byte_groups(
+    student_ends: Int[Tensor, " s_tokens"],
+    student_lengths: Int[Tensor, " batch"],
+    teacher_ends: Int[Tensor, " t_tokens"],
+    teacher_lengths: Int[Tensor, " batch"],
+) -> ByteGroups:
+    """Groups of student and teacher tokens that cover the same bytes, as two pointers over both would find them.
+
+    A group closes where both sides have a token that ends at the same byte. Of several tokens with one end (those
+    after the first cover nothing, as end-of-sequence does) the first is paired with the first, the second with the
+    second. The last tokens of an example always close a group, whatever their ends.
+
+    Args:
+        student_ends: byte offset at which each token ends; never falling within an example.
+        student_lengths: tokens per example, at least 1.
+        teacher_ends: likewise.
+        teacher_lengths: likewise.
+    """
+    student_keys, teacher_keys = _keys(student_ends, student_lengths), _keys(teacher_ends, teacher_lengths)
+    student_last, teacher_last = _among(student_keys, teacher_keys)[0], _among(teacher_keys, student_keys)[0]
+    student, teacher = (last.cumsum(0) - last.long() for last in (student_last, teacher_last))
+    return ByteGroups(student, teacher, student_last, teacher_last)
+
+
+def exact_rows(
+    student_ends: Int[Tensor, " s_tokens"],
+    student_lengths: Int[Tensor, " batch"],
+    teacher_ends: Int[Tensor, " t_tokens"],
+    teacher_lengths: Int[Tensor, " batch"],
+) -> Int[Tensor, " s_tokens"]:
+    """For each student token the row of the teacher token that starts and ends at the same bytes, or -1.
+
+    Monotone and one-to-one. The arguments are those of `byte_groups`; rows are counted over the packed batch.
+    """
+    found, rows = _among(_keys(student_ends, student_lengths), _keys(teacher_ends, teacher_lengths))
+    student_starts, teacher_starts = starts(student_ends, student_lengths), starts(teacher_ends, teacher_lengths)
+    same = (student_starts == teacher_starts[rows]) & (student_ends == teacher_ends[rows])
+    return torch.where(found & same, rows, -1)
+
+
+def starts(ends: Int[Tensor, " tokens"], lengths: Int[Tensor, " batch"]) -> Int[Tensor, " tokens"]:
+    """The byte at which each token starts: where the one before it ends, 0 for an example's first."""
+    shifted = ends.roll(1)
+    firsts = lengths.cumsum(0) - lengths
+    return torch.where(torch.isin(torch.arange(len(ends), device=ends.device), firsts), 0, shifted)
+
+
+def _keys(ends: Int[Tensor, " tokens"], lengths: Int[Tensor, " batch"]) -> Int[Tensor, " tokens"]:
+    """One strictly rising number per token: its example, its end, and its rank among the tokens with that end."""
+    index = torch.arange(len(ends), device=ends.device)
+    stops = lengths.cumsum(0)
+    example = torch.searchsorted(stops, index, right=True)
+    spans = (example << _BYTE_BITS) + ends
+    rank = index - torch.searchsorted(spans, spans)
+    keys = (spans << _RANK_BITS) + rank
+    is_final = index == stops[example] - 1
+    return torch.where(is_final, ((example + 1) << (_BYTE_BITS + _RANK_BITS)) - 1, keys)
+
+
+def _among(
+    keys: Int[Tensor, " tokens"], others: Int[Tensor, " others"]
+) -> tuple[Bool[Tensor, " tokens"], Int[Tensor, " tokens"]]:
+    """Whether each key is one of the others, and where."""
+    rows = torch.searchsorted(others, keys).clamp(max=len(others) - 1)
+    return others[rows] == keys, rows
+
+
+def sum_by_group(
+    values: Shaped[Tensor, " tokens"], groups: Int[Tensor, " tokens"], size: int
+) -> Shaped[Tensor, " {size}"]:
+    """The sum of each group's values, by group; 0 beyond the last group. Differentiable."""
+    return values.new_zeros(size).index_add(0, groups, values)
+
+
+def tokens_per_group(
+    groups: ByteGroups, student_lengths: Int[Tensor, " batch"], *, even: bool
+) -> Float[Tensor, " s_tokens"]:
+    """Weights of groups that sum to the student's tokens, by group; 0 beyond the last group.
+
+    Args:
+        groups: of a batch.
+        student_lengths: tokens per example.
+        even: the groups of an example share its tokens evenly; else each has its own.
+    """
+    size = len(groups.student)
+    if not even:
+        return sum_by_group(torch.ones_like(groups.student, dtype=torch.float32), groups.student, size)
+    example = torch.searchsorted(
+        student_lengths.cumsum(0), torch.arange(size, device=student_lengths.device), right=True
+    )
+    last = groups.student_last.float()
+    share = student_lengths / sum_by_group(last, example, len(student_lengths))
+    return sum_by_group(last * share[example], groups.student, size)

@@ -1,0 +1,109 @@
+"""`dwakd compare`: methods times training seeds from one recipe, to one table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Group
+
+from dwakd.compare.plan import Cell, Variant, search_of, variants_of
+from dwakd.compare.run import Runner, best_metric
+from dwakd.compare.table import CellScores, comparison_tables, read_cell, summarise_comparison
+from dwakd.config import CompareSection, Recipe
+from dwakd.errors import UserError
+from dwakd.evaluation.run import check_recipe_evaluation
+from dwakd.training.run import check_options
+
+RESULTS = "comparison.json"
+
+
+def compare_methods(
+    recipe: Recipe, folder: Path, *, ablation: bool = False, lr_sweep: bool = False, jobs: int = 1
+) -> Group:
+    """Run every cell that isn't finished under a folder, and return the tables; the numbers go to comparison.json.
+
+    Args:
+        recipe: its `compare` section names methods, training seeds and options per method.
+        folder: of this comparison; called again, it goes on where it stopped.
+        ablation: compare the rows of the paper's table 3 instead of methods.
+        lr_sweep: choose learning rate and share of distillation for every row on the dev set first.
+        jobs: runs at a time.
+
+    Raises:
+        UserError: no test set, no dev set for a search, or options that a method or transformers refuses.
+    """
+    section = recipe.compare or CompareSection()
+    if not recipe.evaluation.test:
+        raise UserError("compare needs test sets: give evaluation.test in the recipe")
+    if lr_sweep and recipe.data.eval is None:
+        raise UserError("--lr-sweep needs a dev set: give data.eval in the recipe")
+    if not section.seeds:
+        raise UserError("compare.seeds is empty: give at least one training seed")
+    variants = variants_of(recipe, section, ablation=ablation)
+    for variant in variants:
+        check_options(Cell(variant, section.seeds[0]).recipe(recipe), folder)
+    check_recipe_evaluation(recipe)
+    runner = Runner(recipe, folder, jobs)
+    failures: dict[str, str] = {}
+    if lr_sweep:
+        variants, failures = _search(runner, variants, section.seeds[0])
+    cells = [Cell(variant, seed) for seed in section.seeds for variant in variants]
+    failures |= runner.run(cells)
+    scores: dict[str, list[CellScores]] = {}
+    if recipe.teacher is not None:
+        scores["teacher"] = _teacher(recipe, folder)
+    for cell in cells:
+        done = [read_cell(runner.cell_folder(cell))] if runner.finished(cell) else []
+        scores.setdefault(cell.variant.name, []).extend(done)
+    summary = summarise_comparison(scores, failures)
+    summary["chosen"] = {variant.name: dataclasses.asdict(variant) for variant in variants}
+    (folder / RESULTS).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return comparison_tables(summary)
+
+
+def _search(runner: Runner, variants: list[Variant], seed: int) -> tuple[list[Variant], dict[str, str]]:
+    """Each variant with the learning rate and share that did best on the dev set; of a failed search, as it was."""
+    tried = {variant.name: [Cell(item, seed, search=True) for item in search_of(variant)] for variant in variants}
+    failures = runner.run([cell for cells in tried.values() for cell in cells])
+    chosen = []
+    for variant in variants:
+        done = [cell for cell in tried[variant.name] if runner.finished(cell)]
+        metrics = {cell: best_metric(runner.cell_folder(cell)) for cell in done}
+        if not metrics:
+            chosen.append(variant)
+            continue
+        best = min(done, key=lambda cell: metrics[cell][1] * (-1 if metrics[cell][0] == "eval_rouge_l" else 1))
+        chosen.append(dataclasses.replace(best.variant, name=variant.name))
+    return chosen, failures
+
+
+def _teacher(recipe: Recipe, folder: Path) -> list[CellScores]:
+    """The teacher's own scores, once; none if it cannot be evaluated."""
+    assert recipe.teacher is not None
+    output = folder / "cells" / "teacher"
+    section = recipe.evaluation
+    if len(list((output / "eval").glob("*.json"))) < len(section.test):
+        command = [sys.executable, "-m", "dwakd", "eval", recipe.teacher.model, "-o", str(output / "eval")]
+        options = {
+            "--adapter": recipe.teacher.adapter,
+            "--template": recipe.data.template,
+            "--prompt": recipe.data.prompt,
+            "--response": recipe.data.response,
+            "--input": recipe.data.input,
+            "--limit": section.limit,
+            "--seeds": section.seeds,
+            "--max-new-tokens": section.max_new_tokens,
+            "--batch-size": section.batch_size,
+        }
+        for name, value in options.items():
+            command += [] if value is None else [name, str(value)]
+        for test in section.test:
+            command += ["--data", test]
+        with (folder / "logs" / "teacher.log").open("wb") as stream:
+            if subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode:
+                return []
+    return [read_cell(output)]

@@ -1,0 +1,104 @@
+"""Which runs make a comparison: methods, ablation rows or a search, times training seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from dwakd.config import CompareSection, Recipe
+from dwakd.errors import UserError
+from dwakd.losses import METHODS, ModelPair, Widths, build_loss, method_class, method_options
+
+_NO_WEIGHTS = {"entropy_weights": False, "gate": False, "teacher_weights": False}
+_NO_ALIGNMENT = {"dtw_hidden": False, "dtw_embedding": False}
+ABLATION: dict[str, tuple[str, dict[str, Any]]] = {
+    "dskd": ("dskd", {}),
+    "dskd + entropy weights": ("dwa_kd", {"gate": False, **_NO_ALIGNMENT}),
+    "dskd + dtw": ("dwa_kd", {**_NO_WEIGHTS, "band": False}),
+    "dskd + banded dtw": ("dwa_kd", _NO_WEIGHTS),
+    "dwa_kd without gate": ("dwa_kd", {"gate": False}),
+    "dwa_kd": ("dwa_kd", {}),
+}
+"""The rows of DWA-KD's table 3."""
+WEIGHTS = ("kd_weight", "kd_rate")
+"""What the methods call the share of distillation in their loss."""
+RATES, SHARES = (1 / 3, 1.0, 3.0), (0.5, 1.0)
+"""The search: factors on learning rates and on the share of distillation."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table: a method with options."""
+
+    name: str
+    method: str
+    options: dict[str, Any]
+    rate_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a variant with a training seed."""
+
+    variant: Variant
+    seed: int
+    search: bool = False
+
+    @property
+    def name(self) -> str:
+        """Unique in the comparison, and fit for a folder's name."""
+        return f"{self.variant.name.replace(' ', '_').replace('+', 'plus')}-{self.seed}"
+
+    def recipe(self, recipe: Recipe) -> Recipe:
+        """The recipe of this run alone."""
+        training = {**recipe.training, "seed": self.seed, "data_seed": self.seed}
+        if self.variant.rate_factor != 1:
+            base = {"learning_rate": 5e-4, "projector_learning_rate": 1e-3} | recipe.training
+            for name in ("learning_rate", "projector_learning_rate"):
+                training[name] = float(f"{base[name] * self.variant.rate_factor:.3g}")
+        evaluation = recipe.evaluation
+        if self.search:
+            training |= {"load_best_model_at_end": False, "save_strategy": "no"}
+            evaluation = dataclasses.replace(evaluation, test=[])
+        loss = {"method": self.variant.method, **self.variant.options}
+        return dataclasses.replace(recipe, loss=loss, training=training, evaluation=evaluation, compare=None)
+
+
+def variants_of(recipe: Recipe, section: CompareSection, *, ablation: bool) -> list[Variant]:
+    """The rows of the comparison, each with options that its method takes.
+
+    The recipe's own method keeps the options of its `loss` section, in the ablation every row of that method.
+
+    Raises:
+        UserError: an unknown method, options of a method that isn't compared, or options that a method refuses.
+    """
+    given = {recipe.method: recipe.loss_options} | section.options
+    if ablation:
+        chosen = {name: (method, {**given.get(method, {}), **options}) for name, (method, options) in ABLATION.items()}
+    else:
+        methods = section.methods or [name for name, cls in METHODS.items() if not cls.needs_same_vocabulary]
+        for name in section.options:
+            if name not in methods:
+                raise UserError(f"compare.options names {name}, which is not among {', '.join(methods)}")
+        chosen = {name: (name, given.get(name, {})) for name in methods}
+    for method, options in chosen.values():
+        if method_class(method).needs_teacher and recipe.teacher is None:
+            raise UserError(f"method {method} needs a teacher: add a teacher section to the recipe")
+        build_loss(method, options, widths=Widths(1, 1, 1, 1), pair=ModelPair.smallest())
+    return [Variant(name, method, dict(options)) for name, (method, options) in chosen.items()]
+
+
+def search_of(variant: Variant) -> list[Variant]:
+    """The same small search for every method: three learning rates, and two shares of distillation where it has one."""
+    defaults = method_options(variant.method) | variant.options
+    weight = next((name for name in WEIGHTS if name in defaults), None)
+    found = []
+    for factor in RATES:
+        for share in SHARES if weight else (1.0,):
+            options = dict(variant.options)
+            if weight and share != 1:
+                options[weight] = defaults[weight] * share
+            name = f"{variant.name}-lr{factor:.2g}" + (f"-{weight}{options[weight]:g}" if weight in options else "")
+            found.append(dataclasses.replace(variant, name=name, options=options, rate_factor=factor))
+    return found

@@ -1,0 +1,135 @@
+"""Runs the cells of a comparison as processes of their own: what is finished is kept, what fails says why."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import fmean
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from dwakd.compare.plan import Cell
+from dwakd.config import Recipe
+from dwakd.training.run import RUN_FILE
+
+_STEPS = re.compile(rb"(\d+)/(\d+) \[")
+
+
+class Runner:
+    """Starts `dwakd train` for each cell under a folder, several at a time if asked.
+
+    Args:
+        recipe: what the cells have in common.
+        folder: gets recipes/NAME.yaml, cells/NAME (a run's folder) and logs/NAME.log.
+        jobs: processes at a time.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, jobs: int) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.jobs = jobs
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._stopped = threading.Event()
+        for name in ("recipes", "cells", "logs"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+
+    def cell_folder(self, cell: Cell) -> Path:
+        return self.folder / "cells" / cell.name
+
+    def finished(self, cell: Cell) -> bool:
+        """Whether a run is done, answers and all."""
+        folder = self.cell_folder(cell)
+        tests = 0 if cell.search else len(self.recipe.evaluation.test)
+        return (folder / RUN_FILE).is_file() and len(list((folder / "eval").glob("*.json"))) >= tests
+
+    def run(self, cells: Sequence[Cell]) -> dict[str, str]:
+        """Run what is not finished; returns the reason of each cell that failed, by name."""
+        waiting = [cell for cell in cells if not self.finished(cell)]
+        failures: dict[str, str] = {}
+        seconds: list[float] = []
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, TextColumn("{task.fields[left]}"), console=Console(stderr=True)) as bar:
+            task = bar.add_task("runs", total=len(cells), completed=len(cells) - len(waiting), left="")
+            pool = ThreadPoolExecutor(self.jobs)
+
+            def run_one(cell: Cell) -> None:
+                if self._stopped.is_set():
+                    return
+                started = time.monotonic()
+                reason = self._run_cell(cell, bar)
+                if reason is not None:
+                    failures[cell.name] = reason
+                seconds.append(time.monotonic() - started)
+                left = fmean(seconds) * (len(waiting) - len(seconds)) / self.jobs
+                bar.update(task, advance=1, left=f"about {left / 60:.0f} min left")
+
+            try:
+                for future in [pool.submit(run_one, cell) for cell in waiting]:
+                    future.result()
+            except BaseException:  # Ctrl-C: the finished cells stay, the running ones stop
+                self._stopped.set()
+                for process in list(self._processes.values()):
+                    process.terminate()
+                raise
+            finally:
+                pool.shutdown(cancel_futures=True)
+        return failures
+
+    def _run_cell(self, cell: Cell, bar: Progress) -> str | None:
+        """Run one cell; the reason if it failed."""
+        path = self.folder / "recipes" / f"{cell.name}.yaml"
+        path.write_text(cell.recipe(self.recipe).dump(), encoding="utf-8")
+        log = self.folder / "logs" / f"{cell.name}.log"
+        folder = self.cell_folder(cell)
+        task = bar.add_task(f"  {cell.name}", total=None, left="")
+        with log.open("wb") as stream:
+            process = subprocess.Popen(train_command(path, folder), stdout=stream, stderr=subprocess.STDOUT)
+            self._processes[cell.name] = process
+            while process.poll() is None:
+                _show_steps(log, bar, task)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=1)
+        bar.remove_task(task)
+        del self._processes[cell.name]
+        return None if process.returncode == 0 else _reason(log, process.returncode)
+
+
+def train_command(recipe: Path, folder: Path) -> list[str]:
+    """The command that trains, answers and scores one cell; in a folder that is there, it goes on."""
+    resume = ["--resume"] if folder.exists() else []
+    return [sys.executable, "-m", "dwakd", "train", str(recipe), "--output", str(folder), *resume]
+
+
+def _show_steps(log: Path, bar: Progress, task: object) -> None:
+    """The last "12/150 [" of a run's own bar."""
+    with log.open("rb") as stream:
+        stream.seek(max(log.stat().st_size - 2000, 0))
+        found = _STEPS.findall(stream.read())
+    if found:
+        bar.update(task, completed=int(found[-1][0]), total=int(found[-1][1]))  # type: ignore[arg-type]
+
+
+def _reason(log: Path, code: int) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error:")]
+    last = (errors or lines or [f"exit code {code}"])[-1]
+    return f"{last.removeprefix('error: ')} ({log})"
+
+
+def best_metric(folder: Path) -> tuple[str, float]:
+    """The dev-set metric that a search compares, and its best value: ROUGE-L if it was measured, else bits per byte."""
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    for name, choose in (("eval_rouge_l", max), ("eval_bits_per_byte", min)):
+        values = [entry[name] for entry in history if name in entry]
+        if values:
+            return name, choose(values)
+    raise AssertionError(f"{folder} was never evaluated")

@@ -1,0 +1,159 @@
+"""From the answers of many runs to a table with paired intervals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Group
+from rich.table import Table
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class CellScores:
+    """One finished run.
+
+    Args:
+        rouge_l: per test set, each row's sampled ROUGE-L in percent, mean over the generation seeds.
+        greedy: per test set, the mean greedy ROUGE-L in percent.
+        bits_per_byte: per test set.
+        seconds_per_step: median; None for a model that was not trained here.
+        peak_bytes: the process's peak memory, of the GPU if there is one.
+    """
+
+    rouge_l: dict[str, np.ndarray]
+    greedy: dict[str, float]
+    bits_per_byte: dict[str, float]
+    seconds_per_step: float | None = None
+    peak_bytes: int | None = None
+
+
+def read_cell(folder: Path) -> CellScores:
+    """The scores in a run's folder."""
+    rouge, greedy, bits = {}, {}, {}
+    for path in sorted((folder / "eval").glob("*.json")):
+        numbers = json.loads(path.read_text(encoding="utf-8"))
+        rows: dict[int, list[float]] = {}
+        for line in path.with_name(f"{path.stem}.answers.jsonl").read_text(encoding="utf-8").splitlines():
+            answer = json.loads(line)
+            if answer["seed"] is not None and answer["rouge_l"] is not None:
+                rows.setdefault(answer["row"], []).append(answer["rouge_l"])
+        if rows:
+            rouge[path.stem] = np.array([np.mean(rows[row]) for row in sorted(rows)])
+        if numbers["greedy_rouge_l"]:
+            greedy[path.stem] = numbers["greedy_rouge_l"]["mean"]
+        if numbers["bits_per_byte"]:
+            bits[path.stem] = numbers["bits_per_byte"]["value"]
+    record = folder / "dwakd-run.json"
+    run: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    return CellScores(rouge, greedy, bits, run.get("seconds_per_step"), run.get("peak_memory_bytes"))
+
+
+def mean_score(cell: CellScores) -> float:
+    """Unweighted mean over the test sets of the sampled ROUGE-L."""
+    return float(np.mean([rows.mean() for rows in cell.rouge_l.values()]))
+
+
+def paired_interval(ours: Sequence[CellScores], other: Sequence[CellScores]) -> tuple[float, float, float]:
+    """Difference of two variants' mean scores, and its 95 % bootstrap interval.
+
+    Each resample draws rows of every test set, the same for both, and training seeds of each with replacement.
+    """
+    rng = np.random.default_rng(0)
+    difference = np.mean([mean_score(c) for c in ours]) - np.mean([mean_score(c) for c in other])
+    sets = list(ours[0].rouge_l)
+    tables = [[np.stack([cell.rouge_l[name] for cell in cells]) for name in sets] for cells in (ours, other)]
+    draws = np.empty(RESAMPLES)
+    for index in range(RESAMPLES):
+        picks = [rng.integers(len(cells), size=len(cells)) for cells in (ours, other)]
+        gaps = []
+        for one, two in zip(*tables, strict=True):
+            rows = rng.integers(one.shape[1], size=one.shape[1])
+            gaps.append(one[picks[0]][:, rows].mean() - two[picks[1]][:, rows].mean())
+        draws[index] = np.mean(gaps)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(difference), float(low), float(high)
+
+
+def summarise_comparison(variants: Mapping[str, Sequence[CellScores]], failures: Mapping[str, str]) -> dict[str, Any]:
+    """Every number of the table, as JSON values; a variant without a finished run has none but its reason."""
+    means = {name: float(np.mean([mean_score(cell) for cell in cells])) for name, cells in variants.items() if cells}
+    trained = {name: value for name, value in means.items() if name != "teacher"}
+    best = max(trained, key=lambda name: trained[name]) if trained else None
+    rows: dict[str, Any] = {}
+    for name, cells in variants.items():
+        if not cells:
+            reasons = [reason for cell, reason in failures.items() if cell.rpartition("-")[0] == name]
+            rows[name] = {"failed": "; ".join(dict.fromkeys(reasons)) or "not run"}
+            continue
+        scores = [mean_score(cell) for cell in cells]
+        rows[name] = {
+            "training_seeds": len(cells),
+            "rouge_l": means[name],
+            "rouge_l_std_over_training_seeds": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
+            "sets": {key: float(np.mean([cell.rouge_l[key].mean() for cell in cells])) for key in cells[0].rouge_l},
+            "greedy_rouge_l": _mean([value for cell in cells for value in cell.greedy.values()]),
+            "bits_per_byte": _mean([value for cell in cells for value in cell.bits_per_byte.values()]),
+            "seconds_per_step": _mean([c.seconds_per_step for c in cells if c.seconds_per_step is not None]),
+            "peak_memory_bytes": max((c.peak_bytes for c in cells if c.peak_bytes is not None), default=None),
+        }
+        for label, reference in (("versus_sft", "sft"), ("versus_best", best)):
+            if name != "teacher" and reference not in (None, name) and variants.get(str(reference)):
+                rows[name][label] = paired_interval(cells, variants[str(reference)])
+    return {"best": best, "variants": rows, "failures": dict(failures)}
+
+
+def comparison_tables(summary: Mapping[str, Any]) -> Group:
+    """The summary as tables of 80 columns: scores by test set, differences, and what each variant costs."""
+    rows = {name: row for name, row in summary["variants"].items() if "failed" not in row}
+    sets = list(next(iter(rows.values()))["sets"]) if rows else []
+    scores = _table("ROUGE-L, sampled, in percent", *sets, "mean ± training seeds")
+    gaps = _table("Differences of means [95 % paired bootstrap over rows and seeds]", "to SFT", "to the best")
+    costs = _table(
+        "Beside it", "ROUGE-L\ngreedy", "bits per\nbyte", "seconds\nper step", "peak memory\nin GB", "training\nseeds"
+    )
+    for name, row in rows.items():
+        spread = row["rouge_l_std_over_training_seeds"]
+        mean = f"{row['rouge_l']:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+        scores.add_row(name, *(f"{row['sets'][key]:.2f}" for key in sets), mean)
+        if name != "teacher":
+            gaps.add_row(name, *(_gap(row.get(label)) for label in ("versus_sft", "versus_best")))
+        peak = row["peak_memory_bytes"]
+        costs.add_row(
+            name,
+            _number(row["greedy_rouge_l"], 2),
+            _number(row["bits_per_byte"], 3),
+            _number(row["seconds_per_step"], 3),
+            _number(None if peak is None else peak / 1e9, 2),
+            str(row["training_seeds"]),
+        )
+    failures = [f"run {name} failed: {reason}" for name, reason in summary["failures"].items()]
+    return Group(scores, "", gaps, "", costs, *failures)
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.HORIZONTALS, show_edge=False)
+    table.add_column("method", overflow="fold")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _gap(value: Sequence[float] | None) -> str:
+    return "-" if value is None else f"{value[0]:+.2f} [{value[1]:.2f}, {value[2]:.2f}]"

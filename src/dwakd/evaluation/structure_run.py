@@ -1,0 +1,90 @@
+"""Representation similarity from names of models to box plots: what `dwakd similarity` does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Group
+from rich.table import Table
+
+from dwakd.data.encoding import TextEncoder
+from dwakd.data.sources import load_examples
+from dwakd.errors import UserError
+from dwakd.evaluation.signature import data_identity, make_signature, model_identity
+from dwakd.evaluation.structure import StructureDistances, structure_distances
+from dwakd.models.loading import load_causal_lm, load_tokenizer
+
+PLOT_WIDTH = 36
+
+
+def compare_structures(
+    students: Sequence[str],
+    teacher: str,
+    data: str,
+    *,
+    adapter: str | None,
+    template: str,
+    columns: dict[str, Any],
+    limit: int | None,
+    max_length: int,
+    output: Path | None,
+) -> Group:
+    """Measure every student against the teacher on the same responses; returns box plots, writes JSON if asked."""
+    if output is not None and output.is_dir():
+        raise UserError(f"{output} is a folder; name a JSON file with --output")
+    examples = load_examples(data, split="test", limit=limit, **columns)
+    reference = load_causal_lm(teacher, adapter=adapter), TextEncoder(load_tokenizer(teacher), template)
+    found: dict[str, StructureDistances] = {}
+    record: dict[str, Any] = {
+        "signature": make_signature(template=template, max_length=max_length),
+        "data": data_identity(examples, data),
+        "teacher": model_identity(reference[0], teacher),
+        "students": {},
+    }
+    for name in students:
+        student = load_causal_lm(name), TextEncoder(load_tokenizer(name), template)
+        found[name] = structure_distances(student, reference, examples, max_length=max_length, progress=True)
+        record["students"][name] = {"model": model_identity(student[0], name), **dataclasses.asdict(found[name])}
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    num_texts = len(next(iter(found.values())).cosine)
+    tables = [
+        _table(title, {name: getattr(distances, metric) for name, distances in found.items()})
+        for metric, title in (("cosine", "M_cos"), ("product", "M_prod"))
+    ]
+    return Group(*tables, f"{num_texts} texts; a smaller distance is a structure more like the teacher's")
+
+
+def _table(title: str, values: dict[str, Sequence[float]]) -> Table:
+    """Quartiles and a box plot a row, all on one scale from 0 to the largest 95th percentile."""
+    top = max(float(np.percentile(row, 95)) for row in values.values())
+    table = Table(box=box.HORIZONTALS, show_edge=False, title=f"distance of {title}", title_justify="left")
+    table.add_column("student", overflow="fold")
+    for heading in ("median", "quartiles"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column(f"0 to {top:.3g}: 5th percentile, quartiles, 95th", no_wrap=True)
+    for name, row in values.items():
+        low, first, median, third, high = np.percentile(row, [5, 25, 50, 75, 95])
+        table.add_row(
+            name, f"{median:.4f}", f"{first:.4f}–{third:.4f}", box_plot((low, first, median, third, high), top)
+        )
+    return table
+
+
+def box_plot(points: Sequence[float], top: float, width: int = PLOT_WIDTH) -> str:
+    """Five points, ascending, as a line of characters on a scale from 0 to `top`."""
+    low, first, median, third, high = (
+        min(round(point / top * (width - 1)), width - 1) if top else 0 for point in points
+    )
+    line = [" "] * width
+    line[low : high + 1] = "─" * (high + 1 - low)
+    line[first : third + 1] = "▒" * (third + 1 - first)
+    line[median] = "█"
+    return "".join(line)

@@ -1,0 +1,150 @@
+"""Knowledge distillation between models of one vocabulary: a divergence of next-token distributions, token by token."""
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from dwakd.batch import LossOutput, ModelSide
+from dwakd.kernels.head_loss import Chunk, Criterion, forward_kl, head_loss
+from dwakd.kernels.head_loss.criterion import Logits, Statistics
+from dwakd.kernels.head_loss.statistics import SoftenedPair, blocks, pick, raise_to, scratch, subtract_at
+from dwakd.losses.attention import TeacherScale
+from dwakd.losses.base import (
+    DistillationLoss,
+    check_range,
+    constant_rows,
+    head_rows,
+    reduce_terms,
+    require_same_rows,
+    require_teacher,
+)
+from dwakd.losses.divergences import divergence as divergence_named
+
+
+class KdLoss(DistillationLoss):
+    """L = (1 - r) CE + r sum_i D(p^t_i || p^s_i).
+
+    D compares the tokens that both heads have: one may be padded with more unused rows than the other. CE is over all
+    of the student's. Gradient: the student's hidden states and head, through both terms.
+
+    Args:
+        kd_rate: r.
+        temperature: softens both sides of D; no tau^2 factor.
+        divergence: D, one of `dwakd.losses.divergences`.
+        skew: lambda of the skewed divergences.
+
+    Raises:
+        ValueError: an option out of range or an unknown divergence.
+
+    References:
+        Hinton et al. 2015; divergences of Gu et al. 2024, Ko et al. 2024 (DistiLLM) and Wu et al. 2024 (adaptive KL).
+        Defaults are those of songmzhang/DSKD. DistiLLM itself uses temperature 1.
+    """
+
+    terms: ClassVar[tuple[str, ...]] = ("ce", "kd")
+    needs_same_vocabulary = True
+
+    def __init__(
+        self, *, kd_rate: float = 0.5, temperature: float = 2.0, divergence: str = "forward_kl", skew: float = 0.1
+    ) -> None:
+        super().__init__()
+        check_range(kd_rate=(kd_rate, 0, 1), temperature=(temperature, 1e-3, float("inf")), skew=(skew, 0, 1))
+        self.kd_rate, self.temperature = kd_rate, temperature
+        self.divergence = divergence_named(divergence, skew)
+
+    def forward(
+        self,
+        student: ModelSide,
+        teacher: ModelSide | None = None,
+        *,
+        num_tokens: Tensor | float | None = None,
+        teacher_scale: TeacherScale | None = None,
+    ) -> LossOutput:
+        teacher = require_teacher(teacher, "kd")
+        require_same_rows(student, teacher, "kd")
+        by_hand = self.divergence is forward_kl and student.head.vocab_size <= teacher.head.vocab_size
+        output = head_loss(
+            [head_rows(student), constant_rows(teacher)],
+            (ForwardKlPair if by_hand else SameVocabulary)(
+                student.target_ids,
+                self.temperature,
+                {"ce": 1 - self.kd_rate, "kd": self.kd_rate},
+                self.divergence,
+            ),
+        )
+        return reduce_terms(
+            output.terms, {}, len(student.target_ids) if num_tokens is None else num_tokens, total=output.loss
+        )
+
+
+class SameVocabulary(Criterion):
+    """Terms `ce` and `kd` = D(p^t || p^s), of the student's rows and the teacher's.
+
+    Args:
+        targets: one token per row.
+        temperature: softens both sides of D.
+        rates: each term's factor in the loss.
+        divergence: D of log-probabilities (target, learned), per row.
+    """
+
+    def __init__(
+        self,
+        targets: Int[Tensor, " tokens"],
+        temperature: float,
+        rates: dict[str, float],
+        divergence: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        super().__init__(rates)
+        self.targets, self.temperature, self.divergence = targets, temperature, divergence
+
+    def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
+        own, theirs = logits
+        common = min(own.shape[1], theirs.shape[1])
+        softened = [(side[:, :common] / self.temperature).log_softmax(-1) for side in (theirs.detach(), own)]
+        targets = self.targets[chunk.rows[0]]
+        return {
+            "ce": torch.nn.functional.nll_loss(own.log_softmax(-1), targets, reduction="none"),
+            "kd": self.divergence(*softened),
+        }
+
+
+class ForwardKlPair(SameVocabulary):
+    """`SameVocabulary` with D = KL(p^t || p^s) by hand, for a student's head that is not the wider one."""
+
+    def observe(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
+        own = logits[0].t()
+        theirs = logits[1].t()[: own.shape[0]]
+        chosen = pick(own, self.targets[chunk.rows[0]])
+        mine, other, kl = SoftenedPair(self.temperature).observe(own, theirs, entropy_of=None, totals_of=(own,))
+        return {
+            "ce": mine.total.log() + mine.peak - chosen,
+            "kd": kl,
+            "own_total": mine.total,
+            "own_soft_total": mine.soft_total,
+            "their_soft_total": other.soft_total,
+        }
+
+    def differentiate(
+        self,
+        logits: Sequence[Logits],
+        chunk: Chunk,
+        statistics: Statistics,
+        weights: Tensor | None,
+        needs: Sequence[bool],
+    ) -> dict[str, Tensor]:
+        if needs[0]:
+            own = logits[0].t()
+            theirs = logits[1].t()[: own.shape[0]]
+            pair, rate = SoftenedPair(self.temperature), self.rates["kd"] / self.temperature
+            share, their_share = (rate / statistics[f"{name}_soft_total"] for name in ("own", "their"))
+            ce_share = self.rates["ce"] / statistics["own_total"]
+            (work,) = scratch(own, 1)
+            for block in blocks(own):
+                mine = own[block]
+                pulled = pair.gradient(mine, theirs[block], share, their_share, work[: len(mine)])
+                raise_to(mine, pair.base, mine).mul_(ce_share).add_(pulled)
+            subtract_at(own, self.targets[chunk.rows[0]], torch.full_like(ce_share, self.rates["ce"]))
+        return {name: statistics[name] for name in ("ce", "kd")}

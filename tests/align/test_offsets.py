@@ -1,0 +1,139 @@
+"""Byte groups and exact rows: against two pointers in plain Python, on every kind of tokenizer and twelve scripts."""
+
+from collections.abc import Callable
+from functools import cache
+from itertools import chain
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from dwakd.align.offsets import byte_groups, exact_rows, starts
+from dwakd.data.encoding import TextEncoder
+from tests.data.test_encoding import ALL
+
+SCRIPTS = {
+    "latin": "Grüße aus Köln, ça va? naïve façade", "greek": "Καλημέρα κόσμε, τι κάνεις",
+    "cyrillic": "Привет, мир! Ещё раз", "hebrew": "שָׁלוֹם עולם טוב", "arabic": "مرحبا بالعالم كيف",
+    "devanagari": "नमस्ते दुनिया कैसे", "bengali": "ওহে বিশ্ব কেমন", "tamil": "வணக்கம் உலகம் எப்படி",
+    "thai": "สวัสดีชาวโลก ทำไม", "hangul": "안녕하세요 세계 \u1112\u1161\u11ab", "han": "你好，世界。今天",
+    "kana": "こんにちは、ガギ カ\u3099", 
+    "other": "  \n\t e\u0301 😀👩‍👩‍👧 🇩🇪 ½ ﬁ \u00a0 def f(x):\n    return 1 </s> <0x41> ▁",
+}  # fmt: skip
+WORDS = [text[a:b] for text in SCRIPTS.values() for a in range(0, len(text), 3) for b in (a + 1, a + 2, a + 5)]
+TEXTS = st.lists(st.sampled_from(WORDS) | st.text(max_size=3), min_size=1, max_size=10).map("".join)
+PAIRS = [(a, b) for n, a in enumerate(ALL) for b in ALL[n % 2 :: 2]]
+
+
+@cache
+def encoder(build: Callable[[], PreTrainedTokenizerFast]) -> TextEncoder:
+    return TextEncoder(build(), "plain")
+
+
+def ends_of(build: Callable[[], PreTrainedTokenizerFast], text: str) -> list[int]:
+    """Byte ends of a response with its end token."""
+    return [*encoder(build).response_ids(text)[1], len(text.encode())]
+
+
+def packed(examples: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, ...]:
+    student, teacher = zip(*examples, strict=True)
+    return tuple(
+        torch.tensor(values)
+        for side in (student, teacher)
+        for values in (list(chain(*side)), [len(ends) for ends in side])
+    )
+
+
+def two_pointers(student: list[int], teacher: list[int]) -> list[tuple[list[int], list[int]]]:
+    """The definition: advance the side that is behind; equal ends close a group; the last tokens end the last one."""
+    groups, i, j = [], 0, 0
+    first = (0, 0)
+    while i < len(student) and j < len(teacher):
+        ends_here = (i == len(student) - 1) + (j == len(teacher) - 1)
+        if ends_here == 2 or (ends_here == 0 and student[i] == teacher[j]):
+            groups.append((list(range(first[0], i + 1)), list(range(first[1], j + 1))))
+            first = (i + 1, j + 1)
+            i, j = i + 1, j + 1
+        elif j == len(teacher) - 1 or (i < len(student) - 1 and student[i] < teacher[j]):
+            i += 1
+        else:
+            j += 1
+    return groups
+
+
+def check_groups(tensors: tuple[torch.Tensor, ...], examples: list[tuple[list[int], list[int]]]) -> None:
+    groups = byte_groups(*tensors)
+    s_starts, t_starts = starts(*tensors[:2]), starts(*tensors[2:])
+    expected, s_from, t_from = [], 0, 0
+    for s_ends, t_ends in examples:
+        expected += [([i + s_from for i in s], [j + t_from for j in t]) for s, t in two_pointers(s_ends, t_ends)]
+        s_from, t_from = s_from + len(s_ends), t_from + len(t_ends)
+    got = [
+        ((groups.student == g).nonzero().flatten().tolist(), (groups.teacher == g).nonzero().flatten().tolist())
+        for g in range(int(groups.student.max()) + 1)
+    ]
+    assert got == expected
+    assert list(chain(*(s for s, _ in got))) == list(range(s_from))
+    assert list(chain(*(t for _, t in got))) == list(range(t_from))
+    for students, teachers in got:
+        assert tensors[0][students[-1]] == tensors[2][teachers[-1]]
+        assert s_starts[students[0]] == t_starts[teachers[0]]
+        assert groups.student_last[students].tolist() == [False] * (len(students) - 1) + [True]
+        assert groups.teacher_last[teachers].tolist() == [False] * (len(teachers) - 1) + [True]
+
+
+def check_exact(tensors: tuple[torch.Tensor, ...]) -> None:
+    rows, back = exact_rows(*tensors).tolist(), exact_rows(*tensors[2:], *tensors[:2]).tolist()
+    spans = [
+        list(zip(starts(ends, lengths).tolist(), ends.tolist(), strict=True))
+        for ends, lengths in (tensors[:2], tensors[2:])
+    ]
+    matched = [j for j in rows if j >= 0]
+    assert matched == sorted(set(matched))
+    assert sum(i >= 0 for i in back) == len(matched)
+    assert all(back[j] == i and spans[0][i] == spans[1][j] for i, j in enumerate(rows) if j >= 0)
+    if len(tensors[1]) == 1:  # spans that cover something: those of nothing are told apart by rank
+        wide = {(a, b) for a, b in set(spans[0]) & set(spans[1]) if a < b}
+        assert wide <= {spans[0][i] for i, j in enumerate(rows) if j >= 0}
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(build.__name__ for build in pair))
+@settings(max_examples=6, deadline=None)
+@given(texts=st.lists(TEXTS, min_size=1, max_size=3))
+@example(texts=list(SCRIPTS.values()))
+def test_groups_cover_every_byte_once_in_order(pair, texts):
+    """A byte in two groups, or in none, pairs a token with words that are not its own; an exact row which is not exact
+    has a student's token learn from a teacher that read or predicts another text."""
+    examples = [(ends_of(pair[0], text), ends_of(pair[1], text)) for text in texts]
+    examples = [(s, t) for s, t in examples if len(s) > 1 and len(t) > 1]  # others are refused when data are read
+    if examples:
+        tensors = packed(examples)
+        check_groups(tensors, examples)
+        check_exact(tensors)
+
+
+def test_one_tokenizer_gives_single_tokens():
+    """With identical tokenizers every method must fall back to its same-vocabulary form."""
+    ends, lengths = torch.tensor([2, 5, 5, 1, 4, 4, 4]), torch.tensor([3, 4])
+    groups = byte_groups(ends, lengths, ends, lengths)
+    assert groups.student.tolist() == groups.teacher.tolist() == list(range(7))
+    assert exact_rows(ends, lengths, ends, lengths).tolist() == list(range(7))
+
+
+def test_the_toy_alignment_of_the_specification():
+    """Two pairs of tokens between them cover one word, and have nothing to copy."""
+    teacher, student = torch.tensor([3, 7, 11, 13, 16, 20]), torch.tensor([3, 9, 13, 16, 20])
+    lengths = torch.tensor([5]), torch.tensor([6])
+    assert exact_rows(student, lengths[0], teacher, lengths[1]).tolist() == [0, -1, -1, 4, 5]
+    assert byte_groups(student, lengths[0], teacher, lengths[1]).student.tolist() == [0, 1, 1, 2, 3]
+
+
+def test_ends_that_never_meet_form_one_last_group():
+    """Rows with no common end must not run over into the next example's groups."""
+    groups = byte_groups(
+        torch.tensor([1, 2, 3, 2]), torch.tensor([3, 1]), torch.tensor([5, 7, 2]), torch.tensor([2, 1])
+    )
+    assert groups.student.tolist() == [0, 0, 0, 1]
+    assert groups.teacher.tolist() == [0, 0, 1]

@@ -1,0 +1,82 @@
+"""Vocabularies matched by spelling, against the plain definitions."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from rapidfuzz.distance import Levenshtein
+
+from dwakd.align import vocab
+from dwakd.align.vocab import exact_overlap, nearest_tokens, token_text
+from dwakd.data.encoding import TextEncoder
+from dwakd.paths import CACHE_VARIABLE
+from tests.builders import bpe_byte_fallback, byte_bpe, unigram_byte_fallback
+
+
+def random_tokens(count: int, seed: int) -> list[bytes]:
+    """Distinct tokens of all lengths, scripts and broken characters."""
+    generator = random.Random(seed)
+    letters = "aaeeiostn" + "éß你好мир😀 \n"
+    tokens = [letter.encode() for letter in set(letters)]
+    while len(tokens) < count:
+        text = "".join(generator.choices(letters, k=generator.choice([1, 2, 3, 4, 5, 8, 12, 70]))).encode()
+        tokens.append(text[generator.choice([0, 0, 0, 1]) :] or b"x")
+    return list(dict.fromkeys(tokens))
+
+
+def test_nearest_is_the_first_of_least_distance():
+    """A teacher's mass on a token that the student lacks goes to the token spelled most like it."""
+    source, target = random_tokens(400, 1), random_tokens(300, 2)
+    found = nearest_tokens((None, *source), (*target, None), (0, len(target))).tolist()
+    assert found[0] == len(target)
+    for token, index in zip(source, found[1:], strict=True):
+        distances = [Levenshtein.distance(token_text(token), token_text(other)) for other in target]
+        assert index == int(np.argmin(distances))
+
+
+def test_identical_vocabularies_map_by_id():
+    """Same tokenizer: MinED and GOLD must be the plain divergence over every column, special tokens included."""
+    tokens = TextEncoder(byte_bpe(), "plain").token_bytes()
+    assert None in tokens
+    assert torch.equal(nearest_tokens(tokens, tuple(tokens)), torch.arange(len(tokens)))
+    assert all(torch.equal(side, torch.arange(len(tokens))) for side in exact_overlap(tokens, tuple(tokens)))
+
+
+def test_a_space_is_a_space():
+    """Compared as strings, the space of SentencePiece and that of byte-level BPE never match."""
+    student, teacher = (TextEncoder(build(), "plain") for build in (byte_bpe, bpe_byte_fallback))
+    ends = student.end_token_id, teacher.end_token_id
+    mine, theirs = exact_overlap(student.token_bytes(), teacher.token_bytes(), ends)
+    pairs = dict(zip(mine.tolist(), theirs.tolist(), strict=True))
+    names = [encoder.tokenizer.get_vocab() for encoder in (student, teacher)]
+    assert pairs[names[0]["Ġthe"]] == names[1]["▁the"]
+    assert pairs[names[0]["Ċ"]] == names[1]["\n"]
+    assert pairs[ends[0]] == ends[1]
+    assert mine.tolist() == sorted(set(mine.tolist()))
+    assert len(set(theirs.tolist())) == len(theirs)
+
+
+def test_byte_pieces_pair_with_byte_pieces():
+    """SentencePiece spells "A" twice, as a byte and as a character; only the latter is what texts are made of."""
+    one, other = (TextEncoder(build(), "plain").token_bytes() for build in (bpe_byte_fallback, unigram_byte_fallback))
+    byte, character = (one.index(b"e"), len(one) - 1 - one[::-1].index(b"e"))
+    assert byte < character
+    pairs = dict(zip(*(side.tolist() for side in exact_overlap(one, other)), strict=True))
+    assert pairs[byte] == other.index(b"e")
+    assert pairs[character] == len(other) - 1 - other[::-1].index(b"e")
+    assert dict(zip(*(s.tolist() for s in exact_overlap((b"a",), (b"a", b"b", b"a"))), strict=True)) == {0: 2}
+    assert nearest_tokens((b"a", b"b", b"a"), (b"a",)).tolist() == [0, 0, 0]
+
+
+def test_large_maps_are_kept(monkeypatch, tmp_path):
+    """A minute of matching at the start of every run of a comparison."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(vocab, "_PAIRS_WORTH_KEEPING", 1)
+    source, target = random_tokens(50, 1), random_tokens(40, 2)
+    expected = nearest_tokens(source, target)
+    (path,) = tmp_path.rglob("*.safetensors")
+    monkeypatch.setattr(vocab, "_nearest_ids", lambda *_: pytest.fail("worked out again"))
+    assert torch.equal(nearest_tokens(source, target, (0, 3))[1:], expected[1:])
+    assert torch.equal(nearest_tokens(source, target), expected)
+    assert list(tmp_path.rglob("*")) == [path.parent, path]

@@ -1,0 +1,128 @@
+"""Comparisons: the right cells, kept when finished, named when failed, and differences that are paired."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from dwakd.compare import run as compare_run
+from dwakd.compare.plan import Cell, Variant, search_of, variants_of
+from dwakd.compare.run import Runner
+from dwakd.compare.table import CellScores, paired_interval, read_cell, summarise_comparison
+from dwakd.config import recipe_from_dict
+from dwakd.errors import UserError
+
+CONTENT = {
+    "student": {"model": "student"},
+    "teacher": {"model": "teacher"},
+    "data": {"train": "train.jsonl"},
+    "loss": {"method": "dwa_kd", "temperature": 3.0},
+    "training": {"learning_rate": 1e-3},
+    "evaluation": {"test": ["test.jsonl"]},
+    "compare": {"methods": ["sft", "dskd", "dwa_kd"], "seeds": [1, 2], "options": {"dskd": {"kd_rate": 0.3}}},
+}
+
+
+def recipe(**changes):
+    return recipe_from_dict({**CONTENT, **changes})
+
+
+def scores(*values):
+    return CellScores({"test": np.array(values, dtype=float)}, {"test": 1.0}, {"test": 2.0}, 0.5, 1000)
+
+
+def test_each_method_gets_its_own_options():
+    """The temperature of the recipe's method must not reach another, nor be lost."""
+    found = {variant.name: variant for variant in variants_of(recipe(), recipe().compare, ablation=False)}
+    assert found["dwa_kd"].options == {"temperature": 3.0}
+    assert found["dskd"].options == {"kd_rate": 0.3}
+    assert found["sft"].options == {}
+    one = Cell(found["dskd"], 7).recipe(recipe())
+    assert one.loss == {"method": "dskd", "kd_rate": 0.3}
+    assert (one.training["seed"], one.training["data_seed"], one.compare) == (7, 7, None)
+
+
+def test_ablation_rows_switch_what_their_names_say():
+    """A row of the ablation that trains something else makes the table a lie."""
+    rows = {variant.name: variant for variant in variants_of(recipe(), recipe().compare, ablation=True)}
+    assert len(rows) == 6
+    assert rows["dwa_kd without gate"].options == {"temperature": 3.0, "gate": False}
+    assert rows["dskd + dtw"].options["band"] is False
+    assert "dtw_hidden" not in rows["dskd + banded dtw"].options
+    assert len({Cell(variant, 1).name for variant in rows.values()}) == 6
+
+
+def test_the_search_is_the_same_for_every_method():
+    """A method that is searched less loses for want of tuning."""
+    sft, dskd, dwa_kd = (search_of(variant) for variant in variants_of(recipe(), recipe().compare, ablation=False))
+    assert (len(sft), len(dskd), len(dwa_kd)) == (3, 6, 6)
+    assert {variant.options["kd_rate"] for variant in dskd} == {0.3, 0.15}
+    rates = {Cell(variant, 1, search=True).recipe(recipe()).training["learning_rate"] for variant in sft}
+    assert rates == {0.000333, 0.001, 0.003}
+    assert Cell(sft[0], 1, search=True).recipe(recipe()).evaluation.test == []
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"methods": ["dwakd"]}, "valid ones"),
+        ({"methods": ["sft"], "options": {"dskd": {}}}, "not among sft"),
+        ({"methods": ["dskd"], "options": {"dskd": {"tau": 1}}}, "unknown option"),
+    ],
+)
+def test_mistakes_show_before_anything_runs(section, message):
+    """Else the last method of a night's comparison fails in the morning."""
+    changed = recipe(compare=section)
+    with pytest.raises(UserError, match=message):
+        variants_of(changed, changed.compare, ablation=False)
+
+
+def test_finished_cells_are_kept_and_a_failed_one_says_why(tmp_path, monkeypatch):
+    """A comparison is stopped and started again, and one method's failure must not cost the others."""
+    script = (
+        "import json, pathlib, sys; folder = pathlib.Path(sys.argv[1]); print('3/4 [00:01'); "
+        "sys.exit('error: no luck') if 'dskd' in folder.name else None; "
+        "(folder / 'eval').mkdir(parents=True); (folder / 'dwakd-run.json').write_text('{}'); "
+        "(folder / 'eval' / 'test.json').write_text('{}')"
+    )
+    started = []
+
+    def command(path, folder):
+        started.append(folder.name)
+        return [sys.executable, "-c", script, str(folder)]
+
+    monkeypatch.setattr(compare_run, "train_command", command)
+    cells = [Cell(Variant(name, name, {}), seed) for seed in (1, 2) for name in ("sft", "dskd")]
+    failures = Runner(recipe(), tmp_path, 2).run(cells)
+    assert failures.keys() == {"dskd-1", "dskd-2"}
+    assert failures["dskd-1"].startswith("no luck (")
+    started.clear()
+    Runner(recipe(), tmp_path, 1).run(cells)
+    assert sorted(started) == ["dskd-1", "dskd-2"]
+
+
+def test_differences_are_paired():
+    """Rows differ far more than methods do: without pairing every interval would hold zero."""
+    easy_and_hard = [5.0, 90.0, 40.0, 70.0, 10.0, 55.0]
+    ours, other = scores(*(value + 2 for value in easy_and_hard)), scores(*easy_and_hard)
+    difference, low, high = paired_interval([ours], [other])
+    assert (difference, low, high) == pytest.approx((2.0, 2.0, 2.0))
+    summary = summarise_comparison({"sft": [other], "dwa_kd": [ours, ours], "dskd": []}, {"dskd-1": "no luck"})
+    assert summary["best"] == "dwa_kd"
+    assert summary["variants"]["dwa_kd"]["versus_sft"][0] == pytest.approx(2.0)
+    assert summary["variants"]["dskd"] == {"failed": "no luck"}
+
+
+def test_scores_are_the_means_over_generation_seeds(tmp_path):
+    """In percent as they are written: a second factor of a hundred made scores of 138."""
+    (tmp_path / "eval").mkdir()
+    numbers = {"greedy_rouge_l": {"mean": 12.0}, "bits_per_byte": {"value": 1.5}}
+    (tmp_path / "eval" / "test.json").write_text(json.dumps(numbers))
+    answers = [
+        {"row": row, "seed": seed, "rouge_l": 10.0 * row + (seed or 0)} for row in (1, 0) for seed in (2, 4, None)
+    ]
+    (tmp_path / "eval" / "test.answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    cell = read_cell(tmp_path)
+    assert cell.rouge_l["test"].tolist() == [3.0, 13.0]
+    assert (cell.greedy["test"], cell.bits_per_byte["test"]) == (12.0, 1.5)

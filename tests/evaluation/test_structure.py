@@ -1,0 +1,51 @@
+"""Representation similarity: what is pooled must be the same text on both sides."""
+
+import torch
+
+from dwakd.data.encoding import TextEncoder
+from dwakd.data.sources import load_examples
+from dwakd.evaluation.structure import cosine_structure, product_structure, structure_distances
+from dwakd.evaluation.structure_run import box_plot
+from tests.builders import bpe_byte_fallback, byte_bpe, tiny_model
+
+ROWS = [
+    {"prompt": f"Name {word}.", "response": f"The {word} is é😀 and {word}"} for word in ("door", "cat", "sky", "sea")
+]
+
+
+def side(family, tokenizer, seed):
+    return tiny_model(family, len(tokenizer), seed=seed), TextEncoder(tokenizer, "plain")
+
+
+def test_equal_models_have_no_distance_and_others_have():
+    """A pooling that mixes texts or spans gives a distance where there is none."""
+    examples = load_examples(ROWS)
+    one, same, other = (side("llama", byte_bpe(), seed) for seed in (1, 1, 2))
+    equal = structure_distances(one, same, examples, batch_size=3)
+    assert max(*equal.cosine, *equal.product) < 1e-9
+    assert len(equal.cosine) == len(ROWS)
+    assert min(structure_distances(one, other, examples).cosine) > 1e-3
+
+
+def test_spans_are_those_both_tokenisations_share_and_batches_change_nothing():
+    """The published comparison reads the student's ids with the teacher's vocabulary; ours must not depend on padding."""
+    examples = load_examples(ROWS)
+    student, teacher = side("llama", byte_bpe(), 1), side("gpt2", bpe_byte_fallback(), 2)
+    whole, single = (structure_distances(student, teacher, examples, batch_size=size) for size in (4, 1))
+    assert whole.num_spans == single.num_spans
+    torch.testing.assert_close(torch.tensor(whole.cosine), torch.tensor(single.cosine), atol=1e-5, rtol=1e-4)
+    for example, count in zip(examples, whole.num_spans, strict=True):
+        shared = [set(encoder.response_ids(example.response)[1]) for _, encoder in (student, teacher)]
+        assert count == len(shared[0] & shared[1]) + 1  # the end tokens are a span of their own
+
+
+def test_matrices():
+    """M_cos ignores lengths; rows of M_prod sum to 1."""
+    hidden = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+    torch.testing.assert_close(cosine_structure(hidden), torch.tensor([[1.0, 0.8], [0.8, 1.0]]))
+    torch.testing.assert_close(product_structure(hidden), torch.tensor([[25 / 33, 8 / 33], [8 / 12, 4 / 12]]))
+
+
+def test_box_plot():
+    """Quartiles where the scale says they are."""
+    assert box_plot((0.0, 0.2, 0.5, 0.7, 1.0), 1.0, 11) == "──▒▒▒█▒▒───"

@@ -1,0 +1,92 @@
+"""The Triton kernel of Soft-DTW, under Triton's interpreter, against its plain twin."""
+
+import importlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from dwakd.kernels import soft_dtw
+
+pytest.importorskip("triton")
+if not torch.cuda.is_available():
+    pytestmark = pytest.mark.skipif(
+        not importlib.import_module("triton").knobs.runtime.interpret,
+        reason="triton was imported without its interpreter",
+    )
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def value_and_grad(cost: Tensor, gamma: float, *lengths: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    cost = cost.detach().to(DEVICE).requires_grad_()
+    value = soft_dtw(cost, gamma, *(side.to(DEVICE) for side in lengths), impl=impl)
+    (grad,) = torch.autograd.grad(value.sum(), cost)
+    return value.detach().cpu(), grad.cpu()
+
+
+def assert_twins_agree(cost: Tensor, gamma: float, *lengths: Tensor, **tolerance: float) -> tuple[Tensor, Tensor]:
+    value, grad = value_and_grad(cost, gamma, *lengths, impl="triton")
+    expected, expected_grad = value_and_grad(cost.double(), gamma, *lengths, impl="naive")
+    torch.testing.assert_close(value.double(), expected, **tolerance)
+    torch.testing.assert_close(grad.double(), expected_grad, **tolerance)
+    return value, grad
+
+
+@pytest.mark.parametrize("gamma", [1e-3, 1.0, 1e3])
+def test_twins_agree_on_a_ragged_batch(gamma: float) -> None:
+    """On a GPU a student would train towards another objective; padding of NaN and forbidden cells must leave no trace."""
+    torch.manual_seed(0)
+    lengths = torch.tensor([11, 1, 7, 5, 1]), torch.tensor([9, 6, 1, 9, 1])
+    cost = torch.rand(5, 11, 9) * 2
+    cost[0, 3:6, 2] = torch.inf
+    cost[3, :, 4] = torch.inf  # a wall: no path
+    cost[2, 7:] = torch.nan
+    cost[1, :, 6:] = torch.nan
+    value, grad = assert_twins_agree(cost, gamma, *lengths, rtol=1e-6, atol=1e-6)
+    assert value.isinf().tolist() == [False, False, False, True, False]
+    assert grad[3].eq(0).all()
+    assert grad[0, 3:6, 2].eq(0).all()
+
+
+def test_double_precision() -> None:
+    """In float64 nothing of the way there may be float32, gamma included."""
+    torch.manual_seed(1)
+    assert_twins_agree(torch.randn(2, 7, 10, dtype=torch.float64), 0.3, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_beyond_a_block_and_a_hard_band(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows than a program has lanes, and the cells that it skips outside a band: no length limit, same numbers."""
+    kernel = importlib.import_module("dwakd.kernels.soft_dtw.triton")
+    monkeypatch.setattr(kernel, "_LARGEST_BLOCK", 16)
+    torch.manual_seed(2)
+    cost = torch.rand(2, 20, 18)
+    i, j = torch.arange(20)[:, None], torch.arange(18)
+    cost[0, (i - j).abs() > 2] = torch.inf
+    value, _ = assert_twins_agree(cost, 0.1, rtol=1e-6, atol=1e-6)
+    assert value.isfinite().all()
+
+
+def test_invalid_costs_lengths_and_views() -> None:
+    """A NaN must stop training; a wrong length, which the host cannot see without waiting, must show too."""
+    torch.manual_seed(3)
+    cost = torch.rand(4, 6, 5).to(torch.bfloat16).transpose(1, 2)
+    cost[0, 2, 3] = torch.nan
+    cost[1, 0, 0] = -torch.inf
+    value, grad = value_and_grad(cost, 1.0, impl="triton")
+    expected, expected_grad = value_and_grad(cost, 1.0, impl="naive")
+    assert value.isnan().tolist() == [True, True, False, False]
+    assert grad[0].isnan().any()
+    torch.testing.assert_close(value[2:], expected[2:])
+    torch.testing.assert_close(grad[2:], expected_grad[2:])
+    solve = importlib.import_module("dwakd.kernels.soft_dtw.triton").solve
+    lengths = torch.tensor([5, 6, 0, 5], device=DEVICE), torch.tensor([6, 6, 6, -1], device=DEVICE)
+    value, _ = solve(torch.rand(4, 5, 6, device=DEVICE), 1.0, *lengths, True)
+    assert value.isnan().tolist() == [False, True, True, True]
+
+
+def test_without_gradient() -> None:
+    """Evaluation takes the same values without the memory of the weights."""
+    cost = torch.rand(1, 4, 5, device=DEVICE)
+    assert soft_dtw(cost, 1.0, impl="triton").item() == pytest.approx(
+        soft_dtw(cost, 1.0, impl="naive").item(), abs=1e-6
+    )

@@ -1,0 +1,101 @@
+"""KD of one vocabulary against the specification's table, and where heads, rows and tokenizers differ."""
+
+import pytest
+import torch
+
+from dwakd.batch import ModelSide
+from dwakd.kernels.head_loss import HeadRows, forward_kl, head_loss
+from dwakd.losses import KdLoss
+from dwakd.losses.divergences import DIVERGENCES
+from dwakd.losses.kd import ForwardKlPair, SameVocabulary
+from dwakd.models.head import OutputHead
+from tests.losses.builders import random_examples, random_heads, side
+from tests.losses.test_divergences import STUDENT, TABLE, TEACHER
+
+
+def rows_of(logits: torch.Tensor, head: torch.Tensor | None = None) -> ModelSide:
+    """A side whose logits are these: its head is the identity unless given."""
+    rows, vocab = logits.shape
+    return ModelSide(
+        hidden=logits,
+        input_embeddings=logits,
+        target_embeddings=logits,
+        target_ids=torch.zeros(rows, dtype=torch.long),
+        lengths=torch.tensor([rows]),
+        byte_ends=torch.arange(1, rows + 1),
+        head=OutputHead(torch.eye(vocab, dtype=logits.dtype) if head is None else head),
+    )
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1, 2])
+def test_values_of_the_table(name, temperature):
+    """Teacher and student swapped, or the temperature on one side only, still train: towards something else."""
+    loss = KdLoss(divergence=name, temperature=temperature, kd_rate=0.25)
+    output = loss(rows_of(STUDENT), rows_of(TEACHER))
+    kd, ce = TABLE[name][temperature - 1], -STUDENT.log_softmax(-1)[0, 0].item()
+    assert output.terms["kd"].item() == pytest.approx(kd, abs=1e-6)
+    assert output.terms["ce"].item() == pytest.approx(ce, abs=1e-12)
+    assert output.loss.item() == pytest.approx(0.75 * ce + 0.25 * kd, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("wider", ["student", "teacher"])
+def test_heads_padded_to_different_widths(name, wider):
+    """Qwen's heads differ in unused rows only: they take part in no divergence, whatever they hold."""
+    logits = {"student": torch.randn(5, 9).double(), "teacher": torch.randn(5, 9).double()}
+    loss = KdLoss(divergence=name)
+    even = loss(rows_of(logits["student"]), rows_of(logits["teacher"])).terms["kd"]
+    logits[wider] = torch.cat([logits[wider], 50 * torch.randn(5, 3).double()], -1)
+    uneven = loss(rows_of(logits["student"]), rows_of(logits["teacher"]))
+    torch.testing.assert_close(uneven.terms["kd"], even, atol=1e-12, rtol=1e-10)
+    ce = -logits["student"].log_softmax(-1)[:, 0].mean()
+    torch.testing.assert_close(uneven.terms["ce"], ce, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.0])
+def test_the_gradient_by_hand_is_that_of_the_formula(temperature):
+    """The default runs code of its own: its value and gradient are those of plain torch, chunk by chunk."""
+    torch.manual_seed(0)
+    results = []
+    for criterion, impl in ((SameVocabulary, "naive"), (ForwardKlPair, "chunked")):
+        generator = torch.Generator().manual_seed(3)
+        hidden, weight, teacher, teacher_weight = (
+            torch.randn(shape, generator=generator, dtype=torch.float64)
+            for shape in ((12, 6), (9, 6), (12, 8), (11, 8))
+        )
+        bias = torch.randn(9, generator=generator, dtype=torch.float64)
+        leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
+        lengths = torch.tensor([12])
+        output = head_loss(
+            [
+                HeadRows(hidden, OutputHead(weight, bias, 0.7, 5.0), lengths),
+                HeadRows(teacher, OutputHead(teacher_weight), lengths),
+            ],
+            criterion(torch.arange(12) % 9, temperature, {"ce": 0.3, "kd": 0.7}, forward_kl),
+            impl=impl,
+            budget=1000,
+        )
+        results.append((output.loss.detach(), *output.terms.values(), *torch.autograd.grad(output.loss, leaves)))
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-11, rtol=1e-9)
+
+
+def test_the_same_model_gives_zero():
+    """A pairing shifted by one row would give a divergence between a model and itself."""
+    examples, heads = random_examples([(5, 5), (3, 3)]), random_heads()
+    student = side(examples, "student", heads[0])
+    for name in DIVERGENCES:
+        terms = KdLoss(divergence=name)(student, student).terms
+        assert terms["kd"].item() == pytest.approx(0, abs=1e-12)
+        assert terms["ce"] > 0
+
+
+def test_sides_of_different_rows_are_refused():
+    """Rows of two tokenizers paired by number train towards other positions' distributions."""
+    examples, heads = random_examples([(5, 7)]), random_heads()
+    sides = [side(examples, name, head) for name, head in zip(("student", "teacher"), heads, strict=True)]
+    with pytest.raises(ValueError, match="got 5 rows of the student and 7 of the teacher"):
+        KdLoss()(*sides)
+    with pytest.raises(ValueError, match="method kd needs a teacher"):
+        KdLoss()(sides[0])
