@@ -132,7 +132,7 @@ def test_gradcheck(method):
 def test_num_tokens_may_be_a_tensor(method):
     """The trainer gives a tensor, so that nothing waits for the device; it must act as the number does."""
     _, loss = method
-    examples, heads = random_examples(LENGTHS), random_heads()
+    examples, heads = batch(loss)
     tensors = leaves(examples, heads)
     results = []
     for num_tokens in (50.0, torch.tensor(50)):
