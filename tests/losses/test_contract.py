@@ -160,6 +160,8 @@ def test_bad_options_are_named(method):
         ("kd", {"divergence": "kl"}, "unknown divergence 'kl'; valid ones: forward_kl"),
         ("uld", {"compat": "mine"}, "unknown compat 'mine'; valid ones: paper, dskd"),
         ("uld", {"uld_weight": -1}, "uld_weight must be a number at least 0"),
+        ("multilevel_ot", {"compat": "hust"}, "unknown compat 'hust'; valid ones: paper, mcw_kd"),
+        ("multilevel_ot", {"top_k": 0}, "top_k must be a number at least 1"),
         ("kd", {"temperature": 0}, "temperature must be a number at least 0.001"),
     ],
 )

@@ -10,6 +10,7 @@ from dwakd.losses.base import DistillationLoss
 from dwakd.losses.dskd import DskdLoss
 from dwakd.losses.dwa_kd import DwaKdLoss
 from dwakd.losses.kd import KdLoss
+from dwakd.losses.multilevel_ot import MultiLevelOtLoss
 from dwakd.losses.pair import ModelPair
 from dwakd.losses.projectors import Widths
 from dwakd.losses.sft import SftLoss
@@ -20,6 +21,7 @@ METHODS: dict[str, type[DistillationLoss]] = {
     "sft": SftLoss,
     "kd": KdLoss,
     "uld": UldLoss,
+    "multilevel_ot": MultiLevelOtLoss,
     "dskd": DskdLoss,
     "dwa_kd": DwaKdLoss,
 }
@@ -31,6 +33,7 @@ __all__ = [
     "DwaKdLoss",
     "KdLoss",
     "ModelPair",
+    "MultiLevelOtLoss",
     "SftLoss",
     "TeacherScale",
     "UldLoss",
