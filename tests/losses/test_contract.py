@@ -1,5 +1,6 @@
 """What every method must keep, whatever it computes."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -11,12 +12,15 @@ from tests.losses.builders import random_examples, random_heads, side
 
 LENGTHS = [(5, 7), (9, 4), (1, 2), (6, 6)]
 WIDTHS = Widths(6, 8, 6, 8)
+VARIANTS = [("dskd", {"attention": False}), ("uld", {"compat": "dskd"}), ("multilevel_ot", {"compat": "mcw_kd"})]
+"""Options that compute something else altogether."""
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=[(name, {}) for name in METHODS] + VARIANTS, ids=lambda p: "-".join([p[0], *map(str, p[1])]))
 def method(request):
     torch.manual_seed(0)
-    return request.param, build_loss(request.param, widths=WIDTHS).double()
+    name, options = request.param
+    return name, build_loss(name, options, widths=WIDTHS).double()
 
 
 def batch(loss, lengths=LENGTHS):
@@ -133,8 +137,10 @@ def test_bfloat16_rows_give_a_finite_loss_close_to_float64(method):
 
 def test_state_survives_a_round_trip(method):
     """Projectors that are trained but not saved make a resumed run another run."""
-    name, loss = method
-    other = build_loss(name, widths=WIDTHS).double()
+    _, loss = method
+    other = copy.deepcopy(loss)
+    for parameter in other.parameters():
+        parameter.data.zero_()
     other.load_state_dict(loss.state_dict())
     examples, heads = batch(loss)
     torch.testing.assert_close(run(loss, examples, heads).loss, run(other, examples, heads).loss)

@@ -7,7 +7,7 @@ from dwakd.errors import UserError
 from tests.builders import tiny_model
 from tests.training.builders import ROWS, TOKENIZERS, trainer
 
-ONE_TOKENIZER = [("kd", {})]
+ONE_TOKENIZER = [("kd", {}), ("dskd", {"attention": False})]
 
 
 @pytest.mark.parametrize(("method", "options"), ONE_TOKENIZER)
