@@ -14,6 +14,7 @@ from dwakd.losses.dwa_kd import DwaKdLoss
 from dwakd.losses.dwa_kd_v2 import DwaKdV2Loss
 from dwakd.losses.kd import KdLoss
 from dwakd.losses.min_ed import MinEdLoss
+from dwakd.losses.multilevel_ot import MultiLevelOtLoss
 from dwakd.losses.pair import ModelPair
 from dwakd.losses.projectors import Widths
 from dwakd.losses.sft import SftLoss
@@ -24,6 +25,7 @@ METHODS: dict[str, type[DistillationLoss]] = {
     "sft": SftLoss,
     "kd": KdLoss,
     "uld": UldLoss,
+    "multilevel_ot": MultiLevelOtLoss,
     "dskd": DskdLoss,
     "dwa_kd": DwaKdLoss,
     "alm": AlmLoss,
@@ -43,6 +45,7 @@ __all__ = [
     "KdLoss",
     "MinEdLoss",
     "ModelPair",
+    "MultiLevelOtLoss",
     "SftLoss",
     "TeacherScale",
     "UldLoss",
