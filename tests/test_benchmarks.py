@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from benchmarks import plain, step
+from benchmarks import cache, plain, step
 from benchmarks.workload import Sizes, build_models
 
 from dwakd.losses import build_loss
@@ -60,3 +60,13 @@ def test_help_explains_the_contestants(monkeypatch, capsys):
         step.main()
     text = capsys.readouterr().out
     assert all(name in text for name in ("published_dskd", "response rows selected first"))
+
+
+def test_cache_writes_a_signed_result(tmp_path, monkeypatch):
+    """What a cache saves is measured with a cache on the disk."""
+    path = tmp_path / "cache.json"
+    monkeypatch.setattr(sys, "argv", ["cache", *SMALL, "--rows=4", "--rounds=1", "--threads=1", f"--output={path}"])
+    cache.main()
+    (one,) = json.loads(path.read_text())["results"]
+    assert set(one["median_seconds"]) == set(cache.NAMES)
+    assert one["disk"]["bytes_per_response_token"] == 64 * 4

@@ -269,7 +269,7 @@ def test_more_mistakes(workspace, tmp_path, monkeypatch, capsys):
 
 def test_help_and_methods(monkeypatch, capsys):
     """`--help` of every command, and the list of methods with the options of one."""
-    for command in ([], ["train"], ["eval"], ["shrink"], ["demo"], ["methods"]):
+    for command in ([], ["train"], ["cache"], ["eval"], ["shrink"], ["demo"], ["methods"]):
         code, out, _ = run(monkeypatch, capsys, *command, "--help")
         assert code == 0
         assert "Usage" in out
@@ -302,6 +302,8 @@ def test_imports_point_one_way():
         ("dwakd.kernels", "transformers"),
         ("dwakd.evaluation.run", "dwakd.losses"),
         ("dwakd.models.rows", "dwakd.losses"),
+        ("dwakd.cache.build", "dwakd.training"),
+        ("dwakd.cache.build", "dwakd.losses"),
         ("dwakd.data.collator", "dwakd.models"),
     ):
         result = subprocess.run([sys.executable, "-c", script, module, forbidden], check=False, capture_output=True)

@@ -1,8 +1,9 @@
-"""The command line: `dwakd train | eval | similarity | compare | shrink | demo | methods`."""
+"""The command line: `dwakd train | cache | eval | similarity | compare | shrink | demo | methods`."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -55,6 +56,36 @@ def train(
         console.print(f"student: [bold]{folder}[/bold] after {trainer.state.global_step} steps", soft_wrap=True)
     if loaded.evaluation.test and trainer.is_world_process_zero():
         console.print(evaluate_recipe(loaded, trainer.student, trainer.student_encoder, folder))
+    end_of_run()
+
+
+@app.command()
+def cache(
+    recipe: Annotated[Path, typer.Argument(help="The recipe to train by; with --check also a cache's folder.")],
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the cache; the recipe's teacher.cache by default.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Build nothing: verify every byte, name what is bad.")] = False,
+) -> None:
+    """Run the teacher once over a recipe's training and evaluation rows and keep its final hidden states.
+
+    Training with teacher.cache: FOLDER then loads the teacher's embeddings and head, never its layers, and gives the
+    same student. dwakd train builds a missing cache by itself; this command does it ahead, on another machine or by
+    several processes (torchrun --nproc-per-node 2 -m dwakd cache recipe.yaml). Killed, it goes on where it was when
+    started again; damaged shards are built anew. A cache serves every recipe with this teacher, template, max_length
+    and these rows, whatever the student or the method.
+
+    Size: response tokens x hidden size x 4 bytes; half of it with teacher.cache_dtype=bfloat16, which is rounded where
+    the teacher runs in float32. Nothing is written if it cannot fit.
+    """
+    _hush_transformers()
+    from dwakd.training.cache_run import cache_command
+    from dwakd.training.run import end_of_run
+
+    text = cache_command(recipe, overrides or [], output, check=check)
+    if os.environ.get("RANK", "0") == "0":
+        console.print(text, soft_wrap=True, highlight=False)
     end_of_run()
 
 

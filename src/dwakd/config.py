@@ -32,10 +32,12 @@ class StudentSection:
 
 @dataclass
 class TeacherSection:
-    """The teacher; `adapter` is a PEFT folder that is merged into it."""
+    """The teacher; `adapter` is a PEFT folder that is merged into it, `cache` a folder of its hidden states."""
 
     model: str
     adapter: str | None = None
+    cache: str | None = None
+    cache_dtype: str | None = None
     revision: str | None = None
     dtype: str = "float32"
     trust_remote_code: bool = False

@@ -63,6 +63,7 @@ class EncodedRow:
     text: str
     student: EncodedSide
     teacher: EncodedSide | None
+    truncated: bool = False
 
 
 class EncodedPairs(torch.utils.data.Dataset[dict[str, Any]]):
@@ -72,16 +73,24 @@ class EncodedPairs(torch.utils.data.Dataset[dict[str, Any]]):
         rows: the rows that are kept.
         report: rows that are left out, by reason: their indices in the source.
         num_truncated: how many of the kept rows had their response cut.
+        source: what to call the rows in messages.
 
     Attributes:
         aligned_rows: per row, the teacher's row for each of the student's response rows, or -1; None unless
             `dwakd.data.spelling.align_by_spelling` was called.
     """
 
-    def __init__(self, rows: Sequence[EncodedRow], report: dict[str, list[int]], num_truncated: int = 0) -> None:
+    def __init__(
+        self,
+        rows: Sequence[EncodedRow],
+        report: dict[str, list[int]],
+        num_truncated: int = 0,
+        source: str = "the data set passed in",
+    ) -> None:
         self.rows = list(rows)
         self.report = report
         self.num_truncated = num_truncated
+        self.source = source
         self.aligned_rows: list[NDArray[np.int32]] | None = None
 
     def __len__(self) -> int:
@@ -167,7 +176,7 @@ def encode_pairs(
         report.setdefault(reason, []).append(draft.example.index)
         first_error.setdefault(reason, f"{source}, row {draft.example.index} (counting from 0): {detail}")
     _check_report(report, first_error, len(examples), len(rows), invalid_rows, source)
-    return EncodedPairs(rows, report, num_truncated)
+    return EncodedPairs(rows, report, num_truncated, source)
 
 
 def _draft(examples: Sequence[Example], sides: list[TextEncoder], title: str) -> Iterator[_Draft]:
@@ -225,7 +234,8 @@ def _finish(draft: _Draft, sides: list[TextEncoder]) -> EncodedRow:
                 byte_ends=np.array([*ends, *([len(draft.text.encode())] * len(last))], dtype=np.int32),
             )
         )
-    return EncodedRow(draft.example.index, draft.text, encoded[0], encoded[1] if len(encoded) > 1 else None)
+    teacher = encoded[1] if len(encoded) > 1 else None
+    return EncodedRow(draft.example.index, draft.text, encoded[0], teacher, draft.truncated)
 
 
 def _check_report(

@@ -38,6 +38,10 @@ class OutputHead:
         """The same head as a constant: gradient passes through to the hidden states only."""
         return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
+    def to(self, device: torch.device) -> "OutputHead":
+        """The same head on another device."""
+        return replace(self, weight=self.weight.to(device), bias=None if self.bias is None else self.bias.to(device))
+
     def logits(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
         """Next-token logits in float32 or better, whatever the dtype of the product."""
         logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)

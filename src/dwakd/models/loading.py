@@ -44,7 +44,7 @@ def load_tokenizer(spec: str, *, trust_remote_code: bool = False, revision: str 
             raise UserError(
                 f"{spec} holds no tokenizer (no tokenizer.json); name the tokenizer's own folder or hub id."
             )
-        return load_tokenizer(_base_of(adapter, spec), trust_remote_code=trust_remote_code)
+        return load_tokenizer(adapter_base(adapter, spec), trust_remote_code=trust_remote_code)
     local = only_cached(location, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -88,7 +88,7 @@ def load_causal_lm(
     if own_adapter is None:
         model = _pretrained(location, spec, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
     else:
-        base = _base_of(own_adapter, spec)
+        base = adapter_base(own_adapter, spec)
         model = load_causal_lm(base, dtype=dtype, trust_remote_code=trust_remote_code)
         model = _merged(model, location, spec, revision)
     if adapter is not None:
@@ -133,6 +133,11 @@ def quiet_peft() -> Iterator[None]:
         yield
 
 
+def adapter_config(spec: str, revision: str | None = None) -> dict[str, Any] | None:
+    """The settings of the PEFT adapter that a spec names; None if it names a whole model."""
+    return _adapter_config(resolve_spec(spec), revision)
+
+
 def _adapter_config(location: str, revision: str | None) -> dict[str, Any] | None:
     """The adapter_config.json of a folder or hub id, or None."""
     local = only_cached(location, revision)
@@ -143,7 +148,7 @@ def _adapter_config(location: str, revision: str | None) -> dict[str, Any] | Non
         raise _cannot_load("adapter", location, error) from error
 
 
-def _base_of(adapter: dict[str, Any], spec: str) -> str:
+def adapter_base(adapter: dict[str, Any], spec: str) -> str:
     base = adapter.get("base_model_name_or_path")
     if not base:
         raise UserError(f"{spec} is an adapter whose adapter_config.json names no base_model_name_or_path; add it.")

@@ -67,6 +67,10 @@ class DistillConfig(TrainingArguments):
     response_column: str | None = field(default=None, metadata={"help": "Column of the response; guessed if absent."})
     input_column: str | None = field(default=None, metadata={"help": "Column of the optional input."})
     disable_dropout: bool = field(default=False, metadata={"help": "Set every dropout of the student to 0."})
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the teacher's hidden states, built if it isn't there; see docs/cache.md."},
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run modelling code from the hub; only for models given by name."}
     )

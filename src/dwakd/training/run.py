@@ -19,12 +19,13 @@ import torch
 from peft import LoraConfig
 
 from dwakd.config import RECIPE_FILE, Recipe, StudentSection, TeacherSection, parse_yaml
-from dwakd.data.sources import load_examples
+from dwakd.data.sources import Example, load_examples
 from dwakd.errors import UserError
 from dwakd.evaluation.run import check_recipe_evaluation
 from dwakd.losses import ModelPair, Widths, build_loss, method_class
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.options import check_type, unknown_option
+from dwakd.training.cached import CachedTeacher
 from dwakd.training.card import write_card
 from dwakd.training.config import DistillConfig
 from dwakd.training.trainer import LOSS_STATE, DistillTrainer
@@ -46,8 +47,8 @@ def training_config(recipe: Recipe, output_dir: str | Path) -> DistillConfig:
     valid = [item.name for item in dataclasses.fields(DistillConfig) if item.init]
     hints = typing.get_type_hints(DistillConfig)
     for name in recipe.training:
-        if name in (*DATA_FIELDS, "method", "loss_options", "output_dir", "trust_remote_code"):
-            raise UserError(f"training.{name} belongs elsewhere: in data, loss, student, or --output")
+        if name in (*DATA_FIELDS, "method", "loss_options", "output_dir", "trust_remote_code", "teacher_cache"):
+            raise UserError(f"training.{name} belongs elsewhere: in data, loss, student, teacher, or --output")
         if name not in valid:
             raise unknown_option(f"training.{name}", name, valid)
         check_type(hints[name], recipe.training[name], f"training.{name}")
@@ -138,12 +139,19 @@ def last_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def _load(section: StudentSection | TeacherSection) -> tuple[Any, Any]:
+def load_section(section: StudentSection | TeacherSection) -> tuple[Any, Any]:
+    """The model (or the cached teacher) and the tokenizer of a section."""
     dtype = getattr(torch, section.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise UserError(f"unknown dtype {section.dtype!r} for {section.model}; float32, bfloat16 and float16 are known")
     options: dict[str, Any] = {"trust_remote_code": section.trust_remote_code, "revision": section.revision}
     adapter = getattr(section, "adapter", None)
+    if isinstance(section, TeacherSection) and section.cache is not None:
+        stored = section.cache_dtype
+        teacher = CachedTeacher(
+            section.cache, section.model, adapter=adapter, dtype=dtype, cache_dtype=stored, **options
+        )
+        return teacher, teacher.tokenizer
     return (
         load_causal_lm(section.model, dtype=dtype, adapter=adapter, **options),
         load_tokenizer(section.model, **options),
@@ -165,6 +173,16 @@ def _peft_config(options: dict[str, Any] | None) -> LoraConfig | None:
         raise UserError(f"student.peft: {error}") from error
 
 
+def recipe_examples(recipe: Recipe) -> tuple[list[Example], list[Example] | None]:
+    """The rows to train on and, if there are any, to evaluate on."""
+    data = recipe.data
+    columns: dict[str, Any] = {"prompt": data.prompt, "response": data.response, "input": data.input}
+    train = load_examples(data.train, limit=data.limit, **columns)
+    if data.eval is None:
+        return train, None
+    return train, load_examples(data.eval, split="validation", limit=data.eval_limit, **columns)
+
+
 def check_options(recipe: Recipe, output_dir: str | Path) -> tuple[DistillConfig, LoraConfig | None]:
     """The training arguments and adapter of a recipe, every option checked; reads no data and no model."""
     method = method_class(recipe.method)
@@ -179,17 +197,12 @@ def build_trainer(recipe: Recipe, output_dir: str | Path) -> DistillTrainer:
     method = method_class(recipe.method)
     args, peft_config = check_options(recipe, output_dir)
     check_recipe_evaluation(recipe)
-    data = recipe.data
-    columns: dict[str, Any] = {"prompt": data.prompt, "response": data.response, "input": data.input}
-    train = load_examples(data.train, limit=data.limit, **columns)
-    evaluation = None
-    if data.eval is not None:
-        evaluation = load_examples(data.eval, split="validation", limit=data.eval_limit, **columns)
-    names = {"train": data.train, "eval": data.eval or ""}
-    student, student_tokenizer = _load(recipe.student)
+    train, evaluation = recipe_examples(recipe)
+    names = {"train": recipe.data.train, "eval": recipe.data.eval or ""}
+    student, student_tokenizer = load_section(recipe.student)
     teacher, teacher_tokenizer = None, None
     if method.needs_teacher and recipe.teacher is not None:
-        teacher, teacher_tokenizer = _load(recipe.teacher)
+        teacher, teacher_tokenizer = load_section(recipe.teacher)
     try:
         return DistillTrainer(
             model=student,
@@ -252,6 +265,7 @@ def run_record(trainer: DistillTrainer) -> dict[str, Any]:
         "python": platform.python_version(),
         "student_revision": getattr(trainer.student.config, "_commit_hash", None),
         "teacher_revision": getattr(getattr(teacher, "config", None), "_commit_hash", None),
+        "teacher_cache": str(getattr(trainer.teacher, "folder", "")) or None,
         "num_steps": trainer.state.global_step,
         "seconds_per_step": statistics.median(trainer.clock.seconds) if trainer.clock.seconds else None,
         "peak_memory_bytes": peak_memory_bytes(),

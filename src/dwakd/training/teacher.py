@@ -1,29 +1,75 @@
 """The frozen teacher: never wrapped, never saved, never in train mode."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dwakd.batch import ModelSide
+from dwakd.data.collator import EncodedPairs
+from dwakd.data.encoding import TextEncoder
 from dwakd.models.head import OutputHead
+from dwakd.models.invariant import response_hidden
 from dwakd.models.rows import embedding_table, output_head, response_rows
+from dwakd.training.config import DistillConfig
+
+Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
 class Teacher(ABC):
-    """Gives the teacher's response rows of a batch; a plain object, so that no wrapper or checkpoint finds it."""
+    """Gives the teacher's response rows of a batch; a plain object, so that no wrapper or checkpoint finds it.
 
-    embedding_size: int
+    `OnlineTeacher` runs the model on each batch, `dwakd.training.cached.CachedTeacher` reads what it once gave: the
+    same rows, to the last bit in float32 on a CPU.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """The teacher's tokenizer, if the teacher brings one."""
 
     @property
     @abstractmethod
     def head(self) -> OutputHead:
-        """The teacher's output head."""
+        """The teacher's output head, a constant."""
+
+    @property
+    @abstractmethod
+    def table(self) -> Float[Tensor, "vocab embedding"]:
+        """The teacher's input-embedding table."""
+
+    @property
+    def embedding_size(self) -> int:
+        return self.table.shape[1]
+
+    def prepare(self, encoder: TextEncoder, args: DistillConfig, sets: dict[str, EncodedPairs | None]) -> None:
+        """Told once, before training, what will be asked for: the sets "train" and "eval" as `encoder` has them."""
+        return
+
+    def collator(self, collate: Collator) -> Collator:
+        """The collator to use, given the one that makes the batches."""
+        return collate
 
     @abstractmethod
-    def rows(self, batch: dict[str, Tensor]) -> ModelSide:
+    def hidden(self, batch: dict[str, Any]) -> Float[Tensor, "tokens hidden"]:
+        """Final hidden states of the response rows of one collated batch, on its device, without gradient."""
+
+    def rows(self, batch: dict[str, Any]) -> ModelSide:
         """Rows of one collated batch, on the device of the batch, without gradient."""
+        hidden = self.hidden(batch)
+        table, mask = self.table.detach(), batch["teacher_response_mask"]
+        targets = batch["teacher_target_ids"][mask]
+        return ModelSide(
+            hidden=hidden,
+            input_embeddings=table[batch["teacher_input_ids"][mask]],
+            target_embeddings=table[targets],
+            target_ids=targets,
+            lengths=mask.sum(dim=1),
+            byte_ends=batch["teacher_byte_ends"][mask],
+            head=self.head,
+        )
 
 
 class OnlineTeacher(Teacher):
@@ -35,17 +81,23 @@ class OnlineTeacher(Teacher):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.embedding_size = embedding_table(model).shape[1]
 
     @property
     def head(self) -> OutputHead:
         return output_head(self.model).detached()
 
-    def rows(self, batch: dict[str, Tensor]) -> ModelSide:
-        if self.model.device != batch["teacher_input_ids"].device:
-            self.model.to(batch["teacher_input_ids"].device)
-        with torch.no_grad():
-            return side_rows(self.model, batch, "teacher")
+    @property
+    def table(self) -> Float[Tensor, "vocab embedding"]:
+        return embedding_table(self.model)
+
+    def hidden(self, batch: dict[str, Any]) -> Float[Tensor, "tokens hidden"]:
+        ids = batch["teacher_input_ids"]
+        if self.model.device != ids.device:
+            self.model.to(ids.device)
+        lengths = batch["teacher_attention_mask"].sum(1).tolist()
+        num_rows = batch["teacher_response_mask"].sum(1).tolist()
+        sequences = [row[:length] for row, length in zip(ids, lengths, strict=True)]
+        return torch.cat(response_hidden(self.model, sequences, num_rows))
 
 
 def side_rows(model: torch.nn.Module, batch: dict[str, Tensor], side: str) -> ModelSide:

@@ -19,6 +19,7 @@ from dwakd.data.collator import EncodedPairs, PairedCollator
 from dwakd.data.encoding import TextEncoder
 from dwakd.errors import UserError
 from dwakd.losses import TeacherScale, method_class
+from dwakd.training.cached import CachedTeacher
 from dwakd.training.callbacks import EpochAndTerms, TermsProgressCallback
 from dwakd.training.checkpoint import load_student
 from dwakd.training.config import DistillConfig
@@ -86,6 +87,9 @@ class DistillTrainer(Trainer):
         _, train_pairs = encode_source(train_dataset, self._encoders, args, "train", names.get("train"))
         self._eval_examples, eval_pairs = encode_source(eval_dataset, self._encoders, args, "eval", names.get("eval"))
 
+        if self.teacher is not None and self._encoders[1] is not None:
+            self.teacher.prepare(self._encoders[1], args, {"train": train_pairs, "eval": eval_pairs})
+
         set_seed(args.seed)
         loss = build_method(args, model, self.teacher, self._encoders)
         if peft_config is not None:
@@ -99,10 +103,7 @@ class DistillTrainer(Trainer):
         super().__init__(
             model=Distiller(model, loss),
             args=args,
-            data_collator=PairedCollator(
-                processing_class.pad_token_id,
-                None if self._encoders[1] is None else self._encoders[1].tokenizer.pad_token_id,
-            ),
+            data_collator=self._collator(),
             train_dataset=train_pairs,
             eval_dataset=eval_pairs,
             processing_class=processing_class,
@@ -118,13 +119,23 @@ class DistillTrainer(Trainer):
     def _prepare_teacher(
         self, teacher: str | PreTrainedModel | Teacher, tokenizer: PreTrainedTokenizerBase | None, args: DistillConfig
     ) -> Teacher:
+        if args.teacher_cache is not None:
+            remote = args.trust_remote_code
+            teacher = CachedTeacher(args.teacher_cache, teacher, tokenizer=tokenizer, trust_remote_code=remote)
         if not isinstance(teacher, Teacher):
             teacher, tokenizer = load_pair(teacher, tokenizer, args, "teacher_processing_class")
             teacher = OnlineTeacher(teacher)
+        tokenizer = tokenizer or teacher.tokenizer
         if tokenizer is None:
             raise UserError("teacher_processing_class is missing: give the teacher's tokenizer beside it")
         self._encoders = (self.student_encoder, TextEncoder(tokenizer, args.template, args.bos))
         return teacher
+
+    def _collator(self) -> Callable[..., dict[str, Any]]:
+        if self.teacher is None or self._encoders[1] is None:
+            return PairedCollator(self.student_encoder.tokenizer.pad_token_id)
+        student, teacher = self.student_encoder.tokenizer, self._encoders[1].tokenizer
+        return self.teacher.collator(PairedCollator(student.pad_token_id, teacher.pad_token_id))
 
     @property
     def student(self) -> PreTrainedModel | PeftModel:

@@ -1,0 +1,221 @@
+"""Training from a teacher cache beside the online teacher and SFT; what a cache costs to build and to keep.
+
+All contestants run in one process, one optimiser step each in an order shuffled anew every round, each over the next
+rows through the collator; reported are medians and ratios. Compare ratios: seconds swing with the machine.
+
+  sft          the student alone
+  online       dwa_kd, the teacher's forward in every step
+  cached       dwa_kd, the teacher's rows read from the cache
+  dwa_kd_loss  dwa_kd's loss and its backward alone, from given rows: what the heads and the alignment cost
+  sft_loss     SFT's likewise
+
+`cached / expected` is the cached step over the SFT step with SFT's loss exchanged for dwa_kd's; the aim is 1.25.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.workload import Sizes, add_options, build_models, signature, sizes_of, write
+from dwakd.batch import ModelSide
+from dwakd.cache.build import Order, obtain
+from dwakd.cache.store import Cache
+from dwakd.data.collator import EncodedPairs, EncodedRow, EncodedSide, PairedCollator
+from dwakd.losses import Widths, build_loss
+from dwakd.losses.attention import TeacherScale
+from dwakd.models.rows import embedding_table, output_head
+from dwakd.training.cached import CachingCollator
+from dwakd.training.distiller import Distiller
+from dwakd.training.teacher import OnlineTeacher, Teacher, side_rows
+
+NAMES = ("sft", "online", "cached", "dwa_kd_loss", "sft_loss")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+class ReadTeacher(Teacher):
+    """`CachedTeacher` without its tokenizer and its verification, which take no part in a step."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self._table, self._head = cache.teacher()
+
+    head = property(lambda self: self._head)
+    table = property(lambda self: self._table)
+
+    def hidden(self, batch: dict[str, Any]) -> Tensor:
+        return self.cache.read(batch["teacher_places"]).to(self._head.weight.dtype)
+
+
+def build_rows(sizes: Sizes, count: int) -> EncodedPairs:
+    """Rows of random tokens; lengths lie within a fifth of the asked for, on either side."""
+    draw = np.random.default_rng(sizes.seed)
+
+    def side(vocab: int) -> EncodedSide:
+        response = max(int(sizes.response * draw.uniform(0.8, 1.2)), 1)
+        prompt = max(int((sizes.length - 1.2 * sizes.response) * draw.uniform(0.6, 1.0)), 1)
+        ids = draw.integers(0, vocab, prompt + response, dtype=np.int32)
+        return EncodedSide(ids, prompt, np.arange(response, dtype=np.int32))
+
+    rows = [EncodedRow(n, "", side(sizes.student_vocab), side(sizes.teacher_vocab)) for n in range(count)]
+    return EncodedPairs(rows, {})
+
+
+class Contest:
+    """The steps of one size; each contestant trains its own copy of the student."""
+
+    def __init__(self, sizes: Sizes, pairs: EncodedPairs, online: OnlineTeacher, cached: ReadTeacher) -> None:
+        self.sizes = sizes
+        self.pairs = pairs
+        self.teachers: dict[str, Teacher] = {"online": online, "cached": cached}
+        self.collate = PairedCollator(0, 0)
+        self.caching = CachingCollator(self.collate, cached.cache)
+        self.widths = Widths(sizes.student_hidden, sizes.teacher_hidden, sizes.student_hidden, sizes.teacher_hidden)
+
+    def step(self, name: str) -> Callable[[], Any]:
+        """The step of a contestant by its name."""
+        if name.endswith("_loss"):
+            return self._loss_alone(name.removesuffix("_loss"))
+        student, _ = build_models(self.sizes)
+        method = "sft" if name == "sft" else "dwa_kd"
+        distiller = Distiller(student, build_loss(method, widths=self.widths))
+        optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-4)
+        collate = self.caching if name == "cached" else self.collate
+        features = self._features()
+
+        def step() -> None:
+            batch = collate(next(features))
+            teacher, scale = None, None
+            if name in self.teachers:
+                teacher = self.teachers[name].rows(batch)
+                scale = TeacherScale.of(teacher)
+            tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+            distiller(tensors, teacher, None, scale)["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    def _features(self) -> Iterator[list[dict[str, Any]]]:
+        for start in itertools.count(0, self.sizes.batch):
+            yield [self.pairs[(start + n) % len(self.pairs)] for n in range(self.sizes.batch)]
+
+    def _loss_alone(self, method: str) -> Callable[[], Any]:
+        loss = build_loss(method, widths=self.widths)
+        student, _ = build_models(self.sizes)
+        features = self._features()
+        with torch.no_grad():
+            sides = []
+            for _ in range(4):
+                batch = self.caching(next(features))
+                sides.append((side_rows(student, batch, "student"), self.teachers["cached"].rows(batch)))
+        turns = itertools.cycle(sides)
+
+        def step() -> None:
+            rows, teacher = next(turns)
+            loss(_learning(rows, student), teacher if method != "sft" else None).loss.backward()
+            student.zero_grad(set_to_none=True)
+            loss.zero_grad(set_to_none=True)
+
+        return step
+
+
+def _learning(rows: ModelSide, student: nn.Module) -> ModelSide:
+    """The same rows as leaves that take a gradient, with a head that trains."""
+    return dataclasses.replace(
+        rows,
+        hidden=rows.hidden.clone().requires_grad_(),
+        target_embeddings=rows.target_embeddings.clone().requires_grad_(),
+        head=output_head(student),
+    )
+
+
+def measure(sizes: Sizes, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Builds a cache, then times the steps; the first round warms up and is dropped."""
+    clock = CLOCKS[options.clock]
+    pairs = build_rows(sizes, options.rows)
+    _, model = build_models(sizes)
+    online = OnlineTeacher(model)
+    dtype = getattr(torch, options.dtype)
+    start = clock()
+    cache = obtain(folder, Order({"train": pairs}, {}, {}, dtype, progress=False), lambda: model)
+    build_seconds = clock() - start
+    start = clock()
+    assert not cache.faults()
+    verify_seconds = clock() - start
+    contest = Contest(sizes, pairs, online, ReadTeacher(cache))
+    steps = {name: contest.step(name) for name in NAMES}
+    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
+    order = list(NAMES)
+    for turn in range(options.rounds + 1):
+        random.Random(turn).shuffle(order)
+        for name in order:
+            start = clock()
+            steps[name]()
+            seconds[name].append(clock() - start)
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    expected = medians["sft"] + medians["dwa_kd_loss"] - medians["sft_loss"]
+    tokens = sum(row.teacher.length for row in pairs.rows if row.teacher)
+    kept = sum(cache.index.shard_lengths)
+    size = sum(path.stat().st_size for path in folder.glob("shard-*"))
+    whole = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
+    held = {part.data_ptr(): part.nbytes for part in (embedding_table(model), output_head(model).weight)}
+    return {
+        "sizes": dataclasses.asdict(sizes),
+        "median_seconds": medians,
+        "ratios": {
+            "cached / expected": medians["cached"] / expected,
+            "cached / sft": medians["cached"] / medians["sft"],
+            "cached / online": medians["cached"] / medians["online"],
+        },
+        "build": {
+            "seconds": build_seconds,
+            "teacher_tokens_per_second": tokens / build_seconds,
+            "online_steps_to_pay_for_it": build_seconds / max(medians["online"] - medians["cached"], 1e-9),
+            "online_steps_in_an_epoch": len(pairs) / sizes.batch,
+            "verify_bytes_per_second": size / verify_seconds,
+        },
+        "disk": {
+            "bytes_per_response_token": cache.row_bytes,
+            "bytes_per_response_token_with_headers": size / kept,
+            "index_and_head_bytes": sum(path.stat().st_size for path in folder.iterdir()) - size,
+        },
+        "teacher_bytes_in_memory": {"online": sum(whole.values()), "cached": sum(held.values())},
+        "seconds": {name: values[1:] for name, values in seconds.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_options(parser)
+    parser.add_argument("--rows", type=int, default=64, help="of the data set; default %(default)s")
+    parser.add_argument("--rounds", type=int, default=7, help="steps of each contestant; default %(default)s")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="as stored")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: the process's own time; default wall")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    results = []
+    for sizes in sizes_of(options):
+        with tempfile.TemporaryDirectory() as folder:
+            result = measure(sizes, Path(folder) / "cache", options)
+        results.append(result)
+        print(sizes)
+        for group in ("median_seconds", "ratios", "build", "disk", "teacher_bytes_in_memory"):
+            print(f"  {group}: " + ", ".join(f"{name} {value:,.4g}" for name, value in result[group].items()))
+    print("written to", write("cache", {"signature": signature(options), "results": results}, options.output))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""One rank of a two-process run from a cache that isn't there yet; started by test_ranks.py through torchrun."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from dwakd.cache.store import Cache
+from dwakd.training.run import end_of_run
+from tests.cache.builders import LONG, trainer
+from tests.training.builders import weights
+
+if __name__ == "__main__":
+    teacher, folder = map(Path, sys.argv[1:])
+    torch.set_num_threads(1)
+    write = Cache.write_shard
+
+    def noted(self, shard, hidden):
+        with (folder / f"rank-{os.environ['RANK']}.txt").open("a") as file:
+            file.write(f"{shard}\n")
+        write(self, shard, hidden)
+
+    Cache.write_shard = noted
+    run = trainer(
+        folder / "two",
+        teacher,
+        cache=folder / "cache",
+        per_device_train_batch_size=2,
+        ddp_backend="gloo",
+        rows=LONG[:13],
+    )
+    run.train()
+    if run.is_world_process_zero():
+        save_file(weights(run), folder / "weights.safetensors")
+    end_of_run()

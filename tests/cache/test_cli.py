@@ -1,0 +1,110 @@
+"""`dwakd cache`, and `teacher.cache` in a recipe."""
+
+import json
+
+import pytest
+import yaml
+
+from tests.builders import byte_bpe, tiny_model
+from tests.cache.builders import LONG, save_teacher
+from tests.test_cli import one_sentence, run
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe over two tiny folders and a data file, with a cache that isn't there yet."""
+    tokenizer = byte_bpe()
+    tiny_model("llama", len(tokenizer)).save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    save_teacher(tmp_path / "teacher")
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in LONG))
+    (tmp_path / "valid.jsonl").write_text("\n".join(json.dumps(row) for row in LONG[:3]))
+    content = {
+        "student": {"model": str(tmp_path / "student")},
+        "teacher": {"model": str(tmp_path / "teacher"), "cache": str(tmp_path / "cache")},
+        "data": {"train": str(tmp_path / "data.jsonl"), "eval": str(tmp_path / "valid.jsonl"), "template": "plain"},
+        "training": {"max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True, "save_strategy": "no"},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "recipe.yaml"
+
+
+def test_build_check_and_train(recipe, tmp_path, monkeypatch, capsys):
+    """The road of a person: build, verify, train; and what is said when a byte flips."""
+    code, out, err = run(monkeypatch, capsys, "cache", recipe)
+    assert code == 0, err
+    assert "teacher.cache=" in out.replace(": ", "=")
+    assert "response tokens of 128 bytes" in err, "the size is said before the build starts"
+    assert "free" in err
+    for what in (recipe, tmp_path / "cache"):
+        code, out, err = run(monkeypatch, capsys, "cache", what, "--check")
+        assert code == 0, err
+        assert "is whole" in out
+    code, _, err = run(monkeypatch, capsys, "train", recipe, "-o", tmp_path / "run")
+    assert code == 0, err
+    assert json.loads((tmp_path / "run" / "dwakd-run.json").read_text())["teacher_cache"] == str(tmp_path / "cache")
+
+    shard = tmp_path / "cache" / "shard-00001.safetensors"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 4]))
+    for arguments in (
+        ["train", recipe, "-o", tmp_path / "other"],
+        ["cache", recipe, "--check"],
+        ["cache", tmp_path / "cache", "--check"],
+    ):
+        code, _, err = run(monkeypatch, capsys, *arguments)
+        assert code == 2
+        assert "shard-00001.safetensors" in one_sentence(err)
+        assert "checksum" in one_sentence(err)
+    assert not (tmp_path / "other").exists()
+    code, _, err = run(monkeypatch, capsys, "cache", recipe)
+    assert code == 0, err
+    assert shard.read_bytes() == data
+
+    code, _, err = run(monkeypatch, capsys, "train", recipe, "data.template=alpaca", "-o", tmp_path / "other")
+    assert code == 2
+    assert "data.template is 'plain' in the cache and 'alpaca' here" in one_sentence(err)
+    rows = [dict(row) for row in LONG]
+    rows[7]["response"] = "Changed."
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    for command in (["train", recipe, "-o", tmp_path / "other"], ["cache", recipe], ["cache", recipe, "--check"]):
+        code, _, err = run(monkeypatch, capsys, *command)
+        assert code == 2
+        assert "row 7 (counting from 0) of" in one_sentence(err)
+        assert "data.jsonl has changed" in one_sentence(err)
+
+
+def test_mistakes(recipe, tmp_path, monkeypatch, capsys):
+    """Each in one sentence."""
+    code, _, err = run(monkeypatch, capsys, "cache", recipe, "teacher.cache=null")
+    assert code == 2
+    assert "teacher.cache is missing" in one_sentence(err)
+    code, _, err = run(monkeypatch, capsys, "cache", recipe, "teacher=null")
+    assert code == 2
+    assert "without a teacher" in one_sentence(err)
+    code, _, err = run(monkeypatch, capsys, "cache", tmp_path)
+    assert code == 2
+    assert "is a folder" in one_sentence(err)
+    code, _, err = run(monkeypatch, capsys, "cache", recipe, "--check")
+    assert code == 2
+    assert "is no teacher cache" in one_sentence(err)
+    code, _, err = run(monkeypatch, capsys, "cache", recipe, "teacher.cache_dtype=int4")
+    assert code == 2
+    assert "valid ones: float32, bfloat16, float16" in one_sentence(err)
+    code, _, err = run(monkeypatch, capsys, "train", recipe, "training.teacher_cache=x", "-o", tmp_path / "run")
+    assert code == 2
+    assert "belongs elsewhere" in one_sentence(err)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_recipe_without_a_cache_yet(recipe, tmp_path, monkeypatch, capsys):
+    """`dwakd train` builds what isn't there, and --output names the folder where the recipe doesn't."""
+    code, _, err = run(monkeypatch, capsys, "train", recipe, "-o", tmp_path / "run")
+    assert code == 0, err
+    assert (tmp_path / "cache" / "cache.json").is_file()
+    arguments = ["cache", recipe, "teacher.cache=null", "teacher.cache_dtype=bfloat16", "-o", tmp_path / "half"]
+    code, out, err = run(monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    assert "bfloat16" in out
+    code, _, err = run(monkeypatch, capsys, "train", recipe, f"teacher.cache={tmp_path / 'half'}", "-o", tmp_path / "r")
+    assert code == 0, err

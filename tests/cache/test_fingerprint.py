@@ -1,0 +1,53 @@
+"""A teacher is known by its content, wherever it lies."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from peft import LoraConfig, get_peft_model
+
+from dwakd import UserError
+from dwakd.cache import fingerprint
+from dwakd.cache.fingerprint import adapter_digest, row_key, weights_digest
+from tests.builders import byte_bpe, tiny_model
+from tests.cache.builders import save_teacher
+
+
+def test_the_hub_and_a_folder_name_a_file_alike(tmp_path, monkeypatch):
+    """A cache built beside a downloaded teacher must serve a machine that has only the teacher's name."""
+    folder = save_teacher(tmp_path / "teacher")
+    digest = fingerprint.file_digest(folder / "model.safetensors")
+    listed = [SimpleNamespace(rfilename="model.safetensors", lfs=SimpleNamespace(sha256=digest))]
+    listed += [SimpleNamespace(rfilename="config.json", lfs=None)]
+    hub = SimpleNamespace(model_info=lambda *args, **kwargs: SimpleNamespace(siblings=listed))
+    monkeypatch.setattr(fingerprint, "HfApi", lambda: hub)
+    monkeypatch.setattr(fingerprint, "only_cached", lambda *args: False)
+    assert fingerprint._file_digests("owner/name", "owner/name", None) == [digest]
+    assert fingerprint._file_digests(str(folder), str(folder), None) == [digest]
+    monkeypatch.setattr(fingerprint, "only_cached", lambda *args: True)
+    monkeypatch.setattr(fingerprint, "snapshot_download", lambda *args, **kwargs: str(folder))
+    assert fingerprint._file_digests("owner/name", "owner/name", None) == [digest]
+
+
+def test_an_adapter_is_known_with_its_base_and_without(tmp_path):
+    """As a teacher an adapter is its base and its change; beside a teacher it is its change alone."""
+    base = save_teacher(tmp_path / "base", "llama")
+    adapted = get_peft_model(tiny_model("llama"), LoraConfig(r=2, task_type="CAUSAL_LM"))
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(tmp_path / "adapter")
+    spec = str(tmp_path / "adapter")
+    before, alone = weights_digest(spec), adapter_digest(spec)
+    save_teacher(tmp_path / "base", "llama", seed=7)
+    assert weights_digest(spec) != before
+    assert adapter_digest(spec) == alone
+
+
+def test_rows_and_folders(tmp_path):
+    """The same tokens with the response elsewhere are another row; a folder without weights is no teacher."""
+    assert row_key([5, 6, 7], 1) != row_key([5, 6, 7], 2)
+    assert row_key([5, 6, 7], 1) == row_key([5, 6, 7], 1)
+    folder = Path(tmp_path / "empty")
+    tiny_model("llama").config.save_pretrained(folder)
+    byte_bpe().save_pretrained(folder)
+    with pytest.raises(UserError, match="holds no weights"):
+        weights_digest(str(folder))

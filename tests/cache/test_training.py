@@ -1,0 +1,135 @@
+"""Training from a cache is training with the teacher, without the teacher."""
+
+import gc
+
+import pytest
+import torch
+
+from dwakd import UserError
+from dwakd.models.invariant import response_hidden
+from dwakd.models.loading import load_causal_lm
+from dwakd.models.rows import embedding_table, final_hidden, output_head
+from dwakd.training.cached import CachedTeacher
+from dwakd.training.teacher import OnlineTeacher
+from tests.builders import FAMILIES, tiny_model
+from tests.cache.builders import LONG, TEACHER, save_teacher, trainer
+from tests.training.builders import assert_same, weights
+
+EVAL = [{"prompt": "Name a colour.", "response": "Any colour will do."}, *LONG[3:6]]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "gemma")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt", "qwen2"])
+def test_hidden_states_do_not_depend_on_the_company(family):
+    """A cache is built in other batches than those of training: in other shapes attention rounds differently."""
+    model = tiny_model(family)
+    lengths = [3, 31, 32, 33, 64, 65, 90, 128, 7, 40]
+    sequences = [torch.randint(2, 300, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
+    whole = response_hidden(model, sequences, [2] * len(lengths))
+    for members in ([0], [5], [8, 0, 3], [9, 4], [2, 1, 0, 8, 7]):
+        part = response_hidden(model, [sequences[m] for m in members], [2] * len(members))
+        for member, rows in zip(members, part, strict=True):
+            assert torch.equal(rows, whole[member])
+    for sequence, rows in zip(sequences, whole, strict=True):
+        plain = final_hidden(model, sequence[None], torch.ones_like(sequence[None]))[0, -2:].detach()
+        torch.testing.assert_close(rows, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("dwa_kd", {}),
+        ("dwa_kd", {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 3}),
+        ("dskd", {"train_sampling_strategy": "group_by_length", "dataloader_num_workers": 1}),
+        ("dwa_kd", {"eval_rows": EVAL, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 3}),
+    ],
+)
+def test_cached_and_online_runs_are_bit_equal(tmp_path, teacher, method, options):
+    """A cache that changes a run, be it by rounding, makes every comparison with an online run worthless."""
+    online = trainer(tmp_path / "online", teacher, method=method, **options)
+    built = trainer(tmp_path / "built", teacher, cache=tmp_path / "cache", method=method, **options)
+    opened = trainer(tmp_path / "opened", teacher, cache=tmp_path / "cache", method=method, **options)
+    for run in (online, built, opened):
+        run.train()
+    for run in (built, opened):
+        assert_same(weights(run), weights(online))
+        for got, expected in zip(run.state.log_history, online.state.log_history, strict=True):
+            timings = {name for name in expected if "runtime" in name or "per_second" in name}
+            assert {k: v for k, v in got.items() if k not in timings} == {
+                k: v for k, v in expected.items() if k not in timings
+            }
+
+
+def test_a_cached_run_resumes(tmp_path, teacher):
+    """The data loader skips rows on resuming; the cache must follow it."""
+    options = {"cache": tmp_path / "cache", "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole = trainer(tmp_path / "run", teacher, **options)
+    whole.train()
+    resumed = trainer(tmp_path / "run", teacher, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert_same(weights(resumed), weights(whole))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_the_same_rows(tmp_path, family):
+    """Tied tables, head biases, logit scales, soft caps and narrow embeddings all have to survive without the model."""
+    folder = save_teacher(tmp_path / "teacher", family)
+    if family == "opt_projected":
+        pytest.skip("embeddings narrower than hidden states are for students")
+    run = trainer(tmp_path / "run", folder, cache=tmp_path / "cache", method="dskd")
+    model = load_causal_lm(str(folder))
+    batch = run.data_collator([run.train_dataset[n] for n in (4, 0, 7)])
+    got, expected = run.teacher.rows(batch), OnlineTeacher(model).rows(batch)
+    for name in ("hidden", "input_embeddings", "target_embeddings", "target_ids", "lengths", "byte_ends"):
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+    assert torch.equal(got.head.logits(got.hidden), expected.head.logits(expected.hidden))
+    tied = embedding_table(model).data_ptr() == output_head(model).weight.data_ptr()
+    assert (run.teacher.table is run.teacher.head.weight) == tied
+
+
+def test_no_layer_of_the_teacher_is_loaded(tmp_path, monkeypatch):
+    """The cache is there so that a teacher too large for this machine can teach."""
+    folder = save_teacher(tmp_path / "teacher", intermediate_size=1009)  # a width that nothing else has
+    trainer(tmp_path / "first", folder, cache=tmp_path / "cache")
+
+    def loaded(*args, **kwargs):
+        raise AssertionError("the teacher was loaded")
+
+    monkeypatch.setattr("dwakd.training.cached.load_causal_lm", loaded)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", loaded)
+    run = trainer(tmp_path / "second", folder, cache=tmp_path / "cache")
+    run.train()
+    gc.collect()
+    held = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor) and 1009 in item.shape]
+    assert not held
+    assert not any(isinstance(value, torch.nn.Module) for value in vars(run.teacher).values())
+
+
+def test_half_precision_stores_half(tmp_path, teacher):
+    """Rounded hidden states are a choice, not a surprise; a bfloat16 teacher is stored as it is."""
+    sets = {}
+    for name, dtype, stored in (("a", torch.float32, "bfloat16"), ("b", torch.bfloat16, None)):
+        cached = CachedTeacher(tmp_path / name, str(teacher), dtype=dtype, cache_dtype=stored)
+        run = trainer(tmp_path / "run", teacher)
+        cached.prepare(run._encoders[1], run.args, {"train": run.train_dataset, "eval": None})
+        assert cached.cache.dtype is torch.bfloat16
+        places = [5, 2]
+        sets[name] = cached.cache.read(places)
+        assert cached.head.weight.dtype is dtype
+    torch.testing.assert_close(sets["a"].float(), sets["b"].float(), atol=0.2, rtol=0.1)
+    wrong = CachedTeacher(tmp_path / "a", str(teacher), cache_dtype="float32", tokenizer=TEACHER)
+    with pytest.raises(UserError, match=r"holds bfloat16 and teacher\.cache_dtype is float32"):
+        wrong.prepare(run._encoders[1], run.args, {"train": run.train_dataset, "eval": None})
+
+
+def test_a_loaded_teacher_and_a_foreign_set_are_refused(tmp_path, teacher):
+    """A teacher in memory needs no cache; a set that was never cached has no rows."""
+    with pytest.raises(UserError, match="by name"):
+        CachedTeacher(tmp_path / "cache", tiny_model("gemma2"))
+    run = trainer(tmp_path / "run", teacher, cache=tmp_path / "cache")
+    with pytest.raises(UserError, match="does not hold row 0"):
+        run.evaluate(EVAL)
