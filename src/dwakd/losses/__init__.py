@@ -10,6 +10,7 @@ from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss
 from dwakd.losses.dskd import DskdLoss
 from dwakd.losses.dwa_kd import DwaKdLoss
+from dwakd.losses.gold import GoldLoss
 from dwakd.losses.min_ed import MinEdLoss
 from dwakd.losses.pair import ModelPair
 from dwakd.losses.projectors import Widths
@@ -22,6 +23,7 @@ METHODS: dict[str, type[DistillationLoss]] = {
     "dwa_kd": DwaKdLoss,
     "alm": AlmLoss,
     "min_ed": MinEdLoss,
+    "gold": GoldLoss,
 }
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "DistillationLoss",
     "DskdLoss",
     "DwaKdLoss",
+    "GoldLoss",
     "MinEdLoss",
     "ModelPair",
     "SftLoss",
