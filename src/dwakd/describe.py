@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dwakd.errors import UserError
-from dwakd.losses import METHODS, Widths, build_loss, method_class, method_options
+from dwakd.losses import METHODS, ModelPair, Widths, build_loss, method_class, method_options
 
 _SECTION = re.compile(r"^(Args|Returns|Raises|References|Examples):$", re.MULTILINE)
 _ANY_WIDTHS = Widths(1, 1, 1, 1)
@@ -64,7 +64,7 @@ def allowed_values(method: str, option: str) -> str:
         return "true, false"
     words = "any text" if str in kinds else "any number"
     try:
-        build_loss(method, {option: "?" if str in kinds else -1}, widths=_ANY_WIDTHS)
+        build_loss(method, {option: "?" if str in kinds else -1}, widths=_ANY_WIDTHS, pair=ModelPair.smallest())
     except UserError as error:
         refusal = re.search(r"valid ones: (.+)$|must be a number (.+), got", str(error).rstrip("."))
         if refusal:

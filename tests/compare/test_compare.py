@@ -12,6 +12,7 @@ from dwakd.compare.run import Runner
 from dwakd.compare.table import CellScores, paired_interval, read_cell, summarise_comparison
 from dwakd.config import recipe_from_dict
 from dwakd.errors import UserError
+from dwakd.losses import METHODS
 
 CONTENT = {
     "student": {"model": "student"},
@@ -51,6 +52,15 @@ def test_ablation_rows_switch_what_their_names_say():
     assert rows["dskd + dtw"].options["band"] is False
     assert "dtw_hidden" not in rows["dskd + banded dtw"].options
     assert len({Cell(variant, 1).name for variant in rows.values()}) == 6
+
+
+@pytest.mark.parametrize("method", [name for name, cls in METHODS.items() if cls.needs_teacher])
+def test_every_method_has_a_share_of_distillation_to_search(method):
+    """A method whose weight goes by another name would be searched over learning rates alone."""
+    options = [variant.options for variant in search_of(Variant(method, method, {}))]
+    assert len(options) == 6
+    (name,) = {name for option in options for name in option}
+    assert len({option[name] for option in options}) == 2
 
 
 def test_the_search_is_the_same_for_every_method():

@@ -1,5 +1,6 @@
 """What every method must keep, whatever it computes."""
 
+import copy
 import dataclasses
 from functools import partial
 
@@ -14,12 +15,15 @@ from tests.losses.builders import pair_of, random_examples, random_heads, side
 
 LENGTHS = [(5, 7), (9, 4), (1, 2), (6, 6)]
 WIDTHS = Widths(6, 8, 6, 8)
+VARIANTS = [("dskd", {"attention": False}), ("uld", {"compat": "dskd"}), ("multilevel_ot", {"compat": "mcw_kd"})]
+"""Options that compute something else altogether."""
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=[(name, {}) for name in METHODS] + VARIANTS, ids=lambda p: "-".join([p[0], *map(str, p[1])]))
 def method(request):
     torch.manual_seed(0)
-    return request.param, build(request.param)
+    name, options = request.param
+    return name, build(name, options)
 
 
 def build(name, options=None):
@@ -132,7 +136,7 @@ def test_gradcheck(method):
 def test_num_tokens_may_be_a_tensor(method):
     """The trainer gives a tensor, so that nothing waits for the device; it must act as the number does."""
     _, loss = method
-    examples, heads = random_examples(LENGTHS), random_heads()
+    examples, heads = batch(loss)
     tensors = leaves(examples, heads)
     results = []
     for num_tokens in (50.0, torch.tensor(50)):
@@ -177,8 +181,10 @@ def test_bfloat16_rows_give_a_finite_loss_close_to_float64(method):
 
 def test_state_survives_a_round_trip(method):
     """Projectors that are trained but not saved make a resumed run another run."""
-    name, loss = method
-    other = build(name)
+    _, loss = method
+    other = copy.deepcopy(loss)
+    for parameter in other.parameters():
+        parameter.data.zero_()
     other.load_state_dict(loss.state_dict())
     examples, heads = batch(loss)
     torch.testing.assert_close(run(loss, examples, heads).loss, run(other, examples, heads).loss)
@@ -204,6 +210,8 @@ def test_bad_options_are_named(method):
         ("kd", {"divergence": "kl"}, "unknown divergence 'kl'; valid ones: forward_kl"),
         ("uld", {"compat": "mine"}, "unknown compat 'mine'; valid ones: paper, dskd"),
         ("uld", {"uld_weight": -1}, "uld_weight must be a number at least 0"),
+        ("multilevel_ot", {"compat": "hust"}, "unknown compat 'hust'; valid ones: paper, mcw_kd"),
+        ("multilevel_ot", {"top_k": 0}, "top_k must be a number at least 1"),
         ("kd", {"temperature": 0}, "temperature must be a number at least 0.001"),
         ("dskd_v2", {"kd_rate": 2}, "kd_rate must be a number between 0 and 1"),
         ("dskd_v2", {"divergence": "kl"}, "unknown divergence 'kl'; valid ones: forward_kl"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dwakd.losses import DskdLoss, Widths
+from tests.losses.builders import WIDTHS, random_examples, random_heads, side
 from tests.losses.test_dwa_kd import tiny
 
 
@@ -23,3 +24,64 @@ def test_values_of_the_specification(mask, total):
     assert terms["t2s_ce"] + terms["kd_student"] + terms["kd_teacher"] == pytest.approx(total, abs=1e-6)
     assert terms["loss"] == pytest.approx((2.087876 + total) / 2, abs=1e-6)
     assert torch.isfinite(loss(student, teacher).loss)
+
+
+def literal(loss, example, heads, temperature=2.0):
+    """The three terms of DSKD within one vocabulary, written out."""
+    maps = loss.projectors
+    own = example["student_hidden"] @ heads[0].T
+    projected = maps.t2s(example["teacher_hidden"]) @ heads[0].T
+    theirs = example["teacher_hidden"] @ heads[1].T
+    back = maps.s2t(example["student_hidden"]) @ heads[1].T
+
+    def kl(p, q):
+        p, q = (logits.div(temperature).softmax(-1) for logits in (p, q))
+        return (p * (p.log() - q.log())).sum(-1)
+
+    target = example["student_target"]
+    return {
+        "t2s_ce": torch.nn.functional.cross_entropy(projected, target, reduction="sum"),
+        "kd_student": kl(projected.detach(), own),
+        "kd_teacher": kl(theirs, back).sum(),
+        "right": projected.argmax(-1) == target,
+    }
+
+
+@pytest.mark.parametrize("mask", [None, True])
+def test_without_attention_rows_meet_in_place(mask):
+    """Models of one tokenizer need no attention: each row's state goes through the projector alone, unscaled."""
+    torch.manual_seed(0)
+    loss = DskdLoss(widths=WIDTHS, attention=False, accuracy_mask=mask).double()
+    assert {name.split(".")[1] for name, _ in loss.named_parameters()} == {"t2s", "s2t"}
+    (example,), heads = random_examples([(40, 40)]), random_heads()
+    example["student_hidden"].requires_grad_()
+    output = loss(side([example], "student", heads[0]), side([example], "teacher", heads[1]))
+    expected = literal(loss, example, heads)
+    right = expected.pop("right")
+    assert 0 < right.sum() < 40
+    kd = expected["kd_student"]
+    expected["kd_student"] = (kd * right).sum() if mask else kd.sum()
+    for name, value in expected.items():
+        torch.testing.assert_close(output.terms[name], value.detach() / 40)
+    leaves = [example["student_hidden"], *loss.parameters()]
+    ce = torch.nn.functional.cross_entropy(example["student_hidden"] @ heads[0].T, example["student_target"])
+    total = ce / 2 + sum(expected.values()) / 80
+    torch.testing.assert_close(output.loss, total)
+    for got, want in zip(torch.autograd.grad(output.loss, leaves), torch.autograd.grad(total, leaves), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_without_attention_sides_of_different_rows_are_refused():
+    """Rows paired by number across tokenizers say nothing of each other."""
+    examples, heads = random_examples([(5, 7)]), random_heads()
+    loss = DskdLoss(widths=WIDTHS, attention=False).double()
+    with pytest.raises(ValueError, match=r"dskd without attention .* got 5 rows of the student and 7"):
+        loss(side(examples, "student", heads[0]), side(examples, "teacher", heads[1]))
+
+
+def test_without_attention_embeddings_may_have_any_width():
+    """Only attention adds embeddings to hidden states; a teacher with narrow embeddings is refused for it alone."""
+    widths = Widths(6, 8, 6, 5)
+    with pytest.raises(ValueError, match="choose another teacher"):
+        DskdLoss(widths=widths)
+    DskdLoss(widths=widths, attention=False)

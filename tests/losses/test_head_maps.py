@@ -99,6 +99,24 @@ def test_s2t_follows_the_students_head_without_gradient_to_it():
     assert list(maps.state_dict()) == ["t2s.weight"]
 
 
+def test_s2t_of_a_frozen_head_is_kept_and_of_a_trained_one_never():
+    """Under LoRA the map is a constant and dear; a stale one of a head that trains is wrong."""
+    pair, hidden = heads(), torch.randn(4, 6, dtype=torch.float64)
+    maps, head = HeadMaps(pair), OutputHead(pair.student_head.weight.clone())
+    first = maps.s2t(hidden, head, pair.teacher_head)
+    inverse = maps.teacher_inverse.clone()
+    maps.teacher_inverse.zero_()
+    torch.testing.assert_close(maps.s2t(hidden, head, pair.teacher_head), first)
+    maps.teacher_inverse.copy_(inverse)
+    head.weight.mul_(2)
+    torch.testing.assert_close(maps.s2t(hidden, head, pair.teacher_head), 2 * first)
+    torch.testing.assert_close(maps.s2t(hidden, OutputHead(head.weight / 2), pair.teacher_head), first)
+    head.weight.requires_grad_()
+    torch.testing.assert_close(maps.s2t(hidden, head, pair.teacher_head), 2 * first)
+    head.weight.data.mul_(2)
+    torch.testing.assert_close(maps.s2t(hidden, head, pair.teacher_head), 4 * first)
+
+
 def test_tokens_are_shared_by_their_bytes():
     """Byte pieces, padding rows of the head, ends of another spelling; never the unknown token for what is missing."""
     student = (None, b"A", b" a", b"A", b"\n", None)

@@ -23,7 +23,8 @@ TOKENIZERS = byte_bpe(), bpe_byte_fallback()  # BPE: Unigram training is not det
 def trainer(output: Path, *, rows: list[dict[str, Any]] = ROWS, lora: bool = False, **options: Any) -> DistillTrainer:
     """A trainer over a Llama-shaped student and a Gemma-shaped teacher with another tokenizer."""
     student_tokenizer, teacher_tokenizer = TOKENIZERS
-    if METHODS[options.get("method", "dwa_kd")].needs_same_vocabulary:
+    two_tokenizers = options.pop("two_tokenizers", not METHODS[options.get("method", "dwa_kd")].needs_same_vocabulary)
+    if not two_tokenizers:
         teacher_tokenizer = student_tokenizer
     arguments = {
         "max_steps": 4,

@@ -16,6 +16,7 @@ from dwakd.compare.table import CellScores, comparison_tables, read_cell, summar
 from dwakd.config import CompareSection, Recipe
 from dwakd.errors import UserError
 from dwakd.evaluation.run import check_recipe_evaluation
+from dwakd.training.cache_run import cache_recipe
 from dwakd.training.run import check_options
 
 RESULTS = "comparison.json"
@@ -47,6 +48,8 @@ def compare_methods(
     for variant in variants:
         check_options(Cell(variant, section.seeds[0]).recipe(recipe), folder)
     check_recipe_evaluation(recipe)
+    if recipe.teacher is not None:
+        recipe = _with_teacher_cache(recipe, folder)
     runner = Runner(recipe, folder, jobs)
     failures: dict[str, str] = {}
     if lr_sweep:
@@ -63,6 +66,15 @@ def compare_methods(
     summary["chosen"] = {variant.name: dataclasses.asdict(variant) for variant in variants}
     (folder / RESULTS).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return comparison_tables(summary)
+
+
+def _with_teacher_cache(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with a cache, which is built or completed here, once for all runs."""
+    assert recipe.teacher is not None
+    cache = recipe.teacher.cache or str(folder / "teacher-cache")
+    cached = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, cache=cache))
+    cache_recipe(cached)
+    return cached
 
 
 def _search(runner: Runner, variants: list[Variant], seed: int) -> tuple[list[Variant], dict[str, str]]:

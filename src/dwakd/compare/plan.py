@@ -21,8 +21,6 @@ ABLATION: dict[str, tuple[str, dict[str, Any]]] = {
     "dwa_kd": ("dwa_kd", {}),
 }
 """The rows of DWA-KD's table 3."""
-WEIGHTS = ("kd_weight", "kd_rate")
-"""What the methods call the share of distillation in their loss."""
 RATES, SHARES = (1 / 3, 1.0, 3.0), (0.5, 1.0)
 """The search: factors on learning rates and on the share of distillation."""
 
@@ -90,15 +88,20 @@ def variants_of(recipe: Recipe, section: CompareSection, *, ablation: bool) -> l
 
 
 def search_of(variant: Variant) -> list[Variant]:
-    """The same small search for every method: three learning rates, and two shares of distillation where it has one."""
-    defaults = method_options(variant.method) | variant.options
-    weight = next((name for name in WEIGHTS if name in defaults), None)
+    """The same small search for every method: three learning rates, and two shares of distillation where it has one.
+
+    The share is the option `kd_rate`, `kd_weight` or NAME_weight of a method NAME.
+    """
+    known = method_options(variant.method)
+    weight = next((name for name in ("kd_rate", "kd_weight", f"{variant.method}_weight") if name in known), None)
+    usual = 0.0
+    if weight is not None:  # the method knows best what its default stands for
+        loss = build_loss(variant.method, variant.options, widths=Widths(1, 1, 1, 1), pair=ModelPair.smallest())
+        usual = float(getattr(loss, weight))
     found = []
     for factor in RATES:
         for share in SHARES if weight else (1.0,):
-            options = dict(variant.options)
-            if weight and share != 1:
-                options[weight] = defaults[weight] * share
-            name = f"{variant.name}-lr{factor:.2g}" + (f"-{weight}{options[weight]:g}" if weight in options else "")
+            options = variant.options if weight is None else {**variant.options, weight: usual * share}
+            name = f"{variant.name}-lr{factor:.2g}" + (f"-{weight}{usual * share:g}" if weight else "")
             found.append(dataclasses.replace(variant, name=name, options=options, rate_factor=factor))
     return found

@@ -12,8 +12,10 @@ from dwakd.losses.dskd import DskdLoss
 from dwakd.losses.dskd_v2 import DskdV2Loss
 from dwakd.losses.dwa_kd import DwaKdLoss
 from dwakd.losses.dwa_kd_v2 import DwaKdV2Loss
+from dwakd.losses.gold import GoldLoss
 from dwakd.losses.kd import KdLoss
 from dwakd.losses.min_ed import MinEdLoss
+from dwakd.losses.multilevel_ot import MultiLevelOtLoss
 from dwakd.losses.pair import ModelPair
 from dwakd.losses.projectors import Widths
 from dwakd.losses.sft import SftLoss
@@ -24,12 +26,14 @@ METHODS: dict[str, type[DistillationLoss]] = {
     "sft": SftLoss,
     "kd": KdLoss,
     "uld": UldLoss,
-    "dskd": DskdLoss,
-    "dwa_kd": DwaKdLoss,
-    "alm": AlmLoss,
-    "dskd_v2": DskdV2Loss,
-    "dwa_kd_v2": DwaKdV2Loss,
     "min_ed": MinEdLoss,
+    "multilevel_ot": MultiLevelOtLoss,
+    "alm": AlmLoss,
+    "gold": GoldLoss,
+    "dskd": DskdLoss,
+    "dskd_v2": DskdV2Loss,
+    "dwa_kd": DwaKdLoss,
+    "dwa_kd_v2": DwaKdV2Loss,
 }
 
 __all__ = [
@@ -40,9 +44,11 @@ __all__ = [
     "DskdV2Loss",
     "DwaKdLoss",
     "DwaKdV2Loss",
+    "GoldLoss",
     "KdLoss",
     "MinEdLoss",
     "ModelPair",
+    "MultiLevelOtLoss",
     "SftLoss",
     "TeacherScale",
     "UldLoss",

@@ -1,4 +1,4 @@
-"""DSKD with cross-model attention: knowledge distillation in both models' spaces (arXiv 2406.17328)."""
+"""DSKD: knowledge distillation in both models' spaces, across vocabularies or within one (arXiv 2406.17328)."""
 
 from typing import ClassVar
 
@@ -14,6 +14,7 @@ from dwakd.losses.base import (
     head_rows,
     projected_rows,
     reduce_terms,
+    require_same_rows,
     require_teacher,
 )
 from dwakd.losses.divergences import divergence
@@ -25,21 +26,26 @@ class DskdLoss(DistillationLoss):
 
     KD^stu = sum_i [argmax p^{t->s}_i = x_i] D(p^{t->s}_i || p^s_i) and KD^tea = sum_j KL(p^t_j || p^{s->t}_j).
 
+    With attention, h^{t->s} and h^{s->t} are what cross-model attention gathers from the other's rows, for any two
+    tokenizers. Without, they are the other's row at the same place, through t2s and s2t alone: for one tokenizer.
+
     Gradient: CE^{t->s} trains query and t2s only; the student-space divergence moves the student only; the
     teacher-space divergence moves the student, s2t and query. Neither head receives gradient except the student's own
     through its own logits.
 
     Args:
         widths: of the two models.
+        attention: off for models of one tokenizer. There is no query then.
         kd_rate: r; the paper's scripts use 0.5.
         temperature: softens both sides of both divergences; no tau^2 factor. The paper uses 2.0.
         student_divergence: D; the teacher space always uses forward KL.
         skew: lambda of the skewed divergences.
-        accuracy_mask: keep student-space KD only where the projected teacher is right; in the published code,
-            absent from the equations.
+        accuracy_mask: keep student-space KD only where the projected teacher is right; if not given, as in the
+            published code: with attention, and not without. Absent from the equations.
 
     Raises:
-        ValueError: an option out of range or an unknown divergence.
+        ValueError: an option out of range or an unknown divergence; in the forward pass without attention, sides of
+            different rows.
 
     References:
         Zhang et al. 2024, equations 8 to 13. Official code: songmzhang/DSKD, whose standard deviations include prompt
@@ -53,19 +59,22 @@ class DskdLoss(DistillationLoss):
         self,
         *,
         widths: Widths,
+        attention: bool = True,
         kd_rate: float = 0.5,
         temperature: float = 2.0,
         student_divergence: str = "forward_kl",
         skew: float = 0.1,
-        accuracy_mask: bool = True,
+        accuracy_mask: bool | None = None,
     ) -> None:
         super().__init__()
         check_range(kd_rate=(kd_rate, 0, 1), temperature=(temperature, 1e-3, float("inf")), skew=(skew, 0, 1))
         self.kd_rate = kd_rate
         self.temperature = temperature
-        self.accuracy_mask = accuracy_mask
+        self.attention = attention
+        self.needs_same_vocabulary = not attention
+        self.accuracy_mask = attention if accuracy_mask is None else accuracy_mask
         self.divergence = divergence(student_divergence, skew)
-        self.projectors = Projectors(widths, with_embedding=False)
+        self.projectors = Projectors(widths, with_embedding=False, with_query=attention)
 
     def forward(
         self,
@@ -76,7 +85,15 @@ class DskdLoss(DistillationLoss):
         teacher_scale: TeacherScale | None = None,
     ) -> LossOutput:
         teacher = require_teacher(teacher, "dskd")
-        crossed = cross_model_attention(student, teacher, self.projectors, teacher_scale or TeacherScale.of(teacher))
+        if self.attention:
+            scale = teacher_scale or TeacherScale.of(teacher)
+            crossed = cross_model_attention(student, teacher, self.projectors, scale)
+            t2s_hidden, s2t_hidden = crossed.t2s_hidden, crossed.s2t_hidden
+        else:
+            require_same_rows(student, teacher, "dskd without attention")
+            dtype = self.projectors.t2s.weight.dtype
+            t2s_hidden = self.projectors.t2s(teacher.hidden.detach().to(dtype))
+            s2t_hidden = self.projectors.s2t(student.hidden.to(dtype))
 
         rate = self.kd_rate
         space = student_space(self.divergence)(
@@ -86,9 +103,9 @@ class DskdLoss(DistillationLoss):
             divergence=self.divergence,
             weigh=accuracy_mask if self.accuracy_mask else None,
         )
-        in_student = head_loss([head_rows(student), projected_rows(crossed.t2s_hidden, student)], space)
+        in_student = head_loss([head_rows(student), projected_rows(t2s_hidden, student)], space)
         in_teacher = head_loss(
-            [projected_rows(crossed.s2t_hidden, teacher), constant_rows(teacher)], TeacherSpace(self.temperature)
+            [projected_rows(s2t_hidden, teacher), constant_rows(teacher)], TeacherSpace(self.temperature)
         )
         return reduce_terms(
             in_student.terms | {"kd_teacher": in_teacher.loss},

@@ -58,6 +58,7 @@ class HeadMaps(nn.Module):
                 "teacher_inverse": pseudo_inverse(t_rows),
                 "teacher_bias": t_bias,
             }
+        self._frozen: tuple[Tensor, int, Tensor, Tensor] | None = None  # s2t of a head that does not train (LoRA)
         for name, tensor in rebuilt.items():
             self.register_buffer(name, tensor, persistent=False)
 
@@ -65,12 +66,17 @@ class HeadMaps(nn.Module):
         self, hidden: Float[Tensor, "tokens s_hidden"], student: OutputHead, teacher: OutputHead
     ) -> Float[Tensor, "tokens t_hidden"]:
         """Student states in the teacher's space; gradient flows to `hidden` only."""
-        dtype = self.teacher_inverse.dtype
-        rows, bias = _shared_rows(student.detached(), self.student_ids, dtype)
-        ratio = student.scale / teacher.scale
-        weight = ratio * (self.teacher_inverse.T @ rows)
-        offset = self.teacher_inverse.T @ (ratio * bias - self.teacher_bias)
-        return nn.functional.linear(hidden.to(dtype), weight, offset)
+        version = student.weight._version
+        if self._frozen is None or self._frozen[0] is not student.weight or self._frozen[1] != version:
+            rows, bias = _shared_rows(student.detached(), self.student_ids, self.teacher_inverse.dtype)
+            ratio = student.scale / teacher.scale
+            weight = ratio * (self.teacher_inverse.T @ rows)
+            offset = self.teacher_inverse.T @ (ratio * bias - self.teacher_bias)
+            self._frozen = (student.weight, version, weight, offset)
+        _, _, weight, offset = self._frozen
+        if student.weight.requires_grad or (student.bias is not None and student.bias.requires_grad):
+            self._frozen = None  # trained: optimisers may change it without a new version
+        return nn.functional.linear(hidden.to(weight.dtype), weight, offset)
 
 
 def student_tokens(pair: ModelPair) -> Int[Tensor, " t_vocab"]:

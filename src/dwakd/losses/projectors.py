@@ -16,20 +16,22 @@ class Widths:
 
 
 class Projectors(nn.Module):
-    """query 2 e_s -> 2 e_t, t2s d_t -> d_s, s2t d_s -> d_t and, for DWA-KD, embedding_t2s e_t -> e_s; all with bias.
+    """t2s d_t -> d_s, s2t d_s -> d_t, query 2 e_s -> 2 e_t of attention, embedding_t2s e_t -> e_s of DWA-KD; with bias.
 
     Raises:
-        ValueError: the teacher's embeddings are not as wide as its hidden states, which V = t2s(N(h) + N(e)) needs.
+        ValueError: the teacher's embeddings are not as wide as its hidden states, which V = t2s(N(h) + N(e)) of
+            attention needs.
     """
 
-    def __init__(self, widths: Widths, *, with_embedding: bool) -> None:
+    def __init__(self, widths: Widths, *, with_embedding: bool, with_query: bool = True) -> None:
         super().__init__()
-        if widths.teacher_embedding != widths.teacher_hidden:
+        if with_query and widths.teacher_embedding != widths.teacher_hidden:
             raise ValueError(
                 f"cross-model attention adds the teacher's embeddings to its hidden states, but they are "
                 f"{widths.teacher_embedding} and {widths.teacher_hidden} wide; choose another teacher"
             )
-        self.query = nn.Linear(2 * widths.student_embedding, 2 * widths.teacher_embedding)
+        if with_query:
+            self.query = nn.Linear(2 * widths.student_embedding, 2 * widths.teacher_embedding)
         self.t2s = nn.Linear(widths.teacher_hidden, widths.student_hidden)
         self.s2t = nn.Linear(widths.student_hidden, widths.teacher_hidden)
         if with_embedding:

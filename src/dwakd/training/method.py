@@ -39,6 +39,6 @@ def build_method(
     if loss.needs_same_vocabulary and vocabularies[0] != vocabularies[1]:
         raise UserError(
             f"method {args.method} needs a teacher with the student's tokenizer, and theirs differ; "
-            "dwa_kd and dskd work across tokenizers"
+            "dwa_kd and dskd with attention work across tokenizers"
         )
     return loss

@@ -1,0 +1,145 @@
+"""GOLD: merged groups, matched and unmatched columns, and the identities of one tokenizer."""
+
+import dataclasses
+import math
+import sys
+
+import pytest
+import torch
+
+from dwakd.kernels.head_loss import Chunk
+from dwakd.losses import GoldLoss, ModelPair, Widths
+from dwakd.losses.merged_groups import Anchors, generalised_jsd, sorted_difference
+from dwakd.models.head import OutputHead
+from tests.losses.test_min_ed import logit_side, pair
+
+ENDS = torch.tensor([2, 3, 5, 5]), torch.tensor([1, 3, 4, 5, 5])
+GROUPS = [([0, 1], [0, 1]), ([2], [2, 3]), ([3], [4])]
+
+
+@pytest.fixture
+def sides():
+    generator = torch.Generator().manual_seed(0)
+    own, theirs = (torch.randn(n, width, generator=generator).double() * 2 for n, width in ((4, 4), (5, 6)))
+    student, teacher = logit_side(own.requires_grad_(), [2, 0, 1, 3]), logit_side(theirs, [3, 1, 2, 0, 4])
+    return dataclasses.replace(student, byte_ends=ENDS[0]), dataclasses.replace(teacher, byte_ends=ENDS[1])
+
+
+@pytest.mark.parametrize(
+    ("last", "probs", "targets", "expected"),
+    [
+        (False, [[0.6, 0.3, 0.1], [0.05, 0.9, 0.05]], [0, 1], [0.54, 0.27, 0.09]),
+        (True, [[0.6, 0.3, 0.1], [0.05, 0.9, 0.05]], [0, 1], [0.03, 0.54, 0.03]),
+    ],
+)
+def test_merged_distributions_of_the_specification(last, probs, targets, expected):
+    """The chain rule: what is realised before (or after) times the distribution of the last (first) token."""
+    side = logit_side(torch.tensor(probs).log(), targets)
+    anchors = Anchors.of(side, torch.tensor([0, 0]), torch.tensor([False, True]), last=last)
+    chunk = Chunk((slice(0, 2),), slice(0, 1))
+    torch.testing.assert_close(anchors.within(chunk, 0).merged(side.hidden).exp(), torch.tensor([expected]))
+
+
+def by_hand(student, teacher, *, merge: str, beta: float, temperature: float = 1.0):
+    """Per group, in plain probabilities."""
+    merged = []
+    for n, side in enumerate((student, teacher)):
+        probs = (side.hidden / temperature).softmax(-1)
+        rows = []
+        for group in GROUPS:
+            *before, anchor = group[n] if merge == "bayesian" else reversed(group[n])
+            factor = math.prod([probs[row, side.target_ids[row]] for row in before], start=torch.ones(()).double())
+            rows.append(probs[anchor] * factor)
+        merged.append(torch.stack(rows))
+    # matched by bytes: cat 0-1, s 1-5, dog 2-3, end 3-4; the teacher's cats 0 and x 2 are left
+    s, t = merged[0], merged[1][:, [1, 5, 3, 4]]
+    m = beta * t + (1 - beta) * s
+    jsd = (beta * t * (t / m).log() + (1 - beta) * s * (s / m).log()).sum(-1)
+    return jsd, merged[1][:, [0, 2]].sum(-1)
+
+
+@pytest.mark.parametrize("budget", [1, 2**27])
+@pytest.mark.parametrize(("merge", "beta", "temperature"), [("bayesian", 0.5, 1.0), ("observed", 0.3, 2.0)])
+def test_loss_and_gradient_are_those_of_the_formula(monkeypatch, sides, merge, beta, temperature, budget):
+    """Value and gradient come chunk by chunk."""
+    monkeypatch.setattr(sys.modules["dwakd.kernels.head_loss"], "BUDGET_BYTES", budget)
+    student, teacher = sides
+    options = {"merge": merge, "beta": beta, "temperature": temperature, "ce_weight": 0.25, "kd_weight": 2.0}
+    output = GoldLoss(pair=pair(), **options)(student, teacher)
+    jsd, uld = by_hand(student, teacher, merge=merge, beta=beta, temperature=temperature)
+    ce = torch.nn.functional.cross_entropy(student.hidden, student.target_ids)
+    expected = {"ce": ce, "jsd": jsd.mean(), "uld": uld.mean()}  # one example: shares are 4/3 of 3 groups over 4 tokens
+    for name, value in expected.items():
+        assert output.terms[name].item() == pytest.approx(value.item(), rel=1e-6)
+    total = 0.25 * ce + 2 * (4 / 6 * jsd.mean() + 2 / 6 * uld.mean())
+    assert output.loss.item() == pytest.approx(total.item(), rel=1e-6)
+    gradients = [torch.autograd.grad(loss, student.hidden)[0] for loss in (output.loss, total)]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
+
+
+def test_unmatched_columns_of_both_sides_are_compared_by_rank():
+    """[.7, .2, .1] against [.1, .5, .15, .25] is 0.4, as ULD says; the longer side's surplus counts."""
+    p, q = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.1, 0.5, 0.15, 0.25]])
+    assert sorted_difference(p, q).item() == pytest.approx(0.4, abs=1e-6)
+    assert sorted_difference(q, p).item() == pytest.approx(0.4, abs=1e-6)
+    assert sorted_difference(p, q[:, :0]).item() == pytest.approx(1.0, abs=1e-6)
+    assert sorted_difference(p, p.flip(1)).item() == 0
+
+
+def test_the_gradient_goes_through_the_ranks():
+    """No token in common: the loss is ULD on merged groups, and its gradient that of sorting."""
+    generator = torch.Generator().manual_seed(3)
+    own, theirs = (torch.randn(3, width, generator=generator).double() for width in (5, 4))
+    student, teacher = logit_side(own.requires_grad_(), [2, 0, 1]), logit_side(theirs, [3, 1, 2])
+    vocabularies = (b"a", b"b", b"c", b"d", b"e"), (b"f", b"g", b"h", b"i")
+    output = GoldLoss(pair=pair(*vocabularies, (5, 4), None))(student, teacher)
+    sorts = [side.hidden.softmax(-1).sort(-1, descending=True).values for side in (student, teacher)]
+    expected = (sorts[0] - torch.nn.functional.pad(sorts[1], (0, 1))).abs().sum(-1).mean()
+    assert output.terms["jsd"] == 0
+    torch.testing.assert_close(output.loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, own)[0] for loss in (output.loss, expected)))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_one_tokenizer_is_generalised_jsd(beta):
+    """Same tokenizer: single tokens, every column matched, the padding of the heads too; nothing left for ranks."""
+    generator = torch.Generator().manual_seed(1)
+    own, theirs = (torch.randn(4, 6, generator=generator).double() for _ in range(2))
+    tokens = (b"a", None, b"b", b"c", b"ab")
+    student, teacher = logit_side(own.requires_grad_(), [0, 1, 2, 3]), logit_side(theirs, [0, 1, 2, 3])
+    output = GoldLoss(pair=pair(tokens, tokens, (6, 6), (1, 1)), beta=beta)(student, teacher)
+    p, q = theirs.softmax(-1), own.softmax(-1)
+    m = beta * p + (1 - beta) * q
+    expected = beta * (p * (p / m).log()) + (1 - beta) * (q * (q / m).log())
+    if beta in (0, 1):
+        expected = q * (q / p).log() if beta else p * (p / q).log()
+    assert output.terms["uld"] == 0
+    torch.testing.assert_close(output.loss, expected.sum(-1).mean())
+    torch.testing.assert_close(*(torch.autograd.grad(x, own)[0] for x in (output.loss, expected.sum(-1).mean())))
+
+
+def test_unequal_mass_costs_something():
+    """Merged distributions need not sum to 1; a negative divergence would reward a loss of mass."""
+    p = torch.tensor([[0.3, 0.2, 0.0]]).log()
+    for scale in (0.01, 0.5, 1.0, 3.0):
+        assert generalised_jsd(p, p + math.log(scale), 0.5).item() >= 0
+    assert generalised_jsd(p, p, 0.5).item() == pytest.approx(0.0, abs=1e-7)
+
+
+def test_weights_are_adaptive_or_given(sides):
+    """The share of matched tokens decides by default; one weight alone would leave the other a surprise."""
+    assert GoldLoss(pair=pair()).matched_weight == pytest.approx(4 / 6)
+    loss = GoldLoss(pair=pair(), matched_weight=2.0, unmatched_weight=0.0)
+    terms = loss(*sides).terms
+    assert terms["loss"].item() == pytest.approx(2 * terms["jsd"].item())
+    with pytest.raises(ValueError, match="given together or not at all"):
+        GoldLoss(pair=pair(), matched_weight=2.0)
+    with pytest.raises(ValueError, match="valid ones: bayesian, observed"):
+        GoldLoss(pair=pair(), merge="mean")
+
+
+def test_the_smallest_pair_checks_options():
+    """Options are checked before a model is loaded."""
+    GoldLoss(pair=ModelPair.smallest())
+    head = OutputHead(torch.eye(2))
+    GoldLoss(pair=ModelPair(Widths(2, 2, 2, 2), (b"a", b"b"), (b"c",), head, head))
