@@ -20,7 +20,8 @@ EVAL = [{"prompt": "Name a colour.", "response": "Any colour will do."}, *LONG[3
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    return save_teacher(tmp_path_factory.mktemp("teacher") / "gemma")
+    """Llama, whose attention rounds differently in another shape; Gemma 2 computes it by another way."""
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "llama", "llama")
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt", "qwen2"])

@@ -89,6 +89,8 @@ def obtain(folder: Path, order: Order, load: Callable[[], nn.Module], *, mend: b
 
 
 def _create(folder: Path, order: Order, teacher: nn.Module) -> Cache:
+    if not order.sets:
+        raise UserError(f"teacher cache {folder} cannot be built without rows: give train_dataset or eval_dataset")
     dtype = order.dtype or output_head(teacher).weight.dtype
     parts = (embedding_table(teacher), output_head(teacher))
     try:
