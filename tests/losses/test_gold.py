@@ -12,7 +12,7 @@ from dwakd.kernels.head_loss import Chunk, head_loss
 from dwakd.losses import GoldLoss, ModelPair, Widths
 from dwakd.losses.merged_groups import Anchors, generalised_jsd, sorted_difference
 from dwakd.models.head import OutputHead
-from tests.losses.builders import random_examples, random_heads, random_pair, side
+from tests.losses.builders import pair_of, random_examples, random_heads, side
 from tests.losses.test_min_ed import logit_side, pair
 
 ENDS = torch.tensor([2, 3, 5, 5]), torch.tensor([1, 3, 4, 5, 5])
@@ -157,6 +157,6 @@ def test_chunks_of_several_examples_add_up(monkeypatch, merge, budget):
     results = []
     for impl in ("chunked", "naive"):
         monkeypatch.setattr(sys.modules["dwakd.losses.gold"], "head_loss", partial(head_loss, impl=impl, budget=budget))
-        output = GoldLoss(pair=random_pair(), merge=merge, ce_weight=0.5)(student, teacher)
+        output = GoldLoss(pair=pair_of(random_heads()), merge=merge, ce_weight=0.5)(student, teacher)
         results.append((*output.terms.values(), torch.autograd.grad(output.loss, hidden)[0]))
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
