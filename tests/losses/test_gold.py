@@ -3,14 +3,16 @@
 import dataclasses
 import math
 import sys
+from functools import partial
 
 import pytest
 import torch
 
-from dwakd.kernels.head_loss import Chunk
+from dwakd.kernels.head_loss import Chunk, head_loss
 from dwakd.losses import GoldLoss, ModelPair, Widths
 from dwakd.losses.merged_groups import Anchors, generalised_jsd, sorted_difference
 from dwakd.models.head import OutputHead
+from tests.losses.builders import pair_of, random_examples, random_heads, side
 from tests.losses.test_min_ed import logit_side, pair
 
 ENDS = torch.tensor([2, 3, 5, 5]), torch.tensor([1, 3, 4, 5, 5])
@@ -34,21 +36,21 @@ def sides():
 )
 def test_merged_distributions_of_the_specification(last, probs, targets, expected):
     """The chain rule: what is realised before (or after) times the distribution of the last (first) token."""
-    side = logit_side(torch.tensor(probs).log(), targets)
-    anchors = Anchors.of(side, torch.tensor([0, 0]), torch.tensor([False, True]), last=last)
+    rows = logit_side(torch.tensor(probs).log(), targets)
+    anchors = Anchors.of(rows, torch.tensor([0, 0]), torch.tensor([False, True]), last=last)
     chunk = Chunk((slice(0, 2),), slice(0, 1))
-    torch.testing.assert_close(anchors.within(chunk, 0).merged(side.hidden).exp(), torch.tensor([expected]))
+    torch.testing.assert_close(anchors.within(chunk, 0).merged(rows.hidden).exp(), torch.tensor([expected]))
 
 
 def by_hand(student, teacher, *, merge: str, beta: float, temperature: float = 1.0):
     """Per group, in plain probabilities."""
     merged = []
-    for n, side in enumerate((student, teacher)):
-        probs = (side.hidden / temperature).softmax(-1)
+    for n, model in enumerate((student, teacher)):
+        probs = (model.hidden / temperature).softmax(-1)
         rows = []
         for group in GROUPS:
             *before, anchor = group[n] if merge == "bayesian" else reversed(group[n])
-            factor = math.prod([probs[row, side.target_ids[row]] for row in before], start=torch.ones(()).double())
+            factor = math.prod([probs[row, model.target_ids[row]] for row in before], start=torch.ones(()).double())
             rows.append(probs[anchor] * factor)
         merged.append(torch.stack(rows))
     # matched by bytes: cat 0-1, s 1-5, dog 2-3, end 3-4; the teacher's cats 0 and x 2 are left
@@ -93,7 +95,7 @@ def test_the_gradient_goes_through_the_ranks():
     student, teacher = logit_side(own.requires_grad_(), [2, 0, 1]), logit_side(theirs, [3, 1, 2])
     vocabularies = (b"a", b"b", b"c", b"d", b"e"), (b"f", b"g", b"h", b"i")
     output = GoldLoss(pair=pair(*vocabularies, (5, 4), None))(student, teacher)
-    sorts = [side.hidden.softmax(-1).sort(-1, descending=True).values for side in (student, teacher)]
+    sorts = [model.hidden.softmax(-1).sort(-1, descending=True).values for model in (student, teacher)]
     expected = (sorts[0] - torch.nn.functional.pad(sorts[1], (0, 1))).abs().sum(-1).mean()
     assert output.terms["jsd"] == 0
     torch.testing.assert_close(output.loss, expected)
@@ -143,3 +145,18 @@ def test_the_smallest_pair_checks_options():
     GoldLoss(pair=ModelPair.smallest())
     head = OutputHead(torch.eye(2))
     GoldLoss(pair=ModelPair(Widths(2, 2, 2, 2), (b"a", b"b"), (b"c",), head, head))
+
+
+@pytest.mark.parametrize("merge", ["bayesian", "observed"])
+@pytest.mark.parametrize("budget", [1, 600, 2**27])
+def test_chunks_of_several_examples_add_up(monkeypatch, merge, budget):
+    """Rows and groups are counted from the start of a chunk; off by one example, and strangers are compared."""
+    examples, heads = random_examples([(5, 7), (9, 4), (1, 2), (6, 6)]), random_heads()
+    student, teacher = side(examples, "student", heads[0]), side(examples, "teacher", heads[1])
+    hidden = student.hidden.requires_grad_()
+    results = []
+    for impl in ("chunked", "naive"):
+        monkeypatch.setattr(sys.modules["dwakd.losses.gold"], "head_loss", partial(head_loss, impl=impl, budget=budget))
+        output = GoldLoss(pair=pair_of(random_heads()), merge=merge, ce_weight=0.5)(student, teacher)
+        results.append((*output.terms.values(), torch.autograd.grad(output.loss, hidden)[0]))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)

@@ -90,10 +90,11 @@ def variants_of(recipe: Recipe, section: CompareSection, *, ablation: bool) -> l
 def search_of(variant: Variant) -> list[Variant]:
     """The same small search for every method: three learning rates, and two shares of distillation where it has one.
 
-    The share is the option `kd_rate`, `kd_weight` or NAME_weight of a method NAME.
+    The share is the method's option `kd_rate`, `kd_weight` or, without these, its first weight beside the cross-entropy's.
     """
     known = method_options(variant.method)
-    weight = next((name for name in ("kd_rate", "kd_weight", f"{variant.method}_weight") if name in known), None)
+    others = [name for name in known if name.endswith("_weight") and name != "ce_weight"]
+    weight = next((name for name in ("kd_rate", "kd_weight", *others) if name in known), None)
     usual = 0.0
     if weight is not None:  # the method knows best what its default stands for
         loss = build_loss(variant.method, variant.options, widths=Widths(1, 1, 1, 1), pair=ModelPair.smallest())

@@ -74,6 +74,8 @@ class GoldLoss(DistillationLoss):
             temperature=(temperature, 1e-3, infinite),
             ce_weight=(ce_weight, 0, infinite),
             kd_weight=(kd_weight, 0, infinite),
+            matched_weight=(0 if matched_weight is None else matched_weight, 0, infinite),
+            unmatched_weight=(0 if unmatched_weight is None else unmatched_weight, 0, infinite),
         )
         if merge not in MERGES:
             raise ValueError(f"unknown merge {merge!r}; valid ones: {', '.join(MERGES)}")
@@ -85,9 +87,6 @@ class GoldLoss(DistillationLoss):
         share = len(self.teacher_ids) / pair.teacher_head.vocab_size
         self.matched_weight = share if matched_weight is None else matched_weight
         self.unmatched_weight = 1 - share if unmatched_weight is None else unmatched_weight
-        check_range(
-            matched_weight=(self.matched_weight, 0, infinite), unmatched_weight=(self.unmatched_weight, 0, infinite)
-        )
 
     def _match(self, pair: ModelPair) -> None:
         sizes = pair.student_head.vocab_size, pair.teacher_head.vocab_size

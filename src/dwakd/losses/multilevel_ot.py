@@ -88,6 +88,7 @@ class MultiLevelOtLoss(DistillationLoss):
             regularisation=(regularisation, 1e-6, INFINITY),
             iterations=(iterations, 1, INFINITY),
         )
+        self.ot_weight = ot_weight
         self.rates = {
             "ce": ce_weight,
             "absolute": ot_weight,
