@@ -84,9 +84,10 @@ def run_demo(output: Path | None, *, seed: int, quick: bool) -> Group:
         console.rule(f"student: {method}")
         student = build_model(student_tokenizer, sizes.student_width, num_layers=2, tied=True, seed=seed + 1)
         args = training_args(folder / method, method, seed, steps=sizes.student_steps, batch_size=16, rate=4e-3)
+        args.teacher_cache = None if method == "sft" else str(folder / "teacher-cache")
         trainer = DistillTrainer(
             student,
-            teacher,
+            str(folder / "teacher"),
             args,
             train[: sizes.num_student_rows],
             processing_class=student_tokenizer,
