@@ -31,7 +31,8 @@ from benchmarks.workload import Sizes, add_options, build_models, signature, siz
 from dwakd.batch import ModelSide
 from dwakd.cache.build import Order, obtain
 from dwakd.cache.store import Cache
-from dwakd.data.collator import EncodedPairs, EncodedRow, EncodedSide, PairedCollator
+from dwakd.data.collator import PairedCollator
+from dwakd.data.pairs import EncodedPairs, EncodedRow, EncodedSide
 from dwakd.losses import Widths, build_loss
 from dwakd.losses.attention import TeacherScale
 from dwakd.models.rows import embedding_table, output_head

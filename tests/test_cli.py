@@ -305,6 +305,7 @@ def test_imports_point_one_way():
         ("dwakd.cache.build", "dwakd.training"),
         ("dwakd.cache.build", "dwakd.losses"),
         ("dwakd.data.collator", "dwakd.models"),
+        ("dwakd.data.pairs", "dwakd.models"),
     ):
         result = subprocess.run([sys.executable, "-c", script, module, forbidden], check=False, capture_output=True)
         assert result.returncode == 0, f"{module} imports {forbidden}: {result.stderr.decode()}"

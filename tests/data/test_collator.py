@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dwakd.data.collator import EncodedPairs, PairedCollator, encode_pairs
+from dwakd.data.collator import PairedCollator
 from dwakd.data.encoding import TextEncoder
+from dwakd.data.pairs import EncodedPairs, encode_pairs
 from dwakd.data.rows import Example
 from dwakd.errors import UserError
 from tests.builders import bpe_byte_fallback, byte_bpe, wordpiece

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from dwakd.batch import ModelSide
-from dwakd.data.collator import PairedCollator, encode_pairs
+from dwakd.data.collator import PairedCollator
 from dwakd.data.encoding import TextEncoder
+from dwakd.data.pairs import encode_pairs
 from dwakd.data.rows import Example
 from dwakd.data.spelling import align_by_spelling
 from dwakd.losses import MinEdLoss, ModelPair, Widths

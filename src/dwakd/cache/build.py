@@ -17,7 +17,7 @@ from dwakd.cache.files import MISSING
 from dwakd.cache.index import side_key, teacher_side
 from dwakd.cache.manifest import MANIFEST, TEACHER, check_folder, human_bytes
 from dwakd.cache.store import Cache
-from dwakd.data.collator import EncodedPairs, EncodedSide
+from dwakd.data.pairs import EncodedPairs, EncodedSide
 from dwakd.errors import UserError
 from dwakd.models.invariant import response_hidden
 from dwakd.models.rows import embedding_table, output_head

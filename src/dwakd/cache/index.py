@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dwakd.cache.fingerprint import row_key
-from dwakd.data.collator import EncodedPairs, EncodedRow, EncodedSide
+from dwakd.data.pairs import EncodedPairs, EncodedRow, EncodedSide
 
 SHARD_BYTES = 64 << 20
 MIN_SHARDS = 16

@@ -18,7 +18,7 @@ from dwakd.cache.files import MISSING, UNFINISHED, Layout, MappedRows, fault, re
 from dwakd.cache.fingerprint import difference
 from dwakd.cache.index import Index
 from dwakd.cache.manifest import INDEX, MANIFEST, TEACHER, Manifest, broken, check_folder, human_bytes
-from dwakd.data.collator import EncodedPairs, EncodedRow
+from dwakd.data.pairs import EncodedPairs, EncodedRow
 from dwakd.errors import UserError
 from dwakd.models.head import OutputHead
 

@@ -5,8 +5,8 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from dwakd.align.vocab import nearest_tokens, token_text
-from dwakd.data.collator import EncodedPairs, EncodedSide
 from dwakd.data.encoding import TextEncoder
+from dwakd.data.pairs import EncodedPairs, EncodedSide
 
 
 def align_by_spelling(pairs: EncodedPairs, student: TextEncoder, teacher: TextEncoder) -> None:

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from dwakd.align.offsets import byte_groups
 from dwakd.batch import ModelSide
-from dwakd.data.collator import PairedCollator, encode_pairs
+from dwakd.data.collator import PairedCollator
 from dwakd.data.encoding import TextEncoder
+from dwakd.data.pairs import encode_pairs
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import max_positions, pad_id_of, progress_bar

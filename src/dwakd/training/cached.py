@@ -15,8 +15,8 @@ from dwakd.cache.build import Order, obtain
 from dwakd.cache.fingerprint import adapter_digest, fingerprint, row_key, weights_digest
 from dwakd.cache.manifest import check_folder
 from dwakd.cache.store import Cache, open_whole
-from dwakd.data.collator import EncodedPairs
 from dwakd.data.encoding import TextEncoder
+from dwakd.data.pairs import EncodedPairs
 from dwakd.errors import UserError
 from dwakd.models.head import OutputHead
 from dwakd.models.loading import load_causal_lm, load_tokenizer

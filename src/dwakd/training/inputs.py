@@ -7,8 +7,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dwakd.data.collator import EncodedPairs, encode_pairs
 from dwakd.data.encoding import TextEncoder
+from dwakd.data.pairs import EncodedPairs, encode_pairs
 from dwakd.data.sources import Example, load_examples
 from dwakd.data.spelling import align_by_spelling
 from dwakd.errors import UserError

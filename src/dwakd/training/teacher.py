@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dwakd.batch import ModelSide
-from dwakd.data.collator import EncodedPairs
 from dwakd.data.encoding import TextEncoder
+from dwakd.data.pairs import EncodedPairs
 from dwakd.models.head import OutputHead
 from dwakd.models.invariant import response_hidden
 from dwakd.models.rows import embedding_table, output_head, response_rows

@@ -15,8 +15,9 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from dwakd.data.collator import EncodedPairs, PairedCollator
+from dwakd.data.collator import PairedCollator
 from dwakd.data.encoding import TextEncoder
+from dwakd.data.pairs import EncodedPairs
 from dwakd.errors import UserError
 from dwakd.losses import TeacherScale, method_class
 from dwakd.training.cached import CachedTeacher

@@ -1,0 +1,262 @@
+"""The same text for two tokenizers: rows encoded on both sides, cut at the same characters."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
+
+from dwakd.data.encoding import TextEncoder
+from dwakd.data.rows import Example
+from dwakd.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+INVALID_ROWS = ("error", "skip")
+PROMPT_TOO_LONG = "prompt too long"
+EMPTY_PROMPT = "prompt without a token"
+EMPTY_RESPONSE = "response empty"
+NOTHING_SUPERVISED = "no response token left"
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class EncodedSide:
+    """One tokenizer's prompt, response and (unless the text was cut) end token.
+
+    Args:
+        ids: all of them.
+        num_prompt: how many of them are prompt.
+        byte_ends: per id after the prompt, its end in the UTF-8 bytes of the response text that was kept.
+    """
+
+    ids: NDArray[np.int32]
+    num_prompt: int
+    byte_ends: NDArray[np.int32]
+
+    @property
+    def length(self) -> int:
+        """Positions that the model reads."""
+        return len(self.ids) - 1
+
+    def features(self, prefix: str) -> dict[str, list[Any]]:
+        """The fields of one side of a feature dict, shifted: position i predicts target i."""
+        num_unsupervised = self.num_prompt - 1
+        return {
+            f"{prefix}_input_ids": self.ids[:-1].tolist(),
+            f"{prefix}_target_ids": self.ids[1:].tolist(),
+            f"{prefix}_response_mask": [False] * num_unsupervised + [True] * len(self.byte_ends),
+            f"{prefix}_byte_ends": [0] * num_unsupervised + self.byte_ends.tolist(),
+        }
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """A row on both sides; `teacher` is None when there is no teacher."""
+
+    example_id: int
+    text: str
+    student: EncodedSide
+    teacher: EncodedSide | None
+    truncated: bool = False
+
+
+class EncodedPairs(torch.utils.data.Dataset[dict[str, Any]]):
+    """Encoded rows; an item is a dict of lists for `dwakd.data.collator.PairedCollator`.
+
+    Args:
+        rows: the rows that are kept.
+        report: rows that are left out, by reason: their indices in the source.
+        num_truncated: how many of the kept rows had their response cut.
+        source: what to call the rows in messages.
+
+    Attributes:
+        aligned_rows: per row, the teacher's row for each of the student's response rows, or -1; None unless
+            `dwakd.data.spelling.align_by_spelling` was called.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[EncodedRow],
+        report: dict[str, list[int]],
+        num_truncated: int = 0,
+        source: str = "the data set passed in",
+    ) -> None:
+        self.rows = list(rows)
+        self.report = report
+        self.num_truncated = num_truncated
+        self.source = source
+        self.aligned_rows: list[NDArray[np.int32]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        item: dict[str, Any] = {"example_id": row.example_id, **row.student.features("student")}
+        if self.aligned_rows is not None:
+            item["student_aligned_rows"] = [-1] * (row.student.num_prompt - 1) + self.aligned_rows[index].tolist()
+        return item if row.teacher is None else {**item, **row.teacher.features("teacher")}
+
+    @property
+    def student_lengths(self) -> list[int]:
+        """Positions the student reads, per row: for grouping rows of like length."""
+        return [row.student.length for row in self.rows]
+
+
+@dataclass
+class _Draft:
+    """A row on its way: prompt ids, response ids and byte ends per side, student first."""
+
+    example: Example
+    text: str
+    prompts: list[list[int]]
+    responses: list[tuple[list[int], list[int]]]
+    truncated: bool = False
+
+
+def encode_pairs(
+    examples: Sequence[Example],
+    student: TextEncoder,
+    teacher: TextEncoder | None = None,
+    *,
+    max_length: int = 512,
+    max_prompt_length: int = 256,
+    invalid_rows: str = "error",
+    source: str = "train data",
+) -> EncodedPairs:
+    """Encode rows for both tokenizers over the same characters of each response.
+
+    A row that exceeds `max_length` on either side has its response *text* cut, at the end of the last token that
+    still fits on the side with the least room, and both sides encode what is left; such a row supervises no end
+    token. A response that leaves no token on some side is left out and reported.
+
+    Args:
+        examples: rows with responses.
+        student: the student's encoder.
+        teacher: the teacher's, or None (SFT): items then have no teacher fields.
+        max_length: most tokens per side: prompt, response and end token (512 in the paper's code).
+        max_prompt_length: most tokens of a prompt per side (256 in the paper's code).
+        invalid_rows: `error` refuses a prompt that is too long or without a token, and a response that is empty;
+            `skip` leaves such rows out and reports them.
+        source: what to call the rows in messages.
+
+    Returns:
+        The rows in order; `.report` says which were left out, and why.
+
+    Raises:
+        UserError: an invalid row (see `invalid_rows`), no row left, or limits that leave no room for a response.
+    """
+    if invalid_rows not in INVALID_ROWS:
+        raise UserError(f"data.invalid_rows {invalid_rows!r} is unknown: use {' or '.join(INVALID_ROWS)}")
+    if not 1 <= max_prompt_length < max_length:
+        raise UserError(
+            f"data.max_prompt_length={max_prompt_length} must be at least 1 and below "
+            f"data.max_length={max_length}, which has to hold the response as well"
+        )
+    sides = [student] if teacher is None else [student, teacher]
+    rows: list[EncodedRow] = []
+    report: dict[str, list[int]] = {}
+    first_error: dict[str, str] = {}
+    num_truncated = 0
+    for draft in _draft(examples, sides, f"tokenising {source}"):
+        reason, detail = _find_fault(draft, max_prompt_length)
+        if reason is None:
+            _truncate(draft, sides, max_length)
+            if all(ids for ids, _ in draft.responses):
+                rows.append(_finish(draft, sides))
+                num_truncated += draft.truncated
+                continue
+            reason = NOTHING_SUPERVISED
+        report.setdefault(reason, []).append(draft.example.index)
+        first_error.setdefault(reason, f"{source}, row {draft.example.index} (counting from 0): {detail}")
+    _check_report(report, first_error, len(examples), len(rows), invalid_rows, source)
+    return EncodedPairs(rows, report, num_truncated, source)
+
+
+def _draft(examples: Sequence[Example], sides: list[TextEncoder], title: str) -> Iterator[_Draft]:
+    with tqdm(total=len(examples), desc=title, unit="row", delay=2, leave=False) as progress:
+        for start in range(0, len(examples), _CHUNK):
+            chunk = examples[start : start + _CHUNK]
+            prompts = [side.prompt_ids_batch(chunk) for side in sides]
+            responses = [side.response_ids_batch([example.response for example in chunk]) for side in sides]
+            for k, example in enumerate(chunk):
+                yield _Draft(example, example.response, [p[k] for p in prompts], [r[k] for r in responses])
+            progress.update(len(chunk))
+
+
+def _find_fault(draft: _Draft, max_prompt_length: int) -> tuple[str | None, str]:
+    """Why a row cannot be used as it stands, and the words for it."""
+    for whose, ids in zip(("student", "teacher"), draft.prompts, strict=False):
+        if len(ids) > max_prompt_length:
+            return PROMPT_TOO_LONG, (
+                f"the prompt has {len(ids)} tokens for the {whose}, above data.max_prompt_length={max_prompt_length}"
+            )
+        if not ids:
+            return EMPTY_PROMPT, f"the prompt has no token for the {whose}"
+    if not draft.text.strip():
+        return EMPTY_RESPONSE, "the response is empty"
+    return None, ""
+
+
+def _truncate(draft: _Draft, sides: list[TextEncoder], max_length: int) -> None:
+    """Cut the response text until it fits on every side; nothing where all fit with their end token."""
+    if all(len(p) + len(r[0]) + 1 <= max_length for p, r in zip(draft.prompts, draft.responses, strict=True)):
+        return
+    draft.truncated = True
+    rooms = [max_length - len(prompt) for prompt in draft.prompts]
+    while True:
+        fitting = [
+            ends[room - 1] if len(ids) > room else None
+            for room, (ids, ends) in zip(rooms, draft.responses, strict=True)
+        ]
+        cuts = [end for end in fitting if end is not None]
+        if not cuts:
+            return
+        shorter = draft.text.encode()[: min(cuts)].decode(errors="ignore")
+        draft.text = shorter if len(shorter) < len(draft.text) else draft.text[:-1]
+        draft.responses = [side.response_ids(draft.text) for side in sides]
+
+
+def _finish(draft: _Draft, sides: list[TextEncoder]) -> EncodedRow:
+    encoded = []
+    for side, prompt, (ids, ends) in zip(sides, draft.prompts, draft.responses, strict=True):
+        last = [] if draft.truncated else [side.end_token_id]
+        encoded.append(
+            EncodedSide(
+                ids=np.array([*prompt, *ids, *last], dtype=np.int32),
+                num_prompt=len(prompt),
+                byte_ends=np.array([*ends, *([len(draft.text.encode())] * len(last))], dtype=np.int32),
+            )
+        )
+    teacher = encoded[1] if len(encoded) > 1 else None
+    return EncodedRow(draft.example.index, draft.text, encoded[0], teacher, draft.truncated)
+
+
+def _check_report(
+    report: dict[str, list[int]],
+    first_error: dict[str, str],
+    num_examples: int,
+    num_kept: int,
+    invalid_rows: str,
+    source: str,
+) -> None:
+    mends = {PROMPT_TOO_LONG: "raise data.max_prompt_length or ", EMPTY_RESPONSE: "correct the data or "}
+    counts = ", ".join(f"{reason}: {len(rows)}" for reason, rows in report.items())
+    for reason, rows in report.items():
+        if invalid_rows == "error" and reason != NOTHING_SUPERVISED:
+            raise UserError(
+                f"{first_error[reason]} ({len(rows)} of {num_examples} rows are so); "
+                f"{mends.get(reason, 'correct the data or ')}set data.invalid_rows: skip"
+            )
+    if num_kept == 0:
+        raise UserError(
+            f"{source}: none of its {num_examples} rows can be used ({counts or 'it is empty'}); raise "
+            "data.max_length and data.max_prompt_length or correct the data"
+        )
+    if report:
+        logger.warning("%s: %d of %d rows left out (%s)", source, num_examples - num_kept, num_examples, counts)
