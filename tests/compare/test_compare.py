@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from dwakd.compare import run as compare_run
-from dwakd.compare.plan import Cell, Variant, search_of, variants_of
+from dwakd.compare.compare import _search
+from dwakd.compare.plan import RATES, Cell, Variant, search_of, variants_of
 from dwakd.compare.run import Runner
 from dwakd.compare.table import CellScores, paired_interval, read_cell, summarise_comparison
 from dwakd.config import recipe_from_dict
@@ -110,6 +111,25 @@ def test_finished_cells_are_kept_and_a_failed_one_says_why(tmp_path, monkeypatch
     started.clear()
     Runner(recipe(), tmp_path, 1).run(cells)
     assert sorted(started) == ["dskd-1", "dskd-2"]
+
+
+@pytest.mark.parametrize(("metric", "best"), [("eval_bits_per_byte", "lr0.33"), ("eval_rouge_l", "lr3")])
+def test_the_search_takes_the_best_on_the_dev_set(tmp_path, monkeypatch, metric, best):
+    """Low is good for bits per byte and high for ROUGE-L: the wrong way round, every method gets its worst rate."""
+    script = (
+        "import json, pathlib, sys; folder = pathlib.Path(sys.argv[1]); folder.mkdir(parents=True); "
+        "value = float(folder.name.split('-lr')[1].split('-')[0]); (folder / 'dwakd-run.json').write_text('{}'); "
+        "state = {'log_history': [{'loss': 1.0}, {sys.argv[2]: value}]}; "
+        "(folder / 'trainer_state.json').write_text(json.dumps(state))"
+    )
+    monkeypatch.setattr(
+        compare_run, "train_command", lambda path, folder: [sys.executable, "-c", script, str(folder), metric]
+    )
+    (chosen,), failures = _search(Runner(recipe(), tmp_path, 1), [Variant("sft", "sft", {})], 1)
+    assert not failures
+    assert chosen.name == "sft"
+    expected = {f"lr{factor:.2g}": factor for factor in RATES}[best]
+    assert chosen.rate_factor == expected
 
 
 def test_differences_are_paired():

@@ -11,11 +11,12 @@ from pathlib import Path
 from rich.console import Group
 
 from dwakd.compare.plan import Cell, Variant, search_of, variants_of
-from dwakd.compare.run import Runner, best_metric
+from dwakd.compare.run import Runner, dev_loss, failure_reason
 from dwakd.compare.table import CellScores, comparison_tables, read_cell, summarise_comparison
 from dwakd.config import CompareSection, Recipe
 from dwakd.errors import UserError
 from dwakd.evaluation.run import check_recipe_evaluation
+from dwakd.losses import method_class
 from dwakd.training.cache_run import cache_recipe
 from dwakd.training.run import check_options
 
@@ -48,7 +49,8 @@ def compare_methods(
     for variant in variants:
         check_options(Cell(variant, section.seeds[0]).recipe(recipe), folder)
     check_recipe_evaluation(recipe)
-    if recipe.teacher is not None:
+    with_teacher = any(method_class(variant.method).needs_teacher for variant in variants)
+    if with_teacher:
         recipe = _with_teacher_cache(recipe, folder)
     runner = Runner(recipe, folder, jobs)
     failures: dict[str, str] = {}
@@ -57,8 +59,8 @@ def compare_methods(
     cells = [Cell(variant, seed) for seed in section.seeds for variant in variants]
     failures |= runner.run(cells)
     scores: dict[str, list[CellScores]] = {}
-    if recipe.teacher is not None:
-        scores["teacher"] = _teacher(recipe, folder)
+    if with_teacher:
+        scores["teacher"] = _teacher(recipe, folder, failures)
     for cell in cells:
         done = [read_cell(runner.cell_folder(cell))] if runner.finished(cell) else []
         scores.setdefault(cell.variant.name, []).extend(done)
@@ -84,17 +86,15 @@ def _search(runner: Runner, variants: list[Variant], seed: int) -> tuple[list[Va
     chosen = []
     for variant in variants:
         done = [cell for cell in tried[variant.name] if runner.finished(cell)]
-        metrics = {cell: best_metric(runner.cell_folder(cell)) for cell in done}
-        if not metrics:
-            chosen.append(variant)
-            continue
-        best = min(done, key=lambda cell: metrics[cell][1] * (-1 if metrics[cell][0] == "eval_rouge_l" else 1))
-        chosen.append(dataclasses.replace(best.variant, name=variant.name))
+        if done:
+            best = min(done, key=lambda cell: dev_loss(runner.cell_folder(cell)))
+            variant = dataclasses.replace(best.variant, name=variant.name)
+        chosen.append(variant)
     return chosen, failures
 
 
-def _teacher(recipe: Recipe, folder: Path) -> list[CellScores]:
-    """The teacher's own scores, once; none if it cannot be evaluated."""
+def _teacher(recipe: Recipe, folder: Path, failures: dict[str, str]) -> list[CellScores]:
+    """The teacher's own scores, once; none, and a reason among the failures, if it cannot be evaluated."""
     assert recipe.teacher is not None
     output = folder / "cells" / "teacher"
     section = recipe.evaluation
@@ -115,7 +115,10 @@ def _teacher(recipe: Recipe, folder: Path) -> list[CellScores]:
             command += [] if value is None else [name, str(value)]
         for test in section.test:
             command += ["--data", test]
-        with (folder / "logs" / "teacher.log").open("wb") as stream:
-            if subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode:
-                return []
+        log = folder / "logs" / "teacher.log"
+        with log.open("wb") as stream:
+            code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
+        if code:
+            failures["teacher"] = failure_reason(log, code)
+            return []
     return [read_cell(output)]

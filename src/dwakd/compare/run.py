@@ -100,7 +100,7 @@ class Runner:
                     process.wait(timeout=1)
         bar.remove_task(task)
         del self._processes[cell.name]
-        return None if process.returncode == 0 else _reason(log, process.returncode)
+        return None if process.returncode == 0 else failure_reason(log, process.returncode)
 
 
 def train_command(recipe: Path, folder: Path) -> list[str]:
@@ -118,18 +118,19 @@ def _show_steps(log: Path, bar: Progress, task: object) -> None:
         bar.update(task, completed=int(found[-1][0]), total=int(found[-1][1]))  # type: ignore[arg-type]
 
 
-def _reason(log: Path, code: int) -> str:
+def failure_reason(log: Path, code: int) -> str:
+    """The last error that a run's log tells of, else its last line."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error:")]
     last = (errors or lines or [f"exit code {code}"])[-1]
     return f"{last.removeprefix('error: ')} ({log})"
 
 
-def best_metric(folder: Path) -> tuple[str, float]:
-    """The dev-set metric that a search compares, and its best value: ROUGE-L if it was measured, else bits per byte."""
+def dev_loss(folder: Path) -> float:
+    """What a search minimises: the best dev-set ROUGE-L, negative, if it was measured, else the best bits per byte."""
     history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    for name, choose in (("eval_rouge_l", max), ("eval_bits_per_byte", min)):
-        values = [entry[name] for entry in history if name in entry]
+    for name, sign in (("eval_rouge_l", -1), ("eval_bits_per_byte", 1)):
+        values = [sign * entry[name] for entry in history if name in entry]
         if values:
-            return name, choose(values)
+            return min(values)
     raise AssertionError(f"{folder} was never evaluated")
