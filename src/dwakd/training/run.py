@@ -22,6 +22,7 @@ from dwakd.config import RECIPE_FILE, Recipe, StudentSection, TeacherSection, pa
 from dwakd.data.sources import Example, load_examples
 from dwakd.errors import UserError
 from dwakd.evaluation.run import check_recipe_evaluation
+from dwakd.folders import check_output_folder
 from dwakd.losses import ModelPair, Widths, build_loss, method_class
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.options import check_type, unknown_option
@@ -97,8 +98,7 @@ def check_output(folder: Path, *, resume: bool, recipe: Recipe) -> str | None:
     """
     if os.environ.get("RANK", "0") != "0":  # the first rank speaks for all, before it writes anything
         return last_checkpoint(folder) if resume and folder.exists() else None
-    if folder.is_file():
-        raise UserError(f"output folder {folder} is a file; choose another with --output")
+    check_output_folder(folder)
     started = folder.exists() and {path.name for path in folder.iterdir()} - {RECIPE_FILE}
     if not started:  # a run that broke before its first checkpoint leaves its recipe at the most
         return None
