@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dwakd.losses.exact_tokens import exact_partners
+from dwakd.align.offsets import exact_rows
 from tests.losses.reference_v2 import text_pairs
 
 
@@ -13,7 +13,7 @@ def partners(student: list[list[int]], teacher: list[list[int]]) -> list[int]:
     """Of a batch given as byte ends per example."""
     ends = [torch.tensor([end for example in side for end in example], dtype=torch.long) for side in (student, teacher)]
     lengths = [torch.tensor([len(example) for example in side]) for side in (student, teacher)]
-    return exact_partners(ends[0], lengths[0], ends[1], lengths[1]).tolist()
+    return exact_rows(ends[0], lengths[0], ends[1], lengths[1]).tolist()
 
 
 def test_pairs_of_the_specification():

@@ -59,14 +59,35 @@ def exact_rows(
     teacher_ends: Int[Tensor, " t_tokens"],
     teacher_lengths: Int[Tensor, " batch"],
 ) -> Int[Tensor, " s_tokens"]:
-    """For each student token the row of the teacher token that starts and ends at the same bytes, or -1.
+    """For each student row the packed teacher row whose token starts and ends at the same bytes, or -1.
 
-    Monotone and one-to-one. The arguments are those of `byte_groups`; rows are counted over the packed batch.
+    DSKDv2's exact alignment (arXiv 2504.11426): both sides have then read the same text and predict the same text. Tokens
+    without bytes (end-of-sequence, marks of normalisation) pair up at equal places, the last with the last. Pairs are
+    one-to-one, in order, never across examples, and the same from either side; no value of a tensor is waited for.
+
+    Args:
+        student_ends: `ModelSide.byte_ends`.
+        student_lengths: rows per example.
+        teacher_ends: likewise.
+        teacher_lengths: likewise.
     """
-    found, rows = _among(_keys(student_ends, student_lengths), _keys(teacher_ends, teacher_lengths))
+    num_student, num_teacher = len(student_ends), len(teacher_ends)
+    if num_student == 0 or num_teacher == 0:
+        return torch.full_like(student_ends, -1)
+    stride = torch.maximum(student_ends.max(), teacher_ends.max()) + 1
+    student_places = _examples(student_lengths, num_student) * stride + student_ends  # both ascend
+    teacher_places = _examples(teacher_lengths, num_teacher) * stride + teacher_ends
     student_starts, teacher_starts = starts(student_ends, student_lengths), starts(teacher_ends, teacher_lengths)
-    same = (student_starts == teacher_starts[rows]) & (student_ends == teacher_ends[rows])
-    return torch.where(found & same, rows, -1)
+
+    # Of the tokens that end at one place the first alone may have bytes.
+    first = torch.searchsorted(teacher_places, student_places)
+    last = torch.searchsorted(teacher_places, student_places, right=True) - 1
+    index = torch.arange(num_student, device=student_ends.device)
+    behind = torch.searchsorted(student_places, student_places, right=True) - 1 - index
+    wanted = torch.where(student_starts < student_ends, first, last - behind)
+    found = wanted.clamp(0, num_teacher - 1)
+    same = (teacher_places[found] == student_places) & (teacher_starts[found] == student_starts)
+    return torch.where(same & (found == wanted), found, -1)
 
 
 def starts(ends: Int[Tensor, " tokens"], lengths: Int[Tensor, " batch"]) -> Int[Tensor, " tokens"]:
@@ -80,12 +101,18 @@ def _keys(ends: Int[Tensor, " tokens"], lengths: Int[Tensor, " batch"]) -> Int[T
     """One strictly rising number per token: its example, its end, and its rank among the tokens with that end."""
     index = torch.arange(len(ends), device=ends.device)
     stops = lengths.cumsum(0)
-    example = torch.searchsorted(stops, index, right=True)
+    example = _examples(lengths, len(ends))
     spans = (example << _BYTE_BITS) + ends
     rank = index - torch.searchsorted(spans, spans)
     keys = (spans << _RANK_BITS) + rank
     is_final = index == stops[example] - 1
     return torch.where(is_final, ((example + 1) << (_BYTE_BITS + _RANK_BITS)) - 1, keys)
+
+
+def _examples(lengths: Int[Tensor, " batch"], num_tokens: int) -> Int[Tensor, " tokens"]:
+    """The example of each packed token."""
+    index = torch.arange(num_tokens, device=lengths.device)
+    return torch.searchsorted(lengths.cumsum(0), index, right=True)
 
 
 def _among(

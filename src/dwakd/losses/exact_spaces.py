@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dwakd.align.offsets import exact_rows
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import HeadRows, WithPrediction, head_loss, student_space, teacher_space
 from dwakd.losses.base import head_rows, projected_rows
-from dwakd.losses.exact_tokens import exact_partners
 from dwakd.losses.head_maps import HeadMaps
 from dwakd.losses.weights import certainty, rescale
 
@@ -72,7 +72,7 @@ def exact_spaces(
         teacher_weights: weigh rows of `kd_teacher` by 1 - H(p^t_j) / log V_t.
     """
     lengths = student.lengths
-    partners = exact_partners(student.byte_ends, lengths, teacher.byte_ends, teacher.lengths)
+    partners = exact_rows(student.byte_ends, lengths, teacher.byte_ends, teacher.lengths)
     rows = partners.clamp_min(0)
 
     # Rows of the teacher in the student's order: pairs are one-to-one, and what has no partner weighs 0.
