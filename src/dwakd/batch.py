@@ -26,8 +26,9 @@ class ModelSide:
         lengths: rows per example; they sum to tokens.
         byte_ends: offset in the response's UTF-8 bytes at which the predicted token ends (end-of-sequence: the length).
         head: hidden rows to logits.
-        aligned_rows: of a student whose method asks for it: the teacher's row that each row is paired with by spelling,
+        aligned_rows: of a teacher whose method asks for it: the student's row that each row is paired with by spelling,
             counted within the example; -1 for none.
+        trust: of one of several teachers: what its word counts at each of the student's rows, relative to its share.
     """
 
     hidden: Float[Tensor, "tokens hidden"]
@@ -38,6 +39,7 @@ class ModelSide:
     byte_ends: Int[Tensor, " tokens"]
     head: OutputHead
     aligned_rows: Int[Tensor, " tokens"] | None = None
+    trust: Float[Tensor, " s_tokens"] | None = None
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,13 @@ class StudentSection:
 
 @dataclass
 class TeacherSection:
-    """The teacher; `adapter` is a PEFT folder that is merged into it, `cache` a folder of its hidden states."""
+    """The teacher; `adapter` is a PEFT folder that is merged into it, `cache` a folder of its hidden states.
+
+    `weight` is its share among several teachers, relative to theirs.
+    """
 
     model: str
+    weight: float = 1.0
     adapter: str | None = None
     cache: str | None = None
     cache_dtype: str | None = None
@@ -83,15 +87,24 @@ class CompareSection:
 
 @dataclass
 class Recipe:
-    """A whole run. `loss` holds `method` and its options; `training` goes to DistillConfig unchanged."""
+    """A whole run. `loss` holds `method` and its options; `training` goes to DistillConfig unchanged.
+
+    `teacher` is a section, or a list of them for several teachers.
+    """
 
     student: StudentSection
     data: DataSection
-    teacher: TeacherSection | None = None
+    teacher: TeacherSection | list[TeacherSection] | None = None
     loss: dict[str, Any] = field(default_factory=lambda: {"method": "dwa_kd"})
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     compare: CompareSection | None = None
+
+    @property
+    def teachers(self) -> list[TeacherSection]:
+        if self.teacher is None:
+            return []
+        return self.teacher if isinstance(self.teacher, list) else [self.teacher]
 
     @property
     def method(self) -> str:
@@ -107,7 +120,15 @@ class Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 5e-4 as a string, where everybody means a number, and lets the last of two equal keys win."""
+    """YAML as everybody means it: 5e-4 is a number, `no` is a word, and a key is given once.
+
+    YAML 1.1 reads 5e-4 as a string and `no` as false, and lets the last of two equal keys win.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own name)
+        first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:bool"]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -120,12 +141,15 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
 
 def parse_yaml(text: str) -> Any:
-    """YAML, with 5e-4 read as a number."""
+    """YAML as `_Loader` reads it."""
     return yaml.load(text, Loader=_Loader)
 
 
@@ -157,6 +181,8 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r} must look like section.option=value, for example loss.temperature=4")
     node = content
     for key in keys[:-1]:
+        if isinstance(node.get(key), list):
+            raise UserError(f"override {override!r}: {key} is a list here; edit the recipe")
         if node.get(key) is None:
             node[key] = {}
         node = node[key]
@@ -195,6 +221,10 @@ def _section(cls: type[Any], content: Any, prefix: str) -> Any:
 
 def _value(hint: Any, value: Any, name: str) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        inner = next(iter(typing.get_args(option)), None)
+        if isinstance(value, list) and value and dataclasses.is_dataclass(inner):
+            return [_section(typing.cast("type[Any]", inner), item, f"{name}.{k}.") for k, item in enumerate(value)]
     for option in options:
         if dataclasses.is_dataclass(option):
             return _section(typing.cast("type[Any]", option), value, f"{name}.")

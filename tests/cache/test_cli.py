@@ -42,7 +42,7 @@ def test_build_check_and_train(recipe, tmp_path, monkeypatch, capsys):
         assert "is whole" in out
     code, _, err = run(monkeypatch, capsys, "train", recipe, "-o", tmp_path / "run")
     assert code == 0, err
-    assert json.loads((tmp_path / "run" / "dwakd-run.json").read_text())["teacher_cache"] == str(tmp_path / "cache")
+    assert json.loads((tmp_path / "run" / "dwakd-run.json").read_text())["teacher_caches"] == [str(tmp_path / "cache")]
 
     shard = tmp_path / "cache" / "shard-00001.safetensors"
     data = shard.read_bytes()

@@ -39,7 +39,7 @@ def side(examples: list[dict[str, Tensor]], name: str, head: Tensor) -> ModelSid
         byte_ends=torch.cat([torch.arange(1, int(n) + 1) for n in lengths]),
         head=OutputHead(head),
         aligned_rows=torch.cat([e["aligned"] for e in examples])
-        if name == "student" and "aligned" in examples[0]
+        if name == "teacher" and "aligned" in examples[0]
         else None,
     )
 
@@ -59,7 +59,9 @@ def random_examples(
             for key, width in (("hidden", hidden), ("in", embedding), ("out", embedding)):
                 example[f"{name}_{key}"] = torch.randn(count, width, dtype=torch.float64, generator=generator)
             example[f"{name}_target"] = torch.randint(0, vocabulary, (count,), generator=generator)
-        example["aligned"] = torch.arange(s_len).where(torch.arange(s_len) % 4 != 2, -1).clamp(max=t_len - 1)
+        example["aligned"] = torch.arange(t_len).where(
+            (torch.arange(t_len) % 4 != 2) & (torch.arange(t_len) < s_len), -1
+        )
         examples.append(example)
     return examples
 

@@ -45,7 +45,7 @@ def pair(student=STUDENT, teacher=TEACHER, widths=(4, 6), ends=(3, 4)) -> ModelP
 def sides():
     generator = torch.Generator().manual_seed(0)
     own, theirs = (torch.randn(3, width, generator=generator).double() * 2 for width in (4, 6))
-    return logit_side(own.requires_grad_(), [2, 0, 3], [1, -1, 2]), logit_side(theirs, [3, 1, 4])
+    return logit_side(own.requires_grad_(), [2, 0, 3]), logit_side(theirs, [3, 1, 4], [-1, 0, 2])
 
 
 def kl(p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
@@ -101,7 +101,7 @@ def test_one_vocabulary_is_forward_kl():
     generator = torch.Generator().manual_seed(1)
     own, theirs = torch.randn(4, 5, generator=generator), torch.randn(4, 7, generator=generator)
     tokens = (b"a", None, b"b", b"c", b"ab")
-    student, teacher = logit_side(own, [0, 1, 2, 3], [0, 1, 2, 3]), logit_side(theirs, [0, 1, 2, 3])
+    student, teacher = logit_side(own, [0, 1, 2, 3]), logit_side(theirs, [0, 1, 2, 3], [0, 1, 2, 3])
     terms = MinEdLoss(pair=pair(tokens, tokens, (5, 7), (1, 1)))(student, teacher).terms
     expected = kl((theirs[:, :5] / 2).softmax(-1), (own / 2).log_softmax(-1)).mean()
     assert terms["kd"].item() == pytest.approx(expected.item(), rel=1e-5)
@@ -112,7 +112,7 @@ def test_targets_leave_the_students_logits_alone():
     generator = torch.Generator().manual_seed(2)
     own = torch.randn(3, 4, generator=generator)
     before = own.clone()
-    student, teacher = logit_side(own, [2, 0, 3], [-1, -1, -1]), logit_side(torch.randn(3, 6), [3, 1, 4])
+    student, teacher = logit_side(own, [2, 0, 3]), logit_side(torch.randn(3, 6), [3, 1, 4], [-1, -1, -1])
     assert MinEdLoss(pair=pair())(student, teacher).terms["kd"] > 0.5
     assert torch.equal(own, before)
 
@@ -120,10 +120,10 @@ def test_targets_leave_the_students_logits_alone():
 def test_same_prefix_drops_rows_that_have_read_other_text(sides):
     """Warping promises nothing about the text so far; the option does."""
     student, teacher = sides
-    student = dataclasses.replace(student, aligned_rows=torch.tensor([0, 1, 2]), byte_ends=torch.tensor([2, 4, 4]))
-    teacher = dataclasses.replace(teacher, byte_ends=torch.tensor([3, 4, 4]))
+    student = dataclasses.replace(student, byte_ends=torch.tensor([2, 4, 4]))
+    teacher = dataclasses.replace(teacher, aligned_rows=torch.tensor([0, 1, 2]), byte_ends=torch.tensor([3, 4, 4]))
     got = MinEdLoss(pair=pair(), same_prefix=True)(student, teacher).terms["kd"]
-    expected = MinEdLoss(pair=pair())(dataclasses.replace(student, aligned_rows=torch.tensor([0, -1, 2])), teacher)
+    expected = MinEdLoss(pair=pair())(student, dataclasses.replace(teacher, aligned_rows=torch.tensor([0, -1, 2])))
     assert got == expected.terms["kd"]
 
 
@@ -131,7 +131,7 @@ def test_what_is_missing_or_unknown_is_named(sides):
     """Rows without alignment would all count as unaligned: a second cross-entropy in place of a teacher."""
     student, teacher = sides
     with pytest.raises(ValueError, match="needs aligned_rows"):
-        MinEdLoss(pair=pair())(dataclasses.replace(student, aligned_rows=None), teacher)
+        MinEdLoss(pair=pair())(student, dataclasses.replace(teacher, aligned_rows=None))
     with pytest.raises(ValueError, match="valid ones: sum, first"):
         MinEdLoss(pair=pair(), vocabulary_map="mean")
 
@@ -150,8 +150,8 @@ def aligned(*builders):
 def test_one_tokenizer_accepts_every_position(build):
     """Same tokenizer: the alignment is the identity."""
     pairs, _ = aligned(build, build)
-    for row, rows in zip(pairs.rows, pairs.aligned_rows, strict=True):
-        assert rows.tolist() == list(range(len(row.student.byte_ends)))
+    for row in pairs.rows:
+        assert row.teacher.aligned_rows.tolist() == list(range(len(row.student.byte_ends)))
 
 
 def test_aligned_rows_read_the_same_and_reach_the_batch():
@@ -161,26 +161,26 @@ def test_aligned_rows_read_the_same_and_reach_the_batch():
     batch = PairedCollator(0, 2)([pairs[index] for index in range(len(pairs))])
     num_aligned = 0
     for index, row in enumerate(pairs.rows):
-        mask = batch["student_response_mask"][index]
-        assert (batch["student_aligned_rows"][index][~mask] == -1).all()
-        places = batch["student_aligned_rows"][index][mask].tolist()
-        assert places == pairs.aligned_rows[index].tolist()
-        for own, other in enumerate(places):
-            if other > 0:
+        mask = batch["teacher_response_mask"][index]
+        assert (batch["teacher_aligned_rows"][index][~mask] == -1).all()
+        places = batch["teacher_aligned_rows"][index][mask].tolist()
+        assert places == row.teacher.aligned_rows.tolist()
+        for other, own in enumerate(places):
+            if own > 0:
                 tokens = [
                     spelled[n][side.ids[side.num_prompt - 1 + place]]
                     for n, (side, place) in enumerate(((row.student, own), (row.teacher, other)))
                 ]
                 assert tokens[0] == tokens[1] or tokens[1] not in spelled[0]
                 num_aligned += 1
-    assert num_aligned > 0.5 * sum(len(rows) for rows in pairs.aligned_rows)
+    assert num_aligned > 0.5 * sum(len(row.student.byte_ends) for row in pairs.rows)
 
 
 def test_a_run_aligns_its_data_sets(tmp_path):
     """Only a method that asks for the alignment pays for it, and training and evaluation both get it."""
     rows = [{"prompt": "Name one.", "response": "A red door."}]
     run = trainer(tmp_path, method="min_ed", eval_rows=rows, max_steps=2)
-    assert "student_aligned_rows" in run.train_dataset[0]
+    assert "teacher_aligned_rows" in run.train_dataset[0]
     run.train()
     assert run.evaluate()["eval_kd"] > 0
-    assert "student_aligned_rows" not in trainer(tmp_path, method="alm").train_dataset[0]
+    assert "teacher_aligned_rows" not in trainer(tmp_path, method="alm").train_dataset[0]

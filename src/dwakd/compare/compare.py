@@ -13,7 +13,7 @@ from rich.console import Group
 from dwakd.compare.plan import Cell, Variant, search_of, variants_of
 from dwakd.compare.run import Runner, dev_loss, failure_reason
 from dwakd.compare.table import CellScores, comparison_tables, read_cell, summarise_comparison
-from dwakd.config import CompareSection, Recipe
+from dwakd.config import CompareSection, Recipe, TeacherSection
 from dwakd.errors import UserError
 from dwakd.evaluation.run import check_recipe_evaluation
 from dwakd.losses import method_class
@@ -59,8 +59,9 @@ def compare_methods(
     cells = [Cell(variant, seed) for seed in section.seeds for variant in variants]
     failures |= runner.run(cells)
     scores: dict[str, list[CellScores]] = {}
-    if with_teacher:
-        scores["teacher"] = _teacher(recipe, folder, failures)
+    for k, teacher in enumerate(recipe.teachers if with_teacher else [], start=1):
+        name = "teacher" + (f" {k}" if k > 1 else "")
+        scores[name] = _teacher(recipe, teacher, folder, name, failures)
     for cell in cells:
         done = [read_cell(runner.cell_folder(cell))] if runner.finished(cell) else []
         scores.setdefault(cell.variant.name, []).extend(done)
@@ -71,10 +72,13 @@ def compare_methods(
 
 
 def _with_teacher_cache(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with a cache, which is built or completed here, once for all runs."""
-    assert recipe.teacher is not None
-    cache = recipe.teacher.cache or str(folder / "teacher-cache")
-    cached = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, cache=cache))
+    """The recipe with a cache for each teacher, which is built or completed here, once for all runs."""
+    folders = [folder / ("teacher-cache" + (f"-{k}" if k > 1 else "")) for k in range(1, len(recipe.teachers) + 1)]
+    teachers = [
+        dataclasses.replace(teacher, cache=teacher.cache or str(place))
+        for teacher, place in zip(recipe.teachers, folders, strict=True)
+    ]
+    cached = dataclasses.replace(recipe, teacher=teachers)
     cache_recipe(cached)
     return cached
 
@@ -93,15 +97,17 @@ def _search(runner: Runner, variants: list[Variant], seed: int) -> tuple[list[Va
     return chosen, failures
 
 
-def _teacher(recipe: Recipe, folder: Path, failures: dict[str, str]) -> list[CellScores]:
-    """The teacher's own scores, once; none, and a reason among the failures, if it cannot be evaluated."""
-    assert recipe.teacher is not None
-    output = folder / "cells" / "teacher"
+def _teacher(
+    recipe: Recipe, teacher: TeacherSection, folder: Path, name: str, failures: dict[str, str]
+) -> list[CellScores]:
+    """A teacher's own scores, once; none, and a reason among the failures, if it cannot be evaluated."""
+    place = name.replace(" ", "-")
+    output = folder / "cells" / place
     section = recipe.evaluation
     if len(list((output / "eval").glob("*.json"))) < len(section.test):
-        command = [sys.executable, "-m", "dwakd", "eval", recipe.teacher.model, "-o", str(output / "eval")]
+        command = [sys.executable, "-m", "dwakd", "eval", teacher.model, "-o", str(output / "eval")]
         options = {
-            "--adapter": recipe.teacher.adapter,
+            "--adapter": teacher.adapter,
             "--template": recipe.data.template,
             "--prompt": recipe.data.prompt,
             "--response": recipe.data.response,
@@ -115,10 +121,10 @@ def _teacher(recipe: Recipe, folder: Path, failures: dict[str, str]) -> list[Cel
             command += [] if value is None else [name, str(value)]
         for test in section.test:
             command += ["--data", test]
-        log = folder / "logs" / "teacher.log"
+        log = folder / "logs" / f"{place}.log"
         with log.open("wb") as stream:
             code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
         if code:
-            failures["teacher"] = failure_reason(log, code)
+            failures[name] = failure_reason(log, code)
             return []
     return [read_cell(output)]

@@ -81,7 +81,7 @@ def variants_of(recipe: Recipe, section: CompareSection, *, ablation: bool) -> l
                 raise UserError(f"compare.options names {name}, which is not among {', '.join(methods)}")
         chosen = {name: (name, given.get(name, {})) for name in methods}
     for method, options in chosen.values():
-        if method_class(method).needs_teacher and recipe.teacher is None:
+        if method_class(method).needs_teacher and not recipe.teachers:
             raise UserError(f"method {method} needs a teacher: add a teacher section to the recipe")
         build_loss(method, options, widths=Widths(1, 1, 1, 1), pair=ModelPair.smallest())
     return [Variant(name, method, dict(options)) for name, (method, options) in chosen.items()]

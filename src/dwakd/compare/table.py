@@ -16,6 +16,11 @@ from rich.table import Table
 RESAMPLES = 2000
 
 
+def is_teacher(name: str) -> bool:
+    """Whether a row of the table is a teacher's: "teacher", and of several "teacher 2" and so on."""
+    return name.partition(" ")[0] == "teacher"
+
+
 @dataclass(frozen=True)
 class CellScores:
     """One finished run.
@@ -85,7 +90,7 @@ def paired_interval(ours: Sequence[CellScores], other: Sequence[CellScores]) -> 
 def summarise_comparison(variants: Mapping[str, Sequence[CellScores]], failures: Mapping[str, str]) -> dict[str, Any]:
     """Every number of the table, as JSON values; a variant without a finished run has none but its reason."""
     means = {name: float(np.mean([mean_score(cell) for cell in cells])) for name, cells in variants.items() if cells}
-    trained = {name: value for name, value in means.items() if name != "teacher"}
+    trained = {name: value for name, value in means.items() if not is_teacher(name)}
     best = max(trained, key=lambda name: trained[name]) if trained else None
     rows: dict[str, Any] = {}
     for name, cells in variants.items():
@@ -105,7 +110,7 @@ def summarise_comparison(variants: Mapping[str, Sequence[CellScores]], failures:
             "peak_memory_bytes": max((c.peak_bytes for c in cells if c.peak_bytes is not None), default=None),
         }
         for label, reference in (("versus_sft", "sft"), ("versus_best", best)):
-            if name != "teacher" and reference not in (None, name) and variants.get(str(reference)):
+            if not is_teacher(name) and reference not in (None, name) and variants.get(str(reference)):
                 rows[name][label] = paired_interval(cells, variants[str(reference)])
     return {"best": best, "variants": rows, "failures": dict(failures)}
 
@@ -123,7 +128,7 @@ def comparison_tables(summary: Mapping[str, Any]) -> Group:
         spread = row["rouge_l_std_over_training_seeds"]
         mean = f"{row['rouge_l']:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
         scores.add_row(name, *(f"{row['sets'][key]:.2f}" for key in sets), mean)
-        if name != "teacher":
+        if not is_teacher(name):
             gaps.add_row(name, *(_gap(row.get(label)) for label in ("versus_sft", "versus_best")))
         peak = row["peak_memory_bytes"]
         costs.add_row(

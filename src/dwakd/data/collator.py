@@ -1,6 +1,6 @@
 """Batches of rows that are encoded on both sides (`dwakd.data.pairs`)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class PairedCollator:
     def _pad_side(self, features: Sequence[dict[str, Any]], side: str, pad_id: int) -> dict[str, Tensor]:
         longest = max(len(feature[f"{side}_input_ids"]) for feature in features)
         width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        fills = {"input_ids": pad_id, "target_ids": pad_id, "response_mask": False, "byte_ends": 0}
+        fills: dict[str, Any] = {"input_ids": pad_id, "target_ids": pad_id, "response_mask": False, "byte_ends": 0}
         if f"{side}_aligned_rows" in features[0]:
             fills["aligned_rows"] = -1
         padded = {
@@ -54,3 +54,19 @@ class PairedCollator:
             [[1] * n + [0] * (width - n) for n in (len(feature[f"{side}_input_ids"]) for feature in features)]
         )
         return padded
+
+
+class SeveralCollators:
+    """A batch for several teachers: that of the first, and in `others` a batch for each of the rest.
+
+    Args:
+        collators: one per teacher.
+    """
+
+    def __init__(self, collators: Sequence[Callable[[list[dict[str, Any]]], dict[str, Any]]]) -> None:
+        self.collators = list(collators)
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        first, *rest = self.collators
+        others = [collate([feature["others"][k] for feature in features]) for k, collate in enumerate(rest)]
+        return {**first(features), "others": others}

@@ -1,5 +1,6 @@
 """The same text for two tokenizers: rows encoded on both sides, cut at the same characters."""
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,11 +33,13 @@ class EncodedSide:
         ids: all of them.
         num_prompt: how many of them are prompt.
         byte_ends: per id after the prompt, its end in the UTF-8 bytes of the response text that was kept.
+        aligned_rows: of a teacher, where a method asks for it: see `ModelSide`.
     """
 
     ids: NDArray[np.int32]
     num_prompt: int
     byte_ends: NDArray[np.int32]
+    aligned_rows: NDArray[np.int32] | None = None
 
     @property
     def length(self) -> int:
@@ -46,7 +49,10 @@ class EncodedSide:
     def features(self, prefix: str) -> dict[str, list[Any]]:
         """The fields of one side of a feature dict, shifted: position i predicts target i."""
         num_unsupervised = self.num_prompt - 1
-        return {
+        aligned = {}
+        if self.aligned_rows is not None:
+            aligned = {f"{prefix}_aligned_rows": [-1] * num_unsupervised + self.aligned_rows.tolist()}
+        return aligned | {
             f"{prefix}_input_ids": self.ids[:-1].tolist(),
             f"{prefix}_target_ids": self.ids[1:].tolist(),
             f"{prefix}_response_mask": [False] * num_unsupervised + [True] * len(self.byte_ends),
@@ -56,27 +62,30 @@ class EncodedSide:
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """A row on both sides; `teacher` is None when there is no teacher."""
+    """A row on all sides; `teacher` is None when there is no teacher, and `others` are those after the first."""
 
     example_id: int
     text: str
     student: EncodedSide
     teacher: EncodedSide | None
+    others: tuple[EncodedSide, ...] = ()
     truncated: bool = False
+
+    @property
+    def teachers(self) -> tuple[EncodedSide, ...]:
+        return () if self.teacher is None else (self.teacher, *self.others)
 
 
 class EncodedPairs(torch.utils.data.Dataset[dict[str, Any]]):
     """Encoded rows; an item is a dict of lists for `dwakd.data.collator.PairedCollator`.
+
+    With several teachers, the fields of those after the first are dicts of their own in the list `others`.
 
     Args:
         rows: the rows that are kept.
         report: rows that are left out, by reason: their indices in the source.
         num_truncated: how many of the kept rows had their response cut.
         source: what to call the rows in messages.
-
-    Attributes:
-        aligned_rows: per row, the teacher's row for each of the student's response rows, or -1; None unless
-            `dwakd.data.spelling.align_by_spelling` was called.
     """
 
     def __init__(
@@ -90,7 +99,6 @@ class EncodedPairs(torch.utils.data.Dataset[dict[str, Any]]):
         self.report = report
         self.num_truncated = num_truncated
         self.source = source
-        self.aligned_rows: list[NDArray[np.int32]] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -98,9 +106,16 @@ class EncodedPairs(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
         item: dict[str, Any] = {"example_id": row.example_id, **row.student.features("student")}
-        if self.aligned_rows is not None:
-            item["student_aligned_rows"] = [-1] * (row.student.num_prompt - 1) + self.aligned_rows[index].tolist()
-        return item if row.teacher is None else {**item, **row.teacher.features("teacher")}
+        if row.teacher is not None:
+            item |= row.teacher.features("teacher")
+        if row.others:
+            item["others"] = [{"example_id": row.example_id, **side.features("teacher")} for side in row.others]
+        return item
+
+    def of_teacher(self, index: int) -> "EncodedPairs":
+        """The same rows with one of several teachers alone."""
+        rows = [dataclasses.replace(row, teacher=row.teachers[index], others=()) for row in self.rows]
+        return EncodedPairs(rows, self.report, self.num_truncated, self.source)
 
     @property
     def student_lengths(self) -> list[int]:
@@ -122,23 +137,22 @@ class _Draft:
 def encode_pairs(
     examples: Sequence[Example],
     student: TextEncoder,
-    teacher: TextEncoder | None = None,
-    *,
+    *teachers: TextEncoder,
     max_length: int = 512,
     max_prompt_length: int = 256,
     invalid_rows: str = "error",
     source: str = "train data",
 ) -> EncodedPairs:
-    """Encode rows for both tokenizers over the same characters of each response.
+    """Encode rows for all tokenizers over the same characters of each response.
 
     A row that exceeds `max_length` on either side has its response *text* cut, at the end of the last token that
-    still fits on the side with the least room, and both sides encode what is left; such a row supervises no end
+    still fits on the side with the least room, and all sides encode what is left; such a row supervises no end
     token. A response that leaves no token on some side is left out and reported.
 
     Args:
         examples: rows with responses.
         student: the student's encoder.
-        teacher: the teacher's, or None (SFT): items then have no teacher fields.
+        teachers: the teachers'; without any (SFT), items have no teacher fields.
         max_length: most tokens per side: prompt, response and end token (512 in the paper's code).
         max_prompt_length: most tokens of a prompt per side (256 in the paper's code).
         invalid_rows: `error` refuses a prompt that is too long or without a token, and a response that is empty;
@@ -158,7 +172,7 @@ def encode_pairs(
             f"data.max_prompt_length={max_prompt_length} must be at least 1 and below "
             f"data.max_length={max_length}, which has to hold the response as well"
         )
-    sides = [student] if teacher is None else [student, teacher]
+    sides = [student, *teachers]
     rows: list[EncodedRow] = []
     report: dict[str, list[int]] = {}
     first_error: dict[str, str] = {}
@@ -191,7 +205,8 @@ def _draft(examples: Sequence[Example], sides: list[TextEncoder], title: str) ->
 
 def _find_fault(draft: _Draft, max_prompt_length: int) -> tuple[str | None, str]:
     """Why a row cannot be used as it stands, and the words for it."""
-    for whose, ids in zip(("student", "teacher"), draft.prompts, strict=False):
+    names = ["student", "teacher", *(f"teacher {k}" for k in range(2, len(draft.prompts)))]
+    for whose, ids in zip(names, draft.prompts, strict=False):
         if len(ids) > max_prompt_length:
             return PROMPT_TOO_LONG, (
                 f"the prompt has {len(ids)} tokens for the {whose}, above data.max_prompt_length={max_prompt_length}"
@@ -233,8 +248,9 @@ def _finish(draft: _Draft, sides: list[TextEncoder]) -> EncodedRow:
                 byte_ends=np.array([*ends, *([len(draft.text.encode())] * len(last))], dtype=np.int32),
             )
         )
-    teacher = encoded[1] if len(encoded) > 1 else None
-    return EncodedRow(draft.example.index, draft.text, encoded[0], teacher, draft.truncated)
+    own, *teachers = encoded
+    teacher, others = teachers[0] if teachers else None, tuple(teachers[1:])
+    return EncodedRow(draft.example.index, draft.text, own, teacher, others, draft.truncated)
 
 
 def _check_report(

@@ -1,5 +1,7 @@
 """Rows of two tokenisations aligned by the spelling of their tokens, once for a data set (MinED)."""
 
+import dataclasses
+
 import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
@@ -9,35 +11,51 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedPairs, EncodedSide
 
 
-def align_by_spelling(pairs: EncodedPairs, student: TextEncoder, teacher: TextEncoder) -> None:
-    """Give `pairs` its `aligned_rows`, if it has none yet.
+def align_by_spelling(pairs: EncodedPairs, student: TextEncoder, *teachers: TextEncoder) -> None:
+    """Give every teacher's side of `pairs` its `aligned_rows`, where it has none yet.
 
     The tokens that are *read* at response rows are warped onto each other, without their spaces: the last token of
     the prompt is the first, the end token is not among them. A row is aligned where exactly one teacher row falls on
     it and the teacher's token maps onto the student's (`nearest_tokens`).
 
     Args:
-        pairs: rows with both sides.
+        pairs: rows with all sides.
         student: the encoder they were made with.
-        teacher: likewise.
+        teachers: likewise.
     """
-    if pairs.aligned_rows is not None:
+    if all(side.aligned_rows is not None for row in pairs.rows for side in row.teachers):
         return
-    from dwakd.align.edit_distance import edit_costs, one_to_one_rows  # numba takes half a second: only when used
+    aligners = [_Aligner(student, teacher) for teacher in teachers]
+    for index, row in enumerate(tqdm(pairs.rows, desc="aligning tokens", unit="row", delay=2, leave=False)):
+        first, *others = (
+            dataclasses.replace(side, aligned_rows=aligner(row.student, side))
+            for aligner, side in zip(aligners, row.teachers, strict=True)
+        )
+        pairs.rows[index] = dataclasses.replace(row, teacher=first, others=tuple(others))
 
-    mine, theirs = student.token_bytes(), teacher.token_bytes()
-    student_of = nearest_tokens(theirs, mine, (teacher.end_token_id, student.end_token_id)).numpy()
-    spellings = [
-        ["\0" if token is None else token_text(token).replace(" ", "") for token in tokens] for tokens in (mine, theirs)
-    ]
-    pairs.aligned_rows = []
-    for row in tqdm(pairs.rows, desc="aligning tokens", unit="row", delay=2, leave=False):
-        assert row.teacher is not None
-        own, other = _read(row.student), _read(row.teacher)
-        costs = edit_costs([spellings[0][index] for index in own], [spellings[1][index] for index in other])
-        rows, _ = one_to_one_rows(costs)
-        accepted = (rows >= 0) & (student_of[other[np.maximum(rows, 0)]] == own)
-        pairs.aligned_rows.append(np.where(accepted, rows, -1).astype(np.int32))
+
+class _Aligner:
+    """For each of the teacher's rows of an example the student's row it is aligned with, or -1."""
+
+    def __init__(self, student: TextEncoder, teacher: TextEncoder) -> None:
+        mine, theirs = student.token_bytes(), teacher.token_bytes()
+        self.student_of = nearest_tokens(theirs, mine, (teacher.end_token_id, student.end_token_id)).numpy()
+        self.spellings = [
+            ["\0" if token is None else token_text(token).replace(" ", "") for token in tokens]
+            for tokens in (mine, theirs)
+        ]
+
+    def __call__(self, student: EncodedSide, teacher: EncodedSide) -> NDArray[np.int32]:
+        from dwakd.align.edit_distance import edit_costs, one_to_one_rows  # numba takes half a second: only when used
+
+        own, other = _read(student), _read(teacher)
+        rows, _ = one_to_one_rows(
+            edit_costs([self.spellings[0][index] for index in own], [self.spellings[1][index] for index in other])
+        )
+        accepted = (rows >= 0) & (self.student_of[other[np.maximum(rows, 0)]] == own)
+        aligned = np.full(len(other), -1, dtype=np.int32)
+        aligned[rows[accepted]] = accepted.nonzero()[0]
+        return aligned
 
 
 def _read(side: EncodedSide) -> NDArray[np.int32]:

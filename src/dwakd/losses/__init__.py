@@ -18,6 +18,7 @@ from dwakd.losses.min_ed import MinEdLoss
 from dwakd.losses.multilevel_ot import MultiLevelOtLoss
 from dwakd.losses.pair import ModelPair
 from dwakd.losses.projectors import Widths
+from dwakd.losses.several_teachers import SeveralTeachers
 from dwakd.losses.sft import SftLoss
 from dwakd.losses.uld import UldLoss
 from dwakd.options import check_type, unknown_option
@@ -49,6 +50,7 @@ __all__ = [
     "MinEdLoss",
     "ModelPair",
     "MultiLevelOtLoss",
+    "SeveralTeachers",
     "SftLoss",
     "TeacherScale",
     "UldLoss",

@@ -29,10 +29,14 @@ class DistillationLoss(nn.Module, ABC):
     needs_same_vocabulary: bool = False
     """Whether student and teacher must share one tokenizer; an option may decide it."""
     needs_edit_alignment: ClassVar[bool] = False
-    """Whether it reads `aligned_rows` of the student's side."""
+    """Whether it reads `aligned_rows` of the teacher's side."""
 
     def set_step(self, step: int) -> None:
         """Told the number of finished optimiser steps before each step; only schedules care."""
+
+    def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Tensor | None:
+        """The teacher in the student's space, one row for each of the student's, where the method has such a thing."""
+        return None
 
     @abstractmethod
     def forward(

@@ -85,16 +85,7 @@ class DskdLoss(DistillationLoss):
         teacher_scale: TeacherScale | None = None,
     ) -> LossOutput:
         teacher = require_teacher(teacher, "dskd")
-        if self.attention:
-            scale = teacher_scale or TeacherScale.of(teacher)
-            crossed = cross_model_attention(student, teacher, self.projectors, scale)
-            t2s_hidden, s2t_hidden = crossed.t2s_hidden, crossed.s2t_hidden
-        else:
-            require_same_rows(student, teacher, "dskd without attention")
-            dtype = self.projectors.t2s.weight.dtype
-            t2s_hidden = self.projectors.t2s(teacher.hidden.detach().to(dtype))
-            s2t_hidden = self.projectors.s2t(student.hidden.to(dtype))
-
+        t2s_hidden, s2t_hidden = self._crossed(student, teacher, teacher_scale or TeacherScale.of(teacher))
         rate = self.kd_rate
         space = student_space(self.divergence)(
             student.target_ids,
@@ -102,6 +93,7 @@ class DskdLoss(DistillationLoss):
             {"ce": 1 - rate, "t2s_ce": rate, "kd_student": rate},
             divergence=self.divergence,
             weigh=accuracy_mask if self.accuracy_mask else None,
+            trust=teacher.trust,
         )
         in_student = head_loss([head_rows(student), projected_rows(t2s_hidden, student)], space)
         in_teacher = head_loss(
@@ -113,6 +105,18 @@ class DskdLoss(DistillationLoss):
             len(student.target_ids) if num_tokens is None else num_tokens,
             total=in_student.loss,
         )
+
+    def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Tensor:
+        return self._crossed(student, teacher, teacher_scale)[0]
+
+    def _crossed(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> tuple[Tensor, Tensor]:
+        """h^{t->s} and h^{s->t}."""
+        if self.attention:
+            crossed = cross_model_attention(student, teacher, self.projectors, scale)
+            return crossed.t2s_hidden, crossed.s2t_hidden
+        require_same_rows(student, teacher, "dskd without attention")
+        dtype = self.projectors.t2s.weight.dtype
+        return self.projectors.t2s(teacher.hidden.detach().to(dtype)), self.projectors.s2t(student.hidden.to(dtype))
 
 
 def accuracy_mask(statistics: dict[str, Tensor], lengths: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ from dwakd.batch import LossOutput, ModelSide
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, check_range, reduce_terms, require_teacher
 from dwakd.losses.divergences import divergence as named_divergence
-from dwakd.losses.exact_spaces import exact_spaces
+from dwakd.losses.exact_spaces import exact_spaces, projected_partners
 from dwakd.losses.head_maps import HeadMaps
 from dwakd.losses.pair import ModelPair
 
@@ -88,3 +88,6 @@ class DskdV2Loss(DistillationLoss):
             len(student.target_ids) if num_tokens is None else num_tokens,
             total=spaces.total,
         )
+
+    def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Tensor:
+        return projected_partners(student, teacher, self.projectors)

@@ -177,7 +177,7 @@ class DwaKdLoss(DistillationLoss):
     ) -> LossOutput:
         teacher = require_teacher(teacher, "dwa_kd")
         crossed = cross_model_attention(student, teacher, self.projectors, teacher_scale or TeacherScale.of(teacher))
-        in_student = self._student_space(student, crossed)
+        in_student = self._student_space(student, crossed, teacher.trust)
         alignment = self._alignment(student, teacher, crossed)
         return reduce_terms(
             {**in_student.terms, "kd_teacher": self._teacher_space(teacher, crossed), **alignment},
@@ -186,7 +186,10 @@ class DwaKdLoss(DistillationLoss):
             total=in_student.loss,
         )
 
-    def _student_space(self, student: ModelSide, crossed: CrossModelAttention) -> HeadLoss:
+    def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Tensor:
+        return cross_model_attention(student, teacher, self.projectors, teacher_scale).t2s_hidden
+
+    def _student_space(self, student: ModelSide, crossed: CrossModelAttention, trust: Tensor | None) -> HeadLoss:
         """Equations 7 and 11 to 13, with both cross-entropies."""
         weighted = self.weighting["use_entropy"] or self.weighting["use_gate"]
         space = student_space(self.divergence)(
@@ -196,6 +199,7 @@ class DwaKdLoss(DistillationLoss):
             divergence=self.divergence,
             weigh=self._student_weights if weighted else None,
             whole_examples=weighted,
+            trust=trust,
         )
         return head_loss([head_rows(student), projected_rows(crossed.t2s_hidden, student)], space)
 

@@ -12,7 +12,7 @@ from dwakd.losses.alignment import soft_dtw_divergences
 from dwakd.losses.attention import TeacherScale, band_penalty
 from dwakd.losses.base import DistillationLoss, check_range, reduce_terms, require_teacher
 from dwakd.losses.divergences import divergence as named_divergence
-from dwakd.losses.exact_spaces import ExactSpaces, exact_spaces
+from dwakd.losses.exact_spaces import ExactSpaces, exact_spaces, projected_partners
 from dwakd.losses.head_maps import HeadMaps
 from dwakd.losses.packing import example_ids, positions
 from dwakd.losses.pair import ModelPair
@@ -151,6 +151,9 @@ class DwaKdV2Loss(DistillationLoss):
             len(student.target_ids) if num_tokens is None else num_tokens,
             total=spaces.total,
         )
+
+    def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Tensor:
+        return projected_partners(student, teacher, self.projectors)
 
     def _alignment(self, student: ModelSide, teacher: ModelSide, spaces: ExactSpaces) -> dict[str, Tensor]:
         """DWA-KD's equations 17, 18 and 22 to 24: both pairs of sequences in one Soft-DTW call."""

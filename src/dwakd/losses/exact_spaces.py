@@ -109,9 +109,17 @@ def exact_spaces(
             whole_examples=True,
             projected_targets=labels.clamp_min(0),
             projected_weights=_mean_weights(counted, lengths, in_teacher.loss.dtype),
+            trust=teacher.trust,
         ),
     )
     return ExactSpaces(in_student.loss, in_student.terms | {"kd_teacher": kd_teacher}, teacher_hidden, partners)
+
+
+def projected_partners(student: ModelSide, teacher: ModelSide, maps: HeadMaps) -> Float[Tensor, "s_tokens s_hidden"]:
+    """t2s h^t_j at the rows that have a partner j; zero, which predicts nothing, at the others."""
+    partners = exact_rows(student.byte_ends, student.lengths, teacher.byte_ends, teacher.lengths)
+    rows = teacher.hidden.detach()[partners.clamp_min(0)].to(maps.t2s.weight.dtype)
+    return torch.where(partners[:, None] >= 0, maps.t2s(rows), 0.0)
 
 
 def _mean_weights(

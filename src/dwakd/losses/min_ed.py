@@ -177,12 +177,14 @@ def aligned_teacher_rows(
     student: ModelSide, teacher: ModelSide, *, same_prefix: bool
 ) -> tuple[Int[Tensor, " s_tokens"], Bool[Tensor, " s_tokens"]]:
     """For each student row a teacher's row in the packed batch, and whether the two are aligned."""
-    if student.aligned_rows is None:
-        raise ValueError("method min_ed needs aligned_rows on the student's side")
-    within = student.aligned_rows
-    aligned = within >= 0
-    firsts = (teacher.lengths.cumsum(0) - teacher.lengths)[example_ids(student.lengths, len(within))]
-    rows = firsts + within.clamp(min=0)
+    if teacher.aligned_rows is None:
+        raise ValueError("method min_ed needs aligned_rows on the teacher's side")
+    within, count = teacher.aligned_rows, len(student.target_ids)
+    firsts = (student.lengths.cumsum(0) - student.lengths)[example_ids(teacher.lengths, len(within))]
+    paired = torch.where(within >= 0, firsts + within, count)  # what has no partner falls on one row too many
+    rows = within.new_zeros(count + 1).index_copy(0, paired, torch.arange(len(within), device=within.device))
+    aligned = torch.zeros_like(rows, dtype=torch.bool).index_fill(0, paired, True)
+    rows, aligned = rows[:count], aligned[:count]
     if same_prefix:
         read = [starts(side.byte_ends, side.lengths) for side in (student, teacher)]
         aligned = aligned & (read[0] == read[1][rows])

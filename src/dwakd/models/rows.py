@@ -126,7 +126,6 @@ def response_rows(
     target_ids: Int[Tensor, "batch length"],
     response_mask: Bool[Tensor, "batch length"],
     byte_ends: Int[Tensor, "batch length"],
-    aligned_rows: Int[Tensor, "batch length"] | None = None,
 ) -> ModelSide:
     """Run the backbone and keep the rows where `response_mask` is True, in the order of the batch.
 
@@ -140,7 +139,6 @@ def response_rows(
         target_ids: the token predicted at each position.
         response_mask: True where the predicted token is a supervised token of the response.
         byte_ends: byte offset in the response at which the predicted token ends.
-        aligned_rows: see `ModelSide`.
     """
     hidden = final_hidden(model, input_ids, attention_mask)
     table = embedding_table(model)
@@ -153,7 +151,6 @@ def response_rows(
         lengths=response_mask.sum(dim=1),
         byte_ends=byte_ends[response_mask],
         head=output_head(model),
-        aligned_rows=None if aligned_rows is None else aligned_rows[response_mask],
     )
 
 

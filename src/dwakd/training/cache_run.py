@@ -10,44 +10,50 @@ from dwakd.config import Recipe, load_recipe
 from dwakd.data.encoding import TextEncoder
 from dwakd.errors import UserError
 from dwakd.models.loading import load_tokenizer
-from dwakd.training.cached import CachedTeacher
 from dwakd.training.inputs import encode_source
 from dwakd.training.run import load_section, recipe_examples, training_config
 
 
-def cache_recipe(recipe: Recipe, folder: str | Path | None = None, *, check: bool = False) -> Cache:
-    """Build what is missing or damaged in a recipe's cache; with `check` only verify it.
+def cache_recipe(recipe: Recipe, folder: str | Path | None = None, *, check: bool = False) -> list[Cache]:
+    """Build what is missing or damaged in the caches of a recipe's teachers; with `check` only verify them.
 
     Args:
         recipe: of the training run.
-        folder: of the cache, in place of `teacher.cache`.
+        folder: of the cache of a single teacher, in place of `teacher.cache`.
         check: read everything, write nothing.
 
     Raises:
         UserError: no teacher, no folder, a cache that belongs to something else, a full disk; with `check` also a cache
             that isn't whole.
     """
-    if recipe.teacher is None:
+    if not recipe.teachers:
         raise UserError("there is nothing to cache without a teacher: add a teacher section to the recipe")
-    folder = folder or recipe.teacher.cache
-    if folder is None:
+    if folder is not None and len(recipe.teachers) > 1:
+        raise UserError("--output names one folder: with several teachers, give each its cache in the recipe")
+    folders = [folder or section.cache for section in recipe.teachers]
+    if None in folders:
         raise UserError("teacher.cache is missing: name the cache's folder in the recipe, or with --output")
     args = training_config(recipe, "unused")
     train, evaluation = recipe_examples(recipe)
     student_tokenizer = load_tokenizer(
         recipe.student.model, revision=recipe.student.revision, trust_remote_code=recipe.student.trust_remote_code
     )
-    teacher, _ = load_section(dataclasses.replace(recipe.teacher, cache=str(folder)))
-    assert isinstance(teacher, CachedTeacher)
-    encoder = TextEncoder(teacher.tokenizer, args.template, args.bos)
-    encoders = (TextEncoder(student_tokenizer, args.template, args.bos), encoder)
+    loaded = [
+        load_section(dataclasses.replace(section, cache=str(place)))
+        for section, place in zip(recipe.teachers, folders, strict=True)
+    ]
+    tokenizers = [student_tokenizer, *(tokenizer for _, tokenizer in loaded)]
+    encoders = tuple(TextEncoder(tokenizer, args.template, args.bos) for tokenizer in tokenizers)
     sets = {"train": encode_source(train, encoders, args, "train", recipe.data.train)[1]}
     if evaluation is not None:
         sets["eval"] = encode_source(evaluation, encoders, args, "eval", recipe.data.eval)[1]
-    if check:
-        return teacher.check(encoder, args, sets)
-    teacher.prepare(encoder, args, sets, mend=True)
-    return teacher.cache
+    caches = []
+    for index, ((teacher, _), encoder) in enumerate(zip(loaded, encoders[1:], strict=True)):
+        own = {role: pairs.of_teacher(index) for role, pairs in sets.items() if pairs is not None}
+        if not check:
+            teacher.prepare(encoder, args, own, mend=True)
+        caches.append(teacher.check(encoder, args, own) if check else teacher.cache)
+    return caches
 
 
 def cache_command(path: Path, overrides: list[str], folder: Path | None, *, check: bool) -> str:
@@ -55,8 +61,10 @@ def cache_command(path: Path, overrides: list[str], folder: Path | None, *, chec
     if path.is_dir():
         if not check:
             raise UserError(f"{path} is a folder: name a recipe, or add --check to verify the cache in it")
-        cache = open_whole(path, progress=True)
+        caches = [open_whole(path, progress=True)]
     else:
-        cache = cache_recipe(load_recipe(path, overrides), folder, check=check)
-    verb = "is whole" if check else "is ready; train from it with teacher.cache: " + str(cache.folder)
-    return f"teacher cache {cache.folder} ({cache.describe()}) {verb}"
+        caches = cache_recipe(load_recipe(path, overrides), folder, check=check)
+    verb = "is whole" if check else "is ready; train from it with teacher.cache: "
+    return "\n".join(
+        f"teacher cache {cache.folder} ({cache.describe()}) {verb}{'' if check else cache.folder}" for cache in caches
+    )

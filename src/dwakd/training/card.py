@@ -9,7 +9,7 @@ from dwakd.config import Recipe
 
 def model_card(recipe: Recipe, name: str) -> str:
     """README.md of the student's folder: what it was made from and how, and how to load it."""
-    teacher = recipe.teacher.model if recipe.teacher else "none"
+    teacher = "`, `".join(teacher.model for teacher in recipe.teachers) or "none"
     header = {"library_name": "transformers", "tags": ["dwakd", "knowledge-distillation", recipe.method]}
     if recipe.student.peft:
         header |= {"library_name": "peft", "base_model": recipe.student.model}

@@ -8,12 +8,14 @@ from transformers import TrainingArguments
 
 from dwakd.errors import UserError
 from dwakd.losses import method_class
+from dwakd.losses.several_teachers import GATES
 
 SAMPLING = ("random", "sequential", "group_by_length")
 _POSITIVE, _COUNT, _SIZE = (0, "above 0"), (0, "at least 1"), (-1e-300, "0 or more")
 RANGES: dict[str, tuple[float, str]] = {
     "learning_rate": _POSITIVE,
     "projector_learning_rate": _POSITIVE,
+    "teacher_gate_temperature": _POSITIVE,
     "num_train_epochs": _POSITIVE,
     "logging_steps": _POSITIVE,
     "save_steps": _POSITIVE,
@@ -50,6 +52,16 @@ class DistillConfig(TrainingArguments):
     )
     projector_learning_rate: float = field(
         default=1e-3, metadata={"help": "Learning rate of the maps between the models."}
+    )
+    teacher_weights: list[float] | None = field(
+        default=None, metadata={"help": "Shares of several teachers in the loss; equal by default."}
+    )
+    teacher_gate: str = field(
+        default="confidence",
+        metadata={"help": "Of several teachers, trust token by token: confidence; or always their weights."},
+    )
+    teacher_gate_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of the softmax over the teachers' confidences."}
     )
     template: str = field(
         default="alpaca",
@@ -100,17 +112,7 @@ class DistillConfig(TrainingArguments):
     report_to: str | list[str] | None = field(default="none", metadata={"help": "Trackers to log to."})
 
     def __post_init__(self) -> None:
-        for name, (low, what) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not (value > low or (name == "max_steps" and value == -1)):
-                raise UserError(f"{name} must be {what}, got {value!r}")
-        for name, (only, why) in FIXED.items():
-            if getattr(self, name) != only:
-                raise UserError(f"{name} must stay {only}: {why}")
-        if self.train_sampling_strategy not in SAMPLING:
-            raise UserError(
-                f"unknown train_sampling_strategy {self.train_sampling_strategy!r}; valid ones: {', '.join(SAMPLING)}"
-            )
+        self._check()
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model = "rouge_l" if self.eval_rouge_l else "bits_per_byte"
         if self.metric_for_best_model is not None and self.greater_is_better is None:
@@ -119,3 +121,18 @@ class DistillConfig(TrainingArguments):
         super().__post_init__()
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # nothing to pin for, and torch warns of it
+
+    def _check(self) -> None:
+        for name, (low, what) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not (value > low or (name == "max_steps" and value == -1)):
+                raise UserError(f"{name} must be {what}, got {value!r}")
+        for name, (only, why) in FIXED.items():
+            if getattr(self, name) != only:
+                raise UserError(f"{name} must stay {only}: {why}")
+        for name, valid in {"train_sampling_strategy": SAMPLING, "teacher_gate": GATES}.items():
+            if getattr(self, name) not in valid:
+                raise UserError(f"unknown {name} {getattr(self, name)!r}; valid ones: {', '.join(valid)}")
+        for weight in self.teacher_weights or []:
+            if not 0 < weight < float("inf"):
+                raise UserError(f"teacher_weights must be numbers above 0, got {weight!r}")

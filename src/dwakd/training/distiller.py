@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dwakd.batch import LossOutput, ModelSide
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss
+from dwakd.losses.several_teachers import SeveralTeachers
 from dwakd.training.teacher import side_rows
 
 
@@ -16,14 +17,14 @@ class Distiller(nn.Module):
 
     Args:
         student: a causal language model of transformers, or a PEFT model around one.
-        loss: the method; its parameters (projectors) train with the student.
+        loss: the method, or several; its parameters (projectors) train with the student.
     """
 
     accepts_loss_kwargs = True
     """For transformers.Trainer: the loss is already divided by the tokens of the whole optimiser batch."""
     _keys_to_ignore_on_save = None
 
-    def __init__(self, student: nn.Module, loss: DistillationLoss) -> None:
+    def __init__(self, student: nn.Module, loss: DistillationLoss | SeveralTeachers) -> None:
         super().__init__()
         self.student = student
         self.loss = loss
@@ -43,15 +44,15 @@ class Distiller(nn.Module):
     def forward(
         self,
         batch: dict[str, Tensor],
-        teacher: ModelSide | None = None,
+        teacher: ModelSide | list[ModelSide] | None = None,
         num_tokens: Tensor | float | None = None,
-        teacher_scale: TeacherScale | None = None,
+        teacher_scale: TeacherScale | list[TeacherScale] | None = None,
     ) -> dict[str, Any]:
         """The loss of a collated batch as {"loss": scalar with gradient, "terms": {name: detached scalar}}.
 
         Args:
             batch: what `PairedCollator` returns.
-            teacher: the teacher's rows of the same batch.
+            teacher: the teacher's rows of the same batch; a list of several teachers'.
             num_tokens: see `DistillationLoss.forward`.
             teacher_scale: see `DistillationLoss.forward`.
         """

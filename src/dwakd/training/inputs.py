@@ -77,24 +77,31 @@ def load_pair(
 
 def encode_source(
     source: Source | None,
-    encoders: tuple[TextEncoder, TextEncoder | None],
+    encoders: tuple[TextEncoder, ...],
     args: DistillConfig,
     role: str,
     name: str | None = None,
 ) -> tuple[list[Example], EncodedPairs | None]:
-    """The examples of a data set and what the method wants of their tokens; `role` is "train" or "eval"."""
+    """The examples of a data set and what the method wants of their tokens.
+
+    Args:
+        source: the data set, if there is one.
+        encoders: of the student and of each teacher.
+        args: columns, template and truncation.
+        role: "train" or "eval".
+        name: what messages call it.
+    """
     if source is None:
         return [], None
     examples, pairs = ([], source) if isinstance(source, EncodedPairs) else _encode(source, encoders, args, role, name)
-    student, teacher = encoders
-    if method_class(args.method).needs_edit_alignment and teacher is not None:
-        align_by_spelling(pairs, student, teacher)
+    if method_class(args.method).needs_edit_alignment:
+        align_by_spelling(pairs, *encoders)
     return examples, pairs
 
 
 def _encode(
     source: str | Dataset | list[dict[str, Any]] | list[Example],
-    encoders: tuple[TextEncoder, TextEncoder | None],
+    encoders: tuple[TextEncoder, ...],
     args: DistillConfig,
     role: str,
     name: str | None,

@@ -4,27 +4,36 @@ from transformers import PreTrainedModel
 
 from dwakd.data.encoding import TextEncoder
 from dwakd.errors import UserError
-from dwakd.losses import DistillationLoss, ModelPair, Widths, build_loss, method_class
+from dwakd.losses import DistillationLoss, ModelPair, SeveralTeachers, Widths, build_loss, method_class
 from dwakd.models.rows import embedding_table, output_head
 from dwakd.training.config import DistillConfig
 from dwakd.training.teacher import Teacher
 
 
 def build_method(
-    args: DistillConfig,
-    student: PreTrainedModel,
-    teacher: Teacher | None,
-    encoders: tuple[TextEncoder, TextEncoder | None],
-) -> DistillationLoss:
-    """The configured method, given what it needs of the two models.
+    args: DistillConfig, student: PreTrainedModel, teachers: list[Teacher], encoders: tuple[TextEncoder, ...]
+) -> DistillationLoss | SeveralTeachers:
+    """The configured method, given what it needs of the models; one for each teacher if there are several.
 
     Raises:
         UserError: an option that the method refuses, or two tokenizers where it needs one.
     """
+    own, *theirs = encoders
+    losses = [_build(args, student, teacher, (own, encoder)) for teacher, encoder in zip(teachers, theirs, strict=True)]
+    if not losses:
+        return build_loss(args.method, args.loss_options)
+    if len(losses) == 1:
+        return losses[0]
+    return SeveralTeachers(
+        losses, args.teacher_weights, gate=args.teacher_gate, temperature=args.teacher_gate_temperature
+    )
+
+
+def _build(
+    args: DistillConfig, student: PreTrainedModel, teacher: Teacher, encoders: tuple[TextEncoder, TextEncoder]
+) -> DistillationLoss:
     method = method_class(args.method)
     student_encoder, teacher_encoder = encoders
-    if teacher is None or teacher_encoder is None:
-        return build_loss(args.method, args.loss_options)
     head = output_head(student).detached()
     widths = Widths(
         head.hidden_size, teacher.head.hidden_size, embedding_table(student).shape[1], teacher.embedding_size

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 RUN_FILE = "dwakd-run.json"
 CHANGEABLE = ("evaluation.", "training.max_steps", "training.num_train_epochs", "training.disable_tqdm")
 """Options that may differ when a run is resumed."""
+ELSEWHERE = ("method", "loss_options", "output_dir", "trust_remote_code", "teacher_cache", "teacher_weights")
 DATA_FIELDS = ("template", "bos", "max_length", "max_prompt_length", "invalid_rows")
 
 
@@ -48,7 +49,7 @@ def training_config(recipe: Recipe, output_dir: str | Path) -> DistillConfig:
     valid = [item.name for item in dataclasses.fields(DistillConfig) if item.init]
     hints = typing.get_type_hints(DistillConfig)
     for name in recipe.training:
-        if name in (*DATA_FIELDS, "method", "loss_options", "output_dir", "trust_remote_code", "teacher_cache"):
+        if name in (*DATA_FIELDS, *ELSEWHERE):
             raise UserError(f"training.{name} belongs elsewhere: in data, loss, student, teacher, or --output")
         if name not in valid:
             raise unknown_option(f"training.{name}", name, valid)
@@ -67,6 +68,7 @@ def training_config(recipe: Recipe, output_dir: str | Path) -> DistillConfig:
             output_dir=str(output_dir),
             method=recipe.method,
             loss_options=recipe.loss_options,
+            teacher_weights=[teacher.weight for teacher in recipe.teachers] if len(recipe.teachers) > 1 else None,
             **{name: getattr(recipe.data, name) for name in DATA_FIELDS},
             **{"save_strategy": options.get("eval_strategy", "epoch"), **options},
         )
@@ -187,7 +189,7 @@ def check_options(recipe: Recipe, output_dir: str | Path) -> tuple[DistillConfig
     """The training arguments and adapter of a recipe, every option checked; reads no data and no model."""
     method = method_class(recipe.method)
     build_loss(recipe.method, recipe.loss_options, widths=Widths(1, 1, 1, 1), pair=ModelPair.smallest())
-    if method.needs_teacher and recipe.teacher is None:
+    if method.needs_teacher and not recipe.teachers:
         raise UserError(f"method {recipe.method} needs a teacher: add a teacher section to the recipe")
     return training_config(recipe, output_dir), _peft_config(recipe.student.peft)
 
@@ -200,18 +202,16 @@ def build_trainer(recipe: Recipe, output_dir: str | Path) -> DistillTrainer:
     train, evaluation = recipe_examples(recipe)
     names = {"train": recipe.data.train, "eval": recipe.data.eval or ""}
     student, student_tokenizer = load_section(recipe.student)
-    teacher, teacher_tokenizer = None, None
-    if method.needs_teacher and recipe.teacher is not None:
-        teacher, teacher_tokenizer = load_section(recipe.teacher)
+    teachers = [load_section(section) for section in recipe.teachers] if method.needs_teacher else []
     try:
         return DistillTrainer(
             model=student,
-            teacher_model=teacher,
+            teacher_model=[teacher for teacher, _ in teachers],
             args=args,
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=student_tokenizer,
-            teacher_processing_class=teacher_tokenizer,
+            teacher_processing_class=[tokenizer for _, tokenizer in teachers],
             peft_config=peft_config,
             dataset_names=names,
         )
@@ -259,13 +259,13 @@ def peak_memory_bytes() -> int:
 def run_record(trainer: DistillTrainer) -> dict[str, Any]:
     """What made a run: versions and the models' revisions; and what it cost, the median time of a step."""
     packages = ("dwakd", "torch", "transformers", "tokenizers", "peft", "datasets", "accelerate", "numba")
-    teacher = getattr(trainer.teacher, "model", None)
+    teachers = [getattr(teacher, "model", None) for teacher in trainer.teachers]
     return {
         "versions": {name: metadata.version(name) for name in packages},
         "python": platform.python_version(),
         "student_revision": getattr(trainer.student.config, "_commit_hash", None),
-        "teacher_revision": getattr(getattr(teacher, "config", None), "_commit_hash", None),
-        "teacher_cache": str(getattr(trainer.teacher, "folder", "")) or None,
+        "teacher_revisions": [getattr(getattr(model, "config", None), "_commit_hash", None) for model in teachers],
+        "teacher_caches": [str(getattr(teacher, "folder", "")) or None for teacher in trainer.teachers],
         "num_steps": trainer.state.global_step,
         "seconds_per_step": statistics.median(trainer.clock.seconds) if trainer.clock.seconds else None,
         "peak_memory_bytes": peak_memory_bytes(),

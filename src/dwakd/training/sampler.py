@@ -62,6 +62,7 @@ def cut_repeats(batches: list[dict[str, Any]], state: GradientState, args: Train
     size = len(last["example_ids"])
     kept = min(max(state.remainder - args.process_index * size, 0), size)
     last["share"] = float(kept > 0)
-    for name, value in last.items():
-        if isinstance(value, Tensor):
-            last[name] = value[: max(kept, 1)]
+    for part in (last, *last.get("others", ())):
+        for name, value in part.items():
+            if isinstance(value, Tensor):
+                part[name] = value[: max(kept, 1)]

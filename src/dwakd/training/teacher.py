@@ -61,6 +61,7 @@ class Teacher(ABC):
         hidden = self.hidden(batch)
         table, mask = self.table.detach(), batch["teacher_response_mask"]
         targets = batch["teacher_target_ids"][mask]
+        aligned = batch.get("teacher_aligned_rows")
         return ModelSide(
             hidden=hidden,
             input_embeddings=table[batch["teacher_input_ids"][mask]],
@@ -69,6 +70,7 @@ class Teacher(ABC):
             lengths=mask.sum(dim=1),
             byte_ends=batch["teacher_byte_ends"][mask],
             head=self.head,
+            aligned_rows=None if aligned is None else aligned[mask],
         )
 
 
@@ -102,5 +104,5 @@ class OnlineTeacher(Teacher):
 
 def side_rows(model: torch.nn.Module, batch: dict[str, Tensor], side: str) -> ModelSide:
     """Response rows of one side ("student" or "teacher") of a collated batch."""
-    names = ("input_ids", "attention_mask", "target_ids", "response_mask", "byte_ends", "aligned_rows")
-    return response_rows(model, **{name: batch[f"{side}_{name}"] for name in names if f"{side}_{name}" in batch})
+    names = ("input_ids", "attention_mask", "target_ids", "response_mask", "byte_ends")
+    return response_rows(model, **{name: batch[f"{side}_{name}"] for name in names})

@@ -15,12 +15,12 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from dwakd.data.collator import PairedCollator
+from dwakd.batch import ModelSide
+from dwakd.data.collator import PairedCollator, SeveralCollators
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedPairs
 from dwakd.errors import UserError
-from dwakd.losses import TeacherScale, method_class
-from dwakd.training.cached import CachedTeacher
+from dwakd.losses import TeacherScale
 from dwakd.training.callbacks import EpochAndTerms, TermsProgressCallback
 from dwakd.training.checkpoint import load_student
 from dwakd.training.config import DistillConfig
@@ -30,7 +30,8 @@ from dwakd.training.inputs import Source, add_adapter, checked_args, disable_dro
 from dwakd.training.method import build_method
 from dwakd.training.optimizer import parameter_groups
 from dwakd.training.sampler import LengthGroupedSampler, cut_repeats
-from dwakd.training.teacher import OnlineTeacher, Teacher
+from dwakd.training.teacher import Teacher
+from dwakd.training.teachers import AnyTeacher, prepare_teachers
 
 LOSS_STATE = "distillation.safetensors"
 
@@ -40,12 +41,13 @@ class DistillTrainer(Trainer):
 
     Args:
         model: the student: a model, or anything `load_causal_lm` takes.
-        teacher_model: likewise; not needed by `sft`. A `Teacher` is taken as it is.
+        teacher_model: likewise; not needed by `sft`. A `Teacher` is taken as it is. A list makes several teachers, of
+            which `args` gives weights and gate.
         args: a `DistillConfig`; its `method` and `loss_options` say what is computed.
         train_dataset: a hub id, a file, a `datasets.Dataset`, a list of rows or examples, or encoded pairs.
         eval_dataset: likewise.
         processing_class: the student's tokenizer; loaded with a student given by name.
-        teacher_processing_class: the teacher's; loaded with a teacher given by name.
+        teacher_processing_class: the teacher's; loaded with a teacher given by name. A list for several.
         peft_config: trains adapters on the student instead of its weights.
         callbacks: of transformers.
         compute_metrics: takes an EvalPrediction whose predictions are the generated answers and whose label_ids are the
@@ -60,12 +62,12 @@ class DistillTrainer(Trainer):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        teacher_model: str | PreTrainedModel | Teacher | None = None,
+        teacher_model: AnyTeacher | list[AnyTeacher] | None = None,
         args: DistillConfig | None = None,
         train_dataset: Source | None = None,
         eval_dataset: Source | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         compute_metrics: Callable[..., dict[str, float]] | None = None,
@@ -74,25 +76,21 @@ class DistillTrainer(Trainer):
     ) -> None:
         args = checked_args(args)
         names = dataset_names or {}
-        method = method_class(args.method)
-        if method.needs_teacher and teacher_model is None:
-            raise UserError(f"method {args.method} needs a teacher: give teacher_model (recipe: teacher.model)")
         model, processing_class = load_pair(model, processing_class, args, "processing_class")
         self.student_encoder = TextEncoder(processing_class, args.template, args.bos)
-        self._encoders: tuple[TextEncoder, TextEncoder | None] = (self.student_encoder, None)
-        self.teacher: Teacher | None = None
-        if method.needs_teacher:
-            if teacher_model is model:
-                raise UserError("student and teacher are one model object: load the teacher apart, it gets frozen")
-            self.teacher = self._prepare_teacher(teacher_model, teacher_processing_class, args)
+        found = prepare_teachers(model, teacher_model, teacher_processing_class, args)
+        self.teachers: list[Teacher] = [teacher for teacher, _ in found]
+        self._encoders: tuple[TextEncoder, ...] = (self.student_encoder, *(encoder for _, encoder in found))
         _, train_pairs = encode_source(train_dataset, self._encoders, args, "train", names.get("train"))
         self._eval_examples, eval_pairs = encode_source(eval_dataset, self._encoders, args, "eval", names.get("eval"))
 
-        if self.teacher is not None and self._encoders[1] is not None:
-            self.teacher.prepare(self._encoders[1], args, {"train": train_pairs, "eval": eval_pairs})
+        for index, (teacher, encoder) in enumerate(found):
+            sets = {"train": train_pairs, "eval": eval_pairs}
+            of_teacher = {role: None if pairs is None else pairs.of_teacher(index) for role, pairs in sets.items()}
+            teacher.prepare(encoder, args, of_teacher)
 
         set_seed(args.seed)
-        loss = build_method(args, model, self.teacher, self._encoders)
+        loss = build_method(args, model, self.teachers, self._encoders)
         if peft_config is not None:
             model = add_adapter(model, peft_config)
         if args.disable_dropout:
@@ -117,26 +115,19 @@ class DistillTrainer(Trainer):
         if not args.disable_tqdm:
             self.add_callback(TermsProgressCallback)
 
-    def _prepare_teacher(
-        self, teacher: str | PreTrainedModel | Teacher, tokenizer: PreTrainedTokenizerBase | None, args: DistillConfig
-    ) -> Teacher:
-        if args.teacher_cache is not None:
-            remote = args.trust_remote_code
-            teacher = CachedTeacher(args.teacher_cache, teacher, tokenizer=tokenizer, trust_remote_code=remote)
-        if not isinstance(teacher, Teacher):
-            teacher, tokenizer = load_pair(teacher, tokenizer, args, "teacher_processing_class")
-            teacher = OnlineTeacher(teacher)
-        tokenizer = tokenizer or teacher.tokenizer
-        if tokenizer is None:
-            raise UserError("teacher_processing_class is missing: give the teacher's tokenizer beside it")
-        self._encoders = (self.student_encoder, TextEncoder(tokenizer, args.template, args.bos))
-        return teacher
-
     def _collator(self) -> Callable[..., dict[str, Any]]:
-        if self.teacher is None or self._encoders[1] is None:
-            return PairedCollator(self.student_encoder.tokenizer.pad_token_id)
-        student, teacher = self.student_encoder.tokenizer, self._encoders[1].tokenizer
-        return self.teacher.collator(PairedCollator(student.pad_token_id, teacher.pad_token_id))
+        student, *teachers = (encoder.tokenizer.pad_token_id for encoder in self._encoders)
+        collators = [
+            teacher.collator(PairedCollator(student, pad)) for teacher, pad in zip(self.teachers, teachers, strict=True)
+        ]
+        if len(collators) > 1:
+            return SeveralCollators(collators)
+        return collators[0] if collators else PairedCollator(student)
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The teacher, or the first of several."""
+        return self.teachers[0] if self.teachers else None
 
     @property
     def student(self) -> PreTrainedModel | PeftModel:
@@ -162,19 +153,27 @@ class DistillTrainer(Trainer):
         return batches, num_tokens
 
     def _add_teacher(self, batches: list[dict[str, Any]]) -> None:
-        """Attach the teacher's rows to each batch, and one set of moments over all of them and all ranks."""
-        if self.teacher is None:
+        """Attach the teachers' rows to each batch, and of each one set of moments over all of them and all ranks."""
+        if not self.teachers:
             return
-        for batch in batches:
-            batch["teacher"] = self.teacher.rows(batch)
+        rows = [
+            [teacher.rows(part) for teacher, part in zip(self.teachers, [batch, *batch.get("others", [])], strict=True)]
+            for batch in batches
+        ]
+        shares = [batch["share"] for batch in batches]
+        scales = [self._scale(list(sides), shares) for sides in zip(*rows, strict=True)]
+        alone = len(self.teachers) == 1
+        for batch, sides in zip(batches, rows, strict=True):
+            batch["teacher"], batch["teacher_scale"] = (sides[0], scales[0]) if alone else (sides, scales)
+
+    def _scale(self, sides: list[ModelSide], shares: list[float]) -> TeacherScale:
+        """Of one teacher's rows of an optimiser batch."""
         scale = TeacherScale.merge(
-            [TeacherScale(TeacherScale.of(batch["teacher"]).moments * batch["share"]) for batch in batches]
+            [TeacherScale(TeacherScale.of(side).moments * share) for side, share in zip(sides, shares, strict=True)]
         )
-        if self.args.world_size > 1:
-            gathered = self.accelerator.gather(scale.moments[None])
-            scale = TeacherScale.merge([TeacherScale(moments) for moments in gathered])
-        for batch in batches:
-            batch["teacher_scale"] = scale
+        if self.args.world_size == 1:
+            return scale
+        return TeacherScale.merge([TeacherScale(part) for part in self.accelerator.gather(scale.moments[None])])
 
     @staticmethod
     def forward_inputs(inputs: dict[str, Any], num_tokens: Tensor | float | None) -> tuple[Any, ...]:

@@ -39,6 +39,7 @@ class StudentSpace(Criterion):
         whole_examples: whether `weigh` needs whole examples.
         projected_targets: targets of the projected rows in `t2s_ce` and `right`; those of the student if not given.
         projected_weights: a constant factor of each row's `t2s_ce`; 1 if not given.
+        trust: a constant factor of each row's `kd_student`, after `weigh`; 1 if not given.
     """
 
     def __init__(
@@ -52,12 +53,13 @@ class StudentSpace(Criterion):
         whole_examples: bool = False,
         projected_targets: Int[Tensor, " tokens"] | None = None,
         projected_weights: Float[Tensor, " tokens"] | None = None,
+        trust: Float[Tensor, " tokens"] | None = None,
     ) -> None:
         super().__init__(rates)
         self.unit = "weights" if whole_examples else "rows"
         self.targets, self.temperature = targets, temperature
         self.projected_targets = targets if projected_targets is None else projected_targets
-        self.projected_weights = projected_weights
+        self.projected_weights, self.trust = projected_weights, trust
         self.divergence, self.weigh = divergence, weigh
 
     def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
@@ -71,8 +73,13 @@ class StudentSpace(Criterion):
         return {
             "ce": cross_entropies[0],
             "t2s_ce": cross_entropies[1] * self._projected_weights(chunk),
-            "kd_student": kd if weights is None else weights * kd,
+            "kd_student": kd * self._trusted(weights, chunk),
         }
+
+    def _trusted(self, weights: Tensor | None, chunk: Chunk) -> Tensor | float:
+        """The factor of each row's divergence."""
+        trust = 1.0 if self.trust is None else self.trust[chunk.rows[1]]
+        return trust if weights is None else weights * trust
 
     def _projected_weights(self, chunk: Chunk) -> Tensor | float:
         return 1.0 if self.projected_weights is None else self.projected_weights[chunk.rows[1]]
@@ -123,7 +130,7 @@ class ForwardKlSpace(StudentSpace):
         needs: Sequence[bool],
     ) -> dict[str, Tensor]:
         kl = statistics["kl"]
-        weights = torch.ones_like(kl) if weights is None else weights
+        weights = torch.ones_like(kl) * self._trusted(weights, chunk)
         if any(needs):
             self._overwrite(logits, chunk, statistics, weights)
         t2s_ce = statistics["t2s_ce"] * self._projected_weights(chunk)

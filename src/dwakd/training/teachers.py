@@ -1,0 +1,61 @@
+"""The teachers that a trainer is given, loaded and checked."""
+
+from typing import Any, TypeAlias
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dwakd.data.encoding import TextEncoder
+from dwakd.errors import UserError
+from dwakd.losses import method_class
+from dwakd.training.cached import CachedTeacher
+from dwakd.training.config import DistillConfig
+from dwakd.training.inputs import load_pair
+from dwakd.training.teacher import OnlineTeacher, Teacher
+
+AnyTeacher: TypeAlias = str | PreTrainedModel | Teacher
+
+
+def prepare_teachers(
+    student: PreTrainedModel,
+    teachers: AnyTeacher | list[AnyTeacher] | None,
+    tokenizers: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None,
+    args: DistillConfig,
+) -> list[tuple[Teacher, TextEncoder]]:
+    """Each teacher with its encoder; none for a method that needs none.
+
+    Raises:
+        UserError: no teacher where one is needed, the student itself, a teacher without a tokenizer, other numbers of
+            tokenizers or weights than of teachers, or one cache for several.
+    """
+    if not method_class(args.method).needs_teacher:
+        return []
+    given: list[Any] = teachers if isinstance(teachers, list) else [] if teachers is None else [teachers]
+    if not given:
+        raise UserError(f"method {args.method} needs a teacher: give teacher_model (recipe: teacher.model)")
+    beside = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(given)
+    if len(beside) != len(given) or (len(given) > 1 and isinstance(tokenizers, PreTrainedTokenizerBase)):
+        raise UserError(f"teacher_processing_class must be a list of {len(given)} tokenizers, one for each teacher")
+    if args.teacher_weights is not None and len(args.teacher_weights) != len(given):
+        raise UserError(f"teacher_weights must be a list of {len(given)} numbers, one for each teacher")
+    if args.teacher_cache is not None and len(given) > 1:
+        raise UserError(
+            "teacher_cache is for one teacher: give each of several as a dwakd.training.cached.CachedTeacher"
+        )
+    if any(teacher is student for teacher in given):
+        raise UserError("student and teacher are one model object: load the teacher apart, it gets frozen")
+    return [_prepare(teacher, tokenizer, args) for teacher, tokenizer in zip(given, beside, strict=True)]
+
+
+def _prepare(
+    teacher: AnyTeacher, tokenizer: PreTrainedTokenizerBase | None, args: DistillConfig
+) -> tuple[Teacher, TextEncoder]:
+    if args.teacher_cache is not None:
+        remote = args.trust_remote_code
+        teacher = CachedTeacher(args.teacher_cache, teacher, tokenizer=tokenizer, trust_remote_code=remote)
+    if not isinstance(teacher, Teacher):
+        model, tokenizer = load_pair(teacher, tokenizer, args, "teacher_processing_class")
+        teacher = OnlineTeacher(model)
+    tokenizer = tokenizer or teacher.tokenizer
+    if tokenizer is None:
+        raise UserError("teacher_processing_class is missing: give the teacher's tokenizer beside it")
+    return teacher, TextEncoder(tokenizer, args.template, args.bos)

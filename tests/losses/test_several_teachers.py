@@ -1,0 +1,108 @@
+"""Several teachers: shares that sum to one, and a gate that moves them token by token."""
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from dwakd.losses import METHODS, SeveralTeachers, TeacherScale, build_loss
+from dwakd.losses.attention import cross_model_attention
+from tests.losses.builders import WIDTHS, pair_of, random_examples, random_heads, side
+
+LENGTHS = [(5, 7), (9, 4), (1, 2)]
+PROJECTING = ["dskd", "dskd_v2", "dwa_kd", "dwa_kd_v2"]
+
+
+def build(name, seed=0, **options):
+    torch.manual_seed(seed)
+    return build_loss(name, options, widths=WIDTHS, pair=pair_of(random_heads())).double()
+
+
+def sides(seed=0, same_rows=False):
+    lengths = [(rows, rows) for rows, _ in LENGTHS] if same_rows else LENGTHS
+    examples, heads = random_examples(lengths, seed=seed), random_heads()
+    student, teacher = side(examples, "student", heads[0]), side(examples, "teacher", heads[1])
+    return dataclasses.replace(student, hidden=student.hidden.requires_grad_()), teacher
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].needs_teacher])
+def test_the_same_teacher_twice_is_one_teacher(name):
+    """Whatever the shares: a second opinion that is no other must not change what is learnt, or how much."""
+    loss = build(name)
+    student, teacher = sides(same_rows=loss.needs_same_vocabulary)
+    results = []
+    for module, given in (
+        (loss, teacher),
+        (SeveralTeachers([loss, copy.deepcopy(loss)], [3, 1]), [teacher, teacher]),
+    ):
+        output = module(student, given)
+        results.append((output.loss, torch.autograd.grad(output.loss, student.hidden)[0]))
+        terms = output.terms
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+    trusts = [terms[f"trust_{k}"].item() for k in (1, 2)] if name in PROJECTING else [0.75, 0.25]
+    assert trusts == pytest.approx([0.75, 0.25])
+    assert ("trust_1" in terms) == (name in PROJECTING)
+
+
+def test_weights_alone_give_the_weighted_sum():
+    """The simple option: no gate, and no terms of one."""
+    (student, first), (_, second) = sides(0), sides(1)
+    losses = [build("dwa_kd", seed) for seed in (0, 1)]
+    output = SeveralTeachers(losses, [1, 3], gate="weights")(student, [first, second])
+    expected = 0.25 * losses[0](student, first).loss + 0.75 * losses[1](student, second).loss
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert "trust_1" not in output.terms
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_the_gate_is_a_softmax_of_projected_confidence(temperature):
+    """By the formula, from the attention up: shares times exp(g / T), over their sum, row by row."""
+    (student, first), (_, second) = sides(0), sides(1)
+    teachers, losses, shares = [first, second], [build("dwa_kd", seed) for seed in (0, 1)], [0.25, 0.75]
+    odds = []
+    for loss, teacher, share in zip(losses, teachers, shares, strict=True):
+        scale = TeacherScale.of(teacher)
+        hidden = cross_model_attention(student, teacher, loss.projectors, scale).t2s_hidden
+        peak = (hidden @ student.head.weight.T).softmax(-1).amax(-1)
+        odds.append(share * (peak / temperature).exp())
+    trust = torch.stack(odds) / sum(odds)
+    expected = 0.0
+    for k, (loss, share) in enumerate(zip(losses, shares, strict=True)):
+        without = loss(student, dataclasses.replace(teachers[k], trust=torch.zeros_like(trust[k])))
+        trusted = loss(student, dataclasses.replace(teachers[k], trust=trust[k]))
+        expected += share * without.loss + trusted.loss - without.loss
+    output = SeveralTeachers(losses, shares, temperature=temperature)(student, teachers)
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    assert output.terms["trust_1"].item() == pytest.approx(trust[0].mean().item(), rel=1e-10)
+    assert not torch.allclose(trust[0], trust[0].mean(), atol=1e-3)  # else the gate would be the weights
+
+
+@pytest.mark.parametrize("name", PROJECTING)
+def test_trust_weighs_rows_of_the_student_space_alone(name):
+    """Twice the trust is twice the divergence; the maps and the teacher's space learn as before."""
+    loss = build(name)
+    student, teacher = sides()
+    rows = len(student.target_ids)
+    once, twice = (loss(student, dataclasses.replace(teacher, trust=torch.full((rows,), t).double())) for t in (1, 2))
+    plain = loss(student, teacher)
+    for term in plain.terms:
+        factor = 2 if term == "kd_student" else 1
+        assert once.terms[term].item() == pytest.approx(plain.terms[term].item(), rel=1e-12)
+        if term != "loss":
+            assert twice.terms[term].item() == pytest.approx(factor * plain.terms[term].item(), rel=1e-12)
+
+
+def test_what_does_not_fit_is_named():
+    """Weights that are dropped or negative would train on other teachers than the recipe says."""
+    losses = [build("dwa_kd"), build("dwa_kd")]
+    for options, message in (
+        ({"weights": [1.0]}, "2 teachers need as many weights, got 1"),
+        ({"weights": [1.0, 0.0]}, "above 0"),
+        ({"weights": [1.0, math.inf]}, "above 0"),
+        ({"gate": "best"}, "valid ones: confidence, weights"),
+        ({"temperature": 0.0}, "teacher_gate_temperature"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SeveralTeachers(losses, **options)
