@@ -85,6 +85,29 @@ def test_hub_ids_go_to_load_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "and more" not in error_of("no/such")
 
 
+def test_files_of_the_hub_are_read_as_local_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """S-NI has one reference in some rows and a list in others, which `datasets` cannot put into one column."""
+    rows = [{"instruction": f"Ask {n}.", "output": f"Answer {n}." if n % 2 else [f"Yes {n}.", "No."]} for n in range(5)]
+    (tmp_path / "11_").mkdir()
+    (tmp_path / "11_" / "valid.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+    def hf_hub_download(repo: str, file: str, repo_type: str) -> str:
+        assert (repo, repo_type) == ("MiniLLM/sinst", "dataset")
+        if not (tmp_path / file).exists():
+            raise FileNotFoundError(f"404 for {file}\nand more")
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(sources.huggingface_hub, "hf_hub_download", hf_hub_download)
+    name = "MiniLLM/sinst:11_/valid.jsonl"
+    whole = load_examples(name)
+    assert [example.references for example in whole[:2]] == [("Yes 0.", "No."), ("Answer 1.",)]
+    for rows_of, expected in (("@[2:]", whole[2:]), ("@train[:3]", whole[:3]), ("@[1:4]", whole[1:4])):
+        assert [example.response for example in load_examples(name + rows_of)] == [e.response for e in expected]
+    error = error_of("MiniLLM/sinst:none.jsonl")
+    assert "cannot load the file none.jsonl of the data set MiniLLM/sinst from the hub: 404" in error
+    assert "and more" not in error
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [

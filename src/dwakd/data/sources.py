@@ -3,12 +3,14 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import pyarrow  # type: ignore[import-untyped, unused-ignore]
 from pyarrow import parquet  # type: ignore[import-untyped, unused-ignore]
 
@@ -32,6 +34,10 @@ _FOREIGN_SUFFIXES = (
     ".ndjson",
     ".pkl",
 )
+_HUB_FILE = re.compile(
+    r"(?P<repo>[\w-][\w.-]*/[\w.-]+):(?P<file>[^@:]+\.(?:json|jsonl|csv|parquet))"
+    r"(?:@(?:train)?\[(?P<start>\d*):(?P<stop>\d*)\])?"
+)
 _Placed = tuple[str, Any]  # where a row stands, and the row
 
 
@@ -49,7 +55,8 @@ def load_examples(
     """Read and check the rows of a data set.
 
     Args:
-        source: a hub id ("org/name", "org/name:config", either with a split of its own as "org/name@train[:90%]"), the
+        source: a hub id ("org/name", "org/name:config", either with a split of its own as "org/name@train[:90%]"), a
+            file of a hub repository ("org/name:folder/file.jsonl", with rows as in "org/name:file.jsonl@[1000:]"), the
             path of a .json (a list of objects), .jsonl, .csv or .parquet file, a `datasets.Dataset` (or a dict of them
             by split), or a sequence of dicts.
         split: of a hub data set without one of its own (in the syntax of `datasets`) or of a dict of data sets.
@@ -98,6 +105,8 @@ def load_examples(
 def _open(source: Any, split: str, name: str) -> Any:
     """A `datasets.Dataset`, or an iterator over rows and their places."""
     if isinstance(source, str | Path):
+        if isinstance(source, str) and (found := _HUB_FILE.fullmatch(source)):
+            return _read_hub_file(**found.groupdict(), name=name)
         if _is_local(source):
             return _read_file(Path(source).expanduser(), name)
         source = _load_from_hub(str(source), split)
@@ -127,6 +136,23 @@ def _is_local(source: str | Path) -> bool:
     return looks or path.suffix.lower() in (*SUFFIXES, *_FOREIGN_SUFFIXES)
 
 
+def _read_hub_file(repo: str, file: str, start: str | None, stop: str | None, name: str) -> Any:
+    """Read as a local file is: data sets that mix strings and lists of references have no schema for `datasets`."""
+    try:
+        path = huggingface_hub.hf_hub_download(repo, file, repo_type="dataset")
+    except Exception as error:  # the hub and the network raise a dozen unrelated types
+        raise UserError(
+            f"cannot load the file {file} of the data set {repo} from the hub: {_first_line(error)}"
+        ) from error
+    rows = _read_file(Path(path), name)
+    rows = _number(rows, name) if isinstance(rows, datasets.Dataset) else rows
+    return islice(rows, int(start or 0), int(stop) if stop else None)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _load_from_hub(source: str, split: str) -> Any:
     place, _, own_split = source.partition("@")
     path, _, config = place.partition(":")
@@ -134,9 +160,9 @@ def _load_from_hub(source: str, split: str) -> Any:
     try:
         return datasets.load_dataset(path, config or None, split=split)
     except Exception as error:  # the hub, the network and the builders raise a dozen unrelated types
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"cannot load the data set {source!r} (split {split!r}) from the hub, and no such file exists: {first_line}"
+            f"cannot load the data set {source!r} (split {split!r}) from the hub, and no such file exists: "
+            f"{_first_line(error)}"
         ) from error
 
 
