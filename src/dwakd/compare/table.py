@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-RESAMPLES = 2000
+from dwakd.evaluation.summary import RESAMPLES
 
 
 def is_teacher(name: str) -> bool:
