@@ -19,6 +19,7 @@ from dwakd.losses.multilevel_ot import MultiLevelOtLoss
 from dwakd.losses.pair import ModelPair
 from dwakd.losses.projectors import Widths
 from dwakd.losses.sft import SftLoss
+from dwakd.losses.sra import SraLoss
 from dwakd.losses.uld import UldLoss
 from dwakd.options import check_type, unknown_option
 
@@ -30,6 +31,7 @@ METHODS: dict[str, type[DistillationLoss]] = {
     "multilevel_ot": MultiLevelOtLoss,
     "alm": AlmLoss,
     "gold": GoldLoss,
+    "sra": SraLoss,
     "dskd": DskdLoss,
     "dskd_v2": DskdV2Loss,
     "dwa_kd": DwaKdLoss,
@@ -50,6 +52,7 @@ __all__ = [
     "ModelPair",
     "MultiLevelOtLoss",
     "SftLoss",
+    "SraLoss",
     "TeacherScale",
     "UldLoss",
     "Widths",
