@@ -28,6 +28,8 @@ class ModelSide:
         head: hidden rows to logits.
         aligned_rows: of a student whose method asks for it: the teacher's row that each row is paired with by spelling,
             counted within the example; -1 for none.
+        attention: of a model whose method asks for it: how much the last position of a sequence attends to each row's in
+            the last layer, summed over its heads; a constant.
     """
 
     hidden: Float[Tensor, "tokens hidden"]
@@ -38,6 +40,7 @@ class ModelSide:
     byte_ends: Int[Tensor, " tokens"]
     head: OutputHead
     aligned_rows: Int[Tensor, " tokens"] | None = None
+    attention: Float[Tensor, " tokens"] | None = None
 
 
 @dataclass(frozen=True)

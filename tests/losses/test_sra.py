@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import head_loss
 from dwakd.losses import ModelPair, SraLoss
-from dwakd.losses.sra import gram_distance
+from dwakd.losses.sra import gram_distance, pool
 from dwakd.models.head import OutputHead
 from tests.losses.builders import WIDTHS, pair_of, random_examples, random_heads, side
 
@@ -49,13 +49,16 @@ def twin(loss: SraLoss, student: ModelSide, teacher: ModelSide, temperature: flo
     }
     starts = [0, 0]
     for spans, ends in zip(SPANS, ENDS, strict=True):
-        own, theirs = (
-            [model.hidden[[start + row for row in span[n]]].mean(0) for span in spans]
-            for n, (model, start) in enumerate(zip((student, teacher), starts, strict=True))
-        )
-        weights = [len(span[1]) / len(ends[1]) for span in spans]
+        own, theirs, shares = [], [], []
+        for span in spans:
+            places = [[start + row for row in rows] for start, rows in zip(starts, span, strict=True)]
+            for states, model, rows in zip((own, theirs), (student, teacher), places, strict=True):
+                mass = model.attention[rows] if loss.needs_attention else torch.ones(len(rows)).double()
+                states.append((mass[:, None] * model.hidden[rows]).sum(0) / mass.sum())
+            shares.append(mass.sum())
+        weights = [share / sum(shares) for share in shares]
         found = dict.fromkeys(("span", "geo", "kd"), torch.zeros(()).double())
-        mass = 0.0
+        total_pairs = torch.zeros(()).double()
         for k, (s, t) in enumerate(zip(own, theirs, strict=True)):
             found["span"] = found["span"] + weights[k] * (1 - cosine_similarity(loss.projector(s), t, dim=0))
             # the student's letters d to j are the teacher's first seven; the end token comes last on both
@@ -65,8 +68,8 @@ def twin(loss: SraLoss, student: ModelSide, teacher: ModelSide, temperature: flo
             for j in (j for j in range(len(spans)) if j != k):
                 difference = cosine_similarity(s, own[j], dim=0) - cosine_similarity(t, theirs[j], dim=0)
                 found["geo"] = found["geo"] + weights[k] * weights[j] * difference**2
-                mass += weights[k] * weights[j]
-        found["geo"] = found["geo"] / (mass or 1.0)
+                total_pairs += weights[k] * weights[j]
+        found["geo"] = found["geo"] / (total_pairs or 1.0)
         for name, value in found.items():
             totals[name] = totals.get(name, 0.0) + len(ends[0]) * value
         starts = [start + len(rows) for start, rows in zip(starts, ends, strict=True)]
@@ -74,11 +77,11 @@ def twin(loss: SraLoss, student: ModelSide, teacher: ModelSide, temperature: flo
 
 
 @pytest.mark.parametrize("budget", [1, 200, 2**27])
-@pytest.mark.parametrize("temperature", [0.7, 2.0])
-def test_value_and_gradient_are_those_of_the_formulas(monkeypatch, budget, temperature):
+@pytest.mark.parametrize(("span_weights", "temperature"), [("uniform", 0.7), ("attention", 2.0)])
+def test_value_and_gradient_are_those_of_the_formulas(monkeypatch, budget, span_weights, temperature):
     """Pooling, weights, shared columns and a gradient by hand in chunks: each is easy to shift by one."""
     monkeypatch.setattr(sys.modules["dwakd.kernels.head_loss"], "BUDGET_BYTES", budget)
-    loss = build(kd_rate=0.3, geo_weight=7.0, temperature=temperature)
+    loss = build(kd_rate=0.3, geo_weight=7.0, temperature=temperature, span_weights=span_weights)
     student, teacher = ragged()
     output, expected = loss(student, teacher), twin(loss, student, teacher, temperature)
     for name, value in expected.items():
@@ -115,7 +118,8 @@ def one_tokenizer(hidden: torch.Tensor, teacher_hidden: torch.Tensor, heads) -> 
     student = dataclasses.replace(student, hidden=hidden, head=OutputHead(heads[0]))
     tokens = pair_of(heads).student_tokens
     widths = dataclasses.replace(WIDTHS, teacher_hidden=hidden.shape[1])
-    loss = build(ModelPair(widths, tokens, tokens, OutputHead(heads[0]), OutputHead(heads[1]), (10, 10)))
+    pair = ModelPair(widths, tokens, tokens, OutputHead(heads[0]), OutputHead(heads[1]), (10, 10))
+    loss = build(pair, span_weights="uniform")
     loss.projector.weight.data.copy_(torch.eye(hidden.shape[1]))
     loss.projector.bias.data.zero_()
     return loss, student, teacher
@@ -162,9 +166,22 @@ def test_an_example_of_one_span_has_no_geometry():
     assert not gradient.any()
 
 
+def test_a_span_beyond_all_attention_keeps_its_state():
+    """A sliding window ends somewhere; 0 / 0 in the first span of a long answer would make the batch NaN."""
+    hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 3.0]])
+    states, mass = pool(hidden, torch.tensor([0.0, 0.0, 2.0]), torch.tensor([0, 0, 1]), 2)
+    torch.testing.assert_close(states, torch.tensor([[0.5, 0.5], [3.0, 3.0]]))
+    torch.testing.assert_close(mass, torch.tensor([0.0, 2.0]))
+
+
 def test_options_and_vocabularies_are_checked():
     """Checked before training; without a shared token L_kd compares nothing."""
     SraLoss(pair=ModelPair.smallest())
+    with pytest.raises(ValueError, match="unknown span_weights 'mean'; valid ones: attention, uniform"):
+        SraLoss(pair=ModelPair.smallest(), span_weights="mean")
+    student, teacher = ragged()
+    with pytest.raises(ValueError, match="needs the attention of both sides, or span_weights uniform"):
+        build()(student, dataclasses.replace(teacher, attention=None))
     for options in ({"kd_rate": 1.5}, {"geo_weight": -1.0}, {"temperature": 0.0}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} must be a number"):
             SraLoss(pair=ModelPair.smallest(), **options)

@@ -59,6 +59,7 @@ __all__ = [
     "build_loss",
     "method_class",
     "method_options",
+    "needs_attention",
 ]
 
 
@@ -111,3 +112,9 @@ def build_loss(
         raise
     except (TypeError, ValueError) as error:
         raise UserError(f"loss options of method {method}: {error}") from error
+
+
+def needs_attention(method: str, options: dict[str, Any]) -> bool:
+    """Whether a method with these options reads `ModelSide.attention`."""
+    loss = build_loss(method, options, widths=Widths(1, 1, 1, 1), pair=ModelPair.smallest())
+    return loss.needs_attention
