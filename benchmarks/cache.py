@@ -54,8 +54,8 @@ class ReadTeacher(Teacher):
     head = property(lambda self: self._head)
     table = property(lambda self: self._table)
 
-    def hidden(self, batch: dict[str, Any]) -> Tensor:
-        return self.cache.read(batch["teacher_places"]).to(self._head.weight.dtype)
+    def states(self, batch: dict[str, Any]) -> tuple[Tensor, None]:
+        return self.cache.read(batch["teacher_places"]).to(self._head.weight.dtype), None
 
 
 def build_rows(sizes: Sizes, count: int) -> EncodedPairs:

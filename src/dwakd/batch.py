@@ -29,6 +29,8 @@ class ModelSide:
         aligned_rows: of a teacher whose method asks for it: the student's row that each row is paired with by spelling,
             counted within the example; -1 for none.
         trust: of one of several teachers: what its word counts at each of the student's rows, relative to its share.
+        attention: of a model whose method asks for it: how much the last position of a sequence attends to each row's in
+            the last layer, summed over its heads; a constant.
     """
 
     hidden: Float[Tensor, "tokens hidden"]
@@ -40,6 +42,7 @@ class ModelSide:
     head: OutputHead
     aligned_rows: Int[Tensor, " tokens"] | None = None
     trust: Float[Tensor, " s_tokens"] | None = None
+    attention: Float[Tensor, " tokens"] | None = None
 
 
 @dataclass(frozen=True)

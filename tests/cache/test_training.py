@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from dwakd import UserError
+from dwakd.config import load_recipe
 from dwakd.models.invariant import response_hidden
 from dwakd.models.loading import load_causal_lm
 from dwakd.models.rows import embedding_table, final_hidden, output_head
 from dwakd.training.cached import CachedTeacher
+from dwakd.training.run import check_options
 from dwakd.training.teacher import OnlineTeacher
 from tests.builders import FAMILIES, tiny_model
 from tests.cache.builders import LONG, TEACHER, save_teacher, trainer
@@ -134,3 +136,19 @@ def test_a_loaded_teacher_and_a_foreign_set_are_refused(tmp_path, teacher):
     run = trainer(tmp_path / "run", teacher, cache=tmp_path / "cache")
     with pytest.raises(UserError, match="does not hold row 0"):
         run.evaluate(EVAL)
+
+
+def test_attention_is_in_no_cache(tmp_path, teacher):
+    """Hidden states of a large teacher take hours; a method that can't use them must say so before."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"student: {{model: x}}\nteacher: {{model: x, cache: {tmp_path / 'cache'}}}\n"
+        "data: {train: x.jsonl}\nloss: {method: sra}\ntraining: {use_cpu: true}\n"
+    )
+    message = r"method sra reads the teacher's attention.* set loss\.span_weights=uniform"
+    with pytest.raises(UserError, match=message):
+        check_options(load_recipe(recipe, []), "unused")
+    check_options(load_recipe(recipe, ["loss.span_weights=uniform"]), "unused")
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path / "run", teacher, cache=tmp_path / "cache", method="sra")
+    assert not (tmp_path / "cache").exists()

@@ -38,6 +38,7 @@ def side(examples: list[dict[str, Tensor]], name: str, head: Tensor) -> ModelSid
         lengths=lengths,
         byte_ends=torch.cat([torch.arange(1, int(n) + 1) for n in lengths]),
         head=OutputHead(head),
+        attention=torch.cat([e[f"{name}_hidden"].detach().abs().sum(-1) for e in examples]),
         aligned_rows=torch.cat([e["aligned"] for e in examples])
         if name == "teacher" and "aligned" in examples[0]
         else None,

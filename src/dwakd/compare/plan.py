@@ -8,7 +8,7 @@ from typing import Any
 
 from dwakd.config import CompareSection, Recipe
 from dwakd.errors import UserError
-from dwakd.losses import METHODS, ModelPair, Widths, build_loss, method_class, method_options
+from dwakd.losses import METHODS, ModelPair, Widths, build_loss, method_class, method_options, needs_attention
 
 _NO_WEIGHTS = {"entropy_weights": False, "gate": False, "teacher_weights": False}
 _NO_ALIGNMENT = {"dtw_hidden": False, "dtw_embedding": False}
@@ -60,7 +60,12 @@ class Cell:
             training |= {"load_best_model_at_end": False, "save_strategy": "no"}
             evaluation = dataclasses.replace(evaluation, test=[])
         loss = {"method": self.variant.method, **self.variant.options}
-        return dataclasses.replace(recipe, loss=loss, training=training, evaluation=evaluation, compare=None)
+        teachers = recipe.teachers
+        if needs_attention(self.variant.method, self.variant.options):  # of a teacher that runs
+            teachers = [dataclasses.replace(teacher, cache=None) for teacher in teachers]
+        return dataclasses.replace(
+            recipe, loss=loss, teacher=teachers or None, training=training, evaluation=evaluation, compare=None
+        )
 
 
 def variants_of(recipe: Recipe, section: CompareSection, *, ablation: bool) -> list[Variant]:

@@ -20,6 +20,7 @@ from dwakd.losses.pair import ModelPair
 from dwakd.losses.projectors import Widths
 from dwakd.losses.several_teachers import SeveralTeachers
 from dwakd.losses.sft import SftLoss
+from dwakd.losses.sra import SraLoss
 from dwakd.losses.uld import UldLoss
 from dwakd.options import check_type, unknown_option
 
@@ -31,6 +32,7 @@ METHODS: dict[str, type[DistillationLoss]] = {
     "multilevel_ot": MultiLevelOtLoss,
     "alm": AlmLoss,
     "gold": GoldLoss,
+    "sra": SraLoss,
     "dskd": DskdLoss,
     "dskd_v2": DskdV2Loss,
     "dwa_kd": DwaKdLoss,
@@ -52,12 +54,14 @@ __all__ = [
     "MultiLevelOtLoss",
     "SeveralTeachers",
     "SftLoss",
+    "SraLoss",
     "TeacherScale",
     "UldLoss",
     "Widths",
     "build_loss",
     "method_class",
     "method_options",
+    "needs_attention",
 ]
 
 
@@ -110,3 +114,9 @@ def build_loss(
         raise
     except (TypeError, ValueError) as error:
         raise UserError(f"loss options of method {method}: {error}") from error
+
+
+def needs_attention(method: str, options: dict[str, Any]) -> bool:
+    """Whether a method with these options reads `ModelSide.attention`."""
+    loss = build_loss(method, options, widths=Widths(1, 1, 1, 1), pair=ModelPair.smallest())
+    return loss.needs_attention

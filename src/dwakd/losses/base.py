@@ -30,6 +30,8 @@ class DistillationLoss(nn.Module, ABC):
     """Whether student and teacher must share one tokenizer; an option may decide it."""
     needs_edit_alignment: ClassVar[bool] = False
     """Whether it reads `aligned_rows` of the teacher's side."""
+    needs_attention: bool = False
+    """Whether it reads `attention` of both sides; an option may decide it."""
 
     def set_step(self, step: int) -> None:
         """Told the number of finished optimiser steps before each step; only schedules care."""

@@ -65,6 +65,7 @@ class SeveralTeachers(nn.Module):
         self.losses = nn.ModuleList(losses)
         self.shares = [weight / sum(weights) for weight in weights]
         self.gate, self.temperature = gate, temperature
+        self.needs_attention = any(loss.needs_attention for loss in losses)
 
     def set_step(self, step: int) -> None:
         """See `DistillationLoss.set_step`."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -37,6 +37,11 @@ class OutputHead:
     def detached(self) -> "OutputHead":
         """The same head as a constant: gradient passes through to the hidden states only."""
         return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+
+    def of_tokens(self, ids: Int[Tensor, " tokens"]) -> "OutputHead":
+        """The head of these tokens alone; gradient flows back to the whole."""
+        bias = None if self.bias is None else self.bias.index_select(0, ids)
+        return replace(self, weight=self.weight.index_select(0, ids), bias=bias)
 
     def to(self, device: torch.device) -> "OutputHead":
         """The same head on another device."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dwakd.models.rows import final_hidden
+from dwakd.models.rows import final_states
 
 _GROUP_TOKENS = 128
 """Short sequences are run together up to this many tokens: below it a CPU's products are slow."""
@@ -13,7 +13,14 @@ _WIDTHS = (32, 48, 64)
 
 
 def response_hidden(model: nn.Module, sequences: Sequence[Tensor], num_rows: Sequence[int]) -> list[Tensor]:
-    """Final hidden states of the last positions of each sequence, without gradient.
+    """The hidden states of `response_states`."""
+    return [hidden for hidden, _ in response_states(model, sequences, num_rows, attention=False)]
+
+
+def response_states(
+    model: nn.Module, sequences: Sequence[Tensor], num_rows: Sequence[int], *, attention: bool
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Final hidden states of the last positions of each sequence, without gradient, and the attention to them.
 
     On a CPU a sequence meets the same shapes whatever its company: alone if it is long, else padded to a fixed width in
     a group of a fixed size. Attention and matrix products round differently in other shapes, by 1e-6 in float32. It
@@ -23,21 +30,25 @@ def response_hidden(model: nn.Module, sequences: Sequence[Tensor], num_rows: Seq
         model: a causal LM in eval mode.
         sequences: token ids, one dimension each.
         num_rows: how many positions to keep, counted from the end.
+        attention: give `ModelSide.attention` too.
 
     Returns:
-        Per sequence (num_rows, hidden).
+        Per sequence (num_rows, hidden) and (num_rows,) or None.
     """
     lengths = [len(sequence) for sequence in sequences]
-    rows: list[Tensor] = [torch.empty(0)] * len(lengths)
+    rows: list[tuple[Tensor, Tensor | None]] = [(torch.empty(0), None)] * len(lengths)
     for members, size, width in _groups(model, lengths):
         ids = sequences[0].new_zeros(size, width)
+        seen = torch.zeros_like(ids)
+        seen[:, 0] = 1  # a group may have room to spare
         for place, member in enumerate(members):
             ids[place, : lengths[member]] = sequences[member]
+            seen[place, : lengths[member]] = 1
         with torch.no_grad():
-            hidden = final_hidden(model, ids, torch.ones_like(ids))
+            hidden, weights = final_states(model, ids, seen, attention=attention)
         for place, member in enumerate(members):
-            end = lengths[member]
-            rows[member] = hidden[place, end - num_rows[member] : end].clone()
+            kept = place, slice(lengths[member] - num_rows[member], lengths[member])
+            rows[member] = hidden[kept].clone(), None if weights is None else weights[kept].clone()
     return rows
 
 

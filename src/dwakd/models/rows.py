@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dwakd.batch import ModelSide
 from dwakd.errors import UserError
+from dwakd.models.attention import last_layer
 from dwakd.models.head import OutputHead
 
 # Prefix of the model type, config field, power to which the field multiplies the logits.
@@ -119,6 +120,21 @@ def final_hidden(
     return hidden
 
 
+def final_states(
+    model: nn.Module,
+    input_ids: Int[Tensor, "batch length"],
+    attention_mask: Int[Tensor, "batch length"] | Bool[Tensor, "batch length"],
+    *,
+    attention: bool,
+) -> tuple[Float[Tensor, "batch length hidden"], Float[Tensor, "batch length"] | None]:
+    """`final_hidden` and, if asked for, `ModelSide.attention` of every position."""
+    if not attention:
+        return final_hidden(model, input_ids, attention_mask), None
+    with last_layer(_causal_lm(model).config.get_text_config()) as noted:
+        hidden = final_hidden(model, input_ids, attention_mask)
+    return hidden, noted.row(attention_mask.sum(1) - 1)
+
+
 def response_rows(
     model: nn.Module,
     input_ids: Int[Tensor, "batch length"],
@@ -126,6 +142,8 @@ def response_rows(
     target_ids: Int[Tensor, "batch length"],
     response_mask: Bool[Tensor, "batch length"],
     byte_ends: Int[Tensor, "batch length"],
+    *,
+    attention: bool = False,
 ) -> ModelSide:
     """Run the backbone and keep the rows where `response_mask` is True, in the order of the batch.
 
@@ -139,8 +157,9 @@ def response_rows(
         target_ids: the token predicted at each position.
         response_mask: True where the predicted token is a supervised token of the response.
         byte_ends: byte offset in the response at which the predicted token ends.
+        attention: give the attention too.
     """
-    hidden = final_hidden(model, input_ids, attention_mask)
+    hidden, weights = final_states(model, input_ids, attention_mask, attention=attention)
     table = embedding_table(model)
     targets = target_ids[response_mask]
     return ModelSide(
@@ -151,6 +170,7 @@ def response_rows(
         lengths=response_mask.sum(dim=1),
         byte_ends=byte_ends[response_mask],
         head=output_head(model),
+        attention=None if weights is None else weights[response_mask],
     )
 
 

@@ -18,6 +18,7 @@ from dwakd.cache.store import Cache, open_whole
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedPairs
 from dwakd.errors import UserError
+from dwakd.losses import needs_attention
 from dwakd.models.head import OutputHead
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.training.config import DistillConfig
@@ -104,6 +105,7 @@ class CachedTeacher(Teacher):
             UserError: see `dwakd.cache.build.obtain`.
         """
         check_folder(self.folder)
+        refuse_attention(args.method, args.loss_options)
         self._cache = obtain(self.folder, self._order(encoder, args, sets), lambda: self._load(args), mend=mend)
         gc.collect()  # the teacher's layers, if they were needed, go now
         self._parts = self._cache.teacher()
@@ -150,13 +152,22 @@ class CachedTeacher(Teacher):
     def collator(self, collate: Collator) -> Collator:
         return CachingCollator(collate, self.cache)
 
-    def hidden(self, batch: dict[str, Any]) -> Float[Tensor, "tokens hidden"]:
+    def states(self, batch: dict[str, Any]) -> tuple[Float[Tensor, "tokens hidden"], None]:
         device = batch["teacher_input_ids"].device
         if self.table.device != device:
             head, tied = self.head.to(device), self.table is self.head.weight
             self._parts = head.weight if tied else self.table.to(device), head
         places = batch["teacher_places"][: len(batch["teacher_input_ids"])]
-        return self.cache.read(places).to(device, self.head.weight.dtype, non_blocking=True)
+        return self.cache.read(places).to(device, self.head.weight.dtype, non_blocking=True), None
+
+
+def refuse_attention(method: str, options: dict[str, Any]) -> None:
+    """Raise UserError if the method reads the teacher's attention, which no cache holds."""
+    if needs_attention(method, options):
+        raise UserError(
+            f"method {method} reads the teacher's attention, which a cache doesn't hold; set "
+            "loss.span_weights=uniform, or train without teacher.cache"
+        )
 
 
 class CachingCollator:

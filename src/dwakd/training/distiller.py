@@ -56,7 +56,8 @@ class Distiller(nn.Module):
             num_tokens: see `DistillationLoss.forward`.
             teacher_scale: see `DistillationLoss.forward`.
         """
-        output = self._loss(side_rows(self.student, batch, "student"), teacher, num_tokens, teacher_scale)
+        student = side_rows(self.student, batch, "student", attention=self.loss.needs_attention)
+        output = self._loss(student, teacher, num_tokens, teacher_scale)
         return {"loss": output.loss, "terms": output.terms}
 
     # The kernels bring their own compiled code; `torch_compile` is for the student.

@@ -26,7 +26,7 @@ from dwakd.folders import check_output_folder
 from dwakd.losses import ModelPair, Widths, build_loss, method_class
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.options import check_type, unknown_option
-from dwakd.training.cached import CachedTeacher
+from dwakd.training.cached import CachedTeacher, refuse_attention
 from dwakd.training.card import write_card
 from dwakd.training.config import DistillConfig
 from dwakd.training.trainer import LOSS_STATE, DistillTrainer
@@ -191,6 +191,8 @@ def check_options(recipe: Recipe, output_dir: str | Path) -> tuple[DistillConfig
     build_loss(recipe.method, recipe.loss_options, widths=Widths(1, 1, 1, 1), pair=ModelPair.smallest())
     if method.needs_teacher and not recipe.teachers:
         raise UserError(f"method {recipe.method} needs a teacher: add a teacher section to the recipe")
+    if any(teacher.cache is not None for teacher in recipe.teachers):
+        refuse_attention(recipe.method, recipe.loss_options)
     return training_config(recipe, output_dir), _peft_config(recipe.student.peft)
 
 

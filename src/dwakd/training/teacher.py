@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dwakd.batch import ModelSide
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedPairs
+from dwakd.losses import needs_attention
 from dwakd.models.head import OutputHead
-from dwakd.models.invariant import response_hidden
+from dwakd.models.invariant import response_states
 from dwakd.models.rows import embedding_table, output_head, response_rows
 from dwakd.training.config import DistillConfig
 
@@ -53,12 +54,15 @@ class Teacher(ABC):
         return collate
 
     @abstractmethod
-    def hidden(self, batch: dict[str, Any]) -> Float[Tensor, "tokens hidden"]:
-        """Final hidden states of the response rows of one collated batch, on its device, without gradient."""
+    def states(self, batch: dict[str, Any]) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, " tokens"] | None]:
+        """Final hidden states of the response rows of one collated batch, on its device, without gradient.
+
+        And the attention to them, if the method that `prepare` was told of reads it.
+        """
 
     def rows(self, batch: dict[str, Any]) -> ModelSide:
         """Rows of one collated batch, on the device of the batch, without gradient."""
-        hidden = self.hidden(batch)
+        hidden, attention = self.states(batch)
         table, mask = self.table.detach(), batch["teacher_response_mask"]
         targets = batch["teacher_target_ids"][mask]
         aligned = batch.get("teacher_aligned_rows")
@@ -71,6 +75,7 @@ class Teacher(ABC):
             byte_ends=batch["teacher_byte_ends"][mask],
             head=self.head,
             aligned_rows=None if aligned is None else aligned[mask],
+            attention=attention,
         )
 
 
@@ -83,6 +88,10 @@ class OnlineTeacher(Teacher):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.with_attention = False
+
+    def prepare(self, encoder: TextEncoder, args: DistillConfig, sets: dict[str, EncodedPairs | None]) -> None:
+        self.with_attention = needs_attention(args.method, args.loss_options)
 
     @property
     def head(self) -> OutputHead:
@@ -92,17 +101,19 @@ class OnlineTeacher(Teacher):
     def table(self) -> Float[Tensor, "vocab embedding"]:
         return embedding_table(self.model)
 
-    def hidden(self, batch: dict[str, Any]) -> Float[Tensor, "tokens hidden"]:
+    def states(self, batch: dict[str, Any]) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, " tokens"] | None]:
         ids = batch["teacher_input_ids"]
         if self.model.device != ids.device:
             self.model.to(ids.device)
         lengths = batch["teacher_attention_mask"].sum(1).tolist()
         num_rows = batch["teacher_response_mask"].sum(1).tolist()
         sequences = [row[:length] for row, length in zip(ids, lengths, strict=True)]
-        return torch.cat(response_hidden(self.model, sequences, num_rows))
+        found = response_states(self.model, sequences, num_rows, attention=self.with_attention)
+        weights = [weights for _, weights in found if weights is not None]
+        return torch.cat([hidden for hidden, _ in found]), torch.cat(weights) if weights else None
 
 
-def side_rows(model: torch.nn.Module, batch: dict[str, Tensor], side: str) -> ModelSide:
+def side_rows(model: torch.nn.Module, batch: dict[str, Tensor], side: str, *, attention: bool = False) -> ModelSide:
     """Response rows of one side ("student" or "teacher") of a collated batch."""
     names = ("input_ids", "attention_mask", "target_ids", "response_mask", "byte_ends")
-    return response_rows(model, **{name: batch[f"{side}_{name}"] for name in names})
+    return response_rows(model, **{name: batch[f"{side}_{name}"] for name in names}, attention=attention)

@@ -1,0 +1,208 @@
+"""SRA: spans that both tokenisations share, alike in direction, geometry and next tokens (arXiv 2605.01205)."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dwakd.align.offsets import byte_groups, sum_by_group, tokens_per_group
+from dwakd.align.vocab import exact_overlap
+from dwakd.batch import LossOutput, ModelSide
+from dwakd.kernels.head_loss import Chunk, Criterion, CrossEntropy, HeadRows, forward_kl, head_loss
+from dwakd.kernels.head_loss.criterion import Logits, Statistics
+from dwakd.kernels.head_loss.statistics import SoftenedPair, blocks
+from dwakd.losses.alignment import unit_rows
+from dwakd.losses.attention import TeacherScale
+from dwakd.losses.base import DistillationLoss, check_range, head_rows, reduce_terms, require_teacher
+from dwakd.losses.packing import example_ids, pad_rows
+from dwakd.losses.pair import ModelPair
+from dwakd.losses.weights import rescale
+
+SPAN_WEIGHTS = ("attention", "uniform")
+LEAST_WEIGHT = 1e-30
+
+
+class SraLoss(DistillationLoss):
+    """L = (1 - r) CE + r (L_span + geo_weight L_geo + L_kd), over the spans of an example.
+
+    A span k is the smallest pair of pieces of text that end at the same byte. Its state in either model, s_k or t_k, is
+    the mean of the final hidden states of its rows, those that predict its tokens, weighted by the attention that the
+    last position of the response pays to them in the last layer, summed over its heads; w_k is the span's share of the
+    teacher's attention to the response. Attention is a constant. With P the one map that is learnt:
+
+        L_span = sum_k w_k (1 - cos(P s_k, t_k))
+        L_geo  = mean over pairs k != l, weighted by w_k w_l, of (cos(s_k, s_l) - cos(t_k, t_l))^2
+        L_kd   = mean_k KL(p(t_k) || p(s_k)), each model's head on its own state, over the tokens that both spell alike
+
+    Each is a mean within its example, which then counts by its student tokens. L_geo of a single span is 0.
+
+    Gradient: the student's rows through all terms, P through L_span, the student's head through CE and L_kd.
+
+    Args:
+        pair: vocabularies and heads.
+        kd_rate: r; 0.5 in the published scripts, 0.4 for TinyLlama.
+        geo_weight: of L_geo; the paper uses 50.
+        temperature: softens both sides of L_kd; no tau^2 factor. The paper uses 2.
+        span_weights: "attention", as in the paper, or "uniform": the rows of a span weigh alike, and w_k is its share of
+            the teacher's tokens. A teacher cache holds no attention.
+
+    Raises:
+        ValueError: an option out of range or unknown, or vocabularies that share no token; in the forward pass, sides
+            without the attention that is asked for.
+
+    References:
+        Dao et al. 2026. Port: HoangTran223/ICARE. There the attention is that of a padding row in all but the
+        longest example; it takes the rows that *read* a span's tokens; it divides a batch's sum of CE and its means over
+        examples of the rest alike by the batch's tokens; its L_kd is a sum over spans, and tokens match as strings.
+    """
+
+    terms: ClassVar[tuple[str, ...]] = ("ce", "span", "geo", "kd")
+    needs_pair: ClassVar[bool] = True
+    student_ids: Int[Tensor, " overlap"]
+    teacher_ids: Int[Tensor, " overlap"]
+
+    def __init__(
+        self,
+        *,
+        pair: ModelPair,
+        kd_rate: float = 0.5,
+        geo_weight: float = 50.0,
+        temperature: float = 2.0,
+        span_weights: str = "attention",
+    ) -> None:
+        super().__init__()
+        infinite = float("inf")
+        check_range(
+            kd_rate=(kd_rate, 0, 1), geo_weight=(geo_weight, 0, infinite), temperature=(temperature, 1e-3, infinite)
+        )
+        if span_weights not in SPAN_WEIGHTS:
+            raise ValueError(f"unknown span_weights {span_weights!r}; valid ones: {', '.join(SPAN_WEIGHTS)}")
+        self.needs_attention = span_weights == "attention"
+        self.kd_rate, self.geo_weight, self.temperature = kd_rate, geo_weight, temperature
+        shared = exact_overlap(pair.student_tokens, pair.teacher_tokens, pair.end_tokens)
+        if not len(shared[0]):
+            raise ValueError("the two vocabularies share no token, which sra compares them on; choose another method")
+        for name, ids in zip(("student_ids", "teacher_ids"), shared, strict=True):
+            self.register_buffer(name, ids, persistent=False)
+        self.projector = nn.Linear(pair.widths.student_hidden, pair.widths.teacher_hidden)
+
+    def forward(
+        self,
+        student: ModelSide,
+        teacher: ModelSide | None = None,
+        *,
+        num_tokens: Tensor | float | None = None,
+        teacher_scale: TeacherScale | None = None,
+    ) -> LossOutput:
+        teacher = require_teacher(teacher, "sra")
+        groups = byte_groups(student.byte_ends, student.lengths, teacher.byte_ends, teacher.lengths)
+        examples = example_ids(student.lengths, len(student.target_ids))
+        lengths = sum_by_group(groups.student_last.long(), examples, len(student.lengths))  # in spans
+        size = int(lengths.sum())
+        own, _ = pool(student.hidden, self._row_weights(student), groups.student, size)
+        theirs, mass = pool(teacher.hidden.detach(), self._row_weights(teacher), groups.teacher, size)
+        even = tokens_per_group(groups, student.lengths, even=True)[:size].to(theirs.dtype)
+        weights = even * rescale(mass, lengths)  # of an example, they sum to its student tokens
+
+        projected = self.projector(own.to(self.projector.weight.dtype))
+        cosines = nn.functional.cosine_similarity(projected, theirs, dim=-1)
+        ce = head_loss([head_rows(student)], CrossEntropy(student.target_ids, 1 - self.kd_rate))
+        sides = [
+            HeadRows(own, student.head.of_tokens(self.student_ids), lengths),
+            HeadRows(theirs, teacher.head.detached().of_tokens(self.teacher_ids), lengths),
+        ]
+        kd = head_loss(sides, SharedKl(self.temperature, even))
+        sums = {
+            "span": (weights * (1 - cosines)).sum(),
+            "geo": (student.lengths * gram_distance(own, theirs, weights, lengths)).sum(),
+            "kd": kd.loss,
+        }
+        return reduce_terms(
+            ce.terms | sums,
+            {"span": self.kd_rate, "geo": self.kd_rate * self.geo_weight, "kd": self.kd_rate},
+            len(student.target_ids) if num_tokens is None else num_tokens,
+            total=ce.loss,
+        )
+
+    def _row_weights(self, side: ModelSide) -> Float[Tensor, " tokens"]:
+        if not self.needs_attention:
+            return side.hidden.new_ones(len(side.hidden))
+        if side.attention is None:
+            raise ValueError("method sra needs the attention of both sides, or span_weights uniform")
+        return side.attention
+
+
+class SharedKl(Criterion):
+    """Term `kd` = weight x KL(p^t || p^s), of the student's rows and the teacher's through heads of the same tokens.
+
+    Args:
+        temperature: softens both sides.
+        row_weights: a constant per row.
+    """
+
+    def __init__(self, temperature: float, row_weights: Float[Tensor, " rows"]) -> None:
+        super().__init__({"kd": 1.0})
+        self.temperature, self.row_weights = temperature, row_weights
+
+    def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
+        own, theirs = ((side / self.temperature).log_softmax(-1) for side in logits)
+        return {"kd": self.row_weights[chunk.rows[0]] * forward_kl(theirs.detach(), own)}
+
+    def differentiate(
+        self,
+        logits: Sequence[Logits],
+        chunk: Chunk,
+        statistics: Statistics,
+        weights: Tensor | None,
+        needs: Sequence[bool],
+    ) -> dict[str, Tensor]:
+        own, theirs = (side.t() for side in logits)
+        pair, row_weights = SoftenedPair(self.temperature), self.row_weights[chunk.rows[0]]
+        learned, target, kl = pair.observe(own, theirs, entropy_of=None, totals_of=())
+        if needs[0]:
+            shares = [row_weights / self.temperature / side.soft_total for side in (learned, target)]
+            for block in blocks(own):
+                pair.gradient(own[block], theirs[block], shares[0], shares[1], out=own[block])
+        return {"kd": row_weights * kl}
+
+
+def pool(
+    hidden: Float[Tensor, "tokens hidden"],
+    weights: Float[Tensor, " tokens"],
+    groups: Int[Tensor, " tokens"],
+    size: int,
+) -> tuple[Float[Tensor, "{size} hidden"], Float[Tensor, " {size}"]]:
+    """The weighted mean of each span's rows, in float32 or better, and the sum of their weights; differentiable.
+
+    Rows of a span that all weigh 0, as far away in a sliding window, weigh alike.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    weights = weights.to(dtype).clamp_min(LEAST_WEIGHT)
+    mass = sum_by_group(weights, groups, size)
+    rows = hidden.to(dtype) * (weights / mass[groups])[:, None]
+    return rows.new_zeros(size, rows.shape[1]).index_add(0, groups, rows), mass
+
+
+def gram_distance(
+    student: Float[Tensor, "spans s_hidden"],
+    teacher: Float[Tensor, "spans t_hidden"],
+    weights: Float[Tensor, " spans"],
+    lengths: Int[Tensor, " batch"],
+) -> Float[Tensor, " batch"]:
+    """The mean over an example's pairs of spans of (cos(s_k, s_l) - cos(t_k, t_l))^2; 0 without a pair.
+
+    Args:
+        student: carries gradient.
+        teacher: a constant, of any width: no map between the spaces.
+        weights: of the spans; a pair has the product of two.
+        lengths: spans per example.
+    """
+    longest = int(lengths.max())
+    own, theirs = (
+        rows @ rows.transpose(1, 2) for rows in (unit_rows(side, lengths, longest) for side in (student, teacher))
+    )
+    padded = pad_rows(weights[:, None], lengths, longest)
+    pairs = (padded @ padded.transpose(1, 2)).tril(-1)
+    return (pairs * (own - theirs).square()).sum((1, 2)) / pairs.sum((1, 2)).clamp_min(torch.finfo(pairs.dtype).tiny)
