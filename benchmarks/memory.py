@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.step import NAMES, Contest
-from benchmarks.workload import Sizes, add_options, signature, sizes_of, write
+from benchmarks.workload import Sizes, add_options, sizes_of, write
 
 DEFAULT = (
     "sft_all_positions",
@@ -90,7 +90,7 @@ def main() -> None:
         print(peak_of_two_steps(Sizes(**asked["sizes"]), asked["name"]))
         return
     results = [report(sizes, options.only, options.threads) for sizes in sizes_of(options)]
-    print("written to", write("memory", {"signature": signature(options), "results": results}, options.output))
+    print("written to", write("memory", results, options))
 
 
 if __name__ == "__main__":

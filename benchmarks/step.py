@@ -28,7 +28,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import plain
-from benchmarks.workload import Sizes, add_options, build_batch, build_models, signature, sizes_of, write
+from benchmarks.workload import (
+    Sizes,
+    add_options,
+    build_batch,
+    build_student,
+    build_teacher,
+    sizes_of,
+    write,
+)
 from dwakd.batch import ModelSide
 from dwakd.losses import Widths, build_loss
 from dwakd.losses.projectors import Projectors
@@ -60,8 +68,7 @@ class Contest:
     def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
         self.batch = build_batch(sizes)
-        _, teacher = build_models(sizes)
-        self.teacher = OnlineTeacher(teacher)
+        self.teacher = OnlineTeacher(build_teacher(sizes))
         self.widths = Widths(sizes.student_hidden, sizes.teacher_hidden, sizes.student_hidden, sizes.teacher_hidden)
 
     def step(self, name: str) -> Step:
@@ -70,7 +77,7 @@ class Contest:
             return self._products(models=name == "products")
         if name == "dwa_kd_loss":
             return self._loss_alone()
-        student, _ = build_models(self.sizes)
+        student = build_student(self.sizes)
         if name in ("sft", "dskd", "dwa_kd", "dwa_kd_cached"):
             return self._ours(name, student)
         function = getattr(plain, name)
@@ -120,7 +127,7 @@ class Contest:
         return step
 
     def _student_rows(self) -> ModelSide:
-        model, _ = build_models(self.sizes)
+        model = build_student(self.sizes)
         with torch.no_grad():
             rows = side_rows(model, self.batch, "student")
         return dataclasses.replace(
@@ -130,7 +137,7 @@ class Contest:
         )
 
     def _products(self, *, models: bool) -> Step:
-        student, _ = build_models(self.sizes)
+        student = build_student(self.sizes)
         teacher = self.teacher.model
         mask, t_mask = (self.batch[f"{side}_response_mask"] for side in ("student", "teacher"))
         weight, t_weight = (m.get_output_embeddings().weight.detach() for m in (student, teacher))
@@ -223,7 +230,7 @@ def main() -> None:
         report(sizes, measure(sizes, options.only, options.rounds, CLOCKS[options.clock]))
         for sizes in sizes_of(options)
     ]
-    print("written to", write("step", {"signature": signature(options), "results": results}, options.output))
+    print("written to", write("step", results, options))
 
 
 if __name__ == "__main__":

@@ -39,10 +39,16 @@ def add_options(parser: argparse.ArgumentParser, **defaults: int) -> None:
         default = defaults.get(field.name, field.default)
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=default, help="default %(default)s")
     parser.add_argument(
-        "--vary", nargs="+", metavar=("FIELD", "VALUE"), help="measure at several values, as in --vary batch 2 4 8"
+        "--vary",
+        nargs="+",
+        metavar=("FIELD", "VALUE"),
+        help="measure at several values, as in --vary batch 2 4 8; `length` scales the response with it, `vocab` sets "
+        "both vocabularies",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch; default %(default)s")
-    parser.add_argument("--output", type=Path, help="JSON file; default benchmarks/results/NAME.json")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file; default benchmarks/results/NAME.json, or NAME-FIELD.json of what varies"
+    )
 
 
 def sizes_of(options: argparse.Namespace) -> list[Sizes]:
@@ -51,13 +57,21 @@ def sizes_of(options: argparse.Namespace) -> list[Sizes]:
     if not options.vary:
         return [sizes]
     field, *values = options.vary
-    return [dataclasses.replace(sizes, **{field.replace("-", "_"): int(value)}) for value in values]
+    return [_varied(sizes, field.replace("-", "_"), int(value)) for value in values]
 
 
-def build_models(sizes: Sizes) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Student and teacher with random weights, no dropout."""
+def _varied(sizes: Sizes, field: str, value: int) -> Sizes:
+    if field == "vocab":
+        return dataclasses.replace(sizes, student_vocab=value, teacher_vocab=value)
+    if field == "length":
+        return dataclasses.replace(sizes, length=value, response=max(sizes.response * value // sizes.length, 1))
+    return dataclasses.replace(sizes, **{field: value})
+
+
+def build_student(sizes: Sizes) -> PreTrainedModel:
+    """A student with random weights, no dropout."""
     torch.manual_seed(sizes.seed)
-    student = GPT2LMHeadModel(
+    return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=sizes.student_vocab,
             bos_token_id=None,
@@ -71,6 +85,11 @@ def build_models(sizes: Sizes) -> tuple[PreTrainedModel, PreTrainedModel]:
             attn_pdrop=0.0,
         )
     )
+
+
+def build_teacher(sizes: Sizes) -> PreTrainedModel:
+    """A frozen teacher with random weights."""
+    torch.manual_seed(sizes.seed + 1)
     teacher = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=sizes.teacher_vocab,
@@ -82,7 +101,7 @@ def build_models(sizes: Sizes) -> tuple[PreTrainedModel, PreTrainedModel]:
             tie_word_embeddings=False,
         )
     )
-    return student, teacher.eval().requires_grad_(False)
+    return teacher.eval().requires_grad_(False)
 
 
 def build_batch(sizes: Sizes) -> dict[str, Tensor]:
@@ -113,7 +132,8 @@ def signature(options: argparse.Namespace) -> dict[str, Any]:
     cpu = next((line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")), "unknown")
     return {
         "options": {
-            name: value if isinstance(value, int | float) else str(value) for name, value in vars(options).items()
+            name: value if isinstance(value, int | float | list | tuple | None) else str(value)
+            for name, value in vars(options).items()
         },
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -126,11 +146,14 @@ def signature(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def write(name: str, result: dict[str, Any], output: Path | None) -> Path:
-    """The result as JSON; returns where."""
-    path = output or RESULTS / f"{name}.json"
+def write(name: str, results: list[dict[str, Any]], options: argparse.Namespace) -> Path:
+    """The results and their signature as JSON; returns where."""
+    if options.vary:
+        name = f"{name}-{options.vary[0].replace('-', '_')}"
+    path: Path = options.output or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    signed = {"signature": signature(options), "results": results}
+    path.write_text(json.dumps(signed, indent=1) + "\n", encoding="utf-8")
     return path
 
 

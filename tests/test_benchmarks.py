@@ -1,12 +1,14 @@
 """Benchmarks measure the same loss as ours, or their ratios mean nothing."""
 
 import json
+import re
 import sys
+from xml.etree import ElementTree
 
 import pytest
 import torch
-from benchmarks import cache, plain, step
-from benchmarks.workload import Sizes, build_models
+from benchmarks import cache, plain, plot, step
+from benchmarks.workload import Sizes, build_student
 
 from dwakd.losses import build_loss
 from dwakd.training.teacher import side_rows
@@ -18,7 +20,7 @@ SIZES = Sizes(2, 24, 8, 90, 64, 1, 110, 64, 1)
 
 def test_plain_steps_are_our_losses():
     """A plain reading that computes something cheaper would make us look slow, a dearer one fast."""
-    contest, (student, _) = step.Contest(SIZES), build_models(SIZES)
+    contest, student = step.Contest(SIZES), build_student(SIZES)
     rows, teacher = side_rows(student, contest.batch, "student"), contest.teacher.rows(contest.batch)
     dskd = build_loss("dskd", widths=contest.widths)
     value = plain.response_dskd(student, contest.teacher.model, dskd.projectors, contest.batch)
@@ -31,7 +33,7 @@ def test_plain_steps_are_our_losses():
 def test_published_dwa_kd_without_prompt_and_padding(monkeypatch):
     """Where every position is a response position the published structure and ours are the same method."""
     sizes = Sizes(2, 8, 8, 90, 64, 1, 110, 64, 1)
-    contest, (student, _) = step.Contest(sizes), build_models(sizes)
+    contest, student = step.Contest(sizes), build_student(sizes)
     for side in ("student", "teacher"):
         contest.batch[f"{side}_response_mask"][:] = True
         contest.batch[f"{side}_attention_mask"][:] = 1
@@ -51,6 +53,36 @@ def test_step_writes_a_signed_result(tmp_path, monkeypatch, capsys):
     (one,) = result["results"]
     assert set(one["median_seconds"]) == set(step.NAMES)
     assert "dwa_kd / products" in capsys.readouterr().out
+
+
+def test_growth_is_drawn_from_what_was_measured(tmp_path, monkeypatch):
+    """A table typed by hand soon tells of another run than the results beside it."""
+    expected = {"length": {"length": (16, 32), "response": (5, 10)}}
+    expected["vocab"] = {"student_vocab": (90, 120), "teacher_vocab": (90, 120)}
+    for field, sizes in expected.items():
+        values, path = map(str, next(iter(sizes.values()))), tmp_path / f"step-{field}.json"
+        varied = ["--vary", field, *values, "--only", "dwa_kd", "sft_response", "--threads=1", f"--output={path}"]
+        monkeypatch.setattr(sys, "argv", ["step", *SMALL, *varied])
+        step.main()
+        results = json.loads(path.read_text())["results"]
+        assert {name: tuple(result["sizes"][name] for result in results) for name in sizes} == sizes
+    peaks = {"sizes": {"batch": 2}, "peak_bytes": {"dwa_kd": 2.5e9, "published_dskd": None}}
+    (tmp_path / "memory-batch.json").write_text(json.dumps({"results": [peaks]}))
+    document = tmp_path / "performance.md"
+    document.write_text("# Before\n<!-- growth -->\nold\n<!-- /growth -->\nafter\n")
+    monkeypatch.setattr(sys, "argv", ["plot", f"--results={tmp_path}", f"--document={document}"])
+    plot.main()
+    written = document.read_text()
+    plot.main()
+    assert document.read_text() == written
+    assert written.startswith("# Before\n<!-- growth -->\n\n| | DWA-KD, s | SFT, response rows |")
+    assert written.endswith("<!-- /growth -->\nafter\n")
+    assert "old" not in written
+    assert re.search(r"\| tokens in an example: 32 \| 0\.\d\d \| 0\.\d\d x \|", written)
+    assert "| examples in a batch: 2 | 2.50 |" in written
+    drawing = ElementTree.parse(tmp_path / "performance-growth.svg").getroot()
+    lines = drawing.iter("{http://www.w3.org/2000/svg}polyline")
+    assert [len(line.get("points").split()) for line in lines] == [2, 2, 2, 2]
 
 
 def test_help_explains_the_contestants(monkeypatch, capsys):
