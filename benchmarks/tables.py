@@ -31,6 +31,27 @@ LINES = {
 }
 
 
+STEPS = {
+    "published_dwa_kd": ("DWA-KD written as it was published: all positions, full logits, one example at a time", {}),
+    "published_dskd": ("DSKD written as it was published", {}),
+    "response_dskd": ("DSKD on response rows, written plainly", {"published_dskd": "the published one"}),
+    "dwa_kd": (
+        "**DWA-KD, with the teacher's forward**",
+        {"published_dskd": "published DSKD", "response_dskd": "the plain one", "published_dwa_kd": "published DWA-KD"},
+    ),
+    "dskd": ("DSKD, with the teacher's forward", {"response_dskd": "the plain one"}),
+    "dwa_kd_cached": (
+        "DWA-KD, the teacher's rows given",
+        {"published_dskd": "published DSKD", "sft_response": "SFT on response rows"},
+    ),
+    "products": ("products: both bodies, and the eight products alone over all rows at once", {}),
+    "sft_all_positions": ("SFT, logits at all positions", {}),
+    "sft_response": ("SFT on response rows, written plainly", {}),
+    "sft": ("SFT", {"sft_response": "the plain one"}),
+}
+"""Rows of the tables of one size, and what each is compared with."""
+
+
 def results(folder: Path, name: str) -> list[dict[str, Any]]:
     """Of one file, an entry for each size; none where the file is absent."""
     path = folder / f"{name}.json"
@@ -55,6 +76,44 @@ def points_of(folder: Path, benchmark: str, measured: str, unit: float = 1.0) ->
         if points:
             found[title] = points
     return found
+
+
+def steps(folder: Path, document: Path) -> str | None:
+    """Seconds of each contestant at the usual size."""
+    for one in results(folder, "step"):
+        seconds = one["median_seconds"]
+        table = [["step", "seconds", ""]]
+        for name, (label, others) in STEPS.items():
+            ratios = [f"{seconds[name] / seconds[other]:.2f} x {words}" for other, words in others.items()]
+            if name == "products":
+                ratios = [f"DWA-KD takes {seconds['dwa_kd'] / seconds[name]:.2f} x"]
+            table.append([label, f"{seconds[name]:.2f}", ", ".join(ratios)])
+        return rows_of(table)
+    return None
+
+
+def memory(folder: Path, document: Path) -> str | None:
+    """Peaks of those contestants that were measured."""
+    for one in results(folder, "memory"):
+        peaks = one["peak_bytes"]
+        table = [[f"step, batch {one['sizes']['batch']}", "GB", "/ published DSKD"]]
+        for name in [name for name in STEPS if peaks.get(name)]:
+            ratio = f"{peaks[name] / peaks['published_dskd']:.3f}"
+            table.append([STEPS[name][0], f"{peaks[name] / 1e9:.2f}", "" if name == "published_dskd" else ratio])
+        return rows_of(table)
+    return None
+
+
+def cache(folder: Path, document: Path) -> str | None:
+    """A cached step over SFT's, by the teacher's vocabulary."""
+    measured = results(folder, "cache-teacher_vocab")
+    table = [["teacher's vocabulary", "SFT, s", "cached, s", "/ SFT", "/ SFT with DWA-KD's loss", "/ online teacher"]]
+    for one in measured:
+        seconds, ratios = one["median_seconds"], one["ratios"]
+        shown = [f"{ratios[f'cached / {other}']:.2f}" for other in ("sft", "expected", "online")]
+        taken = [f"{seconds[name]:.2f}" for name in ("sft", "cached")]
+        table.append([f"{one['sizes']['teacher_vocab']:,}", *taken, *shown])
+    return rows_of(table) if measured else None
 
 
 def growth_table(found: dict[str, Points], unit: str) -> str:
@@ -105,7 +164,7 @@ def trl(folder: Path, document: Path) -> str | None:
     return rows_of(table)
 
 
-SECTIONS = {"growth": growth, "trl": trl}
+SECTIONS = {"steps": steps, "memory": memory, "cache": cache, "trl": trl, "growth": growth}
 
 
 def main() -> None:

@@ -129,9 +129,23 @@ def test_help_explains_the_contestants(monkeypatch, capsys):
 
 def test_cache_writes_a_signed_result(tmp_path, monkeypatch):
     """What a cache saves is measured with a cache on the disk."""
-    path = tmp_path / "cache.json"
-    monkeypatch.setattr(sys, "argv", ["cache", *SMALL, "--rows=4", "--rounds=1", "--threads=1", f"--output={path}"])
+    path = tmp_path / "cache-teacher_vocab.json"
+    options = ["--rows=4", "--rounds=1", "--threads=1", "--vary", "teacher_vocab", "110", f"--output={path}"]
+    monkeypatch.setattr(sys, "argv", ["cache", *SMALL, *options])
     cache.main()
     (one,) = json.loads(path.read_text())["results"]
     assert set(one["median_seconds"]) == set(cache.NAMES)
     assert one["disk"]["bytes_per_response_token"] == 64 * 4
+    ratio = one["median_seconds"]["cached"] / one["median_seconds"]["sft"]
+    assert f"| {ratio:.2f} |" in tables.cache(tmp_path, tmp_path).splitlines()[2]
+
+
+def test_the_document_tells_of_the_results_beside_it(tmp_path, monkeypatch, capsys):
+    """Results measured anew, and a document that still tells of the old ones."""
+    document = tables.RESULTS.parents[1] / "docs" / "performance.md"
+    copy = tmp_path / "performance.md"
+    copy.write_text(document.read_text())
+    monkeypatch.setattr(sys, "argv", ["tables", f"--document={copy}"])
+    tables.main()
+    assert copy.read_text() == document.read_text()
+    assert capsys.readouterr().out.startswith("| step | seconds |")
