@@ -1,7 +1,7 @@
 """Peak memory of a training step above the weights of student and teacher, each contestant in a process of its own.
 
-The peak resident size over two steps (gradients and AdamW's moments included) minus what was resident before the first.
-The contestants are those of `benchmarks.step`. Needs Linux's /proc.
+The peak resident size over two steps (gradients and AdamW's moments included) minus what was resident before the
+first, when libraries were loaded. The contestants are those that `benchmarks.step --help` explains. Needs Linux's /proc.
 """
 
 import argparse
@@ -13,10 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numba  # noqa: F401, before anything is measured
 import torch
 
-from benchmarks.step import NAMES, Contest
-from benchmarks.workload import Sizes, add_options, signature, sizes_of, write
+from benchmarks.contest import NAMES, Contest, able
+from benchmarks.workload import Sizes, add_options, sizes_of, write
 
 DEFAULT = (
     "sft_all_positions",
@@ -28,6 +29,14 @@ DEFAULT = (
     "dskd",
     "dwa_kd",
     "dwa_kd_cached",
+    "uld",
+    "uld_loss",
+    "trl_uld",
+    "trl_uld_loss",
+    "gold",
+    "gold_loss",
+    "trl_gold",
+    "trl_gold_loss",
 )
 STATUS = Path("/proc/self/status")
 
@@ -68,8 +77,9 @@ def report(sizes: Sizes, names: list[str], threads: int) -> dict[str, Any]:
     for name in names:
         peaks[name] = peak = in_a_child(sizes, name, threads)
         print(f"  {name:20s}", "out of memory" if peak is None else f"{peak / 1e9:8.3f} GB", flush=True)
-    base = peaks.get("published_dskd")
-    ratios = {f"{name} / published_dskd": peak / base for name, peak in peaks.items() if base and peak}
+    known = {name: peak for name, peak in peaks.items() if peak}
+    pairs = [*((name, "published_dskd") for name in known), *((f"trl_{name}", name) for name in known)]
+    ratios = {f"{a} / {b}": known[a] / known[b] for a, b in pairs if a in known and b in known}
     for name, ratio in ratios.items():
         print(f"  {name:36s} {ratio:6.3f}")
     return {"sizes": dataclasses.asdict(sizes), "peak_bytes": peaks, "ratios": ratios}
@@ -89,8 +99,9 @@ def main() -> None:
         torch.set_num_threads(asked["threads"])
         print(peak_of_two_steps(Sizes(**asked["sizes"]), asked["name"]))
         return
-    results = [report(sizes, options.only, options.threads) for sizes in sizes_of(options)]
-    print("written to", write("memory", {"signature": signature(options), "results": results}, options.output))
+    names = able(options.only)
+    results = [report(sizes, names, options.threads) for sizes in sizes_of(options)]
+    print("written to", write("memory", results, options))
 
 
 if __name__ == "__main__":

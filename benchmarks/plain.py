@@ -1,7 +1,9 @@
 """Steps as one writes them from the papers, for comparison: full logits under autograd, no kernels.
 
 `published_*` keep logits of all positions, prompt and padding included, and mask them in the end; the DWA-KD one aligns
-one example at a time. `response_*` select the response rows first, and are otherwise as plain.
+one example at a time. What DSKD's published code does to every logit of every step is done here too: NaN and infinity
+replaced, a second temperature of 1, accuracies for the log. Left out of its step are the mean peak probability, also
+for the log, and sums over processes. `response_*` select the response rows first, and do no such things.
 """
 
 import math
@@ -13,7 +15,7 @@ from torch.nn.functional import cross_entropy, normalize
 from dwakd.kernels import soft_dtw
 from dwakd.losses.projectors import Projectors
 
-TEMPERATURE = 2.0
+TEMPERATURE, TEACHER_TEMPERATURE = 2.0, 1.0
 Batch = dict[str, Tensor]
 
 
@@ -77,24 +79,42 @@ def _published(
 
     ce = _cross_entropy(logits, targets)
     t2s_ce = _cross_entropy(t2s_logits, targets)
-    kd_student = _kl(t2s_logits.detach(), logits)
-    kd_teacher = _kl(t_logits, s2t_logits)
+    right = t2s_logits.argmax(-1) == targets
+    kd_student = _published_kl(t2s_logits.detach(), logits, TEACHER_TEMPERATURE)
+    kd_teacher = _published_kl(t_logits, s2t_logits)
     if weighted:
         gate = t2s_logits.detach().softmax(-1).amax(-1)
         kd_student = kd_student * _rescaled(_entropy(logits.detach()) * gate, s_mask)
         kd_teacher = kd_teacher * _rescaled(1 - _entropy(t_logits) / math.log(t_logits.shape[-1]), t_mask)
     else:
-        kd_student = kd_student * (t2s_logits.argmax(-1) == targets)
+        kd_student = kd_student * right
     loss = 0.5 * (ce * s_mask).sum()
     loss = loss + 0.5 * ((t2s_ce * s_mask).sum() + (kd_student * s_mask).sum() + (kd_teacher * t_mask).sum())
     if weighted:
         pairs = ((hidden, projectors.t2s(t_hidden)), (predicted, projectors.embedding_t2s(t_predicted)))
         loss = loss + 0.2 * _alignment(pairs, attention.detach(), s_mask, t_mask)
+    logged = (
+        (right * s_mask).sum(),
+        ((logits.argmax(-1) == targets) * s_mask).sum(),
+        ((s2t_logits.argmax(-1) == batch["teacher_target_ids"]) * t_mask).sum(),
+    )
+    [value.item() for value in logged]
     return loss / s_mask.sum()
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Replaces what is not finite in place."""
+    logits.masked_fill_(logits.isnan() | logits.isinf(), 0.0)
     return cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+def _published_kl(p_logits: Tensor, q_logits: Tensor, p_temperature: float | None = None) -> Tensor:
+    """With more passes than `_kl`: p and log p each from the logits, another temperature, a mask of infinities."""
+    q_logits, p_logits = q_logits / TEMPERATURE, p_logits / TEMPERATURE
+    if p_temperature is not None:
+        p_logits = p_logits / p_temperature
+    p, log_p, log_q = p_logits.softmax(-1), p_logits.log_softmax(-1), q_logits.log_softmax(-1)
+    return (p * (log_p - log_q)).masked_fill_(q_logits.isinf(), 0.0).sum(-1)
 
 
 def _kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:

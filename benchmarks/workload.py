@@ -39,10 +39,16 @@ def add_options(parser: argparse.ArgumentParser, **defaults: int) -> None:
         default = defaults.get(field.name, field.default)
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=default, help="default %(default)s")
     parser.add_argument(
-        "--vary", nargs="+", metavar=("FIELD", "VALUE"), help="measure at several values, as in --vary batch 2 4 8"
+        "--vary",
+        nargs="+",
+        metavar=("FIELD", "VALUE"),
+        help="measure at several values, as in --vary batch 2 4 8; `length` scales the response with it, `vocab` sets "
+        "both vocabularies",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch; default %(default)s")
-    parser.add_argument("--output", type=Path, help="JSON file; default benchmarks/results/NAME.json")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file; default benchmarks/results/NAME.json, or NAME-FIELD.json of what varies"
+    )
 
 
 def sizes_of(options: argparse.Namespace) -> list[Sizes]:
@@ -51,13 +57,21 @@ def sizes_of(options: argparse.Namespace) -> list[Sizes]:
     if not options.vary:
         return [sizes]
     field, *values = options.vary
-    return [dataclasses.replace(sizes, **{field.replace("-", "_"): int(value)}) for value in values]
+    return [_varied(sizes, field.replace("-", "_"), int(value)) for value in values]
 
 
-def build_models(sizes: Sizes) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Student and teacher with random weights, no dropout."""
+def _varied(sizes: Sizes, field: str, value: int) -> Sizes:
+    if field == "vocab":
+        return dataclasses.replace(sizes, student_vocab=value, teacher_vocab=value)
+    if field == "length":
+        return dataclasses.replace(sizes, length=value, response=max(sizes.response * value // sizes.length, 1))
+    return dataclasses.replace(sizes, **{field: value})
+
+
+def build_student(sizes: Sizes) -> PreTrainedModel:
+    """A student with random weights, no dropout."""
     torch.manual_seed(sizes.seed)
-    student = GPT2LMHeadModel(
+    return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=sizes.student_vocab,
             bos_token_id=None,
@@ -71,6 +85,11 @@ def build_models(sizes: Sizes) -> tuple[PreTrainedModel, PreTrainedModel]:
             attn_pdrop=0.0,
         )
     )
+
+
+def build_teacher(sizes: Sizes) -> PreTrainedModel:
+    """A frozen teacher with random weights."""
+    torch.manual_seed(sizes.seed + 1)
     teacher = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=sizes.teacher_vocab,
@@ -82,7 +101,7 @@ def build_models(sizes: Sizes) -> tuple[PreTrainedModel, PreTrainedModel]:
             tie_word_embeddings=False,
         )
     )
-    return student, teacher.eval().requires_grad_(False)
+    return teacher.eval().requires_grad_(False)
 
 
 def build_batch(sizes: Sizes) -> dict[str, Tensor]:
@@ -103,9 +122,34 @@ def build_batch(sizes: Sizes) -> dict[str, Tensor]:
             f"{side}_target_ids": tokens[:, 1:],
             f"{side}_attention_mask": (place < end).long(),
             f"{side}_response_mask": (place >= start) & (place < end),
-            f"{side}_byte_ends": torch.zeros(sizes.batch, sizes.length, dtype=torch.long),
         }
-    return batch
+    return batch | _byte_ends(batch, generator)
+
+
+def _byte_ends(batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Ends of tokens of 4 bytes on average; nine of ten stand on both sides, as with real tokenizers."""
+    masks = {side: batch[f"{side}_response_mask"] for side in ("student", "teacher")}
+    ends = {side: torch.zeros(mask.shape, dtype=torch.long) for side, mask in masks.items()}
+    for example in range(len(masks["student"])):
+        counts = {side: int(mask[example].sum()) for side, mask in masks.items()}
+        total = 4 * max(counts.values())
+        cuts = torch.randperm(total - 1, generator=generator) + 1
+        shared = min(counts.values()) * 9 // 10
+        own = {"student": cuts[shared:], "teacher": cuts[shared:].flip(0)}
+        for side, count in counts.items():
+            inner = torch.cat([cuts[:shared], own[side]])[: count - 1]
+            ends[side][example, masks[side][example]] = torch.cat([inner, torch.tensor([total])]).sort().values
+    return {f"{side}_byte_ends": value for side, value in ends.items()}
+
+
+def build_tokens(sizes: Sizes) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+    """Spellings of both vocabularies. 84 % of the smaller are in both, as of GPT-2's in Qwen's."""
+    shared = min(sizes.student_vocab, sizes.teacher_vocab) * 84 // 100
+    student, teacher = (
+        tuple(f"{'' if token < shared else side}{token}".encode() for token in range(vocab))
+        for side, vocab in (("s", sizes.student_vocab), ("t", sizes.teacher_vocab))
+    )
+    return student, teacher
 
 
 def signature(options: argparse.Namespace) -> dict[str, Any]:
@@ -113,7 +157,8 @@ def signature(options: argparse.Namespace) -> dict[str, Any]:
     cpu = next((line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")), "unknown")
     return {
         "options": {
-            name: value if isinstance(value, int | float) else str(value) for name, value in vars(options).items()
+            name: value if isinstance(value, int | float | list | tuple | None) else str(value)
+            for name, value in vars(options).items()
         },
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -126,11 +171,14 @@ def signature(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def write(name: str, result: dict[str, Any], output: Path | None) -> Path:
-    """The result as JSON; returns where."""
-    path = output or RESULTS / f"{name}.json"
+def write(name: str, results: list[dict[str, Any]], options: argparse.Namespace) -> Path:
+    """The results and their signature as JSON; returns where."""
+    if options.vary:
+        name = f"{name}-{options.vary[0].replace('-', '_')}"
+    path: Path = options.output or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    signed = {"signature": signature(options), "results": results}
+    path.write_text(json.dumps(signed, indent=1) + "\n", encoding="utf-8")
     return path
 
 

@@ -1,12 +1,16 @@
 """Benchmarks measure the same loss as ours, or their ratios mean nothing."""
 
+import dataclasses
 import json
+import re
 import sys
+from xml.etree import ElementTree
 
 import pytest
 import torch
-from benchmarks import cache, plain, step
-from benchmarks.workload import Sizes, build_models
+from benchmarks import cache, plain, step, tables, trl_peer
+from benchmarks.contest import CORE, Contest, able
+from benchmarks.workload import Sizes, build_student
 
 from dwakd.losses import build_loss
 from dwakd.training.teacher import side_rows
@@ -18,7 +22,7 @@ SIZES = Sizes(2, 24, 8, 90, 64, 1, 110, 64, 1)
 
 def test_plain_steps_are_our_losses():
     """A plain reading that computes something cheaper would make us look slow, a dearer one fast."""
-    contest, (student, _) = step.Contest(SIZES), build_models(SIZES)
+    contest, student = Contest(SIZES), build_student(SIZES)
     rows, teacher = side_rows(student, contest.batch, "student"), contest.teacher.rows(contest.batch)
     dskd = build_loss("dskd", widths=contest.widths)
     value = plain.response_dskd(student, contest.teacher.model, dskd.projectors, contest.batch)
@@ -31,7 +35,7 @@ def test_plain_steps_are_our_losses():
 def test_published_dwa_kd_without_prompt_and_padding(monkeypatch):
     """Where every position is a response position the published structure and ours are the same method."""
     sizes = Sizes(2, 8, 8, 90, 64, 1, 110, 64, 1)
-    contest, (student, _) = step.Contest(sizes), build_models(sizes)
+    contest, student = Contest(sizes), build_student(sizes)
     for side in ("student", "teacher"):
         contest.batch[f"{side}_response_mask"][:] = True
         contest.batch[f"{side}_attention_mask"][:] = 1
@@ -39,6 +43,29 @@ def test_published_dwa_kd_without_prompt_and_padding(monkeypatch):
     rows, teacher = side_rows(student, contest.batch, "student"), contest.teacher.rows(contest.batch)
     value = plain.published_dwa_kd(student, contest.teacher.model, loss.projectors, contest.batch)
     torch.testing.assert_close(value, loss(rows, teacher).loss, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["uld", "gold"])
+def test_trl_computes_our_losses(method):
+    """A peer on other rows, vocabularies or groups than ours is no peer. (One example: TRL weighs all alike.)"""
+    if reason := trl_peer.absent():
+        pytest.skip(reason)
+    sizes = dataclasses.replace(SIZES, batch=1, length=60, response=40)
+    contest, student = Contest(sizes), build_student(sizes)
+    rows, teacher = side_rows(student, contest.batch, "student"), contest.teacher.rows(contest.batch)
+    expected = contest.loss(method, student)(rows, teacher).loss
+    criterion = trl_peer.criterion(method, sizes)
+    value = trl_peer.step_loss(criterion, (student, contest.teacher.model), contest.batch)
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
+    gradients = [torch.autograd.grad(loss, student.base_model.h[0].mlp.c_fc.weight)[0] for loss in (value, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-7)
+
+
+def test_an_absent_peer_is_reported(monkeypatch, capsys):
+    """The benchmarks run without TRL."""
+    monkeypatch.setitem(sys.modules, "trl.experimental.gold.gold_trainer", None)
+    assert able(["dwa_kd", "trl_uld"]) == ["dwa_kd"]
+    assert "TRL is left out" in capsys.readouterr().out
 
 
 def test_step_writes_a_signed_result(tmp_path, monkeypatch, capsys):
@@ -49,8 +76,46 @@ def test_step_writes_a_signed_result(tmp_path, monkeypatch, capsys):
     result = json.loads(path.read_text())
     assert {"torch", "cpu", "threads", "commit", "options"} <= set(result["signature"])
     (one,) = result["results"]
-    assert set(one["median_seconds"]) == set(step.NAMES)
+    assert set(one["median_seconds"]) == set(CORE)
     assert "dwa_kd / products" in capsys.readouterr().out
+
+
+def test_growth_is_drawn_from_what_was_measured(tmp_path, monkeypatch):
+    """A table typed by hand soon tells of another run than the results beside it."""
+    expected = {"length": {"length": (16, 32), "response": (5, 10)}}
+    expected["vocab"] = {"student_vocab": (90, 120), "teacher_vocab": (90, 120)}
+    for field, sizes in expected.items():
+        values, path = map(str, next(iter(sizes.values()))), tmp_path / f"step-{field}.json"
+        varied = ["--vary", field, *values, "--only", "dwa_kd", "sft_response", "--threads=1", f"--output={path}"]
+        monkeypatch.setattr(sys, "argv", ["step", *SMALL, *varied])
+        step.main()
+        results = json.loads(path.read_text())["results"]
+        assert {name: tuple(result["sizes"][name] for result in results) for name in sizes} == sizes
+    peaks = {"sizes": {"batch": 2}, "peak_bytes": {"dwa_kd": 2.5e9, "published_dskd": None}}
+    (tmp_path / "memory-batch.json").write_text(json.dumps({"results": [peaks]}))
+    halves = {"uld": 1.0, "trl_uld": 3.0, "uld_loss": 0.5, "trl_uld_loss": 2.0}
+    both = {name.replace("uld", method): taken for name, taken in halves.items() for method in ("uld", "gold")}
+    for benchmark, measured in (("step", "median_seconds"), ("memory", "peak_bytes")):
+        (tmp_path / f"{benchmark}-trl.json").write_text(json.dumps({"results": [{measured: both}]}))
+    document = tmp_path / "performance.md"
+    document.write_text(
+        "# Before\n<!-- growth -->\noutdated\n<!-- /growth -->\nbetween\n<!-- trl -->\n<!-- /trl -->\nafter\n"
+    )
+    monkeypatch.setattr(sys, "argv", ["tables", f"--results={tmp_path}", f"--document={document}"])
+    tables.main()
+    written = document.read_text()
+    tables.main()
+    assert document.read_text() == written
+    assert written.startswith("# Before\n<!-- growth -->\n\n|  | DWA-KD, s | SFT, response rows |\n")
+    assert "\n<!-- /growth -->\nbetween\n<!-- trl -->\n" in written
+    assert written.endswith("<!-- /trl -->\nafter\n")
+    assert "outdated" not in written
+    assert re.search(r"\| tokens in an example: 32 \| 0\.\d\d \| 0\.\d\d x \|", written)
+    assert "| examples in a batch: 2 | 2.50 |" in written
+    assert "| `gold` | 4.0 x | 4.0 x | 3.0 x | 3.0 x |" in written
+    drawing = ElementTree.parse(tmp_path / "performance-growth.svg").getroot()
+    lines = drawing.iter("{http://www.w3.org/2000/svg}polyline")
+    assert [len(line.get("points").split()) for line in lines] == [2, 2, 2, 2]
 
 
 def test_help_explains_the_contestants(monkeypatch, capsys):
@@ -64,9 +129,23 @@ def test_help_explains_the_contestants(monkeypatch, capsys):
 
 def test_cache_writes_a_signed_result(tmp_path, monkeypatch):
     """What a cache saves is measured with a cache on the disk."""
-    path = tmp_path / "cache.json"
-    monkeypatch.setattr(sys, "argv", ["cache", *SMALL, "--rows=4", "--rounds=1", "--threads=1", f"--output={path}"])
+    path = tmp_path / "cache-teacher_vocab.json"
+    options = ["--rows=4", "--rounds=1", "--threads=1", "--vary", "teacher_vocab", "110", f"--output={path}"]
+    monkeypatch.setattr(sys, "argv", ["cache", *SMALL, *options])
     cache.main()
     (one,) = json.loads(path.read_text())["results"]
     assert set(one["median_seconds"]) == set(cache.NAMES)
     assert one["disk"]["bytes_per_response_token"] == 64 * 4
+    ratio = one["median_seconds"]["cached"] / one["median_seconds"]["sft"]
+    assert f"| {ratio:.2f} |" in tables.cache(tmp_path, tmp_path).splitlines()[2]
+
+
+def test_the_document_tells_of_the_results_beside_it(tmp_path, monkeypatch, capsys):
+    """Results measured anew, and a document that still tells of the old ones."""
+    document = tables.RESULTS.parents[1] / "docs" / "performance.md"
+    copy = tmp_path / "performance.md"
+    copy.write_text(document.read_text())
+    monkeypatch.setattr(sys, "argv", ["tables", f"--document={copy}"])
+    tables.main()
+    assert copy.read_text() == document.read_text()
+    assert capsys.readouterr().out.startswith("| step | seconds |")

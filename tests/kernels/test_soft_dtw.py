@@ -331,6 +331,7 @@ def test_auto_falls_back_once_and_says_why(monkeypatch: pytest.MonkeyPatch, capl
     for name in ("cpu", "cpu_fast", "cpu_exact"):
         monkeypatch.delitem(sys.modules, f"{room.__name__}.{name}", raising=False)
     room._is_usable.cache_clear()
+    room._kernel.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             for _ in range(2):
@@ -341,6 +342,7 @@ def test_auto_falls_back_once_and_says_why(monkeypatch: pytest.MonkeyPatch, capl
             soft_dtw(EXAMPLE, 1.0, impl="cpu")
     finally:
         room._is_usable.cache_clear()
+        room._kernel.cache_clear()
 
 
 def test_auto_takes_the_compiled_kernel() -> None:

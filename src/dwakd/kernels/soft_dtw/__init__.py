@@ -124,6 +124,7 @@ def _is_usable(impl: str) -> bool:
     return True
 
 
+@functools.cache
 def _kernel(impl: str) -> Callable[..., Any]:
     """`solve` of one of the modules, imported when it is used: numba takes half a second."""
     solve: Callable[..., Any] = importlib.import_module(f"{__name__}.{impl}").solve

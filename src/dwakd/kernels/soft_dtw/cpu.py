@@ -6,6 +6,7 @@ processor's cache: what stays until the backward pass is one number per cell.
 
 import functools
 import itertools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -37,33 +38,43 @@ def solve(
     plain threads that release the GIL: numba's own pool would be a second OpenMP runtime beside torch's. Each
     example is computed by one thread in one order: the result does not depend on their number.
     """
-    lengths = np.stack([side.cpu().numpy().astype(np.int64) for side in (x_lengths, y_lengths)], axis=1)
+    lengths = [side.long().contiguous().numpy() for side in (x_lengths, y_lengths)]
     value, grad = cost.new_empty(len(cost)), cost.new_empty(cost.shape if keep else (0, 0, 0))
-    is_open = np.ones(len(cost), bool)
-    arguments = [cost.detach().contiguous().numpy(), lengths, gamma, keep, value.numpy(), grad.numpy(), is_open]
-    spans = _spans(lengths)
-    num_helpers = min(torch.get_num_threads(), len(spans), int(lengths.prod(axis=1).sum()) // _CELLS_PER_THREAD) - 1
+    is_fast = cost.dtype == torch.float32
+    is_open = np.empty(len(cost), bool) if is_fast else np.ones(len(cost), bool)
+    arguments = [cost.detach().contiguous().numpy(), *lengths, gamma, keep, value.numpy(), grad.numpy(), is_open]
+
+    def compute(first: int, last: int) -> None:
+        if not is_fast or solve_fast(*arguments, first, last):
+            solve_exact(*arguments, first, last)
+
+    num_threads = min(torch.get_num_threads(), cost.numel() // _CELLS_PER_THREAD)
+    if num_threads > 1:
+        _share(compute, _spans(lengths[0] * lengths[1]), num_threads - 1)
+    else:
+        compute(0, len(cost))
+    return value, grad
+
+
+def _share(compute: Callable[[int, int], None], spans: list[tuple[int, int]], num_helpers: int) -> None:
+    """Compute all the spans, with helpers as far as they come to run."""
     rest = iter(spans)
 
     def work() -> None:
         for first, last in rest:
-            if cost.dtype == torch.float32:
-                solve_fast(*arguments, first, last)
-            if is_open[first:last].any():
-                solve_exact(*arguments, first, last)
+            compute(first, last)
 
-    helpers = [_pool(num_helpers).submit(work) for _ in range(num_helpers)]
+    helpers = [_pool(num_helpers).submit(work) for _ in range(min(num_helpers, len(spans) - 1))]
     work()
     for helper in helpers:
         if not helper.cancel():  # it has begun
             helper.result()
-    return value, grad
 
 
-def _spans(lengths: Counts) -> list[tuple[int, int]]:
+def _spans(num_cells: Counts) -> list[tuple[int, int]]:
     """Ranges of examples, each of about _CELLS_PER_SPAN cells or of one example."""
-    parts = lengths.prod(axis=1).cumsum() // _CELLS_PER_SPAN
-    ends = [*(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(lengths)]
+    parts = num_cells.cumsum() // _CELLS_PER_SPAN
+    ends = [*(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(num_cells)]
     return list(itertools.pairwise([0, *ends]))
 
 

@@ -79,12 +79,12 @@ def _is_valid(cost, n, m):
 
 @compiled_by_numba
 @no_type_check
-def solve_exact(cost, lengths, gamma, keep, value, grad, is_open, first_row, last_row):
+def solve_exact(cost, x_lengths, y_lengths, gamma, keep, value, grad, is_open, first_row, last_row):
     """Values of those examples from first_row to last_row - 1 that are open, and where `keep` their gradients."""
     for row in range(first_row, last_row):
         if not is_open[row]:
             continue
-        n, m = lengths[row, 0], lengths[row, 1]
+        n, m = x_lengths[row], y_lengths[row]
         value[row] = np.nan
         if keep:
             grad[row] = 0.0

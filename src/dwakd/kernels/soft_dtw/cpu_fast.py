@@ -263,37 +263,37 @@ def _backward_fast(cells, n, m, width, weights, start):
 
 @compiled_by_numba
 @no_type_check
-def _largest(cost, row, n, m):
-    """The largest absolute cost of the example; +inf if one is NaN."""
-    largest = 0.0
+def _are_within(cost, row, n, m, limit):
+    """Whether all costs of the example are at most `limit` in size; not where one is NaN."""
     for i in range(n):
-        num_valid, low, high = 0, cost[row, i, 0], cost[row, i, 0]
-        for j in range(m):
-            num_valid += cost[row, i, j] > -np.inf  # false for NaN
-            low, high = min(low, cost[row, i, j]), max(high, cost[row, i, j])
-        if num_valid < m:
-            return np.inf
-        largest = max(largest, -low, high)
-    return largest
+        num_within = 0
+        for j in range(m):  # a count is vectorised, a maximum is not
+            num_within += abs(cost[row, i, j]) <= limit
+        if num_within < m:
+            return False
+    return True
 
 
 @compiled_by_numba
 @no_type_check
-def solve_fast(cost, lengths, gamma, keep, value, grad, is_open, first_row, last_row):
-    """Values of the examples first_row to last_row - 1, and where `keep` their gradients; large costs stay open."""
-    width, size = cost.shape[2], 0
+def solve_fast(cost, x_lengths, y_lengths, gamma, keep, value, grad, is_open, first_row, last_row):
+    """Values of the examples first_row to last_row - 1, gradients where `keep`; how many large costs leave open."""
+    width, size, num_open = cost.shape[2], 0, 0
+    limit = np.float32(min(_LIMIT * gamma, 1e38))
     for row in range(first_row, last_row):
-        n, m = lengths[row, 0], lengths[row, 1]
+        n, m = x_lengths[row], y_lengths[row]
         size = max(size, 2 * (min(n, m) + LANES) * (n + m - 1 if keep else 1))
     weights = np.empty(size, np.float32)
     for row in range(first_row, last_row):
-        n, m = lengths[row, 0], lengths[row, 1]
-        if not _largest(cost, row, n, m) <= _LIMIT * gamma:
+        n, m = x_lengths[row], y_lengths[row]
+        is_open[row] = not _are_within(cost, row, n, m, limit)
+        if is_open[row]:
+            num_open += 1
             continue
-        is_open[row] = False
         reached, used = _forward_fast(cost[row].reshape(-1), n, m, width, 1.0 / gamma, keep, weights)
         value[row] = reached * gamma
         if keep:
             grad[row, n:] = 0.0
             grad[row, :n, m:] = 0.0
             _backward_fast(grad[row].reshape(-1), n, m, width, weights, used)
+    return num_open

@@ -1,0 +1,191 @@
+"""The tables and the figure of docs/performance.md, from the JSON that the benchmarks wrote.
+
+  python -m benchmarks.tables
+
+Each section stands between marks, `<!-- growth -->` and `<!-- /growth -->`, and is written anew where its results are
+in the folder; the document says which commands bring them there.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.plot import Points, figure
+from benchmarks.workload import RESULTS
+
+FIGURE = "performance-growth.svg"
+PANELS = {
+    "batch": ("batch", "examples in a batch"),
+    "length": ("length", "tokens in an example"),
+    "vocab": ("teacher_vocab", "tokens of vocabulary, both sides"),
+    "teacher_hidden": ("teacher_hidden", "teacher's width"),
+}
+"""By what was varied: where its value stands in `sizes`, and what it is called."""
+LINES = {
+    "published_dskd": ("DSKD as published", "#7a7a7a"),
+    "response_dskd": ("DSKD, response rows", "#3b75af"),
+    "dwa_kd": ("DWA-KD", "#c03d3e"),
+    "sft_response": ("SFT, response rows", "#3a923a"),
+}
+
+
+STEPS = {
+    "published_dwa_kd": ("DWA-KD written as it was published: all positions, full logits, one example at a time", {}),
+    "published_dskd": ("DSKD written as it was published", {}),
+    "response_dskd": ("DSKD on response rows, written plainly", {"published_dskd": "the published one"}),
+    "dwa_kd": (
+        "**DWA-KD, with the teacher's forward**",
+        {"published_dskd": "published DSKD", "response_dskd": "the plain one", "published_dwa_kd": "published DWA-KD"},
+    ),
+    "dskd": ("DSKD, with the teacher's forward", {"response_dskd": "the plain one"}),
+    "dwa_kd_cached": (
+        "DWA-KD, the teacher's rows given",
+        {"published_dskd": "published DSKD", "sft_response": "SFT on response rows"},
+    ),
+    "products": ("products: both bodies, and the eight products alone over all rows at once", {}),
+    "sft_all_positions": ("SFT, logits at all positions", {}),
+    "sft_response": ("SFT on response rows, written plainly", {}),
+    "sft": ("SFT", {"sft_response": "the plain one"}),
+}
+"""Rows of the tables of one size, and what each is compared with."""
+
+
+def results(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Of one file, an entry for each size; none where the file is absent."""
+    path = folder / f"{name}.json"
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
+    return found
+
+
+def rows_of(table: list[list[str]]) -> str:
+    """Markdown, the first row being the header."""
+    lines = [f"| {' | '.join(row)} |" for row in table]
+    return "\n".join([lines[0], "|---" * len(table[0]) + "|", *lines[1:]]) + "\n"
+
+
+def points_of(folder: Path, benchmark: str, measured: str, unit: float = 1.0) -> dict[str, Points]:
+    """By the name of what was varied; a step that ran out of memory is absent."""
+    found = {}
+    for varied, (field, title) in PANELS.items():
+        points = [
+            (result["sizes"][field], {name: taken / unit for name, taken in result[measured].items() if taken})
+            for result in results(folder, f"{benchmark}-{varied}")
+        ]
+        if points:
+            found[title] = points
+    return found
+
+
+def steps(folder: Path, document: Path) -> str | None:
+    """Seconds of each contestant at the usual size."""
+    for one in results(folder, "step"):
+        seconds = one["median_seconds"]
+        table = [["step", "seconds", ""]]
+        for name, (label, others) in STEPS.items():
+            ratios = [f"{seconds[name] / seconds[other]:.2f} x {words}" for other, words in others.items()]
+            if name == "products":
+                ratios = [f"DWA-KD takes {seconds['dwa_kd'] / seconds[name]:.2f} x"]
+            table.append([label, f"{seconds[name]:.2f}", ", ".join(ratios)])
+        return rows_of(table)
+    return None
+
+
+def memory(folder: Path, document: Path) -> str | None:
+    """Peaks of those contestants that were measured."""
+    for one in results(folder, "memory"):
+        peaks = one["peak_bytes"]
+        table = [[f"step, batch {one['sizes']['batch']}", "GB", "/ published DSKD"]]
+        for name in [name for name in STEPS if peaks.get(name)]:
+            ratio = f"{peaks[name] / peaks['published_dskd']:.3f}"
+            table.append([STEPS[name][0], f"{peaks[name] / 1e9:.2f}", "" if name == "published_dskd" else ratio])
+        return rows_of(table)
+    return None
+
+
+def cache(folder: Path, document: Path) -> str | None:
+    """A cached step over SFT's, by the teacher's vocabulary."""
+    measured = results(folder, "cache-teacher_vocab")
+    table = [["teacher's vocabulary", "SFT, s", "cached, s", "/ SFT", "/ SFT with DWA-KD's loss", "/ online teacher"]]
+    for one in measured:
+        seconds, ratios = one["median_seconds"], one["ratios"]
+        shown = [f"{ratios[f'cached / {other}']:.2f}" for other in ("sft", "expected", "online")]
+        taken = [f"{seconds[name]:.2f}" for name in ("sft", "cached")]
+        table.append([f"{one['sizes']['teacher_vocab']:,}", *taken, *shown])
+    return rows_of(table) if measured else None
+
+
+def growth_table(found: dict[str, Points], unit: str) -> str:
+    """What DWA-KD takes, and the others as multiples of it."""
+    measured = {name for points in found.values() for _, taken in points for name in taken}
+    others = [name for name in LINES if name in measured - {"dwa_kd"}]
+    table = [["", f"DWA-KD, {unit}", *(LINES[name][0] for name in others)]]
+    for title, points in found.items():
+        for value, taken in points:
+            ratios = [f"{taken[name] / taken['dwa_kd']:.2f} x" if name in taken else "" for name in others]
+            table.append([f"{title}: {value:,}", f"{taken['dwa_kd']:.2f}", *ratios])
+    return rows_of(table)
+
+
+def growth(folder: Path, document: Path) -> str | None:
+    """Time and memory where one size varies."""
+    seconds = points_of(folder, "step", "median_seconds")
+    gigabytes = points_of(folder, "memory", "peak_bytes", 1e9)
+    if not seconds:
+        return None
+    (document.parent / FIGURE).write_text(figure("Seconds of one training step", seconds, LINES), encoding="utf-8")
+    picture = f"![Seconds of a step over batch, length, vocabulary and width]({FIGURE})\n"
+    parts = [
+        growth_table(seconds, "s"),
+        picture,
+        *([growth_table(gigabytes, "GB above the weights")] if gigabytes else []),
+    ]
+    return "\n".join(parts)
+
+
+def trl(folder: Path, document: Path) -> str | None:
+    """TRL over ours, loss alone and whole step."""
+    taken = {
+        what: one[measured]
+        for what, measured in (("step", "median_seconds"), ("memory", "peak_bytes"))
+        for one in results(folder, f"{what}-trl")
+    }
+    if not taken:
+        return None
+    table = [["TRL's / ours", "loss alone, time", "loss alone, memory", "step, time", "step, memory"]]
+    for method in ("uld", "gold"):
+        ratios = [
+            taken[what][f"trl_{method}{part}"] / taken[what][f"{method}{part}"]
+            for part in ("_loss", "")
+            for what in ("step", "memory")
+        ]
+        table.append([f"`{method}`", *(f"{ratio:.1f} x" for ratio in ratios)])
+    return rows_of(table)
+
+
+SECTIONS = {"steps": steps, "memory": memory, "cache": cache, "trl": trl, "growth": growth}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    document = RESULTS.parents[1] / "docs" / "performance.md"
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--document", type=Path, default=document, help="gets the tables, and the figure beside it")
+    options = parser.parse_args()
+    written = options.document.read_text(encoding="utf-8")
+    for name, section in SECTIONS.items():
+        text = section(options.results, options.document)
+        if text is None:
+            print(f"{name}: no results in {options.results}")
+            continue
+        print(text)
+        marks = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        written = marks.sub(lambda found, text=text: f"{found[1]}\n{text}\n{found[2]}", written)
+    options.document.write_text(written, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

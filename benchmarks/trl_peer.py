@@ -1,0 +1,89 @@
+"""TRL's ULD loss, the one of its GOLD trainer, as a peer of `uld` and `gold`. Optional: `pip install trl`.
+
+It wants logits of whole sequences under autograd. Here it is given those of the response rows alone, at the positions
+where its "bayesian" reading finds the rows that predict them.
+"""
+
+import importlib
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from benchmarks.workload import Sizes, build_tokens
+
+Batch = dict[str, Tensor]
+OPTIONS = {
+    "uld": {"use_extended_uld": False, "uld_crossentropy_weight": 1.0, "uld_distillation_weight": 1.5},
+    "gold": {"uld_use_hybrid_loss": True},
+}
+"""What makes TRL's loss that of our method of this name."""
+
+
+def absent() -> str | None:
+    """Why TRL cannot take part, in one line; None if it can."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    try:
+        importlib.import_module("trl.experimental.gold.gold_trainer")
+    except (ImportError, RuntimeError) as error:
+        return f"TRL is left out, because it cannot be imported: {error}"
+    return None
+
+
+def criterion(method: str, sizes: Sizes) -> Callable[..., Tensor]:
+    """TRL's loss of both sides' logits, labels, ids and byte offsets."""
+    gold = importlib.import_module("trl.experimental.gold.gold_trainer")
+    common: dict[str, Any] = {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "uld_token_merge_strategy": "bayesian",
+    }
+    config = gold.GOLDConfig(**common, uld_skip_student_eos=False, uld_skip_teacher_eos=False, **OPTIONS[method])
+    tokenizers = [
+        SimpleNamespace(get_vocab=lambda tokens=tokens: {token.decode(): n for n, token in enumerate(tokens)})
+        for tokens in build_tokens(sizes)
+    ]
+    loss: Callable[..., Tensor] = gold.ULDLoss(config, *tokenizers, device="cpu")
+    return loss
+
+
+def response_columns(mask: Tensor) -> slice:
+    """The positions where any example has a response row."""
+    columns = mask.any(0).nonzero()
+    return slice(int(columns[0]), int(columns[-1]) + 1)
+
+
+def hidden_window(model: nn.Module, batch: Batch, side: str) -> Tensor:
+    """Final hidden states of the response columns and, as no label stands at the first position, one row more."""
+    hidden = model.base_model(
+        batch[f"{side}_input_ids"], attention_mask=batch[f"{side}_attention_mask"]
+    ).last_hidden_state
+    return pad(hidden[:, response_columns(batch[f"{side}_response_mask"])], (0, 0, 0, 1))
+
+
+def loss_of_windows(
+    loss: Callable[..., Tensor], windows: tuple[Tensor, Tensor], models: tuple[nn.Module, nn.Module], batch: Batch
+) -> Tensor:
+    """The loss of `hidden_window` of student and teacher."""
+    logits = [model.get_output_embeddings()(window) for model, window in zip(models, windows, strict=True)]
+    labels, ends = [], []
+    for side in ("student", "teacher"):
+        mask = batch[f"{side}_response_mask"]
+        columns = response_columns(mask)
+        # the row at one position predicts the label at the next
+        labels.append(pad(batch[f"{side}_target_ids"].masked_fill(~mask, -100)[:, columns], (1, 0), value=-100))
+        ends.append(pad(batch[f"{side}_byte_ends"][:, columns], (1, 0))[..., None].expand(-1, -1, 2))
+    return loss(*logits, *labels, *(side.clamp_min(0) for side in labels), *ends)
+
+
+def step_loss(loss: Callable[..., Tensor], models: tuple[nn.Module, nn.Module], batch: Batch) -> Tensor:
+    """The loss of a batch, both models' forward included."""
+    student, teacher = models
+    with torch.no_grad():
+        teacher_window = hidden_window(teacher, batch, "teacher")
+    return loss_of_windows(loss, (hidden_window(student, batch, "student"), teacher_window), models, batch)
