@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dwakd.align.edit_distance import MANY, edit_costs, one_to_one_rows
+from dwakd.align.edit_distance import MANY, edit_costs, one_to_one_rows, warped_runs
 
 TOKENS = st.lists(
     st.sampled_from(["the", "cat", "ca", "t", "alogue", "is", "", "你好", "new", "n"]), min_size=1, max_size=9
@@ -50,3 +50,30 @@ def test_ties_prefer_the_diagonal_then_the_teacher():
     assert one_to_one_rows(np.zeros((3, 2), np.int32))[0].tolist() == [0, 0, 1]
     costs = np.array([[0, 0, 0], [0, 9, 0], [0, 0, 0]], np.int32)
     assert one_to_one_rows(costs)[0].tolist() == [0, 0, MANY]
+
+
+@settings(max_examples=80, deadline=None)
+@given(student=TOKENS, teacher=TOKENS)
+def test_runs_cover_both_sides_and_hold_the_path(student, teacher):
+    """A row in two groups, or in none, would learn twice or never."""
+    costs = edit_costs(student, teacher)
+    runs, (rows, cost) = warped_runs(costs), one_to_one_rows(costs)
+    for side, tokens in zip(runs, (student, teacher), strict=True):
+        assert side.sum() == len(tokens)
+        assert side.min() > 0
+    assert np.minimum(*runs).max() == 1
+    starts = [side.cumsum() - side for side in runs]
+    # from run to run the path steps diagonally; within a run it is the cheapest from corner to corner
+    blocks = [costs[i : i + n, j : j + m] for i, j, n, m in zip(*starts, *runs, strict=True)]
+    assert sum(least_cost(block) for block in blocks) == cost
+    for i, j, n, m in zip(*starts, *runs, strict=True):
+        assert all(row == MANY or j <= row < j + m for row in rows[i : i + n])
+
+
+def test_runs_by_hand():
+    """One token where the other side has two, on either side."""
+    for student, teacher, expected in (
+        (["a", "bb", "cc"], ["a", "bb", "cc", "cc"], ([1, 1, 1], [1, 1, 2])),
+        (["the", "cat", "cat"], ["the", "cat"], ([1, 2], [1, 1])),
+    ):
+        assert tuple(run.tolist() for run in warped_runs(edit_costs(student, teacher))) == expected

@@ -42,7 +42,7 @@ def bags(text: Codes, bounds: Bounds) -> npt.NDArray[np.uint64]:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _count_bits(_context: Any, word: Any) -> Any:
+def count_bits(_context: Any, word: Any) -> Any:
     """The machine's count of a word's bits."""
 
     def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
@@ -68,7 +68,7 @@ def _nearest(queries, query_bounds, query_bags, texts, text_bounds, text_bags, n
             # each of these is at most the distance
             if abs(size - length) >= best:
                 continue
-            if np.int64(_count_bits(bag & ~text_bags[t])) >= best or np.int64(_count_bits(text_bags[t] & ~bag)) >= best:
+            if np.int64(count_bits(bag & ~text_bags[t])) >= best or np.int64(count_bits(text_bags[t] & ~bag)) >= best:
                 continue
             plus, minus, distance = ~np.uint64(0), np.uint64(0), length
             for k in range(size):  # Myers 1999, as Hyyrö 2003

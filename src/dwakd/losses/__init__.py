@@ -8,6 +8,7 @@ from dwakd.errors import UserError
 from dwakd.losses.alm import AlmLoss
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss
+from dwakd.losses.cdm import CdmLoss
 from dwakd.losses.dskd import DskdLoss
 from dwakd.losses.dskd_v2 import DskdV2Loss
 from dwakd.losses.dwa_kd import DwaKdLoss
@@ -33,6 +34,7 @@ METHODS: dict[str, type[DistillationLoss]] = {
     "alm": AlmLoss,
     "gold": GoldLoss,
     "sra": SraLoss,
+    "cdm": CdmLoss,
     "dskd": DskdLoss,
     "dskd_v2": DskdV2Loss,
     "dwa_kd": DwaKdLoss,
@@ -42,6 +44,7 @@ METHODS: dict[str, type[DistillationLoss]] = {
 __all__ = [
     "METHODS",
     "AlmLoss",
+    "CdmLoss",
     "DistillationLoss",
     "DskdLoss",
     "DskdV2Loss",

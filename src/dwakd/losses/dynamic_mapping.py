@@ -1,0 +1,178 @@
+"""What CDM finds out anew in each step: rows that belong together, candidate tokens, and their counterparts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from dwakd.align.vocab import exact_overlap, token_text
+from dwakd.batch import ModelSide
+from dwakd.losses.packing import example_ids
+from dwakd.losses.pair import ModelPair
+
+UNMATCHED = -1
+SPECIAL = "\0"
+BLOCK = 16
+
+Columns = Float[Tensor, "vocab rows"]
+PerRow = Float[Tensor, " rows"]
+Ids = Int[Tensor, "groups _"]
+
+
+class TokenMap(nn.Module):
+    """Counterparts of tokens: the one that spells the same, else the nearest of the other side's candidates.
+
+    Args:
+        pair: its vocabularies; padding of the heads has no counterpart.
+        threshold: a candidate without a twin is matched with the nearest of those without a twin whose edit distance
+            over the sum of both lengths, without spaces, lies below it.
+    """
+
+    student_of: Int[Tensor, " t_vocab"]
+    teacher_of: Int[Tensor, " s_vocab"]
+
+    def __init__(self, pair: ModelPair, threshold: float) -> None:
+        super().__init__()
+        from dwakd.align.candidates import CandidateMatcher  # numba takes half a second: only when it is used
+
+        student_ids, teacher_ids = exact_overlap(pair.student_tokens, pair.teacher_tokens, pair.end_tokens)
+        unmatched, self.spelled = [], []
+        for name, head, tokens, ids, counterparts in (
+            ("teacher_of", pair.student_head, pair.student_tokens, student_ids, teacher_ids),
+            ("student_of", pair.teacher_head, pair.teacher_tokens, teacher_ids, student_ids),
+        ):
+            twins = torch.full((head.vocab_size,), UNMATCHED).index_copy(0, ids, counterparts)
+            self.register_buffer(name, twins, persistent=False)
+            texts = [None if token is None else token_text(token).replace(" ", "") for token in tokens]
+            texts += [None] * (head.vocab_size - len(texts))
+            unmatched.append(
+                [text if twin == UNMATCHED else None for text, twin in zip(texts, twins.tolist(), strict=True)]
+            )
+            self.spelled.append([SPECIAL if text is None else text for text in texts])
+        self.nearest = CandidateMatcher(unmatched[0], unmatched[1], threshold)
+
+    def read_texts(self, sides: Sequence[ModelSide]) -> list[list[str]]:
+        """The token that each row reads, without its spaces; that of an example's first row belongs to the prompt."""
+        texts = []
+        for side, spelled in zip(sides, self.spelled, strict=True):
+            read = [SPECIAL, *(spelled[token] for token in side.target_ids.tolist()[:-1])]
+            for first in (side.lengths.cumsum(0) - side.lengths).tolist():
+                read[first] = SPECIAL
+            texts.append(read)
+        return texts
+
+    def pairs(self, student: Ids, teacher: Ids) -> tuple[list[Ids], Bool[Tensor, "groups pairs"]]:
+        """Tokens of the student and of the teacher that stand for each other, and which of these pairs count.
+
+        First come the teacher's candidates, then those of the student that are not among these pairs yet.
+
+        Args:
+            student: the candidates of each group, the most probable first.
+            teacher: likewise.
+        """
+        nearest = self.nearest(student.cpu().numpy(), teacher.cpu().numpy())
+        student_for, teacher_for = (
+            torch.where(twins == UNMATCHED, torch.from_numpy(found).to(twins.device), twins)
+            for twins, found in zip((self.student_of[teacher], self.teacher_of[student]), nearest, strict=True)
+        )
+        pairs = [torch.cat([student_for, student], 1), torch.cat([teacher, teacher_for], 1)]
+        keys = torch.split(pairs[0] * len(self.student_of) + pairs[1], [teacher.shape[1], student.shape[1]], dim=1)
+        again = (keys[1][:, :, None] == keys[0][:, None, :]).any(-1)
+        counts = (pairs[0] != UNMATCHED) & (pairs[1] != UNMATCHED)
+        counts[:, teacher.shape[1] :] &= ~again
+        return [side.clamp(min=0) for side in pairs], counts
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Runs of rows of one side.
+
+    Args:
+        firsts: the first row of each.
+        sizes: their rows.
+    """
+
+    firsts: Int[Tensor, " groups"]
+    sizes: Int[Tensor, " groups"]
+
+    def of_rows(self) -> Int[Tensor, " rows"]:
+        """The group of each row."""
+        return torch.arange(len(self.sizes), device=self.sizes.device).repeat_interleave(self.sizes)
+
+    def means(self, rows: Float[Tensor, "rows width"]) -> Float[Tensor, "groups width"]:
+        """The mean of each group; differentiable."""
+        return rows.new_zeros(len(self.sizes), rows.shape[1]).index_add(0, self.of_rows(), rows) / self.sizes[:, None]
+
+    def merge(self, columns: Columns) -> Float[Tensor, "vocab merged"]:
+        """Put the mean of each group in the place of its first row; returns what `restore` needs."""
+        several = (self.sizes > 1).nonzero().squeeze(1)
+        shares = (self.of_rows()[:, None] == several) / self.sizes[several].to(columns.dtype)
+        firsts = self.firsts[several]
+        kept, columns[:, firsts] = columns[:, firsts], columns @ shares
+        return kept
+
+    def restore(self, columns: Columns, kept: Float[Tensor, "vocab merged"]) -> None:
+        """Undo `merge`."""
+        columns[:, self.firsts[self.sizes > 1]] = kept
+
+
+def warp(
+    entropies: Sequence[Float[Tensor, " _"]], texts: Sequence[Sequence[str]], lengths: Sequence[Int[Tensor, " batch"]]
+) -> tuple[list[Groups], Float[Tensor, " groups"]]:
+    """Groups of the student's and of the teacher's rows, and for each its share of its example's student tokens.
+
+    Args:
+        entropies: of the rows of both sides, in nats.
+        texts: the tokens that they read.
+        lengths: rows per example, at least 1, on the CPU.
+    """
+    from dwakd.align.edit_distance import edit_costs, warped_runs
+
+    device = entropies[0].device
+    sizes: tuple[list[Tensor], list[Tensor]] = ([], [])
+    shares = []
+    splits = [
+        (torch.split(warping_weights(side.cpu(), n), n.tolist()), (n.cumsum(0) - n).tolist())
+        for side, n in zip(entropies, lengths, strict=True)
+    ]
+    (own, own_starts), (other, other_starts) = splits
+    for f_s, s, f_t, t in zip(own, own_starts, other, other_starts, strict=True):
+        distances = edit_costs(texts[0][s : s + len(f_s)], texts[1][t : t + len(f_t)])
+        runs = warped_runs(distances * f_s.numpy()[:, None] * f_t.numpy())
+        for side, run in zip(sizes, runs, strict=True):
+            side.append(torch.from_numpy(run).long())
+        shares.append(torch.full((len(runs[0]),), len(f_s) / len(runs[0]), dtype=entropies[0].dtype))
+    joined = [torch.cat(side).to(device) for side in sizes]
+    return [Groups(side.cumsum(0) - side, side) for side in joined], torch.cat(shares).to(device)
+
+
+def warping_weights(entropy: PerRow, lengths: Int[Tensor, " batch"]) -> Int[Tensor, " rows"]:
+    """f = floor(3 sigmoid(4e - 2) + 3), e the entropy from 0, the least of its example, to 1, the largest.
+
+    An entropy that is constant but for rounding has e = 0.
+    """
+    examples = example_ids(lengths, len(entropy))
+    low, high = (
+        entropy.new_zeros(len(lengths)).scatter_reduce(0, examples, entropy, bound, include_self=False)[examples]
+        for bound in ("amin", "amax")
+    )
+    constant = high - low <= 16 * torch.finfo(entropy.dtype).eps * high
+    share = ((entropy - low) / (high - low)).masked_fill(constant, 0.0)
+    return (3 * torch.sigmoid(4 * share - 2) + 3).int()
+
+
+def top_tokens(columns: Columns, rows: Int[Tensor, " groups"], count: int) -> Ids:
+    """The tokens of the largest logits of some columns, the largest first.
+
+    They lie in the blocks with the largest maxima, so that only those are sorted.
+    """
+    whole = len(columns) // BLOCK
+    if count >= whole:
+        return columns[:, rows].t().topk(min(count, len(columns))).indices
+    maxima = columns[: whole * BLOCK].view(whole, BLOCK, -1).amax(1)[:, rows]
+    tokens = torch.arange(len(columns), device=columns.device)
+    inside = maxima.t().topk(count).indices[:, :, None] * BLOCK + tokens[:BLOCK]
+    ids = torch.cat([inside.flatten(1), tokens[whole * BLOCK :].expand(len(rows), -1)], 1)
+    return ids.gather(1, columns[ids, rows[:, None]].topk(count).indices)
