@@ -22,6 +22,7 @@ from dwakd.kernels.soft_dtw.cpu_exact import compiled_by_numba
 
 LANES = 8
 _LIMIT = 4.0  # largest cost, in units of gamma, here: above, rounded steps show in the gradient (1e-6)
+_LEAST_FLOW = 1e-30  # of a cell's gradient: less is 0
 _FAR = np.float32(1e9)  # how far the row and the column before the first are, in units of gamma
 _F32, _F64, _I32 = (ir.VectorType(scalar, LANES) for scalar in (ir.FloatType(), ir.DoubleType(), ir.IntType(32)))
 
@@ -170,7 +171,7 @@ def _backward_lanes(typingctx, flows, ups, lefts, corners, weights, start, plane
     """The flow through LANES cells into `cells[at], cells[at + stride], ...`, and what each passes on.
 
     `ups`, `lefts`, `corners` are the cells' places in `flows`: what is passed on to the three predecessors, read for
-    the diagonals after and overwritten for this one. No flow is lost: float64, and the corner gets what is left.
+    the diagonals after and overwritten for this one. Next to no flow is lost: float64, and the corner gets what is left.
     """
     signature = types.void(flows, *[types.intp] * 3, weights, *[types.intp] * 2, cells, *[types.intp] * 2)
 
@@ -178,7 +179,10 @@ def _backward_lanes(typingctx, flows, ups, lefts, corners, weights, start, plane
         flows, ups, lefts, corners, weights, start, plane, cells, at, stride = args
         v = _Vectors(context, builder, signature, args)
         arriving = builder.fadd(v.load(flows, ups, _F64, 1), v.load(flows, lefts, _F64))
-        arriving = left_over = builder.fadd(arriving, v.load(flows, corners, _F64, 1))
+        arriving = builder.fadd(arriving, v.load(flows, corners, _F64, 1))
+        # denormal gradients make the products that they enter up to a hundred times slower
+        seen = builder.fcmp_ordered(">", arriving, v.constant(_LEAST_FLOW, _F64))
+        arriving = left_over = builder.select(seen, arriving, v.constant(0.0, _F64))
         for passed_on in (ups, lefts):
             flow = builder.fmul(arriving, builder.fpext(v.load(weights, start, _F32), _F64))
             v.store(flow, flows, passed_on)
