@@ -45,6 +45,16 @@ def test_each_method_gets_its_own_options():
     assert (one.training["seed"], one.training["data_seed"], one.compare) == (7, 7, None)
 
 
+def test_a_run_that_reads_attention_has_no_cache():
+    """A comparison caches its teachers once for all runs; no cache holds attention."""
+    cached = recipe(teacher={"model": "teacher", "cache": "folder"})
+    caches = [
+        Cell(Variant("sra", "sra", {"span_weights": weights}), 1).recipe(cached).teachers[0].cache
+        for weights in ("attention", "uniform")
+    ]
+    assert caches == [None, "folder"]
+
+
 def test_ablation_rows_switch_what_their_names_say():
     """A row of the ablation that trains something else makes the table a lie."""
     rows = {variant.name: variant for variant in variants_of(recipe(), recipe().compare, ablation=True)}

@@ -36,7 +36,7 @@ def trainer_of(output, folders, teachers=None, **options):
     return DistillTrainer(folders[0], teachers or folders[1:], args, ROWS, EVAL)
 
 
-@pytest.mark.parametrize("method", ["dwa_kd", "dskd_v2", "min_ed", "alm"])
+@pytest.mark.parametrize("method", ["dwa_kd", "dskd_v2", "min_ed", "alm", "sra"])
 def test_accumulation_changes_nothing(tmp_path, folders, method):
     """Each teacher's rows, statistics and alignment must be its own, or micro-batches mix them up."""
     whole = trainer_of(tmp_path / "whole", folders, method=method)

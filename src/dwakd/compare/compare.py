@@ -16,7 +16,7 @@ from dwakd.compare.table import CellScores, comparison_tables, read_cell, summar
 from dwakd.config import CompareSection, Recipe, TeacherSection
 from dwakd.errors import UserError
 from dwakd.evaluation.run import check_recipe_evaluation
-from dwakd.losses import method_class
+from dwakd.losses import method_class, needs_attention
 from dwakd.training.cache_run import cache_recipe
 from dwakd.training.run import check_options
 
@@ -50,7 +50,10 @@ def compare_methods(
         check_options(Cell(variant, section.seeds[0]).recipe(recipe), folder)
     check_recipe_evaluation(recipe)
     with_teacher = any(method_class(variant.method).needs_teacher for variant in variants)
-    if with_teacher:
+    if any(
+        method_class(variant.method).needs_teacher and not needs_attention(variant.method, variant.options)
+        for variant in variants
+    ):
         recipe = _with_teacher_cache(recipe, folder)
     runner = Runner(recipe, folder, jobs)
     failures: dict[str, str] = {}

@@ -105,7 +105,6 @@ class CachedTeacher(Teacher):
             UserError: see `dwakd.cache.build.obtain`.
         """
         check_folder(self.folder)
-        refuse_attention(args.method, args.loss_options)
         self._cache = obtain(self.folder, self._order(encoder, args, sets), lambda: self._load(args), mend=mend)
         gc.collect()  # the teacher's layers, if they were needed, go now
         self._parts = self._cache.teacher()

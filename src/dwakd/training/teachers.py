@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dwakd.data.encoding import TextEncoder
 from dwakd.errors import UserError
 from dwakd.losses import method_class
-from dwakd.training.cached import CachedTeacher
+from dwakd.training.cached import CachedTeacher, refuse_attention
 from dwakd.training.config import DistillConfig
 from dwakd.training.inputs import load_pair
 from dwakd.training.teacher import OnlineTeacher, Teacher
@@ -25,7 +25,7 @@ def prepare_teachers(
 
     Raises:
         UserError: no teacher where one is needed, the student itself, a teacher without a tokenizer, other numbers of
-            tokenizers or weights than of teachers, or one cache for several.
+            tokenizers or weights than of teachers, one cache for several, or one for a method that reads attention.
     """
     if not method_class(args.method).needs_teacher:
         return []
@@ -52,6 +52,8 @@ def _prepare(
     if args.teacher_cache is not None:
         remote = args.trust_remote_code
         teacher = CachedTeacher(args.teacher_cache, teacher, tokenizer=tokenizer, trust_remote_code=remote)
+    if isinstance(teacher, CachedTeacher):
+        refuse_attention(args.method, args.loss_options)
     if not isinstance(teacher, Teacher):
         model, tokenizer = load_pair(teacher, tokenizer, args, "teacher_processing_class")
         teacher = OnlineTeacher(model)
