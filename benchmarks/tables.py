@@ -151,7 +151,7 @@ def trl(folder: Path, document: Path) -> str | None:
         for what, measured in (("step", "median_seconds"), ("memory", "peak_bytes"))
         for one in results(folder, f"{what}-trl")
     }
-    if not taken:
+    if len(taken) < 2:
         return None
     table = [["TRL's / ours", "loss alone, time", "loss alone, memory", "step, time", "step, memory"]]
     for method in ("uld", "gold"):
