@@ -8,16 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dwakd.kernels.head_loss.criterion import Chunk, Criterion, Logits, Statistics
-from dwakd.kernels.head_loss.statistics import (
-    SoftenedPair,
-    blocks,
-    entropy,
-    forward_kl,
-    pick,
-    raise_to,
-    scratch,
-    subtract_at,
-)
+from dwakd.kernels.head_loss.statistics import SoftenedPair, entropy, forward_kl, pick, subtract_at
 
 Weigh = Callable[[Statistics, Any], Float[Tensor, " tokens"]]
 
@@ -144,12 +135,7 @@ class ForwardKlSpace(StudentSpace):
         own_rate = torch.full_like(weights, rates["ce"])
         projected_rate = torch.full_like(weights, rates["t2s_ce"]) * self._projected_weights(chunk)
         own_share, projected_share = own_rate / statistics["own_total"], projected_rate / statistics["projected_total"]
-        (work,) = scratch(own, 1)
-        for block in blocks(own):
-            mine, theirs = own[block], projected[block]
-            pulled = pair.gradient(mine, theirs, own_soft, projected_soft, work[: block.stop - block.start])
-            raise_to(mine, pair.base, mine).mul_(own_share).add_(pulled)
-            raise_to(theirs, pair.base, theirs).mul_(projected_share)
+        pair.differentiate(own, projected, (own_soft, projected_soft, own_share, projected_share))
         subtract_at(own, self.targets[chunk.rows[0]], own_rate)
         subtract_at(projected, self.projected_targets[chunk.rows[1]], projected_rate)
 
@@ -195,10 +181,8 @@ class TeacherSpace(Criterion):
     ) -> dict[str, Tensor]:
         if needs[0]:
             projected, own = (side.t() for side in logits)
-            pair = SoftenedPair(self.temperature)
             shares = [(1 / self.temperature) / statistics[f"{name}_soft_total"] for name in ("projected", "own")]
-            for block in blocks(projected):
-                pair.gradient(projected[block], own[block], shares[0], shares[1], out=projected[block])
+            SoftenedPair(self.temperature).differentiate(projected, own, shares)
         return {"kd_teacher": statistics["kl"]}
 
 

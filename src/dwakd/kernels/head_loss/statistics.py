@@ -1,12 +1,18 @@
 """Statistics of next-token distributions: in plain torch, and of a pair in one sweep over logits that it overwrites."""
 
+import functools
+import importlib
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 LogProbs = Float[Tensor, "tokens vocab"]
 Columns = Float[Tensor, "vocab tokens"]
@@ -15,6 +21,8 @@ PerToken = Float[Tensor, " tokens"]
 CPU_BLOCK, DEVICE_BLOCK = 2**18, 2**22
 """Logits per block: on a CPU its temporaries stay in cache over all the operations on it; on other devices it is large
 enough to hide launches and small enough to add little memory."""
+COMPILED_FROM = 2**17
+"""Logits per side from which compiled kernels are worth loading numba for."""
 LOG2_E = math.log2(math.e)
 
 
@@ -132,6 +140,32 @@ class SoftenedPair:
             totals_of: the sides whose `total` is wanted.
         """
         own, other = Softmax(peak_of(learned)), Softmax(peak_of(target))
+        if self._is_compiled(learned, target):
+            sums = _cpu_module().observe(learned, target, torch.stack([own.peak, other.peak]), self.base)
+            own.total, own.soft_total, own.energy, other.total, other.soft_total, other.energy, cross = sums
+        else:
+            cross = self._sweep(learned, target, own, other, entropy_of, totals_of)
+        own.energy = own.energy * (self.base / LOG2_E)
+        other.energy = other.energy * (self.base / LOG2_E)
+        kl = cross * (self.soft / LOG2_E) / other.soft_total - other.soft_total.log() + own.soft_total.log()
+        return own, other, kl
+
+    def _is_compiled(self, *sides: Columns) -> bool:
+        """Whether the compiled kernel takes these sides, all of them in one and the same way."""
+        fits = self.soft == 1.0 and self.base in (1.0, 2.0) and sides[0].numel() >= COMPILED_FROM
+        fits &= all(s.device.type == "cpu" and s.dtype == torch.float32 and s.stride(1) == 1 for s in sides)
+        return fits and _numba_works()
+
+    def _sweep(
+        self,
+        learned: Columns,
+        target: Columns,
+        own: Softmax,
+        other: Softmax,
+        entropy_of: Columns | None,
+        totals_of: tuple[Columns, ...],
+    ) -> PerToken:
+        """Overwrite the logits and add to the sums; returns sum of exp(x / temperature) of the target x the gap in x."""
         cross = torch.zeros_like(own.peak)
         work = scratch(learned, 3)
         for block in blocks(learned):
@@ -145,10 +179,25 @@ class SoftenedPair:
                 side.soft_total += (kept if self.soft == 1.0 else raise_to(kept, self.soft, powers)).sum(0)
             softened = target[block] if self.soft == 1.0 else powers  # the target's: it came last
             cross += other_x.sub_(own_x).mul_(softened).sum(0)
-        own.energy *= self.base / LOG2_E
-        other.energy *= self.base / LOG2_E
-        kl = cross * (self.soft / LOG2_E) / other.soft_total - other.soft_total.log() + own.soft_total.log()
-        return own, other, kl
+        return cross
+
+    def differentiate(self, learned: Columns, target: Columns, shares: Sequence[PerToken]) -> None:
+        """learned <- shares[0] x softened(learned) - shares[1] x softened(target), of what `observe` left.
+
+        With four shares, learned gets shares[2] x its exp(x) besides, and target <- shares[3] x its exp(x).
+        """
+        if self._is_compiled(learned, target):
+            _cpu_module().gradient(learned, target, torch.stack(list(shares)), self.base)
+            return
+        (work,) = scratch(learned, 1)
+        for block in blocks(learned):
+            mine, theirs = learned[block], target[block]
+            if len(shares) == 2:
+                self.gradient(mine, theirs, shares[0], shares[1], out=mine)
+            else:
+                pulled = self.gradient(mine, theirs, shares[0], shares[1], work[: block.stop - block.start])
+                raise_to(mine, self.base, mine).mul_(shares[2]).add_(pulled)
+                raise_to(theirs, self.base, theirs).mul_(shares[3])
 
     def gradient(
         self, kept: Columns, other: Columns, own_share: PerToken, other_share: PerToken, out: Columns
@@ -158,3 +207,18 @@ class SoftenedPair:
             return torch.mul(kept, own_share, out=out).addcmul_(other, other_share, value=-1)
         raise_to(kept, self.soft, out).mul_(own_share)
         return out.addcmul_(torch.pow(other, self.soft), other_share, value=-1)
+
+
+@functools.cache
+def _numba_works() -> bool:
+    """Whether the compiled kernel can be imported; if not, the reason is logged, once."""
+    try:
+        _cpu_module()
+    except ImportError as error:
+        logger.warning("head_loss runs in plain torch, slower, because numba is not usable: %s", error)
+        return False
+    return True
+
+
+def _cpu_module() -> ModuleType:
+    return importlib.import_module("dwakd.kernels.head_loss.cpu")  # numba takes half a second: only when used

@@ -4,10 +4,7 @@ The gradient is computed with the value, example by example, while the soft mini
 processor's cache: what stays until the backward pass is one number per cell.
 """
 
-import functools
 import itertools
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +14,7 @@ from torch import Tensor
 
 from dwakd.kernels.soft_dtw.cpu_exact import solve_exact
 from dwakd.kernels.soft_dtw.cpu_fast import solve_fast
+from dwakd.kernels.threads import share
 
 Counts = npt.NDArray[np.int64]
 
@@ -33,10 +31,7 @@ def solve(
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "..."]]:
     """The values, and where `keep` their gradients (else an empty tensor).
 
-    This thread takes one span of examples after the other; others help as far as they come to run. None of them is
-    waited for before it has begun, so that a busy processor, or a forked process without them, costs no time. They are
-    plain threads that release the GIL: numba's own pool would be a second OpenMP runtime beside torch's. Each
-    example is computed by one thread in one order: the result does not depend on their number.
+    Each example is computed by one thread in one order: the result does not depend on their number.
     """
     lengths = [side.long().contiguous().numpy() for side in (x_lengths, y_lengths)]
     value, grad = cost.new_empty(len(cost)), cost.new_empty(cost.shape if keep else (0, 0, 0))
@@ -50,25 +45,10 @@ def solve(
 
     num_threads = min(torch.get_num_threads(), cost.numel() // _CELLS_PER_THREAD)
     if num_threads > 1:
-        _share(compute, _spans(lengths[0] * lengths[1]), num_threads - 1)
+        share(compute, _spans(lengths[0] * lengths[1]), num_threads)
     else:
         compute(0, len(cost))
     return value, grad
-
-
-def _share(compute: Callable[[int, int], None], spans: list[tuple[int, int]], num_helpers: int) -> None:
-    """Compute all the spans, with helpers as far as they come to run."""
-    rest = iter(spans)
-
-    def work() -> None:
-        for first, last in rest:
-            compute(first, last)
-
-    helpers = [_pool(num_helpers).submit(work) for _ in range(min(num_helpers, len(spans) - 1))]
-    work()
-    for helper in helpers:
-        if not helper.cancel():  # it has begun
-            helper.result()
 
 
 def _spans(num_cells: Counts) -> list[tuple[int, int]]:
@@ -76,8 +56,3 @@ def _spans(num_cells: Counts) -> list[tuple[int, int]]:
     parts = num_cells.cumsum() // _CELLS_PER_SPAN
     ends = [*(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(num_cells)]
     return list(itertools.pairwise([0, *ends]))
-
-
-@functools.cache
-def _pool(num_helpers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(num_helpers, thread_name_prefix="soft_dtw")

@@ -22,7 +22,7 @@ def compiled_by_numba(function: Callable[..., Any]) -> Callable[..., Any]:
     try:
         compiled: Callable[..., Any] = numba.njit(cache=True, **options)(function)
     except RuntimeError as error:  # numba: "no locator available"
-        logger.info("Soft-DTW is compiled anew in each process: %s.", error)
+        logger.info("%s is compiled anew in each process: %s.", function.__name__, error)
         compiled = numba.njit(**options)(function)
     return compiled
 

@@ -1,0 +1,65 @@
+"""`SoftenedPair` in one sweep over the logits of both sides: float32 on a CPU, temperature 1 or 2.
+
+torch makes about ten passes where this makes one.
+"""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dwakd.kernels.head_loss.cpu_sweep import SUMS, sweep_gradient, sweep_observe
+from dwakd.kernels.threads import share
+
+SPAN = 4096
+"""Rows of the vocabulary that one thread takes at a time, whose sums are added up in order: the result does not
+depend on the number of threads."""
+
+
+def observe(
+    learned: Float[Tensor, "vocab tokens"],
+    target: Float[Tensor, "vocab tokens"],
+    peaks: Float[Tensor, "2 tokens"],
+    base: float,
+) -> Float[Tensor, "7 tokens"]:
+    """Overwrite the logits of both sides with exp((logit - peak) / base), and sum over the vocabulary.
+
+    Returns:
+        total, soft_total and energy of `learned`, then of `target`, then cross: as in `SoftenedPair.observe`, with
+        logarithms to base 2 and before the division by `base`.
+    """
+    spans = _spans(len(learned))
+    sums = np.zeros((len(spans), SUMS * learned.shape[1]))
+    arguments = peaks.contiguous().view(-1).numpy(), learned.shape[1], np.float32(math.log2(math.e) / base), base == 2.0
+    sides = [*_flat(learned), *_flat(target)]
+    share(lambda first, last: sweep_observe(*sides, first, last, *arguments, sums[first // SPAN]), spans)
+    return torch.from_numpy(sums.sum(0)).to(learned.dtype).view(SUMS, -1)
+
+
+def gradient(
+    learned: Float[Tensor, "vocab tokens"],
+    target: Float[Tensor, "vocab tokens"],
+    shares: Float[Tensor, "shares tokens"],
+    base: float,
+) -> None:
+    """learned <- shares[0] learned - shares[1] target, of what `observe` kept.
+
+    With four shares, learned gets shares[2] learned ** base besides, and target <- shares[3] target ** base.
+    """
+    arguments = shares.contiguous().view(-1).numpy(), learned.shape[1], base == 2.0, len(shares) == 4
+    sides = [*_flat(learned), *_flat(target)]
+    share(lambda first, last: sweep_gradient(*sides, first, last, *arguments), _spans(len(learned)))
+
+
+def _flat(logits: Float[Tensor, "vocab tokens"]) -> tuple[npt.NDArray[np.float32], int]:
+    """The memory from the first logit to the last, and how far apart rows are."""
+    vocab, tokens = logits.shape
+    step = logits.stride(0)
+    return torch.as_strided(logits.detach(), ((vocab - 1) * step + tokens,), (1,)).numpy(), step
+
+
+def _spans(vocab: int) -> list[tuple[int, int]]:
+    return [(start, min(start + SPAN, vocab)) for start in range(0, vocab, SPAN)]
