@@ -100,6 +100,7 @@ def test_nan_stays_and_spreads_to_its_token_alone(side, wrong, temperature):
     sides[side][5, 3] = sides[side][5, 17] = wrong
     _, _, kl = pair.observe(*sides, entropy_of=sides[0], totals_of=sides)
     assert kl.isnan().nonzero().flatten().tolist() == [3, 17]
+    assert sides[side][5, [3, 17]].isnan().all()
     pair.differentiate(*sides, [1 / (s + kl) for s in shares(4, 20)])
     assert sides[0].isnan().any(0).nonzero().flatten().tolist() == [3, 17]
 
