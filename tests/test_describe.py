@@ -1,9 +1,11 @@
 """`dwakd methods`: every option of every method is explained."""
 
+import io
 import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from dwakd.config import load_recipe
 from dwakd.describe import _entries, allowed_values, method_page
@@ -45,3 +47,17 @@ def test_the_method_shown_to_contributors_is_the_real_one():
     for path in ("src/dwakd/losses/sft.py", "tests/losses/test_sft.py"):
         (block,) = re.findall(rf"^\+\+\+ b/{path}\n((?:\+.*\n)+)", shown, re.M)
         assert re.sub(r"^\+", "", block, flags=re.M) == (ROOT / path).read_text(encoding="utf-8")
+
+
+def test_formulas_keep_their_lines():
+    """Three equations on one line are none."""
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(method_page("sra"))
+    lines = console.export_text().splitlines()
+    assert [line.split("=")[0].strip() for line in lines if line.lstrip().startswith(("L_span", "L_geo", "L_kd"))][
+        :3
+    ] == [
+        "L_span",
+        "L_geo",
+        "L_kd",
+    ]

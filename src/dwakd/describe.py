@@ -87,7 +87,10 @@ def _entries(section: str) -> dict[str, str]:
 
 def _unwrapped(text: str) -> str:
     """Paragraphs in one line each, for the terminal to wrap."""
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n"))
+    return "\n\n".join(
+        paragraph if paragraph.startswith(" ") else " ".join(paragraph.split())  # formulas keep their lines
+        for paragraph in text.strip().split("\n\n")
+    )
 
 
 def _yaml(value: object) -> str:
