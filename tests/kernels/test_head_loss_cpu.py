@@ -1,12 +1,15 @@
 """The compiled sweeps of a softened pair against their twin in plain torch."""
 
+import logging
 import math
+import sys
 
 import pytest
 import torch
 
 from dwakd.kernels.head_loss import statistics
 from dwakd.kernels.head_loss.statistics import SoftenedPair
+from dwakd.kernels.usable import is_usable
 
 temperatures = pytest.mark.parametrize("temperature", [1.0, 2.0])
 
@@ -135,3 +138,20 @@ def test_what_is_not_compiled_runs_in_torch(temperature, dtype, transpose):
     y = (sides[0] / temperature).double().log_softmax(0)
     _, _, kl = SoftenedPair(temperature).observe(*sides, entropy_of=None, totals_of=())
     torch.testing.assert_close(kl.double(), (x.exp() * (x - y)).sum(0), rtol=1e-4, atol=1e-5)
+
+
+def test_without_numba_the_sweep_is_torchs(monkeypatch, caplog):
+    """Slower, and the user reads why, once."""
+    for name in ("numba", "dwakd.kernels.head_loss.cpu_sweep"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "dwakd.kernels.head_loss.cpu", raising=False)
+    is_usable.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert [SoftenedPair(2.0)._is_compiled(torch.zeros(2**14, 8)) for _ in range(2)] == [False, False]
+        assert len(caplog.records) == 1
+        assert "head_loss runs in plain torch, slower, because numba is not usable" in caplog.text
+    finally:
+        is_usable.cache_clear()
+    monkeypatch.undo()
+    assert SoftenedPair(2.0)._is_compiled(torch.zeros(2**14, 8))

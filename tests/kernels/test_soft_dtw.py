@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dwakd.kernels import soft_dtw
+from dwakd.kernels.usable import is_usable
 
 room = importlib.import_module("dwakd.kernels.soft_dtw")  # the module: `dwakd.kernels.soft_dtw` is the function
 IMPLS = ("naive", "cpu")
@@ -330,7 +331,7 @@ def test_auto_falls_back_once_and_says_why(monkeypatch: pytest.MonkeyPatch, capl
     monkeypatch.setitem(sys.modules, "numba", None)
     for name in ("cpu", "cpu_fast", "cpu_exact"):
         monkeypatch.delitem(sys.modules, f"{room.__name__}.{name}", raising=False)
-    room._is_usable.cache_clear()
+    is_usable.cache_clear()
     room._kernel.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
@@ -341,7 +342,7 @@ def test_auto_falls_back_once_and_says_why(monkeypatch: pytest.MonkeyPatch, capl
         with pytest.raises(ImportError, match="numba"):
             soft_dtw(EXAMPLE, 1.0, impl="cpu")
     finally:
-        room._is_usable.cache_clear()
+        is_usable.cache_clear()
         room._kernel.cache_clear()
 
 

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dwakd.kernels.compiled import share
 from dwakd.kernels.head_loss.cpu_sweep import SUMS, sweep_gradient, sweep_observe
-from dwakd.kernels.threads import share
 
 SPAN = 4096
 """Rows of the vocabulary that one thread takes at a time, whose sums are added up in order: the result does not

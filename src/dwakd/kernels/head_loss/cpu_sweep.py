@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from dwakd.kernels.soft_dtw.cpu_exact import compiled_by_numba
+from dwakd.kernels.compiled import compiled_by_numba
 
 ROWS = 64
 SUMS = 7

@@ -1,8 +1,6 @@
 """Statistics of next-token distributions: in plain torch, and of a pair in one sweep over logits that it overwrites."""
 
-import functools
 import importlib
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from dwakd.kernels.usable import is_usable
 
 LogProbs = Float[Tensor, "tokens vocab"]
 Columns = Float[Tensor, "vocab tokens"]
@@ -209,15 +207,8 @@ class SoftenedPair:
         return out.addcmul_(torch.pow(other, self.soft), other_share, value=-1)
 
 
-@functools.cache
 def _numba_works() -> bool:
-    """Whether the compiled kernel can be imported; if not, the reason is logged, once."""
-    try:
-        _cpu_module()
-    except ImportError as error:
-        logger.warning("head_loss runs in plain torch, slower, because numba is not usable: %s", error)
-        return False
-    return True
+    return is_usable("dwakd.kernels.head_loss.cpu", "numba", "head_loss runs in plain torch, slower")
 
 
 def _cpu_module() -> ModuleType:

@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import logging
 import math
 import os
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-logger = logging.getLogger(__name__)
+from dwakd.kernels.usable import is_usable
 
 IMPLS = ("auto", "naive", "cpu", "triton")
 _NEEDS = {"cpu": "numba", "triton": "triton"}
@@ -111,17 +110,8 @@ def _resolve(impl: str, device: torch.device) -> str:
     return impl
 
 
-@functools.cache
 def _is_usable(impl: str) -> bool:
-    """Whether a compiled kernel can be imported; if not, the reason is logged, once."""
-    try:
-        _kernel(impl)
-    except ImportError as error:
-        logger.warning(
-            "soft_dtw runs in plain torch, several times slower, because %s is not usable: %s", _NEEDS[impl], error
-        )
-        return False
-    return True
+    return is_usable(f"{__name__}.{impl}", _NEEDS[impl], "soft_dtw runs in plain torch, several times slower")
 
 
 @functools.cache

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dwakd.kernels.compiled import share
 from dwakd.kernels.soft_dtw.cpu_exact import solve_exact
 from dwakd.kernels.soft_dtw.cpu_fast import solve_fast
-from dwakd.kernels.threads import share
 
 Counts = npt.NDArray[np.int64]
 

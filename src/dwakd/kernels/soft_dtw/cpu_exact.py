@@ -5,26 +5,12 @@ because numba's cache on disk notices changes of the file it compiles from, and 
 tests' shape checker from wrapping what numba compiles.
 """
 
-import logging
 import math
-from collections.abc import Callable
-from typing import Any, no_type_check
+from typing import no_type_check
 
-import numba
 import numpy as np
 
-logger = logging.getLogger(__name__)
-
-
-def compiled_by_numba(function: Callable[..., Any]) -> Callable[..., Any]:
-    """numba.njit with an on-disk cache where a folder for it is writable, and without one elsewhere."""
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        compiled: Callable[..., Any] = numba.njit(cache=True, **options)(function)
-    except RuntimeError as error:  # numba: "no locator available"
-        logger.info("%s is compiled anew in each process: %s.", function.__name__, error)
-        compiled = numba.njit(**options)(function)
-    return compiled
+from dwakd.kernels.compiled import compiled_by_numba
 
 
 @compiled_by_numba

@@ -18,7 +18,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from dwakd.kernels.soft_dtw.cpu_exact import compiled_by_numba
+from dwakd.kernels.compiled import compiled_by_numba
 
 LANES = 8
 _LIMIT = 4.0  # largest cost, in units of gamma, here: above, rounded steps show in the gradient (1e-6)
@@ -129,19 +129,8 @@ def _forward_lanes(typingctx, downs, i, rights, j, cells, at, stride, inverse, w
     1 / gamma. The weights of the predecessors above and left go to `weights[start ...]` and
     `weights[start + plane ...]`; the third is what they leave of 1.
     """
-    signature = types.void(
-        downs,
-        types.intp,
-        rights,
-        types.intp,
-        cells,
-        types.intp,
-        types.intp,
-        types.float32,
-        weights,
-        types.intp,
-        types.intp,
-    )
+    index = types.intp
+    signature = types.void(downs, index, rights, index, cells, index, index, types.float32, weights, index, index)
 
     def codegen(context, builder, signature, args):
         downs, i, rights, j, cells, at, stride, inverse, weights, start, plane = args

@@ -1,8 +1,6 @@
 """The distance of two distributions over different vocabularies, rank by rank, with its gradient."""
 
-import functools
 import importlib
-import logging
 from types import ModuleType
 
 import torch
@@ -10,8 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dwakd.kernels.sorted_distance.naive import sorted_distance_naive
-
-logger = logging.getLogger(__name__)
+from dwakd.kernels.usable import is_usable
 
 IMPLS = ("auto", "naive", "cpu")
 
@@ -53,15 +50,8 @@ def sorted_distance(
     return sorted_distance_naive(learned, target)
 
 
-@functools.cache
 def _numba_works() -> bool:
-    """Whether the compiled kernel can be imported; if not, the reason is logged, once."""
-    try:
-        _cpu_module()
-    except ImportError as error:
-        logger.warning("sorted_distance runs in plain torch, ten times slower, because numba is not usable: %s", error)
-        return False
-    return True
+    return is_usable(f"{__name__}.cpu", "numba", "sorted_distance runs in plain torch, ten times slower")
 
 
 def _cpu_module() -> ModuleType:

@@ -1,10 +1,26 @@
-"""Threads for compiled kernels on the CPU."""
+"""What compiled kernels on the CPU share: how numba compiles them, and threads."""
 
 import functools
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import numba
 import torch
+
+logger = logging.getLogger(__name__)
+
+
+def compiled_by_numba(function: Callable[..., Any]) -> Callable[..., Any]:
+    """numba.njit with an on-disk cache where a folder for it is writable, and without one elsewhere."""
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        compiled: Callable[..., Any] = numba.njit(cache=True, **options)(function)
+    except RuntimeError as error:  # numba: "no locator available"
+        logger.info("%s is compiled anew in each process: %s.", function.__name__, error)
+        compiled = numba.njit(**options)(function)
+    return compiled
 
 
 def share(compute: Callable[[int, int], object], spans: list[tuple[int, int]], num_threads: int | None = None) -> None:
