@@ -12,7 +12,7 @@ from dwakd.align.vocab import exact_overlap
 from dwakd.batch import LossOutput, ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, CrossEntropy, HeadRows, forward_kl, head_loss
 from dwakd.kernels.head_loss.criterion import Logits, Statistics
-from dwakd.kernels.head_loss.statistics import SoftenedPair, blocks
+from dwakd.kernels.head_loss.statistics import SoftenedPair
 from dwakd.losses.alignment import unit_rows
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, check_range, head_rows, reduce_terms, require_teacher
@@ -163,8 +163,7 @@ class SharedKl(Criterion):
         learned, target, kl = pair.observe(own, theirs, entropy_of=None, totals_of=())
         if needs[0]:
             shares = [row_weights / self.temperature / side.soft_total for side in (learned, target)]
-            for block in blocks(own):
-                pair.gradient(own[block], theirs[block], shares[0], shares[1], out=own[block])
+            pair.differentiate(own, theirs, shares)
         return {"kd": row_weights * kl}
 
 
