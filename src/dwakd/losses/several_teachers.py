@@ -87,18 +87,19 @@ class SeveralTeachers(nn.Module):
         """
         scales = teacher_scale or [TeacherScale.of(teacher) for teacher in teachers]
         trusts = self._trusts(student, teachers, scales)
-        total = torch.zeros(())
-        terms: dict[str, Tensor] = {}
         tokens = len(student.target_ids) if num_tokens is None else num_tokens
+        outputs: list[LossOutput] = []
         for k, (loss, share) in enumerate(zip(self.losses, self.shares, strict=True)):
             teacher = teachers[k] if trusts is None else dataclasses.replace(teachers[k], trust=trusts[k] / share)
-            output: LossOutput = loss(student, teacher, num_tokens=tokens, teacher_scale=scales[k])
-            total = total.to(output.loss) + share * output.loss
-            for name, value in output.terms.items():
-                terms[name] = terms.get(name, torch.zeros_like(value)) + share * value
+            outputs.append(loss(student, teacher, num_tokens=tokens, teacher_scale=scales[k]))
+        total = self._weighted([output.loss for output in outputs])
+        terms = {name: self._weighted([output.terms[name] for output in outputs]) for name in outputs[0].terms}
         if trusts is not None:
             terms |= {f"trust_{k + 1}": trust.sum() / tokens for k, trust in enumerate(trusts)}
         return LossOutput(total, terms)
+
+    def _weighted(self, values: Sequence[Tensor]) -> Tensor:
+        return torch.stack([share * value for share, value in zip(self.shares, values, strict=True)]).sum(0)
 
     @torch.no_grad()
     def _trusts(
