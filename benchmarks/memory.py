@@ -19,25 +19,7 @@ import torch
 from benchmarks.contest import NAMES, Contest, able
 from benchmarks.workload import Sizes, add_options, sizes_of, write
 
-DEFAULT = (
-    "sft_all_positions",
-    "sft_response",
-    "published_dskd",
-    "published_dwa_kd",
-    "response_dskd",
-    "sft",
-    "dskd",
-    "dwa_kd",
-    "dwa_kd_cached",
-    "uld",
-    "uld_loss",
-    "trl_uld",
-    "trl_uld_loss",
-    "gold",
-    "gold_loss",
-    "trl_gold",
-    "trl_gold_loss",
-)
+DEFAULT = [name for name in NAMES if name not in ("products", "head_products", "dwa_kd_loss")]
 STATUS = Path("/proc/self/status")
 
 
