@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plot import Points, figure
+from benchmarks.plot import Points, figure, save
 from benchmarks.workload import RESULTS
 
 FIGURE = "performance-growth.svg"
@@ -134,7 +134,7 @@ def growth(folder: Path, document: Path) -> str | None:
     gigabytes = points_of(folder, "memory", "peak_bytes", 1e9)
     if not seconds:
         return None
-    (document.parent / FIGURE).write_text(figure("Seconds of one training step", seconds, LINES), encoding="utf-8")
+    save(figure("Seconds of one training step", seconds, LINES), document.parent / FIGURE)
     picture = f"![Seconds of a step over batch, length, vocabulary and width]({FIGURE})\n"
     parts = [
         growth_table(seconds, "s"),

@@ -103,9 +103,10 @@ def test_growth_is_drawn_from_what_was_measured(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(sys, "argv", ["tables", f"--results={tmp_path}", f"--document={document}"])
     tables.main()
-    written = document.read_text()
+    path = tmp_path / "performance-growth.svg"
+    written, drawn = document.read_text(), path.read_bytes()
     tables.main()
-    assert document.read_text() == written
+    assert (document.read_text(), path.read_bytes()) == (written, drawn)
     assert written.startswith("# Before\n<!-- growth -->\n\n|  | DWA-KD, s | SFT, response rows |\n")
     assert "\n<!-- /growth -->\nbetween\n<!-- trl -->\n" in written
     assert written.endswith("<!-- /trl -->\nafter\n")
@@ -113,9 +114,12 @@ def test_growth_is_drawn_from_what_was_measured(tmp_path, monkeypatch):
     assert re.search(r"\| tokens in an example: 32 \| 0\.\d\d \| 0\.\d\d x \|", written)
     assert "| examples in a batch: 2 | 2.50 |" in written
     assert "| `gold` | 4.0 x | 4.0 x | 3.0 x | 3.0 x |" in written
-    drawing = ElementTree.parse(tmp_path / "performance-growth.svg").getroot()
-    lines = drawing.iter("{http://www.w3.org/2000/svg}polyline")
-    assert [len(line.get("points").split()) for line in lines] == [2, 2, 2, 2]
+    space = "{http://www.w3.org/2000/svg}"
+    groups = {group.get("id"): group for group in ElementTree.parse(path).getroot().iter(f"{space}g")}
+    panels = ("tokens in an example", "tokens of vocabulary, both sides")
+    for line in (f"{name}, {panel}" for name in ("dwa_kd", "sft_response") for panel in panels):
+        assert len(re.findall("[ML]", groups[line].find(f"{space}path").get("d"))) == 2, line
+    assert sum("dwa_kd, " in str(name) or "sft_response, " in str(name) for name in groups) == 4
 
 
 def test_help_explains_the_contestants(monkeypatch, capsys):
