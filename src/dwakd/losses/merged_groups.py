@@ -11,7 +11,8 @@ from torch import Tensor
 from dwakd.align.offsets import sum_by_group
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, forward_kl
-from dwakd.kernels.head_loss.statistics import blocks, pick, subtract_at
+from dwakd.kernels.head_loss.statistics import blocks, peak_of, pick, subtract_at
+from dwakd.kernels.sorted_distance import sorted_distance
 
 PerGroup = Float[Tensor, " groups"]
 
@@ -165,7 +166,7 @@ class Softmaxed:
 
     @classmethod
     def of(cls, columns: Float[Tensor, "vocab tokens"], anchors: Anchors) -> "Softmaxed":
-        peak = columns.amax(0)
+        peak = peak_of(columns)
         realised, total = pick(columns, anchors.targets) - peak, torch.zeros_like(peak)
         for block in blocks(columns):
             total += columns[block].sub_(peak).exp_().sum(0)
@@ -212,12 +213,9 @@ class MergedPair:
     def uld(self, own_ids: Tensor, their_ids: Tensor, slopes: Tensor) -> Float[Tensor, " s_tokens"]:
         """`sorted_difference` of each row; its derivative by log q goes into the rows `own_ids` of the slopes."""
         q, p = (probs.t().contiguous() for probs in self.probs(own_ids, their_ids))
-        leaf = q.requires_grad_()
-        with torch.enable_grad():
-            value = sorted_difference(p, leaf)
-            (slope,) = torch.autograd.grad(value.sum(), leaf)
-        slopes.index_copy_(0, own_ids, slope.mul_(q.detach()).t())
-        return value.detach()
+        value, slope = sorted_distance(q, p)
+        slopes.index_copy_(0, own_ids, slope.mul_(q).t())
+        return value
 
 
 def generalised_jsd(

@@ -11,7 +11,7 @@ from dwakd.align.offsets import starts
 from dwakd.align.vocab import nearest_tokens
 from dwakd.batch import LossOutput, ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, HeadRows, forward_kl, head_loss
-from dwakd.kernels.head_loss.statistics import blocks, pick, raise_to, scratch, subtract_at
+from dwakd.kernels.head_loss.statistics import blocks, peak_of, pick, raise_to, scratch, subtract_at
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, check_range, head_rows, reduce_terms, require_teacher
 from dwakd.losses.packing import example_ids
@@ -141,7 +141,7 @@ class CarriedOver(Criterion):
         carried, scale = self._carried(own, logits[1].t(), aligned)
         tau = self.temperature
         base = max(tau, 1.0)  # exp(x / base) gives both temperatures without an underflow
-        peak, chosen = own.amax(0), pick(own, targets)
+        peak, chosen = peak_of(own), pick(own, targets)
         total, soft_total, negative_entropy = (torch.zeros_like(peak) for _ in range(3))
         cross = (1 - aligned) * (chosen - peak)
         tiny = torch.finfo(own.dtype).tiny
@@ -167,7 +167,7 @@ class CarriedOver(Criterion):
     def _carried(self, own: Tensor, theirs: Tensor, aligned: Tensor) -> tuple[Tensor, Tensor]:
         """m in columns, 0 where no row is aligned, up to a factor per column; overwrites the teacher's logits."""
         theirs.index_fill_(0, self.dropped, float("-inf"))
-        peak, total = theirs.amax(0), torch.zeros_like(aligned)
+        peak, total = peak_of(theirs), torch.zeros_like(aligned)
         for block in blocks(theirs):
             total += theirs[block].sub_(peak).mul_(1 / self.temperature).exp_().sum(0)
         return torch.zeros_like(own).index_add_(0, self.student_of, theirs), aligned / total

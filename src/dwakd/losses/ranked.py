@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dwakd.kernels.head_loss import Chunk, Criterion
 from dwakd.kernels.head_loss.criterion import Logits, Statistics
-from dwakd.kernels.head_loss.statistics import blocks, pick, raise_to, scratch, subtract_at
+from dwakd.kernels.head_loss.statistics import blocks, peak_of, pick, raise_to, scratch, subtract_at
 from dwakd.kernels.sinkhorn import sinkhorn
 from dwakd.losses.packing import example_ids, pad_rows
 
@@ -127,7 +127,7 @@ class _Side:
     def __init__(self, logits: Columns, lengths: Tensor, top: int, temperatures: tuple[float, float]) -> None:
         self.base = max(1.0, *temperatures)
         self.temperatures = temperatures
-        self.kept, self.peak = logits, logits.amax(0)
+        self.kept, self.peak = logits, peak_of(logits)
         self.totals = {temperature: torch.zeros_like(self.peak) for temperature in {1.0, *temperatures}}
         (work,) = scratch(logits, 1)
         for block in blocks(logits):

@@ -162,6 +162,8 @@ class SortedDifference(Criterion):
         distance, slope = sorted_distance(soft, _softmax(theirs, self.temperature)[0])
         weights = weights.to(distance.dtype)
         if learns:
+            slope.mul_(soft)  # in log p, and from there through the softmax
+            slope.addcmul_(soft, slope.sum(-1, keepdim=True), value=-1)
             slope.mul_(((self.rates["uld"] / self.temperature) * weights)[:, None])
             slope.add_(probs, alpha=self.rates["ce"])
             slope.scatter_add_(-1, targets[:, None], torch.full_like(ce, -self.rates["ce"])[:, None])
@@ -171,10 +173,10 @@ class SortedDifference(Criterion):
 
 def _softmax(logits: Logits, temperature: float) -> tuple[Logits, Tensor]:
     """softmax(logits / temperature) and the logarithm of its sum; the same bits for the same logits of either side."""
-    peak = logits.amax(-1, keepdim=True)
-    shifted = logits - peak
+    probs = logits.clone(memory_format=torch.contiguous_format)  # amax along the columns would take ten times as long
+    peak = probs.amax(-1, keepdim=True)
+    probs.sub_(peak)
     if temperature != 1.0:
-        shifted.div_(temperature)
-    probs = shifted.contiguous().exp_()
-    total = probs.sum(-1, keepdim=True)
+        probs.div_(temperature)
+    total = probs.exp_().sum(-1, keepdim=True)
     return probs.div_(total), (total.log() + peak / temperature).squeeze(-1)

@@ -16,19 +16,19 @@ IMPLS = ("auto", "naive", "cpu")
 def sorted_distance(
     learned: Float[Tensor, "rows vocab"], target: Float[Tensor, "rows other_vocab"], *, impl: str = "auto"
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows vocab"]]:
-    """sum_i |p_(i) - q_(i)| of each row, and its gradient in the logits of p = softmax(logits).
+    """sum_i |p_(i) - q_(i)| of each row, and its gradient in p.
 
-    p_(i) is the i-th largest probability of p; the smaller vocabulary is filled up with zeros. Equal probabilities may
-    take each other's place: where they meet an opposite of theirs in between, the gradient is one of several.
+    p_(i) is the i-th largest value of p; the shorter row is filled up with zeros. Equal values may take each other's
+    place: where they meet an opposite of theirs in between, the gradient is one of several.
 
     Args:
-        learned: p; a constant, as the gradient is returned.
-        target: q.
+        learned: p, at least 0; a constant, as the gradient is returned.
+        target: q, likewise.
         impl: "auto", "naive" (plain torch, any device) or "cpu" (compiled, for float32 on CPUs, ten times as
             fast). "auto" takes "cpu" where it can run; a fallback is logged once.
 
     Returns:
-        The distances, between 0 and 2, and p_i (s_i - sum_j p_j s_j) with s_i the sign of p_(k) - q_(k) at i's rank k.
+        The distances, and of each p_i the sign of p_(k) - q_(k) at i's rank k.
 
     Raises:
         ValueError: an unknown impl, or "cpu" for tensors that are not float32 on a CPU.

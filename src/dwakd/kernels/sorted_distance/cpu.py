@@ -1,18 +1,17 @@
-"""Sorted distances on the CPU with numba: a radix sort of the bits of probabilities, row by row, in cache.
+"""Sorted distances on the CPU: numpy's vectorised sort for values alone, a radix sort where their places matter too.
 
-The bits of a non-negative float are in the order of its value: three passes over eleven bits each sort them, where
-torch.sort compares. `no_type_check` keeps the tests' shape checker from wrapping what numba compiles.
+The bits of a non-negative float are in the order of its value: three passes over eleven bits each sort them.
+`no_type_check` keeps the tests' shape checker from wrapping what numba compiles.
 """
 
-import itertools
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, no_type_check
+from typing import no_type_check
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from dwakd.kernels.compiled import compiled_by_numba, share
 
 DIGIT = 11
 BUCKETS = 2**DIGIT
@@ -22,26 +21,21 @@ def sorted_distance_cpu(
     learned: Float[Tensor, "rows vocab"], target: Float[Tensor, "rows other_vocab"]
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows vocab"]]:
     """Of float32 tensors; arguments and results are those of `dwakd.kernels.sorted_distance`."""
-    learned, target = learned.contiguous(), target.contiguous()
+    learned = learned.contiguous()
     distance, slope = learned.new_empty(len(learned)), torch.empty_like(learned)
-    arrays = [tensor.numpy() for tensor in (learned, target, distance, slope)]
-    workers = min(torch.get_num_threads(), len(learned))
-    if workers <= 1:
-        _rows(*arrays)
-        return distance, slope
-    bounds = [len(learned) * index // workers for index in range(workers + 1)]
-    with ThreadPoolExecutor(workers) as pool:
-        # a row is computed by one thread in one order: the result does not depend on their number
-        parts = [
-            pool.submit(_rows, *(array[first:last] for array in arrays)) for first, last in itertools.pairwise(bounds)
-        ]
-        for part in parts:
-            part.result()
+    bits, opposite, total, sign = (tensor.numpy() for tensor in (learned.view(torch.int32), target, distance, slope))
+
+    def rows(first: int, last: int) -> None:
+        own = slice(first, last)
+        _compiled(bits[own].view(np.uint32), np.sort(opposite[own], axis=1), total[own], sign[own])
+
+    # a row is computed by one thread in one order: the result does not depend on their number
+    share(rows, [(row, row + 1) for row in range(len(learned))])
     return distance, slope
 
 
 @no_type_check
-@numba.njit(nogil=True, cache=True)
+@compiled_by_numba
 def _starts(bits, starts):
     """Where each bucket of each digit begins."""
     starts[:] = 0
@@ -58,7 +52,7 @@ def _starts(bits, starts):
 
 
 @no_type_check
-@numba.njit(nogil=True, cache=True)
+@compiled_by_numba
 def _pass(source, result, starts, shift):
     """One stable pass of the radix sort, by the bits of `source` from `shift` on."""
     for key in source:
@@ -68,7 +62,7 @@ def _pass(source, result, starts, shift):
 
 
 @no_type_check
-@numba.njit(nogil=True, cache=True)
+@compiled_by_numba
 def _sort(bits, starts, first, second):
     """`first` holds the values' bits in its upper half, ascending, and their places in the lower."""
     _starts(bits, starts)
@@ -80,35 +74,22 @@ def _sort(bits, starts, first, second):
 
 
 @no_type_check
-def _rows(learned: Any, target: Any, distance: Any, slope: Any) -> None:
-    _compiled(learned, learned.view(np.uint32), target.view(np.uint32), distance, slope)
-
-
-@no_type_check
-@numba.njit(nogil=True, cache=True)
-def _compiled(learned, learned_bits, target_bits, distance, slope):
+@compiled_by_numba
+def _compiled(learned_bits, opposite, distance, slope):
     starts = np.empty((3, BUCKETS), np.int32)
-    width, other = learned.shape[1], target_bits.shape[1]
-    own, theirs = np.empty(width, np.uint64), np.empty(other, np.uint64)
-    own_work, their_work = np.empty(width, np.uint64), np.empty(other, np.uint64)
+    width, other = learned_bits.shape[1], opposite.shape[1]
+    ranked, work = np.empty(width, np.uint64), np.empty(width, np.uint64)
     # the upper halves of the keys are the values; which half comes first depends on the machine
     half = np.int64(np.array([1], np.uint64).view(np.uint32)[0])
-    own_values, their_values = own.view(np.float32)[half::2], theirs.view(np.float32)[half::2]
-    for row in range(learned.shape[0]):
-        _sort(learned_bits[row], starts, own, own_work)
-        _sort(target_bits[row], starts, theirs, their_work)
-        p = learned[row]
-        total, mean = 0.0, 0.0
+    values = ranked.view(np.float32)[half::2]
+    for row in range(learned_bits.shape[0]):
+        _sort(learned_bits[row], starts, ranked, work)
+        q, total = opposite[row], 0.0
         for rank in range(1, width + 1):
-            place = own[width - rank] & np.uint64(0xFFFFFFFF)
-            value = own_values[width - rank]
-            gap = value - their_values[other - rank] if rank <= other else value
-            sign = np.float32(gap > 0) - np.float32(gap < 0)
-            slope[row, place] = sign
+            value = values[width - rank]
+            gap = value - q[other - rank] if rank <= other else value
+            slope[row, ranked[width - rank] & np.uint64(0xFFFFFFFF)] = np.float32(gap > 0) - np.float32(gap < 0)
             total += abs(gap)
-            mean += sign * value
         for rank in range(width + 1, other + 1):
-            total += their_values[other - rank]
+            total += q[other - rank]
         distance[row] = total
-        for place in range(width):
-            slope[row, place] = p[place] * (slope[row, place] - np.float32(mean))

@@ -16,6 +16,4 @@ def sorted_distance_naive(
         torch.nn.functional.pad(side, (0, width - side.shape[1])) for side in (descending, opposite)
     )
     gap = descending - opposite
-    slope = torch.empty_like(learned).scatter_(-1, order, gap[:, : learned.shape[1]].sign())
-    slope = learned * (slope - (slope * learned).sum(-1, keepdim=True))
-    return gap.abs().sum(-1), slope
+    return gap.abs().sum(-1), torch.empty_like(learned).scatter_(-1, order, gap[:, : learned.shape[1]].sign())
