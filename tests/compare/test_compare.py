@@ -11,7 +11,7 @@ from dwakd.compare.compare import _search
 from dwakd.compare.plan import RATES, Cell, Variant, search_of, variants_of
 from dwakd.compare.run import Runner
 from dwakd.compare.table import CellScores, paired_interval, read_cell, summarise_comparison
-from dwakd.config import recipe_from_dict
+from dwakd.config import RECIPE_FILE, recipe_from_dict
 from dwakd.errors import UserError
 from dwakd.losses import METHODS
 
@@ -121,6 +121,23 @@ def test_finished_cells_are_kept_and_a_failed_one_says_why(tmp_path, monkeypatch
     started.clear()
     Runner(recipe(), tmp_path, 1).run(cells)
     assert sorted(started) == ["dskd-1", "dskd-2"]
+
+
+def test_cells_of_another_recipe_are_refused(tmp_path):
+    """A table that mixes runs of two recipes compares nothing."""
+    runner, cell = Runner(recipe(), tmp_path, 1), Cell(Variant("sft", "sft", {}), 1)
+    folder = runner.cell_folder(cell)
+    (folder / "eval").mkdir(parents=True)
+    for path in (folder / "dwakd-run.json", folder / "eval" / "test.json"):
+        path.write_text("{}")
+    (folder / RECIPE_FILE).write_text(cell.recipe(recipe(teacher={"model": "teacher", "cache": "elsewhere"})).dump())
+    assert runner.run([cell]) == {}
+    for changes, message in (
+        ({"training": {"learning_rate": 2e-3}}, r"sft-1 holds another run: training.learning_rate is 0.001 there"),
+        ({"evaluation": {"test": ["test.jsonl"], "limit": 9}}, "evaluation.limit is None there and 9 here"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Runner(recipe(**changes), tmp_path, 1).run([cell])
 
 
 @pytest.mark.parametrize(("metric", "best"), [("eval_bits_per_byte", "lr0.33"), ("eval_rouge_l", "lr3")])

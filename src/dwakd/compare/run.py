@@ -18,9 +18,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dwakd.compare.plan import Cell
-from dwakd.config import Recipe
-from dwakd.training.run import RUN_FILE
+from dwakd.config import RECIPE_FILE, Recipe
+from dwakd.training.run import RUN_FILE, check_same_recipe
 
+MOVABLE = re.compile(r"teacher\.(\d+\.)?cache$")
+"""Options that may differ between finished runs: the same rows from another folder."""
 _STEPS = re.compile(rb"(\d+)/(\d+) \[")
 
 
@@ -52,7 +54,15 @@ class Runner:
         return (folder / RUN_FILE).is_file() and len(list((folder / "eval").glob("*.json"))) >= tests
 
     def run(self, cells: Sequence[Cell]) -> dict[str, str]:
-        """Run what is not finished; returns the reason of each cell that failed, by name."""
+        """Run what is not finished; returns the reason of each cell that failed, by name.
+
+        Raises:
+            UserError: a finished run is not of this recipe.
+        """
+        for cell in cells:
+            saved = self.cell_folder(cell) / RECIPE_FILE
+            if self.finished(cell) and saved.is_file():
+                check_same_recipe(saved, cell.recipe(self.recipe), changeable=MOVABLE)
         waiting = [cell for cell in cells if not self.finished(cell)]
         failures: dict[str, str] = {}
         seconds: list[float] = []

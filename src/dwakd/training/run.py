@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import re
 import resource
 import statistics
 import sys
@@ -34,7 +35,7 @@ from dwakd.training.trainer import LOSS_STATE, DistillTrainer
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "dwakd-run.json"
-CHANGEABLE = ("evaluation.", "training.max_steps", "training.num_train_epochs", "training.disable_tqdm")
+CHANGEABLE = re.compile(r"evaluation\.|training\.(max_steps|num_train_epochs|disable_tqdm)$")
 """Options that may differ when a run is resumed."""
 ELSEWHERE = ("method", "loss_options", "output_dir", "trust_remote_code", "teacher_cache", "teacher_weights")
 DATA_FIELDS = ("template", "bos", "max_length", "max_prompt_length", "invalid_rows")
@@ -111,21 +112,32 @@ def check_output(folder: Path, *, resume: bool, recipe: Recipe) -> str | None:
         raise UserError(
             f"output folder {folder} already holds a run; choose another with --output, or --resume to go on with it"
         )
-    before, now = (_flat(parse_yaml(text)) for text in (saved.read_text(encoding="utf-8"), recipe.dump()))
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name) and not name.startswith(CHANGEABLE):
-            was, is_now = before.get(name, "unset"), now.get(name, "unset")
-            raise UserError(
-                f"output folder {folder} holds another run: {name} is {was} there and {is_now} here; choose another "
-                "with --output"
-            )
+    check_same_recipe(saved, recipe, changeable=CHANGEABLE)
     return last_checkpoint(folder)
 
 
+def check_same_recipe(saved: Path, recipe: Recipe, *, changeable: re.Pattern[str]) -> None:
+    """Refuse a run's folder whose saved recipe differs in more than options that match `changeable`.
+
+    Raises:
+        UserError: it holds another run; says which option differs.
+    """
+    before, now = (_flat(parse_yaml(text)) for text in (saved.read_text(encoding="utf-8"), recipe.dump()))
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name) and not changeable.match(name):
+            was, is_now = before.get(name, "unset"), now.get(name, "unset")
+            raise UserError(
+                f"output folder {saved.parent} holds another run: {name} is {was} there and {is_now} here; choose "
+                "another with --output"
+            )
+
+
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every option by its dotted name."""
+    """Every option by its dotted name; of several teachers, those of the second begin with teacher.2."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = value[0] if len(value) == 1 else {str(k): item for k, item in enumerate(value, start=1)}
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
     return flat
 
