@@ -29,13 +29,15 @@ CORE = (
     "dwa_kd_cached",
     "dwa_kd_loss",
 )
+OURS = tuple(name for name, method in METHODS.items() if not method.needs_same_vocabulary)
+"""The methods for two vocabularies."""
 NAMES = (
     *CORE,
-    "uld",
+    "sft_head",
+    *(name for name in OURS if name not in CORE),
     "uld_loss",
     "trl_uld",
     "trl_uld_loss",
-    "gold",
     "gold_loss",
     "trl_gold",
     "trl_gold_loss",
@@ -60,7 +62,7 @@ class Contest:
         if name.endswith("_loss"):
             return self._loss_alone(name.removesuffix("_loss"))
         student = build_student(self.sizes)
-        if name.removesuffix("_cached") in METHODS:
+        if name == "sft_head" or name.removesuffix("_cached") in METHODS:
             return self._ours(name, student)
         function = getattr(plain, name)
         if name.startswith("sft"):
@@ -87,13 +89,17 @@ class Contest:
         return step
 
     def _ours(self, name: str, student: nn.Module) -> Step:
-        method = name.removesuffix("_cached")
-        distiller = Distiller(student, self.loss(method, student))
-        rows = self.teacher.rows(self.batch) if name.endswith("_cached") else None
+        distiller = Distiller(student, self.loss(name.removesuffix("_cached").removesuffix("_head"), student))
+        teacher = OnlineTeacher(self.teacher.model)
+        teacher.with_attention = distiller.loss.needs_attention
+        given = teacher.rows(self.batch) if name.endswith("_cached") else None
 
         def loss() -> Tensor:
-            teacher = None if method == "sft" else rows or self.teacher.rows(self.batch)
-            value: Tensor = distiller(self.batch, teacher)["loss"]
+            rows = None if name == "sft" else given or teacher.rows(self.batch)
+            value: Tensor = distiller(self.batch, rows)["loss"]
+            if name == "sft_head":
+                with torch.no_grad():
+                    torch.mm(rows.head.weight, rows.hidden.t())
             return value
 
         return self._optimised(distiller, loss)

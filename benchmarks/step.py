@@ -14,7 +14,9 @@ ratios. Compare ratios: seconds swing with the machine. Contestants:
   sft, dskd, dwa_kd      dwakd's losses with the teacher's forward
   dwa_kd_cached          the teacher's rows given, as from a cache
   dwa_kd_loss            the loss and its backward alone, from given rows
-  uld, gold              dwakd's losses with the teacher's forward
+  sft_head               sft, and the teacher's forward and one product with its head besides
+  uld, min_ed, multilevel_ot, alm, gold, dskd_v2, dwa_kd_v2, cdm, sra
+                         dwakd's other losses with the teacher's forward; sra's reads attention
   uld_loss, gold_loss    the losses alone
   trl_uld, trl_gold, trl_uld_loss, trl_gold_loss
                          likewise TRL's ULD loss, plain and as GOLD's hybrid, on full logits of response rows
@@ -90,7 +92,7 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--rounds", type=int, default=5, help="steps of each contestant; default %(default)s")
     parser.add_argument(
-        "--only", nargs="+", choices=NAMES, default=CORE, metavar="NAME", help="default: those above uld"
+        "--only", nargs="+", choices=NAMES, default=CORE, metavar="NAME", help="default: those above sft_head"
     )
     parser.add_argument(
         "--clock",

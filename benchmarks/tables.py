@@ -164,7 +164,21 @@ def trl(folder: Path, document: Path) -> str | None:
     return rows_of(table)
 
 
-SECTIONS = {"steps": steps, "memory": memory, "cache": cache, "trl": trl, "growth": growth}
+def methods(folder: Path, document: Path) -> str | None:
+    """A step of every method, the cheapest first."""
+    peaks = next((one["peak_bytes"] for one in results(folder, "memory-methods")), {})
+    for one in results(folder, "step-methods"):
+        seconds = one["median_seconds"]
+        table = [["method", "seconds", "/ DWA-KD", "/ SFT and a head", "GB above the weights"]]
+        for name in sorted(seconds, key=lambda name: seconds[name]):
+            label = "SFT, the teacher's forward and a product with its head" if name == "sft_head" else f"`{name}`"
+            ratios = [f"{seconds[name] / seconds[other]:.2f}" for other in ("dwa_kd", "sft_head")]
+            table.append([label, f"{seconds[name]:.2f}", *ratios, f"{peaks[name] / 1e9:.2f}" if name in peaks else ""])
+        return rows_of(table)
+    return None
+
+
+SECTIONS = {"steps": steps, "memory": memory, "cache": cache, "methods": methods, "trl": trl, "growth": growth}
 
 
 def main() -> None:

@@ -123,7 +123,9 @@ def build_batch(sizes: Sizes) -> dict[str, Tensor]:
             f"{side}_attention_mask": (place < end).long(),
             f"{side}_response_mask": (place >= start) & (place < end),
         }
-    return batch | _byte_ends(batch, generator)
+    place = batch["teacher_response_mask"].cumsum(1) - 1
+    aligned = place.masked_fill(place >= batch["student_response_mask"].sum(1, keepdim=True), -1)
+    return batch | _byte_ends(batch, generator) | {"teacher_aligned_rows": aligned}
 
 
 def _byte_ends(batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:

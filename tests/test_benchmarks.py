@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from benchmarks import cache, plain, step, tables, trl_peer
-from benchmarks.contest import CORE, Contest, able
+from benchmarks.contest import CORE, OURS, Contest, able
 from benchmarks.workload import Sizes, build_student
 
 from dwakd.losses import build_loss
@@ -78,6 +78,23 @@ def test_step_writes_a_signed_result(tmp_path, monkeypatch, capsys):
     (one,) = result["results"]
     assert set(one["median_seconds"]) == set(CORE)
     assert "dwa_kd / products" in capsys.readouterr().out
+
+
+def test_every_method_is_a_contestant(tmp_path, monkeypatch):
+    """A method that is measured nowhere may cost anything."""
+    sizes = [*SMALL, "--student-vocab=120", "--teacher-vocab=160", "--threads=1"]
+    names = [*OURS, "sft_head"]
+    monkeypatch.setattr(
+        sys, "argv", ["step", *sizes, "--rounds=1", f"--output={tmp_path}/step-methods.json", "--only", *names]
+    )
+    step.main()
+    document = tmp_path / "performance.md"
+    document.write_text("<!-- methods -->\n<!-- /methods -->\n")
+    monkeypatch.setattr(sys, "argv", ["tables", f"--results={tmp_path}", f"--document={document}"])
+    tables.main()
+    rows = document.read_text().splitlines()
+    assert all(any(row.startswith(f"| `{name}` |") for row in rows) for name in OURS)
+    assert sum(row.startswith("| SFT, the teacher's forward") for row in rows) == 1
 
 
 def test_growth_is_drawn_from_what_was_measured(tmp_path, monkeypatch):
