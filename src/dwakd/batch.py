@@ -23,7 +23,7 @@ class ModelSide:
         input_embeddings: embedding of the token read at each row; a constant.
         target_embeddings: embedding of the token predicted at each row. The student's carry gradient.
         target_ids: the token predicted at each row.
-        lengths: rows per example; they sum to tokens.
+        lengths: rows per example, at least 1; they sum to tokens.
         byte_ends: offset in the response's UTF-8 bytes at which the predicted token ends (end-of-sequence: the length).
         head: hidden rows to logits.
         aligned_rows: of a teacher whose method asks for it: the student's row that each row is paired with by spelling,

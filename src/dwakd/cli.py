@@ -100,6 +100,9 @@ def evaluate(
     template: Annotated[
         str | None, typer.Option(help="alpaca, chat, plain or a format string; the model's recipe's by default.")
     ] = None,
+    bos: Annotated[
+        str | None, typer.Option(help="The token that begins a text: auto or never; the model's recipe's by default.")
+    ] = None,
     adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to merge into the model.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Column of the prompt.")] = None,
     response: Annotated[str | None, typer.Option(help="Column of the reference or references.")] = None,
@@ -128,6 +131,7 @@ def evaluate(
         data,
         output=output,
         template=template,
+        bos=bos,
         adapter=adapter,
         columns={"prompt": prompt, "response": response, "input": input_column},
         limit=limit,
@@ -150,6 +154,7 @@ def similarity(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for every value.")] = None,
     adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to merge into the teacher.")] = None,
     template: Annotated[str, typer.Option(help="alpaca, chat, plain or a format string.")] = "alpaca",
+    bos: Annotated[str, typer.Option(help="The token that begins a text: auto or never.")] = "auto",
     prompt: Annotated[str | None, typer.Option(help="Column of the prompt.")] = None,
     response: Annotated[str | None, typer.Option(help="Column of the response.")] = None,
     input_column: Annotated[str | None, typer.Option("--input", help="Column of the optional input.")] = None,
@@ -171,6 +176,7 @@ def similarity(
         data,
         adapter=adapter,
         template=template,
+        bos=bos,
         columns=columns,
         limit=limit,
         max_length=max_length,

@@ -80,3 +80,11 @@ def test_large_maps_are_kept(monkeypatch, tmp_path):
     assert torch.equal(nearest_tokens(source, target, (0, 3))[1:], expected[1:])
     assert torch.equal(nearest_tokens(source, target), expected)
     assert list(tmp_path.rglob("*")) == [path.parent, path]
+
+
+def test_an_end_token_that_spells_something_is_the_end_alone():
+    """A chat's end token need not be listed as special; by spelling and as the end it would count twice."""
+    mine, theirs = exact_overlap((b"a", b"<e>", b"b"), (b"<e>", b"a"), (1, 0))
+    assert (mine.tolist(), theirs.tolist()) == ([0, 1], [1, 0])
+    mine, theirs = exact_overlap((b"a", b"<e>", b"b"), (b"<e>", b"a", None), (1, 2))
+    assert (mine.tolist(), theirs.tolist()) == ([0, 1], [1, 2])

@@ -1,13 +1,14 @@
 """Comparisons: the right cells, kept when finished, named when failed, and differences that are paired."""
 
 import json
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 
 from dwakd.compare import run as compare_run
-from dwakd.compare.compare import _search
+from dwakd.compare.compare import _search, _teacher, compare_methods
 from dwakd.compare.plan import RATES, Cell, Variant, search_of, variants_of
 from dwakd.compare.run import Runner
 from dwakd.compare.table import CellScores, paired_interval, read_cell, summarise_comparison
@@ -43,6 +44,33 @@ def test_each_method_gets_its_own_options():
     one = Cell(found["dskd"], 7).recipe(recipe())
     assert one.loss == {"method": "dskd", "kd_rate": 0.3}
     assert (one.training["seed"], one.training["data_seed"], one.compare) == (7, 7, None)
+
+
+def test_options_of_the_comparison_stand_above_the_loss_section():
+    """One option given anew must not reset the others."""
+    changed = recipe(compare={"methods": ["dwa_kd"], "options": {"dwa_kd": {"dtw_weight": 0.1}}})
+    (variant,) = variants_of(changed, changed.compare, ablation=False)
+    assert variant.options == {"temperature": 3.0, "dtw_weight": 0.1}
+
+
+def test_failures_of_any_name_are_told_in_the_results(monkeypatch, tmp_path):
+    """Names of ablation rows are no folder names, and a teacher has no seed."""
+    reasons = {Cell(Variant("dskd + dtw", "dwa_kd", {}), 2).name: "no luck"}
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
+    (tmp_path / "logs").mkdir()
+    assert _teacher(recipe(), recipe().teachers[0], tmp_path, "teacher 2", reasons) == []
+    rows = summarise_comparison({"dskd + dtw": [], "teacher 2": [], "sft": []}, reasons)["variants"]
+    assert rows["dskd + dtw"] == {"failed": "no luck"}
+    assert rows["teacher 2"]["failed"].startswith("exit code 1")
+    assert rows["sft"] == {"failed": "not run"}
+
+
+def test_test_sets_without_references_are_refused(tmp_path):
+    """A table of means over nothing."""
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"prompt": "why?"}\n')
+    with pytest.raises(UserError, match=r"questions.jsonl has no references"):
+        compare_methods(recipe(evaluation={"test": [str(path)]}), tmp_path)
 
 
 def test_a_run_that_reads_attention_has_no_cache():
@@ -97,6 +125,17 @@ def test_mistakes_show_before_anything_runs(section, message):
     changed = recipe(compare=section)
     with pytest.raises(UserError, match=message):
         variants_of(changed, changed.compare, ablation=False)
+
+
+def test_the_ablation_reads_all_options():
+    """Options of a method that the ablation lacks are for the same recipe's comparison, and no place for mistakes."""
+    section = {"methods": ["alm", "dwa_kd"], "options": {"alm": {}, "dskd": {"kd_rate": 0.3}}}
+    changed = recipe(compare=section)
+    rows = {variant.name: variant for variant in variants_of(changed, changed.compare, ablation=True)}
+    assert rows["dskd"].options == {"kd_rate": 0.3}
+    changed = recipe(compare={**section, "options": {"alm": {"tau": 1}}})
+    with pytest.raises(UserError, match="unknown option"):
+        variants_of(changed, changed.compare, ablation=True)
 
 
 def test_finished_cells_are_kept_and_a_failed_one_says_why(tmp_path, monkeypatch):

@@ -13,8 +13,8 @@ from dwakd.kernels.head_loss import (
     ForwardKlSpace,
     HeadRows,
     StudentSpace,
-    TeacherSpace,
     head_loss,
+    teacher_space,
 )
 from dwakd.kernels.head_loss.engine import ChunkedRun
 from dwakd.kernels.head_loss.plan import plan_examples, plan_rows
@@ -90,7 +90,7 @@ def problem(name, head_kind="plain", *, seed=0, dtype=torch.float64, **options):
     other = HeadRows(tensor(ROWS, WIDTH), head.detached(), LENGTHS)
     if name == "teacher":
         constant = dataclasses.replace(own, hidden=own.hidden.detach(), head=head.detached())
-        return [other, constant], TeacherSpace(options.get("temperature", 2.0))
+        return [other, constant], teacher_space(options.get("temperature", 2.0))
     return [own, other], space(**options)
 
 

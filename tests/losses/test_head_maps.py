@@ -128,6 +128,14 @@ def test_tokens_are_shared_by_their_bytes():
     assert shared_teacher_ids(pair, table).tolist() == [0, 1, 3, 6]
 
 
+def test_one_vocabulary_is_shared_whole():
+    """Special tokens and byte pieces included; rows that pad the head are nobody's."""
+    tokens = (None, b"A", b" a", b"A", None)
+    weights = torch.randn(6, 4, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
+    pair = ModelPair(Widths(4, 5, 4, 5), tokens, tokens, *map(OutputHead, weights), (4, 4))
+    assert student_tokens(pair).tolist() == [0, 1, 2, 3, 4, -1, -1]
+
+
 def test_forbidden_tokens_are_not_shared():
     """A bias of -inf (a token shut out) would make every map NaN."""
     bias = torch.zeros(40, dtype=torch.float64)

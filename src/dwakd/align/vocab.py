@@ -46,7 +46,11 @@ def exact_overlap(
         return torch.arange(len(student_tokens)), torch.arange(len(teacher_tokens))
     mine, theirs = _by_spelling(student_tokens), _by_spelling(teacher_tokens)
     if end_tokens is not None:
-        mine[None], theirs[None] = [end_tokens[0]], [end_tokens[1]]
+        for side, tokens, end in ((mine, student_tokens, end_tokens[0]), (theirs, teacher_tokens, end_tokens[1])):
+            spelling = tokens[end]
+            if spelling is not None:  # it stands for the end, whatever it spells
+                side[spelling].remove(end)
+            side[None] = [end]
     pairs = [
         pair
         for spelling, ids in mine.items()

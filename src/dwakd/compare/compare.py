@@ -36,11 +36,10 @@ def compare_methods(
         jobs: runs at a time.
 
     Raises:
-        UserError: no test set, no dev set for a search, or options that a method or transformers refuses.
+        UserError: no test set or one without references, no dev set for a search, or options that a method or
+            transformers refuses.
     """
     section = recipe.compare or CompareSection()
-    if not recipe.evaluation.test:
-        raise UserError("compare needs test sets: give evaluation.test in the recipe")
     if lr_sweep and recipe.data.eval is None:
         raise UserError("--lr-sweep needs a dev set: give data.eval in the recipe")
     if not section.seeds:
@@ -48,7 +47,7 @@ def compare_methods(
     variants = variants_of(recipe, section, ablation=ablation)
     for variant in variants:
         check_options(Cell(variant, section.seeds[0]).recipe(recipe), folder)
-    check_recipe_evaluation(recipe)
+    _check_test_sets(recipe)
     with_teacher = any(method_class(variant.method).needs_teacher for variant in variants)
     if any(
         method_class(variant.method).needs_teacher and not needs_attention(variant.method, variant.options)
@@ -72,6 +71,14 @@ def compare_methods(
     summary["chosen"] = {variant.name: dataclasses.asdict(variant) for variant in variants}
     (folder / RESULTS).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return comparison_tables(summary)
+
+
+def _check_test_sets(recipe: Recipe) -> None:
+    if not recipe.evaluation.test:
+        raise UserError("compare needs test sets: give evaluation.test in the recipe")
+    for item in check_recipe_evaluation(recipe):
+        if not item.scored:
+            raise UserError(f"compare scores answers, but {item.source} has no references: choose another test set")
 
 
 def _with_teacher_cache(recipe: Recipe, folder: Path) -> Recipe:
@@ -112,6 +119,7 @@ def _teacher(
         options = {
             "--adapter": teacher.adapter,
             "--template": recipe.data.template,
+            "--bos": recipe.data.bos,
             "--prompt": recipe.data.prompt,
             "--response": recipe.data.response,
             "--input": recipe.data.input,
@@ -120,8 +128,8 @@ def _teacher(
             "--max-new-tokens": section.max_new_tokens,
             "--batch-size": section.batch_size,
         }
-        for name, value in options.items():
-            command += [] if value is None else [name, str(value)]
+        for option, value in options.items():
+            command += [] if value is None else [option, str(value)]
         for test in section.test:
             command += ["--data", test]
         log = folder / "logs" / f"{place}.log"

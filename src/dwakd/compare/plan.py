@@ -35,6 +35,11 @@ class Variant:
     rate_factor: float = 1.0
 
 
+def folder_name(name: str) -> str:
+    """A row's name, fit for a folder's."""
+    return name.replace(" ", "_").replace("+", "plus")
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run: a variant with a training seed."""
@@ -46,7 +51,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Unique in the comparison, and fit for a folder's name."""
-        return f"{self.variant.name.replace(' ', '_').replace('+', 'plus')}-{self.seed}"
+        return f"{folder_name(self.variant.name)}-{self.seed}"
 
     def recipe(self, recipe: Recipe) -> Recipe:
         """The recipe of this run alone."""
@@ -71,21 +76,24 @@ class Cell:
 def variants_of(recipe: Recipe, section: CompareSection, *, ablation: bool) -> list[Variant]:
     """The rows of the comparison, each with options that its method takes.
 
-    The recipe's own method keeps the options of its `loss` section, in the ablation every row of that method.
+    The recipe's own method keeps the options of its `loss` section where `compare.options` gives no other, in the
+    ablation every row of that method.
 
     Raises:
         UserError: an unknown method, options of a method that isn't compared, or options that a method refuses.
     """
-    given = {recipe.method: recipe.loss_options} | section.options
+    own = recipe.loss_options | section.options.get(recipe.method, {})
+    given = section.options | {recipe.method: own}
+    methods = section.methods or [name for name, cls in METHODS.items() if not cls.needs_same_vocabulary]
+    known = dict.fromkeys([*methods, *(method for method, _ in ABLATION.values())] if ablation else methods)
+    for name in section.options:
+        if name not in known:
+            raise UserError(f"compare.options names {name}, which is not among {', '.join(known)}")
     if ablation:
         chosen = {name: (method, {**given.get(method, {}), **options}) for name, (method, options) in ABLATION.items()}
     else:
-        methods = section.methods or [name for name, cls in METHODS.items() if not cls.needs_same_vocabulary]
-        for name in section.options:
-            if name not in methods:
-                raise UserError(f"compare.options names {name}, which is not among {', '.join(methods)}")
         chosen = {name: (name, given.get(name, {})) for name in methods}
-    for method, options in chosen.values():
+    for method, options in [*chosen.values(), *section.options.items()]:
         if method_class(method).needs_teacher and not recipe.teachers:
             raise UserError(f"method {method} needs a teacher: add a teacher section to the recipe")
         build_loss(method, options, widths=Widths(1, 1, 1, 1), pair=ModelPair.smallest())

@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
+from dwakd.compare.plan import folder_name
 from dwakd.evaluation.summary import RESAMPLES
 
 
@@ -95,7 +96,11 @@ def summarise_comparison(variants: Mapping[str, Sequence[CellScores]], failures:
     rows: dict[str, Any] = {}
     for name, cells in variants.items():
         if not cells:
-            reasons = [reason for cell, reason in failures.items() if cell.rpartition("-")[0] == name]
+            reasons = [
+                reason
+                for cell, reason in failures.items()
+                if name == cell or folder_name(name) == cell.rpartition("-")[0]
+            ]
             rows[name] = {"failed": "; ".join(dict.fromkeys(reasons)) or "not run"}
             continue
         scores = [mean_score(cell) for cell in cells]

@@ -24,6 +24,7 @@ def evaluate_sets(
     *,
     output: Path | None,
     template: str | None,
+    bos: str | None,
     adapter: str | None,
     columns: dict[str, Any],
     limit: int | None,
@@ -45,7 +46,9 @@ def evaluate_sets(
     check_output_folder(folder)
     checked = {name: options[name] for name in ("num_seeds", "max_new_tokens", "batch_size")}
     sets = check_evaluation(data, columns=columns, limit=limit, **checked)
-    encoder = TextEncoder(load_tokenizer(model), template or shown.get("template", "alpaca"), shown.get("bos", "auto"))
+    encoder = TextEncoder(
+        load_tokenizer(model), template or shown.get("template", "alpaca"), bos or shown.get("bos", "auto")
+    )
     loaded = load_causal_lm(model, adapter=adapter)
     return _evaluate_all(loaded, encoder, sets, folder, model, options, overwrite=overwrite)
 

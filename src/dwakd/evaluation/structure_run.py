@@ -30,6 +30,7 @@ def compare_structures(
     *,
     adapter: str | None,
     template: str,
+    bos: str,
     columns: dict[str, Any],
     limit: int | None,
     max_length: int,
@@ -39,22 +40,22 @@ def compare_structures(
     if output is not None and output.is_dir():
         raise UserError(f"{output} is a folder; name a JSON file with --output")
     examples = load_examples(data, split="test", limit=limit, **columns)
-    reference = load_causal_lm(teacher, adapter=adapter), TextEncoder(load_tokenizer(teacher), template)
+    reference = load_causal_lm(teacher, adapter=adapter), TextEncoder(load_tokenizer(teacher), template, bos)
     found: dict[str, StructureDistances] = {}
     record: dict[str, Any] = {
-        "signature": make_signature(template=template, max_length=max_length),
+        "signature": make_signature(template=template, bos=bos, max_length=max_length),
         "data": data_identity(examples, data),
         "teacher": model_identity(reference[0], teacher),
         "students": {},
     }
     for name in students:
-        student = load_causal_lm(name), TextEncoder(load_tokenizer(name), template)
+        student = load_causal_lm(name), TextEncoder(load_tokenizer(name), template, bos)
         found[name] = structure_distances(student, reference, examples, max_length=max_length, progress=True)
         record["students"][name] = {"model": model_identity(student[0], name), **dataclasses.asdict(found[name])}
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    num_texts = len(next(iter(found.values())).cosine)
+    num_texts = " or ".join(str(size) for size in dict.fromkeys(len(one.cosine) for one in found.values()))
     tables = [
         _table(title, {name: getattr(distances, metric) for name, distances in found.items()})
         for metric, title in (("cosine", "M_cos"), ("product", "M_prod"))

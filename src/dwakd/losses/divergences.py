@@ -2,7 +2,7 @@
 
 Every function takes the log-probabilities of a target distribution p (the teacher's, usually detached) and of a
 learned distribution q, both already softened, and returns one value per token. Gradient flows through whatever
-carries it. All are >= 0 and 0 only where p = q.
+carries it. All are >= 0, and 0 only where p = q unless `skew` is 1.
 """
 
 import math

@@ -5,7 +5,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from dwakd.batch import LossOutput, ModelSide
-from dwakd.kernels.head_loss import TeacherSpace, head_loss, student_space
+from dwakd.kernels.head_loss import head_loss, student_space, teacher_space
 from dwakd.losses.attention import TeacherScale, cross_model_attention
 from dwakd.losses.base import (
     DistillationLoss,
@@ -97,7 +97,7 @@ class DskdLoss(DistillationLoss):
         )
         in_student = head_loss([head_rows(student), projected_rows(t2s_hidden, student)], space)
         in_teacher = head_loss(
-            [projected_rows(s2t_hidden, teacher), constant_rows(teacher)], TeacherSpace(self.temperature)
+            [projected_rows(s2t_hidden, teacher), constant_rows(teacher)], teacher_space(self.temperature)
         )
         return reduce_terms(
             in_student.terms | {"kd_teacher": in_teacher.loss},

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dwakd.batch import LossOutput, ModelSide
-from dwakd.kernels.head_loss import HeadLoss, TeacherSpace, head_loss, student_space
+from dwakd.kernels.head_loss import HeadLoss, head_loss, student_space, teacher_space
 from dwakd.kernels.soft_dtw import IMPLS
 from dwakd.losses.alignment import soft_dtw_divergences
 from dwakd.losses.attention import CrossModelAttention, TeacherScale, band_penalty, cross_model_attention
@@ -34,7 +34,8 @@ class DwaKdLoss(DistillationLoss):
 
     KD^stu = sum_i w_i D(p^{t->s}_i || p^s_i) and KD^tea = sum_j w_j KL(p^t_j || p^{s->t}_j), weighted up where the
     student is uncertain and the projected teacher confident. nDTW is the Soft-DTW divergence of cosine costs, its
-    cross cost raised outside a band around the cross-model attention. Every constant defaults to the paper's.
+    cross cost raised outside a band around the cross-model attention. Constants default to the paper's; the three weights
+    and gamma, which it doesn't give, to the published code's.
 
     Gradient: the student's hidden states through CE, KD^stu, KD^tea and nDTW; its head through its own logits only; its
     embeddings through nDTW only (beside the model's own use); never the teacher.
@@ -213,8 +214,8 @@ class DwaKdLoss(DistillationLoss):
         """Equations 8, 14 and 15. The head is a constant, so rows may be weighted after their gradient is known."""
         rows = [projected_rows(crossed.s2t_hidden, teacher), constant_rows(teacher)]
         if not self.teacher_weights:
-            return head_loss(rows, TeacherSpace(self.temperature)).loss
-        output = head_loss(rows, TeacherSpace(self.temperature), by_row=True)
+            return head_loss(rows, teacher_space(self.temperature)).loss
+        output = head_loss(rows, teacher_space(self.temperature), by_row=True)
         weights = teacher_weights(output.statistics["entropy"], teacher.head.vocab_size, teacher.lengths)
         return (weights * output.loss).sum()
 

@@ -116,7 +116,7 @@ def exact_spaces(
 
 
 def projected_partners(student: ModelSide, teacher: ModelSide, maps: HeadMaps) -> Float[Tensor, "s_tokens s_hidden"]:
-    """t2s h^t_j at the rows that have a partner j; zero, which predicts nothing, at the others."""
+    """t2s h^t_j at the rows that have a partner j; zero, which predicts what the head's bias does, at the others."""
     partners = exact_rows(student.byte_ends, student.lengths, teacher.byte_ends, teacher.lengths)
     rows = teacher.hidden.detach()[partners.clamp_min(0)].to(maps.t2s.weight.dtype)
     return torch.where(partners[:, None] >= 0, maps.t2s(rows), 0.0)

@@ -23,7 +23,8 @@ class GoldLoss(DistillationLoss):
 
     A group g is the smallest pair of spans that end at the same byte. Its distribution, of either model, is that of one
     of its tokens times the probabilities of the others as realised, which does not sum to 1. JSD is over the tokens
-    that both vocabularies spell alike, the sorted difference over all others.
+    that both vocabularies spell alike, the sorted difference over all others. The groups of an example weigh alike, and
+    together as many tokens as it has.
 
     Gradient: the student's rows and head, through its distribution and the realised probabilities.
 

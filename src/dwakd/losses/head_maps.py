@@ -82,15 +82,21 @@ class HeadMaps(nn.Module):
 def student_tokens(pair: ModelPair) -> Int[Tensor, " t_vocab"]:
     """The student's token for each row of the teacher's head: the same bytes, or the end for the end; else -1.
 
+    With one vocabulary on both sides every token is its own.
+
     Of several tokens with the same bytes the last is taken: the byte pieces of SentencePiece come first, and a
     tokenizer uses them only for want of another.
     """
     vocab = pair.student_head.vocab_size
-    by_bytes = {token: index for index, token in enumerate(pair.student_tokens[:vocab]) if token}
     width = pair.teacher_head.vocab_size
-    table = [by_bytes.get(token, -1) if token else -1 for token in pair.teacher_tokens[:width]]
+    same = pair.student_tokens == pair.teacher_tokens
+    if same:
+        table = list(range(min(vocab, width, len(pair.student_tokens))))
+    else:
+        by_bytes = {token: index for index, token in enumerate(pair.student_tokens[:vocab]) if token}
+        table = [by_bytes.get(token, -1) if token else -1 for token in pair.teacher_tokens[:width]]
     table += [-1] * (width - len(table))
-    if pair.end_tokens is not None:
+    if pair.end_tokens is not None and not same:
         student_end, teacher_end = pair.end_tokens
         table[teacher_end] = student_end
     found = torch.tensor(table, device=pair.student_head.weight.device)

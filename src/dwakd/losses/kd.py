@@ -10,7 +10,7 @@ from torch import Tensor
 from dwakd.batch import LossOutput, ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, forward_kl, head_loss
 from dwakd.kernels.head_loss.criterion import Logits, Statistics
-from dwakd.kernels.head_loss.statistics import SoftenedPair, blocks, pick, raise_to, scratch, subtract_at
+from dwakd.kernels.head_loss.statistics import SoftenedPair, pick, subtract_at
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import (
     DistillationLoss,
@@ -141,10 +141,6 @@ class ForwardKlPair(SameVocabulary):
             pair, rate = SoftenedPair(self.temperature), self.rates["kd"] / self.temperature
             share, their_share = (rate / statistics[f"{name}_soft_total"] for name in ("own", "their"))
             ce_share = self.rates["ce"] / statistics["own_total"]
-            (work,) = scratch(own, 1)
-            for block in blocks(own):
-                mine = own[block]
-                pulled = pair.gradient(mine, theirs[block], share, their_share, work[: len(mine)])
-                raise_to(mine, pair.base, mine).mul_(ce_share).add_(pulled)
+            pair.differentiate(own, theirs, (share, their_share, ce_share, torch.zeros_like(ce_share)))
             subtract_at(own, self.targets[chunk.rows[0]], torch.full_like(ce_share, self.rates["ce"]))
         return {name: statistics[name] for name in ("ce", "kd")}

@@ -146,7 +146,7 @@ class _Side:
         self.order = mass.t().topk(top).indices[examples]
 
     def tops(self) -> tuple[Top, Top]:
-        """Log-probabilities of each row's top tokens at both temperatures."""
+        """Log-probabilities of each row's top tokens at both temperatures, none further than 87 base below the peak."""
         kept = self.kept.t().gather(-1, self.order)
         logs = kept.clamp_min(torch.finfo(kept.dtype).tiny).log() * self.base
         first, second = (

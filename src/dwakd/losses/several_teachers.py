@@ -26,7 +26,7 @@ class SeveralTeachers(nn.Module):
     method's own weights and rescaling, so that the shares at a row sum to 1 whatever the methods do. All other
     terms keep the shares: the maps of a teacher that isn't trusted must learn, too. A method that projects no teacher
     into the student's space (`DistillationLoss.projected`) takes the weighted sum alone. Two teachers that are the same
-    give the loss of one.
+    give the loss of one, if their maps are.
 
     Gradient: that of each method; the gate is a constant.
 

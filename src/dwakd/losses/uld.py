@@ -13,6 +13,7 @@ from dwakd.kernels.head_loss.criterion import Logits, Statistics
 from dwakd.kernels.sorted_distance import sorted_distance
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, check_range, head_rows, reduce_terms, require_teacher
+from dwakd.losses.merged_groups import sorted_difference
 from dwakd.losses.packing import example_ids, positions
 
 BLOCK = 2**21
@@ -125,14 +126,8 @@ class SortedDifference(Criterion):
 
     def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
         ce = torch.nn.functional.nll_loss(logits[0].log_softmax(-1), self.targets[chunk.rows[0]], reduction="none")
-        width = max(side.shape[1] for side in logits)
-        own, theirs = (
-            torch.nn.functional.pad(
-                (side / self.temperature).softmax(-1).sort(-1, descending=True).values, (0, width - side.shape[1])
-            )
-            for side in logits
-        )
-        distance = (own - theirs.detach()).abs().sum(-1)
+        own, theirs = ((side / self.temperature).softmax(-1) for side in logits)
+        distance = sorted_difference(theirs.detach(), own)
         return {"ce": ce, "uld": self.pair_weights[chunk.rows[0]].to(distance.dtype) * distance}
 
     def differentiate(

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from dwakd.kernels.head_loss.criterion import Chunk, Criterion
 from dwakd.kernels.head_loss.cross_entropy import CrossEntropy
-from dwakd.kernels.head_loss.dual_space import ForwardKlSpace, StudentSpace, TeacherSpace, student_space
+from dwakd.kernels.head_loss.dual_space import ForwardKlSpace, StudentSpace, student_space, teacher_space
 from dwakd.kernels.head_loss.engine import ChunkedHeadLoss, ChunkedRun, HeadRows
 from dwakd.kernels.head_loss.naive import head_loss_naive
-from dwakd.kernels.head_loss.prediction import WithPrediction, teacher_space
+from dwakd.kernels.head_loss.prediction import WithPrediction
 from dwakd.kernels.head_loss.statistics import entropy, forward_kl
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "HeadLoss",
     "HeadRows",
     "StudentSpace",
-    "TeacherSpace",
     "WithPrediction",
     "entropy",
     "forward_kl",

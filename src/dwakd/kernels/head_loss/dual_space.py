@@ -141,24 +141,29 @@ class ForwardKlSpace(StudentSpace):
 
 
 class TeacherSpace(Criterion):
-    """Term `kd_teacher` = KL(p^t || p^{s->t}), of projected rows and of the teacher's own.
+    """Term `kd_teacher` = D(p^t || p^{s->t}), of projected rows and of the teacher's own.
 
     Statistics: `entropy` H(p^t) at temperature 1.
 
     Args:
         temperature: softens both sides.
+        divergence: D of log-probabilities (target, learned), per row.
     """
 
-    def __init__(self, temperature: float) -> None:
+    def __init__(self, temperature: float, divergence: Callable[[Tensor, Tensor], Tensor] = forward_kl) -> None:
         super().__init__({"kd_teacher": 1.0})
-        self.temperature = temperature
+        self.temperature, self.divergence = temperature, divergence
 
     def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
         projected, own = ((side / self.temperature).log_softmax(-1) for side in logits)
-        return {"kd_teacher": forward_kl(own.detach(), projected)}
+        return {"kd_teacher": self.divergence(own.detach(), projected)}
 
     def statistics(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
         return {"entropy": entropy(logits[1].log_softmax(-1))}
+
+
+class ForwardKlTeacherSpace(TeacherSpace):
+    """`TeacherSpace` with D = KL(p^t || p^{s->t}), its gradient by hand."""
 
     def observe(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
         projected, own = (side.t() for side in logits)
@@ -189,3 +194,9 @@ class TeacherSpace(Criterion):
 def student_space(divergence: Callable[[Tensor, Tensor], Tensor]) -> type[StudentSpace]:
     """The class that computes this divergence best."""
     return ForwardKlSpace if divergence is forward_kl else StudentSpace
+
+
+def teacher_space(temperature: float, divergence: Callable[[Tensor, Tensor], Tensor] = forward_kl) -> TeacherSpace:
+    """The criterion that computes this divergence best."""
+    kind = ForwardKlTeacherSpace if divergence is forward_kl else TeacherSpace
+    return kind(temperature, divergence)

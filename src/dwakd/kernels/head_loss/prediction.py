@@ -1,14 +1,12 @@
-"""The most probable token of a side, beside another criterion; and the teacher's space with any divergence."""
+"""The most probable token of a side, beside another criterion."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dwakd.kernels.head_loss.criterion import Chunk, Criterion, Logits, Statistics
-from dwakd.kernels.head_loss.dual_space import TeacherSpace
-from dwakd.kernels.head_loss.statistics import entropy, forward_kl
 
 _BLOCK = 256
 
@@ -62,25 +60,3 @@ class WithPrediction(Criterion):
         needs: Sequence[bool],
     ) -> dict[str, Tensor]:
         return self.criterion.differentiate(logits, chunk, statistics, weights, needs)
-
-
-class DivergentTeacherSpace(Criterion):
-    """`TeacherSpace` with any divergence of log-probabilities (target, learned), per row."""
-
-    def __init__(self, temperature: float, divergence: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__({"kd_teacher": 1.0})
-        self.temperature, self.divergence = temperature, divergence
-
-    def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
-        projected, own = ((side / self.temperature).log_softmax(-1) for side in logits)
-        return {"kd_teacher": self.divergence(own.detach(), projected)}
-
-    def statistics(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
-        return {"entropy": entropy(logits[1].log_softmax(-1))}
-
-
-def teacher_space(temperature: float, divergence: Callable[[Tensor, Tensor], Tensor]) -> Criterion:
-    """The criterion that computes this divergence best."""
-    if divergence is forward_kl:
-        return TeacherSpace(temperature)
-    return DivergentTeacherSpace(temperature, divergence)
