@@ -178,7 +178,67 @@ def methods(folder: Path, document: Path) -> str | None:
     return None
 
 
-SECTIONS = {"steps": steps, "memory": memory, "cache": cache, "methods": methods, "trl": trl, "growth": growth}
+PEERS = {
+    "numba_batched": "numba_batched",
+    "numba_one_by_one": "numba_one_by_one",
+    "pysdtw": "pysdtw",
+    "tslearn": "tslearn",
+    "ours_plain_torch": "ours in plain torch",
+    "autograd_loop": "loop under autograd",
+}
+"""Contestants of `benchmarks.soft_dtw` beside ours, and what they are called."""
+
+
+def measured_soft_dtw(folder: Path) -> dict[str, Any]:
+    path = folder / "soft_dtw.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
+
+
+def soft_dtw(folder: Path, document: Path) -> str | None:
+    """Milliseconds of ours, and the peers as multiples; then the part of a step."""
+    found = measured_soft_dtw(folder)
+    if not found:
+        return None
+    table = [["batch x length", "ours, ms", "ns a cell", *PEERS.values()]]
+    for case, taken in found["milliseconds"].items():
+        own = f"{taken['ours']:.3g}", f"{taken['ours_ns_per_cell']:.1f}"
+        ratios = [f"{taken[peer] / taken['ours']:.1f} x" if peer in taken else "" for peer in PEERS]
+        table.append([case, *own, *ratios])
+    part = found["dtw_part"]
+    part_of_step = [
+        ["the DTW part of a step", "ms"],
+        ["ours", f"{part['ours']:.0f}"],
+        ["the published structure", f"{part['published_structure']:,.0f}: {part['ratio']:.0f} x"],
+    ]
+    return f"{rows_of(table)}\n{rows_of(part_of_step)}"
+
+
+def accuracy(folder: Path, document: Path) -> str | None:
+    """The largest error of a float32 gradient, by gamma."""
+    found = measured_soft_dtw(folder)
+    if not found:
+        return None
+    names = {"ours": "ours", "ours_plain_torch": "plain torch", "numba_batched": "numba_batched", "pysdtw": "pysdtw"}
+    names |= {"tslearn": "tslearn"}
+    present = [name for name in names if name in next(iter(found["gradient_error"].values()))]
+    rows = [
+        [f"{float(gamma):,g}", *(f"{errors[name]:.1e}" for name in present)]
+        for gamma, errors in found["gradient_error"].items()
+    ]
+    return rows_of([["gamma", *(names[name] for name in present)], *rows])
+
+
+SECTIONS = {
+    "steps": steps,
+    "memory": memory,
+    "cache": cache,
+    "methods": methods,
+    "trl": trl,
+    "growth": growth,
+    "soft_dtw": soft_dtw,
+    "accuracy": accuracy,
+}
 
 
 def main() -> None:
