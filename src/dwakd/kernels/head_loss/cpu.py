@@ -8,11 +8,11 @@ import math
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dwakd.kernels.compiled import share
-from dwakd.kernels.head_loss.cpu_sweep import SUMS, sweep_gradient, sweep_observe
+from dwakd.kernels.head_loss.cpu_sweep import SUMS, sweep_gradient, sweep_observe, sweep_peak
 
 SPAN = 4096
 """Rows of the vocabulary that one thread takes at a time, whose sums are added up in order: the result does not
@@ -52,6 +52,15 @@ def gradient(
     arguments = shares.contiguous().view(-1).numpy(), learned.shape[1], base == 2.0, len(shares) == 4
     sides = [*_flat(learned), *_flat(target)]
     share(lambda first, last: sweep_gradient(*sides, first, last, *arguments), _spans(len(learned)))
+
+
+def most_probable(logits: Float[Tensor, "vocab tokens"]) -> Int[Tensor, " tokens"]:
+    """Row of the largest logit in each column, the first of them."""
+    tokens, spans = logits.shape[1], _spans(len(logits))
+    flat, best = _flat(logits), np.full((len(spans), tokens), -np.inf, np.float32)
+    rows = np.zeros((len(spans), tokens), np.int32)
+    share(lambda first, last: sweep_peak(*flat, first, last, best[first // SPAN], rows[first // SPAN]), spans)
+    return torch.from_numpy(rows[best.argmax(0), np.arange(tokens)].astype(np.int64))
 
 
 def _flat(logits: Float[Tensor, "vocab tokens"]) -> tuple[npt.NDArray[np.float32], int]:

@@ -174,3 +174,15 @@ def sweep_gradient(own, own_step, other, other_step, first, last, shares, tokens
             _gradient_lanes(8, own, a + t, other, b + t, shares, t, tokens, squared, both)
         for t in range(tokens & ~7, tokens):
             _gradient_lanes(1, own, a + t, other, b + t, shares, t, tokens, squared, both)
+
+
+@compiled_by_numba
+@no_type_check
+def sweep_peak(columns, step, first, last, best, rows):
+    """Rows first to last - 1 of the vocabulary: the largest logit of each column above `best`, and its row."""
+    tokens = len(best)
+    for row in range(first, last):
+        line, number = columns[row * step : row * step + tokens], np.int32(row)
+        for t in range(tokens):
+            rows[t] = number if line[t] > best[t] else rows[t]  # without branches: LLVM takes several columns at once
+            best[t] = max(line[t], best[t])

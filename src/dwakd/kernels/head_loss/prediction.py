@@ -2,27 +2,16 @@
 
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dwakd.kernels.head_loss.criterion import Chunk, Criterion, Logits, Statistics
-
-_BLOCK = 256
+from dwakd.kernels.head_loss.statistics import cpu_module, is_compiled
 
 
 def most_probable(logits: Float[Tensor, "vocab tokens"]) -> Int[Tensor, " tokens"]:
-    """Row of the largest logit in each column.
-
-    On CPUs `argmax` over rows is many times as slow as `amax`: maxima of blocks first, then a search in the best alone.
-    """
-    if logits.device.type != "cpu":
-        return logits.argmax(0)
-    peaks = torch.stack([block.amax(0) for block in torch.split(logits, _BLOCK)])
-    best = peaks.t().contiguous().argmax(1)
-    rows = (best * _BLOCK + torch.arange(_BLOCK)[:, None]).clamp_max(logits.shape[0] - 1)
-    found = logits.gather(0, rows).t().contiguous().argmax(1)
-    return rows.gather(0, found[None]).squeeze(0)
+    """Row of the largest logit in each column, the first of them; compiled on CPUs, where `argmax` over rows is slow."""
+    return cpu_module().most_probable(logits) if is_compiled(logits) else logits.argmax(0)
 
 
 class WithPrediction(Criterion):

@@ -139,7 +139,7 @@ class SoftenedPair:
         """
         own, other = Softmax(peak_of(learned)), Softmax(peak_of(target))
         if self._is_compiled(learned, target):
-            sums = _cpu_module().observe(learned, target, torch.stack([own.peak, other.peak]), self.base)
+            sums = cpu_module().observe(learned, target, torch.stack([own.peak, other.peak]), self.base)
             own.total, own.soft_total, own.energy, other.total, other.soft_total, other.energy, cross = sums
         else:
             cross = self._sweep(learned, target, own, other, entropy_of, totals_of)
@@ -150,9 +150,7 @@ class SoftenedPair:
 
     def _is_compiled(self, *sides: Columns) -> bool:
         """Whether the compiled kernel takes these sides, all of them in one and the same way."""
-        fits = self.soft == 1.0 and self.base in (1.0, 2.0) and sides[0].numel() >= COMPILED_FROM
-        fits &= all(s.device.type == "cpu" and s.dtype == torch.float32 and s.stride(1) == 1 for s in sides)
-        return fits and _numba_works()
+        return self.soft == 1.0 and self.base in (1.0, 2.0) and is_compiled(*sides)
 
     def _sweep(
         self,
@@ -185,7 +183,7 @@ class SoftenedPair:
         With four shares, learned gets shares[2] x its exp(x) besides, and target <- shares[3] x its exp(x).
         """
         if self._is_compiled(learned, target):
-            _cpu_module().gradient(learned, target, torch.stack(list(shares)), self.base)
+            cpu_module().gradient(learned, target, torch.stack(list(shares)), self.base)
             return
         (work,) = scratch(learned, 1)
         for block in blocks(learned):
@@ -207,9 +205,12 @@ class SoftenedPair:
         return out.addcmul_(torch.pow(other, self.soft), other_share, value=-1)
 
 
-def _numba_works() -> bool:
-    return is_usable("dwakd.kernels.head_loss.cpu", "numba", "head_loss runs in plain torch, slower")
+def is_compiled(*sides: Columns) -> bool:
+    """Whether the compiled kernels take these logits: large, float32, on a CPU, and numba works."""
+    fits = sides[0].numel() >= COMPILED_FROM
+    fits &= all(s.device.type == "cpu" and s.dtype == torch.float32 and s.stride(1) == 1 for s in sides)
+    return fits and is_usable("dwakd.kernels.head_loss.cpu", "numba", "head_loss runs in plain torch, slower")
 
 
-def _cpu_module() -> ModuleType:
+def cpu_module() -> ModuleType:
     return importlib.import_module("dwakd.kernels.head_loss.cpu")  # numba takes half a second: only when used
