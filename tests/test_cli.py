@@ -155,6 +155,20 @@ BAD = {
     "no seeds": (["evaluation.seeds=0"], "evaluation.seeds must be at least 1"),
     "order": (["training.train_sampling_strategy=foo"], "valid ones: random"),
     "fsdp alone": (["training.fsdp=full_shard"], "distributed"),
+    "absent optimiser": (["training.optim=adamw_bnb_8bit"], "training.optim: .*bitsandbytes"),
+    "optimiser of another package": (["training.optim=galore_adamw"], "training.optim: .*galore_torch"),
+    "optimiser's options": (["training.optim_args=foo"], "optim_args must look like name=value"),
+    "beta out of range": (["training.adam_beta1=2"], "adam_beta1 must be 0 or more and below 1, got 2"),
+    "workers": (["training.dataloader_num_workers=-1"], "dataloader_num_workers must be 0 or more"),
+    "infinite rate": (["training.learning_rate=.inf"], "learning_rate must be above 0 and finite"),
+    "schedule without its option": (
+        ["training.lr_scheduler_type=cosine_with_min_lr"],
+        "training.lr_scheduler_type: .*min_lr",
+    ),
+    "schedule's option": (
+        ["training.lr_scheduler_type=cosine_with_restarts", "training.lr_scheduler_kwargs={foo: 1}"],
+        "training.lr_scheduler_type: .*foo",
+    ),
 }
 
 
@@ -166,6 +180,19 @@ def test_mistakes_in_a_recipe(name, workspace, tmp_path, monkeypatch, capsys):
     assert code == 2, err
     assert re.search(message, one_sentence(err)), err
     assert not (tmp_path / "run").exists(), "nothing is half-written"
+
+
+def test_a_hub_that_refuses_is_one_sentence(workspace, tmp_path, monkeypatch, capsys):
+    """transformers asks for the repository before it trains, and the network's errors are no UserErrors."""
+
+    def refuse(*_):
+        raise ConnectionError("no network\nand more")
+
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", refuse)
+    arguments = ["train", workspace / "recipe.yaml", "training.push_to_hub=true", "-o", tmp_path / "run"]
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert (code, one_sentence(err)) == (2, "error: push_to_hub: no network and more")
+    assert not (tmp_path / "run").exists()
 
 
 FILES = {

@@ -212,6 +212,14 @@ def test_missing_pieces_are_named(tmp_path):
         checked_args(TrainingArguments(str(tmp_path), use_cpu=True))
     with pytest.raises(UserError, match="one model object"):
         DistillTrainer(student, student, args, ROWS, processing_class=byte_bpe(), teacher_processing_class=byte_bpe())
+    for name, value, message in (
+        ("learning_rate", "1e-3", "learning_rate must be a number, got '1e-3'"),
+        ("loss_options", "a", "loss_options must be a dict"),
+    ):
+        wrong = DistillConfig(output_dir=str(tmp_path), use_cpu=True)
+        setattr(wrong, name, value)  # given to the constructor, the types that the tests check would refuse it
+        with pytest.raises(UserError, match=message):
+            wrong.__post_init__()
     short = tiny_model("llama", 400, max_position_embeddings=64)
     with pytest.raises(UserError, match="has only 64 positions"):
         DistillTrainer(

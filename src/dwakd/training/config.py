@@ -1,6 +1,9 @@
 """The training arguments of `DistillTrainer`."""
 
+import math
+import sys
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -11,8 +14,9 @@ from dwakd.losses import method_class
 from dwakd.losses.several_teachers import GATES
 
 SAMPLING = ("random", "sequential", "group_by_length")
-_POSITIVE, _COUNT, _SIZE = (0, "above 0"), (0, "at least 1"), (-1e-300, "0 or more")
-RANGES: dict[str, tuple[float, str]] = {
+_POSITIVE, _COUNT = (0, sys.float_info.max, "above 0 and finite"), (0, math.inf, "at least 1")
+_SIZE, _BETA = (-1e-300, math.inf, "0 or more"), (-1e-300, math.nextafter(1, 0), "0 or more and below 1")
+RANGES: dict[str, tuple[float, float, str]] = {
     "learning_rate": _POSITIVE,
     "projector_learning_rate": _POSITIVE,
     "teacher_gate_temperature": _POSITIVE,
@@ -20,7 +24,7 @@ RANGES: dict[str, tuple[float, str]] = {
     "logging_steps": _POSITIVE,
     "save_steps": _POSITIVE,
     "eval_steps": _POSITIVE,
-    "max_steps": (0, "at least 1, or -1 to count epochs"),
+    "max_steps": (0, math.inf, "at least 1, or -1 to count epochs"),
     "per_device_train_batch_size": _COUNT,
     "per_device_eval_batch_size": _COUNT,
     "gradient_accumulation_steps": _COUNT,
@@ -33,8 +37,11 @@ RANGES: dict[str, tuple[float, str]] = {
     "warmup_steps": _SIZE,
     "seed": _SIZE,
     "data_seed": _SIZE,
+    "dataloader_num_workers": _SIZE,
+    "adam_beta1": _BETA,
+    "adam_beta2": _BETA,
 }
-"""Options with a lower bound, which must be exceeded, and what to say of it."""
+"""Options with a lower bound, which must be exceeded, the largest value, and what to say of both."""
 FIXED = {
     "remove_unused_columns": (False, "the collator's tensors are no arguments of the student"),
     "use_liger_kernel": (False, "apply Liger to a student that you load yourself"),
@@ -123,10 +130,7 @@ class DistillConfig(TrainingArguments):
             self.dataloader_pin_memory = False  # nothing to pin for, and torch warns of it
 
     def _check(self) -> None:
-        for name, (low, what) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not (value > low or (name == "max_steps" and value == -1)):
-                raise UserError(f"{name} must be {what}, got {value!r}")
+        self._check_ranges()
         for name, (only, why) in FIXED.items():
             if getattr(self, name) != only:
                 raise UserError(f"{name} must stay {only}: {why}")
@@ -136,3 +140,16 @@ class DistillConfig(TrainingArguments):
         for weight in self.teacher_weights or []:
             if not 0 < weight < float("inf"):
                 raise UserError(f"teacher_weights must be numbers above 0, got {weight!r}")
+        if not isinstance(self.loss_options, dict):
+            raise UserError(f"loss_options must be a dict of the method's options, got {self.loss_options!r}")
+        if not all(part.count("=") == 1 for part in (self.optim_args or "a=b").split(",")):
+            raise UserError(f"optim_args must look like name=value,name=value, got {self.optim_args!r}")
+
+    def _check_ranges(self) -> None:
+        for name, (low, high, what) in RANGES.items():
+            value = getattr(self, name)
+            if value is None or (name == "max_steps" and value == -1):
+                continue
+            number = isinstance(value, Real)
+            if not (number and low < value <= high):
+                raise UserError(f"{name} must be {what if number else 'a number'}, got {value!r}")

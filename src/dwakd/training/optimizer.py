@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import Trainer, get_scheduler
 
+from dwakd.errors import UserError
 from dwakd.training.config import DistillConfig
 
 
@@ -22,3 +25,29 @@ def parameter_groups(distiller: nn.Module, decayed: set[str], args: DistillConfi
         }
         for (own, decay), parameters in groups.items()
     ]
+
+
+def check_optimizer(args: DistillConfig) -> None:
+    """Build optimiser and schedule for a module of one number: what they refuse would show only when training begins.
+
+    Raises:
+        UserError: a package that isn't installed, or options that the optimiser or the schedule refuses.
+    """
+    if args.deepspeed:  # its own file says what they are
+        return
+    weight = nn.Parameter(torch.zeros(1, 1))
+    steps = max(args.max_steps, 1)
+    option = "optim"
+    try:
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, nn.ParameterList([weight]))
+        optimizer = optimizer_class([weight], **options)
+        option = "lr_scheduler_type"
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=args.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    except Exception as error:  # a dozen packages raise what they like
+        raise UserError(f"training.{option}: {' '.join(str(error).split())}") from error

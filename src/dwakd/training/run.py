@@ -30,6 +30,7 @@ from dwakd.options import check_type, unknown_option
 from dwakd.training.cached import CachedTeacher, refuse_attention
 from dwakd.training.card import write_card
 from dwakd.training.config import DistillConfig
+from dwakd.training.optimizer import check_optimizer
 from dwakd.training.trainer import LOSS_STATE, DistillTrainer
 
 logger = logging.getLogger(__name__)
@@ -205,7 +206,9 @@ def check_options(recipe: Recipe, output_dir: str | Path) -> tuple[DistillConfig
         raise UserError(f"method {recipe.method} needs a teacher: add a teacher section to the recipe")
     if any(teacher.cache is not None for teacher in recipe.teachers):
         refuse_attention(recipe.method, recipe.loss_options)
-    return training_config(recipe, output_dir), _peft_config(recipe.student.peft)
+    args = training_config(recipe, output_dir)
+    check_optimizer(args)
+    return args, _peft_config(recipe.student.peft)
 
 
 def build_trainer(recipe: Recipe, output_dir: str | Path) -> DistillTrainer:

@@ -265,6 +265,12 @@ class DistillTrainer(Trainer):
         """Not offered: a batch's logits are never whole here. See `dwakd.evaluation.generate.generate_answers`."""
         raise UserError("DistillTrainer has no predict; use dwakd.evaluation.generate.generate_answers for answers")
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        try:
+            super().init_hf_repo(token, private)
+        except Exception as error:  # the hub and the network raise a dozen unrelated types
+            raise UserError(f"push_to_hub: {' '.join(str(error).split())}") from error
+
     # Saving: the student as transformers saves it; what only training needs goes into checkpoints alone.
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
