@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -195,6 +196,30 @@ def test_a_hub_that_refuses_is_one_sentence(workspace, tmp_path, monkeypatch, ca
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("content", "reason"), [("", "no section data"), ("data: {train: [", "line 1, column 16")])
+def test_a_damaged_recipe_of_a_run_is_named(content, reason, workspace, tmp_path, monkeypatch, capsys):
+    """A machine that went down while it was written leaves a part of it, or nothing."""
+    folder = shutil.copytree(workspace / "student", tmp_path / "run")
+    (folder / "dwakd-recipe.yaml").write_text(content)
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", "-o", folder, "--resume")
+    assert code == 2
+    assert f"{folder / 'dwakd-recipe.yaml'} is damaged ({reason}" in one_sentence(err).replace("it has ", "")
+    assert "another folder with --output" in one_sentence(err)
+    code, _, err = run(monkeypatch, capsys, "eval", folder, "-d", workspace / "data.jsonl")
+    assert code == 2
+    assert "is damaged" in one_sentence(err)
+    assert "give --template" in one_sentence(err)
+
+
+def test_a_recipe_that_was_never_finished_is_no_run(workspace, tmp_path):
+    """The recipe is written under another name first; a run killed in between must start again."""
+    from dwakd.config import load_recipe
+    from dwakd.training.run import check_output
+
+    (tmp_path / ".dwakd-recipe.yaml.tmp-1").write_text("student:")
+    assert check_output(tmp_path, resume=False, recipe=load_recipe(workspace / "recipe.yaml")) is None
+
+
 FILES = {
     "empty dataset": ("data.jsonl", "", "data.jsonl"),
     "malformed line": ("data.jsonl", '{"prompt": "a", "response": "b"}\n{"prompt": ', "line 2"),
@@ -268,7 +293,10 @@ def test_more_mistakes(workspace, tmp_path, monkeypatch, capsys):
     (tmp_path / "broken.yaml").write_text("student: [")
     code, _, err = run(monkeypatch, capsys, "train", tmp_path / "broken.yaml")
     assert code == 2
-    assert "not valid YAML" in one_sentence(err)
+    assert "not valid YAML: line 1, column 11: " in one_sentence(err)
+    (tmp_path / "binary.yaml").write_bytes(b"student: \x01")
+    code, _, err = run(monkeypatch, capsys, "train", tmp_path / "binary.yaml")
+    assert (code, "unicode string" in one_sentence(err)) == (2, False)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
     code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", "-o", tmp_path / "mine")

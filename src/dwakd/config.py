@@ -165,12 +165,35 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"recipe {path} is not valid YAML: {_place_and_reason(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"recipe {path} must hold sections such as student, teacher and data")
     for override in overrides or []:
         apply_override(content, override)
     return recipe_from_dict(content)
+
+
+def read_saved_recipe(path: Path, *, mend: str) -> dict[str, Any]:
+    """The options of a run's own recipe, which `Recipe.dump` wrote.
+
+    Raises:
+        UserError: it cannot be read; ends with `mend`.
+    """
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({_place_and_reason(error)}); {mend}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("data"), dict):
+        raise UserError(f"{path} is damaged (it has no section data); {mend}")
+    return content
+
+
+def _place_and_reason(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    """One line: PyYAML's own words name a stream that no user knows."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None:
+        return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None)}"
+    return " ".join(str(error).replace('in "<unicode string>", ', "").split())
 
 
 def apply_override(content: dict[str, Any], override: str) -> None:

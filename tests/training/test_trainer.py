@@ -6,10 +6,14 @@ import logging
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from dwakd import METHODS, DistillConfig, DistillTrainer, UserError
+from dwakd.training.checkpoint import checkpoint_fault
 from dwakd.training.inputs import checked_args
+from dwakd.training.run import last_checkpoint
+from dwakd.training.trainer import LOSS_STATE
 from tests.builders import FAMILIES, byte_bpe, tiny_model
 from tests.training.builders import ROWS, assert_same, trainer, weights
 
@@ -76,6 +80,44 @@ def test_resumed_run_ends_with_the_same_student(tmp_path, lora, order):
     assert resumed.state.global_step == 6
     assert resumed.model.loss.gamma == whole.model.loss.gamma == pytest.approx(2.0 - 1.5 * 5 / 6)
     assert_same(weights(resumed), weights(whole))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, lora, caplog):
+    """A full disk or a machine that goes down cuts a file short, and the checkpoint before it is as good as ever."""
+    run = trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, lora=lora)
+    run.train()
+    (tmp_path / "checkpoint-foo").mkdir()
+    newest = tmp_path / "checkpoint-2"
+    assert last_checkpoint(tmp_path) == str(newest)
+    weights_file = "adapter_model.safetensors" if lora else "model.safetensors"
+    torch_files = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+    for name in (weights_file, LOSS_STATE, *torch_files, "trainer_state.json"):
+        whole = (newest / name).read_bytes()
+        (newest / name).write_bytes(whole[:-10])
+        assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+        assert f"its {name} is damaged" in caplog.text
+        (newest / name).unlink()
+        if name != "rng_state.pth":
+            assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+        (newest / name).write_bytes(whole)
+    assert last_checkpoint(tmp_path) == str(newest)
+    assert "from the beginning" not in caplog.text
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}" / weights_file).unlink()
+    assert last_checkpoint(tmp_path) is None
+    assert "from the beginning" in caplog.text
+
+
+def test_a_shard_of_the_weights_that_is_missing_shows(tmp_path):
+    """Large students are saved in several files and an index of them."""
+    for name in ("model-1.safetensors", "model-2.safetensors"):
+        save_file({}, tmp_path / name)
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert checkpoint_fault(tmp_path, ()) is None
+    (tmp_path / "model-2.safetensors").unlink()
+    assert checkpoint_fault(tmp_path, ()) == "model.safetensors.index.json is damaged"
 
 
 def test_projectors_have_a_rate_of_their_own(tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from dwakd.config import RECIPE_FILE, Recipe, parse_yaml
+from dwakd.config import RECIPE_FILE, Recipe, read_saved_recipe
 from dwakd.data.encoding import TextEncoder
 from dwakd.evaluation.evaluate import Evaluation, evaluate_model, evaluation_signature
 from dwakd.evaluation.report import check_overwrite, evaluation_table, write_evaluation
@@ -41,7 +41,8 @@ def evaluate_sets(
         UserError: an option out of range, anything in model or data that a user can mend, or results in the way.
     """
     recipe = Path(model) / RECIPE_FILE
-    shown = parse_yaml(recipe.read_text(encoding="utf-8"))["data"] if recipe.is_file() else {}
+    mend = "restore it, or remove it and give --template and --bos"
+    shown = read_saved_recipe(recipe, mend=mend)["data"] if recipe.is_file() else {}
     folder = output or (Path(model) / "eval" if Path(model).is_dir() else Path("eval") / Path(model).name)
     check_output_folder(folder)
     checked = {name: options[name] for name in ("num_seeds", "max_new_tokens", "batch_size")}

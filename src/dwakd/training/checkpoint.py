@@ -1,8 +1,12 @@
-"""Reading a student back into a model that is already there."""
+"""Reading a student back into a model that is already there, and what must be whole for it."""
 
+import json
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -14,3 +18,37 @@ def load_student(student: nn.Module, folder: str | Path) -> None:
         return
     saved = AutoModelForCausalLM.from_pretrained(folder, dtype=next(student.parameters()).dtype)
     student.load_state_dict(saved.state_dict())
+
+
+def checkpoint_fault(folder: Path, needed: Sequence[str]) -> str | None:
+    """What is wrong with a checkpoint: a file that is missing or cut short; None if nothing shows without reading all.
+
+    Args:
+        folder: of the checkpoint.
+        needed: names of files that must be there beside the student's weights (or its adapter's).
+    """
+    missing = [name for name in needed if not (folder / name).is_file()]
+    weights = {path.name for path in folder.glob("*.safetensors")} - set(needed)
+    if not weights or list(folder.glob("*.safetensors.tmp")):
+        missing.append("model.safetensors (or adapter_model.safetensors)")
+    if missing:
+        return f"{missing[0]} is missing"
+    damaged = [path.name for path in sorted(folder.iterdir()) if not _ends_well(path)]
+    return f"{damaged[0]} is damaged" if damaged else None
+
+
+def _ends_well(path: Path) -> bool:
+    """Whether a file of a checkpoint can be opened; every cut shows, a flipped byte need not."""
+    try:
+        if path.suffix in (".pt", ".pth"):
+            return zipfile.is_zipfile(path)
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                return True
+        if path.suffix == ".json":
+            content = json.loads(path.read_text(encoding="utf-8"))
+            shards = content["weight_map"].values() if path.name.endswith(".index.json") else ()
+            return all((path.parent / name).is_file() for name in shards)
+    except (SafetensorError, ValueError, LookupError, TypeError):
+        return False
+    return True

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from dwakd.config import RECIPE_FILE, Recipe, StudentSection, TeacherSection, parse_yaml
+from dwakd.cache.files import write_whole
+from dwakd.config import RECIPE_FILE, Recipe, StudentSection, TeacherSection, parse_yaml, read_saved_recipe
 from dwakd.data.sources import Example, load_examples
 from dwakd.errors import UserError
 from dwakd.evaluation.run import check_recipe_evaluation
@@ -29,6 +30,7 @@ from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.options import check_type, unknown_option
 from dwakd.training.cached import CachedTeacher, refuse_attention
 from dwakd.training.card import write_card
+from dwakd.training.checkpoint import checkpoint_fault
 from dwakd.training.config import DistillConfig
 from dwakd.training.optimizer import check_optimizer
 from dwakd.training.trainer import LOSS_STATE, DistillTrainer
@@ -38,6 +40,7 @@ logger = logging.getLogger(__name__)
 RUN_FILE = "dwakd-run.json"
 CHANGEABLE = re.compile(r"evaluation\.|training\.(max_steps|num_train_epochs|disable_tqdm)$")
 """Options that may differ when a run is resumed."""
+CHECKPOINT = re.compile(r"checkpoint-\d+")
 ELSEWHERE = ("method", "loss_options", "output_dir", "trust_remote_code", "teacher_cache", "teacher_weights")
 DATA_FIELDS = ("template", "bos", "max_length", "max_prompt_length", "invalid_rows")
 
@@ -103,7 +106,7 @@ def check_output(folder: Path, *, resume: bool, recipe: Recipe) -> str | None:
     if os.environ.get("RANK", "0") != "0":  # the first rank speaks for all, before it writes anything
         return last_checkpoint(folder) if resume and folder.exists() else None
     check_output_folder(folder)
-    started = folder.exists() and {path.name for path in folder.iterdir()} - {RECIPE_FILE}
+    started = folder.exists() and any(RECIPE_FILE not in path.name for path in folder.iterdir())
     if not started:  # a run that broke before its first checkpoint leaves its recipe at the most
         return None
     saved = folder / RECIPE_FILE
@@ -121,9 +124,10 @@ def check_same_recipe(saved: Path, recipe: Recipe, *, changeable: re.Pattern[str
     """Refuse a run's folder whose saved recipe differs in more than options that match `changeable`.
 
     Raises:
-        UserError: it holds another run; says which option differs.
+        UserError: it holds another run, of which it says which option differs; or the saved recipe is damaged.
     """
-    before, now = (_flat(parse_yaml(text)) for text in (saved.read_text(encoding="utf-8"), recipe.dump()))
+    before = _flat(read_saved_recipe(saved, mend="restore it, or choose another folder with --output"))
+    now = _flat(parse_yaml(recipe.dump()))
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name) and not changeable.match(name):
             was, is_now = before.get(name, "unset"), now.get(name, "unset")
@@ -145,12 +149,15 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that is whole; one cut off in the writing is passed over with a warning."""
-    whole = ("trainer_state.json", "optimizer.pt", "scheduler.pt", LOSS_STATE)
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for path in found:
-        if all((path / name).is_file() for name in whole) and list(path.glob("*.safetensors.tmp")) == []:
-            return str(path)
-        logger.warning("%s is not whole and is passed over", path)
+    needed = ("trainer_state.json", "optimizer.pt", "scheduler.pt", LOSS_STATE)
+    steps = {int(path.name.split("-")[1]): path for path in folder.iterdir() if CHECKPOINT.fullmatch(path.name)}
+    for step in sorted(steps, reverse=True):
+        fault = checkpoint_fault(steps[step], needed)
+        if fault is None:
+            return str(steps[step])
+        logger.warning("%s is not whole and is passed over: its %s", steps[step], fault)
+    if steps:
+        logger.warning("no checkpoint in %s is whole: training starts from the beginning", folder)
     return None
 
 
@@ -245,7 +252,7 @@ def train(recipe: Recipe, output_dir: str | Path, *, resume: bool = False) -> Di
     trainer = build_trainer(recipe, folder)
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECIPE_FILE).write_text(recipe.dump(), encoding="utf-8")
+        write_whole(folder / RECIPE_FILE, [recipe.dump().encode()])
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
