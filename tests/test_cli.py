@@ -196,6 +196,21 @@ def test_a_hub_that_refuses_is_one_sentence(workspace, tmp_path, monkeypatch, ca
     assert not (tmp_path / "run").exists()
 
 
+def test_a_prompt_without_room_shows_before_the_training(workspace, tmp_path, monkeypatch, capsys):
+    """Hours of training would end in a sentence that could have stood at their beginning; `eval` says the same."""
+    rows = [*ROWS[:2], {"prompt": "word " * 600, "response": "end"}]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    test = f"evaluation.test=[{workspace / 'data.jsonl'}, {tmp_path / 'long.jsonl'}]"
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", test, "-o", tmp_path / "run")
+    assert code == 2
+    assert re.search(r"long\.jsonl, row 2 \(counting from 0\): its prompt of \d+ tokens", one_sentence(err))
+    assert not (tmp_path / "run").exists()
+    sets = ["-d", workspace / "data.jsonl", "-d", tmp_path / "long.jsonl"]
+    code, _, err = run(monkeypatch, capsys, "eval", workspace / "student", *sets, "-o", tmp_path / "scores")
+    assert (code, "long.jsonl, row 2" in one_sentence(err)) == (2, True)
+    assert not (tmp_path / "scores").exists(), "no set is answered before all are checked"
+
+
 @pytest.mark.parametrize(("content", "reason"), [("", "no section data"), ("data: {train: [", "line 1, column 16")])
 def test_a_damaged_recipe_of_a_run_is_named(content, reason, workspace, tmp_path, monkeypatch, capsys):
     """A machine that went down while it was written leaves a part of it, or nothing."""

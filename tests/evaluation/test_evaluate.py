@@ -95,6 +95,14 @@ def test_passes_can_be_left_out(encoder: TextEncoder) -> None:
         evaluate_model(model, encoder, [], **OPTIONS)
 
 
+def test_a_prompt_without_room_shows_first(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bits per byte of a large set take minutes, and leave such a row out with a warning only."""
+    monkeypatch.setattr("dwakd.evaluation.evaluate.bits_per_byte", lambda *_, **__: pytest.fail("computed first"))
+    small = tiny_model("llama", 400, max_position_embeddings=len(encoder.prompt_ids(EXAMPLES[0])))
+    with pytest.raises(UserError, match=r"row 4 \(counting from 0\): its prompt"):
+        evaluate_model(small, encoder, EXAMPLES, **OPTIONS)
+
+
 def test_unscorable_references_are_told(encoder: TextEncoder, caplog: pytest.LogCaptureFixture) -> None:
     """On Russian or Chinese data every student has ROUGE-L 0: the user must hear why."""
     rows = [Example(0, "Hi", response="Привет"), Example(1, "Hi", response="ok")]

@@ -119,7 +119,8 @@ def test_answers_stay_within_the_positions(family: str, encoder: TextEncoder) ->
     expected = [greedy_by_hand(model, encoder, example, limit) for example, limit in zip(EXAMPLES, limits, strict=True)]
     assert answers == expected
     full = tiny_model(family, VOCAB, **{positions: max(lengths)})
-    with pytest.raises(UserError, match=rf"row {EXAMPLES[lengths.index(max(lengths))].index} .*{max(lengths)} pos"):
+    longest = EXAMPLES[lengths.index(max(lengths))]
+    with pytest.raises(UserError, match=rf"the examples, row {longest.index} .*{max(lengths)} pos"):
         generate_answers(full, encoder, EXAMPLES, seed=0, **QUIET)
 
 

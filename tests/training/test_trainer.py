@@ -216,6 +216,9 @@ def test_answers_during_training(tmp_path):
     assert 0 <= metrics["eval_rouge_l"] <= 100
     assert metrics["eval_words"] == 3
     assert seen[0][1] == [[row["response"]] for row in ROWS[:3]]
+    long = [*ROWS[:2], {"prompt": "word " * 600, "response": "end"}]
+    with pytest.raises(UserError, match=r"the eval dataset, row 2 .* leaves no room"):
+        trainer(tmp_path / "b", method="sft", eval_rows=long, eval_rouge_l=True, invalid_rows="skip")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -118,11 +118,11 @@ def evaluate_model(
     references = [references_of(example) if scored else () for example in examples]
     if scored:
         _warn_of_unscorable(references)
+    batches = plan_batches(model, encoder, examples, max_new_tokens=max_new_tokens, batch_size=batch_size)
     likelihood = None
     max_length = length_limit(model, max_length)
     if measurable(encoder, examples, max_length):
         likelihood = bits_per_byte(model, encoder, examples, max_length=max_length, progress=progress)
-    batches = plan_batches(model, encoder, examples, max_new_tokens=max_new_tokens, batch_size=batch_size)
     answers: list[Answer] = []
     with progress_bar(disable=not progress) as bar:
         task = bar.add_task("answers", total=len(batches) * len(passes))

@@ -92,11 +92,8 @@ def plan_batches(
     """Batches of prompts of like length, the longest first; all of a batch have the same limit of new tokens."""
     _check_at_least_one(max_new_tokens=max_new_tokens, batch_size=batch_size)
     positions = max_positions(model)
-    prompts = [encoder.prompt_ids(example) for example in examples]
-    limits = [
-        _new_tokens(prompt, example, positions, max_new_tokens)
-        for prompt, example in zip(prompts, examples, strict=True)
-    ]
+    prompts = answerable_prompts(model, encoder, examples)
+    limits = [max_new_tokens if positions is None else min(max_new_tokens, positions - len(ids)) for ids in prompts]
     order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
     batches = []
     for limit, group in groupby(order, key=lambda row: limits[row]):
@@ -105,6 +102,31 @@ def plan_batches(
             chosen = rows[start : start + batch_size]
             batches.append(PromptBatch(chosen, [prompts[row] for row in chosen], limit))
     return batches
+
+
+def answerable_prompts(
+    model: PreTrainedModel | PeftModel, encoder: TextEncoder, examples: Sequence[Example], source: str = "the examples"
+) -> list[list[int]]:
+    """The token ids of every prompt, unpadded.
+
+    Args:
+        source: what messages call the examples.
+
+    Raises:
+        UserError: a prompt without tokens, or one that fills all the model's positions.
+    """
+    positions = max_positions(model)
+    prompts = encoder.prompt_ids_batch(examples) if examples else []
+    for example, prompt in zip(examples, prompts, strict=True):
+        row = f"{source}, row {example.index} (counting from 0)"
+        if not prompt:
+            raise UserError(f"{row}: the prompt has no tokens; give it an instruction or another template.")
+        if positions is not None and len(prompt) >= positions:
+            raise UserError(
+                f"{row}: its prompt of {len(prompt)} tokens leaves no room for an answer in the model's {positions} "
+                "positions; shorten or remove it."
+            )
+    return prompts
 
 
 def answer_batches(
@@ -208,19 +230,6 @@ def _decode(encoder: TextEncoder, ids: Sequence[int]) -> str:
     end = next((place for place, token in enumerate(ids) if token in encoder.end_token_ids), len(ids))
     decode: Callable[..., str] = encoder.tokenizer.decode
     return decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-
-
-def _new_tokens(prompt: Sequence[int], example: Example, positions: int | None, max_new_tokens: int) -> int:
-    if not prompt:
-        raise UserError(f"row {example.index}: the prompt has no tokens; give it an instruction or another template.")
-    if positions is None:
-        return max_new_tokens
-    if len(prompt) >= positions:
-        raise UserError(
-            f"row {example.index} (counting from 0): its prompt of {len(prompt)} tokens leaves no room for an "
-            f"answer in the model's {positions} positions; shorten or remove it."
-        )
-    return min(max_new_tokens, positions - len(prompt))
 
 
 def _check_at_least_one(**options: int) -> None:

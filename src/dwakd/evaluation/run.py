@@ -11,6 +11,7 @@ from rich.text import Text
 from dwakd.config import RECIPE_FILE, Recipe, read_saved_recipe
 from dwakd.data.encoding import TextEncoder
 from dwakd.evaluation.evaluate import Evaluation, evaluate_model, evaluation_signature
+from dwakd.evaluation.generate import answerable_prompts
 from dwakd.evaluation.report import check_overwrite, evaluation_table, write_evaluation
 from dwakd.evaluation.sets import EvaluationSet, check_evaluation
 from dwakd.evaluation.signature import data_identity, model_identity
@@ -72,6 +73,16 @@ def check_recipe_evaluation(recipe: Recipe) -> list[EvaluationSet]:
     )
 
 
+def check_room(model: Any, encoder: TextEncoder, sets: list[EvaluationSet]) -> None:
+    """Refuse test sets with a prompt that the model has no room to answer; it may precede the training.
+
+    Raises:
+        UserError: as said; names the set and the row.
+    """
+    for item in sets:
+        answerable_prompts(model, encoder, item.examples, item.source)
+
+
 def evaluate_recipe(recipe: Recipe, model: Any, encoder: TextEncoder, folder: Path) -> Group:
     """Evaluate a student just trained on the test sets of its recipe; the folder's eval/ is the run's to write."""
     section = recipe.evaluation
@@ -97,6 +108,7 @@ def _evaluate_all(
     *,
     overwrite: bool,
 ) -> Group:
+    check_room(model, encoder, sets)
     options["seeds"] = [10 * (index + 1) for index in range(options.pop("num_seeds"))]
     weights = model_identity(model, name)
     identities = [{"model": weights, "data": data_identity(item.examples, item.source)} for item in sets]

@@ -21,9 +21,10 @@ from peft import LoraConfig
 
 from dwakd.cache.files import write_whole
 from dwakd.config import RECIPE_FILE, Recipe, StudentSection, TeacherSection, parse_yaml, read_saved_recipe
+from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example, load_examples
 from dwakd.errors import UserError
-from dwakd.evaluation.run import check_recipe_evaluation
+from dwakd.evaluation.run import check_recipe_evaluation, check_room
 from dwakd.folders import check_output_folder
 from dwakd.losses import ModelPair, Widths, build_loss, method_class
 from dwakd.models.loading import load_causal_lm, load_tokenizer
@@ -222,10 +223,11 @@ def build_trainer(recipe: Recipe, output_dir: str | Path) -> DistillTrainer:
     """Load data, models and loss of a recipe into a trainer; mistakes show before a model is loaded where they can."""
     method = method_class(recipe.method)
     args, peft_config = check_options(recipe, output_dir)
-    check_recipe_evaluation(recipe)
+    sets = check_recipe_evaluation(recipe)
     train, evaluation = recipe_examples(recipe)
     names = {"train": recipe.data.train, "eval": recipe.data.eval or ""}
     student, student_tokenizer = load_section(recipe.student)
+    check_room(student, TextEncoder(student_tokenizer, args.template, args.bos), sets)
     teachers = [load_section(section) for section in recipe.teachers] if method.needs_teacher else []
     try:
         return DistillTrainer(

@@ -20,6 +20,7 @@ from dwakd.data.collator import PairedCollator, SeveralCollators
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedPairs
 from dwakd.errors import UserError
+from dwakd.evaluation.generate import answerable_prompts
 from dwakd.losses import TeacherScale
 from dwakd.training.callbacks import EpochAndTerms, TermsProgressCallback
 from dwakd.training.checkpoint import load_student
@@ -83,6 +84,8 @@ class DistillTrainer(Trainer):
         self._encoders: tuple[TextEncoder, ...] = (self.student_encoder, *(encoder for _, encoder in found))
         _, train_pairs = encode_source(train_dataset, self._encoders, args, "train", names.get("train"))
         self._eval_examples, eval_pairs = encode_source(eval_dataset, self._encoders, args, "eval", names.get("eval"))
+        if args.eval_rouge_l or compute_metrics:
+            answerable_prompts(model, self.student_encoder, self._eval_examples, names.get("eval", "the eval dataset"))
 
         for index, (teacher, encoder) in enumerate(found):
             sets = {"train": train_pairs, "eval": eval_pairs}
