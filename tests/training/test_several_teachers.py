@@ -102,6 +102,28 @@ def test_a_recipe_names_several(tmp_path, folders, monkeypatch, capsys):
     assert (code, "give each its cache in the recipe" in error) == (2, True)
 
 
+def test_teachers_with_and_without_a_cache(tmp_path, folders, monkeypatch, capsys):
+    """A small teacher may run beside a large one that is cached: its absence is no reason to build nothing."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
+    recipe = {
+        "student": {"model": folders[0]},
+        "teacher": [{"model": folders[1]}, {"model": folders[2], "cache": str(tmp_path / "second")}],
+        "data": {"train": str(rows), "template": "plain"},
+        "training": {"max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    for arguments in (["cache", path], ["cache", path, "--check"]):
+        code, out, error = call(monkeypatch, capsys, *arguments)
+        assert code == 0, error
+        assert out.count("teacher cache") == 1
+        assert str(tmp_path / "second") in out
+    assert call(monkeypatch, capsys, "train", path, "-o", tmp_path / "run")[0] == 0
+    del recipe["teacher"][1]["cache"]
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    code, _, error = call(monkeypatch, capsys, "cache", path)
+    assert (code, "teacher.cache is missing" in error, "one of the teachers" in error) == (2, True, True)
 def test_mistakes_with_several_teachers_are_named(tmp_path, folders):
     """Before a model is loaded where that can be."""
     with pytest.raises(UserError, match="teacher_weights must be a list of 2"):

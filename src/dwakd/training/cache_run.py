@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from dwakd.cache.store import Cache, open_whole
-from dwakd.config import Recipe, load_recipe
+from dwakd.config import Recipe, StudentSection, TeacherSection, load_recipe
 from dwakd.data.encoding import TextEncoder
 from dwakd.errors import UserError
 from dwakd.models.loading import load_tokenizer
@@ -19,7 +19,7 @@ def cache_recipe(recipe: Recipe, folder: str | Path | None = None, *, check: boo
 
     Args:
         recipe: of the training run.
-        folder: of the cache of a single teacher, in place of `teacher.cache`.
+        folder: of the cache of a single teacher, in place of `teacher.cache`. Of several, those with a cache are built.
         check: read everything, write nothing.
 
     Raises:
@@ -31,24 +31,28 @@ def cache_recipe(recipe: Recipe, folder: str | Path | None = None, *, check: boo
     if folder is not None and len(recipe.teachers) > 1:
         raise UserError("--output names one folder: with several teachers, give each its cache in the recipe")
     folders = [folder or section.cache for section in recipe.teachers]
-    if None in folders:
-        raise UserError("teacher.cache is missing: name the cache's folder in the recipe, or with --output")
+    if not any(folders):
+        where = "or with --output" if len(folders) == 1 else "for one of the teachers at least"
+        raise UserError(f"teacher.cache is missing: name the cache's folder in the recipe, {where}")
     args = training_config(recipe, "unused")
     train, evaluation = recipe_examples(recipe)
-    student_tokenizer = load_tokenizer(
-        recipe.student.model, revision=recipe.student.revision, trust_remote_code=recipe.student.trust_remote_code
-    )
-    loaded = [
-        load_section(dataclasses.replace(section, cache=str(place)))
+    teachers = [
+        None if place is None else load_section(dataclasses.replace(section, cache=str(place)))[0]
         for section, place in zip(recipe.teachers, folders, strict=True)
     ]
-    tokenizers = [student_tokenizer, *(tokenizer for _, tokenizer in loaded)]
+    sections: list[StudentSection | TeacherSection] = [recipe.student, *recipe.teachers]
+    tokenizers = [
+        load_tokenizer(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
+        for section in sections
+    ]
     encoders = tuple(TextEncoder(tokenizer, args.template, args.bos) for tokenizer in tokenizers)
     sets = {"train": encode_source(train, encoders, args, "train", recipe.data.train)[1]}
     if evaluation is not None:
         sets["eval"] = encode_source(evaluation, encoders, args, "eval", recipe.data.eval)[1]
     caches = []
-    for index, ((teacher, _), encoder) in enumerate(zip(loaded, encoders[1:], strict=True)):
+    for index, (teacher, encoder) in enumerate(zip(teachers, encoders[1:], strict=True)):
+        if teacher is None:
+            continue
         own = {role: pairs.of_teacher(index) for role, pairs in sets.items() if pairs is not None}
         if not check:
             teacher.prepare(encoder, args, own, mend=True)
