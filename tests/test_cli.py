@@ -170,6 +170,8 @@ BAD = {
         ["training.lr_scheduler_type=cosine_with_restarts", "training.lr_scheduler_kwargs={foo: 1}"],
         "training.lr_scheduler_type: .*foo",
     ),
+    "number for an option": (["loss={method: sft, 1: 2}"], "unknown option loss.1;"),
+    "number for a peft option": (["student.peft={1: 2}"], "unknown option student.peft.1;"),
 }
 
 
@@ -233,6 +235,16 @@ def test_a_recipe_that_was_never_finished_is_no_run(workspace, tmp_path):
 
     (tmp_path / ".dwakd-recipe.yaml.tmp-1").write_text("student:")
     assert check_output(tmp_path, resume=False, recipe=load_recipe(workspace / "recipe.yaml")) is None
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that nobody can write")
+def test_folders_that_cannot_be_written_are_refused(workspace, monkeypatch, capsys):
+    """Before models are loaded; `similarity` looked for the place of its file after all the work."""
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", "-o", "/proc/foo/x")
+    assert (code, "/proc/foo/x cannot be written" in one_sentence(err)) == (2, True)
+    arguments = ["similarity", "./nowhere", "--teacher", "./nowhere", "-d", workspace / "data.jsonl"]
+    code, _, err = run(monkeypatch, capsys, *arguments, "-o", workspace / "recipe.yaml" / "x")
+    assert (code, "recipe.yaml is a file" in one_sentence(err)) == (2, True)
 
 
 FILES = {

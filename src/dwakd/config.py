@@ -232,7 +232,7 @@ def _section(cls: type[Any], content: Any, prefix: str) -> Any:
     fields = {item.name: item for item in dataclasses.fields(cls)}
     for name in content:
         if name not in fields:
-            raise unknown_option(f"{prefix}{name}", str(name), list(fields))
+            raise unknown_option(f"{prefix}{name}", name, list(fields))
     values = {}
     for name, item in fields.items():
         if name in content and not (content[name] is None and prefix == ""):
@@ -252,4 +252,7 @@ def _value(hint: Any, value: Any, name: str) -> Any:
         if dataclasses.is_dataclass(option):
             return _section(typing.cast("type[Any]", option), value, f"{name}.")
     check_type(hint, value, name)
+    for key in value if isinstance(value, dict) else ():
+        if not isinstance(key, str):
+            raise UserError(f"unknown option {name}.{key}; the names of options are words")
     return value

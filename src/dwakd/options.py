@@ -9,9 +9,9 @@ from typing import Any
 from dwakd.errors import UserError
 
 
-def unknown_option(name: str, word: str, valid: list[str]) -> UserError:
+def unknown_option(name: str, word: object, valid: list[str]) -> UserError:
     """The error for an option that doesn't exist: it names the nearest, or all."""
-    near = difflib.get_close_matches(word, valid, n=1)
+    near = difflib.get_close_matches(str(word), valid, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     shown = ", ".join(valid) if 0 < len(valid) <= 40 else f"{len(valid) or 'none'} of them"
     return UserError(f"unknown option {name}; {hint}valid ones: {shown}")

@@ -257,6 +257,10 @@ def test_missing_pieces_are_named(tmp_path):
         checked_args(TrainingArguments(str(tmp_path), use_cpu=True))
     with pytest.raises(UserError, match="one model object"):
         DistillTrainer(student, student, args, ROWS, processing_class=byte_bpe(), teacher_processing_class=byte_bpe())
+    nothing = DistillTrainer(student, None, DistillConfig(output_dir=str(tmp_path), use_cpu=True, method="sft"), None,
+                             processing_class=byte_bpe())  # fmt: skip
+    with pytest.raises(UserError, match="give train_dataset"):
+        nothing.train()
     for name, value, message in (
         ("learning_rate", "1e-3", "learning_rate must be a number, got '1e-3'"),
         ("loss_options", "a", "loss_options must be a dict"),

@@ -18,6 +18,7 @@ from dwakd.data.sources import load_examples
 from dwakd.errors import UserError
 from dwakd.evaluation.signature import data_identity, make_signature, model_identity
 from dwakd.evaluation.structure import StructureDistances, structure_distances
+from dwakd.folders import check_output_folder
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 
 PLOT_WIDTH = 36
@@ -37,8 +38,10 @@ def compare_structures(
     output: Path | None,
 ) -> Group:
     """Measure every student against the teacher on the same responses; returns box plots, writes JSON if asked."""
-    if output is not None and output.is_dir():
-        raise UserError(f"{output} is a folder; name a JSON file with --output")
+    if output is not None:
+        check_output_folder(output.parent)
+        if output.is_dir():
+            raise UserError(f"{output} is a folder; name a JSON file with --output")
     examples = load_examples(data, split="test", limit=limit, **columns)
     reference = load_causal_lm(teacher, adapter=adapter), TextEncoder(load_tokenizer(teacher), template, bos)
     found: dict[str, StructureDistances] = {}

@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -212,6 +212,11 @@ class DistillTrainer(Trainer):
             logs |= dict(zip(self._term_sums, sums.tolist(), strict=True))
             self.reset_terms()
         super().log(logs, start_time)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        if self.train_dataset is None:
+            raise UserError("there is nothing to train on: give train_dataset")
+        return super().get_train_dataloader()
 
     def _get_train_sampler(self, train_dataset: EncodedPairs | None = None) -> Sampler[int] | None:
         dataset = train_dataset or self.train_dataset
