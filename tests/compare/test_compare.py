@@ -115,9 +115,14 @@ def test_the_search_is_the_same_for_every_method():
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"methods": ["dwakd"]}, "valid ones"),
+        ({"methods": ["dwakd"]}, r"unknown method 'dwakd' in compare\.methods; valid ones"),
         ({"methods": ["sft"], "options": {"dskd": {}}}, "not among sft"),
-        ({"methods": ["dskd"], "options": {"dskd": {"tau": 1}}}, "unknown option"),
+        ({"methods": ["dskd"], "options": {"dskd": {"tau": 1}}}, r"unknown option compare\.options\.dskd\.tau"),
+        (
+            {"methods": ["dskd"], "options": {"dskd": {"kd_rate": "a"}}},
+            r"compare\.options\.dskd\.kd_rate must be float",
+        ),
+        ({"methods": ["dskd"], "options": {"dskd": 3}}, r"compare\.options\.dskd must be a section"),
     ],
 )
 def test_mistakes_show_before_anything_runs(section, message):

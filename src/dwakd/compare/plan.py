@@ -82,6 +82,11 @@ def variants_of(recipe: Recipe, section: CompareSection, *, ablation: bool) -> l
     Raises:
         UserError: an unknown method, options of a method that isn't compared, or options that a method refuses.
     """
+    for method in section.methods:
+        method_class(method, "compare.methods")
+    for name, options in section.options.items():
+        if not isinstance(options, dict):
+            raise UserError(f"compare.options.{name} must be a section with options, got {options!r}")
     own = recipe.loss_options | section.options.get(recipe.method, {})
     given = section.options | {recipe.method: own}
     methods = section.methods or [name for name, cls in METHODS.items() if not cls.needs_same_vocabulary]
@@ -93,10 +98,11 @@ def variants_of(recipe: Recipe, section: CompareSection, *, ablation: bool) -> l
         chosen = {name: (method, {**given.get(method, {}), **options}) for name, (method, options) in ABLATION.items()}
     else:
         chosen = {name: (name, given.get(name, {})) for name in methods}
-    for method, options in [*chosen.values(), *section.options.items()]:
+    checked = [(method, options, f"compare.options.{method}") for method, options in section.options.items()]
+    for method, options, prefix in [*checked, *((method, options, "loss") for method, options in chosen.values())]:
         if method_class(method).needs_teacher and not recipe.teachers:
             raise UserError(f"method {method} needs a teacher: add a teacher section to the recipe")
-        build_loss(method, options, widths=Widths(1, 1, 1, 1), pair=ModelPair.smallest())
+        build_loss(method, options, widths=Widths(1, 1, 1, 1), pair=ModelPair.smallest(), section=prefix)
     return [Variant(name, method, dict(options)) for name, (method, options) in chosen.items()]
 
 

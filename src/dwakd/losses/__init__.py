@@ -68,14 +68,14 @@ __all__ = [
 ]
 
 
-def method_class(method: str) -> type[DistillationLoss]:
+def method_class(method: str, option: str = "loss.method") -> type[DistillationLoss]:
     """The class of a method.
 
     Raises:
-        UserError: unknown method; lists the valid ones.
+        UserError: unknown method, given as `option`; lists the valid ones.
     """
     if method not in METHODS:
-        raise UserError(f"unknown method {method!r} in loss.method; valid ones: {', '.join(METHODS)}")
+        raise UserError(f"unknown method {method!r} in {option}; valid ones: {', '.join(METHODS)}")
     return METHODS[method]
 
 
@@ -95,8 +95,9 @@ def build_loss(
     *,
     widths: Widths | None = None,
     pair: ModelPair | None = None,
+    section: str = "loss",
 ) -> DistillationLoss:
-    """Build a method from a recipe's options; `widths` and `pair` are for those that need them.
+    """Build a method from the options in a recipe's `section`; `widths` and `pair` are for those that need them.
 
     Raises:
         UserError: unknown method or option (names the valid ones), or a value the method refuses.
@@ -106,8 +107,8 @@ def build_loss(
     hints = typing.get_type_hints(METHODS[method].__init__)
     for name, value in options.items():
         if name not in valid:
-            raise unknown_option(f"loss.{name} of method {method}", name, list(valid))
-        check_type(hints[name], value, f"loss.{name}")
+            raise unknown_option(f"{section}.{name} of method {method}", name, list(valid))
+        check_type(hints[name], value, f"{section}.{name}")
     models: dict[str, Any] = {"widths": widths} if METHODS[method].needs_widths else {}
     if METHODS[method].needs_pair:
         models["pair"] = pair
@@ -116,7 +117,7 @@ def build_loss(
     except UserError:
         raise
     except (TypeError, ValueError) as error:
-        raise UserError(f"loss options of method {method}: {error}") from error
+        raise UserError(f"options of method {method} in {section}: {error}") from error
 
 
 def needs_attention(method: str, options: dict[str, Any]) -> bool:
