@@ -172,6 +172,8 @@ BAD = {
     ),
     "number for an option": (["loss={method: sft, 1: 2}"], "unknown option loss.1;"),
     "number for a peft option": (["student.peft={1: 2}"], "unknown option student.peft.1;"),
+    "method in place of the section": (["loss=uld"], "loss must be a section with method and options, got 'uld'"),
+    "peft in place of the section": (["student.peft=true"], "student.peft must be a section with options"),
 }
 
 

@@ -219,6 +219,8 @@ def apply_override(content: dict[str, Any], override: str) -> None:
 
 def recipe_from_dict(content: dict[str, Any]) -> Recipe:
     """A recipe from nested dictionaries, strictly."""
+    if not isinstance(content.get("loss"), dict | None):
+        raise UserError(f"loss must be a section with method and options, got {content['loss']!r}")
     recipe: Recipe = _section(Recipe, content, "")
     if not isinstance(recipe.loss.get("method", "dwa_kd"), str):
         raise UserError("loss.method must be a string")
@@ -247,7 +249,8 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     for option in options:
         inner = next(iter(typing.get_args(option)), None)
         if isinstance(value, list) and value and dataclasses.is_dataclass(inner):
-            return [_section(typing.cast("type[Any]", inner), item, f"{name}.{k}.") for k, item in enumerate(value)]
+            sections = enumerate(value, start=1)
+            return [_section(typing.cast("type[Any]", inner), item, f"{name}.{k}.") for k, item in sections]
     for option in options:
         if dataclasses.is_dataclass(option):
             return _section(typing.cast("type[Any]", option), value, f"{name}.")

@@ -49,6 +49,8 @@ def _words(hint: Any) -> str:
         return " or ".join(dict.fromkeys(_words(kind) for kind in kinds))
     if hint is types.NoneType:
         return "nothing"
+    if (typing.get_origin(hint) or hint) is dict:
+        return "a section with options"
     if typing.get_origin(hint) is list:
         return f"a list of {_words(typing.get_args(hint)[0])}"
     return getattr(hint, "__name__", str(hint))

@@ -124,6 +124,12 @@ def test_teachers_with_and_without_a_cache(tmp_path, folders, monkeypatch, capsy
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     code, _, error = call(monkeypatch, capsys, "cache", path)
     assert (code, "teacher.cache is missing" in error, "one of the teachers" in error) == (2, True, True)
+    recipe["teacher"][1]["share"] = 1
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    code, _, error = call(monkeypatch, capsys, "train", path)
+    assert (code, "unknown option teacher.2.share" in error) == (2, True), "counted as everywhere, from 1"
+
+
 def test_mistakes_with_several_teachers_are_named(tmp_path, folders):
     """Before a model is loaded where that can be."""
     with pytest.raises(UserError, match="teacher_weights must be a list of 2"):
