@@ -174,6 +174,7 @@ BAD = {
     "number for a peft option": (["student.peft={1: 2}"], "unknown option student.peft.1;"),
     "method in place of the section": (["loss=uld"], "loss must be a section with method and options, got 'uld'"),
     "peft in place of the section": (["student.peft=true"], "student.peft must be a section with options"),
+    "no rows to evaluate on": (["data.eval_limit=0"], "data.eval_limit must be at least 1"),
 }
 
 

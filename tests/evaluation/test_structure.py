@@ -1,9 +1,11 @@
 """Representation similarity: what is pooled must be the same text on both sides."""
 
+import pytest
 import torch
 
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import load_examples
+from dwakd.errors import UserError
 from dwakd.evaluation.structure import cosine_structure, product_structure, structure_distances
 from dwakd.evaluation.structure_run import box_plot
 from tests.builders import bpe_byte_fallback, byte_bpe, tiny_model
@@ -37,6 +39,13 @@ def test_spans_are_those_both_tokenisations_share_and_batches_change_nothing():
     for example, count in zip(examples, whole.num_spans, strict=True):
         shared = [set(encoder.response_ids(example.response)[1]) for _, encoder in (student, teacher)]
         assert count == len(shared[0] & shared[1]) + 1  # the end tokens are a span of their own
+
+
+def test_rows_without_room_are_those_of_the_file():
+    """The message of the training named its options, which `dwakd similarity` lacks."""
+    sides = [side("llama", byte_bpe(), seed) for seed in (1, 2)]
+    with pytest.raises(UserError, match=r"test\.jsonl: none of its 4 rows can be used .*; raise --max-length"):
+        structure_distances(*sides, load_examples(ROWS), max_length=3, source="test.jsonl")
 
 
 def test_matrices():

@@ -142,6 +142,7 @@ def encode_pairs(
     max_prompt_length: int = 256,
     invalid_rows: str = "error",
     source: str = "train data",
+    mend: str = "raise data.max_length and data.max_prompt_length or correct the data",
 ) -> EncodedPairs:
     """Encode rows for all tokenizers over the same characters of each response.
 
@@ -158,6 +159,7 @@ def encode_pairs(
         invalid_rows: `error` refuses a prompt that is too long or without a token, and a response that is empty;
             `skip` leaves such rows out and reports them.
         source: what to call the rows in messages.
+        mend: what to advise if no row is left.
 
     Returns:
         The rows in order; `.report` says which were left out, and why.
@@ -188,7 +190,7 @@ def encode_pairs(
             reason = NOTHING_SUPERVISED
         report.setdefault(reason, []).append(draft.example.index)
         first_error.setdefault(reason, f"{source}, row {draft.example.index} (counting from 0): {detail}")
-    _check_report(report, first_error, len(examples), len(rows), invalid_rows, source)
+    _check_report(report, first_error, len(examples), len(rows), invalid_rows, source, mend)
     return EncodedPairs(rows, report, num_truncated, source)
 
 
@@ -260,6 +262,7 @@ def _check_report(
     num_kept: int,
     invalid_rows: str,
     source: str,
+    mend: str,
 ) -> None:
     mends = {PROMPT_TOO_LONG: "raise data.max_prompt_length or ", EMPTY_RESPONSE: "correct the data or "}
     counts = ", ".join(f"{reason}: {len(rows)}" for reason, rows in report.items())
@@ -270,9 +273,6 @@ def _check_report(
                 f"{mends.get(reason, 'correct the data or ')}set data.invalid_rows: skip"
             )
     if num_kept == 0:
-        raise UserError(
-            f"{source}: none of its {num_examples} rows can be used ({counts or 'it is empty'}); raise "
-            "data.max_length and data.max_prompt_length or correct the data"
-        )
+        raise UserError(f"{source}: none of its {num_examples} rows can be used ({counts or 'it is empty'}); {mend}")
     if report:
         logger.warning("%s: %d of %d rows left out (%s)", source, num_examples - num_kept, num_examples, counts)

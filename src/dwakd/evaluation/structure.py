@@ -49,6 +49,7 @@ def structure_distances(
     *,
     batch_size: int = 8,
     max_length: int = 512,
+    source: str = "the examples",
     progress: bool = False,
 ) -> StructureDistances:
     """Distances of the two models' structure over each response (figure 3 of DWA-KD, on spans instead of tokens).
@@ -63,6 +64,7 @@ def structure_distances(
         examples: rows with a response; those without, or without room for it, are left out.
         batch_size: texts at a time.
         max_length: tokens of prompt and response on either side; the response is cut by text.
+        source: what messages call the examples.
         progress: show a bar on standard error.
 
     Raises:
@@ -76,7 +78,14 @@ def structure_distances(
         raise UserError("no row has a response, whose representations could be compared")
     length = min(max_length, max_positions(student[0]) or max_length, max_positions(teacher[0]) or max_length)
     pairs = encode_pairs(
-        answered, student[1], teacher[1], max_length=length, max_prompt_length=length - 1, invalid_rows="skip"
+        answered,
+        student[1],
+        teacher[1],
+        max_length=length,
+        max_prompt_length=length - 1,
+        invalid_rows="skip",
+        source=source,
+        mend="raise --max-length, if the models have more positions, or shorten its rows",
     )
     collator = PairedCollator(pad_id_of(student[1]), pad_id_of(teacher[1]))
     loader = DataLoader(pairs, batch_size=batch_size, collate_fn=collator)

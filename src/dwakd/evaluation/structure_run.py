@@ -53,7 +53,9 @@ def compare_structures(
     }
     for name in students:
         student = load_causal_lm(name), TextEncoder(load_tokenizer(name), template, bos)
-        found[name] = structure_distances(student, reference, examples, max_length=max_length, progress=True)
+        found[name] = structure_distances(
+            student, reference, examples, max_length=max_length, source=data, progress=True
+        )
         record["students"][name] = {"model": model_identity(student[0], name), **dataclasses.asdict(found[name])}
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

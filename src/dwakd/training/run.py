@@ -199,6 +199,8 @@ def _peft_config(options: dict[str, Any] | None) -> LoraConfig | None:
 def recipe_examples(recipe: Recipe) -> tuple[list[Example], list[Example] | None]:
     """The rows to train on and, if there are any, to evaluate on."""
     data = recipe.data
+    if data.eval_limit is not None and data.eval_limit < 1:
+        raise UserError(f"data.eval_limit must be at least 1, got {data.eval_limit}")
     columns: dict[str, Any] = {"prompt": data.prompt, "response": data.response, "input": data.input}
     train = load_examples(data.train, limit=data.limit, **columns)
     if data.eval is None:
