@@ -161,6 +161,16 @@ def test_layouts_are_recognised(row: dict[str, Any], expected: Example) -> None:
     assert load_examples(datasets.Dataset.from_list([row])) == [expected]
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_rows_of_a_local_file(tmp_path: Path, suffix: str) -> None:
+    """The syntax of hub files, which a recipe keeps when its data are downloaded."""
+    path = write(tmp_path / f"data.{suffix}", ROWS)
+    whole = [example.response for example in load_examples(path)]
+    for rows_of, expected in (("@[1:]", whole[1:]), ("@train[:2]", whole[:2]), ("@[1:2]", whole[1:2])):
+        assert [example.response for example in load_examples(f"{path}{rows_of}")] == expected
+    assert "none.jsonl@[2:4]: no such file" in error_of("none.jsonl@[2:4]")
+
+
 def test_named_columns_win() -> None:
     """The recipe's names hold even where the usual names exist; Dolly's context is found beside its instruction."""
     row = {"question": "q", "hint": "h", "answer": "a", "instruction": "i", "context": "c", "response": "r"}

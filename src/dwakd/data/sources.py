@@ -38,6 +38,9 @@ _HUB_FILE = re.compile(
     r"(?P<repo>[\w-][\w.-]*/[\w.-]+):(?P<file>[^@:]+\.(?:json|jsonl|csv|parquet))"
     r"(?:@(?:train)?\[(?P<start>\d*):(?P<stop>\d*)\])?"
 )
+_LOCAL_ROWS = re.compile(
+    r"(?P<file>.+\.(?:json|jsonl|csv|parquet))@(?:train)?\[(?P<start>\d*):(?P<stop>\d*)\]", re.IGNORECASE
+)
 _Placed = tuple[str, Any]  # where a row stands, and the row
 
 
@@ -57,8 +60,8 @@ def load_examples(
     Args:
         source: a hub id ("org/name", "org/name:config", either with a split of its own as "org/name@train[:90%]"), a
             file of a hub repository ("org/name:folder/file.jsonl", with rows as in "org/name:file.jsonl@[1000:]"), the
-            path of a .json (a list of objects), .jsonl, .csv or .parquet file, a `datasets.Dataset` (or a dict of them
-            by split), or a sequence of dicts.
+            path of a .json (a list of objects), .jsonl, .csv or .parquet file (with rows likewise), a `datasets.Dataset`
+            (or a dict of them by split), or a sequence of dicts.
         split: of a hub data set without one of its own (in the syntax of `datasets`) or of a dict of data sets.
         prompt: column of the prompt, the instruction or the conversation; by default found, see `dwakd.data.rows`.
         response: column of the response: a string, or a list of reference strings of which the first is learnt.
@@ -107,6 +110,8 @@ def _open(source: Any, split: str, name: str) -> Any:
     if isinstance(source, str | Path):
         if isinstance(source, str) and (found := _HUB_FILE.fullmatch(source)):
             return _read_hub_file(**found.groupdict(), name=name)
+        if isinstance(source, str) and (found := _LOCAL_ROWS.fullmatch(source)):
+            return _rows_of(Path(found["file"]).expanduser(), found["start"], found["stop"], name)
         if _is_local(source):
             return _read_file(Path(source).expanduser(), name)
         source = _load_from_hub(str(source), split)
@@ -144,7 +149,11 @@ def _read_hub_file(repo: str, file: str, start: str | None, stop: str | None, na
         raise UserError(
             f"cannot load the file {file} of the data set {repo} from the hub: {_first_line(error)}"
         ) from error
-    rows = _read_file(Path(path), name)
+    return _rows_of(Path(path), start, stop, name)
+
+
+def _rows_of(path: Path, start: str | None, stop: str | None, name: str) -> Iterator[_Placed]:
+    rows = _read_file(path, name)
     rows = _number(rows, name) if isinstance(rows, datasets.Dataset) else rows
     return islice(rows, int(start or 0), int(stop) if stop else None)
 
