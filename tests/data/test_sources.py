@@ -203,11 +203,15 @@ def test_limit_reads_no_further(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ('{"prompt": "a", "response": }', "line 3: not valid JSON (Expecting value, column 29)"),
-        ('["a", "b"]', "line 3: expected an object with named columns, got list"),
+        ('["a"]', "line 3: expected an object with named columns, got list ['a']: correct or remove that row"),
+        ('[{"prompt": "a"}]', "got list [{'prompt': 'a'}]: name the file .json if it is one list"),
         ('{"prompt": "a", "response": 4}', "line 3: 'response' is int 4, not a string"),
         ('{"prompt": "a", "response": null}', "line 3: 'response' is null, not a string"),
         ('{"prompt": {"x": 1}, "response": "b"}', "line 3: 'prompt' is dict"),
-        ('{"prompt": "a"}', "line 3: the column 'response' is missing; this row has: prompt"),
+        (
+            '{"prompt": "a"}',
+            "line 3: the column 'response' is missing; this row has: prompt; add it or remove that row",
+        ),
         ('{"prompt": "a", "response": []}', "line 3: 'response' is an empty list"),
         ('{"prompt": "a", "response": ["b", 2]}', "line 3: 'response'[1] is int 2, not a string"),
         ('{"prompt": "a", "response": "\\ud800"}', "line 3: 'response' is no valid Unicode text"),
@@ -222,7 +226,9 @@ def test_malformed_lines_are_named(tmp_path: Path, line: str | bytes, message: s
     path = tmp_path / "data.jsonl"
     data = line if isinstance(line, bytes) else line.encode()
     path.write_bytes(b'{"prompt": "a", "response": "b"}\n\n' + data + b"\n")
-    assert f"{path}, {message}" in error_of(str(path))
+    error = error_of(str(path))
+    assert error.startswith(f"{path}, line 3: ")
+    assert message in error
     assert "the rows, " in error_of(str(path), name="the rows")
 
 

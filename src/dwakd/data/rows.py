@@ -129,7 +129,8 @@ def read_example(row: Row, columns: Columns, *, index: int, where: str, need_res
 def _text(row: Row, column: str, where: str) -> str:
     if column not in row:
         raise UserError(
-            f"{where}: the column {column!r} is missing; this row has: {', '.join(map(str, row)) or 'none'}"
+            f"{where}: the column {column!r} is missing; this row has: {', '.join(map(str, row)) or 'none'}; add it or "
+            "remove that row"
         )
     return _checked_text(row[column], f"{where}: {column!r}")
 

@@ -96,7 +96,10 @@ def load_examples(
         raise UserError(f"{name} is empty: it has no rows to read")
     for where, row in placed:
         if not isinstance(row, Mapping):
-            raise UserError(f"{where}: expected an object with named columns, got {type(row).__name__} {row!r:.40}")
+            rows_in_one = isinstance(row, list) and bool(row) and isinstance(row[0], Mapping)
+            mend = "name the file .json if it is one list" if rows_in_one else "correct or remove that row"
+            kind = type(row).__name__
+            raise UserError(f"{where}: expected an object with named columns, got {kind} {row!r:.40}: {mend}")
     available = dict.fromkeys(key for _, row in placed for key in row)
     columns = resolve_columns(available, name, **options, need_response=need_response)
     return [
@@ -227,7 +230,9 @@ def _read_csv(path: Path, name: str) -> Iterator[_Placed]:
         for row in reader:
             where = f"{name}, line {reader.line_num}"
             if None in row or None in row.values():
-                raise UserError(f"{where}: has not as many fields as the header ({len(reader.fieldnames or [])})")
+                raise UserError(
+                    f"{where}: has not as many fields as the header ({len(reader.fieldnames or [])}): correct it"
+                )
             yield where, row
     except csv.Error as error:
         raise UserError(f"{name}, line {reader.reader.line_num}: not valid CSV ({error}): correct that line") from error
