@@ -175,6 +175,10 @@ BAD = {
     "method in place of the section": (["loss=uld"], "loss must be a section with method and options, got 'uld'"),
     "peft in place of the section": (["student.peft=true"], "student.peft must be a section with options"),
     "no rows to evaluate on": (["data.eval_limit=0"], "data.eval_limit must be at least 1"),
+    "teacher without weight": (["teacher.weight=0"], "teacher.weight must be a number above 0"),
+    "kind of a cache that isn't": (["teacher.cache_dtype=bfloat16"], "name its folder in teacher.cache"),
+    "checkpoint as an option": (["training.resume_from_checkpoint=x"], "has no effect here; go on .* --resume"),
+    "no training": (["training.do_train=false"], "has no effect here; leave it out"),
 }
 
 

@@ -113,6 +113,8 @@ def test_a_recipe_without_a_cache_yet(recipe, tmp_path, monkeypatch, capsys):
 def test_a_method_that_reads_attention_can_be_cached_for_others_only(recipe, tmp_path, monkeypatch, capsys):
     """A comparison whose recipe names it caches for the other methods; a run of its own would lack the attention."""
     code, _, err = run(monkeypatch, capsys, "cache", recipe, "loss.method=sra")
+    assert (code, "set loss.span_weights=uniform" in one_sentence(err)) == (2, True)
+    code, _, err = run(monkeypatch, capsys, "cache", recipe, "loss.method=sra", "compare.methods=[sra, uld]")
     assert code == 0, err
     code, _, err = run(monkeypatch, capsys, "train", recipe, "loss.method=sra", "-o", tmp_path / "run")
     assert (code, "set loss.span_weights=uniform" in one_sentence(err)) == (2, True)

@@ -81,6 +81,8 @@ def test_a_run_that_reads_attention_has_no_cache():
         for weights in ("attention", "uniform")
     ]
     assert caches == [None, "folder"]
+    half = recipe(teacher={"model": "teacher", "cache_dtype": "bfloat16"})
+    assert Cell(Variant("sra", "sra", {}), 1).recipe(half).teachers[0].cache_dtype is None, "which a run would refuse"
 
 
 def test_ablation_rows_switch_what_their_names_say():

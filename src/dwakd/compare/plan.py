@@ -67,7 +67,7 @@ class Cell:
         loss = {"method": self.variant.method, **self.variant.options}
         teachers = recipe.teachers
         if needs_attention(self.variant.method, self.variant.options):  # of a teacher that runs
-            teachers = [dataclasses.replace(teacher, cache=None) for teacher in teachers]
+            teachers = [dataclasses.replace(teacher, cache=None, cache_dtype=None) for teacher in teachers]
         return dataclasses.replace(
             recipe, loss=loss, teacher=teachers or None, training=training, evaluation=evaluation, compare=None
         )

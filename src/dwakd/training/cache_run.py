@@ -10,6 +10,7 @@ from dwakd.config import Recipe, StudentSection, TeacherSection, load_recipe
 from dwakd.data.encoding import TextEncoder
 from dwakd.errors import UserError
 from dwakd.models.loading import load_tokenizer
+from dwakd.training.cached import refuse_attention
 from dwakd.training.inputs import encode_source
 from dwakd.training.run import load_section, recipe_examples, training_config
 
@@ -67,7 +68,10 @@ def cache_command(path: Path, overrides: list[str], folder: Path | None, *, chec
             raise UserError(f"{path} is a folder: name a recipe, or add --check to verify the cache in it")
         caches = [open_whole(path, progress=True)]
     else:
-        caches = cache_recipe(load_recipe(path, overrides), folder, check=check)
+        recipe = load_recipe(path, overrides)
+        if recipe.compare is None:  # a comparison caches for its other methods
+            refuse_attention(recipe.method, recipe.loss_options)
+        caches = cache_recipe(recipe, folder, check=check)
     verb = "is whole" if check else "is ready; train from it with teacher.cache: "
     return "\n".join(
         f"teacher cache {cache.folder} ({cache.describe()}) {verb}{'' if check else cache.folder}" for cache in caches

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -43,6 +44,7 @@ CHANGEABLE = re.compile(r"evaluation\.|training\.(max_steps|num_train_epochs|dis
 """Options that may differ when a run is resumed."""
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 ELSEWHERE = ("method", "loss_options", "output_dir", "trust_remote_code", "teacher_cache", "teacher_weights")
+IGNORED = ("resume_from_checkpoint", "do_train", "do_eval", "do_predict")
 DATA_FIELDS = ("template", "bos", "max_length", "max_prompt_length", "invalid_rows")
 
 
@@ -57,6 +59,9 @@ def training_config(recipe: Recipe, output_dir: str | Path) -> DistillConfig:
     for name in recipe.training:
         if name in (*DATA_FIELDS, *ELSEWHERE):
             raise UserError(f"training.{name} belongs elsewhere: in data, loss, student, teacher, or --output")
+        if name in IGNORED:
+            hint = "go on with a run by --resume" if name == "resume_from_checkpoint" else "leave it out"
+            raise UserError(f"training.{name} has no effect here; {hint}")
         if name not in valid:
             raise unknown_option(f"training.{name}", name, valid)
         check_type(hints[name], recipe.training[name], f"training.{name}")
@@ -214,6 +219,9 @@ def check_options(recipe: Recipe, output_dir: str | Path) -> tuple[DistillConfig
     build_loss(recipe.method, recipe.loss_options, widths=Widths(1, 1, 1, 1), pair=ModelPair.smallest())
     if method.needs_teacher and not recipe.teachers:
         raise UserError(f"method {recipe.method} needs a teacher: add a teacher section to the recipe")
+    for teacher in recipe.teachers:
+        if not 0 < teacher.weight < math.inf:
+            raise UserError(f"teacher.weight must be a number above 0, got {teacher.weight!r}")
     if any(teacher.cache is not None for teacher in recipe.teachers):
         refuse_attention(recipe.method, recipe.loss_options)
     args = training_config(recipe, output_dir)
@@ -225,6 +233,9 @@ def build_trainer(recipe: Recipe, output_dir: str | Path) -> DistillTrainer:
     """Load data, models and loss of a recipe into a trainer; mistakes show before a model is loaded where they can."""
     method = method_class(recipe.method)
     args, peft_config = check_options(recipe, output_dir)
+    for section in recipe.teachers:
+        if section.cache is None and section.cache_dtype is not None:
+            raise UserError("teacher.cache_dtype is of a cache: name its folder in teacher.cache, or leave it out")
     sets = check_recipe_evaluation(recipe)
     train, evaluation = recipe_examples(recipe)
     names = {"train": recipe.data.train, "eval": recipe.data.eval or ""}
