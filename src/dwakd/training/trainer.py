@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -26,7 +27,15 @@ from dwakd.training.checkpoint import load_student
 from dwakd.training.config import DistillConfig
 from dwakd.training.distiller import Distiller
 from dwakd.training.evaluation import eval_terms, generated_metrics
-from dwakd.training.inputs import Source, add_adapter, checked_args, disable_dropout, encode_source, load_pair
+from dwakd.training.inputs import (
+    Source,
+    add_adapter,
+    check_batches,
+    checked_args,
+    disable_dropout,
+    encode_source,
+    load_pair,
+)
 from dwakd.training.method import build_method
 from dwakd.training.optimizer import parameter_groups
 from dwakd.training.sampler import LengthGroupedSampler, cut_repeats
@@ -95,6 +104,7 @@ class DistillTrainer(Trainer):
             model = add_adapter(model, peft_config)
         if args.disable_dropout:
             disable_dropout(model)
+        check_batches(train_pairs, args)
         self.metrics_function = compute_metrics
         self.length_sampler: LengthGroupedSampler | None = None
         self._term_sums: dict[str, Tensor] = {}
@@ -208,6 +218,12 @@ class DistillTrainer(Trainer):
             sums = self.accelerator.reduce(sums, "sum") / steps
             logs |= dict(zip(self._term_sums, sums.tolist(), strict=True))
             self.reset_terms()
+            if not math.isfinite(logs["loss"]):
+                self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes the bar and trackers
+                raise UserError(
+                    f"the loss is {logs['loss']} by step {self.state.global_step}: lower training.learning_rate, or give "
+                    "training.warmup_steps"
+                )
         super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: EncodedPairs | None = None) -> Sampler[int] | None:
@@ -218,6 +234,14 @@ class DistillTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.length_sampler = LengthGroupedSampler(dataset.student_lengths, step_size, seed)
         return self.length_sampler
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Every row of it, whatever `dataloader_drop_last` says of training."""
+        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop
 
     def _get_eval_sampler(self, eval_dataset: EncodedPairs) -> Sampler[int] | None:
         return SequentialSampler(eval_dataset) if self.args.world_size == 1 else None
