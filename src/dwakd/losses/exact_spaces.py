@@ -86,12 +86,13 @@ def exact_spaces(
         WithPrediction(teacher_space(temperature, divergence), side=1),
         by_row=True,
     )
+    found = in_teacher.statistics  # none, where no row has a partner
     labels = torch.full_like(partners, -1)
-    labels[aligned] = maps.student_tokens[in_teacher.statistics["prediction"]]
+    labels[aligned] = maps.student_tokens[found.get("prediction", partners[aligned])]
     counted, sure = labels >= 0, None
     if teacher_weights:
         sure = torch.zeros_like(labels, dtype=in_teacher.loss.dtype)
-        sure[aligned] = certainty(in_teacher.statistics["entropy"], head.vocab_size)
+        sure[aligned] = certainty(found.get("entropy", in_teacher.loss), head.vocab_size)
     kd_teacher = (_mean_weights(counted, lengths, in_teacher.loss.dtype, sure)[aligned] * in_teacher.loss).sum()
 
     def weigh(statistics: dict[str, Tensor], lengths: Tensor | None) -> Tensor:
