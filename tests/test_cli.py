@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 from rich.console import Console
 
 from dwakd.cli import main
@@ -76,8 +77,21 @@ def test_train_eval_and_resume(workspace, tmp_path, monkeypatch, capsys):
     )
     assert code == 2
     assert "loss.temperature is unset there" in one_sentence(err)
-    code, out, _ = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *extra, "-o", output, "--resume")
-    assert code == 0
+    whole = (output / "model.safetensors").read_bytes()
+    for lost in (None, "dwakd-run.json"):  # ended, and broken off between its last checkpoint and its end
+        if lost:
+            (output / lost).unlink()
+            (output / "model.safetensors").write_bytes(b"half")
+        code, out, _ = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *extra, "-o", output, "--resume")
+        assert code == 0
+        assert "after 2 steps" in out
+        assert (output / "model.safetensors").read_bytes() == whole
+        assert json.loads((output / "dwakd-run.json").read_text())["num_steps"] == 2
+    assert not (output / ".lock").exists()
+    shorter = [*extra, "training.max_steps=1", "-o", output, "--resume"]
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *shorter)
+    assert code == 2
+    assert "is of step 2, beyond training.max_steps 1" in one_sentence(err)
 
     code, out, err = run(
         monkeypatch, capsys, "eval", output, "-d", workspace / "data.jsonl", "--limit", 2, "--seeds", 1,
@@ -87,6 +101,34 @@ def test_train_eval_and_resume(workspace, tmp_path, monkeypatch, capsys):
     answers = next((tmp_path / "scores").glob("*.answers.jsonl")).read_text().splitlines()
     assert len(answers) == 4  # two rows, one seed and greedy
     assert json.loads(answers[0])["prompt"] == "Say number 0.\n", "the template is the run's own"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["training.learning_rate=1e10"], "the loss is nan by step 2: lower training.learning_rate"),
+        (
+            ["training.dataloader_drop_last=true", "training.per_device_train_batch_size=64"],
+            "are fewer than a batch of 64",
+        ),
+    ],
+)
+def test_a_run_that_trains_nothing_is_no_success(workspace, tmp_path, monkeypatch, capsys, options, message):
+    """A folder that looks like a student, of weights that are NaN or as they were."""
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *options, "-o", tmp_path / "run")
+    assert code == 2
+    assert message in one_sentence(err)
+    assert not (tmp_path / "run" / "dwakd-run.json").exists()
+
+
+def test_two_processes_never_train_into_one_folder(workspace, tmp_path, monkeypatch, capsys):
+    """A comparison that was killed may leave a run behind, which still writes when it is started again."""
+    output = tmp_path / "run"
+    output.mkdir()
+    with FileLock(output / ".lock"):
+        code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", "-o", output)
+    assert code == 2
+    assert "another process is training into" in one_sentence(err)
 
 
 def test_lora_by_recipe_loads_with_peft(workspace, tmp_path, monkeypatch, capsys):

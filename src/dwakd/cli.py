@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -209,12 +210,16 @@ def compare(
     from dwakd.compare.compare import compare_methods
     from dwakd.config import load_recipe
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as for Ctrl-C, the runs stop with it
     chosen = [f"compare.methods=[{methods}]"] if methods else []
     chosen += [f"compare.seeds=[{seeds}]"] if seeds else []
     loaded = load_recipe(recipe, [*(overrides or []), *chosen])
     folder = output or Path("compare") / recipe.stem
-    console.print(compare_methods(loaded, folder, ablation=ablation, lr_sweep=lr_sweep, jobs=jobs))
+    tables, any_finished = compare_methods(loaded, folder, ablation=ablation, lr_sweep=lr_sweep, jobs=jobs)
+    console.print(tables)
     console.print(f"runs, logs and every number: [bold]{folder}[/bold]", soft_wrap=True)
+    if not any_finished:
+        raise typer.Exit(1)
 
 
 @app.command()

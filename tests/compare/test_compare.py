@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from dwakd.cli import main
 from dwakd.compare import run as compare_run
 from dwakd.compare.compare import _search, _teacher, compare_methods
 from dwakd.compare.plan import RATES, Cell, Variant, search_of, variants_of
@@ -70,7 +71,31 @@ def test_test_sets_without_references_are_refused(tmp_path):
     path = tmp_path / "questions.jsonl"
     path.write_text('{"prompt": "why?"}\n')
     with pytest.raises(UserError, match=r"questions.jsonl has no references"):
-        compare_methods(recipe(evaluation={"test": [str(path)]}), tmp_path)
+        compare_methods(recipe(evaluation={"test": [str(path)]}), tmp_path / "comparison")
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    """Cells and a cache of gigabytes among somebody's models."""
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds no comparison"):
+        compare_methods(recipe(), tmp_path)
+    with pytest.raises(UserError, match=r"notes\.txt is a file"):
+        compare_methods(recipe(), tmp_path / "notes.txt")
+
+
+def test_a_comparison_without_a_finished_run_fails(tmp_path, monkeypatch, capsys):
+    """A script that goes on after a table of failures; and a seed named twice is one run, not two."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "why?", "response": "so"}\n')
+    path, started = tmp_path / "recipe.yaml", []
+    path.write_text(recipe(evaluation={"test": [str(rows)]}, compare=None).dump())
+    monkeypatch.setattr(Runner, "run", lambda self, cells: started.extend(cells) or {})
+    words = ["compare", str(path), "--methods", "sft", "--seeds", "1,1", "-o", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["dwakd", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1, capsys.readouterr().err
+    assert [cell.name for cell in started] == ["sft-1"]
 
 
 def test_a_run_that_reads_attention_has_no_cache():
@@ -124,7 +149,7 @@ def test_the_search_is_the_same_for_every_method():
             {"methods": ["dskd"], "options": {"dskd": {"kd_rate": "a"}}},
             r"compare\.options\.dskd\.kd_rate must be float",
         ),
-        ({"methods": ["dskd"], "options": {"dskd": 3}}, r"compare\.options\.dskd must be a section"),
+        ({"methods": ["dskd"], "options": {"dskd": 3}}, "must be options with values, got 3"),
     ],
 )
 def test_mistakes_show_before_anything_runs(section, message):

@@ -16,17 +16,19 @@ from dwakd.compare.table import CellScores, comparison_tables, read_cell, summar
 from dwakd.config import CompareSection, Recipe, TeacherSection
 from dwakd.errors import UserError
 from dwakd.evaluation.run import check_recipe_evaluation
+from dwakd.folders import check_output_folder
 from dwakd.losses import method_class, needs_attention
 from dwakd.training.cache_run import cache_recipe
 from dwakd.training.run import check_options
 
 RESULTS = "comparison.json"
+OWN_FOLDERS = ("cells", "teacher-cache")
 
 
 def compare_methods(
     recipe: Recipe, folder: Path, *, ablation: bool = False, lr_sweep: bool = False, jobs: int = 1
-) -> Group:
-    """Run every cell that isn't finished under a folder, and return the tables; the numbers go to comparison.json.
+) -> tuple[Group, bool]:
+    """Run every cell that isn't finished under a folder; the numbers go to comparison.json.
 
     Args:
         recipe: its `compare` section names methods, training seeds and options per method.
@@ -35,18 +37,25 @@ def compare_methods(
         lr_sweep: choose learning rate and share of distillation for every row on the dev set first.
         jobs: runs at a time.
 
+    Returns:
+        The tables, and whether any run came to its end.
+
     Raises:
-        UserError: no test set or one without references, no dev set for a search, or options that a method or
-            transformers refuses.
+        UserError: a folder of something else, no test set or one without references, no dev set for a search, or
+            options that a method or transformers refuses.
     """
+    check_output_folder(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).is_dir() for name in OWN_FOLDERS):
+        raise UserError(f"{folder} is not empty and holds no comparison; choose another with --output")
     section = recipe.compare or CompareSection()
     if lr_sweep and recipe.data.eval is None:
         raise UserError("--lr-sweep needs a dev set: give data.eval in the recipe")
-    if not section.seeds:
+    seeds = list(dict.fromkeys(section.seeds))
+    if not seeds:
         raise UserError("compare.seeds is empty: give at least one training seed")
     variants = variants_of(recipe, section, ablation=ablation)
     for variant in variants:
-        check_options(Cell(variant, section.seeds[0]).recipe(recipe), folder)
+        check_options(Cell(variant, seeds[0]).recipe(recipe), folder)
     _check_test_sets(recipe)
     with_teacher = any(method_class(variant.method).needs_teacher for variant in variants)
     if any(
@@ -57,8 +66,8 @@ def compare_methods(
     runner = Runner(recipe, folder, jobs)
     failures: dict[str, str] = {}
     if lr_sweep:
-        variants, failures = _search(runner, variants, section.seeds[0])
-    cells = [Cell(variant, seed) for seed in section.seeds for variant in variants]
+        variants, failures = _search(runner, variants, seeds[0])
+    cells = [Cell(variant, seed) for seed in seeds for variant in variants]
     failures |= runner.run(cells)
     scores: dict[str, list[CellScores]] = {}
     for k, teacher in enumerate(recipe.teachers if with_teacher else [], start=1):
@@ -70,7 +79,7 @@ def compare_methods(
     summary = summarise_comparison(scores, failures)
     summary["chosen"] = {variant.name: dataclasses.asdict(variant) for variant in variants}
     (folder / RESULTS).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    return comparison_tables(summary)
+    return comparison_tables(summary), any(runner.finished(cell) for cell in cells)
 
 
 def _check_test_sets(recipe: Recipe) -> None:

@@ -84,16 +84,14 @@ def variants_of(recipe: Recipe, section: CompareSection, *, ablation: bool) -> l
     """
     for method in section.methods:
         method_class(method, "compare.methods")
-    for name, options in section.options.items():
-        if not isinstance(options, dict):
-            raise UserError(f"compare.options.{name} must be a section with options, got {options!r}")
-    own = recipe.loss_options | section.options.get(recipe.method, {})
-    given = section.options | {recipe.method: own}
     methods = section.methods or [name for name, cls in METHODS.items() if not cls.needs_same_vocabulary]
     known = dict.fromkeys([*methods, *(method for method, _ in ABLATION.values())] if ablation else methods)
-    for name in section.options:
+    for name, options in section.options.items():
         if name not in known:
             raise UserError(f"compare.options names {name}, which is not among {', '.join(known)}")
+        if not isinstance(options, dict):
+            raise UserError(f"compare.options.{name} must be options with values, got {options!r}")
+    given = section.options | {recipe.method: recipe.loss_options | section.options.get(recipe.method, {})}
     if ablation:
         chosen = {name: (method, {**given.get(method, {}), **options}) for name, (method, options) in ABLATION.items()}
     else:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from peft import PeftModel
@@ -100,6 +101,8 @@ def structure_distances(
                 product.append(float((product_structure(one) - product_structure(other)).abs().mean()))
                 spans.append(len(one))
             bar.advance(task)
+    if not np.isfinite([*cosine, *product]).all():
+        raise UserError("the hidden states of student or teacher are not finite, as if the weights weren't")
     return StructureDistances(tuple(cosine), tuple(product), tuple(spans))
 
 

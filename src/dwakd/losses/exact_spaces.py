@@ -12,6 +12,7 @@ from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import HeadRows, WithPrediction, head_loss, student_space, teacher_space
 from dwakd.losses.base import head_rows, projected_rows
 from dwakd.losses.head_maps import HeadMaps
+from dwakd.losses.packing import example_ids
 from dwakd.losses.weights import certainty, rescale
 
 
@@ -73,22 +74,26 @@ def exact_spaces(
     """
     lengths = student.lengths
     partners = exact_rows(student.byte_ends, lengths, teacher.byte_ends, teacher.lengths)
-    rows = partners.clamp_min(0)
+    aligned = (partners >= 0).nonzero().squeeze(1)  # the teacher's head is the dearer one: no row without a partner
 
-    # Rows of the teacher in the student's order: pairs are one-to-one, and what has no partner weighs 0.
     head = teacher.head.detached()
+    pairs = torch.bincount(example_ids(lengths, len(partners))[aligned], minlength=len(lengths))
     in_teacher = head_loss(
         [
-            HeadRows(maps.s2t(student.hidden, student.head, teacher.head), head, lengths),
-            HeadRows(teacher.hidden.detach()[rows], head, lengths),
+            HeadRows(maps.s2t(student.hidden[aligned], student.head, teacher.head), head, pairs),
+            HeadRows(teacher.hidden.detach()[partners[aligned]], head, pairs),
         ],
         WithPrediction(teacher_space(temperature, divergence), side=1),
         by_row=True,
     )
-    labels = maps.student_tokens[in_teacher.statistics["prediction"]]
-    counted = (partners >= 0) & (labels >= 0)
-    sure = certainty(in_teacher.statistics["entropy"], head.vocab_size) if teacher_weights else None
-    kd_teacher = (_mean_weights(counted, lengths, in_teacher.loss.dtype, sure) * in_teacher.loss).sum()
+    found = in_teacher.statistics  # none, where no row has a partner
+    labels = torch.full_like(partners, -1)
+    labels[aligned] = maps.student_tokens[found.get("prediction", partners[aligned])]
+    counted, sure = labels >= 0, None
+    if teacher_weights:
+        sure = torch.zeros_like(labels, dtype=in_teacher.loss.dtype)
+        sure[aligned] = certainty(found.get("entropy", in_teacher.loss), head.vocab_size)
+    kd_teacher = (_mean_weights(counted, lengths, in_teacher.loss.dtype, sure)[aligned] * in_teacher.loss).sum()
 
     def weigh(statistics: dict[str, Tensor], lengths: Tensor | None) -> Tensor:
         assert lengths is not None
@@ -99,7 +104,7 @@ def exact_spaces(
 
     teacher_hidden = maps.t2s(teacher.hidden.detach().to(maps.t2s.weight.dtype))
     in_student = head_loss(
-        [head_rows(student), projected_rows(teacher_hidden[rows], student)],
+        [head_rows(student), projected_rows(teacher_hidden[partners.clamp_min(0)], student)],
         student_space(divergence)(
             student.target_ids,
             temperature,

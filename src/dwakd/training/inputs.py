@@ -128,6 +128,20 @@ def _encode(
     )
 
 
+def check_batches(pairs: EncodedPairs | None, args: DistillConfig) -> None:
+    """Refuse to leave out the last batch where it is the only one.
+
+    Raises:
+        UserError: as said.
+    """
+    size = args.train_batch_size * args.world_size
+    if pairs is not None and args.dataloader_drop_last and len(pairs) < size:
+        raise UserError(
+            f"the {len(pairs)} rows to train on are fewer than a batch of {size}, which training.dataloader_drop_last "
+            "leaves out: lower training.per_device_train_batch_size, or switch it off"
+        )
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout of a model to 0."""
     for module in model.modules():

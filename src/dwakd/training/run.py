@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -13,12 +14,16 @@ import resource
 import statistics
 import sys
 import typing
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from peft import LoraConfig
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 
 from dwakd.cache.files import write_whole
 from dwakd.config import RECIPE_FILE, Recipe, StudentSection, TeacherSection, parse_yaml, read_saved_recipe
@@ -32,7 +37,7 @@ from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.options import check_type, unknown_option
 from dwakd.training.cached import CachedTeacher, refuse_attention
 from dwakd.training.card import write_card
-from dwakd.training.checkpoint import checkpoint_fault
+from dwakd.training.checkpoint import checkpoint_fault, load_student
 from dwakd.training.config import DistillConfig
 from dwakd.training.optimizer import check_optimizer
 from dwakd.training.trainer import LOSS_STATE, DistillTrainer
@@ -40,6 +45,7 @@ from dwakd.training.trainer import LOSS_STATE, DistillTrainer
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "dwakd-run.json"
+LOCK_FILE = ".lock"
 CHANGEABLE = re.compile(r"evaluation\.|training\.(max_steps|num_train_epochs|disable_tqdm)$")
 """Options that may differ when a run is resumed."""
 CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -112,7 +118,8 @@ def check_output(folder: Path, *, resume: bool, recipe: Recipe) -> str | None:
     if os.environ.get("RANK", "0") != "0":  # the first rank speaks for all, before it writes anything
         return last_checkpoint(folder) if resume and folder.exists() else None
     check_output_folder(folder)
-    started = folder.exists() and any(RECIPE_FILE not in path.name for path in folder.iterdir())
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    started = any(RECIPE_FILE not in name for name in names - {LOCK_FILE})
     if not started:  # a run that broke before its first checkpoint leaves its recipe at the most
         return None
     saved = folder / RECIPE_FILE
@@ -264,17 +271,81 @@ def train(recipe: Recipe, output_dir: str | Path, *, resume: bool = False) -> Di
     """Run a recipe; the folder ends up as a plain Hugging Face model with the recipe and versions beside it."""
     folder = Path(output_dir)
     checkpoint = check_output(folder, resume=resume, recipe=recipe)
+    finished = resume and _is_finished(folder, recipe)
+    steps_left = finished or _steps_left(checkpoint, recipe)
     trainer = build_trainer(recipe, folder)
-    if trainer.is_world_process_zero():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / RECIPE_FILE, [recipe.dump().encode()])
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        write_card(recipe, folder)
-        (folder / RUN_FILE).write_text(json.dumps(run_record(trainer), indent=2) + "\n", encoding="utf-8")
+    if finished:
+        _restore(trainer, folder)
+        return trainer
+    with _alone_in(folder) if trainer.is_world_process_zero() else contextlib.nullcontext():
+        if trainer.is_world_process_zero():
+            write_whole(folder / RECIPE_FILE, [recipe.dump().encode()])
+        if steps_left:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        else:  # it broke off between its last checkpoint and its end; transformers would take a step more
+            _restore(trainer, Path(str(checkpoint)))
+        trainer.save_model()
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            write_card(recipe, folder)
+            (folder / RUN_FILE).write_text(json.dumps(run_record(trainer), indent=2) + "\n", encoding="utf-8")
     return trainer
+
+
+def _is_finished(folder: Path, recipe: Recipe) -> bool:
+    """Whether the run in a folder came to its end, and is to be no longer now."""
+    if not (folder / RUN_FILE).is_file():
+        return False
+    before, now = (_flat(parse_yaml(text)) for text in ((folder / RECIPE_FILE).read_text("utf-8"), recipe.dump()))
+    lengths = ("training.max_steps", "training.num_train_epochs")
+    return all(before.get(name) == now.get(name) for name in lengths)
+
+
+def _steps_left(checkpoint: str | None, recipe: Recipe) -> bool:
+    """Whether a run goes on beyond a checkpoint, where `max_steps` says so.
+
+    Raises:
+        UserError: the checkpoint is beyond `max_steps`.
+    """
+    limit = recipe.training.get("max_steps", -1)
+    if checkpoint is None or limit <= 0:
+        return True
+    done = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
+    if done > limit:
+        raise UserError(
+            f"{checkpoint} is of step {done}, beyond training.max_steps {limit}: raise it, or choose another folder with "
+            "--output"
+        )
+    return bool(done < limit)
+
+
+def _restore(trainer: DistillTrainer, folder: Path) -> None:
+    """The student of a finished run, or the best or last of a run's checkpoints, with the state of its training."""
+    trainer.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    load_student(trainer.student, folder if (folder / RUN_FILE).is_file() else best or folder)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder, made if it isn't there.
+
+    Raises:
+        UserError: another process trains into it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_FILE, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"another process is training into {folder}: wait for it, or choose another with --output"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        (folder / LOCK_FILE).unlink(missing_ok=True)
 
 
 def end_of_run() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +28,15 @@ from dwakd.training.checkpoint import load_student
 from dwakd.training.config import DistillConfig
 from dwakd.training.distiller import Distiller
 from dwakd.training.evaluation import eval_terms, generated_metrics
-from dwakd.training.inputs import Source, add_adapter, checked_args, disable_dropout, encode_source, load_pair
+from dwakd.training.inputs import (
+    Source,
+    add_adapter,
+    check_batches,
+    checked_args,
+    disable_dropout,
+    encode_source,
+    load_pair,
+)
 from dwakd.training.method import build_method
 from dwakd.training.optimizer import parameter_groups
 from dwakd.training.sampler import LengthGroupedSampler, cut_repeats
@@ -98,6 +107,7 @@ class DistillTrainer(Trainer):
             model = add_adapter(model, peft_config)
         if args.disable_dropout:
             disable_dropout(model)
+        check_batches(train_pairs, args)
         self.metrics_function = compute_metrics
         self.length_sampler: LengthGroupedSampler | None = None
         self._term_sums: dict[str, Tensor] = {}
@@ -211,6 +221,12 @@ class DistillTrainer(Trainer):
             sums = self.accelerator.reduce(sums, "sum") / steps
             logs |= dict(zip(self._term_sums, sums.tolist(), strict=True))
             self.reset_terms()
+            if not math.isfinite(logs["loss"]):
+                self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes the bar and trackers
+                raise UserError(
+                    f"the loss is {logs['loss']} by step {self.state.global_step}: lower training.learning_rate, or give "
+                    "training.warmup_steps"
+                )
         super().log(logs, start_time)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -226,6 +242,14 @@ class DistillTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.length_sampler = LengthGroupedSampler(dataset.student_lengths, step_size, seed)
         return self.length_sampler
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Every row of it, whatever `dataloader_drop_last` says of training."""
+        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop
 
     def _get_eval_sampler(self, eval_dataset: EncodedPairs) -> Sampler[int] | None:
         return SequentialSampler(eval_dataset) if self.args.world_size == 1 else None
