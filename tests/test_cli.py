@@ -280,7 +280,7 @@ def test_a_damaged_recipe_of_a_run_is_named(content, reason, workspace, tmp_path
 def test_a_recipe_that_was_never_finished_is_no_run(workspace, tmp_path):
     """The recipe is written under another name first; a run killed in between must start again."""
     from dwakd.config import load_recipe
-    from dwakd.training.run import check_output
+    from dwakd.training.run_folder import check_output
 
     (tmp_path / ".dwakd-recipe.yaml.tmp-1").write_text("student:")
     assert check_output(tmp_path, resume=False, recipe=load_recipe(workspace / "recipe.yaml")) is None
@@ -449,7 +449,7 @@ def test_recipes_of_the_repository_load(path):
     """A recipe that a user copies must be one that is read, with options that its methods take."""
     from dwakd.compare.plan import variants_of
     from dwakd.config import CompareSection, load_recipe
-    from dwakd.training.run import check_options
+    from dwakd.training.recipe import check_options
 
     recipe = load_recipe(path, ["training.bf16=false", "training.use_cpu=true"])
     check_options(recipe, "unused")

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from dwakd.config import parse_yaml, recipe_from_dict
-from dwakd.training.run import training_config
+from dwakd.training.recipe import training_config
 from tests.builders import byte_bpe, tiny_model, unigram_byte_fallback
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

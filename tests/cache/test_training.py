@@ -11,7 +11,7 @@ from dwakd.models.invariant import response_hidden
 from dwakd.models.loading import load_causal_lm
 from dwakd.models.rows import embedding_table, final_hidden, output_head
 from dwakd.training.cached import CachedTeacher
-from dwakd.training.run import check_options
+from dwakd.training.recipe import check_options
 from dwakd.training.teacher import OnlineTeacher
 from tests.builders import FAMILIES, tiny_model
 from tests.cache.builders import LONG, TEACHER, save_teacher, trainer

@@ -10,10 +10,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from dwakd import METHODS, DistillConfig, DistillTrainer, UserError
-from dwakd.training.checkpoint import checkpoint_fault
+from dwakd.training.checkpoint import LOSS_STATE, checkpoint_fault
 from dwakd.training.inputs import checked_args
-from dwakd.training.run import last_checkpoint
-from dwakd.training.trainer import LOSS_STATE
+from dwakd.training.run_folder import last_checkpoint
 from tests.builders import FAMILIES, byte_bpe, tiny_model
 from tests.training.builders import ROWS, assert_same, trainer, weights
 

@@ -19,7 +19,7 @@ from dwakd.evaluation.run import check_recipe_evaluation
 from dwakd.folders import check_output_folder
 from dwakd.losses import method_class, needs_attention
 from dwakd.training.cache_run import cache_recipe
-from dwakd.training.run import check_options
+from dwakd.training.recipe import check_options
 
 RESULTS = "comparison.json"
 OWN_FOLDERS = ("cells", "teacher-cache")

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dwakd.compare.plan import Cell
 from dwakd.config import RECIPE_FILE, Recipe
-from dwakd.training.run import RUN_FILE, check_same_recipe
+from dwakd.training.run_folder import RUN_FILE, check_same_recipe
 
 MOVABLE = re.compile(r"teacher\.(\d+\.)?cache$")
 """Options that may differ between finished runs: the same rows from another folder."""

@@ -12,7 +12,7 @@ from dwakd.errors import UserError
 from dwakd.models.loading import load_tokenizer
 from dwakd.training.cached import refuse_attention
 from dwakd.training.inputs import encode_source
-from dwakd.training.run import load_section, recipe_examples, training_config
+from dwakd.training.recipe import load_section, recipe_examples, training_config
 
 
 def cache_recipe(recipe: Recipe, folder: str | Path | None = None, *, check: bool = False) -> list[Cache]:

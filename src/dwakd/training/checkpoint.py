@@ -1,4 +1,4 @@
-"""Reading a student back into a model that is already there, and what must be whole for it."""
+"""Reading student and method back into what is already there, and what must be whole for it."""
 
 import json
 import zipfile
@@ -7,8 +7,11 @@ from pathlib import Path
 
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
+
+LOSS_STATE = "distillation.safetensors"
 
 
 def load_student(student: nn.Module, folder: str | Path) -> None:
@@ -18,6 +21,12 @@ def load_student(student: nn.Module, folder: str | Path) -> None:
         return
     saved = AutoModelForCausalLM.from_pretrained(folder, dtype=next(student.parameters()).dtype)
     student.load_state_dict(saved.state_dict())
+
+
+def load_checkpoint(student: nn.Module, loss: nn.Module, folder: str | Path) -> None:
+    """Load the weights of student and method from a checkpoint, in place."""
+    load_student(student, folder)
+    loss.load_state_dict(load_file(Path(folder) / LOSS_STATE))
 
 
 def checkpoint_fault(folder: Path, needed: Sequence[str]) -> str | None:
@@ -33,12 +42,12 @@ def checkpoint_fault(folder: Path, needed: Sequence[str]) -> str | None:
         missing.append("model.safetensors (or adapter_model.safetensors)")
     if missing:
         return f"{missing[0]} is missing"
-    damaged = [path.name for path in sorted(folder.iterdir()) if not _ends_well(path)]
+    damaged = [path.name for path in sorted(folder.iterdir()) if not ends_well(path)]
     return f"{damaged[0]} is damaged" if damaged else None
 
 
-def _ends_well(path: Path) -> bool:
-    """Whether a file of a checkpoint can be opened; every cut shows, a flipped byte need not."""
+def ends_well(path: Path) -> bool:
+    """Whether a file is there and can be opened, if of a kind in a checkpoint; every cut shows, a flipped byte need not."""
     try:
         if path.suffix in (".pt", ".pth"):
             return zipfile.is_zipfile(path)
@@ -49,6 +58,6 @@ def _ends_well(path: Path) -> bool:
             content = json.loads(path.read_text(encoding="utf-8"))
             shards = content["weight_map"].values() if path.name.endswith(".index.json") else ()
             return all((path.parent / name).is_file() for name in shards)
-    except (SafetensorError, ValueError, LookupError, TypeError):
+    except (SafetensorError, ValueError, LookupError, TypeError, FileNotFoundError):
         return False
     return True

@@ -29,7 +29,7 @@ def eval_terms(trainer: DistillTrainer, dataloader: DataLoader[Any]) -> dict[str
     for batch in tqdm(dataloader, desc="evaluating", delay=2, leave=False, disable=trainer.args.disable_tqdm):
         prepared = trainer._prepare_input(batch)
         cut_repeats([prepared], trainer.accelerator.gradient_state, trainer.args)
-        trainer._add_teacher([prepared])
+        trainer.attach_teachers([prepared])
         with torch.no_grad():
             output = distiller(*trainer.forward_inputs(prepared, num_tokens=1.0))
         for name, value in output["terms"].items():

@@ -1,12 +1,17 @@
-"""The teachers that a trainer is given, loaded and checked."""
+"""The teachers that a trainer is given: loaded, checked, and run ahead of the step."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dwakd.batch import ModelSide
+from dwakd.data.collator import PairedCollator, SeveralCollators
 from dwakd.data.encoding import TextEncoder
+from dwakd.data.pairs import EncodedPairs
 from dwakd.errors import UserError
-from dwakd.losses import method_class
+from dwakd.losses import TeacherScale, method_class
 from dwakd.training.cached import CachedTeacher, refuse_attention
 from dwakd.training.config import DistillConfig
 from dwakd.training.inputs import load_pair
@@ -61,3 +66,54 @@ def _prepare(
     if tokenizer is None:
         raise UserError("teacher_processing_class is missing: give the teacher's tokenizer beside it")
     return teacher, TextEncoder(tokenizer, args.template, args.bos)
+
+
+def tell_teachers(
+    teachers: list[tuple[Teacher, TextEncoder]], args: DistillConfig, sets: dict[str, EncodedPairs | None]
+) -> None:
+    """Tell each teacher what will be asked of it, `Teacher.prepare`."""
+    for index, (teacher, encoder) in enumerate(teachers):
+        own = {role: None if pairs is None else pairs.of_teacher(index) for role, pairs in sets.items()}
+        teacher.prepare(encoder, args, own)
+
+
+def batch_collator(encoders: Sequence[TextEncoder], teachers: Sequence[Teacher]) -> Callable[..., dict[str, Any]]:
+    """What makes batches of pairs, given the encoders of the student and of each teacher."""
+    student, *others = (encoder.tokenizer.pad_token_id for encoder in encoders)
+    collators = [teacher.collator(PairedCollator(student, pad)) for teacher, pad in zip(teachers, others, strict=True)]
+    if len(collators) > 1:
+        return SeveralCollators(collators)
+    return collators[0] if collators else PairedCollator(student)
+
+
+def attach_rows(
+    batches: list[dict[str, Any]], teachers: Sequence[Teacher], gather: Callable[[Tensor], Tensor] | None
+) -> None:
+    """Attach the teachers' rows to each batch, and of each one set of moments over all of them and all ranks.
+
+    Args:
+        batches: micro-batches of one optimiser step.
+        teachers: none, one or several.
+        gather: from all ranks, if there are several.
+    """
+    if not teachers:
+        return
+    rows = [
+        [teacher.rows(part) for teacher, part in zip(teachers, [batch, *batch.get("others", [])], strict=True)]
+        for batch in batches
+    ]
+    shares = [batch["share"] for batch in batches]
+    scales = [_scale(list(sides), shares, gather) for sides in zip(*rows, strict=True)]
+    alone = len(teachers) == 1
+    for batch, sides in zip(batches, rows, strict=True):
+        batch["teacher"], batch["teacher_scale"] = (sides[0], scales[0]) if alone else (sides, scales)
+
+
+def _scale(sides: list[ModelSide], shares: list[float], gather: Callable[[Tensor], Tensor] | None) -> TeacherScale:
+    """Of one teacher's rows of an optimiser batch."""
+    scale = TeacherScale.merge(
+        [TeacherScale(TeacherScale.of(side).moments * share) for side, share in zip(sides, shares, strict=True)]
+    )
+    if gather is None:
+        return scale
+    return TeacherScale.merge([TeacherScale(part) for part in gather(scale.moments[None])])

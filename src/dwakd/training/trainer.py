@@ -10,21 +10,19 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from dwakd.batch import ModelSide
-from dwakd.data.collator import PairedCollator, SeveralCollators
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedPairs
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import answerable_prompts
-from dwakd.losses import TeacherScale
+from dwakd.losses import DistillationLoss, SeveralTeachers
 from dwakd.training.callbacks import EpochAndTerms, TermsProgressCallback
-from dwakd.training.checkpoint import load_student
+from dwakd.training.checkpoint import LOSS_STATE, load_checkpoint
 from dwakd.training.config import DistillConfig
 from dwakd.training.distiller import Distiller
 from dwakd.training.evaluation import eval_terms, generated_metrics
@@ -41,9 +39,7 @@ from dwakd.training.method import build_method
 from dwakd.training.optimizer import parameter_groups
 from dwakd.training.sampler import LengthGroupedSampler, cut_repeats
 from dwakd.training.teacher import Teacher
-from dwakd.training.teachers import AnyTeacher, prepare_teachers
-
-LOSS_STATE = "distillation.safetensors"
+from dwakd.training.teachers import AnyTeacher, attach_rows, batch_collator, prepare_teachers, tell_teachers
 
 
 class DistillTrainer(Trainer):
@@ -96,11 +92,7 @@ class DistillTrainer(Trainer):
         if args.eval_rouge_l or compute_metrics:
             answerable_prompts(model, self.student_encoder, self._eval_examples, names.get("eval", "the eval dataset"))
 
-        for index, (teacher, encoder) in enumerate(found):
-            sets = {"train": train_pairs, "eval": eval_pairs}
-            of_teacher = {role: None if pairs is None else pairs.of_teacher(index) for role, pairs in sets.items()}
-            teacher.prepare(encoder, args, of_teacher)
-
+        tell_teachers(found, args, {"train": train_pairs, "eval": eval_pairs})
         set_seed(args.seed)
         loss = build_method(args, model, self.teachers, self._encoders)
         if peft_config is not None:
@@ -115,7 +107,7 @@ class DistillTrainer(Trainer):
         super().__init__(
             model=Distiller(model, loss),
             args=args,
-            data_collator=self._collator(),
+            data_collator=batch_collator(self._encoders, self.teachers),
             train_dataset=train_pairs,
             eval_dataset=eval_pairs,
             processing_class=processing_class,
@@ -128,15 +120,6 @@ class DistillTrainer(Trainer):
         if not args.disable_tqdm:
             self.add_callback(TermsProgressCallback)
 
-    def _collator(self) -> Callable[..., dict[str, Any]]:
-        student, *teachers = (encoder.tokenizer.pad_token_id for encoder in self._encoders)
-        collators = [
-            teacher.collator(PairedCollator(student, pad)) for teacher, pad in zip(self.teachers, teachers, strict=True)
-        ]
-        if len(collators) > 1:
-            return SeveralCollators(collators)
-        return collators[0] if collators else PairedCollator(student)
-
     @property
     def teacher(self) -> Teacher | None:
         """The teacher, or the first of several."""
@@ -146,6 +129,11 @@ class DistillTrainer(Trainer):
     def student(self) -> PreTrainedModel | PeftModel:
         """The student, unwrapped."""
         return self.accelerator.unwrap_model(self.model).student
+
+    def _loss(self) -> DistillationLoss | SeveralTeachers:
+        """The method, unwrapped."""
+        loss: DistillationLoss | SeveralTeachers = self.accelerator.unwrap_model(self.model).loss
+        return loss
 
     # The step: the teacher runs ahead of it, so that N(.) and the reduction see the whole optimiser batch.
 
@@ -161,32 +149,13 @@ class DistillTrainer(Trainer):
         if self.args.world_size > 1:
             num_tokens = self.accelerator.gather(num_tokens).sum()
         batches = [self._prepare_input(batch) for batch in batches]
-        self._add_teacher(batches)
-        self.accelerator.unwrap_model(self.model).loss.set_step(self.state.global_step)
+        self.attach_teachers(batches)
+        self._loss().set_step(self.state.global_step)
         return batches, num_tokens
 
-    def _add_teacher(self, batches: list[dict[str, Any]]) -> None:
-        """Attach the teachers' rows to each batch, and of each one set of moments over all of them and all ranks."""
-        if not self.teachers:
-            return
-        rows = [
-            [teacher.rows(part) for teacher, part in zip(self.teachers, [batch, *batch.get("others", [])], strict=True)]
-            for batch in batches
-        ]
-        shares = [batch["share"] for batch in batches]
-        scales = [self._scale(list(sides), shares) for sides in zip(*rows, strict=True)]
-        alone = len(self.teachers) == 1
-        for batch, sides in zip(batches, rows, strict=True):
-            batch["teacher"], batch["teacher_scale"] = (sides[0], scales[0]) if alone else (sides, scales)
-
-    def _scale(self, sides: list[ModelSide], shares: list[float]) -> TeacherScale:
-        """Of one teacher's rows of an optimiser batch."""
-        scale = TeacherScale.merge(
-            [TeacherScale(TeacherScale.of(side).moments * share) for side, share in zip(sides, shares, strict=True)]
-        )
-        if self.args.world_size == 1:
-            return scale
-        return TeacherScale.merge([TeacherScale(part) for part in self.accelerator.gather(scale.moments[None])])
+    def attach_teachers(self, batches: list[dict[str, Any]]) -> None:
+        """See `dwakd.training.teachers.attach_rows`; of an optimiser batch over all ranks."""
+        attach_rows(batches, self.teachers, self.accelerator.gather if self.args.world_size > 1 else None)
 
     @staticmethod
     def forward_inputs(inputs: dict[str, Any], num_tokens: Tensor | float | None) -> tuple[Any, ...]:
@@ -315,22 +284,16 @@ class DistillTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if _internal_call and self.args.should_save:
-            loss = self.accelerator.unwrap_model(self.model).loss
-            save_file(loss.state_dict(), Path(output_dir or self.args.output_dir) / LOSS_STATE)
+            save_file(self._loss().state_dict(), Path(output_dir or self.args.output_dir) / LOSS_STATE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        self._load_both(resume_from_checkpoint)
+        load_checkpoint(self.student, self._loss(), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
             return
-        self._load_both(self.state.best_model_checkpoint)
-
-    def _load_both(self, folder: str) -> None:
-        load_student(self.student, folder)
-        loss = self.accelerator.unwrap_model(self.model).loss
-        loss.load_state_dict(load_file(Path(folder) / LOSS_STATE))
+        load_checkpoint(self.student, self._loss(), self.state.best_model_checkpoint)
