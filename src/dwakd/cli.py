@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from dwakd.cli_options import InputColumn, Limit, Overrides, PromptColumn, ResponseColumn
 from dwakd.errors import UserError
 
 app = typer.Typer(
@@ -24,10 +25,6 @@ app = typer.Typer(
     epilog="Start with [bold]dwakd demo[/bold]: it needs no network and takes about five minutes on two cores.",
 )
 console = Console()
-
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Options to change, as section.option=value: loss.temperature=4")
-]
 
 
 @app.command()
@@ -101,19 +98,17 @@ def evaluate(
     template: Annotated[
         str | None, typer.Option(help="alpaca, chat, plain or a format string; the model's recipe's by default.")
     ] = None,
-    bos: Annotated[
-        str | None, typer.Option(help="The token that begins a text: auto or never; the model's recipe's by default.")
-    ] = None,
+    bos: Annotated[str | None, typer.Option(help="What begins a text: auto or never; the recipe's by default.")] = None,
     adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to merge into the model.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Column of the prompt.")] = None,
-    response: Annotated[str | None, typer.Option(help="Column of the reference or references.")] = None,
-    input_column: Annotated[str | None, typer.Option("--input", help="Column of the optional input.")] = None,
+    prompt: PromptColumn = None,
+    response: ResponseColumn = None,
+    input_column: InputColumn = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many sampling seeds: 10, 20, 30 and so on.")] = 5,
     temperature: Annotated[float, typer.Option(min=0.01, help="Sampling temperature.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Nucleus of the sampling.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of each set.")] = None,
+    limit: Limit = None,
     greedy: Annotated[bool, typer.Option(help="Also report greedy answers.")] = True,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace results of these sets that were got with other options.")
@@ -155,12 +150,12 @@ def similarity(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for every value.")] = None,
     adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to merge into the teacher.")] = None,
     template: Annotated[str, typer.Option(help="alpaca, chat, plain or a format string.")] = "alpaca",
-    bos: Annotated[str, typer.Option(help="The token that begins a text: auto or never.")] = "auto",
-    prompt: Annotated[str | None, typer.Option(help="Column of the prompt.")] = None,
-    response: Annotated[str | None, typer.Option(help="Column of the response.")] = None,
-    input_column: Annotated[str | None, typer.Option("--input", help="Column of the optional input.")] = None,
+    bos: Annotated[str, typer.Option(help="What begins a text: auto or never.")] = "auto",
+    prompt: PromptColumn = None,
+    response: ResponseColumn = None,
+    input_column: InputColumn = None,
     max_length: Annotated[int, typer.Option(min=2, help="Most tokens of prompt and response.")] = 512,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of the data.")] = 100,
+    limit: Limit = 100,
 ) -> None:
     """Compare how students and a teacher relate the parts of a text to each other, whatever their tokenizers.
 
@@ -170,7 +165,6 @@ def similarity(
     _hush_transformers()
     from dwakd.evaluation.structure_run import compare_structures
 
-    columns = {"prompt": prompt, "response": response, "input": input_column}
     report = compare_structures(
         students,
         teacher,
@@ -178,7 +172,7 @@ def similarity(
         adapter=adapter,
         template=template,
         bos=bos,
-        columns=columns,
+        columns={"prompt": prompt, "response": response, "input": input_column},
         limit=limit,
         max_length=max_length,
         output=output,
@@ -235,10 +229,10 @@ def shrink(
         str | None, typer.Option(help="Text for bits per byte; the last twentieth of the data by default.")
     ] = None,
     template: Annotated[str, typer.Option(help="How prompt and response become text.")] = "plain",
-    prompt: Annotated[str | None, typer.Option(help="Column of the prompt.")] = None,
-    response: Annotated[str | None, typer.Option(help="Column of the response.")] = None,
-    input_column: Annotated[str | None, typer.Option("--input", help="Column of the optional input.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of the data.")] = None,
+    prompt: PromptColumn = None,
+    response: ResponseColumn = None,
+    input_column: InputColumn = None,
+    limit: Limit = None,
 ) -> None:
     """Build a small student from a pretrained model: fewer layers, and a vocabulary made for your text.
 
@@ -248,7 +242,6 @@ def shrink(
     _hush_transformers()
     from dwakd.models.shrink_run import shrink_to_folder
 
-    columns = {"prompt": prompt, "response": response, "input": input_column}
     report = shrink_to_folder(
         model,
         data,
@@ -257,7 +250,7 @@ def shrink(
         num_layers=layers,
         eval_data=eval_data,
         template=template,
-        columns=columns,
+        columns={"prompt": prompt, "response": response, "input": input_column},
         limit=limit,
     )
     console.print(report)
