@@ -149,5 +149,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        (folder / LOCK_FILE).unlink(
+            missing_ok=True
+        )  # while it is held: who opened it meanwhile sees that it has no name
         lock.release()
-        (folder / LOCK_FILE).unlink(missing_ok=True)
