@@ -28,13 +28,13 @@ def write_evaluation(evaluation: Evaluation, json_path: str | Path, answers_path
         UserError: a number that is not finite.
     """
     try:
+        lines = [json.dumps(asdict(answer), ensure_ascii=False, allow_nan=False) for answer in evaluation.answers]
         numbers = json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
     except ValueError:
         raise UserError(
             f"{json_path} is not written: the model's numbers are not finite, as if its weights weren't"
         ) from None
     if answers_path is not None:
-        lines = [json.dumps(asdict(answer), ensure_ascii=False) for answer in evaluation.answers]
         _write_atomically(answers_path, "\n".join(lines))
     _write_atomically(json_path, numbers)
 
