@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dwakd.align.offsets import exact_rows
+from dwakd.align.offsets import exact_rows, sum_by_group
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import HeadRows, WithPrediction, head_loss, student_space, teacher_space
 from dwakd.losses.base import head_rows, projected_rows
@@ -74,10 +74,11 @@ def exact_spaces(
     """
     lengths = student.lengths
     partners = exact_rows(student.byte_ends, lengths, teacher.byte_ends, teacher.lengths)
-    aligned = (partners >= 0).nonzero().squeeze(1)  # the teacher's head is the dearer one: no row without a partner
+    # No row without a partner goes through the teacher's head, the dearer one; it costs a wait for the device.
+    aligned = (partners >= 0).nonzero().squeeze(1)
 
     head = teacher.head.detached()
-    pairs = torch.bincount(example_ids(lengths, len(partners))[aligned], minlength=len(lengths))
+    pairs = sum_by_group((partners >= 0).long(), example_ids(lengths, len(partners)), len(lengths))
     in_teacher = head_loss(
         [
             HeadRows(maps.s2t(student.hidden[aligned], student.head, teacher.head), head, pairs),
