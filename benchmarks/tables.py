@@ -190,6 +190,7 @@ PEERS = {
 
 
 def measured_soft_dtw(folder: Path) -> dict[str, Any]:
+    """What `benchmarks.soft_dtw` wrote; nothing where the file is absent."""
     path = folder / "soft_dtw.json"
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found
@@ -219,8 +220,7 @@ def accuracy(folder: Path, document: Path) -> str | None:
     found = measured_soft_dtw(folder)
     if not found:
         return None
-    names = {"ours": "ours", "ours_plain_torch": "plain torch", "numba_batched": "numba_batched", "pysdtw": "pysdtw"}
-    names |= {"tslearn": "tslearn"}
+    names = {"ours": "ours", **PEERS}
     present = [name for name in names if name in next(iter(found["gradient_error"].values()))]
     rows = [
         [f"{float(gamma):,g}", *(f"{errors[name]:.1e}" for name in present)]
