@@ -34,13 +34,9 @@ _FOREIGN_SUFFIXES = (
     ".ndjson",
     ".pkl",
 )
-_HUB_FILE = re.compile(
-    r"(?P<repo>[\w-][\w.-]*/[\w.-]+):(?P<file>[^@:]+\.(?:json|jsonl|csv|parquet))"
-    r"(?:@(?:train)?\[(?P<start>\d*):(?P<stop>\d*)\])?"
-)
-_LOCAL_ROWS = re.compile(
-    r"(?P<file>.+\.(?:json|jsonl|csv|parquet))@(?:train)?\[(?P<start>\d*):(?P<stop>\d*)\]", re.IGNORECASE
-)
+_SUFFIX, _ROWS = r"\.(?:json|jsonl|csv|parquet)", r"@(?:train)?\[(?P<start>\d*):(?P<stop>\d*)\]"
+_HUB_FILE = re.compile(rf"(?P<repo>[\w-][\w.-]*/[\w.-]+):(?P<file>[^@:]+{_SUFFIX})(?:{_ROWS})?")
+_LOCAL_ROWS = re.compile(rf"(?P<file>.+{_SUFFIX}){_ROWS}", re.IGNORECASE)
 _Placed = tuple[str, Any]  # where a row stands, and the row
 
 
