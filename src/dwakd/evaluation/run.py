@@ -52,6 +52,7 @@ def evaluate_sets(
         load_tokenizer(model), template or shown.get("template", "alpaca"), bos or shown.get("bos", "auto")
     )
     loaded = load_causal_lm(model, adapter=adapter)
+    check_room(loaded, encoder, sets)
     return _evaluate_all(loaded, encoder, sets, folder, model, options, overwrite=overwrite)
 
 
@@ -108,7 +109,6 @@ def _evaluate_all(
     *,
     overwrite: bool,
 ) -> Group:
-    check_room(model, encoder, sets)
     options["seeds"] = [10 * (index + 1) for index in range(options.pop("num_seeds"))]
     weights = model_identity(model, name)
     identities = [{"model": weights, "data": data_identity(item.examples, item.source)} for item in sets]
