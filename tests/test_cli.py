@@ -78,10 +78,12 @@ def test_train_eval_and_resume(workspace, tmp_path, monkeypatch, capsys):
     assert code == 2
     assert "loss.temperature is unset there" in one_sentence(err)
     whole = (output / "model.safetensors").read_bytes()
-    for lost in (None, "dwakd-run.json"):  # ended, and broken off between its last checkpoint and its end
+    for lost in (None, "trainer_state.json", "dwakd-run.json"):  # ended, and broken off after its last checkpoint
         if lost:
-            (output / lost).unlink()
+            (output / lost).write_text("{")
             (output / "model.safetensors").write_bytes(b"half")
+        if lost == "dwakd-run.json":
+            (output / lost).unlink()
         code, out, _ = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *extra, "-o", output, "--resume")
         assert code == 0
         assert "after 2 steps" in out
