@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from dwakd.kernels.head_loss import (
     head_loss,
     teacher_space,
 )
+from dwakd.kernels.head_loss import products as head_products
 from dwakd.kernels.head_loss.engine import ChunkedRun
 from dwakd.kernels.head_loss.plan import plan_examples, plan_rows
 from dwakd.losses.divergences import DIVERGENCES
@@ -116,8 +119,10 @@ def outcome(sides, criterion, **options):
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory():
+def poisoned_memory(monkeypatch):
     """Uninitialised buffers hold NaN: a cell that is read before it is written shows."""
+    poisoned = SimpleNamespace(empty=lambda size, dtype: np.full(size, 255, dtype), uint8=np.uint8)
+    monkeypatch.setattr(head_products, "np", poisoned)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -313,7 +318,7 @@ def test_double_backward_is_refused():
 def test_memory_follows_the_budget_not_the_batch():
     """The point of it all: four times the rows, the same buffer; also where one example exceeds the budget."""
     head = OutputHead(torch.randn(1000, 4))
-    budget = 2 * 1000 * 4 * 10
+    budget = 2 * 1000 * 4 * 16
     for lengths in ([20, 20], [20] * 8, [160]):
         rows = [HeadRows(torch.randn(sum(lengths), 4, requires_grad=True), head, torch.tensor(lengths)) for _ in "st"]
         for whole in (True, False):
