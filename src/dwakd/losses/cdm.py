@@ -180,6 +180,5 @@ def measured(columns: Columns) -> Softmax:
 
 def softmax_(columns: Columns, side: Softmax, rate: float) -> None:
     """The logits give way to rate x softmax."""
-    (work,) = scratch(columns, 1)
     for block in blocks(columns):
-        shifted_exp(columns[block], side.peak, 1.0, work[: block.stop - block.start]).mul_(rate / side.total)
+        shifted_exp(columns[block], side.peak).mul_(rate / side.total)

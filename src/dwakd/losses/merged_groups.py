@@ -11,7 +11,7 @@ from torch import Tensor
 from dwakd.align.offsets import sum_by_group
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, forward_kl
-from dwakd.kernels.head_loss.statistics import blocks, peak_of, pick, subtract_at
+from dwakd.kernels.head_loss.statistics import blocks, peak_of, pick, shifted_exp, subtract_at
 from dwakd.kernels.sorted_distance import sorted_distance
 
 PerGroup = Float[Tensor, " groups"]
@@ -169,7 +169,7 @@ class Softmaxed:
         peak = peak_of(columns)
         realised, total = pick(columns, anchors.targets) - peak, torch.zeros_like(peak)
         for block in blocks(columns):
-            total += columns[block].sub_(peak).exp_().sum(0)
+            total += shifted_exp(columns[block], peak).sum(0)
         realised -= total.log()
         others = sum_by_group(realised, anchors.groups, len(anchors.rows)) - realised[anchors.rows]
         return cls(columns, total, realised, others.exp() / total[anchors.rows])

