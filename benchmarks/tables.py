@@ -92,6 +92,19 @@ def steps(folder: Path, document: Path) -> str | None:
     return None
 
 
+def sizes(folder: Path, document: Path) -> str | None:
+    """Ratios at sizes unlike the usual one."""
+    asked = [("dwa_kd", "products"), ("dwa_kd_loss", "head_products"), ("dwa_kd_cached", "sft_response")]
+    labels = ["DWA-KD / products", "its loss / the heads' products", "rows given / SFT on response rows"]
+    table = [["student: tokens x width", "teacher", "batch x response", *labels]]
+    for one in [one for name in ("short", "small", "wide") for one in results(folder, f"step-{name}")]:
+        size = one["sizes"]
+        heads = [f"{size[f'{side}_vocab']:,} x {size[f'{side}_hidden']}" for side in ("student", "teacher")]
+        ratios = [f"{one['ratios'][f'{name} / {other}']:.2f}" for name, other in asked]
+        table.append([*heads, f"{size['batch']} x {size['response']}", *ratios])
+    return rows_of(table) if len(table) > 1 else None
+
+
 def memory(folder: Path, document: Path) -> str | None:
     """Peaks of those contestants that were measured."""
     for one in results(folder, "memory"):
@@ -231,6 +244,7 @@ def accuracy(folder: Path, document: Path) -> str | None:
 
 SECTIONS = {
     "steps": steps,
+    "sizes": sizes,
     "memory": memory,
     "cache": cache,
     "methods": methods,
