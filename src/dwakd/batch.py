@@ -6,7 +6,9 @@ the final hidden states, `embedding` width of the input-embedding table, `vocab`
 to the response, end-of-sequence included.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -43,6 +45,17 @@ class ModelSide:
     aligned_rows: Int[Tensor, " tokens"] | None = None
     trust: Float[Tensor, " s_tokens"] | None = None
     attention: Float[Tensor, " tokens"] | None = None
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """`lengths` on the host: told by `with_counts`, else read once from the device, which waits for it."""
+        return tuple(self.lengths.tolist())
+
+    def with_counts(self, counts: Sequence[int] | None) -> "ModelSide":
+        """This side, knowing the values of its `lengths`, if they are given."""
+        if counts is not None:
+            vars(self)["counts"] = tuple(counts)
+        return self
 
 
 @dataclass(frozen=True)

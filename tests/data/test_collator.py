@@ -211,6 +211,8 @@ def test_collator_pads_on_the_right() -> None:
         mask = batch[f"{side}_attention_mask"]
         assert mask.dtype == torch.long
         assert mask.tolist() == [[1] * n + [0] * (shape[1] - n) for n in lengths]
+        assert batch[f"{side}_num_tokens"] == lengths
+        assert batch[f"{side}_num_rows"] == batch[f"{side}_response_mask"].sum(1).tolist()
     assert pairs.student_lengths == [len(pairs[k]["student_input_ids"]) for k in range(2)]
     assert batch_of(pairs, pad_to_multiple_of=16)["teacher_input_ids"].shape[1] % 16 == 0
 
@@ -219,11 +221,7 @@ def test_without_a_teacher_there_are_student_fields_only() -> None:
     """SFT must not need a second tokenizer; a teacher's rows without its pad id are a mistake."""
     student, teacher = sides()
     alone = PairedCollator(0)([encode_pairs([row(0, "a")], student)[0]])
-    assert sorted(alone) == sorted(
-        [
-            "example_ids",
-            *(f"student_{f}" for f in ("input_ids", "attention_mask", "target_ids", "response_mask", "byte_ends")),
-        ]
-    )
+    fields = ["input_ids", "attention_mask", "target_ids", "response_mask", "byte_ends", "num_tokens", "num_rows"]
+    assert sorted(alone) == sorted(["example_ids", *(f"student_{field}" for field in fields)])
     with pytest.raises(UserError, match="teacher_pad_id"):
         PairedCollator(0)([encode_pairs([row(0, "a")], student, teacher)[0]])

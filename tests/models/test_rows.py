@@ -106,6 +106,11 @@ def test_rows_are_selected_in_batch_order_with_embeddings_of_the_table(family):
         assert torch.equal(side.target_embeddings[index], table[target_ids[row, column]])
         assert torch.equal(side.input_embeddings[index], table[input_ids[row, column]])
         assert side.byte_ends[index] == byte_ends[row, column]
+    counts = side.lengths.tolist()
+    told = response_rows(model, input_ids, mask, target_ids, response, byte_ends, num_rows=counts)
+    assert torch.equal(told.hidden, side.hidden)
+    assert torch.equal(told.byte_ends, side.byte_ends)
+    assert told.counts == side.counts == tuple(counts)
 
 
 def test_gradient_reaches_backbone_and_table_but_not_through_the_tokens_read():

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dwakd.errors import UserError
 
@@ -21,7 +20,8 @@ class PairedCollator:
         Of a call: `example_ids (batch,)` and, under the prefixes `student_` and `teacher_`, `input_ids`,
         `attention_mask`, `target_ids`, `byte_ends` (long) and `response_mask` (bool), each (batch, length).
         Position i predicts target i; `response_mask` is True where that target is a supervised response token,
-        the end token included; `byte_ends` is 0 elsewhere.
+        the end token included; `byte_ends` is 0 elsewhere. Beside them the lists `num_tokens` and `num_rows`, how
+        often `attention_mask` and `response_mask` are True in each example: what the host knows it need not ask a GPU.
     """
 
     def __init__(self, student_pad_id: int, teacher_pad_id: int | None = None, *, pad_to_multiple_of: int = 1) -> None:
@@ -29,8 +29,8 @@ class PairedCollator:
         self.pad_ids = {"student": student_pad_id, "teacher": teacher_pad_id}
         self.pad_to_multiple_of = pad_to_multiple_of
 
-    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = {"example_ids": torch.tensor([feature["example_id"] for feature in features])}
+    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = {"example_ids": torch.tensor([feature["example_id"] for feature in features])}
         for side, pad_id in self.pad_ids.items():
             if f"{side}_input_ids" in features[0]:
                 if pad_id is None:
@@ -38,21 +38,21 @@ class PairedCollator:
                 batch |= self._pad_side(features, side, pad_id)
         return batch
 
-    def _pad_side(self, features: Sequence[dict[str, Any]], side: str, pad_id: int) -> dict[str, Tensor]:
-        longest = max(len(feature[f"{side}_input_ids"]) for feature in features)
-        width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+    def _pad_side(self, features: Sequence[dict[str, Any]], side: str, pad_id: int) -> dict[str, Any]:
+        lengths = [len(feature[f"{side}_input_ids"]) for feature in features]
+        width = -(-max(lengths) // self.pad_to_multiple_of) * self.pad_to_multiple_of
         fills: dict[str, Any] = {"input_ids": pad_id, "target_ids": pad_id, "response_mask": False, "byte_ends": 0}
         if f"{side}_aligned_rows" in features[0]:
             fills["aligned_rows"] = -1
-        padded = {
+        padded: dict[str, Any] = {
             f"{side}_{field}": torch.tensor(
                 [row + [fill] * (width - len(row)) for row in (feature[f"{side}_{field}"] for feature in features)]
             )
             for field, fill in fills.items()
         }
-        padded[f"{side}_attention_mask"] = torch.tensor(
-            [[1] * n + [0] * (width - n) for n in (len(feature[f"{side}_input_ids"]) for feature in features)]
-        )
+        padded[f"{side}_attention_mask"] = torch.tensor([[1] * n + [0] * (width - n) for n in lengths])
+        padded[f"{side}_num_tokens"] = lengths
+        padded[f"{side}_num_rows"] = [sum(feature[f"{side}_response_mask"]) for feature in features]
         return padded
 
 

@@ -27,6 +27,7 @@ def soft_dtw_divergences(
     *,
     gamma: float,
     band: Float[Tensor, "batch s_length t_length"] | None = None,
+    longest: int | None = None,
     impl: str = "auto",
 ) -> list[Float[Tensor, " batch"]]:
     """nDTW(X, Y) = s(C~_XY) - (s(C_XX) + s(C_YY)) / 2 for each pair, cosine costs, all in one kernel call.
@@ -37,16 +38,15 @@ def soft_dtw_divergences(
         teacher_lengths: rows per example.
         gamma: temperature of the soft minimum.
         band: penalty added to the cross costs only (equation 22); a constant.
+        longest: the largest of the lengths; without it the device is waited for.
         impl: kernel of `soft_dtw`.
 
     Returns:
         One value per example and pair. Values of examples of unequal lengths carry an offset without gradient: never
         compare them with each other, never clamp them.
     """
-    # the band's shape is known to the host; a maximum of lengths makes it wait for the device
-    longest = (
-        max(band.shape[1:]) if band is not None else int(torch.maximum(student_lengths.max(), teacher_lengths.max()))
-    )
+    if longest is None:
+        longest = int(torch.maximum(student_lengths.max(), teacher_lengths.max()))
     costs: list[Padded] = []
     for student_rows, teacher_rows in pairs:
         dtype = torch.promote_types(student_rows.dtype, teacher_rows.dtype)

@@ -91,7 +91,7 @@ def cross_model_attention(
     )
     back = projectors.s2t(student.hidden.to(dtype))
 
-    s_length, t_length = int(student.lengths.max()), int(teacher.lengths.max())
+    s_length, t_length = max(student.counts), max(teacher.counts)
     queries = pad_rows(query, student.lengths, s_length)
     keys = pad_rows(key, teacher.lengths, t_length)
     scores = queries @ keys.transpose(1, 2) / math.sqrt(key.shape[-1])

@@ -82,17 +82,17 @@ def reduce_terms(
 
 def head_rows(side: ModelSide) -> HeadRows:
     """A side's own rows, with its head."""
-    return HeadRows(side.hidden, side.head, side.lengths)
+    return HeadRows(side.hidden, side.head, side.lengths, side.counts)
 
 
 def constant_rows(side: ModelSide) -> HeadRows:
     """A side's own rows and head without gradient: a teacher's."""
-    return HeadRows(side.hidden.detach(), side.head.detached(), side.lengths)
+    return HeadRows(side.hidden.detach(), side.head.detached(), side.lengths, side.counts)
 
 
 def projected_rows(hidden: Tensor, side: ModelSide) -> HeadRows:
     """Another model's states in this side's space; the head is a constant to them."""
-    return HeadRows(hidden, side.head.detached(), side.lengths)
+    return HeadRows(hidden, side.head.detached(), side.lengths, side.counts)
 
 
 def require_teacher(teacher: ModelSide | None, method: str) -> ModelSide:

@@ -234,6 +234,12 @@ class DwaKdLoss(DistillationLoss):
         if self.band is not None:
             band = band_penalty(crossed.weights, student.lengths, teacher.lengths, **self.band)
         scores = soft_dtw_divergences(
-            list(pairs.values()), student.lengths, teacher.lengths, gamma=self.gamma, band=band, impl=self.impl
+            list(pairs.values()),
+            student.lengths,
+            teacher.lengths,
+            gamma=self.gamma,
+            band=band,
+            longest=max(*student.counts, *teacher.counts),
+            impl=self.impl,
         )
         return {name: score.sum() for name, score in zip(pairs, scores, strict=True)}

@@ -169,7 +169,13 @@ class DwaKdV2Loss(DistillationLoss):
         if self.band is not None:
             band = exact_band(spaces.partners, student.lengths, teacher.lengths, **self.band)
         scores = soft_dtw_divergences(
-            list(pairs.values()), student.lengths, teacher.lengths, gamma=self.gamma, band=band, impl=self.impl
+            list(pairs.values()),
+            student.lengths,
+            teacher.lengths,
+            gamma=self.gamma,
+            band=band,
+            longest=max(*student.counts, *teacher.counts),
+            impl=self.impl,
         )
         return {name: score.sum() for name, score in zip(pairs, scores, strict=True)}
 

@@ -4,7 +4,7 @@ Only the backbone runs over the whole batch; no vocabulary-sized product is form
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -144,6 +144,7 @@ def response_rows(
     byte_ends: Int[Tensor, "batch length"],
     *,
     attention: bool = False,
+    num_rows: Sequence[int] | None = None,
 ) -> ModelSide:
     """Run the backbone and keep the rows where `response_mask` is True, in the order of the batch.
 
@@ -158,20 +159,30 @@ def response_rows(
         response_mask: True where the predicted token is a supervised token of the response.
         byte_ends: byte offset in the response at which the predicted token ends.
         attention: give the attention too.
+        num_rows: of each example, how often its mask is True; without it the device is waited for.
     """
     hidden, weights = final_states(model, input_ids, attention_mask, attention=attention)
     table = embedding_table(model)
-    targets = target_ids[response_mask]
+    rows = true_places(response_mask, num_rows)
+    targets = target_ids.flatten()[rows]
     return ModelSide(
-        hidden=hidden[response_mask],
-        input_embeddings=table.detach()[input_ids[response_mask]],
+        hidden=hidden.flatten(0, 1)[rows],
+        input_embeddings=table.detach()[input_ids.flatten()[rows]],
         target_embeddings=nn.functional.embedding(targets, table),
         target_ids=targets,
         lengths=response_mask.sum(dim=1),
-        byte_ends=byte_ends[response_mask],
+        byte_ends=byte_ends.flatten()[rows],
         head=output_head(model),
-        attention=None if weights is None else weights[response_mask],
-    )
+        attention=None if weights is None else weights.flatten()[rows],
+    ).with_counts(num_rows)
+
+
+def true_places(mask: Bool[Tensor, "batch length"], counts: Sequence[int] | None) -> Int[Tensor, " tokens"]:
+    """Places of the flattened mask that are True, in order; no wait for the device if their number per row is given."""
+    flat = mask.flatten()
+    if counts is None:
+        return flat.nonzero().squeeze(1)
+    return flat.logical_not().byte().argsort(stable=True)[: sum(counts)]
 
 
 def model_name(model: nn.Module) -> str:

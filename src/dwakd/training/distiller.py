@@ -43,7 +43,7 @@ class Distiller(nn.Module):
 
     def forward(
         self,
-        batch: dict[str, Tensor],
+        batch: dict[str, Any],
         teacher: ModelSide | list[ModelSide] | None = None,
         num_tokens: Tensor | float | None = None,
         teacher_scale: TeacherScale | list[TeacherScale] | None = None,

@@ -15,7 +15,7 @@ from dwakd.data.pairs import EncodedPairs
 from dwakd.losses import needs_attention
 from dwakd.models.head import OutputHead
 from dwakd.models.invariant import response_states
-from dwakd.models.rows import embedding_table, output_head, response_rows
+from dwakd.models.rows import embedding_table, output_head, response_rows, true_places
 from dwakd.training.config import DistillConfig
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -64,19 +64,21 @@ class Teacher(ABC):
         """Rows of one collated batch, on the device of the batch, without gradient."""
         hidden, attention = self.states(batch)
         table, mask = self.table.detach(), batch["teacher_response_mask"]
-        targets = batch["teacher_target_ids"][mask]
+        counts = host_counts(batch, "teacher", "num_rows")
+        places = true_places(mask, counts)
+        targets = batch["teacher_target_ids"].flatten()[places]
         aligned = batch.get("teacher_aligned_rows")
         return ModelSide(
             hidden=hidden,
-            input_embeddings=table[batch["teacher_input_ids"][mask]],
+            input_embeddings=table[batch["teacher_input_ids"].flatten()[places]],
             target_embeddings=table[targets],
             target_ids=targets,
             lengths=mask.sum(dim=1),
-            byte_ends=batch["teacher_byte_ends"][mask],
+            byte_ends=batch["teacher_byte_ends"].flatten()[places],
             head=self.head,
-            aligned_rows=None if aligned is None else aligned[mask],
+            aligned_rows=None if aligned is None else aligned.flatten()[places],
             attention=attention,
-        )
+        ).with_counts(counts)
 
 
 class OnlineTeacher(Teacher):
@@ -105,15 +107,22 @@ class OnlineTeacher(Teacher):
         ids = batch["teacher_input_ids"]
         if self.model.device != ids.device:
             self.model.to(ids.device)
-        lengths = batch["teacher_attention_mask"].sum(1).tolist()
-        num_rows = batch["teacher_response_mask"].sum(1).tolist()
+        lengths = host_counts(batch, "teacher", "num_tokens") or batch["teacher_attention_mask"].sum(1).tolist()
+        num_rows = host_counts(batch, "teacher", "num_rows") or batch["teacher_response_mask"].sum(1).tolist()
         sequences = [row[:length] for row, length in zip(ids, lengths, strict=True)]
         found = response_states(self.model, sequences, num_rows, attention=self.with_attention)
         weights = [weights for _, weights in found if weights is not None]
         return torch.cat([hidden for hidden, _ in found]), torch.cat(weights) if weights else None
 
 
-def side_rows(model: torch.nn.Module, batch: dict[str, Tensor], side: str, *, attention: bool = False) -> ModelSide:
+def side_rows(model: torch.nn.Module, batch: dict[str, Any], side: str, *, attention: bool = False) -> ModelSide:
     """Response rows of one side ("student" or "teacher") of a collated batch."""
     names = ("input_ids", "attention_mask", "target_ids", "response_mask", "byte_ends")
-    return response_rows(model, **{name: batch[f"{side}_{name}"] for name in names}, attention=attention)
+    tensors = {name: batch[f"{side}_{name}"] for name in names}
+    return response_rows(model, **tensors, attention=attention, num_rows=host_counts(batch, side, "num_rows"))
+
+
+def host_counts(batch: dict[str, Any], side: str, name: str) -> list[int] | None:
+    """A list of the collator's, of those examples that the batch still has; None where a batch was made without it."""
+    counts: list[int] | None = batch.get(f"{side}_{name}")
+    return None if counts is None else counts[: len(batch[f"{side}_input_ids"])]

@@ -160,8 +160,8 @@ class DistillTrainer(Trainer):
     @staticmethod
     def forward_inputs(inputs: dict[str, Any], num_tokens: Tensor | float | None) -> tuple[Any, ...]:
         """What `Distiller.forward` takes, from a batch with the teacher attached."""
-        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-        return tensors, inputs.get("teacher"), num_tokens, inputs.get("teacher_scale")
+        batch = {name: value for name, value in inputs.items() if name.startswith("student_")}
+        return batch, inputs.get("teacher"), num_tokens, inputs.get("teacher_scale")
 
     def compute_loss(
         self,

@@ -25,11 +25,13 @@ class HeadRows:
         hidden: packed over the examples; carries gradient, or none if detached.
         head: its weight and bias carry gradient unless it is `detached()`.
         lengths: rows per example.
+        counts: the same on the host; without them a criterion that needs whole examples waits for the device.
     """
 
     hidden: Float[Tensor, "tokens hidden"]
     head: OutputHead
     lengths: Int[Tensor, " batch"]
+    counts: tuple[int, ...] | None = None
 
 
 class ChunkedRun:
@@ -69,8 +71,10 @@ class ChunkedRun:
         widths = [HeadProducts.row_bytes(side.head) for side in self.sides]
         if self.criterion.unit == "rows":
             return plan_rows(self.sides[0].hidden.shape[0], len(self.sides), sum(widths), budget)
-        lengths = torch.stack([side.lengths for side in self.sides]).tolist()  # the one wait for the device
-        return plan_examples(lengths, widths, budget, divisible=self.criterion.unit == "weights")
+        counts = [side.counts for side in self.sides if side.counts is not None]
+        if len(counts) < len(self.sides):
+            counts = torch.stack([side.lengths for side in self.sides]).tolist()
+        return plan_examples(counts, widths, budget, divisible=self.criterion.unit == "weights")
 
     def _products(self) -> list[tuple[list[int], HeadProducts]]:
         """Sides by head; those that need a gradient first, so that theirs are neighbouring columns."""

@@ -1,0 +1,65 @@
+"""On a GPU the host must run ahead of the device: no loss may read a value of a tensor."""
+
+import pytest
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from dwakd.data.collator import PairedCollator
+from dwakd.losses import Widths, alignment, build_loss
+from dwakd.training.teacher import OnlineTeacher, side_rows
+
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+WIDTHS = Widths(16, 24, 16, 24)
+WAITS = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+def features():
+    """Two examples of other lengths on either side."""
+    rows = []
+    for example, (prompt, own, other) in enumerate([(2, 5, 4), (3, 2, 6)]):
+        row = {"example_id": example}
+        for side, count in (("student", own), ("teacher", other)):
+            row[f"{side}_input_ids"] = row[f"{side}_target_ids"] = list(range(prompt + count))
+            row[f"{side}_response_mask"] = [False] * prompt + [True] * count
+            row[f"{side}_byte_ends"] = [0] * prompt + list(range(1, count + 1))
+        rows.append(row)
+    return rows
+
+
+def model(width):
+    config = GPT2Config(vocab_size=40, n_embd=width, n_layer=1, n_head=2, n_positions=32)
+    return GPT2LMHeadModel(config).eval()
+
+
+def step(method, batch, options=None):
+    """Rows of both models and the loss with its gradient, over tensors that have no values."""
+    student = model(16)
+    loss = build_loss(method, options, widths=WIDTHS)
+    teacher = None if method == "sft" else OnlineTeacher(model(24)).rows(batch)
+    loss(side_rows(student, batch, "student"), teacher).loss.backward()
+    assert student.transformer.wte.weight.grad is not None
+
+
+@pytest.fixture
+def without_values(monkeypatch):
+    """Kernels of a CPU read their input: Soft-DTW's waits are its own tests'."""
+    monkeypatch.setattr(alignment, "soft_dtw", lambda costs, *arguments, **options: costs.sum((1, 2)))
+    with FakeTensorMode():
+        yield
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("sft", {}), ("dskd", {}), ("dwa_kd", {}), ("dwa_kd", {"band": False}), ("dwa_kd", {"entropy_weights": False})],
+)
+def test_a_step_asks_the_device_for_nothing(method, options, without_values):
+    step(method, PairedCollator(0, 0)(features()), options)
+
+
+@pytest.mark.parametrize("forgotten", ["student_num_rows", "teacher_num_rows"])
+def test_the_guard_sees_a_wait(forgotten, without_values):
+    """Else the test above could not fail."""
+    batch = PairedCollator(0, 0)(features())
+    del batch[forgotten]
+    with pytest.raises(WAITS):
+        step("dwa_kd", batch)
