@@ -43,7 +43,7 @@ RATIOS = (
     ("dwa_kd", "published_dwa_kd", None),
     ("dwa_kd", "response_dskd", "<= 0.8"),
     ("dskd", "response_dskd", None),
-    ("dwa_kd_cached", "sft_response", "<= 4"),
+    ("dwa_kd_cached", "sft_response", "<= 4 with 152,000 tokens of the teacher, <= 2.2 with 32,000"),
     ("sft", "sft_response", None),
     ("response_dskd", "published_dskd", None),
     ("trl_uld", "uld", None),

@@ -109,6 +109,16 @@ def test_one_flipped_byte(name, at, copied, teacher, tmp_path):
             refused()
 
 
+def test_every_byte_of_the_index_counts(copied):
+    """Its header too: a set of another name would be missing, and other places of the data no index at all."""
+    path = copied / "index.safetensors"
+    whole = path.read_bytes()
+    for place in range(8 + int.from_bytes(whole[:8], "little")):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(UserError, match=r"index\.safetensors of teacher cache .* is damaged"):
+            Cache.open(copied)
+
+
 def test_a_truncated_a_missing_and_a_foreign_shard(copied, built, teacher, tmp_path):
     """Each is named with what is wrong; what is damaged is built anew by `dwakd cache`, what is missing by training."""
     path = copied / "shard-00001.safetensors"

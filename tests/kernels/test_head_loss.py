@@ -340,6 +340,14 @@ def test_rows_of_logits_begin_at_a_cache_line(dtype):
         assert logits.data_ptr() % 64 == logits.stride(1) * logits.itemsize % 64 == 0
 
 
+def test_a_part_of_a_head_is_not_that_head():
+    """It begins at the same place in memory."""
+    weight = torch.randn(VOCAB, WIDTH)
+    heads = [OutputHead(weight), OutputHead(weight[:4]), OutputHead(weight.as_strided((4, WIDTH), (2 * WIDTH, 1)))]
+    sides = [HeadRows(torch.randn(3, WIDTH), head, torch.tensor([3])) for head in heads]
+    assert len(ChunkedRun(sides, CrossEntropy(torch.zeros(3, dtype=torch.long)), 2**20, by_row=False).products) == 3
+
+
 def test_one_product_for_sides_that_share_a_head():
     """Two products of half the rows are a third slower."""
     sides, criterion = problem("student")

@@ -10,7 +10,7 @@ from pathlib import Path
 from dwakd.errors import UserError
 
 MANIFEST, INDEX, TEACHER = "cache.json", "index.safetensors", "teacher.safetensors"
-FORMAT = "dwakd teacher cache 1"
+FORMAT = "dwakd teacher cache 2"
 _OWN = (MANIFEST, INDEX, TEACHER, "shard-")
 
 
@@ -22,7 +22,7 @@ class Manifest:
         fingerprint: see `dwakd.cache.fingerprint.fingerprint`.
         names: what teacher, adapter and tokenizer were called; only for messages.
         dtype: of the stored hidden states.
-        index: checksum of the index.
+        index: checksum of the index, its header included.
         teacher: dtype and shape of each tensor in teacher.safetensors.
         scale: of the head.
         soft_cap: of the head.

@@ -14,7 +14,17 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-from dwakd.cache.files import MISSING, UNFINISHED, Layout, MappedRows, fault, read_tensors, write_tensors, write_whole
+from dwakd.cache.files import (
+    MISSING,
+    UNFINISHED,
+    Layout,
+    MappedRows,
+    fault,
+    file_digest,
+    read_tensors,
+    write_tensors,
+    write_whole,
+)
 from dwakd.cache.fingerprint import difference
 from dwakd.cache.index import Index
 from dwakd.cache.manifest import INDEX, MANIFEST, TEACHER, Manifest, broken, check_folder, human_bytes
@@ -46,13 +56,9 @@ class Cache:
         path = folder / INDEX
         if not path.is_file():
             raise broken(folder, INDEX, MISSING)
-        try:
-            tensors, metadata = read_tensors(path)
-        except (ValueError, KeyError) as error:
-            raise broken(folder, INDEX, str(error)) from error
-        if metadata["sha256"] != manifest.index:
-            raise broken(folder, INDEX, "belongs to another cache")
-        return cls(folder, manifest, Index.from_tensors(tensors))
+        if file_digest(path) != manifest.index:
+            raise broken(folder, INDEX, "is damaged (it does not match its checksum), or belongs to another cache")
+        return cls(folder, manifest, Index.from_tensors(read_tensors(path)))
 
     @classmethod
     def create(
@@ -69,10 +75,12 @@ class Cache:
         folder.mkdir(parents=True, exist_ok=True)
         table, head = teacher
         index = Index.plan(sets, head.hidden_size * dtype.itemsize)
-        checksum = write_tensors(folder / INDEX, index.tensors(), {"cache": "any"})
+        write_tensors(folder / INDEX, index.tensors(), {"cache": "any"})
         tensors = _teacher_tensors(table, head)
         layout = {name: (_word(tensor.dtype), list(tensor.shape)) for name, tensor in tensors.items()}
-        manifest = Manifest(fingerprint, names, _word(dtype), checksum, layout, head.scale, head.soft_cap)
+        manifest = Manifest(
+            fingerprint, names, _word(dtype), file_digest(folder / INDEX), layout, head.scale, head.soft_cap
+        )
         cache = cls(folder, manifest, index)
         cache.write_teacher(table, head)
         write_whole(folder / MANIFEST, [manifest.dump().encode()])
@@ -183,7 +191,7 @@ class Cache:
 
     def teacher(self) -> tuple[Tensor, OutputHead]:
         """The teacher's embedding table and head; where they are tied, they are one tensor."""
-        tensors, _ = read_tensors(self.folder / TEACHER)
+        tensors = read_tensors(self.folder / TEACHER)
         weight = tensors["head.weight"]
         head = OutputHead(weight, tensors.get("head.bias"), self.manifest.scale, self.manifest.soft_cap)
         return tensors.get("embedding", weight), head

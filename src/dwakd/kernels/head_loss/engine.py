@@ -81,8 +81,11 @@ class ChunkedRun:
         shared: dict[tuple[Any, ...], list[int]] = {}
         for index in sorted(range(len(self.sides)), key=lambda index: not self.needs[index]):
             head = self.sides[index].head
-            bias = None if head.bias is None else head.bias.data_ptr()
-            shared.setdefault((head.weight.data_ptr(), bias, head.scale, head.soft_cap), []).append(index)
+            places = [
+                None if part is None else (part.data_ptr(), part.shape, part.stride())
+                for part in (head.weight, head.bias)
+            ]
+            shared.setdefault((*places, head.scale, head.soft_cap), []).append(index)
         chunks = [chunk for group in self.groups for chunk in group.chunks]
         return [
             (
