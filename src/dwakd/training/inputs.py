@@ -31,6 +31,10 @@ def checked_args(args: Any) -> DistillConfig:
             f"{args.n_gpu} GPUs are visible to one process: start one for each with torchrun "
             f"--nproc-per-node={args.n_gpu}, or set CUDA_VISIBLE_DEVICES to one of them"
         )
+    if args.accelerator_config.dispatch_batches:
+        raise UserError(
+            "accelerator_config.dispatch_batches cannot be used, as each process makes its own batches; leave it out"
+        )
     return args
 
 
