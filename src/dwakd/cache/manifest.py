@@ -56,7 +56,8 @@ class Manifest:
             raise broken(folder, MANIFEST, "is damaged (it cannot be read)") from error
         if form != FORMAT:
             raise UserError(
-                f"teacher cache {folder} has the format {form!r}, and this version of dwakd reads {FORMAT!r}"
+                f"teacher cache {folder} has the format {form!r}, and this version of dwakd reads {FORMAT!r}: delete "
+                "the folder, or name another in teacher.cache"
             )
         if identity != manifest.identity:
             raise broken(folder, MANIFEST, "is damaged (its content does not match its checksum)")
