@@ -119,6 +119,14 @@ def test_every_byte_of_the_index_counts(copied):
             Cache.open(copied)
 
 
+def test_a_cache_of_another_format(copied):
+    """Read as this one, it would be called damaged, and built anew beside good shards."""
+    path = copied / "cache.json"
+    path.write_text(path.read_text().replace("dwakd teacher cache 2", "dwakd teacher cache 1"))
+    with pytest.raises(UserError, match="has the format 'dwakd teacher cache 1', .* delete the folder, or name another"):
+        open_whole(copied)
+
+
 def test_a_truncated_a_missing_and_a_foreign_shard(copied, built, teacher, tmp_path):
     """Each is named with what is wrong; what is damaged is built anew by `dwakd cache`, what is missing by training."""
     path = copied / "shard-00001.safetensors"
