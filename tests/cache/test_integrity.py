@@ -123,7 +123,9 @@ def test_a_cache_of_another_format(copied):
     """Read as this one, it would be called damaged, and built anew beside good shards."""
     path = copied / "cache.json"
     path.write_text(path.read_text().replace("dwakd teacher cache 2", "dwakd teacher cache 1"))
-    with pytest.raises(UserError, match="has the format 'dwakd teacher cache 1', .* delete the folder, or name another"):
+    with pytest.raises(
+        UserError, match=r"has the format 'dwakd teacher cache 1', .* delete the folder, or name another"
+    ):
         open_whole(copied)
 
 
