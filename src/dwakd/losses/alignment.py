@@ -4,9 +4,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dwakd.batch import ModelSide
 from dwakd.kernels.soft_dtw import soft_dtw
 from dwakd.losses.packing import pad_rows
 
+Pair = tuple[Float[Tensor, "s_tokens _"], Float[Tensor, "t_tokens _"]]
 Padded = Float[Tensor, "batch length _"]
 
 
@@ -21,7 +23,7 @@ def unit_rows(
 
 
 def soft_dtw_divergences(
-    pairs: list[tuple[Float[Tensor, "s_tokens _"], Float[Tensor, "t_tokens _"]]],
+    pairs: list[Pair],
     student_lengths: Int[Tensor, " batch"],
     teacher_lengths: Int[Tensor, " batch"],
     *,
@@ -67,6 +69,28 @@ def soft_dtw_divergences(
     # half the value, all of the gradient: the other half is that of the factors detached above, and equal to this one,
     # since s of a symmetric cost has a symmetric gradient
     return list(cross - own + own.detach() / 2)
+
+
+def sequence_terms(
+    pairs: dict[str, Pair],
+    student: ModelSide,
+    teacher: ModelSide,
+    *,
+    gamma: float,
+    band: Float[Tensor, "batch s_length t_length"] | None,
+    impl: str,
+) -> dict[str, Float[Tensor, ""]]:
+    """`soft_dtw_divergences` of each pair, summed over the batch, by the pair's name."""
+    scores = soft_dtw_divergences(
+        list(pairs.values()),
+        student.lengths,
+        teacher.lengths,
+        gamma=gamma,
+        band=band,
+        longest=max(*student.counts, *teacher.counts),
+        impl=impl,
+    )
+    return {name: score.sum() for name, score in zip(pairs, scores, strict=True)}
 
 
 def _costs(offset: Float[Tensor, "#batch #n #m"], x: Padded, y: Padded) -> Padded:

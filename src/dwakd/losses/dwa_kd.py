@@ -9,7 +9,7 @@ from torch import Tensor
 from dwakd.batch import LossOutput, ModelSide
 from dwakd.kernels.head_loss import HeadLoss, head_loss, student_space, teacher_space
 from dwakd.kernels.soft_dtw import IMPLS
-from dwakd.losses.alignment import soft_dtw_divergences
+from dwakd.losses.alignment import sequence_terms
 from dwakd.losses.attention import CrossModelAttention, TeacherScale, band_penalty, cross_model_attention
 from dwakd.losses.base import (
     DistillationLoss,
@@ -233,13 +233,4 @@ class DwaKdLoss(DistillationLoss):
         band = None
         if self.band is not None:
             band = band_penalty(crossed.weights, student.lengths, teacher.lengths, **self.band)
-        scores = soft_dtw_divergences(
-            list(pairs.values()),
-            student.lengths,
-            teacher.lengths,
-            gamma=self.gamma,
-            band=band,
-            longest=max(*student.counts, *teacher.counts),
-            impl=self.impl,
-        )
-        return {name: score.sum() for name, score in zip(pairs, scores, strict=True)}
+        return sequence_terms(pairs, student, teacher, gamma=self.gamma, band=band, impl=self.impl)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dwakd.batch import LossOutput, ModelSide
 from dwakd.kernels.soft_dtw import IMPLS
-from dwakd.losses.alignment import soft_dtw_divergences
+from dwakd.losses.alignment import sequence_terms
 from dwakd.losses.attention import TeacherScale, band_penalty
 from dwakd.losses.base import DistillationLoss, check_range, reduce_terms, require_teacher
 from dwakd.losses.divergences import divergence as named_divergence
@@ -168,16 +168,7 @@ class DwaKdV2Loss(DistillationLoss):
         band = None
         if self.band is not None:
             band = exact_band(spaces.partners, student.lengths, teacher.lengths, **self.band)
-        scores = soft_dtw_divergences(
-            list(pairs.values()),
-            student.lengths,
-            teacher.lengths,
-            gamma=self.gamma,
-            band=band,
-            longest=max(*student.counts, *teacher.counts),
-            impl=self.impl,
-        )
-        return {name: score.sum() for name, score in zip(pairs, scores, strict=True)}
+        return sequence_terms(pairs, student, teacher, gamma=self.gamma, band=band, impl=self.impl)
 
 
 def exact_band(
