@@ -97,7 +97,7 @@ class MinEdLoss(DistillationLoss):
         teacher = require_teacher(teacher, "min_ed")
         rows, aligned = aligned_teacher_rows(student, teacher, same_prefix=self.same_prefix)
         criterion = CarriedOver(student.target_ids, aligned, self.student_of, self.temperature, self.kd_rate)
-        carried = HeadRows(teacher.hidden.detach()[rows], teacher.head.detached(), student.lengths, student.counts)
+        carried = HeadRows(teacher.hidden.detach()[rows], teacher.head.detached(), student.lengths)
         output = head_loss([head_rows(student), carried], criterion)
         return reduce_terms(
             output.terms, {}, len(student.target_ids) if num_tokens is None else num_tokens, total=output.loss

@@ -77,7 +77,7 @@ class UldLoss(DistillationLoss):
     ) -> LossOutput:
         teacher = require_teacher(teacher, "uld")
         rows, weights = paired_rows(student.lengths, teacher.lengths, len(student.target_ids), self.mean_over_pairs)
-        opposite = HeadRows(teacher.hidden.detach()[rows], teacher.head.detached(), student.lengths, student.counts)
+        opposite = HeadRows(teacher.hidden.detach()[rows], teacher.head.detached(), student.lengths)
         criterion = SortedDifference(
             student.target_ids, weights, self.temperature, {"ce": self.ce_weight, "uld": self.uld_weight}
         )
