@@ -96,13 +96,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Copies of all the tensors of a file that was found to be whole."""
     content = np.fromfile(path, dtype=np.uint8)
     start, header = _parse(content[: 1 << 20].tobytes())
+    del header["__metadata__"]
     tensors = {}
     for name, entry in header.items():
-        if name != "__metadata__":
-            begin, end = (start + offset for offset in entry["data_offsets"])
-            tensors[name] = (
-                torch.from_numpy(content[begin:end].copy()).view(DTYPES[entry["dtype"]]).view(entry["shape"])
-            )
+        begin, end = (start + offset for offset in entry["data_offsets"])
+        tensors[name] = torch.from_numpy(content[begin:end].copy()).view(DTYPES[entry["dtype"]]).view(entry["shape"])
     return tensors
 
 
