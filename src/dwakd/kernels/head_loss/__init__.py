@@ -33,8 +33,7 @@ __all__ = [
 
 IMPLS = ("auto", "naive", "chunked")
 BUDGET_BYTES = 128 * 2**20
-"""Logits held at a time. On CPUs half of it makes products of a vocabulary of 150,000 a quarter slower, twice as much
-makes them 5 % faster."""
+"""Logits held at a time. On CPUs half of it or twice as much changes the time of DWA-KD's loss by 3 %."""
 
 
 @dataclass(frozen=True)
