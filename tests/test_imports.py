@@ -1,0 +1,27 @@
+"""Every module can be imported first, in a fresh interpreter."""
+
+import subprocess
+import sys
+
+_EACH_ALONE = """
+import importlib, pkgutil, sys
+import dwakd
+names = [module.name for module in pkgutil.walk_packages(dwakd.__path__, "dwakd.") if not module.name.endswith("__main__")]
+failed = []
+for name in names:
+    for loaded in [loaded for loaded in sys.modules if loaded.split(".")[0] == "dwakd"]:
+        del sys.modules[loaded]
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        failed.append(f"{name}: {type(error).__name__}: {error}")
+print(len(names), *failed, sep="\\n")
+"""
+
+
+def test_each_module_can_be_imported_alone():
+    """A cycle of imports shows only for the user who imports the modules in another order."""
+    done = subprocess.run([sys.executable, "-c", _EACH_ALONE], capture_output=True, text=True, check=True)
+    count, *failed = done.stdout.splitlines()
+    assert int(count) > 90
+    assert not failed
