@@ -256,7 +256,7 @@ def test_missing_pieces_are_named(tmp_path):
         checked_args(TrainingArguments(str(tmp_path), use_cpu=True))
     with pytest.raises(UserError, match="dispatch_batches cannot be used"):
         checked_args(DistillConfig(str(tmp_path), use_cpu=True, accelerator_config={"dispatch_batches": True}))
-    with pytest.raises(UserError, match="one model object"):
+    with pytest.raises(UserError, match="share the parameter"):
         DistillTrainer(student, student, args, ROWS, processing_class=byte_bpe(), teacher_processing_class=byte_bpe())
     nothing = DistillTrainer(student, None, DistillConfig(output_dir=str(tmp_path), use_cpu=True, method="sft"), None,
                              processing_class=byte_bpe())  # fmt: skip

@@ -7,7 +7,10 @@ from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
 
 class EpochAndTerms(TrainerCallback):
-    """Starts the sums of terms where a run starts, tells the sampler the epoch (a resumed loader doesn't), times steps.
+    """Prepares a run for its other callbacks, passes the epoch to the sampler, and measures the time of steps.
+
+    The callbacks after it receive the student as `model`, because the module of student and loss has no `generate`. The sums
+    of terms start with the run. A resumed data loader does not pass the epoch to the sampler.
 
     `seconds` holds the time of each optimiser step from its first batch on, the teacher's forward included, without
     logging, evaluation and saving.
@@ -21,6 +24,7 @@ class EpochAndTerms(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.trainer.step_started)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.callback_handler.model = self.trainer.student
         self.trainer.reset_terms()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

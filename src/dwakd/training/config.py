@@ -110,6 +110,9 @@ class DistillConfig(TrainingArguments):
     num_train_epochs: float = field(default=20.0, metadata={"help": "Passes over the training set."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of both learning rates."})
     logging_steps: float = field(default=1, metadata={"help": "Optimiser steps between two logs."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave at False: a loss that is NaN or infinite ends the run."}
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best included."})
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Leave at False."})
     ddp_find_unused_parameters: bool | None = field(

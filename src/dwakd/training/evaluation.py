@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import EvalPrediction
+from transformers.trainer_utils import denumpify_detensorize
 
 from dwakd.data.sources import Example
+from dwakd.errors import UserError
 from dwakd.evaluation.generate import generate_answers
 from dwakd.evaluation.rouge import references_of, rouge_l
 from dwakd.training.sampler import cut_repeats
@@ -66,5 +71,27 @@ def generated_metrics(trainer: DistillTrainer, examples: list[Example]) -> dict[
         scores = rouge_l(answers, references)
         metrics["rouge_l"] = sum(scores) / len(scores)
     if trainer.metrics_function:
-        metrics |= trainer.metrics_function(EvalPrediction(predictions=answers, label_ids=references))
+        own = trainer.metrics_function(EvalPrediction(predictions=answers, label_ids=references))
+        metrics |= plain_metrics(own)
     return metrics
+
+
+def plain_metrics(metrics: Any) -> dict[str, Any]:
+    """The metrics of a user's function with numbers of numpy and torch as plain numbers, ready for JSON files.
+
+    Raises:
+        UserError: not a dict by name, or a value that JSON cannot hold; names the metric.
+    """
+    if not isinstance(metrics, Mapping):
+        raise UserError(f"compute_metrics must return a dict of numbers by name, got {type(metrics).__name__}")
+    plain: dict[str, Any] = {}
+    for name, value in denumpify_detensorize(dict(metrics)).items():
+        plain[name] = value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
+        try:
+            json.dumps({name: plain[name]})
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"compute_metrics must return numbers by name, but {name!r} is a {type(value).__name__}: return one number "
+                "for each metric"
+            ) from error
+    return plain

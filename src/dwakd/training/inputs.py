@@ -4,7 +4,6 @@ from typing import Any, TypeAlias
 
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dwakd.data.encoding import TextEncoder
@@ -18,7 +17,8 @@ from dwakd.models.rows import check_head, embedding_table, model_name, output_he
 from dwakd.training.config import DistillConfig
 
 Source: TypeAlias = str | Dataset | list[dict[str, Any]] | list[Example] | EncodedPairs
-Pair: TypeAlias = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+Model: TypeAlias = PreTrainedModel | PeftModel
+Pair: TypeAlias = tuple[Model, PreTrainedTokenizerBase]
 
 
 def checked_args(args: Any) -> DistillConfig:
@@ -50,9 +50,7 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     return adapted
 
 
-def load_pair(
-    model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: DistillConfig, name: str
-) -> Pair:
+def load_pair(model: str | Model, tokenizer: PreTrainedTokenizerBase | None, args: DistillConfig, name: str) -> Pair:
     """A model with its tokenizer, loaded if given by name, and checked to be one that losses can use.
 
     Raises:
@@ -144,10 +142,3 @@ def check_batches(pairs: EncodedPairs | None, args: DistillConfig) -> None:
             f"the {len(pairs)} rows to train on are fewer than a batch of {size}, which training.dataloader_drop_last "
             "leaves out: lower training.per_device_train_batch_size, or switch it off"
         )
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of a model to 0."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0

@@ -1,5 +1,6 @@
 """From the models and tokenizers at hand to the method that a configuration names."""
 
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from dwakd.data.encoding import TextEncoder
@@ -11,7 +12,10 @@ from dwakd.training.teacher import Teacher
 
 
 def build_method(
-    args: DistillConfig, student: PreTrainedModel, teachers: list[Teacher], encoders: tuple[TextEncoder, ...]
+    args: DistillConfig,
+    student: PreTrainedModel | PeftModel,
+    teachers: list[Teacher],
+    encoders: tuple[TextEncoder, ...],
 ) -> DistillationLoss | SeveralTeachers:
     """The configured method, given what it needs of the models; one for each teacher if there are several.
 
@@ -30,7 +34,10 @@ def build_method(
 
 
 def _build(
-    args: DistillConfig, student: PreTrainedModel, teacher: Teacher, encoders: tuple[TextEncoder, TextEncoder]
+    args: DistillConfig,
+    student: PreTrainedModel | PeftModel,
+    teacher: Teacher,
+    encoders: tuple[TextEncoder, TextEncoder],
 ) -> DistillationLoss:
     method = method_class(args.method)
     student_encoder, teacher_encoder = encoders

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -88,7 +89,7 @@ class OnlineTeacher(Teacher):
         model: a causal language model; set to eval mode and frozen here.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         self.model = model.eval().requires_grad_(False)
         self.with_attention = False
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dwakd.batch import ModelSide
 from dwakd.data.collator import PairedCollator, SeveralCollators
@@ -14,14 +14,15 @@ from dwakd.errors import UserError
 from dwakd.losses import TeacherScale, method_class
 from dwakd.training.cached import CachedTeacher, refuse_attention
 from dwakd.training.config import DistillConfig
-from dwakd.training.inputs import load_pair
+from dwakd.training.inputs import Model, load_pair
+from dwakd.training.student import check_separate
 from dwakd.training.teacher import OnlineTeacher, Teacher
 
-AnyTeacher: TypeAlias = str | PreTrainedModel | Teacher
+AnyTeacher: TypeAlias = str | Model | Teacher
 
 
 def prepare_teachers(
-    student: PreTrainedModel,
+    student: Model,
     teachers: AnyTeacher | list[AnyTeacher] | None,
     tokenizers: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None,
     args: DistillConfig,
@@ -29,8 +30,9 @@ def prepare_teachers(
     """Each teacher with its encoder; none for a method that needs none.
 
     Raises:
-        UserError: no teacher where one is needed, the student itself, a teacher without a tokenizer, other numbers of
-            tokenizers or weights than of teachers, one cache for several, or one for a method that reads attention.
+        UserError: no teacher where one is needed, a teacher that shares parameters with the student, a teacher without a
+            tokenizer, another number of tokenizers or weights than of teachers, one cache for several teachers, or a cache
+            for a method that reads attention.
     """
     if not method_class(args.method).needs_teacher:
         return []
@@ -46,13 +48,11 @@ def prepare_teachers(
         raise UserError(
             "teacher_cache is for one teacher: give each of several as a dwakd.training.cached.CachedTeacher"
         )
-    if any(teacher is student for teacher in given):
-        raise UserError("student and teacher are one model object: load the teacher apart, it gets frozen")
-    return [_prepare(teacher, tokenizer, args) for teacher, tokenizer in zip(given, beside, strict=True)]
+    return [_prepare(student, teacher, tokenizer, args) for teacher, tokenizer in zip(given, beside, strict=True)]
 
 
 def _prepare(
-    teacher: AnyTeacher, tokenizer: PreTrainedTokenizerBase | None, args: DistillConfig
+    student: Model, teacher: AnyTeacher, tokenizer: PreTrainedTokenizerBase | None, args: DistillConfig
 ) -> tuple[Teacher, TextEncoder]:
     if args.teacher_cache is not None:
         remote = args.trust_remote_code
@@ -61,6 +61,7 @@ def _prepare(
         refuse_attention(args.method, args.loss_options)
     if not isinstance(teacher, Teacher):
         model, tokenizer = load_pair(teacher, tokenizer, args, "teacher_processing_class")
+        check_separate(student, model)
         teacher = OnlineTeacher(model)
     tokenizer = tokenizer or teacher.tokenizer
     if tokenizer is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,22 +21,23 @@ from dwakd.errors import UserError
 from dwakd.evaluation.generate import answerable_prompts
 from dwakd.losses import DistillationLoss, SeveralTeachers
 from dwakd.training.callbacks import EpochAndTerms, TermsProgressCallback
-from dwakd.training.checkpoint import LOSS_STATE, load_checkpoint
+from dwakd.training.checkpoint import LOSS_STATE, load_checkpoint, save_student
 from dwakd.training.config import DistillConfig
 from dwakd.training.distiller import Distiller
 from dwakd.training.evaluation import eval_terms, generated_metrics
+from dwakd.training.finite import FiniteCheck
 from dwakd.training.inputs import (
     Source,
     add_adapter,
     check_batches,
     checked_args,
-    disable_dropout,
     encode_source,
     load_pair,
 )
 from dwakd.training.method import build_method
 from dwakd.training.optimizer import parameter_groups
 from dwakd.training.sampler import LengthGroupedSampler, cut_repeats
+from dwakd.training.student import check_restorable, check_trainable, disable_dropout
 from dwakd.training.teacher import Teacher
 from dwakd.training.teachers import AnyTeacher, attach_rows, batch_collator, prepare_teachers, tell_teachers
 
@@ -67,7 +67,7 @@ class DistillTrainer(Trainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | PreTrainedModel | PeftModel,
         teacher_model: AnyTeacher | list[AnyTeacher] | None = None,
         args: DistillConfig | None = None,
         train_dataset: Source | None = None,
@@ -97,13 +97,17 @@ class DistillTrainer(Trainer):
         loss = build_method(args, model, self.teachers, self._encoders)
         if peft_config is not None:
             model = add_adapter(model, peft_config)
+        if train_pairs is not None:
+            check_trainable(model)
+            check_restorable(model)
+            check_batches(train_pairs, args)
         if args.disable_dropout:
             disable_dropout(model)
-        check_batches(train_pairs, args)
         self.metrics_function = compute_metrics
         self.length_sampler: LengthGroupedSampler | None = None
         self._term_sums: dict[str, Tensor] = {}
         self._term_steps = 0
+        self.clock = EpochAndTerms(self)
         super().__init__(
             model=Distiller(model, loss),
             args=args,
@@ -111,19 +115,13 @@ class DistillTrainer(Trainer):
             train_dataset=train_pairs,
             eval_dataset=eval_pairs,
             processing_class=processing_class,
-            callbacks=callbacks,
+            callbacks=[self.clock, *(callbacks or [])],
             optimizers=optimizers,
         )
-        self.clock = EpochAndTerms(self)
-        self.add_callback(self.clock)
+        self.finite = FiniteCheck(self)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         if not args.disable_tqdm:
             self.add_callback(TermsProgressCallback)
-
-    @property
-    def teacher(self) -> Teacher | None:
-        """The teacher, or the first of several."""
-        return self.teachers[0] if self.teachers else None
 
     @property
     def student(self) -> PreTrainedModel | PeftModel:
@@ -172,6 +170,7 @@ class DistillTrainer(Trainer):
     ) -> Any:
         output = model(*self.forward_inputs(inputs, num_items_in_batch))
         if model.training:
+            self.finite.add(output["loss"])
             for name, value in output["terms"].items():
                 self._term_sums[name] = self._term_sums.get(name, 0.0) + inputs["share"] * value
         # Wrappers average gradients over ranks; the division by the global number of tokens wants their sum.
@@ -190,13 +189,13 @@ class DistillTrainer(Trainer):
             sums = self.accelerator.reduce(sums, "sum") / steps
             logs |= dict(zip(self._term_sums, sums.tolist(), strict=True))
             self.reset_terms()
-            if not math.isfinite(logs["loss"]):
-                self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes the bar and trackers
-                raise UserError(
-                    f"the loss is {logs['loss']} by step {self.state.global_step}: lower training.learning_rate, or give "
-                    "training.warmup_steps"
-                )
         super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; raises UserError if a loss or a parameter becomes NaN or infinite."""
+        output = super().train(*args, **kwargs)
+        self.finite.finish()
+        return output
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         if self.train_dataset is None:
@@ -256,7 +255,8 @@ class DistillTrainer(Trainer):
             metrics = eval_terms(self, self.get_eval_dataloader(eval_dataset))
             if eval_dataset is None and (self.args.eval_rouge_l or self.metrics_function):
                 metrics |= generated_metrics(self, self._eval_examples)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        prefix = f"{metric_key_prefix}_"
+        metrics = {prefix + name.removeprefix(prefix): value for name, value in metrics.items()}
         self.log(dict(metrics))
         control = self.control  # type: ignore[has-type]
         self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
@@ -275,10 +275,11 @@ class DistillTrainer(Trainer):
     # Saving: the student as transformers saves it; what only training needs goes into checkpoints alone.
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        self.finite.finish()
         folder = output_dir or self.args.output_dir
         if state_dict is not None:
             state_dict = {n.removeprefix("student."): t for n, t in state_dict.items() if n.startswith("student.")}
-        self.student.save_pretrained(folder, state_dict=state_dict)
+        save_student(self.student, folder, state_dict)
         self.processing_class.save_pretrained(folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -1,0 +1,243 @@
+"""Checks of a student before the first step: it can be trained, and its saved folder will hold the same model."""
+
+import copy
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import nn
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from dwakd.errors import UserError
+from dwakd.models.rows import evaluating, model_name
+from dwakd.training.checkpoint import widest_dtype
+
+logger = logging.getLogger(__name__)
+
+SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Generation settings that greedy decoding ignores, and that transformers refuses to save together with it."""
+
+
+def check_trainable(student: nn.Module) -> None:
+    """Refuse a student of which no parameter requires gradients.
+
+    Raises:
+        UserError: all of its parameters are frozen.
+    """
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        hint = " (for a saved adapter: PeftModel.from_pretrained(..., is_trainable=True))"
+        raise UserError(
+            f"no parameter of the student {model_name(student)} requires gradients, so training would not change it: "
+            f"set requires_grad on what should be trained{hint if isinstance(student, PeftModel) else ''}"
+        )
+
+
+def check_separate(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a teacher that shares parameters with the student, because the teacher's parameters are frozen.
+
+    Raises:
+        UserError: names the first parameter that both have.
+    """
+    theirs = {_storage(parameter) for parameter in teacher.parameters()}
+    for name, parameter in student.named_parameters():
+        if _storage(parameter) in theirs:
+            raise UserError(
+                f"student and teacher share the parameter {name}, and the teacher is frozen: load the teacher separately"
+            )
+
+
+def check_restorable(student: nn.Module) -> None:
+    """Refuse a student that could not be saved, or that would be another model when its folder is loaded.
+
+    Saves the settings to a temporary folder, builds the model that they describe with the student's own tensors, and
+    compares the logits of both on a small batch. The two models share their memory where their dtypes agree.
+    Sampling settings that greedy decoding ignores are reset, because transformers refuses to save them.
+
+    Raises:
+        UserError: names the setting, the tensor or the adapter that does not fit.
+    """
+    if isinstance(student, PeftModel):
+        _check_adapter(student)
+    elif getattr(student, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"the student {model_name(student)} has an adapter from add_adapter, whose base model would not be saved: "
+            "give the model without it and the adapter as peft_config, or a peft.PeftModel"
+        )
+    elif isinstance(student, PreTrainedModel) and not (is_deepspeed_zero3_enabled() or _is_split(student)):
+        _check_same(student, *_restored(student, _saved_config(student)))
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout rate of a model to 0: of dropout modules, of plain numbers, and of configs read in a forward.
+
+    The configs of the submodules are replaced by copies, so that the model's own config is saved unchanged.
+    """
+    copies: dict[int, PretrainedConfig] = {}
+    saved = model.get_base_model() if isinstance(model, PeftModel) else model
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        _set_rates_to_zero(module)
+        config = vars(module).get("config")
+        if isinstance(config, PretrainedConfig) and module not in (model, saved):
+            if id(config) not in copies:
+                copies[id(config)] = copy.copy(config)
+                _set_rates_to_zero(copies[id(config)])
+            module.config = copies[id(config)]
+
+
+def _set_rates_to_zero(owner: Any) -> None:
+    for name, value in list(vars(owner).items()):
+        if "drop" in name.lower() and isinstance(value, float):
+            setattr(owner, name, 0.0)
+
+
+def _storage(parameter: torch.Tensor) -> tuple[str, int]:
+    return str(parameter.device), parameter.untyped_storage().data_ptr() or id(parameter)
+
+
+def _is_split(student: PreTrainedModel) -> bool:
+    """Whether the student is quantized or lies on several devices; neither can be rebuilt from its tensors."""
+    return getattr(student, "hf_quantizer", None) is not None or len({p.device for p in student.parameters()}) > 1
+
+
+def _check_adapter(student: PeftModel) -> None:
+    if len(student.peft_config) > 1:
+        raise UserError(
+            f"the student has several adapters ({', '.join(student.peft_config)}), of which one can be saved: merge the "
+            "others into its base model or delete them"
+        )
+    (adapter,) = student.peft_config
+    saved = get_peft_model_state_dict(student, adapter_name=adapter, save_embedding_layers=False)
+    kept = {_storage(tensor) for tensor in saved.values()}
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad and _storage(parameter) not in kept:
+            raise UserError(
+                f"the student's parameter {name} is trained but is not part of its adapter, so it would not be saved: "
+                "freeze it, or name its module in modules_to_save"
+            )
+
+
+def _saved_config(student: PreTrainedModel) -> PretrainedConfig:
+    """The config as it is read back from the files that would be saved."""
+    _reset_unused_sampling(student)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if student.can_generate():
+                student.generation_config.save_pretrained(folder)
+            student.config.save_pretrained(folder)
+        except Exception as error:  # validators raise their own types
+            raise UserError(
+                f"the settings of the student {model_name(student)} cannot be saved: {' '.join(str(error).split())}"
+            ) from error
+        reader = type(student.config) if hasattr(student.config, "auto_map") else AutoConfig
+        try:
+            return reader.from_pretrained(folder)
+        except Exception as error:
+            raise UserError(
+                f"the config of the student {model_name(student)} cannot be read again after it is saved: "
+                f"{' '.join(str(error).split())}"
+            ) from error
+
+
+def _reset_unused_sampling(student: PreTrainedModel) -> None:
+    settings = student.generation_config
+    if settings is None or settings.do_sample:
+        return
+    default = GenerationConfig()
+    unused = [name for name in SAMPLING_SETTINGS if getattr(settings, name, None) not in (None, getattr(default, name))]
+    for name in unused:
+        setattr(settings, name, getattr(default, name))
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        return
+    if unused:
+        logger.warning(
+            "removed %s from the generation settings of the student %s: without do_sample=True they have no effect, and "
+            "transformers does not save them",
+            ", ".join(unused),
+            model_name(student),
+        )
+
+
+def _restored(student: PreTrainedModel, config: PretrainedConfig) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model that its saved folder would give, and transformers' report of loading it."""
+    try:
+        tensors = remove_tied_weights_from_state_dict(dict(student.state_dict()), student)
+    except RuntimeError as error:
+        raise UserError(
+            f"the student {model_name(student)} shares tensors that its architecture does not share, so it cannot be "
+            f"saved: {str(error).splitlines()[0]}"
+        ) from error
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    model_class: Any = known if isinstance(known, type) else type(student)
+    with _quiet_transformers():
+        try:
+            model, loading = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=widest_dtype(student),
+                attn_implementation=student.config._attn_implementation,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except Exception as error:
+            raise UserError(
+                f"the student {model_name(student)} cannot be loaded again after it is saved: "
+                f"{' '.join(str(error).split())}"
+            ) from error
+    return model, loading
+
+
+def _check_same(student: PreTrainedModel, restored: PreTrainedModel, loading: dict[str, Any]) -> None:
+    what = {
+        "missing_keys": "describes {}, which the model does not save",
+        "unexpected_keys": "does not describe {}",
+        "mismatched_keys": "describes {} in another shape",
+    }
+    for report, words in what.items():
+        if keys := sorted(key if isinstance(key, str) else key[0] for key in loading[report]):
+            more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+            raise UserError(
+                f"the student {model_name(student)} would be another model when its saved folder is loaded, because its "
+                f"config {words.format(keys[0] + more)}: correct the model or its config"
+            )
+    dtypes = {name: parameter.dtype for name, parameter in student.named_parameters()}
+    for name, parameter in restored.named_parameters():
+        parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
+    vocab_size = student.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(16, device=student.device) * 7 % vocab_size).view(2, 8)
+    with torch.no_grad(), evaluating(student), evaluating(restored.to(student.device)):
+        expected, found = (model(input_ids=ids, use_cache=False).logits.float() for model in (student, restored))
+    expected, found = (logits.nan_to_num(neginf=0.0) for logits in (expected, found))
+    tolerance = 1e-4 if widest_dtype(student).itemsize >= 4 and len(set(dtypes.values())) == 1 else 3e-2
+    difference = float((expected - found).abs().max())
+    if not difference <= tolerance * (1 + float(expected.abs().max())):
+        raise UserError(
+            f"the student {model_name(student)} would be another model when its saved folder is loaded: logits differ by "
+            f"{difference:.3g}, so its config does not describe all of it; correct the model or its config"
+        )
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and no loading reports."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,90 @@
+"""NaN ends a run at the step in which it occurs, and never reaches a saved file."""
+
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from dwakd import UserError
+from dwakd.training.finite import FiniteCheck
+from tests.training.builders import trainer
+
+
+@pytest.mark.parametrize("options", [{"logging_steps": 1}, {"logging_strategy": "no"}, {"logging_steps": 100}])
+def test_a_loss_of_nan_ends_the_run_whatever_is_logged(tmp_path, options):
+    """A check that runs when something is logged lets a run of days end with a student of NaN."""
+    run = trainer(tmp_path, learning_rate=1e30, lr_scheduler_type="constant", max_grad_norm=0.0, max_steps=6, **options)
+    with pytest.raises(UserError, match=r"the loss is \S+ at step [23]"):
+        run.train()
+
+
+def test_weights_of_nan_are_not_saved(tmp_path):
+    """The last step has no loss after it that would show what it did to the weights."""
+    options = {"learning_rate": 1e30, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 1}
+    run = trainer(tmp_path / "a", **options, save_strategy="steps", save_steps=1)
+    with torch.no_grad():
+        run.student.model.norm.weight[3] = torch.nan
+    with pytest.raises(UserError, match="NaN or inf"):
+        run.save_model()
+    assert not list((tmp_path / "a").glob("**/*.safetensors"))
+    diverged = trainer(tmp_path / "b", **options)
+    diverged.args.learning_rate = 3e38
+    with pytest.raises(UserError, match=r"the weights contain NaN or inf after step 1"):
+        diverged.train()
+
+
+class OnAccelerator(torch.Tensor):
+    """A tensor that claims to be on a GPU."""
+
+    @property
+    def device(self):
+        return torch.device("cuda")
+
+
+def test_losses_on_an_accelerator_are_checked_without_waiting(monkeypatch):
+    """Waiting for the value of each loss would stop a GPU in every step."""
+    events = []
+
+    class Event:
+        arrived = False
+
+        def __init__(self, device):
+            events.append(self)
+
+        def record(self):
+            self.recorded = True
+
+        def query(self):
+            return self.arrived
+
+        def synchronize(self):
+            self.arrived = True
+
+    monkeypatch.setattr(torch, "Event", Event)
+    run = finished_run()
+    check = FiniteCheck(run)
+    good, bad = (torch.tensor(value).as_subclass(OnAccelerator) for value in (1.0, torch.nan))
+    for run.state.global_step, loss in enumerate((good, bad, good)):
+        check.add(loss)
+    run.callback_handler.on_train_end.assert_not_called()
+    events[0].arrived = events[1].arrived = True
+    with pytest.raises(UserError, match="step 2"):
+        check.add(good)
+    run.callback_handler.on_train_end.assert_called_once()
+    run.state.global_step = 4
+    check.add(bad)
+    with pytest.raises(UserError, match="step 5"):
+        check.finish()
+
+
+def test_a_forbidden_token_may_keep_its_bias():
+    """Heads wider than their tokenizer forbid the padding rows by a bias of -inf."""
+    FiniteCheck(finished_run()).finish()
+
+
+def finished_run() -> Mock:
+    """A trainer whose model has a bias of -inf."""
+    model = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        model.bias[1] = -torch.inf
+    return Mock(model=model)

@@ -1,0 +1,237 @@
+"""A student that cannot be trained or restored is refused before the first step."""
+
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from dwakd import METHODS, DistillConfig, DistillTrainer, UserError
+from dwakd.training.student import check_restorable, disable_dropout
+from tests.builders import FAMILIES, byte_bpe, tiny_model
+from tests.training.builders import ROWS, TOKENIZERS
+
+
+def run_of(student, folder, teacher=None, **options) -> DistillTrainer:
+    """A trainer of one step for a student that is given loaded."""
+    arguments = {"max_steps": 1, "use_cpu": True, "disable_tqdm": True, "template": "plain", "save_strategy": "no"}
+    own, theirs = TOKENIZERS
+    return DistillTrainer(
+        student,
+        tiny_model("gemma2", len(theirs), seed=2) if teacher is None else teacher,
+        DistillConfig(output_dir=str(folder), **{**arguments, **options}),
+        ROWS,
+        processing_class=own,
+        teacher_processing_class=own if teacher is not None else theirs,
+    )
+
+
+@pytest.mark.parametrize("method", ["sft", "uld", "dwa_kd", "dskd_v2"])
+def test_a_frozen_student_is_refused(tmp_path, method):
+    """The method's own maps would train for days, and the student would stay as it was."""
+    base = tiny_model("llama", len(TOKENIZERS[0]))
+    get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(tiny_model("llama", len(TOKENIZERS[0])), tmp_path / "adapter")
+    frozen = tiny_model("llama", len(TOKENIZERS[0])).requires_grad_(False)
+    for student in (loaded, frozen):
+        with pytest.raises(UserError, match=r"no parameter of the student .* requires_grad"):
+            run_of(student, tmp_path, method=method)
+
+
+def test_a_teacher_that_shares_the_students_weights_is_refused(tmp_path):
+    """Freezing the teacher would freeze the student, or the student's steps would change the teacher."""
+    student = tiny_model("llama", len(TOKENIZERS[0]))
+    same_table = tiny_model("llama", len(TOKENIZERS[0]), seed=5)
+    same_table.model.embed_tokens.weight = student.model.embed_tokens.weight
+    adapted = get_peft_model(student, LoraConfig(r=2, task_type="CAUSAL_LM"))
+    for own, teacher in ((student, student), (student, same_table), (adapted, student)):
+        with pytest.raises(UserError, match="share the parameter"):
+            run_of(own, tmp_path, teacher)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_restorable(family):
+    """A check that refuses ordinary models is worse than none; it must not change them either."""
+    for dtype in (torch.float32, torch.bfloat16):
+        student = tiny_model(family, dtype=dtype).to(dtype)
+        before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+        check_restorable(student)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+
+
+def head_with_bias(model):
+    model.lm_head = torch.nn.Linear(32, 300)
+
+
+def tied_by_hand(model):
+    model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def layer_removed(model):
+    del model.model.layers[1]
+
+
+def layer_shared(model):
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+
+
+def narrower_layer(model):
+    model.model.layers[0].mlp.up_proj = torch.nn.Linear(32, 40, bias=False)
+    model.model.layers[0].mlp.gate_proj = torch.nn.Linear(32, 40, bias=False)
+    model.model.layers[0].mlp.down_proj = torch.nn.Linear(40, 32, bias=False)
+
+
+def other_activation(model):
+    for layer in model.model.layers:
+        layer.mlp.act_fn = torch.nn.Tanh()
+
+
+def generation_setting_in_config(model):
+    model.config.temperature = 0.6
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (head_with_bias, r"lm_head\.bias"),
+        (tied_by_hand, r"lm_head\.weight"),
+        (layer_removed, r"model\.layers\.1"),
+        (layer_shared, r"model\.layers\.1\.mlp"),
+        (narrower_layer, r"model\.layers\.0\.mlp"),
+        (other_activation, "logits differ"),
+        (generation_setting_in_config, "temperature"),
+    ],
+)
+def test_a_student_that_its_config_does_not_describe_is_refused(change, named):
+    """Its saved folder would be another model, which is found out after the training if at all."""
+    student = tiny_model("llama")
+    change(student)
+    with pytest.raises(UserError, match=named):
+        check_restorable(student)
+
+
+def test_a_subclass_is_restored_as_what_transformers_loads():
+    """The folder of a subclass is loaded as the registered class, without what the subclass adds."""
+
+    class Doubled(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * 2
+            return output
+
+    student = Doubled(tiny_model("llama").config)
+    with torch.no_grad():
+        student.lm_head.weight.normal_()
+    with pytest.raises(UserError, match="logits differ"):
+        check_restorable(student)
+
+
+def test_settings_that_greedy_decoding_ignores_are_removed(caplog):
+    """Llama 2 Chat was published with a temperature and without sampling, which transformers loads but cannot save."""
+    student = tiny_model("llama")
+    student.generation_config.temperature, student.generation_config.top_p = 0.6, 0.9
+    with caplog.at_level(logging.WARNING):
+        check_restorable(student)
+    assert "temperature, top_p" in caplog.text
+    assert student.generation_config.temperature in (None, 1.0)
+    student.generation_config.do_sample, student.generation_config.temperature = True, 0.6
+    check_restorable(student)
+    assert student.generation_config.temperature == 0.6
+    student.generation_config.max_new_tokens = -1
+    with pytest.raises(UserError, match="max_new_tokens"):
+        check_restorable(student)
+
+
+def test_adapters_that_would_be_lost_are_refused():
+    """PEFT saves the tensors of one adapter; a second adapter or an unfrozen base weight would be lost."""
+    config = LoraConfig(r=2, task_type="CAUSAL_LM")
+    two = get_peft_model(tiny_model("llama"), config)
+    two.add_adapter("second", config)
+    with pytest.raises(UserError, match="default, second"):
+        check_restorable(two)
+    unfrozen = get_peft_model(tiny_model("llama"), config)
+    unfrozen.get_base_model().model.norm.weight.requires_grad_(True)
+    with pytest.raises(UserError, match=r"norm\.weight .* modules_to_save"):
+        check_restorable(unfrozen)
+    inside = tiny_model("llama")
+    inside.add_adapter(config)
+    with pytest.raises(UserError, match="add_adapter"):
+        check_restorable(inside)
+    check_restorable(get_peft_model(tiny_model("qwen2"), LoraConfig(r=2, modules_to_save=["lm_head", "embed_tokens"])))
+
+
+@pytest.mark.parametrize(
+    ("family", "rates"),
+    [
+        ("gpt2", {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}),
+        ("llama", {"attention_dropout": 0.3}),
+        ("opt", {"dropout": 0.3, "attention_dropout": 0.3, "layerdrop": 0.5}),
+        ("phi", {"attention_dropout": 0.3, "embd_pdrop": 0.3, "resid_pdrop": 0.3}),
+        ("gpt_neox", {"attention_dropout": 0.3, "hidden_dropout": 0.3}),
+    ],
+)
+def test_every_dropout_is_disabled(family, rates):
+    """Rates are kept in modules, in plain attributes and in configs; one that stays on makes runs differ."""
+    student = tiny_model(family, **rates)
+    noisy, quiet = hidden_of_two_seeds(student), (disable_dropout(student), hidden_of_two_seeds(student))[1]
+    assert not torch.equal(*noisy)
+    assert torch.equal(*quiet)
+    assert {name: getattr(student.config, name) for name in rates} == rates, "the saved config must not change"
+
+
+def test_dropout_that_a_forward_reads_from_its_config_is_disabled():
+    """Falcon's layers read the rates from the config at every step."""
+    from transformers import FalconConfig
+
+    config = FalconConfig(
+        vocab_size=300,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        hidden_dropout=0.3,
+        attention_dropout=0.3,
+    )
+    student = AutoModelForCausalLM.from_config(config)
+    assert not torch.equal(*hidden_of_two_seeds(student))
+    disable_dropout(student)
+    assert torch.equal(*hidden_of_two_seeds(student))
+    assert student.config.hidden_dropout == 0.3
+
+
+def hidden_of_two_seeds(model) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states in training mode under two seeds of the dropout."""
+    ids, found = torch.arange(40).view(2, 20), []
+    for seed in (1, 2):
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            found.append(model.train().base_model(input_ids=ids).last_hidden_state)
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_in_bfloat16(tmp_path, method):
+    """Autocast gives hidden states of another dtype than the head, which must neither fail nor end in NaN."""
+    own = TOKENIZERS[0]
+    same = METHODS[method].needs_same_vocabulary
+    student = tiny_model("llama", len(own), seed=1)
+    teacher = tiny_model("gemma2", len(own), seed=2) if same else None
+    run = run_of(student, tmp_path, teacher, method=method, bf16=True, max_steps=2)
+    run.train()
+    assert all(torch.isfinite(torch.tensor(value)) for value in run.state.log_history[0].values())
+
+
+def test_callbacks_receive_the_student(tmp_path):
+    """Callbacks of other projects call `model.generate`, which the module of student and loss does not have."""
+    from transformers import TrainerCallback
+
+    class Sample(TrainerCallback):
+        answers: list = []  # noqa: RUF012
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            self.answers.append(model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False))
+
+    run = run_of(tiny_model("llama", len(byte_bpe())), tmp_path, method="sft")
+    run.add_callback(Sample())
+    run.train()
+    assert len(Sample.answers) == 1
