@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import datasets
 import pytest
 
 from dwakd.data import sources
-from dwakd.data.sources import Example, load_examples
+from dwakd.data.sources import EVAL_SPLITS, TEST_SPLITS, TRAIN_SPLITS, Example, load_examples
 from dwakd.errors import UserError
 
 ROWS = [
@@ -83,6 +84,72 @@ def test_hub_ids_go_to_load_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert error_of("no/such", split="test").startswith("cannot load the data set 'no/such' (split 'test')")
     assert "and more" not in error_of("no/such")
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "evaluation", "test"),
+    [
+        (["train", "validation", "test"], "train", "validation", "test"),
+        (["train", "test"], "train", "test", "test"),
+        (["train", "dev"], "train", "dev", "dev"),
+        (["train"], "train", None, None),
+        (["eval"], None, "eval", "eval"),
+        (["a", "b"], None, None, None),
+    ],
+)
+def test_splits_are_read_by_their_use(
+    monkeypatch: pytest.MonkeyPatch,
+    names: list[str],
+    train: str | None,
+    evaluation: str | None,
+    test: str | None,
+) -> None:
+    """Evaluated on the rows trained on, a student looks better the more it has memorised."""
+    splits = {name: datasets.Dataset.from_list([{"prompt": "a", "response": name}]) for name in names}
+    iterables = {name: table.to_iterable_dataset() for name, table in splits.items()}
+    monkeypatch.setattr(sources.datasets, "load_dataset", lambda *_, split: splits[split] if split else splits)
+    kinds = [datasets.DatasetDict(splits), datasets.IterableDatasetDict(iterables), splits, "org/name"]
+    for wanted, expected in ((TRAIN_SPLITS, train), (EVAL_SPLITS, evaluation), (TEST_SPLITS, test)):
+        for source in kinds:
+            if expected is not None:
+                assert load_examples(source, split=wanted)[0].response == expected
+            else:
+                error = error_of(source, split=wanted)
+                assert f"no split {wanted[0]!r}" in error
+                assert f"its splits are {', '.join(names)}" in error
+    assert load_examples(f"org/name@{names[-1]}", split=TRAIN_SPLITS)[0].response == names[-1]
+
+
+def test_another_split_than_usual_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever picks the best checkpoint on the test split has to know it."""
+    splits = {"train": ROWS, "test": ROWS}
+    with caplog.at_level(logging.WARNING, "dwakd"):
+        load_examples(splits, split=TRAIN_SPLITS)
+        load_examples(splits, split=TEST_SPLITS)
+        assert not caplog.records
+        load_examples(splits, split=EVAL_SPLITS)
+    assert "has no split 'validation'; its split 'test' is read instead" in caplog.text
+
+
+def test_streams_are_read_up_to_the_limit() -> None:
+    """A streamed data set is read like another one, and no further than wanted."""
+
+    def endless() -> Any:
+        while True:
+            yield from ROWS
+
+    stream = datasets.IterableDataset.from_generator(endless)
+    assert load_examples(stream, limit=2) == load_examples(ROWS)[:2]
+    assert load_examples(datasets.Dataset.from_list(ROWS).to_iterable_dataset()) == load_examples(ROWS)
+
+
+def test_features_that_cannot_be_decoded() -> None:
+    """Images and sounds are decoded row by row, by packages that need not be there: only if somebody reads them."""
+    table = datasets.Dataset.from_dict({"prompt": ["a"], "response": ["b"], "image": [{"bytes": b"no", "path": None}]})
+    table = table.cast_column("image", datasets.Image())
+    for source in (table, table.to_iterable_dataset(), datasets.DatasetDict(train=table)):
+        assert load_examples(source)[0].response == "b"
+        assert error_of(source, response="image", name="my rows").startswith("my rows: cannot be read (")
 
 
 def test_files_of_the_hub_are_read_as_local_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

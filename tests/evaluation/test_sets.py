@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from dwakd.config import recipe_from_dict
@@ -28,6 +29,21 @@ def test_names_are_unique_and_readable(tmp_path: Path) -> None:
     assert names == ["p3-test", "p3-test-2", "dolly-Test", "P3-test-3"]
     with pytest.raises(UserError, match="named twice"):
         check_evaluation([paths[0], paths[0]])
+
+
+def test_splits_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test set without a split `test` is evaluated on `validation`, never on the rows trained on."""
+    splits = {name: datasets.Dataset.from_list(SCORED * n) for n, name in enumerate(("train", "validation", "test"), 1)}
+    monkeypatch.setattr(
+        "dwakd.data.sources.datasets.load_dataset", lambda *_, split: splits[split] if split else splits
+    )
+    assert len(check_evaluation(["org/name"])[0].examples) == 3
+    del splits["test"]
+    assert len(check_evaluation(["org/name"])[0].examples) == 2
+    del splits["validation"]
+    with pytest.raises(UserError, match=r"org/name has no split 'test'.* its splits are train; .*org/name@train"):
+        check_evaluation(["org/name"])
+    assert len(check_evaluation(["org/name@train"])[0].examples) == 1
 
 
 def test_questions_without_answers_are_a_set_of_their_own(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
-"""Rows of any data set, validated: a hub id, a local json, jsonl, csv or parquet file, or rows at hand."""
+"""Rows of any data set, validated: a hub id, a local json, jsonl, csv or parquet file, or rows at hand.
 
-import csv
-import io
-import json
+Data sets with several splits, on the hub or in a dict, are read by the split that their use asks for: see `TRAIN_SPLITS`,
+`EVAL_SPLITS` and `TEST_SPLITS`.
+"""
+
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -11,15 +13,22 @@ from typing import Any
 
 import datasets
 import huggingface_hub
-import pyarrow  # type: ignore[import-untyped, unused-ignore]
-from pyarrow import parquet  # type: ignore[import-untyped, unused-ignore]
 
-from dwakd.data.rows import Example, read_example, resolve_columns
+from dwakd.data.files import SUFFIXES, PlacedRow, Select, Unusable, guarded, numbered, read_file
+from dwakd.data.rows import Columns, Example, read_example, resolve_columns
 from dwakd.errors import UserError
 
-__all__ = ["Example", "load_examples"]
+__all__ = ["EVAL_SPLITS", "SUFFIXES", "TEST_SPLITS", "TRAIN_SPLITS", "Example", "load_examples"]
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+logger = logging.getLogger(__name__)
+
+_VALIDATION = ("validation", "valid", "val", "dev", "eval")
+TRAIN_SPLITS = ("train",)
+"""Names of the split to train on; the first that exists is read."""
+EVAL_SPLITS = (*_VALIDATION, "test")
+"""Names of the split to evaluate on during training."""
+TEST_SPLITS = ("test", *_VALIDATION)
+"""Names of the split to evaluate a finished model on."""
 _FOREIGN_SUFFIXES = (
     ".txt",
     ".tsv",
@@ -34,16 +43,15 @@ _FOREIGN_SUFFIXES = (
     ".ndjson",
     ".pkl",
 )
-_SUFFIX, _ROWS = r"\.(?:json|jsonl|csv|parquet)", r"@(?:train)?\[(?P<start>\d*):(?P<stop>\d*)\]"
+_SUFFIX, _ROWS = r"\.(?:json|jsonl|csv|parquet)", r"@(?:train)?\[(?P<start>\d{0,18}):(?P<stop>\d{0,18})\]"
 _HUB_FILE = re.compile(rf"(?P<repo>[\w-][\w.-]*/[\w.-]+):(?P<file>[^@:]+{_SUFFIX})(?:{_ROWS})?")
 _LOCAL_ROWS = re.compile(rf"(?P<file>.+{_SUFFIX}){_ROWS}", re.IGNORECASE)
-_Placed = tuple[str, Any]  # where a row stands, and the row
 
 
 def load_examples(
     source: Any,
     *,
-    split: str = "train",
+    split: str | Sequence[str] = "train",
     prompt: str | None = None,
     response: str | None = None,
     input: str | None = None,
@@ -57,8 +65,9 @@ def load_examples(
         source: a hub id ("org/name", "org/name:config", either with a split of its own as "org/name@train[:90%]"), a
             file of a hub repository ("org/name:folder/file.jsonl", with rows as in "org/name:file.jsonl@[1000:]"), the
             path of a .json (a list of objects), .jsonl, .csv or .parquet file (with rows likewise), a `datasets.Dataset`
-            (or a dict of them by split), or a sequence of dicts.
-        split: of a hub data set without one of its own (in the syntax of `datasets`) or of a dict of data sets.
+            or `IterableDataset`, a sequence of dicts, or a dict of any of these by split.
+        split: of a hub data set without one of its own (in the syntax of `datasets`) or of a dict of data sets; of
+            several names, the first that exists is read.
         prompt: column of the prompt, the instruction or the conversation; by default found, see `dwakd.data.rows`.
         response: column of the response: a string, or a list of reference strings of which the first is learnt.
         input: column of the further context.
@@ -70,8 +79,8 @@ def load_examples(
         The examples in the order of the source.
 
     Raises:
-        UserError: the source cannot be read or found or is empty, a column is missing, or a row is malformed; the
-            message names the file and line.
+        UserError: the source cannot be read or found or is empty, the split or a column is missing, or a row is
+            malformed; the message names the file and line.
 
     Examples:
         >>> load_examples([{"prompt": "2 + 2 =", "response": "4"}])[0].response
@@ -80,67 +89,109 @@ def load_examples(
     if limit is not None and limit < 1:
         raise UserError(f"data.limit must be at least 1, got {limit}")
     name = name or (str(source) if isinstance(source, str | Path) else "the data set passed in")
-    options: dict[str, Any] = {"prompt": prompt, "response": response, "input": input}
-    rows = _open(source, split, name)
-    if isinstance(rows, datasets.Dataset):
-        if len(rows):
-            columns = resolve_columns(rows.column_names, name, **options, need_response=need_response)
-            rows = rows.with_format(None).select_columns(list(columns.used))  # others may be slow to decode
-        rows = _number(rows, name)
-    placed = list(islice(rows, limit))
+    options: dict[str, Any] = {"prompt": prompt, "response": response, "input": input, "need_response": need_response}
+
+    def select(names: Sequence[str]) -> list[str]:
+        return list(resolve_columns(names, name, **options).used)
+
+    placed = list(islice(_open(source, split, name, select), limit))
     if not placed:
         raise UserError(f"{name} is empty: it has no rows to read")
-    for where, row in placed:
-        if not isinstance(row, Mapping):
-            rows_in_one = isinstance(row, list) and bool(row) and isinstance(row[0], Mapping)
-            mend = "name the file .json if it is one list" if rows_in_one else "correct or remove that row"
-            kind = type(row).__name__
-            raise UserError(f"{where}: expected an object with named columns, got {kind} {row!r:.40}: {mend}")
-    available = dict.fromkeys(key for _, row in placed for key in row)
-    columns = resolve_columns(available, name, **options, need_response=need_response)
-    return [
-        read_example(row, columns, index=index, where=where, need_response=need_response)
-        for index, (where, row) in enumerate(placed)
-    ]
+    available = dict.fromkeys(str(key) for _, row in placed if isinstance(row, Mapping) for key in row)
+    if not available:
+        raise _unreadable(*placed[0])
+    columns = resolve_columns(available, name, **options)
+    return [_read_row(row, columns, index, where, need_response) for index, (where, row) in enumerate(placed)]
 
 
-def _open(source: Any, split: str, name: str) -> Any:
-    """A `datasets.Dataset`, or an iterator over rows and their places."""
-    if isinstance(source, str | Path):
-        if isinstance(source, str) and (found := _HUB_FILE.fullmatch(source)):
-            return _read_hub_file(**found.groupdict(), name=name)
-        if isinstance(source, str) and (found := _LOCAL_ROWS.fullmatch(source)):
-            return _rows_of(Path(found["file"]).expanduser(), found["start"], found["stop"], name)
-        if _is_local(source):
-            return _read_file(Path(source).expanduser(), name)
-        source = _load_from_hub(str(source), split)
-    if isinstance(source, datasets.DatasetDict):
-        if split not in source:
-            raise UserError(f"{name} has no split {split!r}: its splits are {', '.join(source)}")
-        source = source[split]
-    if isinstance(source, datasets.Dataset):
-        return source
+def _read_row(row: Any, columns: Columns, index: int, where: str, need_response: bool) -> Example:
+    if not isinstance(row, Mapping):
+        raise _unreadable(where, row)
+    try:
+        for column in columns.used:
+            if (reason := _find_unusable(row.get(column))) is not None:
+                raise UserError(f"{where}: {column!r} holds {reason}: correct or remove that row")
+        return read_example(row, columns, index=index, where=where, need_response=need_response)
+    except (RecursionError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{where}: a value is nested too deeply or a number too long: correct or remove it") from error
+
+
+def _unreadable(where: str, row: Any) -> UserError:
+    """What to say of a row without named columns."""
+    if isinstance(row, Unusable):
+        return UserError(f"{where}: this row is {row.reason}: correct or remove that row")
+    if isinstance(row, Mapping):
+        return UserError(f"{where}: this row has no columns: correct or remove that row")
+    rows_in_one = isinstance(row, list) and bool(row) and isinstance(row[0], Mapping)
+    fix = "name the file .json if it is one list" if rows_in_one else "correct or remove that row"
+    try:
+        shown = f" {row!r:.40}"
+    except (RecursionError, ValueError):
+        shown = ""
+    return UserError(f"{where}: expected an object with named columns, got {type(row).__name__}{shown}: {fix}")
+
+
+def _find_unusable(value: Any) -> str | None:
+    if isinstance(value, Unusable):
+        return value.reason
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return next((reason for part in parts if (reason := _find_unusable(part)) is not None), None)
+
+
+def _open(source: Any, split: str | Sequence[str], name: str, select: Select) -> Iterator[PlacedRow]:
+    """The rows of a source and their places; columns that `select` does not choose are left unread where possible."""
+    if isinstance(source, str) and (found := _HUB_FILE.fullmatch(source)):
+        return _read_hub_file(**found.groupdict(), name=name, select=select)
+    if isinstance(source, str) and (found := _LOCAL_ROWS.fullmatch(source)):
+        return read_file(Path(found["file"]), name, select, found["start"], found["stop"])
+    if isinstance(source, str | Path) and _is_local(source):
+        return read_file(Path(source), name, select)
+    if isinstance(source, str):
+        source = _load_from_hub(source, split)
+    if isinstance(source, Mapping):
+        return _open(source[_choose_split(source, split, name, "pass one of them")], split, name, select)
+    if isinstance(source, datasets.Dataset | datasets.IterableDataset):
+        return guarded(_read_data_set(source, name, select), f"{name}: cannot be read")
     if isinstance(source, Sequence):
-        return _number(source, name)
+        return numbered(source, name)
     raise UserError(
         f"cannot read rows from {type(source).__name__}: give a hub id, a file, a datasets.Dataset or a list of dicts"
     )
 
 
-def _number(rows: Any, name: str) -> Iterator[_Placed]:
-    return ((f"{name}, row {index} (counting from 0)", row) for index, row in enumerate(rows))
+def _choose_split(splits: Mapping[Any, Any], split: str | Sequence[str], name: str, fix: str) -> str:
+    wanted = [split] if isinstance(split, str) else split
+    found = next((each for each in wanted if each in splits), None)
+    if found is None:
+        names = ", ".join(map(str, splits)) or "none"
+        raise UserError(f"{name} has no split {' or '.join(map(repr, wanted))}: its splits are {names}; {fix}")
+    if found != wanted[0]:
+        logger.warning("%s has no split %r; its split %r is read instead", name, wanted[0], found)
+    return found
+
+
+def _read_data_set(rows: datasets.Dataset | datasets.IterableDataset, name: str, select: Select) -> Iterator[PlacedRow]:
+    rows = rows.with_format(None)
+    if rows.column_names:
+        rows = rows.select_columns(select(rows.column_names))  # others may be slow or impossible to decode
+    yield from numbered(rows, name)
 
 
 def _is_local(source: str | Path) -> bool:
     """A path, by its looks or because it is there; everything else is a hub id."""
-    path = Path(source).expanduser()
-    if isinstance(source, Path) or path.exists() or path.is_absolute():
+    looks = isinstance(source, Path) or source.startswith((".", "~")) or "\\" in source or source.count("/") > 1
+    path = Path(source)
+    try:
+        return looks or path.is_absolute() or path.suffix.lower() in (*SUFFIXES, *_FOREIGN_SUFFIXES) or path.exists()
+    except OSError:  # a name that is too long, a folder without permission
         return True
-    looks = source.startswith((".", "~")) or "\\" in source or source.count("/") > 1
-    return looks or path.suffix.lower() in (*SUFFIXES, *_FOREIGN_SUFFIXES)
 
 
-def _read_hub_file(repo: str, file: str, start: str | None, stop: str | None, name: str) -> Any:
+def _read_hub_file(
+    repo: str, file: str, start: str | None, stop: str | None, name: str, select: Select
+) -> Iterator[PlacedRow]:
     """Read as a local file is: data sets that mix strings and lists of references have no schema for `datasets`."""
     try:
         path = huggingface_hub.hf_hub_download(repo, file, repo_type="dataset")
@@ -148,94 +199,25 @@ def _read_hub_file(repo: str, file: str, start: str | None, stop: str | None, na
         raise UserError(
             f"cannot load the file {file} of the data set {repo} from the hub: {_first_line(error)}"
         ) from error
-    return _rows_of(Path(path), start, stop, name)
-
-
-def _rows_of(path: Path, start: str | None, stop: str | None, name: str) -> Iterator[_Placed]:
-    rows = _read_file(path, name)
-    rows = _number(rows, name) if isinstance(rows, datasets.Dataset) else rows
-    return islice(rows, int(start or 0), int(stop) if stop else None)
+    return read_file(Path(path), name, select, start, stop)
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _load_from_hub(source: str, split: str) -> Any:
+def _load_from_hub(source: str, split: str | Sequence[str]) -> Any:
+    """The split that is named; of several names, the first that exists."""
     place, _, own_split = source.partition("@")
     path, _, config = place.partition(":")
-    split = own_split or split
+    only = own_split or (split if isinstance(split, str) else None)
     try:
-        return datasets.load_dataset(path, config or None, split=split)
+        loaded = datasets.load_dataset(path, config or None, split=only)
     except Exception as error:  # the hub, the network and the builders raise a dozen unrelated types
         raise UserError(
-            f"cannot load the data set {source!r} (split {split!r}) from the hub, and no such file exists: "
+            f"cannot load the data set {source!r} (split {only or split[0]!r}) from the hub, and no such file exists: "
             f"{_first_line(error)}"
         ) from error
-
-
-def _read_file(path: Path, name: str) -> Any:
-    if not path.exists():
-        raise UserError(f"{name}: no such file")
-    if path.is_dir():
-        raise UserError(f"{name} is a folder: name a file in it ({', '.join(SUFFIXES)})")
-    readers = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise UserError(f"{name}: cannot read {path.suffix or 'a file without suffix'}: use {', '.join(SUFFIXES)}")
-    return reader(path, name)
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from error
-
-
-def _read_jsonl(path: Path, name: str) -> Iterator[_Placed]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{name}, line {number}"
-            text = _decode(line, where)
-            if not text.strip():
-                continue
-            try:
-                yield where, json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
-                reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-                raise UserError(f"{where}: not valid JSON ({reason}): correct or remove that line") from error
-
-
-def _read_json(path: Path, name: str) -> Iterator[_Placed]:
-    try:
-        rows = json.loads(_decode(path.read_bytes(), name))
-    except json.JSONDecodeError as error:
-        mend = "name the file .jsonl if it holds one object a line" if error.msg == "Extra data" else "correct it"
-        raise UserError(f"{name}, line {error.lineno}: not valid JSON ({error.msg}): {mend}") from error
-    if not isinstance(rows, list):
-        raise UserError(f"{name}: expected a list of objects, got {type(rows).__name__}")
-    return _number(rows, name)
-
-
-def _read_csv(path: Path, name: str) -> Iterator[_Placed]:
-    csv.field_size_limit(2**31 - 1)  # the default refuses a field above 128 KiB
-    text = _decode(path.read_bytes(), name)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for row in reader:
-            where = f"{name}, line {reader.line_num}"
-            if None in row or None in row.values():
-                raise UserError(
-                    f"{where}: has not as many fields as the header ({len(reader.fieldnames or [])}): correct it"
-                )
-            yield where, row
-    except csv.Error as error:
-        raise UserError(f"{name}, line {reader.reader.line_num}: not valid CSV ({error}): correct that line") from error
-
-
-def _read_parquet(path: Path, name: str) -> Any:
-    try:
-        return datasets.Dataset(parquet.read_table(path))
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{name}: not a readable parquet file ({type(error).__name__})") from error
+    if isinstance(loaded, Mapping):
+        return loaded[_choose_split(loaded, split, source, f"name one, as in {place}@{next(iter(loaded))}")]
+    return loaded

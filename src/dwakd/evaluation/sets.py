@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dwakd.data.sources import SUFFIXES, Example, load_examples
+from dwakd.data.sources import SUFFIXES, TEST_SPLITS, Example, load_examples
 from dwakd.errors import UserError
 from dwakd.evaluation.rouge import has_reference
 
@@ -64,7 +64,7 @@ def check_evaluation(
         if value is not None and value < 1:
             raise UserError(f"{prefix}{option} must be at least 1, got {value}.")
     sets: list[EvaluationSet] = []
-    options: dict[str, Any] = {"split": "test", "limit": limit, "need_response": False, **(columns or {})}
+    options: dict[str, Any] = {"split": TEST_SPLITS, "limit": limit, "need_response": False, **(columns or {})}
     for source in data:
         if any(other.source == source for other in sets):
             raise UserError(f"the test set {source} is named twice; name it once.")

@@ -14,7 +14,7 @@ from rich.console import Group
 from rich.table import Table
 
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.sources import load_examples
+from dwakd.data.sources import TEST_SPLITS, load_examples
 from dwakd.errors import UserError
 from dwakd.evaluation.signature import data_identity, make_signature, model_identity
 from dwakd.evaluation.structure import StructureDistances, structure_distances
@@ -42,7 +42,7 @@ def compare_structures(
         check_output_folder(output.parent)
         if output.is_dir():
             raise UserError(f"{output} is a folder; name a JSON file with --output")
-    examples = load_examples(data, split="test", limit=limit, **columns)
+    examples = load_examples(data, split=TEST_SPLITS, limit=limit, **columns)
     reference = load_causal_lm(teacher, adapter=adapter), TextEncoder(load_tokenizer(teacher), template, bos)
     found: dict[str, StructureDistances] = {}
     record: dict[str, Any] = {

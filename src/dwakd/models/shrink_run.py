@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from dwakd.data.prompts import render_prompt
-from dwakd.data.sources import load_examples
+from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, load_examples
 from dwakd.folders import check_output_folder
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.models.shrink import ShrinkReport, shrink_model
@@ -40,13 +41,13 @@ def shrink_to_folder(
     check_output_folder(output, empty=True)
     tokenizer = load_tokenizer(model)
 
-    def texts(source: str, split: str) -> list[str]:
+    def texts(source: str, split: Sequence[str]) -> list[str]:
         examples = load_examples(source, split=split, limit=limit, **columns)
         return [render_prompt(example, template, tokenizer) + example.response for example in examples]
 
-    train = texts(data, "train")
+    train = texts(data, TRAIN_SPLITS)
     if eval_data is not None:
-        held_out = texts(eval_data, "validation")
+        held_out = texts(eval_data, EVAL_SPLITS)
     else:
         cut = max(len(train) - max(len(train) // 20, 1), 1)
         train, held_out = train[:cut], train[cut:]

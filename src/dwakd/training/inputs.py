@@ -1,14 +1,16 @@
 """What a trainer accepts: models and tokenizers by name or loaded, data in any of the usual forms."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedPairs, encode_pairs
-from dwakd.data.sources import Example, load_examples
+from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, Example, load_examples
 from dwakd.data.spelling import align_by_spelling
 from dwakd.errors import UserError
 from dwakd.losses import method_class
@@ -16,7 +18,8 @@ from dwakd.models.loading import align_special_tokens, check_vocabulary, load_ca
 from dwakd.models.rows import check_head, embedding_table, model_name, output_head
 from dwakd.training.config import DistillConfig
 
-Source: TypeAlias = str | Dataset | list[dict[str, Any]] | list[Example] | EncodedPairs
+Rows: TypeAlias = str | Path | Dataset | IterableDataset | Mapping[str, Any] | list[dict[str, Any]] | list[Example]
+Source: TypeAlias = Rows | EncodedPairs
 Model: TypeAlias = PreTrainedModel | PeftModel
 Pair: TypeAlias = tuple[Model, PreTrainedTokenizerBase]
 
@@ -102,19 +105,19 @@ def encode_source(
 
 
 def _encode(
-    source: str | Dataset | list[dict[str, Any]] | list[Example],
+    source: Rows,
     encoders: tuple[TextEncoder, ...],
     args: DistillConfig,
     role: str,
     name: str | None,
 ) -> tuple[list[Example], EncodedPairs]:
-    name = name or (source if isinstance(source, str) else f"the {role} dataset")
+    name = name or (str(source) if isinstance(source, str | Path) else f"the {role} dataset")
     if isinstance(source, list) and source and isinstance(source[0], Example):
         examples = [example for example in source if isinstance(example, Example)]
     else:
         examples = load_examples(
             source,
-            split="validation" if role == "eval" and isinstance(source, str) else "train",
+            split=EVAL_SPLITS if role == "eval" else TRAIN_SPLITS,
             prompt=args.prompt_column,
             response=args.response_column,
             input=args.input_column,

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig
 
 from dwakd.config import Recipe, StudentSection, TeacherSection
-from dwakd.data.sources import Example, load_examples
+from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, Example, load_examples
 from dwakd.errors import UserError
 from dwakd.losses import ModelPair, Widths, build_loss, method_class
 from dwakd.models.loading import load_causal_lm, load_tokenizer
@@ -120,11 +120,11 @@ def recipe_examples(recipe: Recipe) -> tuple[list[Example], list[Example] | None
     data = recipe.data
     if data.eval_limit is not None and data.eval_limit < 1:
         raise UserError(f"data.eval_limit must be at least 1, got {data.eval_limit}")
-    columns: dict[str, Any] = {"prompt": data.prompt, "response": data.response, "input": data.input}
-    train = load_examples(data.train, limit=data.limit, **columns)
+    options: dict[str, Any] = {"prompt": data.prompt, "response": data.response, "input": data.input}
+    train = load_examples(data.train, split=TRAIN_SPLITS, limit=data.limit, **options)
     if data.eval is None:
         return train, None
-    return train, load_examples(data.eval, split="validation", limit=data.eval_limit, **columns)
+    return train, load_examples(data.eval, split=EVAL_SPLITS, limit=data.eval_limit, **options)
 
 
 def check_options(recipe: Recipe, output_dir: str | Path) -> tuple[DistillConfig, LoraConfig | None]:

@@ -51,7 +51,7 @@ class DistillTrainer(Trainer):
             which `args` gives weights and gate.
         args: a `DistillConfig`; its `method` and `loss_options` say what is computed.
         train_dataset: a hub id, a file, a `datasets.Dataset`, a list of rows or examples, or encoded pairs.
-        eval_dataset: likewise.
+        eval_dataset: likewise; of a dict of splits, `validation` or else `test` is read (and `train` to train on).
         processing_class: the student's tokenizer; loaded with a student given by name.
         teacher_processing_class: the teacher's; loaded with a teacher given by name. A list for several.
         peft_config: trains adapters on the student instead of its weights.

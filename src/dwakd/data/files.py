@@ -1,0 +1,195 @@
+"""Rows of a local .json, .jsonl, .csv or .parquet file; whatever a parser raises becomes one sentence."""
+
+import csv
+import io
+import json
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+import pyarrow  # type: ignore[import-untyped, unused-ignore]
+from pyarrow import parquet  # type: ignore[import-untyped, unused-ignore]
+
+from dwakd.errors import UserError
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+MAX_DIGITS = 4300  # more, Python refuses to convert
+
+PlacedRow: TypeAlias = tuple[str, Any]
+"""Where a row stands, for messages, and the row."""
+Select: TypeAlias = Callable[[Sequence[str]], list[str]]
+"""From the names of all columns to those that have to be read."""
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """Stands for a JSON value that cannot be used as it is written; an error only where a column with it is read."""
+
+    reason: str
+
+
+def read_file(
+    path: Path, name: str, select: Select, start: str | None = None, stop: str | None = None
+) -> Iterator[PlacedRow]:
+    """The rows of a file, one after the other.
+
+    Args:
+        path: of the file.
+        name: what to call it in messages.
+        select: chooses the columns to read. Only parquet files can leave the others unread.
+        start: the first row to read, in digits.
+        stop: the row to stop before, in digits.
+
+    Raises:
+        UserError: there is no such file, it is of another kind, or it cannot be parsed.
+    """
+    try:
+        path = path.expanduser()
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{name}: no such file") from error
+    except (OSError, ValueError, RuntimeError) as error:  # no permission, too long, a null character, an unknown user
+        raise UserError(f"{name:.200}: cannot be read ({_reason_of(error)})") from error
+    if is_folder:
+        raise UserError(f"{name} is a folder: name a file in it ({', '.join(SUFFIXES)})")
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UserError(f"{name}: cannot read {path.suffix or 'a file without suffix'}: use {', '.join(SUFFIXES)}")
+    if suffix == ".parquet":
+        rows = guarded(_read_parquet(path, name, select), f"{name}: not a readable parquet file")
+    else:
+        reader = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv}[suffix]
+        rows = guarded(reader(path, name), f"{name}: cannot be read")
+    return islice(rows, int(start or 0), int(stop) if stop else None)
+
+
+def numbered(rows: Iterable[Any], name: str) -> Iterator[PlacedRow]:
+    """The rows, each with its number in `name`."""
+    return ((f"{name}, row {index} (counting from 0)", row) for index, row in enumerate(rows))
+
+
+def guarded(rows: Iterator[PlacedRow], what: str) -> Iterator[PlacedRow]:
+    """The same rows; whatever is raised on the way to them becomes a UserError that begins with `what`."""
+    try:
+        yield from rows
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # pyarrow, datasets and the file system raise a dozen unrelated types
+        raise UserError(f"{what} ({_reason_of(error)})") from error
+
+
+def _reason_of(error: Exception) -> str:
+    """The type of an exception and the first sentence of its message."""
+    text = str(getattr(error, "strerror", None) or error).strip()
+    first = (text.splitlines() or [""])[0].split(". ")[0].rstrip(".")
+    return f"{type(error).__name__}: {first:.200}" if first else type(error).__name__
+
+
+def _refuse_repeated(names: Iterable[str], where: str) -> None:
+    """Refuse two columns of one name, of which one would be lost.
+
+    Raises:
+        UserError: as said.
+    """
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        shown = ", ".join(map(repr, repeated))
+        raise UserError(f"{where}: more than one column has the name {shown}: rename or remove all but one")
+
+
+def _check_schema(schema: Any, used: Sequence[str], name: str) -> None:
+    """Refuse two columns of one name, and two fields of one name inside a column to read.
+
+    Raises:
+        UserError: as said.
+    """
+    _refuse_repeated(schema.names, name)
+    pending = [(column, schema.field(column).type) for column in used]
+    for column, kind in pending:
+        fields = [kind.field(index) for index in range(kind.num_fields)]
+        _refuse_repeated((field.name for field in fields), f"{name}, column {column!r}")
+        pending += [(column, field.type) for field in fields]
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Unusable:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    return Unusable(f"an object with more than one key {', '.join(map(repr, repeated))}")
+
+
+def _integer(digits: str) -> int | Unusable:
+    return int(digits) if len(digits) <= MAX_DIGITS else Unusable(f"a number of {len(digits):,} digits")
+
+
+_parse = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer).decode
+
+
+def _read_jsonl(path: Path, name: str) -> Iterator[PlacedRow]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{name}, line {number}"
+            text = _decode(line, where)
+            if not text.strip():
+                continue
+            try:
+                yield where, _parse(text)
+            except (json.JSONDecodeError, RecursionError) as error:
+                reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                raise UserError(f"{where}: not valid JSON ({reason}): correct or remove that line") from error
+
+
+def _read_json(path: Path, name: str) -> Iterator[PlacedRow]:
+    try:
+        rows = _parse(_decode(path.read_bytes(), name))
+    except json.JSONDecodeError as error:
+        fix = "name the file .jsonl if it holds one object a line" if error.msg == "Extra data" else "correct it"
+        raise UserError(f"{name}, line {error.lineno}: not valid JSON ({error.msg}): {fix}") from error
+    except RecursionError as error:
+        raise UserError(f"{name}: a value in it is nested too deeply ({error}): remove it") from error
+    if not isinstance(rows, list):
+        found = rows.reason if isinstance(rows, Unusable) else type(rows).__name__
+        raise UserError(f"{name}: expected a list of objects, got {found}")
+    yield from numbered(rows, name)
+
+
+def _read_csv(path: Path, name: str) -> Iterator[PlacedRow]:
+    csv.field_size_limit(2**31 - 1)  # the default refuses a field above 128 KiB
+    text = _decode(path.read_bytes(), name)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = [column.strip() for column in reader.fieldnames or []]
+        _refuse_repeated(filter(None, header), f"{name}, line {reader.line_num}")  # nameless columns are never read
+        for row in reader:
+            where = f"{name}, line {reader.line_num}"
+            if None in row or None in row.values():
+                raise UserError(f"{where}: has not as many fields as the header ({len(header)}): correct it")
+            yield where, row
+    except csv.Error as error:
+        raise UserError(f"{name}, line {reader.reader.line_num}: not valid CSV ({error}): correct that line") from error
+
+
+def _read_parquet(path: Path, name: str, select: Select) -> Iterator[PlacedRow]:
+    """Only what arrow says of the columns to read is used: `datasets` refuses types and metadata it does not know."""
+    with parquet.ParquetFile(path) as file:
+        schema = file.schema_arrow
+        columns = select(schema.names)
+        _check_schema(schema, columns, name)
+        rows: Iterator[Any] = (row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist())
+        if any("arrow.json" in str(schema.field(column).type) for column in columns):
+            features = datasets.Features.from_arrow_schema(pyarrow.schema(map(schema.field, columns)))
+            rows = map(features.decode_example, rows)
+        yield from numbered(rows, name)

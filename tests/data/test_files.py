@@ -1,0 +1,209 @@
+"""Files with columns, values and bytes that a parser cannot handle: read if nobody needs them, refused in one sentence."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from dwakd.data import sources
+from dwakd.data.sources import Example, load_examples
+from dwakd.errors import UserError
+
+PROMPTS, RESPONSES = pyarrow.array(["2 + 2?", "3 + 3?"]), pyarrow.array(["4", "6"])
+TEXTS = {"prompt": PROMPTS, "response": RESPONSES}
+MAPS = pyarrow.array([[("lang", "en")], []], type=pyarrow.map_(pyarrow.string(), pyarrow.string()))
+UUIDS = pyarrow.ExtensionArray.from_storage(pyarrow.uuid(), pyarrow.array([bytes(16)] * 2, type=pyarrow.binary(16)))
+LONG = "7" * 5000
+
+
+def of_tomorrow(kind: str) -> bytes:
+    """Metadata that names a type of feature which this `datasets` does not know."""
+    return json.dumps({"info": {"features": {name: {"_type": kind} for name in TEXTS}}}).encode()
+
+
+def read(path: Path) -> list[tuple[str, str]]:
+    return [(example.instruction, example.response) for example in load_examples(path)]
+
+
+def refusal(path: Path) -> str | None:
+    """The sentence that refuses a file; None if it can be read."""
+    try:
+        load_examples(path)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def error_of(source: Any, **options: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        load_examples(source, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        pyarrow.table({**TEXTS, "headers": MAPS}),
+        pyarrow.table({**TEXTS, "meta": pyarrow.StructArray.from_arrays([MAPS], ["headers"])}),
+        pyarrow.table({**TEXTS, "id": UUIDS}),
+        pyarrow.table({**TEXTS, "time": pyarrow.array([2**62] * 2, type=pyarrow.timestamp("us"))}),
+        pyarrow.table(TEXTS).replace_schema_metadata({b"huggingface": of_tomorrow("OfTomorrow")}),
+        pyarrow.table(TEXTS).replace_schema_metadata({b"huggingface": b"\xff{", b"pandas": b"{"}),
+    ],
+    ids=["map", "map in a struct", "UUID", "year 148108", "later features", "damaged metadata"],
+)
+def test_columns_and_metadata_that_nobody_reads(tmp_path: Path, table: pyarrow.Table) -> None:
+    """A file written by Spark or by a later `datasets` could not be trained on because of a column beside the text."""
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    assert read(tmp_path / "rows.parquet") == [("2 + 2?", "4"), ("3 + 3?", "6")]
+
+
+@pytest.mark.parametrize(
+    "responses",
+    [
+        RESPONSES.cast(pyarrow.large_string()),
+        RESPONSES.cast(pyarrow.string_view()),
+        RESPONSES.dictionary_encode(),
+        pyarrow.array([["4", "four"], ["6"]], type=pyarrow.large_list(pyarrow.string())),
+        pyarrow.array([["4", "four"], ["6"]], type=pyarrow.list_view(pyarrow.string())),
+    ],
+    ids=lambda array: str(array.type),
+)
+def test_text_of_any_arrow_type(tmp_path: Path, responses: pyarrow.Array) -> None:
+    """Polars writes string views and pandas dictionaries: the same text must be learnt."""
+    parquet.write_table(pyarrow.table({"prompt": PROMPTS, "response": responses}), tmp_path / "rows.parquet")
+    assert read(tmp_path / "rows.parquet") == [("2 + 2?", "4"), ("3 + 3?", "6")]
+
+
+def test_turns_hold_what_was_written(tmp_path: Path) -> None:
+    """JSON that `datasets` stores inside turns comes back as objects; a template would print its text otherwise."""
+    turns = [{"role": "user", "content": "a", "extra": {"b": [1]}}, {"role": "assistant", "content": "b", "extra": 2}]
+    table = datasets.Dataset.from_dict({"messages": [turns]}, on_mixed_types="use_json")
+    seen: list[Any] = []
+    for source in (table, str(tmp_path / "rows.parquet")):
+        table.to_parquet(str(tmp_path / "rows.parquet"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                sources, "read_example", lambda row, *_, **__: seen.append(row["messages"]) or Example(0, "a")
+            )
+            load_examples(source)
+    assert seen == [turns, turns]
+
+
+@pytest.mark.parametrize(
+    ("responses", "message"),
+    [
+        (RESPONSES.cast(pyarrow.binary()), "row 0 (counting from 0): 'response' is bytes"),
+        (pyarrow.nulls(2), "row 0 (counting from 0): 'response' is null"),
+        (MAPS, "row 0 (counting from 0): 'response'[0] is tuple"),
+        (UUIDS, "'response' is UUID"),
+        (pyarrow.array([2**62] * 2, type=pyarrow.timestamp("us")), "OverflowError"),
+    ],
+    ids=lambda value: str(getattr(value, "type", "")),
+)
+def test_columns_that_hold_no_text(tmp_path: Path, responses: pyarrow.Array, message: str) -> None:
+    """Whatever arrow or `datasets` makes of a column to read, the user gets the file and the row or the reason."""
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table({"prompt": PROMPTS, "response": responses}), path)
+    error = error_of(path)
+    assert str(path) in error
+    assert message in error
+
+
+def test_damaged_parquet_files(tmp_path: Path) -> None:
+    """A download that broke off or lost bytes: arrow raises OSError, ArrowInvalid, UnicodeDecodeError and others."""
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table(TEXTS), path)
+    good = path.read_bytes()
+    damaged = [good[:length] for length in range(0, len(good), 97)]
+    damaged += [good[:at] + bytes([good[at] ^ 0x5A]) + good[at + 1 :] for at in range(0, len(good), 7)]
+    refusals = []
+    for content in [*damaged, b"PAR1PAR1", b"PARE" + bytes(100) + b"PARE"]:
+        path.write_bytes(content)
+        refusals.append(refusal(path))
+    found = [text for text in refusals if text is not None]
+    assert len(found) > len(damaged) // 3
+    assert all(str(path) in text for text in found)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_json_that_python_cannot_convert(tmp_path: Path, suffix: str) -> None:
+    """Mathematics data holds integers of thousands of digits, mostly where nobody reads them."""
+    path = tmp_path / f"rows.{suffix}"
+
+    def write(prompt: str, answer: str) -> Path:
+        row = f'{{"prompt": {prompt}, "response": "7", "answer": {answer}}}'
+        path.write_text(f"[{row}]" if suffix == "json" else row)
+        return path
+
+    assert read(write('"7?"', f"[-{LONG}]")) == [("7?", "7")]
+    assert "'prompt' holds a number of 5,000 digits" in error_of(write(LONG, "1"))
+    for depth in (900, 100_000):
+        nested = "[" * depth + "]" * depth
+        assert str(path) in str(refusal(write(nested, "1")))
+        assert str(path) in (refusal(write('"7?"', nested)) or str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "prompt,response,response\na,b,c\n", "line 1: more than one column has the name 'response'"),
+        ("a.csv", "\ufeffprompt,response,prompt\na,b,c\n", "line 1: more than one column has the name 'prompt'"),
+        ("a.csv", "prompt,response, response \na,b,c\n", "line 1: more than one column has the name 'response'"),
+        ("a.jsonl", '\n{"prompt": "a", "response": "b", "response": "c"}', "line 2: this row is an object with more"),
+        ("a.json", '[{"prompt": "a", "prompt": "b", "response": "c"}]', "more than one key 'prompt'"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "user", "content": "a", "content": "b"}]}',
+            "line 1: 'messages' holds an object with more than one key 'content'",
+        ),
+    ],
+)
+def test_two_columns_of_one_name(tmp_path: Path, name: str, content: str, message: str) -> None:
+    """Of two responses, the last would be learnt and the other one lost."""
+    (tmp_path / name).write_text(content)
+    error = error_of(tmp_path / name)
+    assert error.startswith(str(tmp_path / name))
+    assert message in error
+
+
+def test_two_parquet_columns_of_one_name(tmp_path: Path) -> None:
+    """As above, also inside the turns of a conversation."""
+    path = tmp_path / "a.parquet"
+    parquet.write_table(
+        pyarrow.Table.from_arrays([PROMPTS, RESPONSES, PROMPTS], ["prompt", "response", "response"]), path
+    )
+    assert "more than one column has the name 'response'" in error_of(path)
+    turns = pyarrow.StructArray.from_arrays([PROMPTS, PROMPTS, RESPONSES], ["role", "content", "content"])
+    parquet.write_table(pyarrow.table({"messages": pyarrow.ListArray.from_arrays([0, 2], turns)}), path)
+    assert "column 'messages': more than one column has the name 'content'" in error_of(path)
+
+
+def test_repetitions_that_lose_nothing(tmp_path: Path) -> None:
+    """Spreadsheets end in nameless columns, and a key given twice in metadata takes nothing from the text."""
+    (tmp_path / "a.csv").write_text(",prompt,response,,\n0,a,b,,\n")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "response": "b", "meta": {"n": 1, "n": 2}}')
+    assert read(tmp_path / "a.csv") == read(tmp_path / "a.jsonl") == [("a", "b")]
+
+
+def test_files_that_the_system_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path that cannot be opened is named with the system's reason; a folder is no parquet file."""
+    (tmp_path / "a.parquet").mkdir()
+    assert "is a folder" in error_of(tmp_path / "a.parquet")
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
+    for source in (str(tmp_path / "loop.jsonl"), "x" * 5000, "a\0b.jsonl", "~no-such-user/a.jsonl"):
+        assert f"{source[:100]}" in error_of(source)
+    path = tmp_path / "a.jsonl"
+    path.write_text("")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert error_of(path) == f"{path}: cannot be read (PermissionError: Permission denied)"
