@@ -152,6 +152,45 @@ def test_features_that_cannot_be_decoded() -> None:
         assert error_of(source, response="image", name="my rows").startswith("my rows: cannot be read (")
 
 
+BROKEN: list[Any] = [
+    {"prompt": "a", "response": None},
+    {"prompt": "a"},
+    {"prompt": None, "response": "b"},
+    {"prompt": 3, "response": "b"},
+    {"prompt": [], "response": "b"},
+    {"prompt": "a", "response": []},
+    {"prompt": "a", "response": ["b", None]},
+    ["a", "b"],
+    None,
+]
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_malformed_rows_are_skipped_if_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture, broken: Any) -> None:
+    """One answer that is missing among a million must not stop a run that asked for skipping, nor go unnoticed."""
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, [ROWS[0], broken, ROWS[2]])))
+    with caplog.at_level(logging.WARNING, "dwakd"):
+        kept = load_examples(path, invalid_rows="skip")
+    assert [(example.index, example.response) for example in kept] == [
+        (0, ROWS[0]["response"]),
+        (2, ROWS[2]["response"]),
+    ]
+    assert len(caplog.records) == 1
+    assert f"{path}: 1 of 3 rows left out as malformed; the first: {path}, line 2: " in caplog.text
+    assert error_of(path).startswith(f"{path}, line 2: ")
+
+
+def test_skipping_leaves_conversations_without_an_answer_out() -> None:
+    """As above; and a data set of which nothing is left is an error with the first reason."""
+    question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    rows: list[Any] = [{"messages": turns} for turns in ([question], [question, answer], [], [answer], None)]
+    assert [example.index for example in load_examples(rows, invalid_rows="skip")] == [1]
+    assert "none of its 1 rows can be used" in error_of(rows[:1], invalid_rows="skip")
+    assert "no assistant turn" in error_of(rows[:1], invalid_rows="skip")
+    assert "data.invalid_rows 'drop' is unknown" in error_of(rows, invalid_rows="drop")
+
+
 def test_files_of_the_hub_are_read_as_local_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """S-NI has one reference in some rows and a list in others, which `datasets` cannot put into one column."""
     rows = [{"instruction": f"Ask {n}.", "output": f"Answer {n}." if n % 2 else [f"Yes {n}.", "No."]} for n in range(5)]

@@ -13,15 +13,16 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.rows import Example
+from dwakd.data.sources import check_invalid_rows
 from dwakd.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-INVALID_ROWS = ("error", "skip")
 PROMPT_TOO_LONG = "prompt too long"
 EMPTY_PROMPT = "prompt without a token"
 EMPTY_RESPONSE = "response empty"
 NOTHING_SUPERVISED = "no response token left"
+REFUSED = "refused by the template"
 _CHUNK = 256
 
 
@@ -125,13 +126,14 @@ class EncodedPairs(torch.utils.data.Dataset[dict[str, Any]]):
 
 @dataclass
 class _Draft:
-    """A row on its way: prompt ids, response ids and byte ends per side, student first."""
+    """A row on its way: prompt ids, response ids and byte ends per side, student first; or what refuses it."""
 
     example: Example
     text: str
-    prompts: list[list[int]]
-    responses: list[tuple[list[int], list[int]]]
+    prompts: list[list[int]] = dataclasses.field(default_factory=list)
+    responses: list[tuple[list[int], list[int]]] = dataclasses.field(default_factory=list)
     truncated: bool = False
+    refusal: str = ""
 
 
 def encode_pairs(
@@ -148,7 +150,7 @@ def encode_pairs(
 
     A row that exceeds `max_length` on either side has its response *text* cut, at the end of the last token that
     still fits on the side with the least room, and all sides encode what is left; such a row supervises no end
-    token. A response that leaves no token on some side is left out and reported.
+    token, and a warning says how many there are. A response that leaves no token on some side is left out and reported.
 
     Args:
         examples: rows with responses.
@@ -156,8 +158,8 @@ def encode_pairs(
         teachers: the teachers'; without any (SFT), items have no teacher fields.
         max_length: most tokens per side: prompt, response and end token (512 in the paper's code).
         max_prompt_length: most tokens of a prompt per side (256 in the paper's code).
-        invalid_rows: `error` refuses a prompt that is too long or without a token, and a response that is empty;
-            `skip` leaves such rows out and reports them.
+        invalid_rows: `error` refuses a prompt that is too long or without a token, a response that is empty, and a row
+            that a chat template refuses; `skip` leaves such rows out and reports them.
         source: what to call the rows in messages.
         mend: what to advise if no row is left.
 
@@ -167,8 +169,7 @@ def encode_pairs(
     Raises:
         UserError: an invalid row (see `invalid_rows`), no row left, or limits that leave no room for a response.
     """
-    if invalid_rows not in INVALID_ROWS:
-        raise UserError(f"data.invalid_rows {invalid_rows!r} is unknown: use {' or '.join(INVALID_ROWS)}")
+    check_invalid_rows(invalid_rows)
     if not 1 <= max_prompt_length < max_length:
         raise UserError(
             f"data.max_prompt_length={max_prompt_length} must be at least 1 and below "
@@ -198,15 +199,27 @@ def _draft(examples: Sequence[Example], sides: list[TextEncoder], title: str) ->
     with tqdm(total=len(examples), desc=title, unit="row", delay=2, leave=False) as progress:
         for start in range(0, len(examples), _CHUNK):
             chunk = examples[start : start + _CHUNK]
-            prompts = [side.prompt_ids_batch(chunk) for side in sides]
-            responses = [side.response_ids_batch([example.response for example in chunk]) for side in sides]
-            for k, example in enumerate(chunk):
-                yield _Draft(example, example.response, [p[k] for p in prompts], [r[k] for r in responses])
+            yield from _encode_chunk(chunk, sides)
             progress.update(len(chunk))
+
+
+def _encode_chunk(chunk: Sequence[Example], sides: list[TextEncoder]) -> list[_Draft]:
+    """Encode rows together; row by row only if one of them is refused."""
+    try:
+        prompts = [side.prompt_ids_batch(chunk) for side in sides]
+        responses = [side.response_ids_batch([example.response for example in chunk]) for side in sides]
+    except UserError as error:
+        if len(chunk) == 1:
+            return [_Draft(chunk[0], chunk[0].response, refusal=str(error))]
+        return [draft for example in chunk for draft in _encode_chunk([example], sides)]
+    rows = zip(chunk, zip(*prompts, strict=True), zip(*responses, strict=True), strict=True)
+    return [_Draft(example, example.response, list(ids), list(answers)) for example, ids, answers in rows]
 
 
 def _find_fault(draft: _Draft, max_prompt_length: int) -> tuple[str | None, str]:
     """Why a row cannot be used as it stands, and the words for it."""
+    if draft.refusal:
+        return REFUSED, draft.refusal
     names = ["student", "teacher", *(f"teacher {k}" for k in range(2, len(draft.prompts)))]
     for whose, ids in zip(names, draft.prompts, strict=False):
         if len(ids) > max_prompt_length:
@@ -264,15 +277,16 @@ def _check_report(
     source: str,
     mend: str,
 ) -> None:
-    mends = {PROMPT_TOO_LONG: "raise data.max_prompt_length or ", EMPTY_RESPONSE: "correct the data or "}
+    fixes = {PROMPT_TOO_LONG: "raise data.max_prompt_length or ", EMPTY_RESPONSE: "correct the data or "}
     counts = ", ".join(f"{reason}: {len(rows)}" for reason, rows in report.items())
     for reason, rows in report.items():
         if invalid_rows == "error" and reason != NOTHING_SUPERVISED:
             raise UserError(
                 f"{first_error[reason]} ({len(rows)} of {num_examples} rows are so); "
-                f"{mends.get(reason, 'correct the data or ')}set data.invalid_rows: skip"
+                f"{fixes.get(reason, 'correct the data or ')}set data.invalid_rows: skip"
             )
     if num_kept == 0:
-        raise UserError(f"{source}: none of its {num_examples} rows can be used ({counts or 'it is empty'}); {mend}")
+        fix = first_error.get(REFUSED, mend)
+        raise UserError(f"{source}: none of its {num_examples} rows can be used ({counts or 'it is empty'}); {fix}")
     if report:
         logger.warning("%s: %d of %d rows left out (%s)", source, num_examples - num_kept, num_examples, counts)

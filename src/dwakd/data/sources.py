@@ -18,10 +18,11 @@ from dwakd.data.files import SUFFIXES, PlacedRow, Select, Unusable, guarded, num
 from dwakd.data.rows import Columns, Example, read_example, resolve_columns
 from dwakd.errors import UserError
 
-__all__ = ["EVAL_SPLITS", "SUFFIXES", "TEST_SPLITS", "TRAIN_SPLITS", "Example", "load_examples"]
+__all__ = ["EVAL_SPLITS", "INVALID_ROWS", "SUFFIXES", "TEST_SPLITS", "TRAIN_SPLITS", "Example", "load_examples"]
 
 logger = logging.getLogger(__name__)
 
+INVALID_ROWS = ("error", "skip")
 _VALIDATION = ("validation", "valid", "val", "dev", "eval")
 TRAIN_SPLITS = ("train",)
 """Names of the split to train on; the first that exists is read."""
@@ -57,6 +58,7 @@ def load_examples(
     input: str | None = None,
     limit: int | None = None,
     need_response: bool = True,
+    invalid_rows: str = "error",
     name: str | None = None,
 ) -> list[Example]:
     """Read and check the rows of a data set.
@@ -73,10 +75,12 @@ def load_examples(
         input: column of the further context.
         limit: read this many rows at most.
         need_response: False for questions without answers (evaluation).
+        invalid_rows: `error` refuses a malformed row (no response, a value of another type, a conversation without an
+            answer, a key given twice); `skip` leaves such rows out with a warning.
         name: what to call the source in messages; by default the path or id.
 
     Returns:
-        The examples in the order of the source.
+        The examples in the order of the source; `index` is a row's position in it.
 
     Raises:
         UserError: the source cannot be read or found or is empty, the split or a column is missing, or a row is
@@ -88,6 +92,7 @@ def load_examples(
     """
     if limit is not None and limit < 1:
         raise UserError(f"data.limit must be at least 1, got {limit}")
+    check_invalid_rows(invalid_rows)
     name = name or (str(source) if isinstance(source, str | Path) else "the data set passed in")
     options: dict[str, Any] = {"prompt": prompt, "response": response, "input": input, "need_response": need_response}
 
@@ -101,7 +106,32 @@ def load_examples(
     if not available:
         raise _unreadable(*placed[0])
     columns = resolve_columns(available, name, **options)
-    return [_read_row(row, columns, index, where, need_response) for index, (where, row) in enumerate(placed)]
+    examples: list[Example] = []
+    errors: list[UserError] = []
+    for index, (where, row) in enumerate(placed):
+        try:
+            examples.append(_read_row(row, columns, index, where, need_response))
+        except UserError as error:
+            if invalid_rows == "error":
+                raise
+            errors.append(error)
+    if not examples:
+        raise UserError(f"{name}: none of its {len(placed)} rows can be used; the first reason: {errors[0]}")
+    if errors:
+        logger.warning(
+            "%s: %d of %d rows left out as malformed; the first: %s", name, len(errors), len(placed), errors[0]
+        )
+    return examples
+
+
+def check_invalid_rows(invalid_rows: str) -> None:
+    """Refuse what the option does not allow.
+
+    Raises:
+        UserError: as said.
+    """
+    if invalid_rows not in INVALID_ROWS:
+        raise UserError(f"data.invalid_rows {invalid_rows!r} is unknown: use {' or '.join(INVALID_ROWS)}")
 
 
 def _read_row(row: Any, columns: Columns, index: int, where: str, need_response: bool) -> Example:

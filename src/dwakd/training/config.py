@@ -80,7 +80,7 @@ class DistillConfig(TrainingArguments):
     )
     max_prompt_length: int = field(default=256, metadata={"help": "Most tokens of the prompt, on either side."})
     invalid_rows: str = field(
-        default="error", metadata={"help": "Rows with an empty response or too long a prompt: error or skip."}
+        default="error", metadata={"help": "Malformed rows, empty responses, too long prompts: error or skip."}
     )
     prompt_column: str | None = field(default=None, metadata={"help": "Column of the prompt; guessed if absent."})
     response_column: str | None = field(default=None, metadata={"help": "Column of the response; guessed if absent."})

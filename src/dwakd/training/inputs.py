@@ -9,7 +9,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.pairs import EncodedPairs, encode_pairs
+from dwakd.data.pairs import REFUSED, EncodedPairs, encode_pairs
 from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, Example, load_examples
 from dwakd.data.spelling import align_by_spelling
 from dwakd.errors import UserError
@@ -121,9 +121,10 @@ def _encode(
             prompt=args.prompt_column,
             response=args.response_column,
             input=args.input_column,
+            invalid_rows=args.invalid_rows,
             name=name,
         )
-    return examples, encode_pairs(
+    pairs = encode_pairs(
         examples,
         *encoders,
         max_length=args.max_length,
@@ -131,6 +132,8 @@ def _encode(
         invalid_rows=args.invalid_rows,
         source=name,
     )
+    refused = set(pairs.report.get(REFUSED, ()))  # no prompt can be rendered, so none can be answered
+    return [example for example in examples if example.index not in refused], pairs
 
 
 def check_batches(pairs: EncodedPairs | None, args: DistillConfig) -> None:

@@ -121,6 +121,7 @@ def recipe_examples(recipe: Recipe) -> tuple[list[Example], list[Example] | None
     if data.eval_limit is not None and data.eval_limit < 1:
         raise UserError(f"data.eval_limit must be at least 1, got {data.eval_limit}")
     options: dict[str, Any] = {"prompt": data.prompt, "response": data.response, "input": data.input}
+    options["invalid_rows"] = data.invalid_rows
     train = load_examples(data.train, split=TRAIN_SPLITS, limit=data.limit, **options)
     if data.eval is None:
         return train, None

@@ -1,0 +1,51 @@
+"""What is left out or cut when rows are encoded, and how the user learns of it."""
+
+import logging
+from typing import Any
+
+import pytest
+
+from dwakd.data.encoding import TextEncoder
+from dwakd.data.pairs import encode_pairs
+from dwakd.data.rows import Example
+from dwakd.errors import UserError
+from tests.builders import byte_bpe
+
+ROWS = [Example(n, f"Ask {n}", response=f"Answer {n}") for n in range(6)]
+
+
+class Refusing(TextEncoder):
+    """An encoder whose template refuses some rows; it counts its calls."""
+
+    def __init__(self, refused: set[int]) -> None:
+        super().__init__(byte_bpe(), "plain")
+        self.refused, self.num_calls = refused, 0
+
+    def prompt_ids_batch(self, examples: Any) -> list[list[int]]:
+        self.num_calls += 1
+        for example in examples:
+            if example.index in self.refused:
+                raise UserError(f"the template refuses row {example.index}")
+        return super().prompt_ids_batch(examples)
+
+
+def test_rows_that_a_template_refuses(caplog: pytest.LogCaptureFixture) -> None:
+    """One conversation that a template cannot show must not stop a run that asked for skipping."""
+    teacher = Refusing({1, 4})
+    with caplog.at_level(logging.WARNING, "dwakd"):
+        pairs = encode_pairs(ROWS, TextEncoder(byte_bpe(), "plain"), teacher, invalid_rows="skip")
+    assert pairs.report == {"refused by the template": [1, 4]}
+    assert [row.example_id for row in pairs.rows] == [0, 2, 3, 5]
+    assert "2 of 6 rows left out (refused by the template: 2)" in caplog.text
+    assert pairs.rows[1].student.ids.tolist() == encode_pairs([ROWS[2]], Refusing(set())).rows[0].student.ids.tolist()
+    with pytest.raises(UserError, match=r"row 1 .*the template refuses row 1.*2 of 6 rows.*invalid_rows: skip"):
+        encode_pairs(ROWS, teacher)
+    with pytest.raises(UserError, match=r"none of its 6 rows can be used .* the template refuses row 0"):
+        encode_pairs(ROWS, Refusing(set(range(6))), invalid_rows="skip")
+
+
+def test_rows_are_encoded_together() -> None:
+    """Row by row, tokenising a large data set would take several times as long."""
+    student = Refusing(set())
+    encode_pairs(ROWS, student)
+    assert student.num_calls == 1

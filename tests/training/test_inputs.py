@@ -1,0 +1,116 @@
+"""Every form of data that a trainer takes, in both roles."""
+
+import csv
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+
+from dwakd.config import DataSection, Recipe, StudentSection
+from dwakd.errors import UserError
+from dwakd.training.recipe import recipe_examples
+from tests.training.builders import ROWS, assert_same, trainer, weights
+
+OTHERS = ROWS[8:11]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".parquet":
+        datasets.Dataset.from_list(rows).to_parquet(str(path))
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        path.write_text(json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)))
+    return path
+
+
+def splits(kind: Callable[[dict[str, Any]], Any], table: Callable[[Any], Any] = datasets.Dataset.from_list) -> Any:
+    return kind({"train": table(ROWS[:4]), "validation": table(OTHERS), "test": table(ROWS[:1])})
+
+
+FORMS: dict[str, Callable[[Path], tuple[Any, Any]]] = {
+    "Dataset": lambda _: (datasets.Dataset.from_list(ROWS[:4]), datasets.Dataset.from_list(OTHERS)),
+    "IterableDataset": lambda _: tuple(datasets.Dataset.from_list(x).to_iterable_dataset() for x in (ROWS[:4], OTHERS)),
+    "DatasetDict": lambda _: (splits(datasets.DatasetDict),) * 2,
+    "dict of Dataset": lambda _: (splits(dict),) * 2,
+    "dict of list": lambda _: (splits(dict, list),) * 2,
+    **{
+        suffix: lambda folder, suffix=suffix: (
+            str(write(folder / f"train.{suffix}", ROWS[:4])),
+            write(folder / f"eval.{suffix}", OTHERS),
+        )
+        for suffix in ("json", "jsonl", "csv", "parquet")
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], float]:
+    """What a run on lists of rows gives."""
+    return outcome(tmp_path_factory.mktemp("list"), ROWS[:4], OTHERS)
+
+
+def outcome(folder: Path, rows: Any, eval_rows: Any) -> tuple[dict[str, torch.Tensor], float]:
+    run = trainer(folder, rows=rows, eval_rows=eval_rows, method="sft", max_steps=1)
+    run.train()
+    return weights(run), run.evaluate()["eval_ce"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_trains_and_evaluates_alike(
+    tmp_path: Path, form: str, expected: tuple[dict[str, torch.Tensor], float]
+) -> None:
+    """A split or a column read otherwise in one form would train on, or measure, other rows than the user thinks."""
+    found = outcome(tmp_path, *FORMS[form](tmp_path))
+    assert_same(found[0], expected[0])
+    assert found[1] == expected[1]
+
+
+def test_evaluation_sets_by_name_are_refused(tmp_path: Path) -> None:
+    """transformers evaluates each set of a dict; taking one of them without a word would hide the others."""
+    with pytest.raises(UserError, match=r"the eval dataset has no split 'validation'.*its splits are news, mail; pass"):
+        trainer(tmp_path, method="sft", eval_rows={"news": OTHERS, "mail": OTHERS})
+    with pytest.raises(UserError, match=r"the train dataset has no split 'train': its splits are test"):
+        trainer(tmp_path, method="sft", rows=datasets.DatasetDict(test=datasets.Dataset.from_list(ROWS)))
+    run = trainer(tmp_path, method="sft")
+    assert run.evaluate({"train": ROWS, "test": OTHERS}) == run.evaluate(OTHERS)
+
+
+def test_rows_without_a_response_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`invalid_rows: skip` holds for rows that a reader refuses, in a trainer and in a recipe alike."""
+    rows = [*ROWS[:3], {"prompt": "Why?", "response": None}]
+    with caplog.at_level(logging.WARNING, "dwakd"):
+        run = trainer(tmp_path, rows=rows, eval_rows=rows[1:], method="sft", invalid_rows="skip")
+    assert [len(run.train_dataset), len(run.eval_dataset)] == [3, 2]
+    assert "the train dataset: 1 of 4 rows left out" in caplog.text
+    with pytest.raises(UserError, match=r"the train dataset, row 3 .*'response' is null"):
+        trainer(tmp_path, rows=rows, method="sft")
+    path = str(write(tmp_path / "rows.jsonl", rows))
+    recipe = Recipe(StudentSection("student"), DataSection(train=path, eval=path, invalid_rows="skip"))
+    train, evaluation = recipe_examples(recipe)
+    assert [len(train), len(evaluation or [])] == [3, 3]
+
+
+def test_rows_that_cannot_be_shown_are_not_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that the template refuses would stop the evaluation with ROUGE-L that follows."""
+    from dwakd.data import encoding
+
+    render = encoding.render_prompt
+
+    def refuse(example: Any, *args: Any, **options: Any) -> Any:
+        if example.instruction == OTHERS[1]["prompt"]:
+            raise UserError("the template refuses this row")
+        return render(example, *args, **options)
+
+    monkeypatch.setattr(encoding, "render_prompt", refuse)
+    options = {"method": "sft", "invalid_rows": "skip", "eval_rouge_l": True, "eval_max_new_tokens": 2}
+    run = trainer(tmp_path, rows=ROWS[:4], eval_rows=OTHERS, **options)
+    assert "eval_rouge_l" in run.evaluate()
