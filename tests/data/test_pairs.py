@@ -9,7 +9,7 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import encode_pairs
 from dwakd.data.rows import Example
 from dwakd.errors import UserError
-from tests.builders import byte_bpe
+from tests.builders import bpe_byte_fallback, byte_bpe
 
 ROWS = [Example(n, f"Ask {n}", response=f"Answer {n}") for n in range(6)]
 
@@ -27,6 +27,21 @@ class Refusing(TextEncoder):
             if example.index in self.refused:
                 raise UserError(f"the template refuses row {example.index}")
         return super().prompt_ids_batch(examples)
+
+
+def test_cut_responses_are_counted_in_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """A cut answer has no end token; without a word, a student learns from most rows never to stop."""
+    rows = [*ROWS[:2], *(Example(n, "Go on.", response="The quick brown fox. " * 40) for n in (2, 3, 4))]
+    encoders = TextEncoder(byte_bpe(), "plain"), TextEncoder(bpe_byte_fallback(), "plain")
+    with caplog.at_level(logging.WARNING, "dwakd"):
+        pairs = encode_pairs(rows, *encoders, encoders[1], max_length=64, max_prompt_length=32, source="train.jsonl")
+        assert pairs.of_teacher(1).num_truncated == 3
+    assert len(caplog.records) == 1
+    assert "train.jsonl: 3 of 5 responses were cut to fit data.max_length=64 tokens" in caplog.text
+    caplog.clear()
+    encode_pairs(ROWS, *encoders)
+    encode_pairs(rows, *encoders, max_length=64, max_prompt_length=32, length_option=None)
+    assert not caplog.records
 
 
 def test_rows_that_a_template_refuses(caplog: pytest.LogCaptureFixture) -> None:

@@ -114,3 +114,15 @@ def test_rows_that_cannot_be_shown_are_not_answered(tmp_path: Path, monkeypatch:
     options = {"method": "sft", "invalid_rows": "skip", "eval_rouge_l": True, "eval_max_new_tokens": 2}
     run = trainer(tmp_path, rows=ROWS[:4], eval_rows=OTHERS, **options)
     assert "eval_rouge_l" in run.evaluate()
+
+
+def test_one_warning_of_cut_responses_for_each_data_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A run log must say that answers lost their ends, once for each set and not once for each model."""
+    long = [{"prompt": "Go on.", "response": "The quick brown fox jumps. " * 40}]
+    with caplog.at_level(logging.WARNING, "dwakd"):
+        trainer(tmp_path, rows=[*long, *ROWS[:1]], eval_rows=long, max_length=100, max_prompt_length=50)
+    said = [record.getMessage() for record in caplog.records if "cut" in record.getMessage()]
+    assert [line.split(" responses were cut to fit data.max_length=100")[0] for line in said] == [
+        "the train dataset: 1 of 2",
+        "the eval dataset: 1 of 1",
+    ]

@@ -145,6 +145,7 @@ def encode_pairs(
     invalid_rows: str = "error",
     source: str = "train data",
     mend: str = "raise data.max_length and data.max_prompt_length or correct the data",
+    length_option: str | None = "data.max_length",
 ) -> EncodedPairs:
     """Encode rows for all tokenizers over the same characters of each response.
 
@@ -162,6 +163,7 @@ def encode_pairs(
             that a chat template refuses; `skip` leaves such rows out and reports them.
         source: what to call the rows in messages.
         mend: what to advise if no row is left.
+        length_option: how the user sets `max_length`, for the warning of truncated responses; None for no warning.
 
     Returns:
         The rows in order; `.report` says which were left out, and why.
@@ -192,6 +194,11 @@ def encode_pairs(
         report.setdefault(reason, []).append(draft.example.index)
         first_error.setdefault(reason, f"{source}, row {draft.example.index} (counting from 0): {detail}")
     _check_report(report, first_error, len(examples), len(rows), invalid_rows, source, mend)
+    if num_truncated and length_option:
+        logger.warning(
+            "%s: %d of %d responses were cut to fit %s=%d tokens and have no end token; raise %s",
+            *(source, num_truncated, len(rows), length_option, max_length, length_option),
+        )
     return EncodedPairs(rows, report, num_truncated, source)
 
 

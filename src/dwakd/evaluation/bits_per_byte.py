@@ -80,7 +80,12 @@ def bits_per_byte(
             "bits per byte leaves out %d of %d rows: their prompts fill %d tokens", left_out, len(examples), max_length
         )
     pairs = encode_pairs(
-        scored, encoder, max_length=max_length, max_prompt_length=max_length - 1, source="evaluation data"
+        scored,
+        encoder,
+        max_length=max_length,
+        max_prompt_length=max_length - 1,
+        source="evaluation data",
+        length_option=None,  # num_truncated is part of the result
     )
     lengths = pairs.student_lengths
     alike = Subset(pairs, sorted(range(len(pairs)), key=lambda row: -lengths[row]))

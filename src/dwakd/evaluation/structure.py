@@ -86,6 +86,7 @@ def structure_distances(
         max_prompt_length=length - 1,
         invalid_rows="skip",
         source=source,
+        length_option="--max-length",
         mend="raise --max-length, if the models have more positions, or shorten its rows",
     )
     collator = PairedCollator(pad_id_of(student[1]), pad_id_of(teacher[1]))
