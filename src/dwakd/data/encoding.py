@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from dwakd.data.prompts import check_template, end_token_id, render_prompt, tokenizer_name
+from dwakd.data.chat import tokenizer_name
+from dwakd.data.prompts import Prompts
 from dwakd.data.rows import Example
 from dwakd.errors import UserError
 
@@ -22,12 +23,13 @@ class TextEncoder:
         bos: `auto` puts in front of a prompt the tokens which the tokenizer puts in front of any text by itself
             (Llama's `<s>`; nothing for GPT-2 and Qwen); `never` puts nothing there, the paper's way. The chat
             template renders its own beginning, to which nothing is ever added.
+        date: ISO date that a chat template prints as today's; the current date by default.
 
     Raises:
         UserError: a slow tokenizer, an unknown template or bos, or no end-of-sequence token.
     """
 
-    def __init__(self, tokenizer: Any, template: str = "alpaca", bos: str = "auto") -> None:
+    def __init__(self, tokenizer: Any, template: str = "alpaca", bos: str = "auto", date: str | None = None) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
                 f"the tokenizer of {tokenizer_name(tokenizer)} is a slow one without offsets: "
@@ -35,12 +37,22 @@ class TextEncoder:
             )
         if bos not in BOS_CHOICES:
             raise UserError(f"data.bos {bos!r} is unknown: use {' or '.join(BOS_CHOICES)}")
-        check_template(template)
         self.tokenizer = tokenizer
         self.template = template
-        self.end_token_id = end_token_id(tokenizer, template)
+        self._prompts = Prompts(template, tokenizer, date)
+        self.end_token_id = self._prompts.end_token_id()
         self._bos_ids = _leading_ids(tokenizer) if bos == "auto" and template != "chat" else []
         self._piece_bytes = _PieceBytes(tokenizer)
+
+    @property
+    def date(self) -> str | None:
+        """The date that a chat template prints as today's; None for other templates."""
+        return None if self._prompts.chat is None else self._prompts.chat.date
+
+    @property
+    def printed_date(self) -> str | None:
+        """`date` if the chat template prints it."""
+        return self.date if self._prompts.chat is not None and self._prompts.chat.prints_date else None
 
     @property
     def end_token_ids(self) -> list[int]:
@@ -60,13 +72,17 @@ class TextEncoder:
             for index in range(max(known) + 1)
         )
 
+    def prompt_text(self, example: Example) -> str:
+        """The text that the model reads before its answer."""
+        return self._prompts.render(example)
+
     def prompt_ids(self, example: Example) -> list[int]:
         """Token ids of the prompt, with the model's own beginning-of-sequence tokens."""
         return self.prompt_ids_batch([example])[0]
 
     def prompt_ids_batch(self, examples: Sequence[Example]) -> list[list[int]]:
         """`prompt_ids` of several rows at once."""
-        texts = [render_prompt(example, self.template, self.tokenizer) for example in examples]
+        texts = [self.prompt_text(example) for example in examples]
         return [[*self._bos_ids, *ids] for ids in self._encode(texts, special=True)["input_ids"]]
 
     def response_ids(self, text: str) -> tuple[list[int], list[int]]:

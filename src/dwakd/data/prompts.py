@@ -3,15 +3,18 @@
 Templates: `alpaca` (the paper's), `chat` (each model's own chat template), `plain`, or a format string with
 `{instruction}` and, if wanted, `{input}` (a format string without it leaves the input out).
 
-Earlier turns: `chat` hands them to the model's template. The other templates know no turns, so the turns are
-joined in front of the instruction, in order, with empty lines between them: a system text as it stands, the other
-turns led by "User: " and "Assistant: " (the last user turn as well, if any such turn came before it).
+Earlier turns: `chat` hands them to the model's template, with all their keys and with the row's tools and documents;
+a row with a part that the template leaves out is refused. The other templates know no turns, so the texts of the turns
+are joined in front of the instruction, in order, with empty lines between them: a system text as it stands, the other
+turns led by their role, "User: " or "Assistant: " (the last turn as well, if any such turn came before it).
 """
 
 import string
 from typing import Any
 
+from dwakd.data.chat import ChatTemplate, tokenizer_name
 from dwakd.data.rows import Example
+from dwakd.data.turns import content_keys
 from dwakd.errors import UserError
 
 ALPACA_WITH_INPUT = (
@@ -26,7 +29,6 @@ ALPACA_WITHOUT_INPUT = (
 )
 TEMPLATES = ("alpaca", "chat", "plain")
 PLACEHOLDERS = ("instruction", "input")
-_MARK = "zyxanswerxyz"
 
 
 def check_template(template: str) -> None:
@@ -66,82 +68,91 @@ def check_template(template: str) -> None:
         raise UserError(f"data.template {template!r} never shows the instruction: put {{instruction}} into it")
 
 
-def render_prompt(example: Example, template: str, tokenizer: Any) -> str:
-    """The prompt text of one row, the response not included.
+class Prompts:
+    """The prompts of one template and tokenizer.
 
     Args:
-        example: instruction, input and earlier turns.
         template: a name of `TEMPLATES` or a format string.
-        tokenizer: read by `chat` only, for its own chat template.
+        tokenizer: of the model that reads them.
+        date: ISO date that a chat template prints as today's; the current date by default.
 
     Raises:
-        UserError: an unknown template, a tokenizer without chat template, or a chat template that refuses the row.
+        UserError: an unknown template, or a tokenizer without chat template.
     """
-    if template == "chat":
-        content = f"{example.instruction}\n{example.input}" if example.input else example.instruction
-        messages = [*example.history, {"role": "user", "content": content}]
-        return _render_chat(messages, tokenizer, add_generation_prompt=True, row=example.index)
-    check_template(template)
-    instruction = _with_history(example)
-    if template == "alpaca":
-        template = ALPACA_WITH_INPUT if example.input else ALPACA_WITHOUT_INPUT
-    elif template == "plain":
-        template = "{instruction}\n{input}\n" if example.input else "{instruction}\n"
-    return template.format(instruction=instruction, input=example.input)
+
+    def __init__(self, template: str, tokenizer: Any, date: str | None = None) -> None:
+        check_template(template)
+        self.template = template
+        self.tokenizer = tokenizer
+        self.chat = ChatTemplate(tokenizer, date) if template == "chat" else None
+
+    def render(self, example: Example) -> str:
+        """The prompt text of one row, the response not included.
+
+        Raises:
+            UserError: the chat template refuses the row, or the row has parts that the template cannot show.
+        """
+        if self.chat is not None:
+            return self.chat.prompt(example)
+        _check_plain(example)
+        instruction, template = _with_history(example), self.template
+        if template == "alpaca":
+            template = ALPACA_WITH_INPUT if example.input else ALPACA_WITHOUT_INPUT
+        elif template == "plain":
+            template = "{instruction}\n{input}\n" if example.input else "{instruction}\n"
+        return template.format(instruction=instruction, input=example.input)
+
+    def end_token_id(self) -> int:
+        """The token that is trained to end a response.
+
+        For `chat` the special token which the model's own template puts right after the assistant's text
+        (`<|im_end|>`, `<end_of_turn>`, ...), found by rendering; the end-of-sequence token if the template puts none
+        there, and for every other template.
+
+        Raises:
+            UserError: there is no such token.
+        """
+        tokenizer = self.tokenizer
+        if self.chat is not None:
+            ids = tokenizer(self.chat.tail.lstrip(), add_special_tokens=False)["input_ids"]
+            if ids and (ids[0] in tokenizer.added_tokens_decoder or ids[0] in tokenizer.all_special_ids):
+                return int(ids[0])
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"the tokenizer of {tokenizer_name(tokenizer)} has no end-of-sequence token, so no answer would ever "
+                "end: set eos_token in its tokenizer_config.json"
+            )
+        return int(tokenizer.eos_token_id)
+
+
+def render_prompt(example: Example, template: str, tokenizer: Any) -> str:
+    """`Prompts.render` of a single row."""
+    return Prompts(template, tokenizer).render(example)
 
 
 def end_token_id(tokenizer: Any, template: str) -> int:
-    """The token that is trained to end a response.
+    """`Prompts.end_token_id` of a tokenizer."""
+    return Prompts(template, tokenizer).end_token_id()
 
-    For `chat` the special token which the model's own template puts right after the assistant's text (`<|im_end|>`,
-    `<end_of_turn>`, ...), found by rendering; the end-of-sequence token if the template puts none there, and for
-    every other template.
 
-    Raises:
-        UserError: there is no such token.
-    """
-    if template == "chat":
-        messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _MARK}]
-        text = _render_chat(messages, tokenizer, add_generation_prompt=False)
-        tail = text[text.rfind(_MARK) + len(_MARK) :].lstrip() if _MARK in text else ""
-        ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
-        if ids and (ids[0] in tokenizer.added_tokens_decoder or ids[0] in tokenizer.all_special_ids):
-            return int(ids[0])
-    if tokenizer.eos_token_id is None:
+def _check_plain(example: Example) -> None:
+    """Refuse parts that only a chat template can show."""
+    keys = [(key, f" of turn {n}") for n, turn in enumerate(example.turns) for key in content_keys(turn)]
+    keys += [(key, "") for key, value in (example.options or {}).items() if not isinstance(value, bool)]
+    for key, place in keys:
         raise UserError(
-            f"the tokenizer of {tokenizer_name(tokenizer)} has no end-of-sequence token, so no answer would ever "
-            "end: set eos_token in its tokenizer_config.json"
+            f"row {example.index} (counting from 0) has {key!r}{place}, which only a chat template can show: "
+            "use data.template: chat, or remove it"
         )
-    return int(tokenizer.eos_token_id)
-
-
-def tokenizer_name(tokenizer: Any) -> str:
-    """The name to call a tokenizer by in a message."""
-    return str(tokenizer.name_or_path or type(tokenizer).__name__)
 
 
 def _with_history(example: Example) -> str:
-    turns = [
-        turn["content"] if turn["role"] == "system" else f"{turn['role'].capitalize()}: {turn['content']}"
-        for turn in example.history
-    ]
-    earlier = any(turn["role"] != "system" for turn in example.history)
-    return "\n\n".join([*turns, f"User: {example.instruction}" if earlier else example.instruction])
-
-
-def _render_chat(
-    messages: list[dict[str, str]], tokenizer: Any, *, add_generation_prompt: bool, row: int | None = None
-) -> str:
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"data.template is chat, but the tokenizer of {tokenizer_name(tokenizer)} has no chat template: "
-            "use data.template: alpaca, or add a chat_template to its tokenizer_config.json"
+    *earlier, last = [
+        (
+            turn["role"],
+            turn["content"] if turn["role"] == "system" else f"{turn['role'].capitalize()}: {turn['content']}",
         )
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
-    except Exception as error:  # templates raise what they like: jinja2's TemplateError, TypeError, ...
-        where = "" if row is None else f" row {row} (counting from 0)"
-        raise UserError(
-            f"the chat template of {tokenizer_name(tokenizer)} refuses{where or ' a plain exchange'}: {error} "
-            "(change the roles of that row's messages, or use data.template: alpaca)"
-        ) from error
+        for turn in (*example.history, {**(example.turn or {"role": "user"}), "content": example.instruction})
+    ]
+    led = any(role != "system" for role, _ in earlier)
+    return "\n\n".join([*(text for _, text in earlier), last[1] if led else example.instruction])

@@ -3,19 +3,25 @@
 Columns that are not named are looked for in this order: a conversation in `messages` or `conversations`; an
 `instruction` with its `input` or `context`, answered in `output`, `response` or `completion`; a `prompt`, answered
 in `response`, `completion` or `output`. A column of prompts may itself hold conversations.
+
+Of a conversation the last assistant turn is learnt and everything before it is read, including the columns `tools`,
+`documents`, `chat_template_kwargs` and `system` of the row; turns after it are left out. A completion may be a
+conversation too: all its turns but the last are read. Null and empty values mean absent.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dwakd.data.turns import check_answer, checked_text, is_conversation, read_options, read_turns
 from dwakd.errors import UserError
 
 Row = Mapping[str, Any]
 CONVERSATIONS = ("messages", "conversations")
 INPUTS = ("input", "context")
 RESPONSES = {"instruction": ("output", "response", "completion"), "prompt": ("response", "completion", "output")}
-_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
+EXTRAS = ("tools", "documents", "chat_template_kwargs", "system")
+_ASKING = ("user", "tool", "function", "observation", "function_response", "ipython")
 
 
 @dataclass(frozen=True)
@@ -24,11 +30,14 @@ class Example:
 
     Args:
         index: position of the row in its source, from 0.
-        instruction: what the user asks; of a conversation, the user's turn before the answer.
+        instruction: what the user asks; of a conversation, the turn before the answer.
         input: further context, or empty.
         response: the answer to learn, or empty where none is needed.
         references: every acceptable answer, `response` first; empty where there is none.
-        history: system text and earlier turns before `instruction`, each {"role": ..., "content": ...}.
+        history: system text and earlier turns before `instruction`, each {"role": ..., "content": ...} and whatever
+            else the turn holds.
+        turn: keys of the turn before the answer other than its content; None for a plain user turn.
+        options: what else the chat template gets: `tools`, `documents` and the row's `chat_template_kwargs`.
     """
 
     index: int
@@ -36,7 +45,15 @@ class Example:
     input: str = ""
     response: str = ""
     references: tuple[str, ...] = ()
-    history: tuple[dict[str, str], ...] = ()
+    history: tuple[dict[str, Any], ...] = ()
+    turn: dict[str, Any] | None = None
+    options: dict[str, Any] | None = None
+
+    @property
+    def turns(self) -> list[dict[str, Any]]:
+        """Everything before the answer, as turns of a conversation."""
+        content = f"{self.instruction}\n{self.input}" if self.input else self.instruction
+        return [*self.history, {"role": "user", **(self.turn or {}), "content": content}]
 
 
 @dataclass(frozen=True)
@@ -46,11 +63,13 @@ class Columns:
     prompt: str
     response: str | None
     input: str | None
+    extras: tuple[str, ...] = ()
 
     @property
     def used(self) -> tuple[str, ...]:
         """The columns to read, each once."""
-        return tuple(dict.fromkeys(name for name in (self.prompt, self.response, self.input) if name is not None))
+        named = (self.prompt, self.response, self.input)
+        return tuple(dict.fromkeys(name for name in (*named, *self.extras) if name is not None))
 
 
 def resolve_columns(
@@ -89,7 +108,8 @@ def resolve_columns(
             )
     if input is None and prompt == "instruction":
         input = next((name for name in INPUTS if name in names), None)
-    return Columns(prompt, response, input)
+    extras = tuple(name for name in EXTRAS if name in names and name not in (prompt, response, input))
+    return Columns(prompt, response, input, extras)
 
 
 def read_example(row: Row, columns: Columns, *, index: int, where: str, need_response: bool) -> Example:
@@ -105,24 +125,41 @@ def read_example(row: Row, columns: Columns, *, index: int, where: str, need_res
     Raises:
         UserError: a column is missing in this row or holds something other than text.
     """
-    asked = row.get(columns.prompt)
-    if isinstance(asked, list):
-        instruction, history, answer = _read_conversation(asked, columns, where, need_response)
+    input = "" if columns.input is None or row.get(columns.input) is None else _text(row, columns.input, where)
+    turns, answer = _split(row, columns, where, need_response)
+    if columns.response is not None and is_conversation(row.get(columns.response)):
+        *earlier, answer = read_turns(row[columns.response], where, columns.response)
+        if answer["role"] != "assistant":
+            raise UserError(
+                f"{where}: {columns.response!r} ends with a turn of role {answer['role']!r}, not with the assistant's "
+                "answer: correct or remove that row"
+            )
+        if earlier and input:
+            turns[-1]["content"] += f"\n{input}"
+            input = ""
+        turns += earlier
+    if not turns or turns[-1]["role"] not in _ASKING:
+        found = f"and it has the role {turns[-1]['role']!r}" if turns else "and there is none"
+        raise UserError(
+            f"{where}: the turn before the answer in {columns.prompt!r} must be the user's or a tool's, {found}: "
+            "correct or remove that row"
+        )
+    if answer is not None:
+        check_answer(answer, f"{where}: the last assistant turn", need_response)
+        references: tuple[str, ...] = (answer["content"],)
     else:
-        instruction, history, answer = _text(row, columns.prompt, where), (), None
-        if columns.prompt in CONVERSATIONS and columns.response is None:
-            raise UserError(f"{where}: {columns.prompt!r} is a string, not a list of turns with role and content")
-    if columns.response is not None:
-        references = _read_references(row, columns.response, where, need_response)
-    else:
-        references = () if answer is None else (answer,)
+        references = () if columns.response is None else _read_references(row, columns.response, where, need_response)
+    *history, last = turns
+    turn = {key: value for key, value in last.items() if key != "content"}
     return Example(
         index=index,
-        instruction=instruction,
-        input="" if columns.input is None or row.get(columns.input) is None else _text(row, columns.input, where),
+        instruction=last["content"],
+        input=input,
         response=references[0] if references else "",
         references=references,
-        history=history,
+        history=tuple(history),
+        turn=None if turn == {"role": "user"} else turn,
+        options=read_options(row, columns.extras, where, isinstance(row.get(columns.prompt), list)) or None,
     )
 
 
@@ -132,18 +169,7 @@ def _text(row: Row, column: str, where: str) -> str:
             f"{where}: the column {column!r} is missing; this row has: {', '.join(map(str, row)) or 'none'}; add it or "
             "remove that row"
         )
-    return _checked_text(row[column], f"{where}: {column!r}")
-
-
-def _checked_text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        kind = "null" if value is None else f"{type(value).__name__} {value!r:.40}"
-        raise UserError(f"{what} is {kind}, not a string: correct or remove that row")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{what} is no valid Unicode text ({error.reason}): correct or remove that row") from error
-    return value
+    return checked_text(row[column], f"{where}: {column!r}")
 
 
 def _read_references(row: Row, column: str, where: str, need_response: bool) -> tuple[str, ...]:
@@ -152,38 +178,30 @@ def _read_references(row: Row, column: str, where: str, need_response: bool) -> 
         return ()
     if not isinstance(value, list):
         return (_text(row, column, where),)
-    if value and isinstance(value[-1], dict):  # a completion given as messages
-        return (_turns(value, where, column)[-1]["content"],)
     if not value and need_response:
         raise UserError(f"{where}: {column!r} is an empty list: give at least one reference or remove that row")
-    return tuple(_checked_text(item, f"{where}: {column!r}[{n}]") for n, item in enumerate(value))
+    return tuple(checked_text(item, f"{where}: {column!r}[{n}]") for n, item in enumerate(value))
 
 
-def _turns(conversation: list[Any], where: str, column: str) -> list[dict[str, str]]:
-    turns = []
-    for n, turn in enumerate(conversation):
-        what = f"{where}: {column!r}[{n}]"
-        if not isinstance(turn, Mapping):
-            raise UserError(f"{what} is {type(turn).__name__}, not an object with role and content")
-        role_key, text_key = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
-        role, content = (_checked_text(turn.get(key), f"{what} {key}") for key in (role_key, text_key))
-        turns.append({"role": _ROLES.get(role, role), "content": content})
-    return turns
-
-
-def _read_conversation(
-    conversation: list[Any], columns: Columns, where: str, need_response: bool
-) -> tuple[str, tuple[dict[str, str], ...], str | None]:
-    """The user's last turn before the answer, what came before it, and the last answer (None: not in here)."""
-    turns = _turns(conversation, where, columns.prompt)
-    answer: str | None = None
-    if columns.response is None and (need_response or (turns and turns[-1]["role"] == "assistant")):
-        at = max((n for n, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
-        if at < 0:
-            raise UserError(f"{where}: {columns.prompt!r} has no assistant turn to learn: add one or remove that row")
-        answer, turns = turns[at]["content"], turns[:at]
-    if not turns or turns[-1]["role"] != "user":
-        raise UserError(
-            f"{where}: the turn before the answer in {columns.prompt!r} must be the user's: correct or remove that row"
-        )
-    return turns[-1]["content"], tuple(turns[:-1]), answer
+def _split(
+    row: Row, columns: Columns, where: str, need_response: bool
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """The turns before the answer and, of a conversation that holds it, the answer."""
+    asked = row.get(columns.prompt)
+    if not isinstance(asked, list):
+        text = _text(row, columns.prompt, where)
+        if columns.prompt in CONVERSATIONS and columns.response is None:
+            raise UserError(f"{where}: {columns.prompt!r} is a string, not a list of turns with role and content")
+        return [{"role": "user", "content": text}], None
+    turns = read_turns(asked, where, columns.prompt)
+    if "system" in columns.extras and (system := row.get("system")):
+        turn = {"role": "system", "content": checked_text(system, f"{where}: 'system'")}
+        if any(other["role"] == "system" and other != turn for other in turns):
+            raise UserError(f"{where}: 'system' and the system turn in {columns.prompt!r} differ: remove one of them")
+        turns = [turn, *(other for other in turns if other != turn)]
+    if columns.response is not None or not (need_response or (turns and turns[-1]["role"] == "assistant")):
+        return turns, None
+    at = max((n for n, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
+    if at < 0:
+        raise UserError(f"{where}: {columns.prompt!r} has no assistant turn to learn: add one or remove that row")
+    return turns[:at], turns[at]

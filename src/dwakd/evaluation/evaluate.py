@@ -10,7 +10,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.prompts import render_prompt
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
 from dwakd.evaluation.bits_per_byte import BitsPerByte, bits_per_byte, length_limit, measurable
@@ -178,8 +177,10 @@ def evaluation_signature(
 ) -> dict[str, Any]:
     """The signature that an evaluation with these arguments has (those of `evaluate_model`), known before it runs."""
     found = identity or {"model": model_identity(model), "data": data_identity(examples)}
+    date = {} if encoder.printed_date is None else {"template_date": encoder.printed_date}
     return {
         **found,
+        **date,
         **make_signature(
             references="best" if any(map(has_reference, examples)) else "none",
             template=encoder.template,
@@ -208,7 +209,7 @@ def _score(
         Answer(
             row=example.index,
             seed=seed,
-            prompt=render_prompt(example, encoder.template, encoder.tokenizer),
+            prompt=encoder.prompt_text(example),
             answer=text,
             references=expected,
             rouge_l=rouge,

@@ -31,7 +31,8 @@ def model_identity(model: PreTrainedModel | PeftModel, name: str | None = None) 
 
 def data_identity(examples: Sequence[Example], name: str | None = None) -> dict[str, Any]:
     """Name, number of rows and SHA-256 of their texts, its first 16 digits."""
-    digest = hashlib.sha256(json.dumps([asdict(example) for example in examples]).encode())
+    rows = [{key: value for key, value in asdict(example).items() if value is not None} for example in examples]
+    digest = hashlib.sha256(json.dumps(rows, default=str).encode())
     return {"name": name or "rows in memory", "rows": len(examples), "sha256": digest.hexdigest()[:_DIGITS]}
 
 

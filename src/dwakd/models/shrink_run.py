@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from dwakd.data.prompts import render_prompt
+from dwakd.data.prompts import Prompts
 from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, load_examples
 from dwakd.folders import check_output_folder
 from dwakd.models.loading import load_causal_lm, load_tokenizer
@@ -40,10 +40,11 @@ def shrink_to_folder(
     """
     check_output_folder(output, empty=True)
     tokenizer = load_tokenizer(model)
+    prompts = Prompts(template, tokenizer)
 
     def texts(source: str, split: Sequence[str]) -> list[str]:
         examples = load_examples(source, split=split, limit=limit, **columns)
-        return [render_prompt(example, template, tokenizer) + example.response for example in examples]
+        return [prompts.render(example) + example.response for example in examples]
 
     train = texts(data, TRAIN_SPLITS)
     if eval_data is not None:

@@ -1,0 +1,131 @@
+"""Turns of a conversation as a data set holds them, checked; keys beside role and content stay for the chat template."""
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from dwakd.errors import UserError
+
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
+_FLAGS = frozenset({"weight", "loss", "train", "training"})
+"""Keys of an assistant turn that say whether it is learnt (OpenAI, ms-swift, axolotl)."""
+_METADATA = frozenset(
+    {
+        *("id", "uuid", "index", "hash", "message_id", "parent_id", "turn_id", "turn_identifier"),
+        *("tool_call_id", "request_id", "session_id", "openai_id"),
+        *("timestamp", "time", "date", "created", "created_at", "updated_at", "model", "model_name", "source", "url"),
+        *("language", "lang", "country", "state", "header", "hashed_ip"),
+        *("temperature", "top_p", "tokens", "num_tokens", "token_count", "token_counter"),
+        *("score", "rating", "toxic", "redacted"),
+    }
+)
+"""Keys of a turn that models need not read; chat templates leave them out on purpose, even the id of a tool call."""
+
+
+def read_turns(conversation: list[Any], where: str, column: str) -> list[dict[str, Any]]:
+    """The turns of one conversation, each with `role` and `content` and whatever else it holds that is not empty.
+
+    Raises:
+        UserError: a turn is malformed; the message names the row, the column and the turn.
+    """
+    turns = []
+    for n, turn in enumerate(conversation):
+        what = f"{where}: {column!r}[{n}]"
+        if not isinstance(turn, Mapping):
+            raise UserError(f"{what} is {type(turn).__name__}, not an object with role and content")
+        role_key, text_key = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
+        role = checked_text(turn.get(role_key), f"{what} {role_key}")
+        kept = {key: value for key, value in _filled(turn).items() if key not in (role_key, text_key)}
+        read = {"role": _ROLES.get(role, role), "content": "", **kept}
+        if turn.get(text_key) is not None or not content_keys(read):  # a turn of tool calls alone has no text
+            read["content"] = checked_text(_joined(turn.get(text_key)), f"{what} {text_key}")
+        turns.append(read)
+    return turns
+
+
+def read_options(row: Mapping[str, Any], columns: Collection[str], where: str, conversation: bool) -> dict[str, Any]:
+    """What the chat template of a row gets beside the turns: `tools`, `documents` and its `chat_template_kwargs`.
+
+    Args:
+        row: the row's columns by name.
+        columns: those that exist.
+        where: the place to name in a message.
+        conversation: whether the row's prompt is one; of other rows only `tools` are read, where they are objects.
+
+    Raises:
+        UserError: a column holds something else.
+    """
+    options: dict[str, Any] = {}
+    for name in ("chat_template_kwargs", "documents", "tools"):
+        value = _without_nulls(row.get(name)) if name in columns else None
+        if not conversation and not (name == "tools" and is_conversation(value)):
+            continue
+        if isinstance(value, str) and value:
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{where}: {name!r} is a string that is not valid JSON ({error}): correct it"
+                ) from error
+        if name == "chat_template_kwargs" and isinstance(value, Mapping):
+            options |= _filled(value)
+        elif name != "chat_template_kwargs" and is_conversation(value):
+            options[name] = value
+        elif value:
+            kind = "an object" if name == "chat_template_kwargs" else "a list of objects"
+            raise UserError(f"{where}: {name!r} must be {kind}, got {value!r:.40}: correct or remove it")
+    return options
+
+
+def check_answer(turn: Mapping[str, Any], what: str, need_response: bool) -> None:
+    """Refuse an answer with parts beside its text, which alone is learnt, and one that is not to be learnt at all."""
+    for flag in _FLAGS & set(turn):
+        if need_response and turn[flag] != 1:
+            raise UserError(
+                f"{what} has {flag} {turn[flag]!r}, and every answer is learnt with weight 1: remove that row"
+            )
+    if keys := content_keys(turn):
+        raise UserError(
+            f"{what} has {keys[0]!r}, and only the text of an answer is learnt: move it into the content, or remove it"
+        )
+
+
+def content_keys(turn: Mapping[str, Any]) -> list[str]:
+    """Keys of a turn, beside role and content, that hold something for the model to read."""
+    named = () if turn["role"] in ("user", "assistant", "system") else ("name",)  # a tool's name stands in its call
+    return [key for key in turn if key not in (_METADATA | _FLAGS) and key not in ("role", "content", *named)]
+
+
+def is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+
+
+def checked_text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        kind = "null" if value is None else f"{type(value).__name__} {value!r:.40}"
+        raise UserError(f"{what} is {kind}, not a string: correct or remove that row")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} is no valid Unicode text ({error.reason}): correct or remove that row") from error
+    return value
+
+
+def _joined(content: Any) -> Any:
+    """The text of a content that is given as a list of text parts; everything else as it is."""
+    parts = _without_nulls(content)
+    if isinstance(parts, list) and all(isinstance(part, dict) and set(part) == {"type", "text"} for part in parts):
+        return "".join(str(part["text"]) for part in parts)
+    return content
+
+
+def _filled(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that hold something."""
+    return {key: value for key, value in _without_nulls(values).items() if value not in ("", [], {})}
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the nulls inside it, with which `datasets` fills the keys that a row lacks."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

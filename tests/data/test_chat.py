@@ -1,0 +1,217 @@
+"""Chat templates of real models' kinds: prompt and answer have to be what the template writes, with nothing left out."""
+
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils as clock
+
+from dwakd.data.encoding import TextEncoder
+from dwakd.data.pairs import encode_pairs
+from dwakd.data.rows import Example
+from dwakd.data.sources import load_examples
+from dwakd.errors import UserError
+from tests.builders import bpe_byte_fallback
+from tests.data.chat import chatml
+
+OPEN, CLOSE = "<|im_start|>", "<|im_end|>\n"
+_PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+_TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+PLAIN = "{% for m in messages %}" + _TURN + "{% endfor %}" + _PROMPT
+NO_PROMPT = "{% for m in messages %}" + _TURN + "{% endfor %}"
+CHANNEL = (  # gpt-oss: the model writes the channel of its answer
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + ('[final]' if m.role == 'assistant' else '') + ': ' + m.content"
+    " + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+)
+R1 = (  # DeepSeek-R1's distilled models: the generation prompt opens a thought, and answers lose theirs
+    "{% for m in messages %}{% set c = m.content.split('</think>')[-1] if m.role == 'assistant' else m.content %}"
+    "{{ '<|im_start|>' + m.role + '\n' + c + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+QWEN3 = (  # every last answer has a thought, if only an empty one; earlier thoughts are dropped
+    "{% for m in messages %}{% set ns = namespace(r=m.reasoning_content or '', c=m.content) %}"
+    "{% if '</think>' in ns.c %}{% set ns.r = ns.c.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set ns.c = ns.c.split('</think>')[-1].lstrip('\n') %}{% endif %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n' + ns.r + '\n</think>\n\n' }}{% endif %}"
+    "{{ ns.c + '<|im_end|>\n' }}{% endfor %}" + _PROMPT
+)
+MISTRAL = (  # a space before an answer, and a system text that only the last user turn shows
+    "{% set loop_messages = messages[1:] if messages[0].role == 'system' else messages %}{% for m in loop_messages %}"
+    "{% if m.role == 'user' %}{{ '[INST] ' + (messages[0].content + '\n\n' if loop.last and messages[0].role == 'system'"
+    " else '') + m.content + '[/INST]' }}{% else %}{{ ' ' + m.content|trim + eos_token }}{% endif %}{% endfor %}"
+)
+TOOLS = (
+    "{% if tools %}{{ 'TOOLS ' + tools|tojson + '\n' }}{% endif %}{% for d in documents or [] %}{{ d.text }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{{ m.name }}{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ '<call>' + c.function|tojson + '</call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}" + _PROMPT
+)
+DATED = "{{ 'Today is ' + strftime_now('%d %b %Y %H:%M') + '\n' }}" + PLAIN
+CALL = {"type": "function", "function": {"name": "rain_gauge", "arguments": {"place": "Bergen"}}}
+GAUGE = [{"name": "rain_gauge"}]
+
+
+def say(role: str, content: Any, **keys: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **keys}
+
+
+ASK, ANSWER = say("user", "2 + 2?"), say("assistant", "Four.")
+
+
+def with_template(template: str) -> PreTrainedTokenizerFast:
+    tokenizer = chatml()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def trained(row: dict[str, Any] | Example, template: str, name: str = "chat") -> tuple[str, str]:
+    """What the model reads and what it learns of a row."""
+    examples = [row] if isinstance(row, Example) else load_examples([row])
+    side = encode_pairs(examples, TextEncoder(with_template(template), name)).rows[0].student
+    decode = with_template(template).decode
+    return decode(side.ids[: side.num_prompt]), decode(side.ids[side.num_prompt :])
+
+
+@pytest.mark.parametrize("template", [PLAIN, NO_PROMPT, CHANNEL, R1, QWEN3, MISTRAL, TOOLS])
+@pytest.mark.parametrize("turns", [[ASK], [say("system", "Add."), say("user", "Hi"), say("assistant", "Ho"), ASK]])
+def test_prompt_and_answer_are_what_the_template_writes(template: str, turns: list[dict[str, Any]]) -> None:
+    """A generation prompt that no answer follows in the template would train on a layout that the model never meets."""
+    prompt, answer = trained({"messages": [*turns, ANSWER]}, template)
+    full = with_template(template).apply_chat_template([*turns, ANSWER], tokenize=False)
+    if template == MISTRAL and len(turns) > 1:  # reads the system text, which its full rendering loses
+        assert (prompt, answer) == (
+            "[INST] Hi[/INST] Ho<|endoftext|>[INST] Add.\n\n2 + 2?[/INST] ",
+            "Four.<|endoftext|>",
+        )
+    else:
+        assert full.startswith(prompt + answer)
+        assert answer.startswith("Four.")
+
+
+@pytest.mark.parametrize(
+    "template", [R1, QWEN3, QWEN3.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif")]
+)
+@pytest.mark.parametrize(
+    "answer",
+    ["Four.", "<think>\n2 and 2\n</think>\n\nFour.", "<think>2 and 2</think>Four.", "2 and 2\n</think>\n\nFour."],
+)
+def test_thoughts_are_opened_and_closed_once(template: str, answer: str) -> None:
+    """A plain answer inside an open thought never ends it; an answer with a thought of its own must not get two."""
+    prompt, learnt = trained(Example(0, "2 + 2?", response=answer), template)
+    assert prompt.startswith(f"{OPEN}user\n2 + 2?{CLOSE}{OPEN}assistant\n")
+    assert learnt.removesuffix("<|im_end|>") == answer
+    assert (
+        (prompt + learnt).count("<think>")
+        == (prompt + learnt).count("</think>")
+        == (1 if template != R1 else "think" in answer)
+    )
+
+
+def test_a_space_before_answers_is_read_once() -> None:
+    """SentencePiece begins every answer with a space: one more in the prompt is a token that no template writes."""
+    tokenizer = bpe_byte_fallback()
+    tokenizer.chat_template = MISTRAL
+    encoder = TextEncoder(tokenizer, "chat")
+    assert encoder.prompt_text(Example(0, "Hi")).endswith("[/INST]")
+    byte_level = TextEncoder(with_template(MISTRAL), "chat")
+    assert byte_level.prompt_text(Example(0, "Hi")).endswith("[/INST] ")
+
+
+def test_white_space_of_answers_stays_theirs() -> None:
+    """Templates trim answers; the header before them must lose nothing for it."""
+    for template in (PLAIN, PLAIN.replace("m.content", "m.content|trim")):
+        prompt, answer = trained(Example(0, "Hi", response="\n Ho \n"), template)
+        assert (prompt, answer) == (f"{OPEN}user\nHi{CLOSE}{OPEN}assistant\n", "\n Ho \n<|im_end|>")
+
+
+def test_altered_answers_are_refused() -> None:
+    """The model would learn another text than its template writes."""
+    with pytest.raises(UserError, match="does not write an assistant's answer as it is"):
+        TextEncoder(with_template(PLAIN.replace("m.content", "m.content|upper")), "chat")
+    encoder = TextEncoder(with_template(PLAIN.replace("m.content", "m.content|replace('Four', 'Five')")), "chat")
+    with pytest.raises(UserError, match=r"alters the answer of row 3 \(counting from 0\)"):
+        encoder.prompt_ids(Example(3, "2 + 2?", response="Four."))
+
+
+LOOK = say("assistant", "rain_gauge", tool_calls=[CALL])
+SHOWN = {
+    "tools": {"messages": [ASK, ANSWER], "tools": GAUGE},
+    "tools as JSON": {"messages": [ASK, ANSWER], "tools": '[{"name": "rain_gauge"}]'},
+    "tools of a prompt that is a string": {"prompt": "2 + 2?", "response": "Four.", "tools": GAUGE},
+    "documents": {"messages": [ASK, ANSWER], "documents": [{"text": "rain_gauge"}]},
+    "tool_calls": {"messages": [ASK, say("assistant", None, tool_calls=[CALL]), say("tool", "4"), ANSWER]},
+    "content beside tool_calls": {"messages": [ASK, LOOK, say("tool", "4"), ANSWER]},
+    "name": {"messages": [say("user", "2 + 2?", name="rain_gauge"), ANSWER]},
+    "system": {"messages": [ASK, ANSWER], "system": "rain_gauge"},
+    "from and value": {"conversations": [{"from": "human", "value": "rain_gauge"}, {"from": "gpt", "value": "Yes."}]},
+    "text parts": {"messages": [say("user", [{"type": "text", "text": "rain_gauge"}]), ANSWER]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SHOWN)
+def test_everything_before_the_answer_is_read(what: str) -> None:
+    """A tool, a call or a document that vanishes leaves an answer to a question that nobody asked."""
+    assert "rain_gauge" in trained(SHOWN[what], TOOLS)[0]
+
+
+@pytest.mark.parametrize("template", [PLAIN, "alpaca"])
+@pytest.mark.parametrize("what", ["tools", "documents", "tool_calls", "name", "tools of a prompt that is a string"])
+def test_parts_that_a_template_leaves_out_are_refused(what: str, template: str) -> None:
+    """Silently dropped, they would be missed by nobody until the student is used."""
+    with pytest.raises(UserError, match=rf"{what.split()[0]}.* row 0|row 0 .*{what.split()[0]}"):
+        trained(SHOWN[what], PLAIN, "alpaca" if template == "alpaca" else "chat")
+
+
+def test_turns_that_a_template_leaves_out_are_refused() -> None:
+    """Phi-3's and Zephyr's templates know no tools: what a tool said would vanish. Empty turns lose nothing."""
+    template = (
+        "{% for m in messages %}{% if m.role != 'system' and (m.role != 'tool') %}"
+        + _TURN
+        + "{% endif %}{% endfor %}"
+        + _PROMPT
+    )
+    with pytest.raises(UserError, match=r"'content' of turn 0 \(role 'system'"):
+        trained({"messages": [say("system", "Add."), ASK, ANSWER]}, template)
+    with pytest.raises(UserError, match=r"'content' of turn 1 \(role 'tool'"):
+        trained({"messages": [ASK, say("tool", "4"), ANSWER]}, template)
+    trained({"messages": [say("system", ""), ASK, ANSWER]}, template)
+
+
+def test_earlier_thoughts_may_be_left_out() -> None:
+    """Qwen3's template drops them on purpose; one that knows no reasoning_content loses what the row says."""
+    row = {"messages": [say("user", "Hi"), say("assistant", "Ho", reasoning_content="greet"), ASK, ANSWER]}
+    assert "greet" not in trained(row, QWEN3)[0]
+    with pytest.raises(UserError, match="leaves out 'reasoning_content' of turn 1"):
+        trained(row, PLAIN)
+
+
+def test_options_of_the_template() -> None:
+    """`chat_template_kwargs` change what a template writes, before the answer as well."""
+    switch = "{{ 'terse\n' if terse else '' }}{{ rules or '' }}" + PLAIN
+    row = {"messages": [ASK, ANSWER], "chat_template_kwargs": {"terse": True, "rules": "Add.", "more": None}}
+    assert trained(row, switch)[0].startswith("terse\nAdd.<|im_start|>")
+    assert trained({**row, "chat_template_kwargs": {"terse": True}}, PLAIN) == trained(
+        {"messages": [ASK, ANSWER]}, PLAIN
+    )
+    with pytest.raises(UserError, match="leaves out 'rules' of row 0"):
+        trained(row, PLAIN)
+
+
+def test_harmless_keys_are_no_reason_to_refuse() -> None:
+    """Public data sets note sources, times and weights beside their turns."""
+    keys = {"id": "a", "timestamp": 3, "weight": None, "images": [], "tool_calls": None}
+    row = {"messages": [{**ASK, **keys, "weight": 0}, {**ANSWER, **keys, "weight": 1}]}
+    for name in ("chat", "alpaca"):
+        assert trained(row, PLAIN, name) == trained({"messages": [ASK, ANSWER]}, PLAIN, name)
+
+
+def test_the_date_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts that change overnight belong to no cache, and a run that is resumed would read other ones."""
+    real = clock.datetime
+    encoder = TextEncoder(with_template(DATED), "chat", date="2024-07-26")
+    today = TextEncoder(with_template(DATED), "chat")
+    monkeypatch.setattr(clock, "datetime", type("Later", (), {"now": staticmethod(lambda: real(2031, 5, 6))}))
+    assert encoder.prompt_text(Example(0, "Hi")).startswith("Today is 26 Jul 2024 00:00\n")
+    assert today.prompt_text(Example(0, "Hi")).startswith(f"Today is {real.now():%d %b %Y} 00:00\n")
+    assert TextEncoder(with_template(DATED), "chat").printed_date == "2031-05-06"
+    assert TextEncoder(with_template(PLAIN), "chat").printed_date is None
+    assert clock.datetime.now() == real(2031, 5, 6)
