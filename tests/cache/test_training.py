@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from transformers.utils import chat_template_utils as clock
 
 from dwakd import UserError
 from dwakd.config import load_recipe
@@ -14,7 +15,7 @@ from dwakd.training.cached import CachedTeacher
 from dwakd.training.recipe import check_options
 from dwakd.training.teacher import OnlineTeacher
 from tests.builders import FAMILIES, tiny_model
-from tests.cache.builders import LONG, TEACHER, save_teacher, trainer
+from tests.cache.builders import LONG, STUDENT, TEACHER, save_teacher, trainer
 from tests.training.builders import assert_same, weights
 
 EVAL = [{"prompt": "Name a colour.", "response": "Any colour will do."}, *LONG[3:6]]
@@ -152,3 +153,30 @@ def test_attention_is_in_no_cache(tmp_path, teacher):
     with pytest.raises(UserError, match=message):
         trainer(tmp_path / "run", teacher, cache=tmp_path / "cache", method="sra")
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_outlives_the_day_it_was_built(tmp_path, monkeypatch):
+    """Llama 3.2's template prints today's date: on the next day every row would be a row that the cache lacks."""
+    template = (
+        "{{ strftime_now('%A %d %B %Y') }}{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    )
+    for tokenizer in (STUDENT, TEACHER):
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+    folder = save_teacher(tmp_path / "teacher", "llama")
+    options = {"cache": tmp_path / "cache", "template": "chat", "max_length": 128, "max_prompt_length": 112}
+    options |= {"invalid_rows": "skip"}
+    first = trainer(tmp_path / "first", folder, **options)
+    real = clock.datetime
+    monkeypatch.setattr(clock, "datetime", type("Later", (), {"now": staticmethod(lambda: real(2031, 5, 6))}))
+    (tmp_path / "cache" / "shard-00003.safetensors").unlink()
+    later = trainer(tmp_path / "later", folder, **options)
+    for one, other in zip(first.train_dataset.rows, later.train_dataset.rows, strict=True):
+        assert one.text == other.text
+        assert all((a.ids == b.ids).all() for a, b in ((one.student, other.student), (one.teacher, other.teacher)))
+    fresh = trainer(tmp_path / "online", folder, **{**options, "cache": None})
+    assert fresh.student_encoder.printed_date == "2031-05-06"
+    cached = CachedTeacher(tmp_path / "cache", str(folder))
+    assert cached.date == first.student_encoder.printed_date
+    cached.check(later._encoders[1], later.args, {"train": later.train_dataset, "eval": None})
+    with pytest.raises(UserError, match="date for chat templates"):
+        cached.check(fresh._encoders[1], fresh.args, {"train": fresh.train_dataset, "eval": None})

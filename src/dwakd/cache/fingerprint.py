@@ -21,6 +21,8 @@ _BLOCK = 1 << 22
 _WEIGHTS = ("*.safetensors", "*.bin")
 _VOLATILE = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache")
 """Fields of a config that don't change a hidden state; the dtype is an option of the recipe."""
+DATE = "the date for chat templates"
+"""Field of a fingerprint: fixed when a cache is built, and used again by whoever reads it."""
 
 
 def row_key(ids: Sequence[int] | NDArray[np.int32], num_prompt: int) -> bytes:
@@ -86,6 +88,7 @@ def fingerprint(
     template = encoder.template
     if template == "chat":
         template = f"chat, by the tokenizer's template {_digest(encoder.tokenizer.chat_template)[:16]}"
+    date = {} if encoder.date is None else {DATE: encoder.date}
     return {
         "teacher": teacher,
         "teacher.adapter": adapter or "none",
@@ -94,16 +97,17 @@ def fingerprint(
         "data.template": template,
         "data.bos": bos,
         "data.max_length": str(max_length),
+        **date,
     }
 
 
 def difference(there: dict[str, str], here: dict[str, str], names: tuple[dict[str, str], dict[str, str]]) -> str | None:
     """What differs first, as a clause; None if nothing does. `names` are those of teacher, adapter and tokenizer."""
     for field, value in here.items():
-        if there[field] == value:
+        if there.get(field) == value:
             continue
         if field not in names[0]:
-            return f"{field} is {there[field]!r} in the cache and {value!r} here"
+            return f"{field} is {there.get(field)!r} in the cache and {value!r} here"
         old, new = names[0][field], names[1][field]
         if old == new:
             return f"the {field} {new} is not what it was when the cache was built: its content has changed"

@@ -46,7 +46,11 @@ def cache_recipe(recipe: Recipe, folder: str | Path | None = None, *, check: boo
         load_tokenizer(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
         for section in sections
     ]
-    encoders = tuple(TextEncoder(tokenizer, args.template, args.bos) for tokenizer in tokenizers)
+    dates = [None if teacher is None else teacher.date for teacher in teachers]
+    dates = [next(filter(None, dates), None), *dates]  # the student's text may be cut to the same characters again
+    encoders = tuple(
+        TextEncoder(tokenizer, args.template, args.bos, date) for tokenizer, date in zip(tokenizers, dates, strict=True)
+    )
     sets = {"train": encode_source(train, encoders, args, "train", recipe.data.train)[1]}
     if evaluation is not None:
         sets["eval"] = encode_source(evaluation, encoders, args, "eval", recipe.data.eval)[1]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dwakd.cache.build import Order, obtain
-from dwakd.cache.fingerprint import adapter_digest, fingerprint, row_key, weights_digest
-from dwakd.cache.manifest import check_folder
+from dwakd.cache.fingerprint import DATE, adapter_digest, fingerprint, row_key, weights_digest
+from dwakd.cache.manifest import MANIFEST, Manifest, check_folder
 from dwakd.cache.store import Cache, open_whole
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedPairs
@@ -79,6 +79,12 @@ class CachedTeacher(Teacher):
         """The open cache; `prepare` opens it."""
         assert self._cache is not None, "prepare comes first"
         return self._cache
+
+    @property
+    def date(self) -> str | None:
+        """The date that chat templates printed when the cache was built; None of a cache that is not there yet."""
+        built = (self.folder / MANIFEST).is_file()
+        return Manifest.load(self.folder).fingerprint.get(DATE) if built else None
 
     @property
     def head(self) -> OutputHead:

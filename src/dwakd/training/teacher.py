@@ -43,6 +43,11 @@ class Teacher(ABC):
         """The teacher's input-embedding table."""
 
     @property
+    def date(self) -> str | None:
+        """The ISO date that chat templates have to print as today's, if the teacher prescribes one."""
+        return None
+
+    @property
     def embedding_size(self) -> int:
         return self.table.shape[1]
 
