@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dwakd.config import DataSection, Recipe, StudentSection
+from dwakd.data.prompts import Prompts
 from dwakd.errors import UserError
 from dwakd.training.recipe import recipe_examples
 from tests.training.builders import ROWS, assert_same, trainer, weights
@@ -101,16 +102,14 @@ def test_rows_without_a_response_are_skipped(tmp_path: Path, caplog: pytest.LogC
 
 def test_rows_that_cannot_be_shown_are_not_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt that the template refuses would stop the evaluation with ROUGE-L that follows."""
-    from dwakd.data import encoding
+    render = Prompts.render
 
-    render = encoding.render_prompt
-
-    def refuse(example: Any, *args: Any, **options: Any) -> Any:
+    def refuse(prompts: Prompts, example: Any) -> str:
         if example.instruction == OTHERS[1]["prompt"]:
             raise UserError("the template refuses this row")
-        return render(example, *args, **options)
+        return render(prompts, example)
 
-    monkeypatch.setattr(encoding, "render_prompt", refuse)
+    monkeypatch.setattr(Prompts, "render", refuse)
     options = {"method": "sft", "invalid_rows": "skip", "eval_rouge_l": True, "eval_max_new_tokens": 2}
     run = trainer(tmp_path, rows=ROWS[:4], eval_rows=OTHERS, **options)
     assert "eval_rouge_l" in run.evaluate()
