@@ -26,7 +26,8 @@ class ModelSide:
         target_embeddings: embedding of the token predicted at each row. The student's carry gradient.
         target_ids: the token predicted at each row.
         lengths: rows per example, at least 1; they sum to tokens.
-        byte_ends: offset in the response's UTF-8 bytes at which the predicted token ends (end-of-sequence: the length).
+        byte_ends: offset in the response's UTF-8 bytes at which the predicted token ends (end-of-sequence: the length);
+            a negative number inside text that the tokenizer's normalisation changed, see `TextEncoder.response_ids`.
         head: hidden rows to logits.
         aligned_rows: of a teacher whose method asks for it: the student's row that each row is paired with by spelling,
             counted within the example; -1 for none.

@@ -47,16 +47,23 @@ def packed(examples: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, .
 
 
 def two_pointers(student: list[int], teacher: list[int]) -> list[tuple[list[int], list[int]]]:
-    """The definition: advance the side that is behind; equal ends close a group; the last tokens end the last one."""
+    """The definition: advance the side that is behind; equal ends close a group; the last tokens end the last one.
+
+    A token without an offset (a negative end) lies just behind the last one that has one.
+    """
     groups, i, j = [], 0, 0
     first = (0, 0)
+    s_places, t_places = (
+        [(max(0, *ends[: n + 1]), end < 0) for n, end in enumerate(ends)] for ends in (student, teacher)
+    )
     while i < len(student) and j < len(teacher):
         ends_here = (i == len(student) - 1) + (j == len(teacher) - 1)
-        if ends_here == 2 or (ends_here == 0 and student[i] == teacher[j]):
-            groups.append((list(range(first[0], i + 1)), list(range(first[1], j + 1))))
-            first = (i + 1, j + 1)
+        if ends_here == 2 or (ends_here == 0 and s_places[i] == t_places[j]):
+            if ends_here == 2 or student[i] == teacher[j]:
+                groups.append((list(range(first[0], i + 1)), list(range(first[1], j + 1))))
+                first = (i + 1, j + 1)
             i, j = i + 1, j + 1
-        elif j == len(teacher) - 1 or (i < len(student) - 1 and student[i] < teacher[j]):
+        elif j == len(teacher) - 1 or (i < len(student) - 1 and s_places[i] < t_places[j]):
             i += 1
         else:
             j += 1
@@ -95,7 +102,7 @@ def check_exact(tensors: tuple[torch.Tensor, ...]) -> None:
     assert sum(i >= 0 for i in back) == len(matched)
     assert all(back[j] == i and spans[0][i] == spans[1][j] for i, j in enumerate(rows) if j >= 0)
     if len(tensors[1]) == 1:  # spans that cover something: those of nothing are told apart by rank
-        wide = {(a, b) for a, b in set(spans[0]) & set(spans[1]) if a < b}
+        wide = {(a, b) for a, b in set(spans[0]) & set(spans[1]) if 0 <= a < b}
         assert wide <= {spans[0][i] for i, j in enumerate(rows) if j >= 0}
 
 

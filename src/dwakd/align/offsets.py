@@ -1,5 +1,7 @@
 """Tokens of two tokenisations of one text, paired by the bytes they cover.
 
+The end of a token is an offset in the bytes of the text or, inside text that normalisation changed, a negative number,
+which is compared with the other side's but has no place among the offsets; see `TextEncoder.response_ids`.
 Everything is vectorised over a packed ragged batch and waits for no device.
 """
 
@@ -9,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-_RANK_BITS, _BYTE_BITS = 12, 30
+_RANK_BITS, _PLACE_BITS = 12, 31
 
 
 @dataclass(frozen=True)
@@ -37,18 +39,19 @@ def byte_groups(
 ) -> ByteGroups:
     """Groups of student and teacher tokens that cover the same bytes, as two pointers over both would find them.
 
-    A group closes where both sides have a token that ends at the same byte. Of several tokens with one end (those
+    A group closes where both sides have a token with the same end. Of several tokens with one end (those
     after the first cover nothing, as end-of-sequence does) the first is paired with the first, the second with the
     second. The last tokens of an example always close a group, whatever their ends.
 
     Args:
-        student_ends: byte offset at which each token ends; never falling within an example.
+        student_ends: `ModelSide.byte_ends`.
         student_lengths: tokens per example, at least 1.
         teacher_ends: likewise.
         teacher_lengths: likewise.
     """
     student_keys, teacher_keys = _keys(student_ends, student_lengths), _keys(teacher_ends, teacher_lengths)
-    student_last, teacher_last = _among(student_keys, teacher_keys)[0], _among(teacher_keys, student_keys)[0]
+    student_last = _shared(student_keys, student_ends, teacher_keys, teacher_ends)
+    teacher_last = _shared(teacher_keys, teacher_ends, student_keys, student_ends)
     student, teacher = (last.cumsum(0) - last.long() for last in (student_last, teacher_last))
     return ByteGroups(student, teacher, student_last, teacher_last)
 
@@ -59,10 +62,10 @@ def exact_rows(
     teacher_ends: Int[Tensor, " t_tokens"],
     teacher_lengths: Int[Tensor, " batch"],
 ) -> Int[Tensor, " s_tokens"]:
-    """For each student row the packed teacher row whose token starts and ends at the same bytes, or -1.
+    """For each student row the packed teacher row whose token has the same start and the same end, or -1.
 
     DSKDv2's exact alignment (arXiv 2504.11426): both sides have then read the same text and predict the same text. Tokens
-    without bytes (end-of-sequence, marks of normalisation) pair up at equal places, the last with the last. Pairs are
+    without bytes (end-of-sequence, a space put before the text) pair up at equal places, the last with the last. Pairs are
     one-to-one, in order, never across examples, and the same from either side; no value of a tensor is waited for.
 
     Args:
@@ -74,39 +77,45 @@ def exact_rows(
     num_student, num_teacher = len(student_ends), len(teacher_ends)
     if num_student == 0 or num_teacher == 0:
         return torch.full_like(student_ends, -1)
-    stride = torch.maximum(student_ends.max(), teacher_ends.max()) + 1
-    student_places = _examples(student_lengths, num_student) * stride + student_ends  # both ascend
-    teacher_places = _examples(teacher_lengths, num_teacher) * stride + teacher_ends
+    student_places, teacher_places = _places(student_ends, student_lengths), _places(teacher_ends, teacher_lengths)
     student_starts, teacher_starts = starts(student_ends, student_lengths), starts(teacher_ends, teacher_lengths)
 
-    # Of the tokens that end at one place the first alone may have bytes.
+    # Of the tokens that end at one offset the first alone may have bytes.
     first = torch.searchsorted(teacher_places, student_places)
     last = torch.searchsorted(teacher_places, student_places, right=True) - 1
     index = torch.arange(num_student, device=student_ends.device)
     behind = torch.searchsorted(student_places, student_places, right=True) - 1 - index
-    wanted = torch.where(student_starts < student_ends, first, last - behind)
+    has_bytes = (student_starts < student_ends) & (student_ends >= 0)
+    wanted = torch.where(has_bytes, first, last - behind)
     found = wanted.clamp(0, num_teacher - 1)
-    same = (teacher_places[found] == student_places) & (teacher_starts[found] == student_starts)
-    return torch.where(same & (found == wanted), found, -1)
+    same = (teacher_places[found] == student_places) & (teacher_ends[found] == student_ends)
+    return torch.where(same & (teacher_starts[found] == student_starts) & (found == wanted), found, -1)
 
 
 def starts(ends: Int[Tensor, " tokens"], lengths: Int[Tensor, " batch"]) -> Int[Tensor, " tokens"]:
-    """The byte at which each token starts: where the one before it ends, 0 for an example's first."""
+    """Where each token starts: the end of the one before it, 0 for an example's first."""
     shifted = ends.roll(1)
     firsts = lengths.cumsum(0) - lengths
     return torch.where(torch.isin(torch.arange(len(ends), device=ends.device), firsts), 0, shifted)
 
 
 def _keys(ends: Int[Tensor, " tokens"], lengths: Int[Tensor, " batch"]) -> Int[Tensor, " tokens"]:
-    """One strictly rising number per token: its example, its end, and its rank among the tokens with that end."""
+    """One strictly rising number per token: its place, and its rank among the tokens with that place."""
     index = torch.arange(len(ends), device=ends.device)
-    stops = lengths.cumsum(0)
+    places = _places(ends, lengths)
+    rank = index - torch.searchsorted(places, places)
     example = _examples(lengths, len(ends))
-    spans = (example << _BYTE_BITS) + ends
-    rank = index - torch.searchsorted(spans, spans)
-    keys = (spans << _RANK_BITS) + rank
-    is_final = index == stops[example] - 1
-    return torch.where(is_final, ((example + 1) << (_BYTE_BITS + _RANK_BITS)) - 1, keys)
+    is_final = index == lengths.cumsum(0)[example] - 1
+    return torch.where(is_final, ((example + 1) << (_PLACE_BITS + _RANK_BITS)) - 1, (places << _RANK_BITS) + rank)
+
+
+def _places(ends: Int[Tensor, " tokens"], lengths: Int[Tensor, " batch"]) -> Int[Tensor, " tokens"]:
+    """One number per token, never falling: its example and its end, or just behind the offset before it if it has none.
+
+    Tokens with an offset have even numbers, the others have odd ones.
+    """
+    firsts = _examples(lengths, len(ends)) << _PLACE_BITS
+    return (firsts + 2 * ends.clamp(min=0)).cummax(0).values + (ends < 0)
 
 
 def _examples(lengths: Int[Tensor, " batch"], num_tokens: int) -> Int[Tensor, " tokens"]:
@@ -115,12 +124,15 @@ def _examples(lengths: Int[Tensor, " batch"], num_tokens: int) -> Int[Tensor, " 
     return torch.searchsorted(lengths.cumsum(0), index, right=True)
 
 
-def _among(
-    keys: Int[Tensor, " tokens"], others: Int[Tensor, " others"]
-) -> tuple[Bool[Tensor, " tokens"], Int[Tensor, " tokens"]]:
-    """Whether each key is one of the others, and where."""
-    rows = torch.searchsorted(others, keys).clamp(max=len(others) - 1)
-    return others[rows] == keys, rows
+def _shared(
+    keys: Int[Tensor, " tokens"],
+    ends: Int[Tensor, " tokens"],
+    other_keys: Int[Tensor, " others"],
+    other_ends: Int[Tensor, " others"],
+) -> Bool[Tensor, " tokens"]:
+    """Whether the other side has a token of the same key; without an offset, also of the same end."""
+    rows = torch.searchsorted(other_keys, keys).clamp(max=len(other_keys) - 1)
+    return (other_keys[rows] == keys) & ((ends >= 0) | (other_ends[rows] == ends))
 
 
 def sum_by_group(

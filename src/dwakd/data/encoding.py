@@ -1,17 +1,15 @@
 """One tokenizer's view of a text: token ids, and where each token ends in the text's bytes."""
 
-import re
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 from dwakd.data.chat import tokenizer_name
 from dwakd.data.prompts import Prompts
 from dwakd.data.rows import Example
+from dwakd.data.token_bytes import TokenBytes, byte_ends
 from dwakd.errors import UserError
 
 BOS_CHOICES = ("auto", "never")
-_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TextEncoder:
@@ -42,7 +40,7 @@ class TextEncoder:
         self._prompts = Prompts(template, tokenizer, date)
         self.end_token_id = self._prompts.end_token_id()
         self._bos_ids = _leading_ids(tokenizer) if bos == "auto" and template != "chat" else []
-        self._piece_bytes = _PieceBytes(tokenizer)
+        self._piece_bytes = TokenBytes(tokenizer)
 
     @property
     def date(self) -> str | None:
@@ -95,20 +93,28 @@ class TextEncoder:
             text: the response; the empty text has no tokens.
 
         Returns:
-            The ids, and per id its end in the UTF-8 bytes of `text`. The ends never fall and the last is the length
-            of the text in bytes. A token that ends inside a character has its end there, exactly, for byte-level
-            BPE and byte fallback. White space that a tokenizer drops counts to the token after it, other
-            characters to the token before them, and everything at the end to the last. Where normalisation split
-            one character into several tokens, their inner ends lie inside that character, with no meaning beyond
-            their order.
+            The ids, and per id its end in the UTF-8 bytes of `text`. The last end is the length of the text in bytes,
+            and the ends never fall, apart from the negative numbers explained below. A token that ends inside a
+            character has its end there, exactly, for byte-level BPE and byte fallback. Marks that a tokenizer
+            composes or drops belong to the token before them, white space and other characters that it drops to the
+            token after them, and everything at the end to the last. A token that ends inside text which
+            normalisation changed ends at no byte of the text: in place of an end it has a negative number. Two
+            tokenizers have the same number there only if they changed the same text to the same bytes and both cut
+            these at this place.
         """
         return self.response_ids_batch([text])[0]
 
     def response_ids_batch(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """`response_ids` of several texts at once."""
-        encoded = self._encode(texts, special=False)
+        backend = self.tokenizer.backend_tokenizer
+        processor = backend.post_processor
+        backend.post_processor = None  # RoBERTa's takes white space off the offsets
+        try:
+            encoded = self._encode(texts, special=False)
+        finally:
+            backend.post_processor = processor
         return [
-            (ids, self._byte_ends(text, ids, encoding))
+            (ids, byte_ends(text, [self._piece_bytes[token_id] for token_id in ids], encoding.offsets))
             for text, ids, encoding in zip(texts, encoded["input_ids"], encoded.encodings, strict=True)
         ]
 
@@ -123,71 +129,6 @@ class TextEncoder:
             split_special_tokens=not special,
             verbose=False,
         )
-
-    def _byte_ends(self, text: str, ids: list[int], encoding: Any) -> list[int]:
-        pieces = [self._piece_bytes[token_id] for token_id in ids]
-        ends = list(accumulate(map(len, pieces)))
-        spelled, data = b"".join(pieces), text.encode()
-        if spelled == data:
-            return ends
-        if spelled == b" " + data:  # the dummy prefix of SentencePiece is no part of the text
-            return [end - 1 for end in ends]
-        return _ends_from_offsets(text, pieces, encoding.offsets)
-
-
-def _ends_from_offsets(text: str, pieces: list[bytes], offsets: list[tuple[int, int]]) -> list[int]:
-    """Byte ends from character offsets, for tokens that do not spell the text (normalised, unknown, dropped)."""
-    if not pieces:
-        return []
-    at = [0, *accumulate(len(character.encode()) for character in text)]
-    ends = [at[-1]] * len(pieces)
-    for k in range(len(pieces) - 2, -1, -1):
-        next_start, end = offsets[k + 1][0], offsets[k][1]
-        if next_start < end:  # both tokens lie in one character: the later one's bytes are taken off its end
-            ends[k] = max(ends[k + 1] - len(pieces[k + 1]), at[next_start])
-        else:  # between the two, marks that normalisation composed or dropped belong to the earlier token
-            ends[k] = at[next((n for n in range(end, next_start) if text[n].isspace()), next_start)]
-        ends[k] = min(ends[k], ends[k + 1])
-    return ends
-
-
-class _PieceBytes(dict[int, bytes]):
-    """The bytes that a token stands for, by id, worked out when first asked for."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        super().__init__()
-        state = tokenizer.backend_tokenizer
-        parts = f"{state.pre_tokenizer!r} {state.decoder!r}"
-        self._tokenizer = tokenizer
-        self._added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
-        self._byte_of = _byte_level_alphabet() if "ByteLevel" in parts else None
-        self._byte_fallback = "ByteFallback" in parts
-        self._word_prefix = "##" if "WordPiece" in repr(state.model) else ""
-
-    def __missing__(self, token_id: int) -> bytes:
-        value = self._spell(token_id)
-        self[token_id] = value
-        return value
-
-    def _spell(self, token_id: int) -> bytes:
-        if token_id in self._added:
-            return bytes(self._added[token_id].encode())
-        piece: str = self._tokenizer.convert_ids_to_tokens(token_id)
-        if self._byte_of is not None:
-            spelled = [self._byte_of.get(character) for character in piece]
-            return piece.encode() if None in spelled else bytes(b for b in spelled if b is not None)
-        if self._byte_fallback and (match := _BYTE_PIECE.fullmatch(piece)):
-            return bytes([int(match[1], 16)])
-        if self._word_prefix:
-            return piece.removeprefix(self._word_prefix).encode()
-        return piece.replace("▁", " ").encode()
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable character of each byte, inverted."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(rest)}
 
 
 def _leading_ids(tokenizer: Any) -> list[int]:

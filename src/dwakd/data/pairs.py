@@ -33,7 +33,8 @@ class EncodedSide:
     Args:
         ids: all of them.
         num_prompt: how many of them are prompt.
-        byte_ends: per id after the prompt, its end in the UTF-8 bytes of the response text that was kept.
+        byte_ends: per id after the prompt, its end in the UTF-8 bytes of the response text that was kept (negative in
+            text that normalisation changed; see `TextEncoder.response_ids`).
         aligned_rows: of a teacher, where a method asks for it: see `ModelSide`.
     """
 
@@ -248,7 +249,7 @@ def _truncate(draft: _Draft, sides: list[TextEncoder], max_length: int) -> None:
     rooms = [max_length - len(prompt) for prompt in draft.prompts]
     while True:
         fitting = [
-            ends[room - 1] if len(ids) > room else None
+            max(0, *ends[:room]) if len(ids) > room else None  # the last end that is an offset
             for room, (ids, ends) in zip(rooms, draft.responses, strict=True)
         ]
         cuts = [end for end in fitting if end is not None]

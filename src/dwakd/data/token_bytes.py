@@ -1,0 +1,132 @@
+"""The bytes that each token spells, and where each token of a tokenisation ends in the bytes of the text."""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from functools import cache
+from hashlib import blake2b
+from itertools import accumulate, pairwise
+from typing import Any
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class TokenBytes(dict[int, bytes]):
+    """The bytes that a token stands for, by id, worked out when first asked for."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__()
+        state = tokenizer.backend_tokenizer
+        parts = f"{state.pre_tokenizer!r} {state.decoder!r}"
+        self._tokenizer = tokenizer
+        self._added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
+        self._byte_of = _byte_level_alphabet() if "ByteLevel" in parts else None
+        self._byte_fallback = "ByteFallback" in parts
+        self._word_prefix = "##" if "WordPiece" in repr(state.model) else ""
+
+    def __missing__(self, token_id: int) -> bytes:
+        value = self._spell(token_id)
+        self[token_id] = value
+        return value
+
+    def _spell(self, token_id: int) -> bytes:
+        if token_id in self._added:
+            return bytes(self._added[token_id].encode())
+        piece: str = self._tokenizer.convert_ids_to_tokens(token_id)
+        if self._byte_of is not None:
+            spelled = [self._byte_of.get(character) for character in piece]
+            return piece.encode() if None in spelled else bytes(b for b in spelled if b is not None)
+        if self._byte_fallback and (match := _BYTE_PIECE.fullmatch(piece)):
+            return bytes([int(match[1], 16)])
+        if self._word_prefix:
+            return piece.removeprefix(self._word_prefix).encode()
+        return piece.replace("▁", " ").encode()
+
+
+def byte_ends(text: str, pieces: Sequence[bytes], offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """The end of each token in the UTF-8 bytes of `text`; see `dwakd.data.encoding.TextEncoder.response_ids`.
+
+    Where the tokens spell the text, their lengths are exact. Elsewhere the offsets cut text and tokens into the
+    shortest parts that surely belong together; within a part, ends are known only if its tokens spell its text.
+
+    Args:
+        text: what was tokenised.
+        pieces: the bytes that each token spells.
+        offsets: the characters from which the tokenizer says that each token was made.
+    """
+    if not pieces:
+        return []
+    whole = _exact_ends(text, pieces)
+    if whole is not None:
+        return whole
+    ends: list[int] = []
+    start = 0
+    for (token, character), (next_token, next_character) in pairwise(_cuts(text, pieces, offsets)):
+        part, tokens = text[character:next_character], pieces[token:next_token]
+        inner = _exact_ends(part, tokens)
+        if inner is None:
+            ends += _marks(start, part, tokens)
+        else:
+            ends += [start + end for end in inner]
+        start += len(part.encode())
+    return ends
+
+
+def _exact_ends(text: str, pieces: Sequence[bytes]) -> list[int] | None:
+    """The ends if the tokens spell the text, but for white space dropped around it or one space put before it."""
+    spelled, data = b"".join(pieces), text.encode()
+    if spelled == data:
+        dropped = 0
+    elif spelled == b" " + data:  # the dummy prefix of SentencePiece is no part of the text
+        dropped = -1
+    elif spelled == text.strip().encode():
+        dropped = len(data) - len(text.lstrip().encode())
+    else:
+        return None
+    return [*(dropped + end for end in accumulate(map(len, pieces[:-1]))), len(data)]
+
+
+def _cuts(text: str, pieces: Sequence[bytes], offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Places where both tokens and text may be cut, as pairs of a token and a character, both ends included.
+
+    Offsets cannot be relied on inside a character, nor between a character and marks that normalisation may compose
+    with it or put into another order.
+    """
+    cuts = [(0, 0)]
+    for token in range(1, len(pieces)):
+        stop, start = offsets[token - 1][1], offsets[token][0]
+        if token == 1 and start == 0 and pieces[0] == b" " and not text[0].isspace():
+            cuts.append((1, 0))  # the dummy prefix was put before text that normalisation changed
+        place = next((n for n in range(stop, min(start + 1, len(text))) if not _joins(text[n])), 0)
+        if place > cuts[-1][1]:
+            cuts.append((token, place))
+    return [*cuts, (len(pieces), len(text))]
+
+
+@cache
+def _joins(character: str) -> bool:
+    """Whether a character may be composed with, or put before, the one to its left: marks and Hangul's later jamo."""
+    first = unicodedata.normalize("NFKD", character)[0]
+    return unicodedata.category(first).startswith("M") or "\u1160" <= first <= "\u11ff"
+
+
+def _marks(start: int, text: str, pieces: Sequence[bytes]) -> list[int]:
+    """The end of each token of a part of a response that normalisation changed: unknown but for the last.
+
+    Instead of an invented end, an inner token has a negative number computed from the part's place, its normalised
+    bytes and the number of them before the end of the token. Two tokenizers share it if they changed the same text
+    to the same bytes and cut these at the same place.
+    """
+    spelled, stop = b"".join(pieces), start + len(text.encode())
+    marks = [
+        int.from_bytes(blake2b(b"%d %d %d " % (start, stop, place) + spelled, digest_size=4).digest(), "big")
+        for place in accumulate(map(len, pieces[:-1]))
+    ]
+    return [*(-1 - (mark >> 1) for mark in marks), stop]
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable character of each byte, inverted."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(rest)}

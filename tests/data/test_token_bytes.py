@@ -1,0 +1,176 @@
+"""What tokens spell, and which of their ends are known, behind every kind of normalisation."""
+
+import unicodedata
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from dwakd.align.offsets import byte_groups, exact_rows, starts
+from dwakd.data.encoding import TextEncoder
+from dwakd.data.pairs import encode_pairs
+from dwakd.data.rows import Example
+from tests.builders import bpe_byte_fallback, byte_bpe, unigram_byte_fallback, wordpiece
+
+REPLACED = [("\u2019", "'"), ("...", "\u2026"), ("--", "\u2014"), ("ß", "ss")]
+NORMALIZERS = {
+    "none": None,
+    "nfc": normalizers.NFC(),
+    "nfd": normalizers.NFD(),
+    "nfkc": normalizers.NFKC(),
+    "nfkd": normalizers.NFKD(),
+    "lowercase": normalizers.Lowercase(),
+    "no accents": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]),
+    "replaced": normalizers.Sequence([normalizers.Replace(old, new) for old, new in REPLACED]),
+    "bert": normalizers.BertNormalizer(),
+    "clip": normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]),
+    "strip": normalizers.Strip(),
+}
+DROPS_MARKS = ("no accents", "bert")
+
+SNIPPETS = [
+    "The ", "fox", " x", "\n", "  ", "10 \u2126", "\u212a", "\u212b", "\u2026", "...", "--", "\u2019", "\ufb01", "½", "ß",
+    "e\u0301", "E\u0301 ", "a\u0308\u0323", "a\u0323\u0308", "\u0301", "\u0344", "\u1e9b\u0323", "\u0130",
+    "tiê\u0301ng Vi\u1ec7t",
+    "и\u0306", "가각", "\u1112\u1161\u11ab", "\u1112\u1161", "\u314e\u314f", "\u0928\u093c", "\u0958", "हिन्दी",
+    "\u09c7\u09be", "\ufb2a",
+    "\ufefb", "\ufdfa", "ไทยกำ", "\uff21\uff22", "\uff76\uff9e", "カ\u3099", "\u3000", "你好", "😀", "👩‍👩‍👧",
+    "\u00b4", "\u200b",
+]  # fmt: skip
+TEXTS = st.lists(st.sampled_from(SNIPPETS), min_size=1, max_size=6).map("".join).filter(str.strip)
+
+
+def roberta_like() -> PreTrainedTokenizerFast:
+    """Byte-level BPE that puts a space before the text and takes white space off its offsets."""
+    tokenizer = byte_bpe()
+    eos = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.backend_tokenizer.post_processor = processors.RobertaProcessing(eos, eos, trim_offsets=True)
+    return tokenizer
+
+
+KINDS = [byte_bpe, bpe_byte_fallback, unigram_byte_fallback, wordpiece, roberta_like]
+
+
+@cache
+def encoder(build: Callable[[], PreTrainedTokenizerFast], normalizer: str) -> TextEncoder:
+    tokenizer = build()
+    steps = [step for step in (NORMALIZERS[normalizer], tokenizer.backend_tokenizer.normalizer) if step is not None]
+    if NORMALIZERS[normalizer] is not None:
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+    return TextEncoder(tokenizer, "plain")
+
+
+def same_text(texts: Sequence[bytes], *, marks: bool) -> bool:
+    """Whether bytes are the same, or whole characters that are the same but for form, case and white space."""
+    try:
+        decoded = [text.decode() for text in texts]
+    except UnicodeDecodeError:
+        return len({text.replace(b" ", b"").replace(b"\xe3\x80\x80", b"").strip() for text in texts}) == 1
+    folded = set()
+    for text in decoded:
+        for old, new in REPLACED:
+            text = text.replace(*((old, new) if len(old) < 2 else (new, old)))
+        text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", text).casefold())
+        kinds = ("Z", "C") if marks else ("Z", "C", "M")
+        folded.add("".join(c for c in text.casefold() if not unicodedata.category(c).startswith(kinds)))
+    return len(folded) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda build: build.__name__)
+@settings(max_examples=60, deadline=None)
+@given(
+    text=TEXTS,
+    normalizer=st.sampled_from(sorted(NORMALIZERS)),
+    other_kind=st.sampled_from(KINDS),
+    other_normalizer=st.sampled_from(sorted(NORMALIZERS)),
+)
+@example(text="10 \u2126", normalizer="nfc", other_kind=byte_bpe, other_normalizer="none")
+@example(text="one \u2026", normalizer="nfkc", other_kind=byte_bpe, other_normalizer="none")
+@example(text="e\u0301 x", normalizer="nfkc", other_kind=byte_bpe, other_normalizer="none")
+@example(text="a\u0308\u0323", normalizer="nfd", other_kind=unigram_byte_fallback, other_normalizer="nfc")
+@example(text="The \ufdfa\ufdfa10", normalizer="nfkc", other_kind=roberta_like, other_normalizer="nfkd")
+def test_normalised_text_is_paired_as_a_whole(kind, text, normalizer, other_kind, other_normalizer):
+    """A student's half of an ohm sign that meets the teacher's half of an omega learns another character's bytes."""
+    sides = [encoder(kind, normalizer), encoder(other_kind, other_normalizer)]
+    marks = not {normalizer, other_normalizer} & set(DROPS_MARKS)
+    data = text.encode()
+    spelled, ends = [], []
+    for side in sides:
+        ids, found = side.response_ids(text)
+        table = side.token_bytes()
+        spelled.append([*(table[index] or b"?" for index in ids), b""])
+        ends.append([*found, len(data)])
+    if min(map(len, ends)) == 1:
+        return  # a side without tokens; such rows are left out
+    tensors = [torch.tensor(values) for side in ends for values in (side, [len(side)])]
+
+    groups, at = byte_groups(*tensors), [0, 0]
+    for student_last in groups.student_last.nonzero().flatten().tolist():
+        teacher_last = groups.teacher_last.nonzero().flatten().tolist()[int(groups.student[student_last])]
+        mine, theirs = (
+            b"".join(side[start : last + 1])
+            for side, start, last in zip(spelled, at, (student_last, teacher_last), strict=True)
+        )
+        start = ends[0][at[0] - 1] if at[0] else 0
+        at, stop = [student_last + 1, teacher_last + 1], ends[0][student_last]
+        if b"?" not in mine + theirs:  # unknown words spell nothing
+            if min(start, stop) < 0:
+                assert mine.strip() == theirs.strip()
+            else:
+                assert same_text([mine, theirs, data[start:stop]], marks=marks)
+    begins = [starts(tensors[n], tensors[n + 1]).tolist() for n in (0, 2)]
+    for i, j in enumerate(exact_rows(*tensors).tolist()):
+        if j >= 0 and b"?" not in spelled[0][i] + spelled[1][j]:
+            assert (begins[0][i], ends[0][i]) == (begins[1][j], ends[1][j])
+            if min(begins[0][i], ends[0][i]) < 0:
+                assert spelled[0][i] == spelled[1][j]
+            else:
+                claimed = data[begins[0][i] : ends[0][i]]
+                assert same_text([spelled[0][i], spelled[1][j], claimed], marks=marks)
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@settings(max_examples=15, deadline=None)
+@given(text=TEXTS)
+def test_one_tokenizer_pairs_every_token_with_itself(normalizer, text):
+    """A student of its teacher's family must lose no row where their common normalisation changes the text."""
+    for build in (byte_bpe, bpe_byte_fallback):
+        ends = torch.tensor([*encoder(build, normalizer).response_ids(text)[1], len(text.encode())])
+        lengths = torch.tensor([len(ends)])
+        assert exact_rows(ends, lengths, ends, lengths).tolist() == list(range(len(ends)))
+        assert byte_groups(ends, lengths, ends, lengths).student.tolist() == list(range(len(ends)))
+
+
+@pytest.mark.parametrize(
+    ("build", "normalizer", "text", "known"),
+    [
+        (byte_bpe, "nfc", "u\u0301x", [None, 3, 4]),  # Ã and º
+        (byte_bpe, "nfc", "xu\u0301x", [1, None, 4, 5]),
+        (byte_bpe, "nfkc", "one \u2026!", [1, 2, 3, 4, None, None, 7, 8]),
+        (unigram_byte_fallback, "nfkc", "\u2126", [0, None, 3]),  # the dummy prefix has no bytes
+        (byte_bpe, "replaced", "a--b", [1, None, None, 3, 4]),
+        (byte_bpe, "strip", " ab ", [2, 4]),
+        (wordpiece, "bert", "E\u0301 \x00e", [3, 6]),
+    ],
+)
+def test_only_ends_inside_changed_text_are_unknown(build, normalizer, text, known):
+    """Alignment must stay exact beside a changed character; otherwise one accent costs a whole row."""
+    ends = encoder(build, normalizer).response_ids(text)[1]
+    assert [end if end >= 0 else None for end in ends] == known
+
+
+@pytest.mark.parametrize("max_length", range(9, 20))
+def test_a_row_is_cut_outside_changed_text(max_length):
+    """A cut at an unknown end would slice the text from its end, or be tried for ever."""
+    student, teacher = encoder(byte_bpe, "nfkd"), encoder(byte_bpe, "none")
+    text = "ab \u1112\u1161\u11ab\ud55c\ufdfa\u2126 x" * 3
+    row = encode_pairs([Example(0, "Q", response=text)], student, teacher, max_length=max_length, max_prompt_length=8)
+    assert text.startswith(row.rows[0].text)
+    assert row.rows[0].student.length < max_length
+    assert row.rows[0].student.byte_ends[-1] == len(row.rows[0].text.encode())
