@@ -8,14 +8,16 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
+from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from dwakd.align.offsets import byte_groups, exact_rows, starts
+from dwakd.align.vocab import exact_overlap
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import encode_pairs
 from dwakd.data.rows import Example
-from tests.builders import bpe_byte_fallback, byte_bpe, unigram_byte_fallback, wordpiece
+from tests.builders import SAMPLE_TEXTS, _wrapped, bpe_byte_fallback, byte_bpe, unigram_byte_fallback, wordpiece
 
 REPLACED = [("\u2019", "'"), ("...", "\u2026"), ("--", "\u2014"), ("ß", "ss")]
 NORMALIZERS = {
@@ -52,6 +54,20 @@ def roberta_like() -> PreTrainedTokenizerFast:
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.backend_tokenizer.post_processor = processors.RobertaProcessing(eos, eos, trim_offsets=True)
     return tokenizer
+
+
+def suffix_bpe(suffix: str = "</w>", *, byte_level: bool = False) -> PreTrainedTokenizerFast:
+    """GPT-1's kind, or CLIP's: BPE that marks the end of a word."""
+    tokenizer = Tokenizer(BPE(unk_token="<unk>", end_of_word_suffix=suffix))
+    words = pre_tokenizers.BertPreTokenizer()
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, level]) if byte_level else words
+    tokenizer.decoder = decoders.ByteLevel() if byte_level else decoders.BPEDecoder(suffix=suffix)
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<unk>", "<eos>"], end_of_word_suffix=suffix, show_progress=False
+    )
+    tokenizer.train_from_iterator(SAMPLE_TEXTS, trainer)
+    return _wrapped(tokenizer, unk_token="<unk>", bos_token="<eos>", eos_token="<eos>", pad_token="<eos>")
 
 
 KINDS = [byte_bpe, bpe_byte_fallback, unigram_byte_fallback, wordpiece, roberta_like]
@@ -174,3 +190,33 @@ def test_a_row_is_cut_outside_changed_text(max_length):
     assert text.startswith(row.rows[0].text)
     assert row.rows[0].student.length < max_length
     assert row.rows[0].student.byte_ends[-1] == len(row.rows[0].text.encode())
+
+
+@pytest.mark.parametrize("options", [{}, {"suffix": "<e>"}, {"byte_level": True}])
+def test_the_mark_of_a_word_s_end_is_no_text(options):
+    """Taken for text, it leaves no whole word that a vocabulary shares with any other."""
+    side, other = TextEncoder(suffix_bpe(**options), "plain"), TextEncoder(wordpiece(), "plain")
+    mine, theirs = side.token_bytes(), other.token_bytes()
+    assert not [token for token in mine if token and options.get("suffix", "</w>").encode() in token]
+    shared = {mine[index] for index in exact_overlap(mine, theirs)[0].tolist()}
+    assert {b"dog", b"quick", b"number"} <= shared
+    ids, ends = side.response_ids("The dog is quick.")
+    assert b"".join(mine[index] or b"" for index in ids) == b"Thedogisquick."
+    assert {3, 7, 10, 16, 17} <= set(ends)
+
+
+def test_other_marks_of_spaces_and_continuations():
+    """Conventions are the tokenizer's own: another mark of a space, another prefix inside words, a literal ▁."""
+    underlined = bpe_byte_fallback()
+    state = underlined.backend_tokenizer.to_str().replace("▁", "_")
+    backend = Tokenizer.from_str(state)
+    backend.normalizer, backend.pre_tokenizer = normalizers.Sequence([]), pre_tokenizers.Metaspace("_")
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace("_")])
+    side = TextEncoder(_wrapped(backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"))
+    assert side.token_bytes()[backend.token_to_id("_the")] == b" the"
+    assert side.response_ids("the dog")[1][-1] == 7
+
+    backend = Tokenizer.from_str(wordpiece().backend_tokenizer.to_str().replace('"##', '"@@'))
+    side = TextEncoder(_wrapped(backend, unk_token="[UNK]", bos_token="[EOS]", eos_token="[EOS]", pad_token="[PAD]"))
+    assert side.token_bytes()[backend.token_to_id("@@s")] == b"s"
+    assert TextEncoder(byte_bpe(["▁ ▁"])).response_ids("▁▁")[1][-1] == 6

@@ -1,8 +1,9 @@
 """The bytes that each token spells, and where each token of a tokenisation ends in the bytes of the text."""
 
+import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from hashlib import blake2b
 from itertools import accumulate, pairwise
@@ -12,17 +13,24 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenBytes(dict[int, bytes]):
-    """The bytes that a token stands for, by id, worked out when first asked for."""
+    """The bytes that a token spells, by id, computed when first asked for.
+
+    Byte alphabets, byte pieces, marks of spaces and affixes (`##`, `</w>`) are read from the tokenizer's own parts.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__()
-        state = tokenizer.backend_tokenizer
-        parts = f"{state.pre_tokenizer!r} {state.decoder!r}"
+        backend = tokenizer.backend_tokenizer
+        model = backend.model
+        written, read = [*_parts(backend.normalizer), *_parts(backend.pre_tokenizer)], [*_parts(backend.decoder)]
+        kinds = {part["type"]: part for part in (*written, *read)}
         self._tokenizer = tokenizer
         self._added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
-        self._byte_of = _byte_level_alphabet() if "ByteLevel" in parts else None
-        self._byte_fallback = "ByteFallback" in parts
-        self._word_prefix = "##" if "WordPiece" in repr(state.model) else ""
+        self._byte_of = _byte_level_alphabet() if "ByteLevel" in kinds else None
+        self._byte_fallback = getattr(model, "byte_fallback", False) or "ByteFallback" in kinds
+        self._spaces = set(_space_marks(written, read))
+        self._prefix = getattr(model, "continuing_subword_prefix", None) or kinds.get("WordPiece", {}).get("prefix", "")
+        self._suffix = getattr(model, "end_of_word_suffix", None) or kinds.get("BPEDecoder", {}).get("suffix", "")
 
     def __missing__(self, token_id: int) -> bytes:
         value = self._spell(token_id)
@@ -33,14 +41,16 @@ class TokenBytes(dict[int, bytes]):
         if token_id in self._added:
             return bytes(self._added[token_id].encode())
         piece: str = self._tokenizer.convert_ids_to_tokens(token_id)
+        if self._byte_of is None and self._byte_fallback and (match := _BYTE_PIECE.fullmatch(piece)):
+            return bytes([int(match[1], 16)])
+        piece = piece.removeprefix(self._prefix) or piece
+        piece = piece.removesuffix(self._suffix) or piece  # a token that is an affix and nothing else is text
         if self._byte_of is not None:
             spelled = [self._byte_of.get(character) for character in piece]
             return piece.encode() if None in spelled else bytes(b for b in spelled if b is not None)
-        if self._byte_fallback and (match := _BYTE_PIECE.fullmatch(piece)):
-            return bytes([int(match[1], 16)])
-        if self._word_prefix:
-            return piece.removeprefix(self._word_prefix).encode()
-        return piece.replace("▁", " ").encode()
+        for mark in self._spaces:
+            piece = piece.replace(mark, " ")
+        return piece.encode()
 
 
 def byte_ends(text: str, pieces: Sequence[bytes], offsets: Sequence[tuple[int, int]]) -> list[int]:
@@ -123,6 +133,34 @@ def _marks(start: int, text: str, pieces: Sequence[bytes]) -> list[int]:
         for place in accumulate(map(len, pieces[:-1]))
     ]
     return [*(-1 - (mark >> 1) for mark in marks), stop]
+
+
+def _parts(component: Any) -> Iterator[dict[str, Any]]:
+    """The settings of a normaliser, pre-tokenizer or decoder; those of each member of a sequence."""
+    try:
+        state = json.loads(component.__getstate__()) if component is not None else {}
+    except Exception:  # a component written in Python (RoFormer's pre-tokenizer) has no state to read
+        return
+    waiting = [state] if state else []
+    for part in waiting:
+        members = part.get("normalizers") or part.get("pretokenizers") or part.get("decoders")
+        if members:
+            waiting += members
+        else:
+            yield part
+
+
+def _space_marks(written: Iterable[dict[str, Any]], read: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """What stands for a space in the tokens, as the normaliser or pre-tokenizer writes it and the decoder reads it."""
+    for part in (*written, *read):
+        if part["type"] == "Metaspace":
+            yield part["replacement"]
+    for part in written:
+        if part["type"] == "Replace" and " " in part["pattern"].values() and part["content"]:
+            yield part["content"]
+    for part in read:
+        if part["type"] == "Replace" and part["content"] == " " and "String" in part["pattern"]:
+            yield part["pattern"]["String"]
 
 
 def _byte_level_alphabet() -> dict[str, int]:
