@@ -220,3 +220,24 @@ def test_other_marks_of_spaces_and_continuations():
     side = TextEncoder(_wrapped(backend, unk_token="[UNK]", bos_token="[EOS]", eos_token="[EOS]", pad_token="[PAD]"))
     assert side.token_bytes()[backend.token_to_id("@@s")] == b"s"
     assert TextEncoder(byte_bpe(["▁ ▁"])).response_ids("▁▁")[1][-1] == 6
+
+
+@pytest.mark.parametrize("texts", [SAMPLE_TEXTS, ["你好，世界。今天天气很好。"]])
+@pytest.mark.parametrize(
+    ("single", "leading"),
+    [("<s> $A", [1]), ("<s> <s> $A </s>", [1, 1]), ("$A </s>", []), ("<s> $A </s>", [1]), ("$A", [])],
+)
+def test_the_beginning_is_found_for_any_vocabulary(texts, single, leading):
+    """A model trained without its `<s>` because its vocabulary has no letter "a" reads a prompt it never saw."""
+    tokenizer = unigram_byte_fallback(texts) if texts is SAMPLE_TEXTS else wordpiece(texts)
+    names = ("<s>", "</s>") if texts is SAMPLE_TEXTS else ("[UNK]", "[EOS]")
+    for written, name in zip(("<s>", "</s>"), names, strict=True):
+        single = single.replace(written, name)
+    special = processors.TemplateProcessing(
+        single=single, special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in names]
+    )
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([processors.ByteLevel(), special])
+    tokenizer.backend_tokenizer.enable_padding(length=32, direction="left")
+    row = Example(0, "今天")
+    bare = TextEncoder(tokenizer, "plain", "never").prompt_ids(row)
+    assert TextEncoder(tokenizer, "plain").prompt_ids(row) == leading + bare

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
 from dwakd.data.chat import tokenizer_name
 from dwakd.data.prompts import Prompts
 from dwakd.data.rows import Example
@@ -132,10 +135,11 @@ class TextEncoder:
 
 
 def _leading_ids(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts in front of any text by itself."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return list(full[:start])
-    raise AssertionError("a tokenizer's special tokens changed the tokens of the text itself")
+    """What the tokenizer puts in front of any text by itself, found by its post-processor alone."""
+    processor = tokenizer.backend_tokenizer.post_processor
+    if processor is None:
+        return []
+    unused = 2**32 - 1  # no vocabulary has so many tokens
+    text = Tokenizer(WordLevel({"text": unused}, unk_token="text")).encode("text")
+    ids: list[int] = processor.process(text).ids
+    return ids[: ids.index(unused)]
