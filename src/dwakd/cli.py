@@ -99,6 +99,9 @@ def evaluate(
         str | None, typer.Option(help="alpaca, chat, plain or a format string; the model's recipe's by default.")
     ] = None,
     bos: Annotated[str | None, typer.Option(help="What begins a text: auto or never; the recipe's by default.")] = None,
+    special_tokens_in_prompts: Annotated[
+        str | None, typer.Option(help="Special tokens spelled out in prompts: parse or text; the recipe's by default.")
+    ] = None,
     adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to merge into the model.")] = None,
     prompt: PromptColumn = None,
     response: ResponseColumn = None,
@@ -128,6 +131,7 @@ def evaluate(
         output=output,
         template=template,
         bos=bos,
+        special_tokens_in_prompts=special_tokens_in_prompts,
         adapter=adapter,
         columns={"prompt": prompt, "response": response, "input": input_column},
         limit=limit,
@@ -151,6 +155,9 @@ def similarity(
     adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to merge into the teacher.")] = None,
     template: Annotated[str, typer.Option(help="alpaca, chat, plain or a format string.")] = "alpaca",
     bos: Annotated[str, typer.Option(help="What begins a text: auto or never.")] = "auto",
+    special_tokens_in_prompts: Annotated[
+        str, typer.Option(help="Special tokens spelled out in prompts: parse or text.")
+    ] = "parse",
     prompt: PromptColumn = None,
     response: ResponseColumn = None,
     input_column: InputColumn = None,
@@ -172,6 +179,7 @@ def similarity(
         adapter=adapter,
         template=template,
         bos=bos,
+        special_tokens_in_prompts=special_tokens_in_prompts,
         columns={"prompt": prompt, "response": response, "input": input_column},
         limit=limit,
         max_length=max_length,

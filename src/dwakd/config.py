@@ -58,6 +58,7 @@ class DataSection:
     input: str | None = None
     template: str = "alpaca"
     bos: str = "auto"
+    special_tokens_in_prompts: str = "parse"
     max_length: int = 512
     max_prompt_length: int = 256
     invalid_rows: str = "error"

@@ -89,6 +89,8 @@ def fingerprint(
     if template == "chat":
         template = f"chat, by the tokenizer's template {_digest(encoder.tokenizer.chat_template)[:16]}"
     date = {} if encoder.date is None else {DATE: encoder.date}
+    if encoder.special_tokens_in_prompts != "parse":
+        template += f", data.special_tokens_in_prompts: {encoder.special_tokens_in_prompts}"
     return {
         "teacher": teacher,
         "teacher.adapter": adapter or "none",

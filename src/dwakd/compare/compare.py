@@ -129,6 +129,7 @@ def _teacher(
             "--adapter": teacher.adapter,
             "--template": recipe.data.template,
             "--bos": recipe.data.bos,
+            "--special-tokens-in-prompts": recipe.data.special_tokens_in_prompts,
             "--prompt": recipe.data.prompt,
             "--response": recipe.data.response,
             "--input": recipe.data.input,

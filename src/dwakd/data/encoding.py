@@ -1,11 +1,12 @@
 """One tokenizer's view of a text: token ids, and where each token ends in the text's bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from dwakd.data import special_tokens
 from dwakd.data.chat import tokenizer_name
 from dwakd.data.prompts import Prompts
 from dwakd.data.rows import Example
@@ -24,13 +25,23 @@ class TextEncoder:
         bos: `auto` puts in front of a prompt the tokens which the tokenizer puts in front of any text by itself
             (Llama's `<s>`; nothing for GPT-2 and Qwen); `never` puts nothing there, the paper's way. The chat
             template renders its own beginning, to which nothing is ever added.
+        special_tokens_in_prompts: `parse` makes a special token of every "</s>" that a row's prompt spells out, as
+            tokenizers do by default; `text` reads it as text, unless the template wrote it.
         date: ISO date that a chat template prints as today's; the current date by default.
 
     Raises:
-        UserError: a slow tokenizer, an unknown template or bos, or no end-of-sequence token.
+        UserError: a slow tokenizer, an unknown option, or no end-of-sequence token.
     """
 
-    def __init__(self, tokenizer: Any, template: str = "alpaca", bos: str = "auto", date: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str = "alpaca",
+        bos: str = "auto",
+        special_tokens_in_prompts: str = "parse",
+        *,
+        date: str | None = None,
+    ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
                 f"the tokenizer of {tokenizer_name(tokenizer)} is a slow one without offsets: "
@@ -38,12 +49,19 @@ class TextEncoder:
             )
         if bos not in BOS_CHOICES:
             raise UserError(f"data.bos {bos!r} is unknown: use {' or '.join(BOS_CHOICES)}")
+        if special_tokens_in_prompts not in special_tokens.CHOICES:
+            raise UserError(
+                f"data.special_tokens_in_prompts {special_tokens_in_prompts!r} is unknown: "
+                f"use {' or '.join(special_tokens.CHOICES)}"
+            )
         self.tokenizer = tokenizer
         self.template = template
         self._prompts = Prompts(template, tokenizer, date)
         self.end_token_id = self._prompts.end_token_id()
         self._bos_ids = _leading_ids(tokenizer) if bos == "auto" and template != "chat" else []
         self._piece_bytes = TokenBytes(tokenizer)
+        as_text = special_tokens_in_prompts == "text"
+        self._special_as_text = special_tokens.SpecialTokensAsText(self._prompts) if as_text else None
 
     @property
     def date(self) -> str | None:
@@ -60,6 +78,11 @@ class TextEncoder:
         """Every id that should stop generation: the supervised end token first, then end-of-sequence."""
         eos = self.tokenizer.eos_token_id
         return [self.end_token_id] if eos in (None, self.end_token_id) else [self.end_token_id, int(eos)]
+
+    @property
+    def special_tokens_in_prompts(self) -> str:
+        """The option of that name."""
+        return "parse" if self._special_as_text is None else "text"
 
     def token_bytes(self) -> tuple[bytes | None, ...]:
         """The bytes of text that each token of the vocabulary stands for, by id; None for special and unused ones.
@@ -83,8 +106,13 @@ class TextEncoder:
 
     def prompt_ids_batch(self, examples: Sequence[Example]) -> list[list[int]]:
         """`prompt_ids` of several rows at once."""
-        texts = [self.prompt_text(example) for example in examples]
-        return [[*self._bos_ids, *ids] for ids in self._encode(texts, special=True)["input_ids"]]
+        as_text = self._special_as_text
+        if as_text is None:
+            encoded = _encode(self.tokenizer, map(self.prompt_text, examples), special=True)["input_ids"]
+        else:
+            encoded = _encode(as_text.tokenizer, map(as_text.render, examples), special=False)["input_ids"]
+            encoded = map(as_text.restore, encoded, examples)
+        return [[*self._bos_ids, *ids] for ids in encoded]
 
     def response_ids(self, text: str) -> tuple[list[int], list[int]]:
         """Token ids of a response without an end token, and the offset at which each token ends.
@@ -113,7 +141,7 @@ class TextEncoder:
         processor = backend.post_processor
         backend.post_processor = None  # RoBERTa's takes white space off the offsets
         try:
-            encoded = self._encode(texts, special=False)
+            encoded = _encode(self.tokenizer, texts, special=False)
         finally:
             backend.post_processor = processor
         return [
@@ -121,17 +149,18 @@ class TextEncoder:
             for text, ids, encoding in zip(texts, encoded["input_ids"], encoded.encodings, strict=True)
         ]
 
-    def _encode(self, texts: Sequence[str], *, special: bool) -> Any:
-        return self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            split_special_tokens=not special,
-            verbose=False,
-        )
+
+def _encode(tokenizer: Any, texts: Iterable[str], *, special: bool) -> Any:
+    return tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        split_special_tokens=not special,
+        verbose=False,
+    )
 
 
 def _leading_ids(tokenizer: Any) -> list[int]:

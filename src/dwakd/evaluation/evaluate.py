@@ -178,10 +178,12 @@ def evaluation_signature(
     """The signature that an evaluation with these arguments has (those of `evaluate_model`), known before it runs."""
     found = identity or {"model": model_identity(model), "data": data_identity(examples)}
     date = {} if encoder.printed_date is None else {"template_date": encoder.printed_date}
+    parsed = encoder.special_tokens_in_prompts == "parse"
     return {
         **found,
         **date,
         **make_signature(
+            **({} if parsed else {"special_tokens_in_prompts": encoder.special_tokens_in_prompts}),
             references="best" if any(map(has_reference, examples)) else "none",
             template=encoder.template,
             seeds=list(seeds),

@@ -26,6 +26,7 @@ def evaluate_sets(
     output: Path | None,
     template: str | None,
     bos: str | None,
+    special_tokens_in_prompts: str | None,
     adapter: str | None,
     columns: dict[str, Any],
     limit: int | None,
@@ -49,7 +50,10 @@ def evaluate_sets(
     checked = {name: options[name] for name in ("num_seeds", "max_new_tokens", "batch_size")}
     sets = check_evaluation(data, columns=columns, limit=limit, **checked)
     encoder = TextEncoder(
-        load_tokenizer(model), template or shown.get("template", "alpaca"), bos or shown.get("bos", "auto")
+        load_tokenizer(model),
+        template or shown.get("template", "alpaca"),
+        bos or shown.get("bos", "auto"),
+        special_tokens_in_prompts or shown.get("special_tokens_in_prompts", "parse"),
     )
     loaded = load_causal_lm(model, adapter=adapter)
     check_room(loaded, encoder, sets)

@@ -32,6 +32,7 @@ def compare_structures(
     adapter: str | None,
     template: str,
     bos: str,
+    special_tokens_in_prompts: str,
     columns: dict[str, Any],
     limit: int | None,
     max_length: int,
@@ -43,16 +44,17 @@ def compare_structures(
         if output.is_dir():
             raise UserError(f"{output} is a folder; name a JSON file with --output")
     examples = load_examples(data, split=TEST_SPLITS, limit=limit, **columns)
-    reference = load_causal_lm(teacher, adapter=adapter), TextEncoder(load_tokenizer(teacher), template, bos)
+    prompts = {"template": template, "bos": bos, "special_tokens_in_prompts": special_tokens_in_prompts}
+    reference = load_causal_lm(teacher, adapter=adapter), TextEncoder(load_tokenizer(teacher), **prompts)
     found: dict[str, StructureDistances] = {}
     record: dict[str, Any] = {
-        "signature": make_signature(template=template, bos=bos, max_length=max_length),
+        "signature": make_signature(**prompts, max_length=max_length),
         "data": data_identity(examples, data),
         "teacher": model_identity(reference[0], teacher),
         "students": {},
     }
     for name in students:
-        student = load_causal_lm(name), TextEncoder(load_tokenizer(name), template, bos)
+        student = load_causal_lm(name), TextEncoder(load_tokenizer(name), **prompts)
         found[name] = structure_distances(
             student, reference, examples, max_length=max_length, source=data, progress=True
         )

@@ -49,7 +49,8 @@ def cache_recipe(recipe: Recipe, folder: str | Path | None = None, *, check: boo
     dates = [None if teacher is None else teacher.date for teacher in teachers]
     dates = [next(filter(None, dates), None), *dates]  # the student's text may be cut to the same characters again
     encoders = tuple(
-        TextEncoder(tokenizer, args.template, args.bos, date) for tokenizer, date in zip(tokenizers, dates, strict=True)
+        TextEncoder(tokenizer, args.template, args.bos, args.special_tokens_in_prompts, date=date)
+        for tokenizer, date in zip(tokenizers, dates, strict=True)
     )
     sets = {"train": encode_source(train, encoders, args, "train", recipe.data.train)[1]}
     if evaluation is not None:

@@ -75,6 +75,9 @@ class DistillConfig(TrainingArguments):
         metadata={"help": "alpaca, chat, plain, or a format string with {instruction} and {input}."},
     )
     bos: str = field(default="auto", metadata={"help": "auto: where the model's convention wants it; or never."})
+    special_tokens_in_prompts: str = field(
+        default="parse", metadata={"help": "Special tokens spelled out in a row's prompt: parse them, or text."}
+    )
     max_length: int = field(
         default=512, metadata={"help": "Most tokens of prompt and response, on either side; truncates by text."}
     )

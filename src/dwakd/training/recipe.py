@@ -23,7 +23,7 @@ from dwakd.training.optimizer import check_optimizer
 
 ELSEWHERE = ("method", "loss_options", "output_dir", "trust_remote_code", "teacher_cache", "teacher_weights")
 IGNORED = ("resume_from_checkpoint", "do_train", "do_eval", "do_predict")
-DATA_FIELDS = ("template", "bos", "max_length", "max_prompt_length", "invalid_rows")
+DATA_FIELDS = ("template", "bos", "special_tokens_in_prompts", "max_length", "max_prompt_length", "invalid_rows")
 
 
 def training_config(recipe: Recipe, output_dir: str | Path) -> DistillConfig:

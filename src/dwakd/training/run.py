@@ -41,7 +41,7 @@ def build_trainer(recipe: Recipe, output_dir: str | Path) -> DistillTrainer:
     train, evaluation = recipe_examples(recipe)
     names = {"train": recipe.data.train, "eval": recipe.data.eval or ""}
     student, student_tokenizer = load_section(recipe.student)
-    check_room(student, TextEncoder(student_tokenizer, args.template, args.bos), sets)
+    check_room(student, TextEncoder(student_tokenizer, args.template, args.bos, args.special_tokens_in_prompts), sets)
     teachers = [load_section(section) for section in recipe.teachers] if method.needs_teacher else []
     try:
         return DistillTrainer(

@@ -66,7 +66,7 @@ def _prepare(
     tokenizer = tokenizer or teacher.tokenizer
     if tokenizer is None:
         raise UserError("teacher_processing_class is missing: give the teacher's tokenizer beside it")
-    return teacher, TextEncoder(tokenizer, args.template, args.bos, teacher.date)
+    return teacher, TextEncoder(tokenizer, args.template, args.bos, args.special_tokens_in_prompts, date=teacher.date)
 
 
 def tell_teachers(

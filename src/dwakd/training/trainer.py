@@ -86,7 +86,9 @@ class DistillTrainer(Trainer):
         found = prepare_teachers(model, teacher_model, teacher_processing_class, args)
         self.teachers: list[Teacher] = [teacher for teacher, _ in found]
         date = next((teacher.date for teacher in self.teachers if teacher.date), None)
-        self.student_encoder = TextEncoder(processing_class, args.template, args.bos, date)
+        self.student_encoder = TextEncoder(
+            processing_class, args.template, args.bos, args.special_tokens_in_prompts, date=date
+        )
         self._encoders: tuple[TextEncoder, ...] = (self.student_encoder, *(encoder for _, encoder in found))
         _, train_pairs = encode_source(train_dataset, self._encoders, args, "train", names.get("train"))
         self._eval_examples, eval_pairs = encode_source(eval_dataset, self._encoders, args, "eval", names.get("eval"))
