@@ -7,11 +7,10 @@ from pathlib import Path
 
 from dwakd.cache.store import Cache, open_whole
 from dwakd.config import Recipe, StudentSection, TeacherSection, load_recipe
-from dwakd.data.encoding import TextEncoder
 from dwakd.errors import UserError
 from dwakd.models.loading import load_tokenizer
 from dwakd.training.cached import refuse_attention
-from dwakd.training.inputs import encode_source
+from dwakd.training.inputs import encode_source, make_encoder
 from dwakd.training.recipe import load_section, recipe_examples, training_config
 
 
@@ -48,10 +47,7 @@ def cache_recipe(recipe: Recipe, folder: str | Path | None = None, *, check: boo
     ]
     dates = [None if teacher is None else teacher.date for teacher in teachers]
     dates = [next(filter(None, dates), None), *dates]  # the student's text may be cut to the same characters again
-    encoders = tuple(
-        TextEncoder(tokenizer, args.template, args.bos, args.special_tokens_in_prompts, date=date)
-        for tokenizer, date in zip(tokenizers, dates, strict=True)
-    )
+    encoders = tuple(make_encoder(tokenizer, args, date) for tokenizer, date in zip(tokenizers, dates, strict=True))
     sets = {"train": encode_source(train, encoders, args, "train", recipe.data.train)[1]}
     if evaluation is not None:
         sets["eval"] = encode_source(evaluation, encoders, args, "eval", recipe.data.eval)[1]

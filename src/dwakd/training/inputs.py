@@ -17,6 +17,7 @@ from dwakd.losses import method_class
 from dwakd.models.loading import align_special_tokens, check_vocabulary, load_causal_lm, load_tokenizer, quiet_peft
 from dwakd.models.rows import check_head, embedding_table, model_name, output_head
 from dwakd.training.config import DistillConfig
+from dwakd.training.student import check_student
 
 Rows: TypeAlias = str | Path | Dataset | IterableDataset | Mapping[str, Any] | list[dict[str, Any]] | list[Example]
 Source: TypeAlias = Rows | EncodedPairs
@@ -42,7 +43,7 @@ def checked_args(args: Any) -> DistillConfig:
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    """The student with adapters to train; refuses those that change the matrices which losses read."""
+    """The student with adapters to train; refuses adapters that change matrices outside themselves or cannot be saved."""
     try:
         with quiet_peft():
             adapted = get_peft_model(model, config)
@@ -50,6 +51,7 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         raise UserError(f"peft_config (student.peft): {error}") from error
     output_head(adapted)
     embedding_table(adapted)
+    check_student(adapted)
     return adapted
 
 
@@ -78,6 +80,11 @@ def load_pair(model: str | Model, tokenizer: PreTrainedTokenizerBase | None, arg
             f"data.max_length is {args.max_length}, but {model_name(model)} has only {positions} positions; lower it"
         )
     return model, tokenizer
+
+
+def make_encoder(tokenizer: PreTrainedTokenizerBase, args: DistillConfig, date: str | None = None) -> TextEncoder:
+    """The encoder that the data options of `args` describe; `date` is what a chat template prints as today's."""
+    return TextEncoder(tokenizer, args.template, args.bos, args.special_tokens_in_prompts, date=date)
 
 
 def encode_source(

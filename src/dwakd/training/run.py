@@ -19,12 +19,12 @@ from transformers.trainer_callback import TrainerState
 
 from dwakd.cache.files import write_whole
 from dwakd.config import RECIPE_FILE, Recipe
-from dwakd.data.encoding import TextEncoder
 from dwakd.errors import UserError
 from dwakd.evaluation.run import check_recipe_evaluation, check_room
 from dwakd.losses import method_class
 from dwakd.training.card import write_card
 from dwakd.training.checkpoint import load_student
+from dwakd.training.inputs import make_encoder
 from dwakd.training.recipe import check_options, load_section, recipe_examples
 from dwakd.training.run_folder import RUN_FILE, alone_in, check_output, has_steps_left, is_finished
 from dwakd.training.trainer import DistillTrainer
@@ -41,7 +41,7 @@ def build_trainer(recipe: Recipe, output_dir: str | Path) -> DistillTrainer:
     train, evaluation = recipe_examples(recipe)
     names = {"train": recipe.data.train, "eval": recipe.data.eval or ""}
     student, student_tokenizer = load_section(recipe.student)
-    check_room(student, TextEncoder(student_tokenizer, args.template, args.bos, args.special_tokens_in_prompts), sets)
+    check_room(student, make_encoder(student_tokenizer, args), sets)
     teachers = [load_section(section) for section in recipe.teachers] if method.needs_teacher else []
     try:
         return DistillTrainer(

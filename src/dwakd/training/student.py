@@ -26,6 +26,16 @@ SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical
 """Generation settings that greedy decoding ignores, and that transformers refuses to save together with it."""
 
 
+def check_student(student: nn.Module) -> None:
+    """Run `check_trainable` and `check_restorable`.
+
+    Raises:
+        UserError: as these.
+    """
+    check_trainable(student)
+    check_restorable(student)
+
+
 def check_trainable(student: nn.Module) -> None:
     """Refuse a student of which no parameter requires gradients.
 

@@ -14,7 +14,7 @@ from dwakd.errors import UserError
 from dwakd.losses import TeacherScale, method_class
 from dwakd.training.cached import CachedTeacher, refuse_attention
 from dwakd.training.config import DistillConfig
-from dwakd.training.inputs import Model, load_pair
+from dwakd.training.inputs import Model, load_pair, make_encoder
 from dwakd.training.student import check_separate
 from dwakd.training.teacher import OnlineTeacher, Teacher
 
@@ -66,7 +66,7 @@ def _prepare(
     tokenizer = tokenizer or teacher.tokenizer
     if tokenizer is None:
         raise UserError("teacher_processing_class is missing: give the teacher's tokenizer beside it")
-    return teacher, TextEncoder(tokenizer, args.template, args.bos, args.special_tokens_in_prompts, date=teacher.date)
+    return teacher, make_encoder(tokenizer, args, teacher.date)
 
 
 def tell_teachers(

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedPairs
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import answerable_prompts
@@ -33,11 +32,12 @@ from dwakd.training.inputs import (
     checked_args,
     encode_source,
     load_pair,
+    make_encoder,
 )
 from dwakd.training.method import build_method
 from dwakd.training.optimizer import parameter_groups
 from dwakd.training.sampler import LengthGroupedSampler, cut_repeats
-from dwakd.training.student import check_restorable, check_trainable, disable_dropout
+from dwakd.training.student import check_student, disable_dropout
 from dwakd.training.teacher import Teacher
 from dwakd.training.teachers import AnyTeacher, attach_rows, batch_collator, prepare_teachers, tell_teachers
 
@@ -83,13 +83,13 @@ class DistillTrainer(Trainer):
         args = checked_args(args)
         names = dataset_names or {}
         model, processing_class = load_pair(model, processing_class, args, "processing_class")
+        if train_dataset is not None and peft_config is None:
+            check_student(model)
         found = prepare_teachers(model, teacher_model, teacher_processing_class, args)
         self.teachers: list[Teacher] = [teacher for teacher, _ in found]
         date = next((teacher.date for teacher in self.teachers if teacher.date), None)
-        self.student_encoder = TextEncoder(
-            processing_class, args.template, args.bos, args.special_tokens_in_prompts, date=date
-        )
-        self._encoders: tuple[TextEncoder, ...] = (self.student_encoder, *(encoder for _, encoder in found))
+        self.student_encoder = make_encoder(processing_class, args, date)
+        self._encoders = (self.student_encoder, *(encoder for _, encoder in found))
         _, train_pairs = encode_source(train_dataset, self._encoders, args, "train", names.get("train"))
         self._eval_examples, eval_pairs = encode_source(eval_dataset, self._encoders, args, "eval", names.get("eval"))
         if args.eval_rouge_l or compute_metrics:
@@ -100,10 +100,7 @@ class DistillTrainer(Trainer):
         loss = build_method(args, model, self.teachers, self._encoders)
         if peft_config is not None:
             model = add_adapter(model, peft_config)
-        if train_pairs is not None:
-            check_trainable(model)
-            check_restorable(model)
-            check_batches(train_pairs, args)
+        check_batches(train_pairs, args)
         if args.disable_dropout:
             disable_dropout(model)
         self.metrics_function = compute_metrics
