@@ -44,8 +44,9 @@ def test_a_teacher_that_shares_the_students_weights_is_refused(tmp_path):
     student = tiny_model("llama", len(TOKENIZERS[0]))
     same_table = tiny_model("llama", len(TOKENIZERS[0]), seed=5)
     same_table.model.embed_tokens.weight = student.model.embed_tokens.weight
-    adapted = get_peft_model(student, LoraConfig(r=2, task_type="CAUSAL_LM"))
-    for own, teacher in ((student, student), (student, same_table), (adapted, student)):
+    base = tiny_model("llama", len(TOKENIZERS[0]), seed=6)
+    adapted = get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM"))
+    for own, teacher in ((student, student), (student, same_table), (adapted, base)):
         with pytest.raises(UserError, match="share the parameter"):
             run_of(own, tmp_path, teacher)
 
