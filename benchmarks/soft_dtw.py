@@ -1,6 +1,6 @@
 """Soft-DTW against its peers: forward and backward, in one process, in shuffled order, median of several.
 
-python -m benchmarks.soft_dtw [--rounds 5] [--threads 1] [--gamma 1] [--out benchmarks/results/soft_dtw.json]
+python -m benchmarks.soft_dtw [--rounds 5] [--threads 1] [--gamma 1] [--output benchmarks/results/soft_dtw.json]
 
 With one thread the clock is the process's own processor time, which others' load on the machine hardly changes; with
 more it is the wall's.
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--gamma", type=float, default=1.0)
     parser.add_argument("--width", type=int, default=256, help="of the rows in the DTW part of a step")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/soft_dtw.json"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/soft_dtw.json"), help="JSON file")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     random.seed(options.seed)
@@ -207,8 +207,8 @@ def main() -> None:
     errors, step = accuracy(compared), step_part(options.gamma, options.rounds, options.width)
     print(report(table, errors, step))
     result = {"signature": signature(options), "milliseconds": table, "gradient_error": errors, "dtw_part": step}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
