@@ -155,7 +155,10 @@ def test_lora_by_recipe_loads_with_peft(workspace, tmp_path, monkeypatch, capsys
 def test_shrink(workspace, tmp_path, monkeypatch, capsys):
     """A smaller folder that loads; a vocabulary below the alphabet is refused with the least that works."""
     student = tmp_path / "student"
-    arguments = ["shrink", workspace / "student", "-d", workspace / "data.jsonl", "--layers", 2]
+    shutil.copytree(workspace / "student", tmp_path / "original")
+    settings = tmp_path / "original" / "generation_config.json"  # as of Llama 2 Chat; transformers refuses to save it
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "do_sample": False, "temperature": 0.6}))
+    arguments = ["shrink", tmp_path / "original", "-d", workspace / "data.jsonl", "--layers", 2]
     code, out, err = run(monkeypatch, capsys, *arguments, "--vocab-size", 300, "-o", student)
     assert code == 0, err
     assert "bits per byte" in out

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dwakd import UserError, load_causal_lm
-from dwakd.training.checkpoint import load_student, save_student
+from dwakd.models.saving import save_causal_lm
+from dwakd.training.checkpoint import load_student
 from dwakd.training.evaluation import plain_metrics
 from tests.builders import byte_bpe, tiny_model
 from tests.training.builders import ROWS, trainer
@@ -36,7 +37,7 @@ def test_an_adapter_of_any_name_is_restored(tmp_path):
     tiny_model("llama", 400).save_pretrained(tmp_path / "base")
     byte_bpe().save_pretrained(tmp_path / "base")
     student = adapted(tmp_path / "base", "colours")
-    save_student(student, tmp_path / "out")
+    save_causal_lm(student, tmp_path / "out")
     assert not (tmp_path / "out" / "colours").exists()
     again = get_peft_model(tiny_model("llama", 400), LoraConfig(r=2, task_type="CAUSAL_LM"), "shapes")
     load_student(again, tmp_path / "out")
@@ -53,7 +54,7 @@ def test_each_parameter_keeps_its_own_dtype(tmp_path):
     student.lm_head.float()
     torch.nn.init.normal_(student.lm_head.weight, generator=torch.Generator().manual_seed(1))
     saved = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    save_student(student, tmp_path)
+    save_causal_lm(student, tmp_path)
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.zero_()
@@ -66,15 +67,15 @@ def test_each_parameter_keeps_its_own_dtype(tmp_path):
 def test_settings_never_cost_the_weights(tmp_path, caplog):
     """A setting that a callback changes during training must not cost the finished run."""
     student = tiny_model("llama")
-    student.generation_config.temperature = 0.3
+    student.generation_config.max_new_tokens = -1
     with caplog.at_level(logging.WARNING):
-        save_student(student, tmp_path / "a")
+        save_causal_lm(student, tmp_path / "a")
     assert "without its generation settings" in caplog.text
-    assert student.generation_config.temperature == 0.3
+    assert student.generation_config.max_new_tokens == -1
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "a")), logits(student))
     student.config.temperature = 0.3
     with pytest.raises(UserError, match=r"temperature.*model\.safetensors"):
-        save_student(student, tmp_path / "b")
+        save_causal_lm(student, tmp_path / "b")
     assert torch.equal(load_file(tmp_path / "b" / "model.safetensors")["lm_head.weight"], student.lm_head.weight)
 
 

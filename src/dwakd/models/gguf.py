@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from dwakd.errors import UserError
+from dwakd.models.saving import save_causal_lm
 from dwakd.paths import cache_folder
 
 _CONVERSION = b"dwakd gguf conversion 1"
@@ -77,7 +78,7 @@ def _convert(path: Path, folder: Path) -> None:
         ) from error
     if missing := sorted(loading["missing_keys"]):
         raise UserError(f"{path} lacks {len(missing)} weights of its architecture, the first is {missing[0]}.")
-    _unquantised(model).save_pretrained(folder)
+    save_causal_lm(_unquantised(model), folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -12,6 +12,7 @@ from dwakd.data.prompts import Prompts
 from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, load_examples
 from dwakd.folders import check_output_folder
 from dwakd.models.loading import load_causal_lm, load_tokenizer
+from dwakd.models.saving import save_causal_lm
 from dwakd.models.shrink import ShrinkReport, shrink_model
 
 HELD_OUT = 64
@@ -60,7 +61,7 @@ def shrink_to_folder(
         vocab_size=vocab_size,
         held_out=held_out[:HELD_OUT],
     )
-    student.save_pretrained(output)
+    save_causal_lm(student, output)
     student_tokenizer.save_pretrained(output)
     return shrink_table(report, output)
 

@@ -1,73 +1,23 @@
-"""Saving the student, and loading student and method from a checkpoint."""
+"""Loading student and method from a checkpoint, and finding checkpoints that are incomplete."""
 
 import json
-import logging
 import zipfile
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file, save_model
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig
-
-from dwakd.errors import UserError
-
-logger = logging.getLogger(__name__)
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 LOSS_STATE = "distillation.safetensors"
 
 
-def save_student(student: Any, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Save the student as transformers or PEFT does, the weights first.
-
-    An adapter is saved in the folder itself, whatever its name: PEFT would put one that is not called "default" into a
-    subfolder. Settings that transformers refuses to save never cost the weights.
-
-    Args:
-        student: the model.
-        folder: created if it does not exist.
-        state_dict: the student's tensors, if not its own.
-
-    Raises:
-        UserError: the config cannot be saved; the weights are in the folder.
-    """
-    folder = Path(folder)
-    if isinstance(student, PeftModel):
-        student.save_pretrained(folder, state_dict=state_dict)
-        (adapter,) = student.peft_config
-        if (folder / adapter / "adapter_config.json").is_file():
-            for path in (folder / adapter).iterdir():
-                path.replace(folder / path.name)
-            (folder / adapter).rmdir()
-        return
-    settings, student.generation_config = student.generation_config, GenerationConfig()
-    try:
-        student.save_pretrained(folder, state_dict=state_dict)
-    except (ValueError, TypeError, RuntimeError) as error:
-        if state_dict is None:
-            save_model(student, str(folder / "model.safetensors"))
-        else:
-            save_file(state_dict, folder / "model.safetensors")
-        raise UserError(
-            f"the config of the student cannot be saved ({' '.join(str(error).split())}); its weights are in "
-            f"{folder / 'model.safetensors'}"
-        ) from error
-    finally:
-        student.generation_config = settings
-    try:
-        if student.can_generate():
-            settings.save_pretrained(folder)
-    except ValueError as error:
-        logger.warning("%s has the student without its generation settings: %s", folder, " ".join(str(error).split()))
-
-
 def load_student(student: nn.Module, folder: str | Path) -> None:
-    """Load the weights (or the adapter) that `save_student` wrote, in place; each parameter keeps its own dtype."""
+    """Load the weights (or the adapter) of a saved student, in place; each parameter keeps its own dtype."""
     if isinstance(student, PeftModel):
         (adapter,) = student.peft_config
         set_peft_model_state_dict(student, load_peft_weights(str(folder), device="cpu"), adapter_name=adapter)

@@ -1,7 +1,6 @@
 """Checks of a student before the first step: it can be trained, and its saved folder will hold the same model."""
 
 import copy
-import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -18,12 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from dwakd.errors import UserError
 from dwakd.models.rows import evaluating, model_name
+from dwakd.models.saving import remove_unused_sampling
 from dwakd.training.checkpoint import widest_dtype
-
-logger = logging.getLogger(__name__)
-
-SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-"""Generation settings that greedy decoding ignores, and that transformers refuses to save together with it."""
 
 
 def check_student(student: nn.Module) -> None:
@@ -138,7 +133,7 @@ def _check_adapter(student: PeftModel) -> None:
 
 def _saved_config(student: PreTrainedModel) -> PretrainedConfig:
     """The config as it is read back from the files that would be saved."""
-    _reset_unused_sampling(student)
+    remove_unused_sampling(student)
     with tempfile.TemporaryDirectory() as folder:
         try:
             if student.can_generate():
@@ -156,27 +151,6 @@ def _saved_config(student: PreTrainedModel) -> PretrainedConfig:
                 f"the config of the student {model_name(student)} cannot be read again after it is saved: "
                 f"{' '.join(str(error).split())}"
             ) from error
-
-
-def _reset_unused_sampling(student: PreTrainedModel) -> None:
-    settings = student.generation_config
-    if settings is None or settings.do_sample:
-        return
-    default = GenerationConfig()
-    unused = [name for name in SAMPLING_SETTINGS if getattr(settings, name, None) not in (None, getattr(default, name))]
-    for name in unused:
-        setattr(settings, name, getattr(default, name))
-    try:
-        settings.validate(strict=True)
-    except ValueError:
-        return
-    if unused:
-        logger.warning(
-            "removed %s from the generation settings of the student %s: without do_sample=True they have no effect, and "
-            "transformers does not save them",
-            ", ".join(unused),
-            model_name(student),
-        )
 
 
 def _restored(student: PreTrainedModel, config: PretrainedConfig) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -19,8 +19,9 @@ from dwakd.data.pairs import EncodedPairs
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import answerable_prompts
 from dwakd.losses import DistillationLoss, SeveralTeachers
+from dwakd.models.saving import save_causal_lm
 from dwakd.training.callbacks import EpochAndTerms, TermsProgressCallback
-from dwakd.training.checkpoint import LOSS_STATE, load_checkpoint, save_student
+from dwakd.training.checkpoint import LOSS_STATE, load_checkpoint
 from dwakd.training.config import DistillConfig
 from dwakd.training.distiller import Distiller
 from dwakd.training.evaluation import eval_terms, generated_metrics
@@ -279,7 +280,7 @@ class DistillTrainer(Trainer):
         folder = output_dir or self.args.output_dir
         if state_dict is not None:
             state_dict = {n.removeprefix("student."): t for n, t in state_dict.items() if n.startswith("student.")}
-        save_student(self.student, folder, state_dict)
+        save_causal_lm(self.student, folder, state_dict)
         self.processing_class.save_pretrained(folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
