@@ -17,6 +17,7 @@ from dwakd.evaluation.sets import EvaluationSet, check_evaluation
 from dwakd.evaluation.signature import data_identity, model_identity
 from dwakd.folders import check_output_folder
 from dwakd.models.loading import load_causal_lm, load_tokenizer
+from dwakd.models.rows import check_head
 
 
 def evaluate_sets(
@@ -56,6 +57,7 @@ def evaluate_sets(
         special_tokens_in_prompts or shown.get("special_tokens_in_prompts", "parse"),
     )
     loaded = load_causal_lm(model, adapter=adapter)
+    check_head(loaded)
     check_room(loaded, encoder, sets)
     return _evaluate_all(loaded, encoder, sets, folder, model, options, overwrite=overwrite)
 

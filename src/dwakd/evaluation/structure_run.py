@@ -20,6 +20,7 @@ from dwakd.evaluation.signature import data_identity, make_signature, model_iden
 from dwakd.evaluation.structure import StructureDistances, structure_distances
 from dwakd.folders import check_output_folder
 from dwakd.models.loading import load_causal_lm, load_tokenizer
+from dwakd.models.rows import check_head
 
 PLOT_WIDTH = 36
 
@@ -46,6 +47,7 @@ def compare_structures(
     examples = load_examples(data, split=TEST_SPLITS, limit=limit, **columns)
     prompts = {"template": template, "bos": bos, "special_tokens_in_prompts": special_tokens_in_prompts}
     reference = load_causal_lm(teacher, adapter=adapter), TextEncoder(load_tokenizer(teacher), **prompts)
+    check_head(reference[0])
     found: dict[str, StructureDistances] = {}
     record: dict[str, Any] = {
         "signature": make_signature(**prompts, max_length=max_length),
@@ -55,6 +57,7 @@ def compare_structures(
     }
     for name in students:
         student = load_causal_lm(name), TextEncoder(load_tokenizer(name), **prompts)
+        check_head(student[0])
         found[name] = structure_distances(
             student, reference, examples, max_length=max_length, source=data, progress=True
         )

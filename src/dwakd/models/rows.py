@@ -18,6 +18,7 @@ from dwakd.batch import ModelSide
 from dwakd.errors import UserError
 from dwakd.models.attention import last_layer
 from dwakd.models.head import OutputHead
+from dwakd.models.probe import Probe, check_causal, head_difference, head_tolerance
 
 # Prefix of the model type, config field, power to which the field multiplies the logits.
 _LOGIT_SCALES = (
@@ -38,8 +39,7 @@ def embedding_table(model: nn.Module) -> Float[Tensor, "vocab embedding"]:
     Raises:
         UserError: the table is under LoRA or trainable tokens, which change rows outside the table.
     """
-    module = _causal_lm(model).get_input_embeddings()
-    table: Tensor = _plain_module(module, "input embeddings", model).weight
+    table: Tensor = _plain_module("get_input_embeddings", "input embeddings", model).weight
     return table
 
 
@@ -49,12 +49,8 @@ def output_head(model: nn.Module) -> OutputHead:
     Raises:
         UserError: the model has no head, or LoRA on it.
     """
-    lm = _causal_lm(model)
-    module = lm.get_output_embeddings()
-    if module is None:
-        raise UserError(f"{model_name(model)} has no output head (get_output_embeddings() is None).")
-    module = _plain_module(module, "weights of the output head", model)
-    config = lm.config.get_text_config()
+    module = _plain_module("get_output_embeddings", "output head", model)
+    config = _causal_lm(model).config.get_text_config()
     caps = [cap for cap in (getattr(config, field, None) for field in _SOFT_CAPS) if cap is not None]
     return OutputHead(
         weight=module.weight,
@@ -65,33 +61,58 @@ def output_head(model: nn.Module) -> OutputHead:
 
 
 def check_head(model: nn.Module) -> None:
-    """Refuse a model whose logits are not `output_head(model).logits(final_hidden(model, ...))`.
+    """Refuse a model that losses cannot use.
 
-    Runs one batch of two sequences of eight tokens, in eval mode and without gradient.
+    Runs a small batch in eval mode and without gradient. The logits must be `output_head(model).logits(final_hidden(model,
+    ...))`, and the states of a token may change neither with later tokens nor with other sequences of the batch.
 
     Raises:
-        UserError: names the model and the largest difference.
+        UserError: names the model and what is wrong with it; also if its own forward pass fails.
     """
-    head = output_head(model)
-    input_ids = (torch.arange(16, device=head.weight.device) * 7 % head.vocab_size).view(2, 8)
-    mask = torch.ones_like(input_ids)
-    with evaluating(model), torch.no_grad():
-        expected = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits.flatten(0, 1)
-        hidden = final_hidden(model, input_ids, mask).flatten(0, 1)
-        if hidden.shape[-1] != head.hidden_size or expected.shape[-1] != head.vocab_size:
-            raise UserError(
-                f"{model_name(model)} cannot be used: its head maps {head.hidden_size} to {head.vocab_size} but "
-                f"the model goes from hidden states of width {hidden.shape[-1]} to {expected.shape[-1]} logits."
-            )
-        ours = head.logits(hidden)
-    expected = expected.to(ours.dtype)
-    difference = float((ours - expected).abs().max())
-    tolerance = {torch.float64: 1e-8, torch.float32: 1e-4}.get(head.weight.dtype, 3e-2)
-    if not difference <= tolerance * (1 + float(expected.abs().max())):
+    name = model_name(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError(f"{name} has weights on the meta device (offloaded, or never loaded); load it into memory")
+    table, head = embedding_table(model), output_head(model)
+    config = _causal_lm(model).config
+    if config.is_encoder_decoder:
         raise UserError(
-            f"{model_name(model)} cannot be used: its logits are not its output head applied to its final "
-            f"hidden states (largest difference {difference:.3g}); its architecture does more than is known here."
+            f"{name} is not causal: the encoder of an encoder-decoder reads all tokens; give a decoder alone"
         )
+    if config.model_type == "reformer":  # sequences longer than the probe's are needed to see it
+        raise UserError(f"{name} is not causal: Reformer's hashed attention sorts all tokens of a sequence together")
+    probe = Probe(config, min(len(table), head.vocab_size), table.device)
+    logits, hidden, changed = _probed(model, probe)
+    if hidden.shape[-1] != head.hidden_size or logits.shape != (*hidden.shape[:2], head.vocab_size):
+        raise UserError(
+            f"{name} cannot be used: its head maps {head.hidden_size} to {head.vocab_size}, but its hidden states have "
+            f"the shape {tuple(hidden.shape)} and its logits {tuple(logits.shape)}"
+        )
+    if logits.isnan().any():
+        raise UserError(f"{name} cannot be used: its logits are NaN; check its weights")
+    difference = head_difference(head.detached().logits(hidden.flatten(0, 1)), logits.flatten(0, 1))
+    if not difference <= head_tolerance(head.weight.dtype):
+        raise UserError(
+            f"{name} cannot be used: its logits are not its output head applied to its final hidden states (largest "
+            f"difference {difference:.3g} of their size); its architecture does more than is known here"
+        )
+    check_causal(hidden, changed, probe.kept, name)
+
+
+def _probed(model: nn.Module, probe: Probe) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits and final hidden states of the probe, and final hidden states of its changed batch."""
+    mask, device = torch.ones_like(probe.input_ids), probe.input_ids.device
+    devices = [] if device.type == "cpu" else [device]
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices, device_type=device.type):
+        try:
+            logits = model(input_ids=probe.input_ids, attention_mask=mask, use_cache=False).logits
+            return logits, final_hidden(model, probe.input_ids, mask), final_hidden(model, probe.changed_ids, mask)
+        except UserError:
+            raise
+        except Exception as error:  # a model's own code may raise anything
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
+            raise UserError(
+                f"{model_name(model)} cannot be used: its forward pass on token ids alone fails ({reason})"
+            ) from error
 
 
 def final_hidden(
@@ -110,9 +131,11 @@ def final_hidden(
         One row per position, with gradient; rows of padding are arbitrary.
     """
     lm = _causal_lm(model)
-    backbone = lm.base_model
+    backbone = (
+        lm.base_model if lm.base_model is not lm else getattr(lm, "model", lm)
+    )  # Llama 4's prefix names no module
     if backbone is lm:
-        raise UserError(f"{model_name(model)} has no backbone apart from its head (base_model_prefix is empty).")
+        raise UserError(f"{model_name(model)} cannot be used: it has no backbone apart from its head")
     # Right padding needs no mask under causal attention, and rows of nothing but masked keys are NaN in eager float64.
     seen = torch.ones_like(attention_mask)
     output = backbone(input_ids=input_ids, attention_mask=seen, use_cache=False, return_dict=True)
@@ -188,7 +211,7 @@ def true_places(mask: Bool[Tensor, "batch length"], counts: Sequence[int] | None
 def model_name(model: nn.Module) -> str:
     """What to call a model in a message: where it came from, else its class."""
     lm = _causal_lm(model)
-    return str(getattr(lm.config, "_name_or_path", "") or type(lm).__name__)
+    return str(getattr(getattr(lm, "config", None), "_name_or_path", "") or type(lm).__name__)
 
 
 @contextlib.contextmanager
@@ -214,16 +237,23 @@ def _causal_lm(model: nn.Module) -> Any:
     return model.get_base_model()
 
 
-def _plain_module(module: Any, what: str, model: nn.Module) -> Any:
+def _plain_module(getter: str, what: str, model: nn.Module) -> Any:
     """The module whose weight is the matrix in use: PEFT's trained copy of it, if there is one."""
+    try:
+        module = getattr(_causal_lm(model), getter)()
+    except (AttributeError, NotImplementedError):
+        module = None
     if isinstance(module, ModulesToSaveWrapper):
         active = module.active_adapters
-        return module.modules_to_save[active[0]] if active else module.original_module
+        module = module.modules_to_save[active[0]] if active else module.original_module
     if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
         raise UserError(
-            f"a PEFT adapter changes the {what} of {model_name(model)} outside their matrix; take the module out of "
-            "target_modules, or train it whole with modules_to_save"
+            f"a PEFT adapter changes the {what} of {model_name(model)} without changing the matrix itself; take the module "
+            "out of target_modules, or train it whole with modules_to_save"
         )
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        raise UserError(f"{model_name(model)} cannot be used: {getter}() gives no matrix for its {what}")
     return module
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dwakd.errors import UserError
 from dwakd.models.loading import check_vocabulary
-from dwakd.models.rows import evaluating, final_hidden, model_name, output_head
+from dwakd.models.rows import check_head, evaluating, final_hidden, model_name, output_head
 from dwakd.models.surgery import build_student, layer_stack
 from dwakd.models.vocabulary import old_tokens_of, train_tokenizer
 
@@ -85,6 +85,7 @@ def shrink_model(
         raise UserError("Nothing to shrink: give num_layers (--layers), vocab_size (--vocab-size) or both.")
     if not any(texts):
         raise UserError("There are no texts to shrink the model on; give a data set with text in it.")
+    check_head(model)
     check_vocabulary(model, tokenizer, model_name(model))
     path, layers = layer_stack(model)
     influence, kept = None, list(range(len(layers)))

@@ -1,0 +1,186 @@
+"""The check at start-up: a model that losses cannot use must be refused in one sentence, and no other."""
+
+import pytest
+import torch
+
+from dwakd.errors import UserError
+from dwakd.models import rows
+from dwakd.models.rows import check_head, output_head
+from tests.builders import tiny_model
+from tests.models.architectures import small_model
+
+VOCAB = 300
+
+
+@pytest.mark.parametrize("family", ["cohere", "granite", "gemma2", "phi"])
+def test_check_head_refuses_a_head_that_lacks_scale_cap_or_bias(family, monkeypatch):
+    """An architecture with an unknown treatment of its logits must stop at start-up, not train on wrong ones."""
+    model = tiny_model(family, VOCAB)
+    whole = output_head(model)
+    bare = rows.OutputHead(whole.weight)
+    monkeypatch.setattr(rows, "output_head", lambda _: bare)
+    with pytest.raises(UserError, match=r"largest difference \d"):
+        check_head(model)
+
+
+def test_check_head_names_the_model_and_leaves_every_mode_alone():
+    """A check that left dropout off would silently change training."""
+    model = tiny_model("llama", VOCAB)
+    model.train()
+    model.model.layers[0].eval()
+    model.config._name_or_path = "some/model"
+    hook = model.lm_head.register_forward_hook(lambda *arguments: arguments[-1] + 1)
+    with pytest.raises(UserError, match="some/model"):
+        check_head(model)
+    hook.remove()
+    assert model.training
+    assert not model.model.layers[0].training
+    assert model.model.layers[1].training
+
+
+def test_check_head_runs_without_dropout():
+    """Two forwards with dropout differ: every GPT-2 student would be refused."""
+    model = tiny_model("gpt2", VOCAB, resid_pdrop=0.5, embd_pdrop=0.5)
+    check_head(model.train())
+
+
+def test_bfloat16_models_pass_the_check():
+    """Rounding of half precision is no fault of the head."""
+    check_head(tiny_model("gemma2", VOCAB).to(torch.bfloat16))
+
+
+def changed_output(module, change):
+    """Make a module's output `change(output)`, whether it returns a tensor or a tuple that begins with one."""
+    module.register_forward_hook(
+        lambda _, __, output: (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+    )
+
+
+def lookahead(states):
+    return states + 0.05 * states.roll(-1, dims=1)
+
+
+def bidirectional_prefix(states):
+    return torch.cat([states[:, :3] + 0.05 * states[:, :3].mean(1, keepdim=True), states[:, 3:]], dim=1)
+
+
+def pairs(states):
+    """Each token sees the one beside it: chunks of two."""
+    chunks = states.unflatten(1, (-1, 2))
+    return (chunks + 0.05 * chunks.flip(2)).view_as(states)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "change", [lookahead, bidirectional_prefix, pairs, lambda states: states + states.mean(1, True)]
+)
+def test_a_model_that_reads_later_tokens_is_refused(change, dtype):
+    """The student would read the answer that it is to predict: its loss falls, and its own answers are worthless."""
+    model = tiny_model("llama", VOCAB).to(dtype)
+    changed_output(model.model.layers[0], change)
+    with pytest.raises(UserError, match="LlamaForCausalLM is not causal"):
+        check_head(model)
+
+
+@pytest.mark.parametrize("model_type", ["cpmant", "xlnet", "reformer"])
+def test_architectures_that_read_later_tokens_are_refused(model_type):
+    """No setting of their configs says so."""
+    with pytest.raises(UserError, match="is not causal"):
+        check_head(small_model(model_type))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("llama", {"is_causal": False}),
+        ("bert-generation", {"is_decoder": False}),
+        ("xlm", {"causal": False}),
+        ("gemma3_text", {"use_bidirectional_attention": True}),
+        ("t5", {}),
+        ("bart", {}),
+    ],
+)
+def test_a_model_that_is_not_made_a_decoder_is_refused(model_type, options):
+    """BART's conditional generation passes every other check: it makes its decoder's input from the same tokens."""
+    with pytest.raises(UserError, match="is not causal"):
+        check_head(small_model(model_type, whole=True, **options))
+
+
+def test_a_model_that_mixes_the_sequences_of_a_batch_is_refused():
+    """A row's loss would depend on the rows that happen to be beside it."""
+    model = tiny_model("llama", VOCAB)
+    changed_output(model.model.layers[0], lambda states: states + 0.05 * states.mean(0, keepdim=True))
+    with pytest.raises(UserError, match="other sequences of a batch"):
+        check_head(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", ["mixtral", "mamba2", "rwkv", "zamba2", "lfm2", "gpt_oss"])
+def test_experts_windows_and_states_pass_the_check(model_type, dtype):
+    """Rounding depends on which tokens an expert gets; it must not be taken for a look at later tokens."""
+    check_head(small_model(model_type).to(dtype))
+
+
+def test_the_check_of_a_model_leaves_the_random_state_alone():
+    """A run with a checked teacher would draw other batches than one without."""
+    state = torch.get_rng_state()
+    check_head(tiny_model("llama", VOCAB).train())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("bias", [-torch.inf, torch.finfo(torch.float32).min])
+def test_a_head_that_forbids_its_padding_rows_is_compared_by_the_others(bias):
+    """inf - inf is NaN, and beside a huge logit every other difference looks small."""
+    model = tiny_model("phi", VOCAB + 8)
+    with torch.no_grad():
+        model.lm_head.bias[VOCAB:] = bias
+    check_head(model)
+    changed_output(model.lm_head, lambda logits: logits + 0.1)
+    with pytest.raises(UserError, match="largest difference"):
+        check_head(model)
+
+
+def half_body():
+    model = tiny_model("llama", VOCAB).to(torch.bfloat16)
+    model.lm_head.float()
+    return model
+
+
+def image_model():
+    model = tiny_model("llama", VOCAB)
+    model.forward = lambda input_ids, attention_mask, pixel_values, **_: None
+    return model
+
+
+def no_numbers():
+    model = tiny_model("llama", VOCAB)
+    model.model.norm.weight.data[0] = torch.nan
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (half_body, "forward pass on token ids alone fails"),
+        (image_model, "pixel_values"),
+        (no_numbers, "NaN"),
+        (lambda: tiny_model("llama", VOCAB).to("meta"), "meta device"),
+        (lambda: tiny_model("llama", VOCAB).model, "output head"),
+        (lambda: torch.nn.Linear(2, 2), "input embeddings"),
+        (lambda: small_model("musicgen"), "input embeddings"),
+        (lambda: small_model("xmod"), "language"),
+    ],
+)
+def test_a_model_that_cannot_run_is_refused_in_one_sentence(make, reason):
+    """Its own traceback names neither the model nor what to do, and comes after the data was prepared."""
+    model = make()
+    with pytest.raises(UserError, match=reason) as caught:
+        check_head(model)
+    assert type(model).__name__ in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("positions", [1, 2, 5])
+def test_models_of_few_positions_are_checked_within_them(positions):
+    """A position table that ends early would make the check itself fail."""
+    check_head(tiny_model("gpt2", VOCAB, n_positions=positions))
