@@ -20,6 +20,7 @@ from dwakd.errors import UserError
 from dwakd.evaluation.generate import answerable_prompts
 from dwakd.losses import DistillationLoss, SeveralTeachers
 from dwakd.models.saving import save_causal_lm
+from dwakd.models.trainable import check_training
 from dwakd.training.callbacks import EpochAndTerms, TermsProgressCallback
 from dwakd.training.checkpoint import LOSS_STATE, load_checkpoint
 from dwakd.training.config import DistillConfig
@@ -84,8 +85,10 @@ class DistillTrainer(Trainer):
         args = checked_args(args)
         names = dataset_names or {}
         model, processing_class = load_pair(model, processing_class, args, "processing_class")
-        if train_dataset is not None and peft_config is None:
-            check_student(model)
+        if train_dataset is not None:
+            check_training(model, gradient_checkpointing=args.gradient_checkpointing)
+            if peft_config is None:
+                check_student(model)
         found = prepare_teachers(model, teacher_model, teacher_processing_class, args)
         self.teachers: list[Teacher] = [teacher for teacher, _ in found]
         date = next((teacher.date for teacher in self.teachers if teacher.date), None)
