@@ -15,6 +15,7 @@ from dwakd.errors import UserError
 from dwakd.models import specs
 from dwakd.models.loading import align_special_tokens, check_vocabulary, load_causal_lm, load_tokenizer
 from tests.builders import byte_bpe, tiny_model, unigram_byte_fallback
+from tests.models.architectures import small_model
 
 IDS = torch.arange(2, 22).view(2, 10)
 
@@ -37,9 +38,9 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
-def save_adapter(folder, target, base=None):
+def save_adapter(folder, target, base=None, targets=("q_proj", "up_proj")):
     """A LoRA adapter with a change that shows; returns the logits of base and adapter together."""
-    adapted = get_peft_model(load_causal_lm(str(folder)), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    adapted = get_peft_model(load_causal_lm(str(folder)), LoraConfig(r=4, target_modules=list(targets)))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
@@ -233,3 +234,42 @@ def test_merging_an_adapter_is_quiet(folder, tmp_path, recwarn):
     recwarn.clear()
     load_causal_lm(str(tmp_path / "adapter"))
     assert not [warning for warning in recwarn if issubclass(warning.category, FutureWarning)]
+
+
+def test_a_causal_class_that_auto_classes_do_not_know_is_read_back(tmp_path):
+    """Emu3's language model saves a config for which transformers names no causal class: a finished student is lost."""
+    model = small_model("emu3")
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(load_causal_lm(str(tmp_path))(IDS).logits, model(IDS).logits)
+
+
+def test_a_folder_of_named_adapters_is_refused_by_their_names(folder, tmp_path):
+    """PEFT saves an adapter that is not named default in a folder of its own."""
+    save_adapter(folder, tmp_path / "all" / "poems")
+    expected = load_causal_lm(str(tmp_path / "all" / "poems"))(IDS).logits
+    torch.testing.assert_close(
+        load_causal_lm(str(folder), adapter=str(tmp_path / "all" / "poems"))(IDS).logits, expected
+    )
+    with pytest.raises(UserError, match=r"all .*give one of them: poems"):
+        load_causal_lm(str(tmp_path / "all"))
+    with pytest.raises(UserError, match=r"all .*give one of them: poems"):
+        load_causal_lm(str(folder), adapter=str(tmp_path / "all"))
+
+
+def test_an_adapter_on_the_head_of_a_tied_teacher_gives_its_own_logits(tmp_path):
+    """Head and embeddings share a matrix; a merge into it changes both, and the teacher's logits by their own size."""
+    tiny_model("qwen2", 400).save_pretrained(tmp_path / "model")
+    expected = save_adapter(tmp_path / "model", tmp_path / "adapter", targets=["q_proj", "lm_head"])
+    for model in (
+        load_causal_lm(str(tmp_path / "adapter")),
+        load_causal_lm(str(tmp_path / "model"), adapter=str(tmp_path / "adapter")),
+    ):
+        torch.testing.assert_close(model(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"peft_type": "UNKNOWN"}', "{"])
+def test_an_adapter_config_that_cannot_be_read_is_refused(content, folder, tmp_path):
+    """Each parser has its own exceptions."""
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(UserError, match=str(tmp_path)):
+        load_causal_lm(str(folder), adapter=str(tmp_path))

@@ -11,15 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import find_adapter_config_file
 
 from dwakd.errors import UserError
+from dwakd.models.adapters import merge_adapter
 from dwakd.models.specs import only_cached, resolve_spec
 
-_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, UserWarning)
+_LOADING_ERRORS = (
+    *(OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, AttributeError),
+    *(SafetensorError, UserWarning),
+)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
 
 
@@ -86,6 +92,7 @@ def load_causal_lm(
     location = resolve_spec(spec)
     own_adapter = _adapter_config(location, revision)
     if own_adapter is None:
+        _refuse_named_adapters(location, spec)
         model = _pretrained(location, spec, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
     else:
         base = adapter_base(own_adapter, spec)
@@ -94,6 +101,7 @@ def load_causal_lm(
     if adapter is not None:
         folder = resolve_spec(adapter)
         if _adapter_config(folder, None) is None:
+            _refuse_named_adapters(folder, adapter)
             raise UserError(f"{adapter} is no PEFT adapter (no adapter_config.json); give the adapter's folder.")
         model = _merged(model, folder, adapter, None)
     return model.eval()
@@ -148,6 +156,14 @@ def _adapter_config(location: str, revision: str | None) -> dict[str, Any] | Non
         raise _cannot_load("adapter", location, error) from error
 
 
+def _refuse_named_adapters(location: str, spec: str) -> None:
+    """Refuse a folder that only holds folders with adapters: PEFT saves one that is not named `default` so."""
+    folder = Path(location)
+    nested = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
+    if nested and not (folder / "config.json").exists():
+        raise UserError(f"{spec} holds no adapter itself but in folders; give one of them: {', '.join(nested)}")
+
+
 def adapter_base(adapter: dict[str, Any], spec: str) -> str:
     base = adapter.get("base_model_name_or_path")
     if not base:
@@ -166,7 +182,7 @@ def _pretrained(location: str, spec: str, **options: Any) -> Any:
     options["local_files_only"] = only_cached(location, options["revision"])
     options["adapter_kwargs"] = {"local_files_only": options["local_files_only"]}  # its look-up has its own option
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(location, output_loading_info=True, **options)
+        model, loading = _model_class(location, options).from_pretrained(location, output_loading_info=True, **options)
     except _LOADING_ERRORS as error:
         raise _cannot_load("model", spec, error) from error
     if missing := sorted(loading["missing_keys"]):
@@ -177,13 +193,25 @@ def _pretrained(location: str, spec: str, **options: Any) -> Any:
     return model
 
 
+def _model_class(location: str, options: dict[str, Any]) -> Any:
+    """`AutoModelForCausalLM`, or the causal class of a config that it does not know (Emu3's language model)."""
+    names = ("revision", "trust_remote_code", "local_files_only")
+    config = AutoConfig.from_pretrained(location, **{name: options[name] for name in names})
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()).intersection(config.architectures or ())
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map") or not known:
+        return AutoModelForCausalLM
+    return getattr(transformers, known.pop())
+
+
 def _merged(model: Any, location: str, spec: str, revision: str | None) -> Any:
     """The model with an adapter's change added to its weights; an adapter that fits only in part is refused."""
     try:
         with quiet_peft():
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, location, revision=revision).merge_and_unload()
-    except _LOADING_ERRORS as error:
+            return merge_adapter(PeftModel.from_pretrained(model, location, revision=revision), spec)
+    except UserError:
+        raise
+    except Exception as error:  # each kind of adapter has its own
         raise _cannot_load("adapter", spec, error) from error
 
 
