@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # The pinned torch is a CPU build where a package index or a local folder offers one.
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo test check format docs clean
+.PHONY: help setup demo test test-slow check format docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -25,6 +25,9 @@ demo: $(STAMP) ## train a teacher and three students offline and compare them (a
 
 test: $(STAMP) ## run the test suite (under ten minutes, no network)
 	$(BIN)/pytest -n 2
+
+test-slow: $(STAMP) ## train and reload every architecture of transformers (about ten minutes; refused ones are skips)
+	$(BIN)/pytest -m slow -rs
 
 check: $(STAMP) ## lint, format, types, spelling
 	$(BIN)/ruff check src tests benchmarks
