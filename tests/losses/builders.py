@@ -1,5 +1,6 @@
 """Random batches of response rows, and the bridge between the vectors' names and ours."""
 
+import sys
 from typing import Any
 
 import torch
@@ -87,3 +88,11 @@ def pair_of(heads: tuple[Tensor, Tensor], *, widths: Widths = WIDTHS) -> ModelPa
         OutputHead(heads[1]),
         (s_vocab - 1, t_vocab - 1),
     )
+
+
+def use_kernels(monkeypatch, **kernels):
+    """Every method computes with these in the place of those of the same names."""
+    for module in [module for name, module in sys.modules.items() if name.startswith("dwakd.losses.")]:
+        for name, kernel in kernels.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, kernel)

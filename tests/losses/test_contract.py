@@ -17,9 +17,10 @@ LENGTHS = [(5, 7), (9, 4), (1, 2), (6, 6)]
 WIDTHS = Widths(6, 8, 6, 8)
 VARIANTS = [("dskd", {"attention": False}), ("uld", {"compat": "dskd"}), ("multilevel_ot", {"compat": "mcw_kd"})]
 """Options that compute something else altogether."""
+ALL = [(name, {}) for name in METHODS] + VARIANTS
 
 
-@pytest.fixture(params=[(name, {}) for name in METHODS] + VARIANTS, ids=lambda p: "-".join([p[0], *map(str, p[1])]))
+@pytest.fixture(params=ALL, ids=lambda p: "-".join([p[0], *map(str, p[1])]))
 def method(request):
     torch.manual_seed(0)
     name, options = request.param

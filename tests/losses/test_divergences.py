@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dwakd.losses.divergences import DIVERGENCES, adaptive_kl, divergence
 
@@ -58,3 +60,64 @@ def test_bounds_and_limits():
         assert divergence(skewed, 0.1)(log_p, log_q).max() <= -math.log(0.1) + 1e-5
     assert divergence("jensen_shannon", 0.1)(log_p, log_q).max() <= math.log(2) + 1e-5
     assert torch.isfinite(adaptive_kl(log_p, log_q)).all()
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_tokens_that_both_forbid_take_no_part(name):
+    """Two heads with forbidden padding rows train: the gradient of a mixture at 0 x inf would be NaN."""
+    torch.manual_seed(0)
+    logits, forbidden = torch.randn(2, 3, 7, dtype=torch.float64), torch.tensor([2, 5])
+    allowed = torch.tensor([0, 1, 3, 4, 6])
+    results = []
+    for given_logits in (logits.index_fill(-1, forbidden, -torch.inf), logits[..., allowed]):
+        leaf = given_logits.requires_grad_()
+        value = divergence(name, 0.1)(*leaf.log_softmax(-1))
+        results.append((value, *torch.autograd.grad(value.sum(), leaf)))
+    (value, gradient), expected = results
+    assert gradient[..., forbidden].eq(0).all()
+    torch.testing.assert_close((value, gradient[..., allowed]), expected)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("forbidding", ["p", "q"])
+def test_a_token_that_one_side_forbids(name, forbidding):
+    """Infinite where the formula is, so that training stops; else the value and gradient of the formula, not NaN."""
+    p, q = torch.tensor([[0.6, 0.4, 0.0], [0.5, 0.2, 0.3]], dtype=torch.float64)
+    p, q = (p, q) if forbidding == "p" else (q, p)
+
+    def kl(a, b):
+        return sum((x * (x / y).log() for x, y in zip(a, b, strict=True) if x > 0), torch.zeros(()))
+
+    mixed = {share: share * p + (1 - share) * q for share in (0.1, 0.5, 0.9)}
+    expected = {
+        "forward_kl": kl(p, q),
+        "reverse_kl": kl(q, p),
+        "skewed_forward_kl": kl(p, mixed[0.1]),
+        "skewed_reverse_kl": kl(q, mixed[0.9]),
+        "jensen_shannon": (kl(p, mixed[0.5]) + kl(q, mixed[0.5])) / 2,
+        "adaptive_kl": torch.tensor(math.inf),
+    }[name]
+    logits = q.log()[None].requires_grad_()
+    value = divergence(name, 0.1)(p.log()[None], logits.log_softmax(-1))
+    assert value.item() == pytest.approx(expected.item(), abs=1e-12)
+    (gradient,) = torch.autograd.grad(value, logits)
+    if expected.isfinite():
+        assert gradient.isfinite().all()
+        assert gradient.sum().abs() < 1e-12  # a shift of all logits changes nothing
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    scale=st.sampled_from([1e-3, 1.0, 30.0, 1e3]),
+    forbidden=st.integers(0, 5),
+    skew=st.floats(0.0, 1.0),
+    name=st.sampled_from(sorted(DIVERGENCES)),
+)
+def test_never_negative(seed, scale, forbidden, skew, name):
+    """A divergence below 0 rewards the student for leaving the teacher."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2, 4, 9, generator=generator, dtype=torch.float64) * scale
+    log_p, log_q = logits.index_fill(-1, torch.arange(forbidden), -torch.inf).log_softmax(-1)
+    value = divergence(name, skew)(log_p, log_q)
+    assert (value >= -1e-12 * scale).all()

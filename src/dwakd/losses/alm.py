@@ -11,7 +11,7 @@ from torch import Tensor
 from dwakd.align.offsets import ByteGroups, byte_groups, sum_by_group, tokens_per_group
 from dwakd.batch import LossOutput, ModelSide
 from dwakd.kernels.head_loss import Chunk, CrossEntropy, head_loss
-from dwakd.kernels.head_loss.statistics import subtract_at
+from dwakd.kernels.head_loss.statistics import infinite_if_forbidden, subtract_at
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import (
     DistillationLoss,
@@ -95,6 +95,7 @@ class AlmLoss(DistillationLoss):
         output = head_loss([head_rows(student)], matching)
         ce = output.statistics["ce"]
         sums = {"ce": ce.sum(), "alm": matching.value(ce, torch.arange(len(ce), device=ce.device))}
+        sums = {name: infinite_if_forbidden(value) for name, value in sums.items()}
         # the engine's loss is linear in the log-probabilities: its gradient is ours, its value is not
         value = self.ce_weight * sums["ce"] + self.alm_weight * sums["alm"]
         return reduce_terms(

@@ -3,6 +3,11 @@
 Every function takes the log-probabilities of a target distribution p (the teacher's, usually detached) and of a
 learned distribution q, both already softened, and returns one value per token. Gradient flows through whatever
 carries it. All are >= 0, and 0 only where p = q unless `skew` is 1.
+
+A log-probability may be -inf. A token that p and q forbid adds nothing and gets zero gradient. Where only one of them
+forbids a token, the value is the mathematical one: infinite for the forward KL if q forbids what p allows, for the
+reverse KL if p forbids what q allows, and for the adaptive KL in both cases; the skewed divergences and
+Jensen-Shannon are finite.
 """
 
 import math
@@ -24,27 +29,31 @@ def reverse_kl(log_p: LogProbs, log_q: LogProbs) -> PerToken:
     return forward_kl(log_q, log_p)
 
 
-def _mixture(log_p: LogProbs, log_q: LogProbs, p_share: float) -> LogProbs:
-    """log(p_share * p + (1 - p_share) * q), without leaving log space."""
+def mixture(log_p: LogProbs, log_q: LogProbs, p_share: float) -> LogProbs:
+    """log(p_share * p + (1 - p_share) * q), without leaving log space.
+
+    A token that both forbid gets the lowest finite number: the gradient of logaddexp(-inf, -inf) is NaN.
+    """
     if p_share in (0.0, 1.0):
         return log_p if p_share else log_q
-    return torch.logaddexp(log_p + math.log(p_share), log_q + math.log1p(-p_share))
+    lowest = torch.finfo(log_q.dtype).min
+    return torch.logaddexp(log_p + math.log(p_share), (log_q + math.log1p(-p_share)).clamp_min(lowest))
 
 
 def skewed_forward_kl(log_p: LogProbs, log_q: LogProbs, skew: float = 0.1) -> PerToken:
     """KL(p || skew p + (1 - skew) q), at most -log(skew) (DistiLLM)."""
-    return forward_kl(log_p, _mixture(log_p, log_q, skew))
+    return forward_kl(log_p, mixture(log_p, log_q, skew))
 
 
 def skewed_reverse_kl(log_p: LogProbs, log_q: LogProbs, skew: float = 0.1) -> PerToken:
     """KL(q || (1 - skew) p + skew q), at most -log(skew) (DistiLLM)."""
-    return forward_kl(log_q, _mixture(log_p, log_q, 1.0 - skew))
+    return forward_kl(log_q, mixture(log_p, log_q, 1.0 - skew))
 
 
 def jensen_shannon(log_p: LogProbs, log_q: LogProbs) -> PerToken:
     """Half of KL(p || m) + KL(q || m) with m = (p + q) / 2; symmetric, at most log 2."""
-    mixture = _mixture(log_p, log_q, 0.5)
-    return (forward_kl(log_p, mixture) + forward_kl(log_q, mixture)) / 2
+    mean = mixture(log_p, log_q, 0.5)
+    return (forward_kl(log_p, mean) + forward_kl(log_q, mean)) / 2
 
 
 def adaptive_kl(log_p: LogProbs, log_q: LogProbs, tail: float = 0.5) -> PerToken:

@@ -216,7 +216,7 @@ class DwaKdLoss(DistillationLoss):
         if not self.teacher_weights:
             return head_loss(rows, teacher_space(self.temperature)).loss
         output = head_loss(rows, teacher_space(self.temperature), by_row=True)
-        weights = teacher_weights(output.statistics["entropy"], teacher.head.vocab_size, teacher.lengths)
+        weights = teacher_weights(output.statistics["entropy"], teacher.head.num_possible, teacher.lengths)
         return (weights * output.loss).sum()
 
     def _alignment(self, student: ModelSide, teacher: ModelSide, crossed: CrossModelAttention) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dwakd.align.vocab import exact_overlap, token_text
+from dwakd.align.vocab import token_text
 from dwakd.batch import ModelSide
 from dwakd.losses.packing import example_ids
 from dwakd.losses.pair import ModelPair
@@ -25,7 +25,7 @@ class TokenMap(nn.Module):
     """Counterparts of tokens: the one that spells the same, else the nearest of the other side's candidates.
 
     Args:
-        pair: its vocabularies; padding of the heads has no counterpart.
+        pair: its vocabularies; padding of the heads and tokens that they forbid have no counterpart.
         threshold: a candidate without a twin is matched with the nearest of those without a twin whose edit distance
             over the sum of both lengths, without spaces, lies below it.
     """
@@ -37,18 +37,22 @@ class TokenMap(nn.Module):
         super().__init__()
         from dwakd.align.candidates import CandidateMatcher  # numba takes half a second: only when it is used
 
-        student_ids, teacher_ids = exact_overlap(pair.student_tokens, pair.teacher_tokens, pair.end_tokens)
+        student_ids, teacher_ids = pair.shared_tokens()
+        possible = pair.possible_tokens()
         unmatched, self.spelled = [], []
-        for name, head, tokens, ids, counterparts in (
-            ("teacher_of", pair.student_head, pair.student_tokens, student_ids, teacher_ids),
-            ("student_of", pair.teacher_head, pair.teacher_tokens, teacher_ids, student_ids),
+        for name, head, tokens, allowed, ids, counterparts in (
+            ("teacher_of", pair.student_head, pair.student_tokens, possible[0], student_ids, teacher_ids),
+            ("student_of", pair.teacher_head, pair.teacher_tokens, possible[1], teacher_ids, student_ids),
         ):
             twins = torch.full((head.vocab_size,), UNMATCHED).index_copy(0, ids, counterparts)
             self.register_buffer(name, twins, persistent=False)
-            texts = [None if token is None else token_text(token).replace(" ", "") for token in tokens]
-            texts += [None] * (head.vocab_size - len(texts))
+            texts, candidates = (
+                [None if token is None else token_text(token).replace(" ", "") for token in side]
+                + [None] * (head.vocab_size - len(side))
+                for side in (tokens, allowed)
+            )
             unmatched.append(
-                [text if twin == UNMATCHED else None for text, twin in zip(texts, twins.tolist(), strict=True)]
+                [text if twin == UNMATCHED else None for text, twin in zip(candidates, twins.tolist(), strict=True)]
             )
             self.spelled.append([SPECIAL if text is None else text for text in texts])
         self.nearest = CandidateMatcher(unmatched[0], unmatched[1], threshold)

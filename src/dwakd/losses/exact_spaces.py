@@ -93,7 +93,7 @@ def exact_spaces(
     counted, sure = labels >= 0, None
     if teacher_weights:
         sure = torch.zeros_like(labels, dtype=in_teacher.loss.dtype)
-        sure[aligned] = certainty(found.get("entropy", in_teacher.loss), head.vocab_size)
+        sure[aligned] = certainty(found.get("entropy", in_teacher.loss), head.num_possible)
     kd_teacher = (_mean_weights(counted, lengths, in_teacher.loss.dtype, sure)[aligned] * in_teacher.loss).sum()
 
     def weigh(statistics: dict[str, Tensor], lengths: Tensor | None) -> Tensor:
@@ -113,7 +113,7 @@ def exact_spaces(
             divergence=divergence,
             weigh=weigh,
             whole_examples=True,
-            projected_targets=labels.clamp_min(0),
+            projected_targets=labels.where(counted, student.target_ids),  # of weight 0, but never forbidden
             projected_weights=_mean_weights(counted, lengths, in_teacher.loss.dtype),
             trust=teacher.trust,
         ),

@@ -7,7 +7,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dwakd.align.offsets import byte_groups, tokens_per_group
-from dwakd.align.vocab import exact_overlap
 from dwakd.batch import LossOutput, ModelSide
 from dwakd.kernels.head_loss import head_loss
 from dwakd.losses.attention import TeacherScale
@@ -34,7 +33,8 @@ class GoldLoss(DistillationLoss):
             KL(t || s), at 1 KL(s || t).
         merge: "bayesian" takes the distribution of a group's last token and the probabilities of those before it;
             "observed" that of the first and those after it, TRL's default.
-        matched_weight: w_m; by default the share of the teacher's head that is matched.
+        matched_weight: w_m; by default the share of the teacher's head that is matched, without the tokens that the
+            head forbids.
         unmatched_weight: w_u; by default the rest. Both weights are given, or none.
         temperature: divides the logits of both sides, before merging; 1 in TRL, where alone the chain rule holds.
         ce_weight: 0 in TRL.
@@ -85,16 +85,16 @@ class GoldLoss(DistillationLoss):
         self.beta, self.merge, self.temperature = beta, merge, temperature
         self.ce_weight, self.kd_weight = ce_weight, kd_weight
         self._match(pair)
-        share = len(self.teacher_ids) / pair.teacher_head.vocab_size
+        share = len(self.teacher_ids) / int(pair.teacher_head.num_possible)
         self.matched_weight = share if matched_weight is None else matched_weight
         self.unmatched_weight = 1 - share if unmatched_weight is None else unmatched_weight
 
     def _match(self, pair: ModelPair) -> None:
         sizes = pair.student_head.vocab_size, pair.teacher_head.vocab_size
         if pair.student_tokens == pair.teacher_tokens:  # the padding of both heads too
-            matched = (torch.arange(min(sizes)), torch.arange(min(sizes)))
+            matched = pair.possible_pairs(torch.arange(min(sizes)), torch.arange(min(sizes)))
         else:
-            matched = exact_overlap(pair.student_tokens, pair.teacher_tokens, pair.end_tokens)
+            matched = pair.shared_tokens()
         for name, ids, size in zip(("student", "teacher"), matched, sizes, strict=True):
             rest = torch.ones(size, dtype=torch.bool).index_fill(0, ids, False)
             self.register_buffer(f"{name}_ids", ids, persistent=False)

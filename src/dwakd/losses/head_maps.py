@@ -1,7 +1,7 @@
 """Maps between two models' hidden states that keep the logits of the tokens they share (DSKDv2, arXiv 2504.11426)."""
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dwakd.losses.pair import ModelPair
@@ -100,23 +100,16 @@ def student_tokens(pair: ModelPair) -> Int[Tensor, " t_vocab"]:
         student_end, teacher_end = pair.end_tokens
         table[teacher_end] = student_end
     found = torch.tensor(table, device=pair.student_head.weight.device)
-    return found.masked_fill(_forbidden(pair.student_head)[found.clamp_min(0)], -1)
+    return found.masked_fill(pair.student_head.forbidden[found.clamp_min(0)], -1)
 
 
 def shared_teacher_ids(pair: ModelPair, table: Int[Tensor, " t_vocab"]) -> Int[Tensor, " shared"]:
     """For each shared token of the student one of the teacher's, the last."""
-    forbidden = _forbidden(pair.teacher_head).tolist()
+    forbidden = pair.teacher_head.forbidden.tolist()
     owners = {index: owner for owner, index in enumerate(table.tolist()) if index >= 0 and not forbidden[owner]}
     if not owners:
         raise ValueError("the two vocabularies share no token, which the method starts from; choose another method")
     return torch.tensor(sorted(owners.values()), device=table.device)
-
-
-def _forbidden(head: OutputHead) -> Bool[Tensor, " vocab"]:
-    """Tokens with a bias of -inf."""
-    if head.bias is None:
-        return torch.zeros(head.vocab_size, dtype=torch.bool, device=head.weight.device)
-    return head.bias.detach().isinf()
 
 
 def pseudo_inverse(rows: Float[Tensor, "shared hidden"]) -> Float[Tensor, "shared hidden"]:

@@ -1,6 +1,5 @@
 """Groups of tokens merged to one distribution each, and two of them compared across vocabularies (GOLD)."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, forward_kl
 from dwakd.kernels.head_loss.statistics import blocks, peak_of, pick, shifted_exp, subtract_at
 from dwakd.kernels.sorted_distance import sorted_distance
+from dwakd.losses.divergences import mixture
 
 PerGroup = Float[Tensor, " groups"]
 
@@ -227,7 +227,7 @@ def generalised_jsd(
     """
     if beta in (0.0, 1.0):
         return forward_kl(log_q, log_p) if beta else forward_kl(log_p, log_q)
-    mixed = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    mixed = mixture(log_p, log_q, beta)
     return beta * forward_kl(log_p, mixed) + (1 - beta) * forward_kl(log_q, mixed)
 
 

@@ -41,8 +41,8 @@ class MinEdLoss(DistillationLoss):
     Gradient: the student's rows and head.
 
     Args:
-        pair: vocabularies and heads. The teacher's columns without a counterpart (special tokens, padding of the head)
-            take no part in m.
+        pair: vocabularies and heads. The teacher's columns without a counterpart (special tokens, padding of the head,
+            tokens that a head forbids) take no part in m.
         kd_rate: r; the published port uses 0.5.
         temperature: softens both sides; no tau^2 factor. The port uses 2.0.
         vocabulary_map: of several teacher tokens that fall on one token of the student, "sum" adds up the
@@ -79,7 +79,8 @@ class MinEdLoss(DistillationLoss):
             raise ValueError(f"unknown vocabulary_map {vocabulary_map!r}; valid ones: {', '.join(VOCABULARY_MAPS)}")
         self.kd_rate, self.temperature, self.same_prefix = kd_rate, temperature, same_prefix
         ends = None if pair.end_tokens is None else pair.end_tokens[::-1]
-        found = nearest_tokens(pair.teacher_tokens, pair.student_tokens, ends)
+        student_tokens, teacher_tokens = pair.possible_tokens()
+        found = nearest_tokens(teacher_tokens, student_tokens, ends)
         student_of = torch.full((pair.teacher_head.vocab_size,), DROPPED)
         student_of[: len(found)] = found
         if vocabulary_map == "first":

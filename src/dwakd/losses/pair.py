@@ -1,11 +1,17 @@
 """What a method may be built from: everything about the two models that training does not change."""
 
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
+from dwakd.align.vocab import exact_overlap
 from dwakd.losses.projectors import Widths
 from dwakd.models.head import OutputHead
+
+Tokens = tuple[bytes | None, ...]
 
 
 @dataclass(frozen=True)
@@ -24,11 +30,30 @@ class ModelPair:
     """
 
     widths: Widths
-    student_tokens: tuple[bytes | None, ...]
-    teacher_tokens: tuple[bytes | None, ...]
+    student_tokens: Tokens
+    teacher_tokens: Tokens
     student_head: OutputHead
     teacher_head: OutputHead
     end_tokens: tuple[int, int] | None = None
+
+    def shared_tokens(self) -> tuple[Int[Tensor, " overlap"], Int[Tensor, " overlap"]]:
+        """`exact_overlap` of the vocabularies, less the tokens that one of the heads forbids."""
+        return self.possible_pairs(*exact_overlap(self.student_tokens, self.teacher_tokens, self.end_tokens))
+
+    def possible_pairs(
+        self, student_ids: Int[Tensor, " pairs"], teacher_ids: Int[Tensor, " pairs"]
+    ) -> tuple[Int[Tensor, " possible"], Int[Tensor, " possible"]]:
+        """The pairs of tokens of which neither head forbids its own."""
+        kept = ~(self.student_head.forbidden.cpu()[student_ids] | self.teacher_head.forbidden.cpu()[teacher_ids])
+        return student_ids[kept], teacher_ids[kept]
+
+    def possible_tokens(self) -> tuple[Tokens, Tokens]:
+        """The tokens of both sides, None also for those that their head forbids."""
+        student, teacher = (
+            tuple(None if forbidden else token for token, forbidden in zip_longest(tokens, head.forbidden.tolist()))
+            for tokens, head in ((self.student_tokens, self.student_head), (self.teacher_tokens, self.teacher_head))
+        )
+        return student[: len(self.student_tokens)], teacher[: len(self.teacher_tokens)]
 
     @classmethod
     def smallest(cls) -> "ModelPair":

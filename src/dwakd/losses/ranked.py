@@ -4,12 +4,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dwakd.kernels.head_loss import Chunk, Criterion
 from dwakd.kernels.head_loss.criterion import Logits, Statistics
-from dwakd.kernels.head_loss.statistics import blocks, peak_of, pick, raise_to, scratch, shifted_exp, subtract_at
+from dwakd.kernels.head_loss.statistics import (
+    blocks,
+    is_possible,
+    peak_of,
+    pick,
+    raise_to,
+    scratch,
+    shifted_exp,
+    subtract_at,
+)
 from dwakd.kernels.sinkhorn import sinkhorn
 from dwakd.losses.packing import example_ids, pad_rows
 
@@ -53,18 +62,24 @@ class RankedLevels(Criterion):
 
     def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> Terms:
         levels, sizes = self.levels, self._sizes(chunk)
-        top = min(levels.top_k, *(side.shape[1] for side in logits))
+        possible = [is_possible(side) for side in logits]
+        top = self._top(possible)
         tops = []
-        for side, lengths in zip(logits, sizes, strict=True):
+        for side, lengths, allowed in zip(logits, sizes, possible, strict=True):
             log_probs, log_softer = (
                 (side / temperature).log_softmax(-1)
                 for temperature in (levels.temperature, levels.sequence_temperature)
             )
-            mass = [part.exp().sum(0) for part in torch.split(log_probs.detach(), lengths.tolist())]
+            probs = log_probs.detach().exp().masked_fill(~allowed, -1.0)  # never among the top ones
+            mass = [part.sum(0) for part in torch.split(probs, lengths.tolist())]
             order = torch.stack([row.topk(top).indices for row in mass])[example_ids(lengths, len(side))]
             tops.append((log_probs.gather(-1, order), log_softer.gather(-1, order)))
         ce = torch.nn.functional.nll_loss(logits[0].log_softmax(-1), self.targets[chunk.rows[0]], reduction="none")
         return {"ce": ce, **self._compare(tops, sizes)}
+
+    def _top(self, possible: Sequence[Bool[Tensor, " _"]]) -> int:
+        """Tokens that stand for the vocabulary: no more than either side can predict."""
+        return min(self.levels.top_k, *(int(allowed.sum()) for allowed in possible))
 
     def _sizes(self, chunk: Chunk) -> list[Tensor]:
         assert chunk.examples is not None
@@ -99,11 +114,15 @@ class RankedLevels(Criterion):
     ) -> Terms:
         """By hand where the vocabulary is large; autograd sees the top tokens only."""
         sizes = self._sizes(chunk)
-        top = min(self.levels.top_k, *(side.shape[1] for side in logits))
+        possible = [is_possible(side) for side in logits]
+        top = self._top(possible)
         targets = self.targets[chunk.rows[0]]
         temperatures = (self.levels.temperature, self.levels.sequence_temperature)
         chosen = pick(logits[0].t(), targets)
-        sides = [_Side(side.t(), lengths, top, temperatures) for side, lengths in zip(logits, sizes, strict=True)]
+        sides = [
+            _Side(side.t(), lengths, top, temperatures, allowed)
+            for side, lengths, allowed in zip(logits, sizes, possible, strict=True)
+        ]
         own = sides[0]
         tops = [side.tops() for side in sides]
         leaves = tuple(part.requires_grad_() for part in tops[0])
@@ -124,7 +143,9 @@ class _Side:
     One exponential serves all temperatures: softmax(logits / temperature) = kept ** (base / temperature) / total.
     """
 
-    def __init__(self, logits: Columns, lengths: Tensor, top: int, temperatures: tuple[float, float]) -> None:
+    def __init__(
+        self, logits: Columns, lengths: Tensor, top: int, temperatures: tuple[float, float], possible: Tensor
+    ) -> None:
         self.base = max(1.0, *temperatures)
         self.temperatures = temperatures
         self.kept, self.peak = logits, peak_of(logits)
@@ -143,7 +164,7 @@ class _Side:
                 for b in blocks(logits)
             ]
         )
-        self.order = mass.t().topk(top).indices[examples]
+        self.order = mass.masked_fill_(~possible[:, None], -1.0).t().topk(top).indices[examples]
 
     def tops(self) -> tuple[Top, Top]:
         """Log-probabilities of each row's top tokens at both temperatures, none further than 87 base below the peak."""
@@ -176,7 +197,7 @@ class PortLevels(RankedLevels):
     """`RankedLevels` as in MCW-KD's code, on the rows of the response."""
 
     def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> Terms:
-        scaled = [side / (side.std(-1, keepdim=True) + 1e-4) for side in logits]
+        scaled = [_standardised(side) for side in logits]
         ce = torch.nn.functional.nll_loss(logits[0].log_softmax(-1), self.targets[chunk.rows[0]], reduction="none")
         return super().terms(scaled, chunk, weights) | {"ce": ce}
 
@@ -192,6 +213,13 @@ class PortLevels(RankedLevels):
         }
 
     differentiate = Criterion.differentiate
+
+
+def _standardised(logits: Logits) -> Logits:
+    """Logits over their standard deviation in each row, both of the tokens that no bias forbids."""
+    possible = is_possible(logits)
+    std = logits[:, possible].std(-1, keepdim=True) + 1e-4
+    return (logits.masked_fill(~possible, 0.0) / std).masked_fill(~possible, -torch.inf)
 
 
 def _paired(student: Top, teacher: Top, sizes: Sequence[Tensor]) -> tuple[Top, Top]:

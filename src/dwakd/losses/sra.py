@@ -8,7 +8,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dwakd.align.offsets import byte_groups, sum_by_group, tokens_per_group
-from dwakd.align.vocab import exact_overlap
 from dwakd.batch import LossOutput, ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, CrossEntropy, HeadRows, forward_kl, head_loss
 from dwakd.kernels.head_loss.criterion import Logits, Statistics
@@ -81,7 +80,7 @@ class SraLoss(DistillationLoss):
             raise ValueError(f"unknown span_weights {span_weights!r}; valid ones: {', '.join(SPAN_WEIGHTS)}")
         self.needs_attention = span_weights == "attention"
         self.kd_rate, self.geo_weight, self.temperature = kd_rate, geo_weight, temperature
-        shared = exact_overlap(pair.student_tokens, pair.teacher_tokens, pair.end_tokens)
+        shared = pair.shared_tokens()
         if not len(shared[0]):
             raise ValueError("the two vocabularies share no token, which sra compares them on; choose another method")
         for name, ids in zip(("student_ids", "teacher_ids"), shared, strict=True):

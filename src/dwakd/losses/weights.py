@@ -49,12 +49,20 @@ def student_weights(
     return rescale(weights * gate, lengths)
 
 
-def certainty(entropy: Weights, vocab_size: int) -> Weights:
-    """1 - H(p^t_j) / log V_t (equation 8); 0 where it is but rounding, which rescaling would blow up to full weight."""
-    value = 1 - entropy / math.log(vocab_size)
+def certainty(entropy: Weights, vocab_size: int | Int[Tensor, ""]) -> Weights:
+    """1 - H(p^t_j) / log V_t (equation 8); 0 where it is but rounding, which rescaling would blow up to full weight.
+
+    Args:
+        entropy: H(p^t_j), at temperature 1.
+        vocab_size: V_t, without the tokens that the head forbids, `OutputHead.num_possible`.
+    """
+    largest = vocab_size.to(entropy.dtype).log() if isinstance(vocab_size, Tensor) else math.log(vocab_size)
+    value = 1 - entropy / largest
     return value.masked_fill(value < 16 * torch.finfo(value.dtype).eps, 0.0)
 
 
-def teacher_weights(teacher_entropy: Weights, vocab_size: int, lengths: Int[Tensor, " batch"]) -> Weights:
+def teacher_weights(
+    teacher_entropy: Weights, vocab_size: int | Int[Tensor, ""], lengths: Int[Tensor, " batch"]
+) -> Weights:
     """w_j = 1 - H(p^t_j) / log V_t, rescaled (equations 8, 14)."""
     return rescale(certainty(teacher_entropy, vocab_size), lengths)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -33,6 +33,18 @@ class OutputHead:
     @property
     def hidden_size(self) -> int:
         return self.weight.shape[1]
+
+    @property
+    def forbidden(self) -> Bool[Tensor, " vocab"]:
+        """Tokens whose probability is 0 in every context, by a bias of -inf."""
+        if self.bias is None:
+            return torch.zeros(self.vocab_size, dtype=torch.bool, device=self.weight.device)
+        return self.bias.detach().isneginf()
+
+    @property
+    def num_possible(self) -> int | Int[Tensor, ""]:
+        """Rows of the head that are not forbidden; a tensor where there is a bias, so that no device is waited for."""
+        return self.vocab_size if self.bias is None else (~self.forbidden).sum()
 
     def detached(self) -> "OutputHead":
         """The same head as a constant: gradient passes through to the hidden states only."""

@@ -33,6 +33,9 @@ class Criterion(ABC):
     each. A criterion on the hot path overrides `observe` and `differentiate` too, with the same gradient by hand and in
     place; `terms` stays as its specification.
 
+    The logit of a token that the head forbids, by a bias of -inf, is -inf in plain torch and `forbidden_logit` in
+    chunks. A term that it takes part in is infinite.
+
     Args:
         rates: each term's factor in the loss; the names are those of the terms.
     """

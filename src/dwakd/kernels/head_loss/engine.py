@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from dwakd.kernels.head_loss.criterion import Chunk, Criterion, Statistics
 from dwakd.kernels.head_loss.plan import Group, plan_examples, plan_rows
 from dwakd.kernels.head_loss.products import HeadProducts
+from dwakd.kernels.head_loss.statistics import infinite_if_forbidden
 from dwakd.models.head import OutputHead
 
 
@@ -142,7 +143,7 @@ class ChunkedRun:
 
     def _finish(self, logits: list[Tensor], chunk: Chunk, statistics: Statistics, weights: Tensor | None) -> None:
         terms = self.criterion.differentiate(logits, chunk, statistics, weights, self.needs)
-        self.collected.append((terms, statistics))
+        self.collected.append(({name: infinite_if_forbidden(value) for name, value in terms.items()}, statistics))
         for indices, products in self.products:
             learned = [index for index in indices if self.needs[index]]
             if learned:

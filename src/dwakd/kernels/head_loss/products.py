@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dwakd.kernels.head_loss.statistics import forbidden_logit
 from dwakd.models.head import OutputHead
 
 ALIGNED = 16
@@ -57,8 +58,7 @@ class HeadProducts:
             self.filled.copy_(torch.mm(head.weight, self.scaled.t()))
         if head.bias is not None:
             self.filled.add_((head.bias.to(self.dtype) * head.scale)[:, None])
-            # a bias of -inf forbids a token: finite, so that 0 x log 0 is 0 and not NaN
-            self.filled.clamp_(min=torch.finfo(self.dtype).min / 16)
+            self.filled.clamp_(min=forbidden_logit(self.dtype))
         if head.soft_cap is not None:
             self._cap(head.soft_cap)
         return [columns.t() for columns in torch.split(self.filled, [*lengths, rest], dim=1)[:-1]]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dwakd.kernels.usable import is_usable
@@ -24,14 +24,33 @@ COMPILED_FROM = 2**17
 LOG2_E = math.log2(math.e)
 
 
+def forbidden_logit(dtype: torch.dtype) -> float:
+    """What the engine puts in the place of -inf, the logit of a token that a bias forbids.
+
+    Its probability is 0, and 0 x log 0 is 0 and not NaN because it is finite.
+    """
+    return torch.finfo(dtype).min / 16
+
+
+def is_possible(logits: LogProbs) -> Bool[Tensor, " vocab"]:
+    """Tokens that no bias forbids; judged by the first row, as a bias is that of all rows."""
+    return ~(logits[:1] <= forbidden_logit(logits.dtype) / 2).any(0)
+
+
+def infinite_if_forbidden(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Values with infinity in the place of those that contain `forbidden_logit`: no other is as large."""
+    return values.masked_fill(values > -1e-16 * forbidden_logit(values.dtype), torch.inf)
+
+
 def entropy(log_probs: LogProbs) -> PerToken:
     """Shannon entropy per token in nats; impossible tokens add 0."""
     return torch.special.entr(log_probs.exp()).sum(-1)
 
 
 def forward_kl(log_p: LogProbs, log_q: LogProbs) -> PerToken:
-    """KL(p || q) per token in nats; tokens impossible under p add 0."""
-    return (log_p.exp() * (log_p - log_q).masked_fill(log_p.isneginf(), 0.0)).sum(-1)
+    """KL(p || q) per token in nats; tokens impossible under p add 0, and infinity where q alone forbids a token."""
+    p = log_p.exp()
+    return (p * (log_p - log_q).masked_fill(p == 0, 0.0)).sum(-1)
 
 
 def blocks(logits: Columns) -> Iterator[slice]:
