@@ -1,5 +1,6 @@
 """Head losses: the chunked engine against plain torch on all rows, for every criterion, head and budget."""
 
+import copy
 import dataclasses
 import math
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from dwakd.kernels.head_loss import (
     ForwardKlSpace,
     HeadRows,
     StudentSpace,
+    WithPrediction,
     head_loss,
     teacher_space,
 )
@@ -387,3 +389,18 @@ def test_mistakes_are_named(options, message):
     short = dataclasses.replace(sides[1], hidden=sides[1].hidden[:-1])
     with pytest.raises(ValueError, match=r"needs sides of equal rows, got \[9, 8\]"):
         head_loss([sides[0], short], criterion)
+
+
+@pytest.mark.parametrize("target", [-1, -100, VOCAB])
+@pytest.mark.parametrize("impl", ["naive", "chunked"])
+@pytest.mark.parametrize("name", ["ce", "weighted", "reverse"])
+def test_targets_that_are_no_tokens_are_named(name, impl, target):
+    """Labels of -100 that are left in count from the vocabulary's end: the student learns to predict that token."""
+    kind, options = PROBLEMS[name]
+    sides, criterion = problem(kind, **options)
+    for field in ("targets", "projected_targets") if kind == "student" else ("targets",):
+        wrong = copy.copy(criterion)
+        setattr(wrong, field, criterion.targets.index_fill(0, torch.tensor([2]), target))
+        for given in (wrong, WithPrediction(wrong, 0)):
+            with pytest.raises(ValueError, match=rf"token ids from 0 to {VOCAB - 1}.* got {target}"):
+                head_loss(sides, given, impl=impl)

@@ -1,5 +1,7 @@
 """Sinkhorn: known values, and the batched kernel with its own backward pass against plain torch."""
 
+import math
+
 import pytest
 import torch
 
@@ -57,5 +59,8 @@ def test_bad_arguments_are_named():
     cost = torch.zeros(1, 2, 2)
     with pytest.raises(ValueError, match=r"must be positive, got 0\.0 and 20"):
         sinkhorn(cost, 0.0, 20)
+    for regularisation in (math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"regularisation must be finite, got {regularisation}"):
+            sinkhorn(cost, regularisation, 20)
     with pytest.raises(ValueError, match="unknown impl 'cpu'"):
         sinkhorn(cost, 0.1, 20, impl="cpu")

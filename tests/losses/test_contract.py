@@ -2,6 +2,10 @@
 
 import copy
 import dataclasses
+import inspect
+import itertools
+import math
+import typing
 from functools import partial
 
 import pytest
@@ -224,3 +228,42 @@ def test_bad_values_are_named(method_name, options, message):
     """Values out of range fail before any model is loaded."""
     with pytest.raises(UserError, match=message):
         build(method_name, options)
+
+
+def numbers(name, kind):
+    """The options of a method that are numbers of a type."""
+    hints = typing.get_type_hints(METHODS[name].__init__)
+    parameters = inspect.signature(METHODS[name]).parameters
+    return [key for key in parameters if kind in (hints[key], *typing.get_args(hints[key]))]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_numbers_that_are_infinite_are_named(name):
+    """In float32 1e39 is infinite, too: the first step would give NaN, and name nothing."""
+    values = {float: (math.inf, -math.inf, math.nan, 1e39, 10**400), int: (10**400, -(10**400))}
+    for kind, wrong in values.items():
+        for option, value in itertools.product(numbers(name, kind), wrong):
+            with pytest.raises(ValueError, match=rf"\b{option} must be a number"):
+                METHODS[name](**{option: value}, **needs(name))
+    assert numbers(name, float) or name == "sft"
+
+
+def needs(name):
+    pair = pair_of(random_heads())
+    return {"widths": WIDTHS} if METHODS[name].needs_widths else {"pair": pair} if METHODS[name].needs_pair else {}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_temperatures_have_a_bound_that_keeps_the_cross_entropy_right(name):
+    """One exponential serves all temperatures: far above the bound it would no longer tell the logits apart."""
+    softened = [option for option in numbers(name, float) if option in ("temperature", "sequence_temperature")]
+    for option in softened:
+        with pytest.raises(ValueError, match=rf"{option} must be a number at least 0.001 and at most 1000"):
+            METHODS[name](**{option: 1e4}, **needs(name))
+        found = []
+        for temperature in (1.0, 1e3):
+            loss = build(name, {option: temperature}).float()
+            examples, heads = batch(loss)
+            examples = [{k: v.float() if v.is_floating_point() else v for k, v in e.items()} for e in examples]
+            found.append(run(loss, examples, [head.float() for head in heads]).terms["ce"].item())
+        assert found[1] == pytest.approx(found[0], abs=1e-3)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from dwakd.errors import UserError
 from dwakd.losses import METHODS, SeveralTeachers, TeacherScale, build_loss
 from dwakd.losses.attention import cross_model_attention
 from tests.losses.builders import WIDTHS, pair_of, random_examples, random_heads, side
@@ -102,7 +103,12 @@ def test_what_does_not_fit_is_named():
         ({"weights": [1.0, 0.0]}, "above 0"),
         ({"weights": [1.0, math.inf]}, "above 0"),
         ({"gate": "best"}, "valid ones: confidence, weights"),
+        ({"weights": [1.0, math.nan]}, "teacher_weights"),
+        ({"weights": [1e30, 5e-324]}, "teacher_weights"),  # a share of exactly 0
         ({"temperature": 0.0}, "teacher_gate_temperature"),
+        ({"temperature": 1e-300}, "teacher_gate_temperature"),  # infinite odds
+        ({"temperature": math.inf}, "teacher_gate_temperature"),
+        ({"temperature": math.nan}, "teacher_gate_temperature"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             SeveralTeachers(losses, **options)

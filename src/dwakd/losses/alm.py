@@ -19,7 +19,7 @@ from dwakd.losses.base import (
     constant_rows,
     head_rows,
     reduce_terms,
-    require_teacher,
+    require_sides,
 )
 
 PerChunk = Float[Tensor, " chunks"]
@@ -86,7 +86,7 @@ class AlmLoss(DistillationLoss):
         num_tokens: Tensor | float | None = None,
         teacher_scale: TeacherScale | None = None,
     ) -> LossOutput:
-        teacher = require_teacher(teacher, "alm")
+        teacher = require_sides(student, teacher, "alm")
         groups = byte_groups(student.byte_ends, student.lengths, teacher.byte_ends, teacher.lengths)
         with torch.no_grad():
             known = -head_loss([constant_rows(teacher)], CrossEntropy(teacher.target_ids), by_row=True).loss

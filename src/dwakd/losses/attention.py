@@ -80,6 +80,7 @@ def cross_model_attention(
     Q = query([e_i ; e_{i+1}]) of the student, detached embeddings; K = N([e_j ; e_{j+1}]) and
     V = t2s(N(h_j) + N(e_{j+1})) of the teacher.
     """
+    projectors.require_fit(student, teacher)
     dtype = projectors.query.weight.dtype
     key_std, hidden_std, target_std = scale.std.to(dtype)
     query = projectors.query(

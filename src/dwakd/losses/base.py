@@ -7,8 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from dwakd.batch import LossOutput, ModelSide
+from dwakd.kernels.checks import require
 from dwakd.kernels.head_loss import HeadRows
 from dwakd.losses.attention import TeacherScale
+from dwakd.losses.sides import require_both, require_vocabularies
+
+LARGEST = 1e30
+"""Bound of all options: a product with a term must stay finite in float32."""
+TEMPERATURES = (1e-3, 1e3)
+"""Of a softmax. Fused kernels take softmax(x) from exp(x / temperature), with a relative error of 1e-7 x temperature."""
 
 
 class DistillationLoss(nn.Module, ABC):
@@ -95,26 +102,51 @@ def projected_rows(hidden: Tensor, side: ModelSide) -> HeadRows:
     return HeadRows(hidden, side.head.detached(), side.lengths, side.counts)
 
 
-def require_teacher(teacher: ModelSide | None, method: str) -> ModelSide:
-    """The teacher, or the error that it is missing."""
+def require_sides(
+    student: ModelSide, teacher: ModelSide | None, method: str, vocabularies: tuple[int, int] | None = None
+) -> ModelSide:
+    """The teacher's side, once both sides are checked.
+
+    Args:
+        student: of the batch.
+        teacher: likewise.
+        method: its name, for the message.
+        vocabularies: rows of the two heads, if the method's maps of tokens fit no others.
+
+    Raises:
+        ValueError: the teacher is missing, or a side is empty, inconsistent or does not fit. Values on a GPU are not
+            waited for: wrong ones are a device-side assertion.
+    """
     if teacher is None:
         raise ValueError(f"method {method} needs a teacher")
+    require_both(student, teacher)
+    if vocabularies is not None:
+        require_vocabularies((student, teacher), vocabularies)
     return teacher
 
 
 def require_same_rows(student: ModelSide, teacher: ModelSide, method: str) -> None:
-    """Raise ValueError unless the two sides have the same number of rows, as one tokenizer gives them."""
+    """Raise ValueError unless the two sides have the same rows in each example, as one tokenizer gives them."""
     rows = [side.target_ids.shape[0] for side in (student, teacher)]
     if rows[0] != rows[1]:
         raise ValueError(
             f"method {method} compares models of one tokenizer row by row, but got {rows[0]} rows of the student and "
             f"{rows[1]} of the teacher; give both the same response"
         )
+    require(
+        (student.lengths == teacher.lengths).all(),
+        f"method {method} compares models of one tokenizer row by row: teacher.lengths must be student.lengths",
+        lambda: f"{teacher.lengths.tolist()} and {student.lengths.tolist()}",
+    )
 
 
 def check_range(**options: tuple[float, float, float]) -> None:
-    """Raise ValueError for the first option (value, low, high) that lies outside its closed range."""
+    """Raise ValueError for the first option (value, low, high) that lies outside its closed range.
+
+    No option may be NaN, infinite or above `LARGEST`.
+    """
     for name, (value, low, high) in options.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            bound = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
+        highest, is_number = min(high, LARGEST), isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_number and low <= value <= highest):
+            bound = f"between {low:g} and {high:g}" if high <= 1 else f"at least {low:g} and at most {highest:g}"
             raise ValueError(f"{name} must be a number {bound}, got {value!r}")

@@ -11,7 +11,15 @@ from dwakd.batch import LossOutput, ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, entropy, forward_kl, head_loss
 from dwakd.kernels.head_loss.statistics import LOG2_E, Softmax, blocks, peak_of, pick, scratch, shifted_exp, subtract_at
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import DistillationLoss, check_range, constant_rows, head_rows, reduce_terms, require_teacher
+from dwakd.losses.base import (
+    TEMPERATURES,
+    DistillationLoss,
+    check_range,
+    constant_rows,
+    head_rows,
+    reduce_terms,
+    require_sides,
+)
 from dwakd.losses.dynamic_mapping import Columns, Groups, TokenMap, top_tokens, warp
 from dwakd.losses.pair import ModelPair
 
@@ -69,12 +77,13 @@ class CdmLoss(DistillationLoss):
         check_range(
             ce_weight=(ce_weight, 0, infinite),
             kd_weight=(kd_weight, 0, infinite),
-            temperature=(temperature, 1e-3, infinite),
+            temperature=(temperature, *TEMPERATURES),
             top_k=(top_k, 1, infinite),
             threshold=(threshold, 0, 1),
         )
         self.ce_weight, self.kd_weight = ce_weight, kd_weight
         self.temperature, self.top_k = temperature, top_k
+        self.vocabularies = pair.vocabularies
         self.token_map = TokenMap(pair, threshold)
 
     def forward(
@@ -85,7 +94,7 @@ class CdmLoss(DistillationLoss):
         num_tokens: Tensor | float | None = None,
         teacher_scale: TeacherScale | None = None,
     ) -> LossOutput:
-        teacher = require_teacher(teacher, "cdm")
+        teacher = require_sides(student, teacher, "cdm", self.vocabularies)
         output = head_loss([head_rows(student), constant_rows(teacher)], MappedCandidates(self, student, teacher))
         return reduce_terms(
             output.terms, {}, len(student.target_ids) if num_tokens is None else num_tokens, total=output.loss

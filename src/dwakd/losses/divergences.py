@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dwakd.kernels.head_loss import forward_kl
+from dwakd.losses.base import check_range
 
 LogProbs = Float[Tensor, "tokens vocab"]
 PerToken = Float[Tensor, " tokens"]
@@ -86,8 +87,9 @@ def divergence(name: str, skew: float) -> Callable[[Tensor, Tensor], Tensor]:
     """The divergence of that name, with `skew` bound where it has one.
 
     Raises:
-        ValueError: unknown name; lists the valid ones.
+        ValueError: unknown name, in which case the valid ones are listed, or a skew out of range.
     """
+    check_range(skew=(skew, 0, 1))
     if name not in DIVERGENCES:
         raise ValueError(f"unknown divergence {name!r}; valid ones: {', '.join(DIVERGENCES)}")
     if name.startswith("skewed"):

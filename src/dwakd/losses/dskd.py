@@ -8,6 +8,7 @@ from dwakd.batch import LossOutput, ModelSide
 from dwakd.kernels.head_loss import head_loss, student_space, teacher_space
 from dwakd.losses.attention import TeacherScale, cross_model_attention
 from dwakd.losses.base import (
+    TEMPERATURES,
     DistillationLoss,
     check_range,
     constant_rows,
@@ -15,7 +16,7 @@ from dwakd.losses.base import (
     projected_rows,
     reduce_terms,
     require_same_rows,
-    require_teacher,
+    require_sides,
 )
 from dwakd.losses.divergences import divergence
 from dwakd.losses.projectors import Projectors, Widths
@@ -67,7 +68,7 @@ class DskdLoss(DistillationLoss):
         accuracy_mask: bool | None = None,
     ) -> None:
         super().__init__()
-        check_range(kd_rate=(kd_rate, 0, 1), temperature=(temperature, 1e-3, float("inf")), skew=(skew, 0, 1))
+        check_range(kd_rate=(kd_rate, 0, 1), temperature=(temperature, *TEMPERATURES))
         self.kd_rate = kd_rate
         self.temperature = temperature
         self.attention = attention
@@ -84,7 +85,7 @@ class DskdLoss(DistillationLoss):
         num_tokens: Tensor | float | None = None,
         teacher_scale: TeacherScale | None = None,
     ) -> LossOutput:
-        teacher = require_teacher(teacher, "dskd")
+        teacher = require_sides(student, teacher, "dskd")
         t2s_hidden, s2t_hidden = self._crossed(student, teacher, teacher_scale or TeacherScale.of(teacher))
         rate = self.kd_rate
         space = student_space(self.divergence)(
@@ -115,6 +116,7 @@ class DskdLoss(DistillationLoss):
             crossed = cross_model_attention(student, teacher, self.projectors, scale)
             return crossed.t2s_hidden, crossed.s2t_hidden
         require_same_rows(student, teacher, "dskd without attention")
+        self.projectors.require_fit(student, teacher)
         dtype = self.projectors.t2s.weight.dtype
         return self.projectors.t2s(teacher.hidden.detach().to(dtype)), self.projectors.s2t(student.hidden.to(dtype))
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dwakd.batch import LossOutput, ModelSide
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import DistillationLoss, check_range, reduce_terms, require_teacher
+from dwakd.losses.base import TEMPERATURES, DistillationLoss, check_range, reduce_terms, require_sides
 from dwakd.losses.divergences import divergence as named_divergence
 from dwakd.losses.exact_spaces import exact_spaces, projected_partners
 from dwakd.losses.head_maps import HeadMaps
@@ -58,7 +58,7 @@ class DskdV2Loss(DistillationLoss):
         agreement_mask: bool = True,
     ) -> None:
         super().__init__()
-        check_range(kd_rate=(kd_rate, 0, 1), temperature=(temperature, 1e-3, float("inf")), skew=(skew, 0, 1))
+        check_range(kd_rate=(kd_rate, 0, 1), temperature=(temperature, *TEMPERATURES))
         self.kd_rate, self.temperature = kd_rate, temperature
         self.agreement_mask = agreement_mask
         self.divergence = named_divergence(divergence, skew)
@@ -74,7 +74,7 @@ class DskdV2Loss(DistillationLoss):
     ) -> LossOutput:
         spaces = exact_spaces(
             student,
-            require_teacher(teacher, "dskd_v2"),
+            require_sides(student, teacher, "dskd_v2"),
             self.projectors,
             divergence=self.divergence,
             temperature=self.temperature,

@@ -12,13 +12,14 @@ from dwakd.kernels.soft_dtw import IMPLS
 from dwakd.losses.alignment import sequence_terms
 from dwakd.losses.attention import CrossModelAttention, TeacherScale, band_penalty, cross_model_attention
 from dwakd.losses.base import (
+    TEMPERATURES,
     DistillationLoss,
     check_range,
     constant_rows,
     head_rows,
     projected_rows,
     reduce_terms,
-    require_teacher,
+    require_sides,
 )
 from dwakd.losses.divergences import divergence
 from dwakd.losses.projectors import Projectors, Widths
@@ -113,8 +114,7 @@ class DwaKdLoss(DistillationLoss):
             ce_weight=(ce_weight, 0, INFINITY),
             kd_weight=(kd_weight, 0, INFINITY),
             dtw_weight=(dtw_weight, 0, INFINITY),
-            temperature=(temperature, 1e-3, INFINITY),
-            skew=(skew, 0, 1),
+            temperature=(temperature, *TEMPERATURES),
             gamma=(gamma, 1e-6, INFINITY),
             gamma_end=(gamma if gamma_end is None else gamma_end, 1e-6, INFINITY),
             gamma_steps=(gamma_steps, 0 if gamma_end is None else 1, INFINITY),
@@ -176,7 +176,7 @@ class DwaKdLoss(DistillationLoss):
         num_tokens: Tensor | float | None = None,
         teacher_scale: TeacherScale | None = None,
     ) -> LossOutput:
-        teacher = require_teacher(teacher, "dwa_kd")
+        teacher = require_sides(student, teacher, "dwa_kd")
         crossed = cross_model_attention(student, teacher, self.projectors, teacher_scale or TeacherScale.of(teacher))
         in_student = self._student_space(student, crossed, teacher.trust)
         alignment = self._alignment(student, teacher, crossed)

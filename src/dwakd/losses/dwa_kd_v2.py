@@ -10,12 +10,13 @@ from dwakd.batch import LossOutput, ModelSide
 from dwakd.kernels.soft_dtw import IMPLS
 from dwakd.losses.alignment import sequence_terms
 from dwakd.losses.attention import TeacherScale, band_penalty
-from dwakd.losses.base import DistillationLoss, check_range, reduce_terms, require_teacher
+from dwakd.losses.base import TEMPERATURES, DistillationLoss, check_range, reduce_terms, require_sides
 from dwakd.losses.divergences import divergence as named_divergence
 from dwakd.losses.exact_spaces import ExactSpaces, exact_spaces, projected_partners
 from dwakd.losses.head_maps import HeadMaps
 from dwakd.losses.packing import example_ids, positions
 from dwakd.losses.pair import ModelPair
+from dwakd.losses.sides import require_width
 
 INFINITY = float("inf")
 
@@ -99,8 +100,7 @@ class DwaKdV2Loss(DistillationLoss):
             ce_weight=(ce_weight, 0, INFINITY),
             kd_weight=(kd_weight, 0, INFINITY),
             dtw_weight=(dtw_weight, 0, INFINITY),
-            temperature=(temperature, 1e-3, INFINITY),
-            skew=(skew, 0, 1),
+            temperature=(temperature, *TEMPERATURES),
             band_base=(band_base, 0, INFINITY),
             band_blend=(band_blend, 0, 1),
             band_penalty=(band_penalty, 0, INFINITY),
@@ -133,7 +133,7 @@ class DwaKdV2Loss(DistillationLoss):
         num_tokens: Tensor | float | None = None,
         teacher_scale: TeacherScale | None = None,
     ) -> LossOutput:
-        teacher = require_teacher(teacher, "dwa_kd_v2")
+        teacher = require_sides(student, teacher, "dwa_kd_v2")
         spaces = exact_spaces(
             student,
             teacher,
@@ -161,6 +161,9 @@ class DwaKdV2Loss(DistillationLoss):
         if self.dtw_hidden:
             pairs["dtw_hidden"] = (student.hidden, spaces.teacher_hidden)
         if self.embedding_t2s is not None:
+            maps = self.embedding_t2s
+            require_width(student.target_embeddings, maps.out_features, "student.target_embeddings, as the map gives")
+            require_width(teacher.target_embeddings, maps.in_features, "teacher.target_embeddings, as the map takes")
             embeddings = teacher.target_embeddings.detach().to(self.embedding_t2s.weight.dtype)
             pairs["dtw_embedding"] = (student.target_embeddings, self.embedding_t2s(embeddings))
         if not pairs:

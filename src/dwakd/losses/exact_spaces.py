@@ -72,6 +72,7 @@ def exact_spaces(
         gate: ... and by max_v p^{t->s}_i(v).
         teacher_weights: weigh rows of `kd_teacher` by 1 - H(p^t_j) / log V_t.
     """
+    maps.require_fit(student, teacher)
     lengths = student.lengths
     partners = exact_rows(student.byte_ends, lengths, teacher.byte_ends, teacher.lengths)
     # No row without a partner goes through the teacher's head, the dearer one; it costs a wait for the device.
@@ -123,6 +124,7 @@ def exact_spaces(
 
 def projected_partners(student: ModelSide, teacher: ModelSide, maps: HeadMaps) -> Float[Tensor, "s_tokens s_hidden"]:
     """t2s h^t_j at the rows that have a partner j; zero, which predicts what the head's bias does, at the others."""
+    maps.require_fit(student, teacher)
     partners = exact_rows(student.byte_ends, student.lengths, teacher.byte_ends, teacher.lengths)
     rows = teacher.hidden.detach()[partners.clamp_min(0)].to(maps.t2s.weight.dtype)
     return torch.where(partners[:, None] >= 0, maps.t2s(rows), 0.0)

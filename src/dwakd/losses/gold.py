@@ -10,7 +10,15 @@ from dwakd.align.offsets import byte_groups, tokens_per_group
 from dwakd.batch import LossOutput, ModelSide
 from dwakd.kernels.head_loss import head_loss
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import DistillationLoss, check_range, constant_rows, head_rows, reduce_terms, require_teacher
+from dwakd.losses.base import (
+    TEMPERATURES,
+    DistillationLoss,
+    check_range,
+    constant_rows,
+    head_rows,
+    reduce_terms,
+    require_sides,
+)
 from dwakd.losses.merged_groups import Anchors, Columns, MergedGroups
 from dwakd.losses.pair import ModelPair
 
@@ -72,7 +80,7 @@ class GoldLoss(DistillationLoss):
         infinite = float("inf")
         check_range(
             beta=(beta, 0, 1),
-            temperature=(temperature, 1e-3, infinite),
+            temperature=(temperature, *TEMPERATURES),
             ce_weight=(ce_weight, 0, infinite),
             kd_weight=(kd_weight, 0, infinite),
             matched_weight=(0 if matched_weight is None else matched_weight, 0, infinite),
@@ -84,13 +92,14 @@ class GoldLoss(DistillationLoss):
             raise ValueError("matched_weight and unmatched_weight are given together or not at all")
         self.beta, self.merge, self.temperature = beta, merge, temperature
         self.ce_weight, self.kd_weight = ce_weight, kd_weight
+        self.vocabularies = pair.vocabularies
         self._match(pair)
         share = len(self.teacher_ids) / int(pair.teacher_head.num_possible)
         self.matched_weight = share if matched_weight is None else matched_weight
         self.unmatched_weight = 1 - share if unmatched_weight is None else unmatched_weight
 
     def _match(self, pair: ModelPair) -> None:
-        sizes = pair.student_head.vocab_size, pair.teacher_head.vocab_size
+        sizes = pair.vocabularies
         if pair.student_tokens == pair.teacher_tokens:  # the padding of both heads too
             matched = pair.possible_pairs(torch.arange(min(sizes)), torch.arange(min(sizes)))
         else:
@@ -108,7 +117,7 @@ class GoldLoss(DistillationLoss):
         num_tokens: Tensor | float | None = None,
         teacher_scale: TeacherScale | None = None,
     ) -> LossOutput:
-        teacher = require_teacher(teacher, "gold")
+        teacher = require_sides(student, teacher, "gold", self.vocabularies)
         groups = byte_groups(student.byte_ends, student.lengths, teacher.byte_ends, teacher.lengths)
         criterion = MergedGroups(
             Anchors.of(student, groups.student, groups.student_last, last=self.merge == "bayesian"),

@@ -4,7 +4,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dwakd.batch import ModelSide
 from dwakd.losses.pair import ModelPair
+from dwakd.losses.sides import require_vocabularies, require_width
 from dwakd.models.head import OutputHead
 
 RTOL = 1e-12
@@ -58,9 +60,16 @@ class HeadMaps(nn.Module):
                 "teacher_inverse": pseudo_inverse(t_rows),
                 "teacher_bias": t_bias,
             }
+        self.vocabularies = pair.vocabularies
         self._frozen: tuple[Tensor, int, Tensor, Tensor] | None = None  # s2t of a head that does not train (LoRA)
         for name, tensor in rebuilt.items():
             self.register_buffer(name, tensor, persistent=False)
+
+    def require_fit(self, student: ModelSide, teacher: ModelSide) -> None:
+        """Raise ValueError unless the sides are as wide as the maps, and their heads as large."""
+        require_width(student.hidden, self.t2s.out_features, "student.hidden, as the maps between the heads take")
+        require_width(teacher.hidden, self.t2s.in_features, "teacher.hidden, as the maps between the heads take")
+        require_vocabularies((student, teacher), self.vocabularies)
 
     def s2t(
         self, hidden: Float[Tensor, "tokens s_hidden"], student: OutputHead, teacher: OutputHead

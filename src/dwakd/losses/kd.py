@@ -13,13 +13,14 @@ from dwakd.kernels.head_loss.criterion import Logits, Statistics
 from dwakd.kernels.head_loss.statistics import SoftenedPair, pick, subtract_at
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import (
+    TEMPERATURES,
     DistillationLoss,
     check_range,
     constant_rows,
     head_rows,
     reduce_terms,
     require_same_rows,
-    require_teacher,
+    require_sides,
 )
 from dwakd.losses.divergences import divergence as divergence_named
 
@@ -51,7 +52,7 @@ class KdLoss(DistillationLoss):
         self, *, kd_rate: float = 0.5, temperature: float = 2.0, divergence: str = "forward_kl", skew: float = 0.1
     ) -> None:
         super().__init__()
-        check_range(kd_rate=(kd_rate, 0, 1), temperature=(temperature, 1e-3, float("inf")), skew=(skew, 0, 1))
+        check_range(kd_rate=(kd_rate, 0, 1), temperature=(temperature, *TEMPERATURES))
         self.kd_rate, self.temperature = kd_rate, temperature
         self.divergence = divergence_named(divergence, skew)
 
@@ -63,7 +64,7 @@ class KdLoss(DistillationLoss):
         num_tokens: Tensor | float | None = None,
         teacher_scale: TeacherScale | None = None,
     ) -> LossOutput:
-        teacher = require_teacher(teacher, "kd")
+        teacher = require_sides(student, teacher, "kd")
         require_same_rows(student, teacher, "kd")
         by_hand = self.divergence is forward_kl and student.head.vocab_size <= teacher.head.vocab_size
         output = head_loss(

@@ -102,6 +102,9 @@ class MergedGroups(Criterion):
         self.student_columns, self.teacher_columns = student_columns, teacher_columns
         self.group_weights, self.beta, self.temperature = weights, beta, temperature
 
+    def targets_by_side(self) -> dict[int, Tensor]:
+        return {0: self.student.targets, 1: self.teacher.targets}
+
     def terms(self, logits: Sequence[Tensor], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
         student, teacher = self.student.within(chunk, 0), self.teacher.within(chunk, 1)
         q = student.merged(logits[0] / self.temperature)

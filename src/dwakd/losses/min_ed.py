@@ -22,7 +22,7 @@ from dwakd.kernels.head_loss.statistics import (
     subtract_at,
 )
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import DistillationLoss, check_range, head_rows, reduce_terms, require_teacher
+from dwakd.losses.base import TEMPERATURES, DistillationLoss, check_range, head_rows, reduce_terms, require_sides
 from dwakd.losses.packing import example_ids
 from dwakd.losses.pair import ModelPair
 
@@ -74,10 +74,11 @@ class MinEdLoss(DistillationLoss):
         same_prefix: bool = False,
     ) -> None:
         super().__init__()
-        check_range(kd_rate=(kd_rate, 0, 1), temperature=(temperature, 1e-3, float("inf")))
+        check_range(kd_rate=(kd_rate, 0, 1), temperature=(temperature, *TEMPERATURES))
         if vocabulary_map not in VOCABULARY_MAPS:
             raise ValueError(f"unknown vocabulary_map {vocabulary_map!r}; valid ones: {', '.join(VOCABULARY_MAPS)}")
         self.kd_rate, self.temperature, self.same_prefix = kd_rate, temperature, same_prefix
+        self.vocabularies = pair.vocabularies
         ends = None if pair.end_tokens is None else pair.end_tokens[::-1]
         student_tokens, teacher_tokens = pair.possible_tokens()
         found = nearest_tokens(teacher_tokens, student_tokens, ends)
@@ -95,7 +96,7 @@ class MinEdLoss(DistillationLoss):
         num_tokens: Tensor | float | None = None,
         teacher_scale: TeacherScale | None = None,
     ) -> LossOutput:
-        teacher = require_teacher(teacher, "min_ed")
+        teacher = require_sides(student, teacher, "min_ed", self.vocabularies)
         rows, aligned = aligned_teacher_rows(student, teacher, same_prefix=self.same_prefix)
         criterion = CarriedOver(student.target_ids, aligned, self.student_of, self.temperature, self.kd_rate)
         carried = HeadRows(teacher.hidden.detach()[rows], teacher.head.detached(), student.lengths)

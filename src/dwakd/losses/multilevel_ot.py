@@ -8,12 +8,13 @@ from dwakd.batch import LossOutput, ModelSide
 from dwakd.kernels.head_loss import head_loss
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import (
+    TEMPERATURES,
     DistillationLoss,
     check_range,
     constant_rows,
     head_rows,
     reduce_terms,
-    require_teacher,
+    require_sides,
 )
 from dwakd.losses.ranked import Levels, PortLevels, RankedLevels
 
@@ -83,8 +84,8 @@ class MultiLevelOtLoss(DistillationLoss):
             log_weight=(log_weight, 0, INFINITY),
             sinkhorn_weight=(sinkhorn_weight, 0, INFINITY),
             top_k=(top_k, 1, INFINITY),
-            temperature=(temperature, 1e-3, INFINITY),
-            sequence_temperature=(sequence_temperature, 1e-3, INFINITY),
+            temperature=(temperature, *TEMPERATURES),
+            sequence_temperature=(sequence_temperature, *TEMPERATURES),
             regularisation=(regularisation, 1e-6, INFINITY),
             iterations=(iterations, 1, INFINITY),
         )
@@ -106,7 +107,7 @@ class MultiLevelOtLoss(DistillationLoss):
         num_tokens: Tensor | float | None = None,
         teacher_scale: TeacherScale | None = None,
     ) -> LossOutput:
-        teacher = require_teacher(teacher, "multilevel_ot")
+        teacher = require_sides(student, teacher, "multilevel_ot")
         criterion = self.criterion(student.target_ids, (student.lengths, teacher.lengths), self.levels, self.rates)
         output = head_loss([head_rows(student), constant_rows(teacher)], criterion)
         return reduce_terms(

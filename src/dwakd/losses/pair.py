@@ -36,6 +36,11 @@ class ModelPair:
     teacher_head: OutputHead
     end_tokens: tuple[int, int] | None = None
 
+    @property
+    def vocabularies(self) -> tuple[int, int]:
+        """Rows of the student's and of the teacher's head."""
+        return self.student_head.vocab_size, self.teacher_head.vocab_size
+
     def shared_tokens(self) -> tuple[Int[Tensor, " overlap"], Int[Tensor, " overlap"]]:
         """`exact_overlap` of the vocabularies, less the tokens that one of the heads forbids."""
         return self.possible_pairs(*exact_overlap(self.student_tokens, self.teacher_tokens, self.end_tokens))

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from dwakd.batch import ModelSide
+from dwakd.losses.sides import require_width
+
 
 @dataclass(frozen=True)
 class Widths:
@@ -36,3 +39,16 @@ class Projectors(nn.Module):
         self.s2t = nn.Linear(widths.student_hidden, widths.teacher_hidden)
         if with_embedding:
             self.embedding_t2s = nn.Linear(widths.teacher_embedding, widths.student_embedding)
+        self.widths, self.with_embeddings = widths, with_embedding or with_query
+
+    def require_fit(self, student: ModelSide, teacher: ModelSide) -> None:
+        """Raise ValueError unless the sides are as wide as the maps."""
+        sides = (
+            ("student", student, self.widths.student_hidden, self.widths.student_embedding),
+            ("teacher", teacher, self.widths.teacher_hidden, self.widths.teacher_embedding),
+        )
+        for name, side, hidden, embedding in sides:
+            require_width(side.hidden, hidden, f"{name}.hidden, as the projectors take")
+            if self.with_embeddings:
+                for field in ("input_embeddings", "target_embeddings"):
+                    require_width(getattr(side, field), embedding, f"{name}.{field}, as the projectors take")

@@ -8,9 +8,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dwakd.batch import LossOutput, ModelSide
+from dwakd.errors import UserError
 from dwakd.kernels.head_loss import Chunk, Criterion, head_loss
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import DistillationLoss, projected_rows
+from dwakd.losses.base import LARGEST, TEMPERATURES, DistillationLoss, projected_rows
+from dwakd.losses.sides import require_both
 
 GATES = ("confidence", "weights")
 
@@ -37,8 +39,7 @@ class SeveralTeachers(nn.Module):
         temperature: T of the gate. Confidences lie between 0 and 1, so that at 1 no share changes by more than a factor e.
 
     Raises:
-        ValueError: another number of weights than of losses, a weight that isn't above 0, an unknown gate, or a
-            temperature that isn't above 0.
+        UserError: another number of weights than of losses, an unknown gate, or a weight or a temperature out of range.
 
     References:
         The DWA-KD paper names several teachers as future work; this gate is ours.
@@ -55,13 +56,17 @@ class SeveralTeachers(nn.Module):
         super().__init__()
         weights = [1.0] * len(losses) if weights is None else list(weights)
         if len(weights) != len(losses):
-            raise ValueError(f"{len(losses)} teachers need as many weights, got {len(weights)}")
-        if not all(0 < weight < float("inf") for weight in weights):
-            raise ValueError(f"the weights of teachers must be above 0, got {weights}")
+            raise UserError(f"{len(losses)} teachers need as many weights, got {len(weights)}")
+        for weight in weights:
+            if not 1 / LARGEST <= weight <= LARGEST:
+                raise UserError(f"teacher_weights must be above 0, from {1 / LARGEST:g} to {LARGEST:g}, got {weight!r}")
         if gate not in GATES:
-            raise ValueError(f"unknown teacher_gate {gate!r}; valid ones: {', '.join(GATES)}")
-        if not temperature > 0:
-            raise ValueError(f"teacher_gate_temperature must be above 0, got {temperature!r}")
+            raise UserError(f"unknown teacher_gate {gate!r}; valid ones: {', '.join(GATES)}")
+        low, high = TEMPERATURES
+        if not low <= temperature <= high:
+            raise UserError(
+                f"teacher_gate_temperature must be a number at least {low:g} and at most {high:g}, got {temperature!r}"
+            )
         self.losses = nn.ModuleList(losses)
         self.shares = [weight / sum(weights) for weight in weights]
         self.gate, self.temperature = gate, temperature
@@ -84,7 +89,15 @@ class SeveralTeachers(nn.Module):
 
         Terms are the shares' means over the teachers; `trust_1`, `trust_2` and so on are each teacher's mean share of the
         student-space divergence.
+
+        Raises:
+            ValueError: another number of teachers or scales than of losses, or what the method's loss refuses.
         """
+        for what, given in (("teachers", teachers), ("teacher_scale", teacher_scale)):
+            if given is not None and len(given) != len(self.losses):
+                raise ValueError(f"expects {len(self.losses)} {what}, one for each loss, got {len(given)}")
+        for teacher in teachers:
+            require_both(student, teacher)
         scales = teacher_scale or [TeacherScale.of(teacher) for teacher in teachers]
         trusts = self._trusts(student, teachers, scales)
         tokens = len(student.target_ids) if num_tokens is None else num_tokens

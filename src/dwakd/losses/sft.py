@@ -8,6 +8,7 @@ from dwakd.batch import LossOutput, ModelSide
 from dwakd.kernels.head_loss import CrossEntropy, head_loss
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, head_rows, reduce_terms
+from dwakd.losses.sides import require_side
 
 
 class SftLoss(DistillationLoss):
@@ -27,6 +28,7 @@ class SftLoss(DistillationLoss):
         num_tokens: Tensor | float | None = None,
         teacher_scale: TeacherScale | None = None,
     ) -> LossOutput:
+        require_side(student, "student")
         output = head_loss([head_rows(student)], CrossEntropy(student.target_ids))
         return reduce_terms(
             output.terms, {}, len(student.target_ids) if num_tokens is None else num_tokens, total=output.loss

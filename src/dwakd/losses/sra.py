@@ -14,9 +14,10 @@ from dwakd.kernels.head_loss.criterion import Logits, Statistics
 from dwakd.kernels.head_loss.statistics import SoftenedPair
 from dwakd.losses.alignment import unit_rows
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import DistillationLoss, check_range, head_rows, reduce_terms, require_teacher
+from dwakd.losses.base import TEMPERATURES, DistillationLoss, check_range, head_rows, reduce_terms, require_sides
 from dwakd.losses.packing import example_ids, pad_rows
 from dwakd.losses.pair import ModelPair
+from dwakd.losses.sides import require_width
 from dwakd.losses.weights import rescale
 
 SPAN_WEIGHTS = ("attention", "uniform")
@@ -74,12 +75,13 @@ class SraLoss(DistillationLoss):
         super().__init__()
         infinite = float("inf")
         check_range(
-            kd_rate=(kd_rate, 0, 1), geo_weight=(geo_weight, 0, infinite), temperature=(temperature, 1e-3, infinite)
+            kd_rate=(kd_rate, 0, 1), geo_weight=(geo_weight, 0, infinite), temperature=(temperature, *TEMPERATURES)
         )
         if span_weights not in SPAN_WEIGHTS:
             raise ValueError(f"unknown span_weights {span_weights!r}; valid ones: {', '.join(SPAN_WEIGHTS)}")
         self.needs_attention = span_weights == "attention"
         self.kd_rate, self.geo_weight, self.temperature = kd_rate, geo_weight, temperature
+        self.vocabularies = pair.vocabularies
         shared = pair.shared_tokens()
         if not len(shared[0]):
             raise ValueError("the two vocabularies share no token, which sra compares them on; choose another method")
@@ -95,7 +97,9 @@ class SraLoss(DistillationLoss):
         num_tokens: Tensor | float | None = None,
         teacher_scale: TeacherScale | None = None,
     ) -> LossOutput:
-        teacher = require_teacher(teacher, "sra")
+        teacher = require_sides(student, teacher, "sra", self.vocabularies)
+        require_width(student.hidden, self.projector.in_features, "student.hidden, the width the projector takes")
+        require_width(teacher.hidden, self.projector.out_features, "teacher.hidden, the width the projector gives")
         groups = byte_groups(student.byte_ends, student.lengths, teacher.byte_ends, teacher.lengths)
         examples = example_ids(student.lengths, len(student.target_ids))
         lengths = sum_by_group(groups.student_last.long(), examples, len(student.lengths))  # in spans

@@ -12,7 +12,7 @@ from dwakd.kernels.head_loss import Chunk, Criterion, HeadRows, head_loss
 from dwakd.kernels.head_loss.criterion import Logits, Statistics
 from dwakd.kernels.sorted_distance import sorted_distance
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import DistillationLoss, check_range, head_rows, reduce_terms, require_teacher
+from dwakd.losses.base import TEMPERATURES, DistillationLoss, check_range, head_rows, reduce_terms, require_sides
 from dwakd.losses.merged_groups import sorted_difference
 from dwakd.losses.packing import example_ids, positions
 
@@ -63,7 +63,7 @@ class UldLoss(DistillationLoss):
         check_range(
             ce_weight=(self.ce_weight, 0, float("inf")),
             uld_weight=(self.uld_weight, 0, float("inf")),
-            temperature=(temperature, 1e-3, float("inf")),
+            temperature=(temperature, *TEMPERATURES),
         )
         self.temperature, self.mean_over_pairs = temperature, compat == "paper"
 
@@ -75,7 +75,7 @@ class UldLoss(DistillationLoss):
         num_tokens: Tensor | float | None = None,
         teacher_scale: TeacherScale | None = None,
     ) -> LossOutput:
-        teacher = require_teacher(teacher, "uld")
+        teacher = require_sides(student, teacher, "uld")
         rows, weights = paired_rows(student.lengths, teacher.lengths, len(student.target_ids), self.mean_over_pairs)
         opposite = HeadRows(teacher.hidden.detach()[rows], teacher.head.detached(), student.lengths)
         criterion = SortedDifference(

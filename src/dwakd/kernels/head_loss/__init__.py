@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from dwakd.kernels.checks import require_targets
 from dwakd.kernels.head_loss.criterion import Chunk, Criterion
 from dwakd.kernels.head_loss.cross_entropy import CrossEntropy
 from dwakd.kernels.head_loss.dual_space import ForwardKlSpace, StudentSpace, student_space, teacher_space
@@ -76,8 +77,9 @@ def head_loss(
             costs one more product per side.
 
     Raises:
-        ValueError: an unknown impl, a budget that is not positive, sides whose rows do not match, or `by_row` with a
-            head that requires gradient.
+        ValueError: an unknown impl, a budget that is not positive, sides whose rows do not match, `by_row` with a
+            head that requires gradient, or targets that are no tokens of the head, of which -100 is one. A GPU is not
+            waited for: wrong targets there are a device-side assertion.
 
     Examples:
         >>> import torch
@@ -97,6 +99,8 @@ def head_loss(
     counts = [side.hidden.shape[0] for side in sides]
     if criterion.unit != "examples" and len(set(counts)) > 1:
         raise ValueError(f"head_loss: {type(criterion).__name__} needs sides of equal rows, got {counts}.")
+    for index, targets in criterion.targets_by_side().items():
+        require_targets(f"head_loss: targets of {type(criterion).__name__}", targets, sides[index].head.vocab_size)
     if by_row and any(side.head.weight.requires_grad for side in sides):
         raise ValueError("head_loss: values by row need heads without gradient; use head.detached().")
     if impl == "naive":

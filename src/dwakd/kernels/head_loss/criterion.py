@@ -44,8 +44,15 @@ class Criterion(ABC):
     """What may not be cut: "rows" (all sides have the same rows, cut anywhere), "weights" (likewise, but `weights`
     needs the statistics of whole examples), "examples" (`terms` needs whole examples; sides may differ in rows)."""
 
+    targets: Int[Tensor, " tokens"]
+    """The target of each row of the first side; `head_loss` checks them. A criterion may have none."""
+
     def __init__(self, rates: dict[str, float]) -> None:
         self.rates = rates
+
+    def targets_by_side(self) -> dict[int, Int[Tensor, " tokens"]]:
+        """The targets of those sides that have some."""
+        return {0: self.targets} if hasattr(self, "targets") else {}
 
     @abstractmethod
     def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:

@@ -53,6 +53,9 @@ class StudentSpace(Criterion):
         self.projected_weights, self.trust = projected_weights, trust
         self.divergence, self.weigh = divergence, weigh
 
+    def targets_by_side(self) -> dict[int, Tensor]:
+        return {0: self.targets, 1: self.projected_targets}
+
     def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
         own, projected = logits
         cross_entropies = [

@@ -27,6 +27,9 @@ class WithPrediction(Criterion):
         self.unit = criterion.unit
         self.criterion, self.side = criterion, side
 
+    def targets_by_side(self) -> dict[int, Tensor]:
+        return self.criterion.targets_by_side()
+
     def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
         return self.criterion.terms(logits, chunk, weights)
 

@@ -1,5 +1,7 @@
 """Sinkhorn's transport of a ragged batch: one differentiable function over two kernels."""
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -37,7 +39,7 @@ def sinkhorn(
         One value per example, in the costs' unit: mean cost of a unit of mass.
 
     Raises:
-        ValueError: regularisation or iterations not positive, or an unknown impl.
+        ValueError: regularisation or iterations not positive and finite, or an unknown impl.
 
     References:
         Cuturi 2013, Sinkhorn Distances, algorithm 1, in the log domain.
@@ -49,6 +51,8 @@ def sinkhorn(
     """
     if impl not in IMPLS:
         raise ValueError(f"sinkhorn: unknown impl {impl!r}; valid are {', '.join(map(repr, IMPLS))}.")
+    if not regularisation < math.inf:
+        raise ValueError(f"sinkhorn: regularisation must be finite, got {regularisation}.")
     if regularisation <= 0 or iterations < 1:
         raise ValueError(
             f"sinkhorn: regularisation and iterations must be positive, got {regularisation} and {iterations}."
