@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dwakd.kernels.head_loss import (
+    Chunk,
     Criterion,
     CrossEntropy,
     ForwardKlSpace,
@@ -404,3 +406,36 @@ def test_targets_that_are_no_tokens_are_named(name, impl, target):
         for given in (wrong, WithPrediction(wrong, 0)):
             with pytest.raises(ValueError, match=rf"token ids from 0 to {VOCAB - 1}.* got {target}"):
                 head_loss(sides, given, impl=impl)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["ce", "weighted", "teacher", "reverse"])
+def test_half_precision_costs_no_more_than_in_plain_torch(name, dtype, monkeypatch):
+    """Of the same half-precision tensors: the error against float64 stays below that of torch computing in that dtype."""
+    monkeypatch.setattr(sys.modules[__name__], "VOCAB", 3000)
+    kind, options = PROBLEMS[name]
+    sides, criterion = problem(kind, dtype=dtype, **options)
+    expected, gradients = outcome([exact(side) for side in sides], criterion, impl="naive")
+    got, ours = outcome(sides, criterion, budget=1)
+
+    logits = [torch.nn.functional.linear(side.hidden, side.head.weight) for side in sides]
+    chunk = Chunk(tuple(slice(0, ROWS) for _ in sides), slice(0, len(LENGTHS)))
+    weights = criterion.weights(criterion.statistics([side.detach() for side in logits], chunk), LENGTHS)
+    terms = criterion.terms(logits, chunk, weights)
+    plain = torch.stack([criterion.rates[term] * value.sum() for term, value in terms.items()]).sum()
+    assert plain.dtype == dtype
+    references = torch.autograd.grad(plain / 3, leaves(sides))
+
+    step = torch.finfo(dtype).eps
+    assert (got.loss - expected.loss).abs() <= (plain - expected.loss).abs() + step / 8 * expected.loss.abs()
+    for mine, reference, truth in zip(ours, references, gradients, strict=True):
+        error, allowed = ((gradient.double() - truth).norm() for gradient in (mine, reference))
+        assert error <= allowed + step / 2 * truth.norm()
+
+
+def exact(side):
+    """The same rows and head in float64."""
+    hidden, weight = (
+        tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in (side.hidden, side.head.weight)
+    )
+    return dataclasses.replace(side, hidden=hidden, head=OutputHead(weight))

@@ -29,6 +29,16 @@ def value_and_grad(cost: Tensor, gamma: float, *lengths: Tensor, impl: str) -> t
     return value.detach(), grad
 
 
+def alignments(n: int, m: int) -> list[list[tuple[int, int]]]:
+    """All monotone paths from the first cell of a table to the last."""
+    if n == m == 1:
+        return [[(0, 0)]]
+    before = [(n - 1, m), (n, m - 1), (n - 1, m - 1)]
+    return [
+        [*path, (n - 1, m - 1)] for rows, columns in before if rows and columns for path in alignments(rows, columns)
+    ]
+
+
 def brute_force(cost: Tensor, gamma: float) -> float:
     """-gamma log of the sum over all alignments, written down one by one."""
     n, m = cost.shape
@@ -93,13 +103,76 @@ def test_gradcheck(impl: str) -> None:
 
 
 @both_impls
+def test_gradient_is_the_expected_path(impl: str) -> None:
+    """Against the mean of all alignments by weight: a gradient that is off by one cell still lowers the loss."""
+    torch.manual_seed(3)
+    for n, m in itertools.product((1, 2, 4), (1, 3, 4)):
+        cost = torch.rand(n, m, dtype=torch.float64) * 3
+        weights, expected = 0.0, torch.zeros(n, m, dtype=torch.float64)
+        for path in alignments(n, m):
+            rows, columns = map(list, zip(*path, strict=True))
+            weight = math.exp(-cost[rows, columns].sum().item() / 0.7)
+            weights += weight
+            expected[rows, columns] += weight
+        _, grad = value_and_grad(cost[None], 0.7, impl=impl)
+        torch.testing.assert_close(grad[0], expected / weights, rtol=0, atol=1e-12)
+
+
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    return (x[:, :, None] - y[:, None]).square().sum(-1)
+
+
+@both_impls
+def test_barycentre(impl: str) -> None:
+    """Descent on soft-DTW to several series beats each of them; to one series, at small gamma, it finds that series."""
+    generator = torch.Generator().manual_seed(0)
+    time = torch.linspace(0, 6, 12, dtype=torch.float64)
+    series = torch.stack([(time + shift).sin() for shift in (0.0, 0.4, 0.8)])[..., None]
+
+    def mean_loss(x: Tensor, targets: Tensor, gamma: float) -> Tensor:
+        return soft_dtw(squared_distances(x.expand_as(targets), targets), gamma, impl=impl).mean()
+
+    # a series that rises all the way: of one that turns, its warped copies are as near
+    for targets, gamma in ((series, 1.0), (time[None, :, None], 1e-3)):
+        start = targets[:1] + 0.1 * torch.randn(1, 12, 1, generator=generator, dtype=torch.float64)
+        x = start.clone().requires_grad_()
+        optimiser = torch.optim.SGD([x], lr=0.05)
+        for _ in range(150):
+            optimiser.zero_grad()
+            mean_loss(x, targets, gamma).backward()
+            optimiser.step()
+        reached = mean_loss(x.detach(), targets, gamma)
+        assert reached < mean_loss(start, targets, gamma) - 0.05
+        assert all(reached < mean_loss(one[None], targets, gamma) + gamma for one in targets)
+    torch.testing.assert_close(x.detach(), targets, rtol=0, atol=1e-3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    n=st.integers(1, 12),
+    m=st.integers(1, 12),
+    gamma=st.sampled_from([1e-2, 0.3, 1.0, 10.0]),
+)
+def test_divergence_is_never_negative(seed: int, n: int, m: int, gamma: float) -> None:
+    """Less the mean of the self terms soft-DTW of squared distances is a divergence: 0 for a series and itself."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(1, size, 2, generator=generator, dtype=torch.float64) for size in (n, m))
+    cross, own_x, own_y = (soft_dtw(squared_distances(*pair), gamma) for pair in ((x, y), (x, x), (y, y)))
+    divergence = cross - (own_x + own_y) / 2
+    assert divergence >= -1e-9
+    assert divergence > 1e-9 or torch.equal(x, y)
+
+
+@both_impls
+@pytest.mark.parametrize("poison", [torch.nan, 1e9, -1e9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_ragged_batch_equals_one_by_one(impl: str, dtype: torch.dtype) -> None:
-    """Otherwise an example's loss would depend on which others share its batch; NaN padding must leave no trace."""
+def test_ragged_batch_equals_one_by_one(impl: str, dtype: torch.dtype, poison: float) -> None:
+    """Otherwise an example's loss would depend on which others share its batch; padding must leave no trace."""
     torch.manual_seed(1)
     pairs = [(1, 1), (1, 9), (9, 1), (8, 8), (7, 20), (33, 16), (17, 40)]
     alone = [torch.rand(n, m, dtype=dtype) for n, m in pairs]
-    padded = torch.full((len(pairs), 35, 41), torch.nan, dtype=dtype)
+    padded = torch.full((len(pairs), 35, 41), poison, dtype=dtype)
     for row, cost in enumerate(alone):
         padded[row, : cost.shape[0], : cost.shape[1]] = cost
     x_lengths, y_lengths = torch.tensor(pairs).T

@@ -1,9 +1,13 @@
 """Costs of the alignment at the edges of the cosine."""
 
+import pytest
 import torch
 
 from dwakd.kernels import soft_dtw
+from dwakd.losses import alignment, attention, build_loss
 from dwakd.losses.alignment import soft_dtw_divergences, unit_rows
+from dwakd.losses.packing import pad_rows, valid
+from tests.losses.builders import WIDTHS, pair_of, random_examples, random_heads, side
 
 
 def test_zero_row_has_no_gradient():
@@ -37,3 +41,23 @@ def test_self_terms_carry_the_whole_gradient():
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-12)
     grads, expected_grads = (torch.autograd.grad(value.sum(), (x, y)) for value in (scores, expected))
     torch.testing.assert_close(grads, expected_grads, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["dskd", "dwa_kd", "dwa_kd_v2"])
+def test_padding_takes_no_part(name, monkeypatch):
+    """Whatever stands in the padding of a ragged batch: else an example's loss depends on the longest beside it."""
+    torch.manual_seed(0)
+    loss = build_loss(name, {}, widths=WIDTHS, pair=pair_of(random_heads())).double()
+    examples, heads = random_examples([(5, 7), (9, 4), (1, 2)]), random_heads()
+    hidden = [example["student_hidden"].requires_grad_() for example in examples]
+    results = []
+    for poison in (0.0, 1e9):
+
+        def padded(rows, lengths, length, poison=poison):
+            return pad_rows(rows, lengths, length).masked_fill(~valid(lengths, length)[..., None], poison)
+
+        for module in (alignment, attention):
+            monkeypatch.setattr(module, "pad_rows", padded)
+        output = loss(side(examples, "student", heads[0]), side(examples, "teacher", heads[1]))
+        results.append((output.terms, torch.autograd.grad(output.loss, hidden)))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)

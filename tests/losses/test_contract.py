@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from dwakd.errors import UserError
-from dwakd.kernels import head_loss
+from dwakd.kernels import head_loss, sinkhorn, soft_dtw
+from dwakd.kernels.head_loss import statistics
 from dwakd.losses import METHODS, TeacherScale, Widths, build_loss
 from dwakd.losses.divergences import DIVERGENCES
-from tests.losses.builders import pair_of, random_examples, random_heads, side
+from tests.losses.builders import pair_of, random_examples, random_heads, side, use_kernels
 
 LENGTHS = [(5, 7), (9, 4), (1, 2), (6, 6)]
 WIDTHS = Widths(6, 8, 6, 8)
@@ -228,6 +229,63 @@ def test_bad_values_are_named(method_name, options, message):
     """Values out of range fail before any model is loaded."""
     with pytest.raises(UserError, match=message):
         build(method_name, options)
+
+
+@pytest.mark.parametrize("impl", ["naive", "chunked"])
+@pytest.mark.parametrize("scale", [0.0, 1e2, 1e3, 1e4])
+def test_extreme_logits(method, scale, impl, monkeypatch):
+    """Untrained and diverging models predict uniformly or with all certainty: the step must still be finite."""
+    use_kernels(monkeypatch, head_loss=partial(head_loss, impl=impl))
+    loss = method[1].float()
+    examples, heads = batch(loss)
+    examples = [{k: v.float() if v.is_floating_point() else v for k, v in e.items()} for e in examples]
+    tensors = leaves(examples, [heads[0].float() * scale, heads[1].float() * scale])
+    output = run(loss, examples, tensors[-2:])
+    gradients = torch.autograd.grad(output.loss, [*tensors, *loss.parameters()], allow_unused=True)
+    assert all(value.isfinite() for value in (output.loss, *output.terms.values()))
+    assert all(gradient.isfinite().all() for gradient in gradients if gradient is not None)
+
+
+def train(name, options, optimiser, dtype):
+    """The losses of twelve steps on one batch, and what was learned."""
+    loss = build(name, options).to(dtype)
+    examples, heads = batch(loss)
+    examples = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in e.items()} for e in examples]
+    head = heads[0].to(dtype).requires_grad_()
+    learned = [example[key].requires_grad_() for example in examples for key in ("student_hidden", "student_out")]
+    learned += [head, *loss.parameters()]
+    steps, losses = optimiser(learned), []
+    for step in range(12):
+        loss.set_step(step)
+        output = run(loss, examples, (head, heads[1].to(dtype)))
+        losses.append(output.loss.detach())
+        steps.zero_grad()
+        output.loss.backward()
+        steps.step()
+    return torch.stack(losses), [tensor.detach() for tensor in learned]
+
+
+@pytest.mark.parametrize(
+    ("optimiser", "dtype", "tolerance"),
+    [
+        (partial(torch.optim.AdamW, lr=0.02), torch.float64, 1e-8),
+        (partial(torch.optim.SGD, lr=0.02, momentum=0.9), torch.float32, 2e-4),
+    ],
+    ids=["AdamW", "SGD-compiled"],
+)
+@pytest.mark.parametrize(("name", "options"), ALL)
+def test_twelve_steps_of_fast_kernels(name, options, optimiser, dtype, tolerance, monkeypatch):
+    """A gradient that is right once may read what the step before left; an error of a sign shows after a few steps."""
+    torch.manual_seed(1)
+    with monkeypatch.context() as patch:
+        use_kernels(patch, **{k.__name__: partial(k, impl="naive") for k in (head_loss, sinkhorn, soft_dtw)})
+        expected = train(name, options, optimiser, dtype)
+    torch.manual_seed(1)
+    monkeypatch.setattr(statistics, "COMPILED_FROM", 1)
+    use_kernels(monkeypatch, head_loss=partial(head_loss, budget=600))
+    got = train(name, options, optimiser, dtype)
+    torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
+    assert got[0][-1] < got[0][0]
 
 
 def numbers(name, kind):
