@@ -35,7 +35,7 @@ def test_two_ranks_build_half_each(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     built = [list(map(int, (tmp_path / f"rank-{rank}.txt").read_text().split())) for rank in (0, 1)]
     one = trainer(tmp_path / "one", teacher, cache=tmp_path / "alone", rows=LONG[:13])
-    count = one.teacher.cache.num_shards
+    count = one.teachers[0].cache.num_shards
     assert built == [list(range(0, count, 2)), list(range(1, count, 2))]
     for path in (tmp_path / "alone").iterdir():
         assert (tmp_path / "cache" / path.name).read_bytes() == path.read_bytes()

@@ -87,12 +87,12 @@ def test_every_family_gives_the_same_rows(tmp_path, family):
     run = trainer(tmp_path / "run", folder, cache=tmp_path / "cache", method="dskd")
     model = load_causal_lm(str(folder))
     batch = run.data_collator([run.train_dataset[n] for n in (4, 0, 7)])
-    got, expected = run.teacher.rows(batch), OnlineTeacher(model).rows(batch)
+    got, expected = run.teachers[0].rows(batch), OnlineTeacher(model).rows(batch)
     for name in ("hidden", "input_embeddings", "target_embeddings", "target_ids", "lengths", "byte_ends"):
         assert torch.equal(getattr(got, name), getattr(expected, name)), name
     assert torch.equal(got.head.logits(got.hidden), expected.head.logits(expected.hidden))
     tied = embedding_table(model).data_ptr() == output_head(model).weight.data_ptr()
-    assert (run.teacher.table is run.teacher.head.weight) == tied
+    assert (run.teachers[0].table is run.teachers[0].head.weight) == tied
 
 
 def test_no_layer_of_the_teacher_is_loaded(tmp_path, monkeypatch):
@@ -110,7 +110,7 @@ def test_no_layer_of_the_teacher_is_loaded(tmp_path, monkeypatch):
     gc.collect()
     held = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor) and 1009 in item.shape]
     assert not held
-    assert not any(isinstance(value, torch.nn.Module) for value in vars(run.teacher).values())
+    assert not any(isinstance(value, torch.nn.Module) for value in vars(run.teachers[0]).values())
 
 
 def test_half_precision_stores_half(tmp_path, teacher):

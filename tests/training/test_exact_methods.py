@@ -40,4 +40,4 @@ def test_heads_with_biases_scales_and_ties(tmp_path, method, student, teacher):
     assert all(torch.isfinite(torch.tensor(list(entry.values()))).all() for entry in logs)
     assert logs[0]["t2s_ce"] > 0
     assert logs[0]["kd_teacher"] > 0
-    assert maps.student_tokens.shape == (output_head(run.teacher.model).vocab_size,)
+    assert maps.student_tokens.shape == (output_head(run.teachers[0].model).vocab_size,)

@@ -133,7 +133,7 @@ def test_projectors_have_a_rate_of_their_own(tmp_path):
 def test_teacher_is_neither_trained_nor_saved(tmp_path):
     """A teacher inside the module is wrapped, saved and put into train mode with it."""
     run = trainer(tmp_path)
-    teacher = run.teacher.model
+    teacher = run.teachers[0].model
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     run.train()
     assert not teacher.training

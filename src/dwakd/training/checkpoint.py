@@ -5,24 +5,24 @@ import zipfile
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 LOSS_STATE = "distillation.safetensors"
 
 
-def load_student(student: nn.Module, folder: str | Path) -> None:
+def load_student(student: Any, folder: str | Path) -> None:
     """Load the weights (or the adapter) of a saved student, in place; each parameter keeps its own dtype."""
     if isinstance(student, PeftModel):
         (adapter,) = student.peft_config
         set_peft_model_state_dict(student, load_peft_weights(str(folder), device="cpu"), adapter_name=adapter)
         return
-    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=widest_dtype(student))
+    saved = type(student).from_pretrained(folder, dtype=widest_dtype(student))
     student.load_state_dict(saved.state_dict())
 
 

@@ -16,6 +16,7 @@ from dwakd.errors import UserError
 from dwakd.losses import method_class
 from dwakd.models.loading import align_special_tokens, check_vocabulary, load_causal_lm, load_tokenizer, quiet_peft
 from dwakd.models.rows import check_head, embedding_table, model_name, output_head
+from dwakd.models.trainable import check_training
 from dwakd.training.config import DistillConfig
 from dwakd.training.student import check_student
 
@@ -79,6 +80,26 @@ def load_pair(model: str | Model, tokenizer: PreTrainedTokenizerBase | None, arg
         raise UserError(
             f"data.max_length is {args.max_length}, but {model_name(model)} has only {positions} positions; lower it"
         )
+    return model, tokenizer
+
+
+def load_student_pair(
+    model: str | Model,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: DistillConfig,
+    peft_config: PeftConfig | None,
+    train_dataset: Any,
+) -> Pair:
+    """The student with its tokenizer; one that is to be trained is checked before teachers and data are prepared.
+
+    Raises:
+        UserError: as `load_pair`, `check_training` and `check_student`.
+    """
+    model, tokenizer = load_pair(model, tokenizer, args, "processing_class")
+    if train_dataset is not None:
+        check_training(model, gradient_checkpointing=args.gradient_checkpointing)
+        if peft_config is None:
+            check_student(model)
     return model, tokenizer
 
 

@@ -62,9 +62,9 @@ def check_separate(student: nn.Module, teacher: nn.Module) -> None:
 def check_restorable(student: nn.Module) -> None:
     """Refuse a student that could not be saved, or that would be another model when its folder is loaded.
 
-    Saves the settings to a temporary folder, builds the model that they describe with the student's own tensors, and
-    compares the logits of both on a small batch. The two models share their memory where their dtypes agree.
-    Sampling settings that greedy decoding ignores are reset, because transformers refuses to save them.
+    Saves the settings to a temporary folder, builds the model that they describe with copies of the student's tensors, and
+    compares the logits of both on a small batch. Sampling settings that greedy decoding ignores are reset, because
+    transformers refuses to save them.
 
     Raises:
         UserError: names the setting, the tensor or the adapter that does not fit.
@@ -157,6 +157,7 @@ def _restored(student: PreTrainedModel, config: PretrainedConfig) -> tuple[PreTr
     """The model that its saved folder would give, and transformers' report of loading it."""
     try:
         tensors = remove_tied_weights_from_state_dict(dict(student.state_dict()), student)
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # loading may change them in place
     except RuntimeError as error:
         raise UserError(
             f"the student {model_name(student)} shares tensors that its architecture does not share, so it cannot be "

@@ -20,7 +20,6 @@ from dwakd.errors import UserError
 from dwakd.evaluation.generate import answerable_prompts
 from dwakd.losses import DistillationLoss, SeveralTeachers
 from dwakd.models.saving import save_causal_lm
-from dwakd.models.trainable import check_training
 from dwakd.training.callbacks import EpochAndTerms, TermsProgressCallback
 from dwakd.training.checkpoint import LOSS_STATE, load_checkpoint
 from dwakd.training.config import DistillConfig
@@ -33,13 +32,13 @@ from dwakd.training.inputs import (
     check_batches,
     checked_args,
     encode_source,
-    load_pair,
+    load_student_pair,
     make_encoder,
 )
 from dwakd.training.method import build_method
 from dwakd.training.optimizer import parameter_groups
 from dwakd.training.sampler import LengthGroupedSampler, cut_repeats
-from dwakd.training.student import check_student, disable_dropout
+from dwakd.training.student import disable_dropout
 from dwakd.training.teacher import Teacher
 from dwakd.training.teachers import AnyTeacher, attach_rows, batch_collator, prepare_teachers, tell_teachers
 
@@ -84,11 +83,7 @@ class DistillTrainer(Trainer):
     ) -> None:
         args = checked_args(args)
         names = dataset_names or {}
-        model, processing_class = load_pair(model, processing_class, args, "processing_class")
-        if train_dataset is not None:
-            check_training(model, gradient_checkpointing=args.gradient_checkpointing)
-            if peft_config is None:
-                check_student(model)
+        model, processing_class = load_student_pair(model, processing_class, args, peft_config, train_dataset)
         found = prepare_teachers(model, teacher_model, teacher_processing_class, args)
         self.teachers: list[Teacher] = [teacher for teacher, _ in found]
         date = next((teacher.date for teacher in self.teachers if teacher.date), None)
