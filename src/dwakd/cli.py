@@ -1,4 +1,4 @@
-"""The command line: `dwakd train | cache | eval | similarity | compare | shrink | demo | methods`."""
+"""The command line: `dwakd train | cache | eval | similarity | compare | shrink | demo | methods | env`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from dwakd.cli_options import InputColumn, Limit, Overrides, PromptColumn, ResponseColumn
+from dwakd.environment import describe_environment, version_of
 from dwakd.errors import UserError
 
 app = typer.Typer(
@@ -25,6 +26,22 @@ app = typer.Typer(
     epilog="Start with [bold]dwakd demo[/bold]: it needs no network and takes about five minutes on two cores.",
 )
 console = Console()
+
+
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"dwakd {version_of('dwakd')}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Accept the options that stand before a command."""
 
 
 @app.command()
@@ -285,6 +302,12 @@ def methods(
     from dwakd.describe import method_page, methods_table
 
     console.print(methods_table() if name is None else method_page(name))
+
+
+@app.command()
+def env() -> None:
+    """Show the versions and hardware that a bug report needs, as text to paste."""
+    typer.echo(describe_environment())
 
 
 def _hush_transformers() -> None:

@@ -1,0 +1,65 @@
+"""The versions and hardware that a bug report needs: what `dwakd env` prints."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = (
+    "dwakd",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "huggingface_hub",
+    "safetensors",
+    "numpy",
+    "numba",
+    "triton",
+)
+
+
+def version_of(package: str) -> str:
+    """Return the installed version of a package, or "not installed"."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def describe_environment() -> str:
+    """Describe packages, Python, platform and devices, one Markdown list item per line.
+
+    Versions are read from the packages' metadata. Only torch is imported, to list the GPUs; if that fails, the line
+    says why.
+    """
+    lines = {package: version_of(package) for package in PACKAGES}
+    lines |= {"Python": platform.python_version(), "platform": platform.platform(), "CPU": cpu_model(), "GPU": _gpus()}
+    return "\n".join(f"- {name}: {value}" for name, value in lines.items())
+
+
+def cpu_model() -> str:
+    """Return the name of the processor, or its architecture where the system does not tell the name."""
+    if platform.system() == "Darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or platform.machine()
+    names = Path("/proc/cpuinfo")
+    lines = names.read_text(encoding="utf-8").splitlines() if names.is_file() else []
+    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return found[0] if found else platform.processor() or platform.machine()
+
+
+def _gpus() -> str:
+    try:
+        import torch
+    except Exception as error:  # a broken installation is what many reports are about
+        return f"unknown, because torch could not be imported ({type(error).__name__}: {error})"
+    if torch.cuda.is_available():
+        devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        names = [f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in devices]
+        return f"{', '.join(names)}; CUDA {torch.version.cuda or torch.version.hip}"
+    return "Apple MPS" if torch.backends.mps.is_available() else "none"
