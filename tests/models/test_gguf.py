@@ -1,5 +1,6 @@
 """GGUF: converted once, exactly, into a folder that behaves like any other."""
 
+import importlib.util
 import json
 
 import gguf
@@ -110,6 +111,16 @@ def test_converted_once_and_again_when_the_content_changes(tmp_path, cache, mode
     path.unlink()
     write_gguf(path, tiny_model("llama", len(tokenizer), seed=1), tokenizer)
     assert conversion.convert_gguf(path) != first
+
+
+def test_without_the_package_the_error_names_the_extra(tmp_path, cache, model, tokenizer, monkeypatch):
+    """transformers' own message asks for torch, and does not say how to get the reader with dwakd."""
+    path = write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gguf" else find(name, *rest))
+    with pytest.raises(UserError, match=r"tiny\.gguf .*dwakd\[gguf\]"):
+        conversion.convert_gguf(path)
+    assert list(cache.iterdir()) == []
 
 
 def test_a_failed_conversion_leaves_nothing_behind(tmp_path, cache, model, tokenizer, monkeypatch):

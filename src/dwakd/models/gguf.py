@@ -6,6 +6,7 @@ Dequantising a file through transformers takes tens of seconds and the model tha
 
 import contextlib
 import hashlib
+import importlib.util
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -30,8 +31,8 @@ def convert_gguf(path: Path) -> Path:
     not at all, also when several processes convert at once.
 
     Raises:
-        UserError: no such file, not a GGUF file, an architecture or tokenizer that transformers cannot read, or
-            weights missing in the file.
+        UserError: no such file, not a GGUF file, the package gguf is not installed, an architecture or tokenizer that
+            transformers cannot read, or weights missing in the file.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; gguf: takes the path of a GGUF file.")
@@ -66,6 +67,8 @@ def _appearing_whole(folder: Path) -> Iterator[Path]:
 
 
 def _convert(path: Path, folder: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"{path} cannot be read without the package gguf: install it by pip install 'dwakd[gguf]'")
     transformers_logging.get_logger(__name__).warning("Converting %s to safetensors (only this once).", path)
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:

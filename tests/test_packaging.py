@@ -1,0 +1,32 @@
+"""The package metadata agrees with the source."""
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+IMPORTED_AS = {"pyyaml": "yaml"}
+WITH_TORCH = {"triton"}
+"""Installed with those builds of torch that can use it."""
+
+
+def imported_packages():
+    """Top-level packages that any module under src imports, at any depth of its code."""
+    found = set()
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.split(".")[0])
+    return found - set(sys.stdlib_module_names) - {"dwakd"}
+
+
+def test_imports_and_dependencies_agree():
+    """A package that comes with another one today can be missing after that one's next release."""
+    names = {re.split(r"[^\w-]", requirement)[0].lower() for requirement in PROJECT["dependencies"]}
+    declared = {IMPORTED_AS.get(name, name).replace("-", "_") for name in names}
+    assert imported_packages() - WITH_TORCH == declared
