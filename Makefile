@@ -6,11 +6,11 @@ STAMP := $(VENV)/.installed
 # The pinned torch is a CPU build where a package index or a local folder offers one.
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo test test-slow check format docs clean
+.PHONY: help setup demo test test-slow coverage check format clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,15 +29,18 @@ test: $(STAMP) ## run the test suite (under ten minutes, no network)
 test-slow: $(STAMP) ## train and reload every architecture of transformers (about ten minutes; refused ones are skips)
 	$(BIN)/pytest -m slow -rs
 
+coverage: $(STAMP) ## run the test suite and list the lines that no test reaches (takes about half as long again)
+	$(BIN)/pytest -n 2 --cov --cov-report=term-missing
+
 check: $(STAMP) ## lint, format, types, spelling
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/typos
 
-format: $(STAMP) ## format and mend what ruff can mend
+format: $(STAMP) ## format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix src tests benchmarks
 	$(BIN)/ruff format src tests benchmarks
 
 clean: ## remove the environment, caches and demo runs
-	rm -rf $(VENV) demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
