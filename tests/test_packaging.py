@@ -30,3 +30,9 @@ def test_imports_and_dependencies_agree():
     names = {re.split(r"[^\w-]", requirement)[0].lower() for requirement in PROJECT["dependencies"]}
     declared = {IMPORTED_AS.get(name, name).replace("-", "_") for name in names}
     assert imported_packages() - WITH_TORCH == declared
+
+
+def test_a_citation_names_the_package_s_repository():
+    """The citation and the package's page must lead to the same place."""
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"repository-code: {PROJECT['urls']['Homepage']}\n" in citation
