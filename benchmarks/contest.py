@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from benchmarks import plain, trl_peer
 from benchmarks.workload import Sizes, build_batch, build_student, build_teacher, build_tokens
@@ -98,6 +99,7 @@ class Contest:
             rows = None if name == "sft" else given or teacher.rows(self.batch)
             value: Tensor = distiller(self.batch, rows)["loss"]
             if name == "sft_head":
+                assert rows is not None
                 with torch.no_grad():
                     torch.mm(rows.head.weight, rows.hidden.t())
             return value
@@ -141,7 +143,7 @@ class Contest:
         ones = torch.ones(int(mask.sum()), weight.shape[1])
         t_ones = torch.ones(int(t_mask.sum()), t_weight.shape[1])
 
-        def body(model: nn.Module, side: str) -> Tensor:
+        def body(model: PreTrainedModel, side: str) -> Tensor:
             ids, attention = self.batch[f"{side}_input_ids"], self.batch[f"{side}_attention_mask"]
             return model.base_model(ids, attention_mask=attention).last_hidden_state
 

@@ -9,8 +9,9 @@ for the log, and sums over processes. `response_*` select the response rows firs
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
+from transformers import PreTrainedModel
 
 from dwakd.kernels import soft_dtw
 from dwakd.losses.projectors import Projectors
@@ -19,7 +20,7 @@ TEMPERATURE, TEACHER_TEMPERATURE = 2.0, 1.0
 Batch = dict[str, Tensor]
 
 
-def sft_all_positions(student: nn.Module, batch: Batch) -> Tensor:
+def sft_all_positions(student: PreTrainedModel, batch: Batch) -> Tensor:
     """Cross-entropy over the logits of every position, the others masked."""
     logits = student(batch["student_input_ids"], attention_mask=batch["student_attention_mask"]).logits
     mask = batch["student_response_mask"]
@@ -27,7 +28,7 @@ def sft_all_positions(student: nn.Module, batch: Batch) -> Tensor:
     return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum") / mask.sum()
 
 
-def sft_response(student: nn.Module, batch: Batch) -> Tensor:
+def sft_response(student: PreTrainedModel, batch: Batch) -> Tensor:
     """Cross-entropy over the logits of response rows."""
     mask = batch["student_response_mask"]
     hidden = student.base_model(
@@ -36,17 +37,19 @@ def sft_response(student: nn.Module, batch: Batch) -> Tensor:
     return cross_entropy(student.get_output_embeddings()(hidden), batch["student_target_ids"][mask])
 
 
-def published_dskd(student: nn.Module, teacher: nn.Module, projectors: Projectors, batch: Batch) -> Tensor:
+def published_dskd(student: PreTrainedModel, teacher: PreTrainedModel, projectors: Projectors, batch: Batch) -> Tensor:
     """DSKD with cross-model attention over all positions."""
     return _published(student, teacher, projectors, batch, weighted=False)
 
 
-def published_dwa_kd(student: nn.Module, teacher: nn.Module, projectors: Projectors, batch: Batch) -> Tensor:
+def published_dwa_kd(
+    student: PreTrainedModel, teacher: PreTrainedModel, projectors: Projectors, batch: Batch
+) -> Tensor:
     """DWA-KD over all positions: its weights, and six Soft-DTW calls for each example."""
     return _published(student, teacher, projectors, batch, weighted=True)
 
 
-def _forward(model: nn.Module, batch: Batch, side: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(model: PreTrainedModel, batch: Batch, side: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Logits, final hidden states, embeddings of what is read and of what is predicted."""
     output = model(
         batch[f"{side}_input_ids"], attention_mask=batch[f"{side}_attention_mask"], output_hidden_states=True
@@ -57,7 +60,7 @@ def _forward(model: nn.Module, batch: Batch, side: str) -> tuple[Tensor, Tensor,
 
 
 def _published(
-    student: nn.Module, teacher: nn.Module, projectors: Projectors, batch: Batch, *, weighted: bool
+    student: PreTrainedModel, teacher: PreTrainedModel, projectors: Projectors, batch: Batch, *, weighted: bool
 ) -> Tensor:
     s_mask, t_mask, targets = (
         batch[f"{n}"] for n in ("student_response_mask", "teacher_response_mask", "student_target_ids")
@@ -149,7 +152,7 @@ def _alignment(pairs: tuple[tuple[Tensor, Tensor], ...], attention: Tensor, s_ma
     return total
 
 
-def response_dskd(student: nn.Module, teacher: nn.Module, projectors: Projectors, batch: Batch) -> Tensor:
+def response_dskd(student: PreTrainedModel, teacher: PreTrainedModel, projectors: Projectors, batch: Batch) -> Tensor:
     """DSKD over response rows only: what selecting rows alone brings."""
     s_mask, t_mask = batch["student_response_mask"], batch["teacher_response_mask"]
     hidden = student.base_model(

@@ -8,7 +8,6 @@ in the folder; the document says which commands bring them there.
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +178,7 @@ def trl(folder: Path, document: Path) -> str | None:
 
 def methods(folder: Path, document: Path) -> str | None:
     """A step of every method, the cheapest first."""
-    peaks = next((one["peak_bytes"] for one in results(folder, "memory-methods")), {})
+    peaks: dict[str, int] = next((one["peak_bytes"] for one in results(folder, "memory-methods")), {})
     for one in results(folder, "step-methods"):
         seconds = one["median_seconds"]
         table = [["method", "seconds", "/ DWA-KD", "/ SFT and a head", "GB above the weights"]]
@@ -270,8 +269,10 @@ def main() -> None:
             print(f"{name}: no results in {options.results}")
             continue
         print(text)
-        marks = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        written = marks.sub(lambda found, text=text: f"{found[1]}\n{text}\n{found[2]}", written)
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if start in written:
+            before, rest = written.split(start, 1)
+            written = f"{before}{start}\n{text}\n{end}{rest.split(end, 1)[1]}"
     options.document.write_text(written, encoding="utf-8")
 
 

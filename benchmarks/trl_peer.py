@@ -11,13 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
+from transformers import PreTrainedModel
 
 from benchmarks.workload import Sizes, build_tokens
 
 Batch = dict[str, Tensor]
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "uld": {"use_extended_uld": False, "uld_crossentropy_weight": 1.0, "uld_distillation_weight": 1.5},
     "gold": {"uld_use_hybrid_loss": True},
 }
@@ -58,7 +59,7 @@ def response_columns(mask: Tensor) -> slice:
     return slice(int(columns[0]), int(columns[-1]) + 1)
 
 
-def hidden_window(model: nn.Module, batch: Batch, side: str) -> Tensor:
+def hidden_window(model: PreTrainedModel, batch: Batch, side: str) -> Tensor:
     """Final hidden states of the response columns and, as no label stands at the first position, one row more."""
     hidden = model.base_model(
         batch[f"{side}_input_ids"], attention_mask=batch[f"{side}_attention_mask"]
@@ -67,7 +68,10 @@ def hidden_window(model: nn.Module, batch: Batch, side: str) -> Tensor:
 
 
 def loss_of_windows(
-    loss: Callable[..., Tensor], windows: tuple[Tensor, Tensor], models: tuple[nn.Module, nn.Module], batch: Batch
+    loss: Callable[..., Tensor],
+    windows: tuple[Tensor, Tensor],
+    models: tuple[PreTrainedModel, PreTrainedModel],
+    batch: Batch,
 ) -> Tensor:
     """The loss of `hidden_window` of student and teacher."""
     logits = [model.get_output_embeddings()(window) for model, window in zip(models, windows, strict=True)]
@@ -81,7 +85,7 @@ def loss_of_windows(
     return loss(*logits, *labels, *(side.clamp_min(0) for side in labels), *ends)
 
 
-def step_loss(loss: Callable[..., Tensor], models: tuple[nn.Module, nn.Module], batch: Batch) -> Tensor:
+def step_loss(loss: Callable[..., Tensor], models: tuple[PreTrainedModel, PreTrainedModel], batch: Batch) -> Tensor:
     """The loss of a batch, both models' forward included."""
     student, teacher = models
     with torch.no_grad():

@@ -22,7 +22,7 @@ if __name__ == "__main__":
             file.write(f"{shard}\n")
         write(self, shard, hidden)
 
-    Cache.write_shard = noted
+    Cache.write_shard = noted  # type: ignore[method-assign]
     run = trainer(
         folder / "two",
         teacher,

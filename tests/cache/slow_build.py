@@ -15,5 +15,5 @@ if __name__ == "__main__":
         write(self, shard, hidden)
         time.sleep(0.3)
 
-    Cache.write_shard = dawdle
+    Cache.write_shard = dawdle  # type: ignore[method-assign]
     trainer(cache.parent / "killed", teacher, cache=cache)

@@ -65,7 +65,7 @@ def dwa_kd(
     std_key = keys.std()
     std_hidden = torch.cat([e["teacher_hidden"] for e in examples]).std()
     std_out = torch.cat([e["teacher_out"] for e in examples]).std()
-    terms = dict.fromkeys(("ce", "t2s_ce", "kd_student", "kd_teacher", "dtw_hidden", "dtw_embedding"), 0.0)
+    terms = dict.fromkeys(("ce", "t2s_ce", "kd_student", "kd_teacher", "dtw_hidden", "dtw_embedding"), torch.zeros(()))
     num_tokens = sum(len(e["student_target"]) for e in examples)
     for e in examples:
         query = apply("query", torch.cat([e["student_in"].detach(), e["student_out"].detach()], 1))
@@ -102,7 +102,7 @@ def dwa_kd(
         if use_band:
             a = attention.detach()
             for i in range(s_len):
-                mean = sum((j + 1) * a[i, j] for j in range(t_len))
+                mean = (torch.arange(1, t_len + 1) * a[i]).sum()
                 centre = alpha * mean + (1 - alpha) * (i + 1) * t_len / s_len
                 width = base - beta * (a[i] * a[i].log()).sum()
                 for j in range(t_len):
@@ -116,5 +116,5 @@ def dwa_kd(
             terms[name] = terms[name] + cross - own_terms / 2
     terms = {name: value / num_tokens for name, value in terms.items()}
     factors = {"ce": ce, "dtw_hidden": dtw, "dtw_embedding": dtw}
-    terms["loss"] = sum(factors.get(name, kd) * value for name, value in terms.items())
+    terms["loss"] = torch.stack([factors.get(name, kd) * value for name, value in terms.items()]).sum()
     return terms

@@ -57,4 +57,4 @@ def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor],
     """Equal weights, name by name."""
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(got[name], tensor, atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(got[name], tensor, atol=atol, rtol=0, msg=f"{name}: {{}}".format)
