@@ -88,11 +88,35 @@ def test_metrics_of_users_become_plain_numbers(value):
     assert json.loads(json.dumps(plain))["score"] == float(value)
 
 
-@pytest.mark.parametrize("metrics", [{"f1": np.array([0.1, 0.2])}, {"f1": object()}, [("f1", 0.5)], 0.5, None])
+@pytest.mark.parametrize(
+    "metrics", [{"f1": np.array([0.1, 0.2])}, {"f1": object()}, {1: 0.5}, [("f1", 0.5)], 0.5, None]
+)
 def test_metrics_that_are_no_numbers_are_named(metrics):
     """Found before the first checkpoint, with the metric's name, instead of a TypeError of JSON."""
-    with pytest.raises(UserError, match=r"compute_metrics.*(f1|list|float|None)"):
+    with pytest.raises(UserError, match=r"compute_metrics.*(f1|1|list|float|None)"):
         plain_metrics(metrics)
+
+
+def test_metrics_that_the_best_model_needs_are_checked(tmp_path):
+    """A metric that is missing or overwrites a term would end a run at its first evaluation, or choose wrongly."""
+    options = {"method": "sft", "eval_rows": ROWS[:2], "eval_max_new_tokens": 2, "metric_for_best_model": "f1"}
+    with pytest.raises(UserError, match="metric_for_best_model f1"):
+        trainer(tmp_path, **options)
+    run = trainer(tmp_path, **{**options, "metric_for_best_model": None})
+    run.args.metric_for_best_model = "f1"
+    for metrics, named in (({"f1": None}, "f1"), ({"f1": float("nan")}, "nan"), ({"ce": 0.1}, "ce"), ({"em": 1}, "f1")):
+        run.metrics_function = lambda prediction, metrics=metrics: metrics
+        with pytest.raises(UserError, match=named):
+            run.evaluate()
+
+
+def test_the_tokenizer_and_weights_survive_settings_that_json_cannot_hold(tmp_path):
+    """A callback can put anything into the generation settings."""
+    run = trainer(tmp_path, method="sft", max_steps=1)
+    run.student.generation_config.own = object()
+    run.save_model()
+    assert (tmp_path / "model.safetensors").is_file()
+    assert (tmp_path / "tokenizer.json").is_file()
 
 
 def test_metrics_are_logged_as_numbers(tmp_path):

@@ -33,6 +33,21 @@ def test_weights_of_nan_are_not_saved(tmp_path):
         diverged.train()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_options": {"ce_weight": 0.0, "kd_weight": 0.0, "dtw_weight": 0.0}},
+        {"loss_options": {"ce_weight": 1e30}},
+        {"max_grad_norm": 1e-320},
+    ],
+)
+def test_a_run_in_which_the_student_gets_no_gradient_ends(tmp_path, options):
+    """Weights of 0, or a gradient norm of infinity that clips every gradient to 0, train nothing for days."""
+    run = trainer(tmp_path, max_steps=6, **options)
+    with pytest.raises(UserError, match=r"every gradient of the student is zero at step 3|the loss is"):
+        run.train()
+
+
 class OnAccelerator(torch.Tensor):
     """A tensor that claims to be on a GPU."""
 

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dwakd import METHODS, DistillConfig, DistillTrainer, UserError
 from dwakd.training.student import check_restorable, disable_dropout
@@ -128,6 +128,58 @@ def test_a_subclass_is_restored_as_what_transformers_loads():
         check_restorable(student)
 
 
+def test_harmless_differences_are_no_reason_to_refuse():
+    """Casting a model rounds its rotary frequencies, and an own buffer changes no logit; both are ordinary."""
+    for family in ("llama", "qwen2", "gemma2"):
+        check_restorable(tiny_model(family).to(torch.bfloat16).float())
+        check_restorable(tiny_model(family, num_hidden_layers=12).to(torch.bfloat16))
+    student = tiny_model("llama")
+    student.register_buffer("extra", torch.ones(2))
+    check_restorable(student)
+    slower = tiny_model("llama")
+    slower.model.rotary_emb.inv_freq.mul_(2)
+    with pytest.raises(UserError, match="logits differ"):
+        check_restorable(slower)
+
+
+def test_a_class_that_is_not_registered_is_read_by_its_own_config():
+    """A model of the user's own project has no entry in transformers' tables."""
+
+    class OwnConfig(LlamaConfig):
+        model_type = "own_llama"
+
+    class OwnModel(LlamaForCausalLM):
+        config_class = OwnConfig
+
+    check_restorable(OwnModel(OwnConfig(**{**tiny_model("llama").config.to_dict(), "model_type": "own_llama"})))
+
+
+def test_adapters_that_cannot_be_read_back_are_refused():
+    """A start that is drawn at random again on reading gives another model; shared layers cannot be merged."""
+    for options, named in (
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+    ):
+        student = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"], **options))
+        with pytest.raises(UserError, match=named):
+            check_restorable(student)
+
+
+def test_an_adapter_on_an_adapted_student_is_refused(tmp_path):
+    """PEFT would wrap the wrapped model, whose forward has no hidden states."""
+    config = LoraConfig(r=2, task_type="CAUSAL_LM")
+    student = get_peft_model(tiny_model("llama", len(TOKENIZERS[0])), config)
+    with pytest.raises(UserError, match="leave out peft_config"):
+        DistillTrainer(
+            student,
+            None,
+            DistillConfig(output_dir=str(tmp_path), use_cpu=True, method="sft"),
+            ROWS,
+            processing_class=TOKENIZERS[0],
+            peft_config=config,
+        )
+
+
 def test_settings_that_greedy_decoding_ignores_are_removed(caplog):
     """Llama 2 Chat was published with a temperature and without sampling, which transformers loads but cannot save."""
     student = tiny_model("llama")
@@ -232,7 +284,11 @@ def test_callbacks_receive_the_student(tmp_path):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             self.answers.append(model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False))
 
+        def on_evaluate(self, args, state, control, model=None, **kwargs):
+            self.on_step_end(args, state, control, model)
+
     run = run_of(tiny_model("llama", len(byte_bpe())), tmp_path, method="sft")
     run.add_callback(Sample())
+    run.evaluate(ROWS[:2])
     run.train()
-    assert len(Sample.answers) == 1
+    assert len(Sample.answers) == 2

@@ -45,7 +45,9 @@ def save_causal_lm(model: Any, folder: str | Path, state_dict: dict[str, Tensor]
     settings, model.generation_config = model.generation_config, GenerationConfig()
     try:
         model.save_pretrained(folder, state_dict=state_dict)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # validators of configs raise their own types
         if state_dict is None:
             save_model(model, str(folder / "model.safetensors"))
         else:
@@ -59,7 +61,9 @@ def save_causal_lm(model: Any, folder: str | Path, state_dict: dict[str, Tensor]
     try:
         if model.can_generate():
             settings.save_pretrained(folder)
-    except ValueError as error:
+    except OSError:
+        raise
+    except Exception as error:  # settings may hold anything
         logger.warning("%s has the model without its generation settings: %s", folder, " ".join(str(error).split()))
 
 

@@ -2,7 +2,8 @@
 
 import math
 import sys
-from dataclasses import dataclass, field
+import typing
+from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any
 
@@ -16,6 +17,7 @@ from dwakd.losses.several_teachers import GATES
 SAMPLING = ("random", "sequential", "group_by_length")
 _POSITIVE, _COUNT = (0, sys.float_info.max, "above 0 and finite"), (0, math.inf, "at least 1")
 _SIZE, _BETA = (-1e-300, math.inf, "0 or more"), (-1e-300, math.nextafter(1, 0), "0 or more and below 1")
+_SEED = (-1e-300, 2**32 - 1, "0 or more and below 2**32")
 RANGES: dict[str, tuple[float, float, str]] = {
     "learning_rate": _POSITIVE,
     "projector_learning_rate": _POSITIVE,
@@ -35,8 +37,9 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "weight_decay": _SIZE,
     "max_grad_norm": _SIZE,
     "warmup_steps": _SIZE,
-    "seed": _SIZE,
-    "data_seed": _SIZE,
+    "seed": _SEED,
+    "data_seed": _SEED,
+    "adam_epsilon": _SIZE,
     "dataloader_num_workers": _SIZE,
     "adam_beta1": _BETA,
     "adam_beta2": _BETA,
@@ -88,7 +91,9 @@ class DistillConfig(TrainingArguments):
     prompt_column: str | None = field(default=None, metadata={"help": "Column of the prompt; guessed if absent."})
     response_column: str | None = field(default=None, metadata={"help": "Column of the response; guessed if absent."})
     input_column: str | None = field(default=None, metadata={"help": "Column of the optional input."})
-    disable_dropout: bool = field(default=False, metadata={"help": "Set every dropout of the student to 0."})
+    disable_dropout: bool = field(
+        default=False, metadata={"help": "Set each dropout of the student to 0, not router noise."}
+    )
     teacher_cache: str | None = field(
         default=None,
         metadata={"help": "Folder of the teacher's hidden states, built if it isn't there; see docs/cache.md."},
@@ -143,15 +148,25 @@ class DistillConfig(TrainingArguments):
         for name, valid in {"train_sampling_strategy": SAMPLING, "teacher_gate": GATES}.items():
             if getattr(self, name) not in valid:
                 raise UserError(f"unknown {name} {getattr(self, name)!r}; valid ones: {', '.join(valid)}")
+        if not isinstance(self.teacher_weights, list | None):
+            raise UserError(f"teacher_weights must be a list of numbers, got {self.teacher_weights!r}")
         for weight in self.teacher_weights or []:
-            if not 0 < weight < float("inf"):
-                raise UserError(f"teacher_weights must be numbers above 0, got {weight!r}")
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 1e-30 <= weight <= 1e30:
+                raise UserError(f"teacher_weights must be a list of numbers between 1e-30 and 1e30, got {weight!r}")
         if not isinstance(self.loss_options, dict):
             raise UserError(f"loss_options must be a dict of the method's options, got {self.loss_options!r}")
         if not all(part.count("=") == 1 for part in (self.optim_args or "a=b").split(",")):
             raise UserError(f"optim_args must look like name=value,name=value, got {self.optim_args!r}")
 
     def _check_ranges(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for item in fields(self):
+            value, kinds = getattr(self, item.name), typing.get_args(hints[item.name]) or (hints[item.name],)
+            for number in _as_list(list(value.values()) if isinstance(value, dict) else value):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise UserError(f"{item.name} must be finite, got {value!r}")
+            if isinstance(value, float) and int in kinds and float not in kinds and not value.is_integer():
+                raise UserError(f"{item.name} must be a whole number, got {value!r}")
         for name, (low, high, what) in RANGES.items():
             value = getattr(self, name)
             if value is None or (name == "max_steps" and value == -1):
@@ -159,3 +174,7 @@ class DistillConfig(TrainingArguments):
             number = isinstance(value, Real)
             if not (number and low < value <= high):
                 raise UserError(f"{name} must be {what if number else 'a number'}, got {value!r}")
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]

@@ -18,6 +18,8 @@ from dwakd.data.sources import Example
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import generate_answers
 from dwakd.evaluation.rouge import references_of, rouge_l
+from dwakd.losses import method_class
+from dwakd.training.config import DistillConfig
 from dwakd.training.sampler import cut_repeats
 
 if TYPE_CHECKING:
@@ -71,9 +73,49 @@ def generated_metrics(trainer: DistillTrainer, examples: list[Example]) -> dict[
         scores = rouge_l(answers, references)
         metrics["rouge_l"] = sum(scores) / len(scores)
     if trainer.metrics_function:
-        own = trainer.metrics_function(EvalPrediction(predictions=answers, label_ids=references))
-        metrics |= plain_metrics(own)
+        own = plain_metrics(trainer.metrics_function(EvalPrediction(predictions=answers, label_ids=references)))
+        known, best = known_metrics(trainer.args), best_metric(trainer.args)
+        for name in own:
+            if name in known:
+                raise UserError(
+                    f"compute_metrics returned {name!r}, which is the name of a metric of the run: rename it"
+                )
+        value = own.get(best or "", 0.0)
+        if (
+            best is not None
+            and best not in known
+            and (best not in own or not isinstance(value, int | float) or not math.isfinite(value))
+        ):
+            raise UserError(f"metric_for_best_model is {best}, but compute_metrics returned {own.get(best)!r} for it")
+        metrics |= own
     return metrics
+
+
+def best_metric(args: DistillConfig) -> str | None:
+    """The metric by which checkpoints are compared, without its prefix; None if they are not compared."""
+    if args.metric_for_best_model is None:
+        return None
+    return args.metric_for_best_model.removeprefix("eval_")
+
+
+def known_metrics(args: DistillConfig) -> set[str]:
+    """The names of the metrics that an evaluation reports without `compute_metrics`."""
+    return {*method_class(args.method).terms, "loss", "bits_per_byte", "rouge_l"}
+
+
+def check_best_metric(args: DistillConfig, has_own: bool) -> None:
+    """Refuse a metric for the best model that no evaluation reports.
+
+    Args:
+        args: of the run.
+        has_own: whether there is a `compute_metrics`.
+
+    Raises:
+        UserError: lists the metrics that exist.
+    """
+    best, known = best_metric(args), known_metrics(args)
+    if best is not None and best not in known and not has_own:
+        raise UserError(f"unknown metric_for_best_model {best}; valid ones: {', '.join(sorted(known))}")
 
 
 def plain_metrics(metrics: Any) -> dict[str, Any]:
@@ -86,6 +128,8 @@ def plain_metrics(metrics: Any) -> dict[str, Any]:
         raise UserError(f"compute_metrics must return a dict of numbers by name, got {type(metrics).__name__}")
     plain: dict[str, Any] = {}
     for name, value in denumpify_detensorize(dict(metrics)).items():
+        if not isinstance(name, str):
+            raise UserError(f"compute_metrics must return numbers by name, but one of its names is {name!r}")
         plain[name] = value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
         try:
             json.dumps({name: plain[name]})

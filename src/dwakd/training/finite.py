@@ -10,7 +10,7 @@ from dwakd.errors import UserError
 
 
 class FiniteCheck:
-    """Ends a run when a training loss or a trained weight is NaN or infinite.
+    """Ends a run when a training loss or a trained weight is NaN or infinite, or when the student gets no gradient.
 
     On a CPU a loss is checked at once. On an accelerator its value is copied to the host without waiting and is checked when
     the copy has arrived: usually one step later, and always in `finish`.
@@ -21,6 +21,7 @@ class FiniteCheck:
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+        self._has_gradient = False
         self._copies: deque[tuple[int, Tensor, torch.Event | None]] = deque()
 
     def add(self, loss: Tensor) -> None:
@@ -35,6 +36,28 @@ class FiniteCheck:
             event.record()
         while self._copies and self._first_arrived():
             self._check_first()
+
+    def check_gradients(self) -> None:
+        """Refuse a run whose student has had no gradient other than zero by its third step, or its last if that is earlier.
+
+        Called after the gradients are clipped. Once a gradient is found, nothing is checked. Gradients that are sharded over
+        processes are not checked.
+
+        Raises:
+            UserError: names the options that can cause it.
+        """
+        trainer = self.trainer
+        if self._has_gradient or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            return
+        gradients = (parameter.grad for parameter in trainer.student.parameters())
+        self._has_gradient = any(bool(gradient.any()) for gradient in gradients if gradient is not None)
+        step = trainer.state.global_step + 1
+        if not self._has_gradient and step >= min(3, trainer.state.max_steps):
+            trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+            raise UserError(
+                f"every gradient of the student is zero at step {step}, so nothing is trained: check the weights in loss, "
+                "training.max_grad_norm, and lora_alpha and lora_dropout in student.peft"
+            )
 
     def finish(self) -> None:
         """Wait for every loss and check it, and check the trained parameters as they are now.

@@ -93,9 +93,13 @@ def load_student_pair(
     """The student with its tokenizer; one that is to be trained is checked before teachers and data are prepared.
 
     Raises:
-        UserError: as `load_pair`, `check_training` and `check_student`.
+        UserError: as `load_pair`, `check_training` and `check_student`; or an adapter for a model that has one.
     """
     model, tokenizer = load_pair(model, tokenizer, args, "processing_class")
+    if isinstance(model, PeftModel) and peft_config is not None:
+        raise UserError(
+            "the student has an adapter already: leave out peft_config, or give the model without the adapter"
+        )
     if train_dataset is not None:
         check_training(model, gradient_checkpointing=args.gradient_checkpointing)
         if peft_config is None:

@@ -111,7 +111,7 @@ def _peft_config(options: dict[str, Any] | None) -> LoraConfig | None:
         check_type(hints[name], options[name], f"student.peft.{name}")
     try:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **options})
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"student.peft: {error}") from error
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -121,6 +121,16 @@ def _check_adapter(student: PeftModel) -> None:
             "others into its base model or delete them"
         )
     (adapter,) = student.peft_config
+    config = student.peft_config[adapter]
+    if str(getattr(config, "init_lora_weights", "")).startswith("pissa_niter"):
+        raise UserError(
+            "peft_config: init_lora_weights=pissa_niter_... changes the base model by random numbers that are not saved: use "
+            "pissa, or the student could not be restored"
+        )
+    if getattr(config, "layer_replication", None):
+        raise UserError(
+            "peft_config: layer_replication shares the weights of layers, so the adapter could not be merged: leave it out"
+        )
     saved = get_peft_model_state_dict(student, adapter_name=adapter, save_embedding_layers=False)
     kept = {_storage(tensor) for tensor in saved.values()}
     for name, parameter in student.named_parameters():
@@ -143,9 +153,8 @@ def _saved_config(student: PreTrainedModel) -> PretrainedConfig:
             raise UserError(
                 f"the settings of the student {model_name(student)} cannot be saved: {' '.join(str(error).split())}"
             ) from error
-        reader = type(student.config) if hasattr(student.config, "auto_map") else AutoConfig
         try:
-            return reader.from_pretrained(folder)
+            return type(student.config).from_pretrained(folder)
         except Exception as error:
             raise UserError(
                 f"the config of the student {model_name(student)} cannot be read again after it is saved: "
@@ -190,8 +199,9 @@ def _check_same(student: PreTrainedModel, restored: PreTrainedModel, loading: di
         "unexpected_keys": "does not describe {}",
         "mismatched_keys": "describes {} in another shape",
     }
+    ignored = {name for name, _ in student.named_buffers()}  # loading passes over buffers that are not in the config
     for report, words in what.items():
-        if keys := sorted(key if isinstance(key, str) else key[0] for key in loading[report]):
+        if keys := sorted({key if isinstance(key, str) else key[0] for key in loading[report]} - ignored):
             more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
             raise UserError(
                 f"the student {model_name(student)} would be another model when its saved folder is loaded, because its "
@@ -200,6 +210,7 @@ def _check_same(student: PreTrainedModel, restored: PreTrainedModel, loading: di
     dtypes = {name: parameter.dtype for name, parameter in student.named_parameters()}
     for name, parameter in restored.named_parameters():
         parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
+    _copy_rounded_buffers(student, restored)
     vocab_size = student.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(16, device=student.device) * 7 % vocab_size).view(2, 8)
     with torch.no_grad(), evaluating(student), evaluating(restored.to(student.device)):
@@ -212,6 +223,17 @@ def _check_same(student: PreTrainedModel, restored: PreTrainedModel, loading: di
             f"the student {model_name(student)} would be another model when its saved folder is loaded: logits differ by "
             f"{difference:.3g}, so its config does not describe all of it; correct the model or its config"
         )
+
+
+def _copy_rounded_buffers(student: nn.Module, restored: nn.Module) -> None:
+    """Give the restored model those buffers that differ by rounding: `student.to(torch.bfloat16)` rounds rotary frequencies."""
+    buffers = dict(student.named_buffers())
+    for name, buffer in restored.named_buffers():
+        own = buffers.get(name)
+        if own is not None and own.shape == buffer.shape and own.is_floating_point():
+            rounded = own.detach().to(buffer)
+            if torch.allclose(rounded.float(), buffer.float(), rtol=1e-2, atol=1e-6):
+                buffer.data = own.detach().clone()
 
 
 @contextmanager

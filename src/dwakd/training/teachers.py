@@ -63,6 +63,8 @@ def _prepare(
         model, tokenizer = load_pair(teacher, tokenizer, args, "teacher_processing_class")
         check_separate(student, model)
         teacher = OnlineTeacher(model)
+    elif isinstance(teacher, OnlineTeacher):
+        check_separate(student, teacher.model)
     tokenizer = tokenizer or teacher.tokenizer
     if tokenizer is None:
         raise UserError("teacher_processing_class is missing: give the teacher's tokenizer beside it")

@@ -24,7 +24,7 @@ from dwakd.training.callbacks import EpochAndTerms, TermsProgressCallback
 from dwakd.training.checkpoint import LOSS_STATE, load_checkpoint
 from dwakd.training.config import DistillConfig
 from dwakd.training.distiller import Distiller
-from dwakd.training.evaluation import eval_terms, generated_metrics
+from dwakd.training.evaluation import check_best_metric, eval_terms, generated_metrics
 from dwakd.training.finite import FiniteCheck
 from dwakd.training.inputs import (
     Source,
@@ -100,6 +100,7 @@ class DistillTrainer(Trainer):
         if peft_config is not None:
             model = add_adapter(model, peft_config)
         check_batches(train_pairs, args)
+        check_best_metric(args, compute_metrics is not None)
         if args.disable_dropout:
             disable_dropout(model)
         self.metrics_function = compute_metrics
@@ -230,8 +231,6 @@ class DistillTrainer(Trainer):
             self.optimizer = optimizer_class(parameter_groups(module, decayed, self.args), **options)
         return self.optimizer
 
-    # Evaluation: every term over the whole set, and answers if asked.
-
     def evaluate(
         self,
         eval_dataset: Source | None = None,
@@ -278,8 +277,10 @@ class DistillTrainer(Trainer):
         folder = output_dir or self.args.output_dir
         if state_dict is not None:
             state_dict = {n.removeprefix("student."): t for n, t in state_dict.items() if n.startswith("student.")}
-        save_causal_lm(self.student, folder, state_dict)
-        self.processing_class.save_pretrained(folder)
+        try:
+            save_causal_lm(self.student, folder, state_dict)
+        finally:
+            self.processing_class.save_pretrained(folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
@@ -289,11 +290,11 @@ class DistillTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        load_checkpoint(self.student, self._loss(), resume_from_checkpoint)
+        else:
+            load_checkpoint(self.student, self._loss(), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
-            return
-        load_checkpoint(self.student, self._loss(), self.state.best_model_checkpoint)
+        else:
+            load_checkpoint(self.student, self._loss(), self.state.best_model_checkpoint)
