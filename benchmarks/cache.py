@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from benchmarks.workload import Sizes, add_options, build_student, build_teacher, sizes_of, write
 from dwakd.batch import ModelSide
-from dwakd.cache.build import Order, obtain
-from dwakd.cache.store import Cache
+from dwakd.cache.build import open_or_build
+from dwakd.cache.store import Cache, CacheRequest
 from dwakd.data.collator import PairedCollator
 from dwakd.data.pairs import EncodedPairs, EncodedRow, EncodedSide
 from dwakd.losses import Widths, build_loss
@@ -151,7 +151,7 @@ def measure(sizes: Sizes, folder: Path, options: argparse.Namespace) -> dict[str
     online = OnlineTeacher(model)
     dtype = getattr(torch, options.dtype)
     start = clock()
-    cache = obtain(folder, Order({"train": pairs}, {}, {}, dtype, progress=False), lambda: model)
+    cache = open_or_build(folder, CacheRequest({"train": pairs}, {}, {}, dtype, progress=False), lambda: model)
     build_seconds = clock() - start
     contest = Contest(sizes, pairs, online, ReadTeacher(cache))
     steps = {name: contest.step(name) for name in NAMES}
@@ -185,7 +185,7 @@ def measure(sizes: Sizes, folder: Path, options: argparse.Namespace) -> dict[str
             "online_steps_in_an_epoch": len(pairs) / sizes.batch,
         },
         "disk": {
-            "bytes_per_response_token": cache.row_bytes,
+            "bytes_per_response_token": cache.token_bytes,
             "bytes_per_response_token_with_headers": size / kept,
             "index_and_head_bytes": sum(path.stat().st_size for path in folder.iterdir()) - size,
         },

@@ -1,4 +1,4 @@
-"""Tiny teachers in folders, and short runs that learn from them online or from a cache."""
+"""Save tiny teachers, and make short training runs with the teacher online or from a cache."""
 
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,18 @@ STUDENT, TEACHER = TOKENIZERS
 LONG = [
     {"prompt": row["prompt"] * (1 + n % 3), "response": row["response"] * (1 + n % 4)} for n, row in enumerate(ROWS)
 ]
-"""Prompts and responses of unlike lengths, so that batches are ragged."""
+"""Prompts and responses of different lengths, so that batches are padded."""
 
 
 def save_teacher(folder: Path, family: str = "gemma2", *, seed: int = 2, **overrides: Any) -> Path:
-    """A random teacher with its tokenizer, as `save_pretrained` leaves them."""
+    """Save a random teacher with its tokenizer and return the folder."""
     tiny_model(family, len(TEACHER), seed=seed, **overrides).save_pretrained(folder)
     TEACHER.save_pretrained(folder)
     return folder
 
 
 def trainer(output: Path, teacher: Path, *, cache: Path | None = None, **options: Any) -> DistillTrainer:
-    """A trainer whose teacher stays on the disk if `cache` is given."""
+    """Return a trainer; if `cache` is given, the teacher is read from this cache."""
     arguments = {"max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "no", "disable_tqdm": True}
     arguments |= {"template": "plain", "use_cpu": True, "seed": 3}
     rows, eval_rows = options.pop("rows", LONG), options.pop("eval_rows", None)

@@ -1,4 +1,4 @@
-"""One rank of a two-process run from a cache that isn't there yet; started by test_ranks.py through torchrun."""
+"""One rank of a run with two processes that first builds its cache; test_ranks.py starts it through torchrun."""
 
 import os
 import sys
@@ -17,12 +17,12 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     write = Cache.write_shard
 
-    def noted(self, shard, hidden):
+    def recorded(self, shard, hidden):
         with (folder / f"rank-{os.environ['RANK']}.txt").open("a") as file:
             file.write(f"{shard}\n")
         write(self, shard, hidden)
 
-    Cache.write_shard = noted  # type: ignore[method-assign]
+    Cache.write_shard = recorded  # type: ignore[method-assign]
     run = trainer(
         folder / "two",
         teacher,

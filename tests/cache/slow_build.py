@@ -1,4 +1,4 @@
-"""A build that dawdles between shards, to be killed by test_integrity.py."""
+"""A build that waits after each shard, so that test_integrity.py can kill it between two shards."""
 
 import sys
 import time
@@ -11,9 +11,9 @@ if __name__ == "__main__":
     teacher, cache = map(Path, sys.argv[1:])
     write = Cache.write_shard
 
-    def dawdle(self, shard, hidden):
+    def slow(self, shard, hidden):
         write(self, shard, hidden)
         time.sleep(0.3)
 
-    Cache.write_shard = dawdle  # type: ignore[method-assign]
+    Cache.write_shard = slow  # type: ignore[method-assign]
     trainer(cache.parent / "killed", teacher, cache=cache)

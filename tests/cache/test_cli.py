@@ -39,7 +39,7 @@ def test_build_check_and_train(recipe, tmp_path, monkeypatch, capsys):
     for what in (recipe, tmp_path / "cache"):
         code, out, err = run(monkeypatch, capsys, "cache", what, "--check")
         assert code == 0, err
-        assert "is whole" in out
+        assert "is complete" in out
     code, _, err = run(monkeypatch, capsys, "train", recipe, "-o", tmp_path / "run")
     assert code == 0, err
     assert json.loads((tmp_path / "run" / "dwakd-run.json").read_text())["teacher_caches"] == [str(tmp_path / "cache")]
@@ -81,13 +81,13 @@ def test_mistakes(recipe, tmp_path, monkeypatch, capsys):
     assert "teacher.cache is missing" in one_sentence(err)
     code, _, err = run(monkeypatch, capsys, "cache", recipe, "teacher=null")
     assert code == 2
-    assert "without a teacher" in one_sentence(err)
+    assert "add a teacher section" in one_sentence(err)
     code, _, err = run(monkeypatch, capsys, "cache", tmp_path)
     assert code == 2
     assert "is a folder" in one_sentence(err)
     code, _, err = run(monkeypatch, capsys, "cache", recipe, "--check")
     assert code == 2
-    assert "is no teacher cache" in one_sentence(err)
+    assert "is not a teacher cache" in one_sentence(err)
     code, _, err = run(monkeypatch, capsys, "cache", recipe, "teacher.cache_dtype=int4")
     assert code == 2
     assert "valid ones: float32, bfloat16, float16" in one_sentence(err)

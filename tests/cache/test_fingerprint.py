@@ -49,5 +49,5 @@ def test_rows_and_folders(tmp_path):
     folder = Path(tmp_path / "empty")
     tiny_model("llama").config.save_pretrained(folder)
     byte_bpe().save_pretrained(folder)
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(UserError, match="contains no weight files"):
         weights_digest(str(folder))

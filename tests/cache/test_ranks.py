@@ -15,9 +15,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_two_ranks_build_half_each(tmp_path):
-    """Thirteen rows leave ranks that share the last step unlike numbers of rows.
+    """A shard could be built twice or by no rank, or a rank could read before the other has written.
 
-    Twice the work, a shard that nobody builds, or a rank that reads before the other has written."""
+    With 13 rows the ranks have different numbers of rows in the last step.
+    """
     teacher = save_teacher(tmp_path / "teacher")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -126,7 +126,7 @@ def test_half_precision_stores_half(tmp_path, teacher):
         assert cached.head.weight.dtype is dtype
     torch.testing.assert_close(sets["a"].float(), sets["b"].float(), atol=0.2, rtol=0.1)
     wrong = CachedTeacher(tmp_path / "a", str(teacher), cache_dtype="float32", tokenizer=TEACHER)
-    with pytest.raises(UserError, match=r"holds bfloat16 and teacher\.cache_dtype is float32"):
+    with pytest.raises(UserError, match=r"teacher\.cache_dtype is 'bfloat16' in the cache and 'float32' here"):
         wrong.prepare(run._encoders[1], run.args, {"train": run.train_dataset, "eval": None})
 
 
@@ -135,7 +135,7 @@ def test_a_loaded_teacher_and_a_foreign_set_are_refused(tmp_path, teacher):
     with pytest.raises(UserError, match="by name"):
         CachedTeacher(tmp_path / "cache", tiny_model("gemma2"))
     run = trainer(tmp_path / "run", teacher, cache=tmp_path / "cache")
-    with pytest.raises(UserError, match="does not hold row 0"):
+    with pytest.raises(UserError, match="does not contain row 0"):
         run.evaluate(EVAL)
 
 

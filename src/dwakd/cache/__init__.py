@@ -1,1 +1,1 @@
-"""The teacher's final hidden states on disk: built once, verified, read through memory maps."""
+"""The teacher's final hidden states on disk: built once, verified, and read through memory maps."""

@@ -1,4 +1,4 @@
-"""What a teacher cache was built from, as digests, and the words for what differs."""
+"""Digests of what a teacher cache was built from, and the description of a difference."""
 
 import hashlib
 import json
@@ -17,27 +17,26 @@ from dwakd.errors import UserError
 from dwakd.models.loading import adapter_base, adapter_config
 from dwakd.models.specs import only_cached, resolve_spec
 
-_BLOCK = 1 << 22
 _WEIGHTS = ("*.safetensors", "*.bin")
 _VOLATILE = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache")
-"""Fields of a config that don't change a hidden state; the dtype is an option of the recipe."""
+"""Fields of a model's config that do not change its hidden states. The dtype is an option of the recipe."""
 DATE = "the date for chat templates"
-"""Field of a fingerprint: fixed when a cache is built, and used again by whoever reads it."""
+"""Field of a fingerprint. The date is fixed when the cache is built; every run that reads the cache uses it again."""
 
 
 def row_key(ids: Sequence[int] | NDArray[np.int32], num_prompt: int) -> bytes:
-    """Identifies what the teacher reads of a row: its tokens, and where the response begins."""
+    """Compute the key of a row from what the teacher reads: its token ids and where the response begins."""
     content = np.asarray([num_prompt, *ids], dtype="<i4").tobytes()
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def weights_digest(spec: str, *, revision: str | None = None, trust_remote_code: bool = False) -> str:
-    """SHA-256 over the content of a model's weight files and its config; of an adapter also of its base model's.
+    """Compute a SHA-256 of a model's weight files and config; for an adapter, also of those of its base model.
 
-    The hub knows its files by the same SHA-256, so that they need not be read, nor be here.
+    The Hugging Face Hub lists the SHA-256 of its files, so they do not have to be downloaded.
 
     Raises:
-        UserError: there are no weights.
+        UserError: the model has no weight files.
     """
     settings = adapter_config(spec, revision)
     if settings is not None:
@@ -53,37 +52,31 @@ def weights_digest(spec: str, *, revision: str | None = None, trust_remote_code:
 
 
 def adapter_digest(spec: str, *, revision: str | None = None) -> str:
-    """SHA-256 over the weights and settings of an adapter, without the model it belongs to."""
+    """Compute a SHA-256 of the weights and settings of an adapter, without its base model."""
     location = resolve_spec(spec)
     return _digest([sorted(_file_digests(location, spec, revision)), adapter_config(spec, revision)])
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 over everything that turns text into ids."""
+    """Compute a SHA-256 of everything that turns text into token ids."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    for setting in ("padding", "truncation"):  # set in passing by whoever calls the tokenizer
+    for setting in ("padding", "truncation"):  # set by calls of the tokenizer
         state.pop(setting, None)
     return _digest(state)
 
 
 def fingerprint(
-    encoder: TextEncoder,
-    *,
-    bos: str,
-    max_length: int,
-    teacher: str,
-    adapter: str | None,
-    dtype: str,
+    encoder: TextEncoder, *, bos: str, max_length: int, teacher: str, adapter: str | None, dtype: str
 ) -> dict[str, str]:
-    """What has to be equal for a cache to be of use, by the name to use in a message.
+    """Collect everything that must be equal for a cache to be usable, by option name.
 
     Args:
-        encoder: the teacher's.
-        bos: option of the encoder.
-        max_length: most tokens of a row.
-        teacher: digest of the teacher's weights.
-        adapter: digest of its adapter's.
-        dtype: in which the teacher computes.
+        encoder: encoder of the teacher.
+        bos: option data.bos.
+        max_length: option data.max_length.
+        teacher: `weights_digest` of the teacher.
+        adapter: `adapter_digest` of its adapter, if there is one.
+        dtype: dtype in which the teacher computes.
     """
     template = encoder.template
     if template == "chat":
@@ -103,27 +96,26 @@ def fingerprint(
     }
 
 
-def difference(there: dict[str, str], here: dict[str, str], names: tuple[dict[str, str], dict[str, str]]) -> str | None:
-    """What differs first, as a clause; None if nothing does. `names` are those of teacher, adapter and tokenizer."""
-    for field, value in here.items():
-        if there.get(field) == value:
+def difference(
+    cached: dict[str, str], current: dict[str, str], cached_names: dict[str, str], current_names: dict[str, str]
+) -> str | None:
+    """Describe the first field of two fingerprints that differs; None if they are equal."""
+    for field, value in current.items():
+        if cached.get(field) == value:
             continue
-        if field not in names[0]:
-            return f"{field} is {there.get(field)!r} in the cache and {value!r} here"
-        old, new = names[0][field], names[1][field]
+        if field not in cached_names:
+            return f"{field} is {cached.get(field)!r} in the cache and {value!r} here"
+        old, new = cached_names[field], current_names[field]
         if old == new:
-            return f"the {field} {new} is not what it was when the cache was built: its content has changed"
+            return f"the content of the {field} {new} has changed since the cache was built"
         return f"the {field} is {old} in the cache and {new} here, and their contents differ"
     return None
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
+    """Compute the SHA-256 of a file."""
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _file_digests(location: str, spec: str, revision: str | None) -> list[str]:
@@ -138,9 +130,9 @@ def _file_digests(location: str, spec: str, revision: str | None) -> list[str]:
         folder = Path(snapshot_download(location, revision=revision, local_files_only=True))
     for pattern in _WEIGHTS:
         if paths := sorted(folder.glob(pattern)):
-            with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter free
+            with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
                 return list(pool.map(file_digest, paths))
-    raise UserError(f"{spec} holds no weights ({' or '.join(_WEIGHTS)}) to know it by")
+    raise UserError(f"{spec} contains no weight files ({' or '.join(_WEIGHTS)}); correct the name of the model")
 
 
 def _digest(content: Any) -> str:

@@ -1,71 +1,78 @@
-"""What a cache says of itself: cache.json, and the messages that send a user back to it."""
+"""The manifest cache.json: what a cache was built from, and the checksums of its index and its teacher file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from dwakd.errors import UserError
 
 MANIFEST, INDEX, TEACHER = "cache.json", "index.safetensors", "teacher.safetensors"
-FORMAT = "dwakd teacher cache 2"
-_OWN = (MANIFEST, INDEX, TEACHER, "shard-")
+FORMAT = "dwakd teacher cache 3"
+DAMAGED = "does not match its checksum: it is damaged, cut short, or belongs to another cache"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What cache.json says.
+    """Content of cache.json.
 
     Args:
-        fingerprint: see `dwakd.cache.fingerprint.fingerprint`.
-        names: what teacher, adapter and tokenizer were called; only for messages.
-        dtype: of the stored hidden states.
-        index: checksum of the index, its header included.
-        teacher: dtype and shape of each tensor in teacher.safetensors.
-        scale: of the head.
-        soft_cap: of the head.
+        fingerprint: result of `dwakd.cache.fingerprint.fingerprint`.
+        names: names of teacher, adapter and tokenizer; used in messages only.
+        dtype: dtype of the stored hidden states, for example "float32".
+        hidden_size: size of one hidden state.
+        scale: `OutputHead.scale` of the teacher.
+        soft_cap: `OutputHead.soft_cap` of the teacher.
+        digests: SHA-256 of index.safetensors and of teacher.safetensors.
     """
 
     fingerprint: dict[str, str]
     names: dict[str, str]
     dtype: str
-    index: str
-    teacher: dict[str, tuple[str, list[int]]]
+    hidden_size: int
     scale: float
     soft_cap: float | None
+    digests: dict[str, str]
 
     @property
     def identity(self) -> str:
-        """Digest of everything but the names; stands in every file of the cache."""
-        content = {name: value for name, value in asdict(self).items() if name != "names"}
-        return hashlib.sha256(json.dumps([FORMAT, content], sort_keys=True).encode()).hexdigest()
+        """Digest of every field except the names. The checksum of each shard includes it."""
+        return _digest({name: value for name, value in asdict(self).items() if name != "names"})
 
-    def dump(self) -> str:
-        body = {"format": FORMAT, "identity": self.identity, **asdict(self)}
-        return json.dumps(body, indent=2) + "\n"
+    def dump(self) -> bytes:
+        """Return the content of cache.json, which ends with its own checksum."""
+        body = {"format": FORMAT, **asdict(self), "sha256": _digest(asdict(self))}
+        return f"{json.dumps(body, indent=2)}\n".encode()
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
+        """Read and verify cache.json.
+
+        Raises:
+            UserError: the file is damaged, or the cache has another format.
+        """
+        data = (folder / MANIFEST).read_bytes()
         try:
-            body = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            form, identity = body.pop("format"), body.pop("identity")
-            manifest = cls(**{**body, "teacher": {name: tuple(entry) for name, entry in body["teacher"].items()}})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise broken(folder, MANIFEST, "is damaged (it cannot be read)") from error
-        if form != FORMAT:
+            body = json.loads(data)
+            found = body["format"]
+            manifest = cls(**{item.name: body[item.name] for item in fields(cls)}) if found == FORMAT else None
+        except (ValueError, KeyError, TypeError) as error:
+            raise damaged(folder, MANIFEST) from error
+        if manifest is None:
             raise UserError(
-                f"teacher cache {folder} has the format {form!r}, and this version of dwakd reads {FORMAT!r}: delete "
-                "the folder, or name another in teacher.cache"
+                f"{MANIFEST} of teacher cache {folder} has the format {found!r}, but this version of dwakd reads "
+                f"{FORMAT!r}; delete the folder, or name another folder in teacher.cache"
             )
-        if identity != manifest.identity:
-            raise broken(folder, MANIFEST, "is damaged (its content does not match its checksum)")
+        if manifest.dump() != data:
+            raise damaged(folder, MANIFEST)
         return manifest
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that holds something else, or that is none.
+    """Refuse a path that is not a folder, or a folder that contains anything but a cache.
 
     Raises:
         UserError: names the folder.
@@ -76,24 +83,20 @@ def check_folder(folder: Path) -> None:
     if (folder / MANIFEST).is_file() or not folder.is_dir():
         return
     for path in folder.iterdir():
-        if not path.name.removeprefix(".").startswith(_OWN):
+        if not path.name.removeprefix(".").startswith((MANIFEST, INDEX, TEACHER, "shard-")):
             raise UserError(
-                f"{folder} is not empty and no teacher cache (it holds {path.name} and no {MANIFEST}); name another "
-                "folder in teacher.cache"
+                f"{folder} is not empty and not a teacher cache (it contains {path.name} but no {MANIFEST}); name "
+                "another folder in teacher.cache"
             )
 
 
-def human_bytes(count: float) -> str:
-    """A size in the unit that suits it."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"
-
-
-def broken(folder: Path, name: str, wrong: str) -> UserError:
+def damaged(folder: Path, name: str, problem: str = DAMAGED) -> UserError:
+    """Return the error for a damaged manifest or index, without which no other file can be verified."""
     return UserError(
-        f"{name} of teacher cache {folder} {wrong}; delete {MANIFEST} and run dwakd cache with the recipe again: "
+        f"{name} of teacher cache {folder} {problem}; delete {MANIFEST} and run dwakd cache with the recipe again: "
         "finished shards are kept"
     )
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([FORMAT, content], sort_keys=True).encode()).hexdigest()

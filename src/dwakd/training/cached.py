@@ -1,4 +1,4 @@
-"""A teacher whose layers are never loaded: its hidden states come from a cache."""
+"""The cached teacher: reads hidden states from a cache, without loading the teacher's layers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dwakd.cache.build import Order, obtain
+from dwakd.cache.build import open_or_build
 from dwakd.cache.fingerprint import DATE, adapter_digest, fingerprint, row_key, weights_digest
 from dwakd.cache.manifest import MANIFEST, Manifest, check_folder
-from dwakd.cache.store import Cache, open_whole
+from dwakd.cache.store import Cache, CacheRequest, open_complete
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedPairs
 from dwakd.errors import UserError
@@ -29,24 +29,23 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class CachedTeacher(Teacher):
-    """Reads the teacher's final hidden states from a folder; the rest of a teacher's rows are its head and embeddings.
+    """Read the teacher's hidden states from a cache; load only its output head and its embedding table.
 
-    A folder that isn't there is built first, with the teacher in memory for as long as that takes; a build that was
-    interrupted goes on; a cache that was built from another teacher, tokenizer, template, truncation or data is
-    refused.
+    `prepare` builds a cache that does not exist, with the teacher in memory during the build, and continues a build
+    that was interrupted. It refuses a cache of another teacher, tokenizer, template, truncation or data.
 
     Args:
-        folder: of the cache.
-        model: the teacher by name: anything `load_causal_lm` takes.
-        adapter: a PEFT adapter to merge into it.
-        revision: of a hub id.
-        dtype: in which the teacher computes.
+        folder: folder of the cache.
+        model: name or folder of the teacher, see `load_causal_lm`.
+        adapter: a PEFT adapter to merge into the teacher.
+        revision: revision of a model on the Hugging Face Hub.
+        dtype: dtype in which the teacher computes.
         trust_remote_code: see `load_causal_lm`.
-        cache_dtype: in which hidden states are stored; the teacher's own by default, which is exact.
-        tokenizer: the teacher's, if not the model's own.
+        cache_dtype: dtype of the stored hidden states; the teacher's own by default, which stores them exactly.
+        tokenizer: tokenizer of the teacher; by default the one that belongs to the model.
 
     Raises:
-        UserError: a teacher that is given loaded, an unknown dtype, or nothing to load.
+        UserError: the teacher is not given by name, or the dtype is unknown.
     """
 
     def __init__(
@@ -62,86 +61,70 @@ class CachedTeacher(Teacher):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         if not isinstance(model, str):
-            raise UserError("teacher_cache needs the teacher by name: its layers are to stay on the disk")
+            raise UserError("teacher_cache requires the teacher by name, so that its layers are not loaded")
         if cache_dtype not in (None, *DTYPES):
             raise UserError(f"unknown teacher.cache_dtype {cache_dtype!r}; valid ones: {', '.join(DTYPES)}")
         self.folder = Path(folder).expanduser()
-        self.name, self.adapter, self.revision = model, adapter, revision
-        self.dtype = dtype
+        self.name, self.adapter, self.dtype = model, adapter, dtype
         self.cache_dtype = None if cache_dtype is None else DTYPES[cache_dtype]
-        self.trust_remote_code = trust_remote_code
-        self.tokenizer = tokenizer or load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
-        self._cache: Cache | None = None
-        self._parts: tuple[Tensor, OutputHead] | None = None
-
-    @property
-    def cache(self) -> Cache:
-        """The open cache; `prepare` opens it."""
-        assert self._cache is not None, "prepare comes first"
-        return self._cache
+        self._options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self.tokenizer = tokenizer or load_tokenizer(model, **self._options)
+        self.cache: Cache
+        """The open cache, available after `prepare`."""
+        self._table: Tensor
+        self._head: OutputHead
 
     @property
     def date(self) -> str | None:
-        """The date that chat templates printed when the cache was built; None of a cache that is not there yet."""
+        """The date that chat templates printed when the cache was built; None if there is no cache yet."""
         built = (self.folder / MANIFEST).is_file()
         return Manifest.load(self.folder).fingerprint.get(DATE) if built else None
 
     @property
     def head(self) -> OutputHead:
-        assert self._parts is not None, "prepare comes first"
-        return self._parts[1]
+        return self._head
 
     @property
     def table(self) -> Float[Tensor, "vocab embedding"]:
-        assert self._parts is not None, "prepare comes first"
-        return self._parts[0]
+        return self._table
 
     def prepare(
-        self, encoder: TextEncoder, args: DistillConfig, sets: dict[str, EncodedPairs | None], *, mend: bool = False
+        self, encoder: TextEncoder, args: DistillConfig, sets: dict[str, EncodedPairs | None], *, repair: bool = False
     ) -> None:
-        """Build or verify the cache of these sets, then load the teacher's head and embedding table.
+        """Build or verify the cache of these data sets, then load the teacher's head and embedding table.
 
         Args:
-            encoder: the teacher's.
-            args: device, ranks, truncation.
-            sets: "train" and "eval".
-            mend: build damaged shards anew instead of refusing them.
+            encoder: encoder of the teacher.
+            args: device, ranks and truncation.
+            sets: encoded data sets, "train" and "eval".
+            repair: build damaged files again instead of refusing them.
 
         Raises:
-            UserError: see `dwakd.cache.build.obtain`.
+            UserError: see `dwakd.cache.build.open_or_build`.
         """
-        check_folder(self.folder)
-        self._cache = obtain(self.folder, self._order(encoder, args, sets), lambda: self._load(args), mend=mend)
-        gc.collect()  # the teacher's layers, if they were needed, go now
-        self._parts = self._cache.teacher()
+        check_folder(self.folder)  # before the teacher's files are hashed, which takes a while
+        request = self._request(encoder, args, sets)
+        self.cache = open_or_build(self.folder, request, lambda: self._load(args), repair=repair)
+        gc.collect()  # frees the teacher's layers, if they were loaded
+        self._table, self._head = self.cache.teacher()
 
     def check(self, encoder: TextEncoder, args: DistillConfig, sets: dict[str, EncodedPairs | None]) -> Cache:
-        """Verify that the cache belongs to these sets and that every byte of it is as it was written.
-
-        Raises:
-            UserError: it doesn't belong, or names every file that is missing or damaged.
-        """
-        cache = open_whole(self.folder, progress=not args.disable_tqdm)
-        order = self._order(encoder, args, sets)
-        cache.check_belongs(order.fingerprint, order.names, order.sets)
+        """Verify every byte of the cache, and that it was built from these data sets; raise UserError otherwise."""
+        cache = open_complete(self.folder, progress=not args.disable_tqdm)
+        cache.check_source(self._request(encoder, args, sets))
         return cache
 
-    @property
-    def _options(self) -> dict[str, Any]:
-        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-
-    def _order(self, encoder: TextEncoder, args: DistillConfig, sets: dict[str, EncodedPairs | None]) -> Order:
-        marks = fingerprint(
-            encoder,
-            bos=args.bos,
-            max_length=args.max_length,
-            teacher=weights_digest(self.name, **self._options),
-            adapter=None if self.adapter is None else adapter_digest(self.adapter),
-            dtype=str(self.dtype).removeprefix("torch."),
-        )
-        return Order(
+    def _request(self, encoder: TextEncoder, args: DistillConfig, sets: dict[str, EncodedPairs | None]) -> CacheRequest:
+        return CacheRequest(
             sets={role: pairs for role, pairs in sets.items() if pairs is not None},
-            fingerprint=marks,
+            fingerprint=fingerprint(
+                encoder,
+                bos=args.bos,
+                max_length=args.max_length,
+                teacher=weights_digest(self.name, **self._options),
+                adapter=None if self.adapter is None else adapter_digest(self.adapter),
+                dtype=str(self.dtype).removeprefix("torch."),
+            ),
             names={"teacher": self.name, "teacher.adapter": self.adapter or "none", "tokenizer": self.name},
             dtype=self.cache_dtype,
             rank=args.process_index,
@@ -160,42 +143,38 @@ class CachedTeacher(Teacher):
     def states(self, batch: dict[str, Any]) -> tuple[Float[Tensor, "tokens hidden"], None]:
         device = batch["teacher_input_ids"].device
         if self.table.device != device:
-            head, tied = self.head.to(device), self.table is self.head.weight
-            self._parts = head.weight if tied else self.table.to(device), head
+            tied = self.table is self.head.weight
+            self._head = self.head.to(device)
+            self._table = self.head.weight if tied else self.table.to(device)
         places = batch["teacher_places"][: len(batch["teacher_input_ids"])]
         return self.cache.read(places).to(device, self.head.weight.dtype, non_blocking=True), None
 
 
 def refuse_attention(method: str, options: dict[str, Any]) -> None:
-    """Raise UserError if the method reads the teacher's attention, which no cache holds."""
+    """Raise UserError if the method reads the teacher's attention, which a cache does not contain."""
     if needs_attention(method, options):
         raise UserError(
-            f"method {method} reads the teacher's attention, which a cache doesn't hold; set "
+            f"method {method} reads the teacher's attention, which a cache does not contain; set "
             "loss.span_weights=uniform, or train without teacher.cache"
         )
 
 
 class CachingCollator:
-    """Collates a batch, notes where the cache has its rows, and has them read ahead.
-
-    transformers collates at least one batch ahead of the step, and data-loader workers more.
-    """
+    """Collate a batch and add the index of each row in the cache as `teacher_places`."""
 
     def __init__(self, collate: Collator, cache: Cache) -> None:
         self.collate = collate
         self.cache = cache
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        places = [self._place(feature) for feature in features]
-        self.cache.prefetch(places)
-        return {**self.collate(features), "teacher_places": places}
+        return {**self.collate(features), "teacher_places": [self._place(feature) for feature in features]}
 
     def _place(self, feature: dict[str, Any]) -> int:
         ids = [*feature["teacher_input_ids"], feature["teacher_target_ids"][-1]]
-        place = self.cache.place(row_key(ids, len(ids) - sum(feature["teacher_response_mask"])))
+        place = self.cache.index.places.get(row_key(ids, len(ids) - sum(feature["teacher_response_mask"])))
         if place is None:
             raise UserError(
-                f"teacher cache {self.cache.folder} does not hold row {feature['example_id']} (counting from 0) of the "
-                "set to evaluate; give the set as eval_dataset when the cache is built"
+                f"teacher cache {self.cache.folder} does not contain row {feature['example_id']} (counting from 0) of "
+                "the data set to evaluate; give this data set as eval_dataset when the cache is built"
             )
         return place

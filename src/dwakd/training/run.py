@@ -17,7 +17,7 @@ import torch
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from dwakd.cache.files import write_whole
+from dwakd.cache.files import write_file
 from dwakd.config import RECIPE_FILE, Recipe
 from dwakd.errors import UserError
 from dwakd.evaluation.run import check_recipe_evaluation, check_room
@@ -73,7 +73,7 @@ def train(recipe: Recipe, output_dir: str | Path, *, resume: bool = False) -> Di
         return trainer
     with alone_in(folder) if trainer.is_world_process_zero() else contextlib.nullcontext():
         if trainer.is_world_process_zero():
-            write_whole(folder / RECIPE_FILE, [recipe.dump().encode()])
+            write_file(folder / RECIPE_FILE, recipe.dump().encode())
         if steps_left:
             trainer.train(resume_from_checkpoint=checkpoint)
         else:  # it broke off between its last checkpoint and its end; transformers would take a step more
