@@ -1,17 +1,17 @@
-"""Training from a teacher cache beside the online teacher and SFT; what a cache costs to build and to keep.
+"""Measure training from a teacher cache, with the online teacher and with SFT, and the time and size of a cache.
 
-All contestants run in one process, one optimiser step each in an order shuffled anew every round, each over the next
-rows through the collator; reported are medians and ratios. Compare ratios: seconds swing with the machine.
+All contestants run in one process. In each round every contestant makes one optimiser step on its next rows, in random
+order, collation included. The results are medians and ratios. Compare ratios, because seconds depend on the machine.
 
   sft          the student alone
   online       dwa_kd, the teacher's forward in every step
-  cached       dwa_kd, the teacher's rows read from the cache
-  dwa_kd_loss  dwa_kd's loss and its backward alone, from given rows: what the heads and the alignment cost
-  sft_loss     SFT's likewise
+  cached       dwa_kd, the teacher's hidden states read from the cache
+  dwa_kd_loss  dwa_kd's loss and its backward alone, from given hidden states: the cost of heads and alignment
+  sft_loss     the same for SFT
 
-`cached / expected` is the cached step over the SFT step with SFT's loss exchanged for dwa_kd's; the aim is 1.25. `cached /
-sft` is over the SFT step, which works on response rows as well; the aims are 4 with a teacher's vocabulary of 152k, 2.2
-with 32k: `--vary teacher_vocab 32000 151936`.
+`cached / expected` divides the cached step by the SFT step with dwa_kd's loss instead of SFT's. `cached / sft` divides it
+by the SFT step, which also computes logits at response tokens only; it grows with the teacher's vocabulary:
+`--vary teacher_vocab 32000 151936`.
 """
 
 import argparse
@@ -47,7 +47,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class ReadTeacher(Teacher):
-    """`CachedTeacher` without its tokenizer and its verification, which take no part in a step."""
+    """`CachedTeacher` without its tokenizer and its verification, which are not part of a step."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
@@ -61,7 +61,7 @@ class ReadTeacher(Teacher):
 
 
 def build_rows(sizes: Sizes, count: int) -> EncodedPairs:
-    """Rows of random tokens; lengths lie within a fifth of the asked for, on either side."""
+    """Make rows of random tokens, with lengths within 20 percent of the requested ones."""
     draw = np.random.default_rng(sizes.seed)
 
     def side(vocab: int) -> EncodedSide:
@@ -75,7 +75,7 @@ def build_rows(sizes: Sizes, count: int) -> EncodedPairs:
 
 
 class Contest:
-    """The steps of one size; each contestant trains its own copy of the student."""
+    """Make the steps of one size. Each contestant trains its own copy of the student."""
 
     def __init__(self, sizes: Sizes, pairs: EncodedPairs, online: OnlineTeacher, cached: ReadTeacher) -> None:
         self.sizes = sizes
@@ -86,7 +86,7 @@ class Contest:
         self.widths = Widths(sizes.student_hidden, sizes.teacher_hidden, sizes.student_hidden, sizes.teacher_hidden)
 
     def step(self, name: str) -> Callable[[], Any]:
-        """The step of a contestant by its name."""
+        """Return the step of a contestant."""
         if name.endswith("_loss"):
             return self._loss_alone(name.removesuffix("_loss"))
         student = build_student(self.sizes)
@@ -134,7 +134,7 @@ class Contest:
 
 
 def _learning(rows: ModelSide, student: nn.Module) -> ModelSide:
-    """The same rows as leaves that take a gradient, with a head that trains."""
+    """Return the same side with hidden states that take a gradient and a head that is trained."""
     return dataclasses.replace(
         rows,
         hidden=rows.hidden.clone().requires_grad_(),
@@ -144,7 +144,7 @@ def _learning(rows: ModelSide, student: nn.Module) -> ModelSide:
 
 
 def measure(sizes: Sizes, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Builds a cache, then times the steps; the first round warms up and is dropped."""
+    """Build a cache, then measure the steps. The first round is a warm-up and is not counted."""
     clock = CLOCKS[options.clock]
     pairs = build_rows(sizes, options.rows)
     model = build_teacher(sizes)

@@ -12,7 +12,7 @@ from tests.test_cli import one_sentence, run
 
 @pytest.fixture
 def recipe(tmp_path):
-    """A recipe over two tiny folders and a data file, with a cache that isn't there yet."""
+    """Return a recipe with two tiny models and a data file, whose cache does not exist yet."""
     tokenizer = byte_bpe()
     tiny_model("llama", len(tokenizer)).save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
@@ -30,11 +30,11 @@ def recipe(tmp_path):
 
 
 def test_build_check_and_train(recipe, tmp_path, monkeypatch, capsys):
-    """The road of a person: build, verify, train; and what is said when a byte flips."""
+    """A user builds, verifies and trains; then one byte of a shard changes, and each command has to name the shard."""
     code, out, err = run(monkeypatch, capsys, "cache", recipe)
     assert code == 0, err
     assert "teacher.cache=" in out.replace(": ", "=")
-    assert "response tokens of 128 bytes" in err, "the size is said before the build starts"
+    assert "response tokens of 128 bytes" in err, "the size is shown before the build starts"
     assert "free" in err
     for what in (recipe, tmp_path / "cache"):
         code, out, err = run(monkeypatch, capsys, "cache", what, "--check")
@@ -75,7 +75,7 @@ def test_build_check_and_train(recipe, tmp_path, monkeypatch, capsys):
 
 
 def test_mistakes(recipe, tmp_path, monkeypatch, capsys):
-    """Each in one sentence."""
+    """Each mistake must give one sentence and must not create a folder."""
     code, _, err = run(monkeypatch, capsys, "cache", recipe, "teacher.cache=null")
     assert code == 2
     assert "teacher.cache is missing" in one_sentence(err)
@@ -98,7 +98,7 @@ def test_mistakes(recipe, tmp_path, monkeypatch, capsys):
 
 
 def test_a_recipe_without_a_cache_yet(recipe, tmp_path, monkeypatch, capsys):
-    """`dwakd train` builds what isn't there, and --output names the folder where the recipe doesn't."""
+    """`dwakd train` builds a missing cache, and --output gives the folder if the recipe does not."""
     code, _, err = run(monkeypatch, capsys, "train", recipe, "-o", tmp_path / "run")
     assert code == 0, err
     assert (tmp_path / "cache" / "cache.json").is_file()
@@ -111,7 +111,7 @@ def test_a_recipe_without_a_cache_yet(recipe, tmp_path, monkeypatch, capsys):
 
 
 def test_a_method_that_reads_attention_can_be_cached_for_others_only(recipe, tmp_path, monkeypatch, capsys):
-    """A comparison whose recipe names it caches for the other methods; a run of its own would lack the attention."""
+    """A comparison builds the cache for its other methods; a run of this method would have no attention to read."""
     code, _, err = run(monkeypatch, capsys, "cache", recipe, "loss.method=sra")
     assert (code, "set loss.span_weights=uniform" in one_sentence(err)) == (2, True)
     code, _, err = run(monkeypatch, capsys, "cache", recipe, "loss.method=sra", "compare.methods=[sra, uld]")

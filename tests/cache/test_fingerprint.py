@@ -1,4 +1,4 @@
-"""A teacher is known by its content, wherever it lies."""
+"""A teacher is compared by its content, not by its name or folder."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from tests.cache.builders import save_teacher
 
 
 def test_the_hub_and_a_folder_name_a_file_alike(tmp_path, monkeypatch):
-    """A cache built beside a downloaded teacher must serve a machine that has only the teacher's name."""
+    """A cache that was built with a downloaded teacher must be accepted on a machine without the teacher's files."""
     folder = save_teacher(tmp_path / "teacher")
     digest = fingerprint.file_digest(folder / "model.safetensors")
     listed = [SimpleNamespace(rfilename="model.safetensors", lfs=SimpleNamespace(sha256=digest))]
@@ -30,7 +30,7 @@ def test_the_hub_and_a_folder_name_a_file_alike(tmp_path, monkeypatch):
 
 
 def test_an_adapter_is_known_with_its_base_and_without(tmp_path):
-    """As a teacher an adapter is its base and its change; beside a teacher it is its change alone."""
+    """An adapter given as the teacher depends on its base model; given beside a teacher it is compared by itself."""
     base = save_teacher(tmp_path / "base", "llama")
     adapted = get_peft_model(tiny_model("llama"), LoraConfig(r=2, task_type="CAUSAL_LM"))
     adapted.peft_config["default"].base_model_name_or_path = str(base)
@@ -43,7 +43,7 @@ def test_an_adapter_is_known_with_its_base_and_without(tmp_path):
 
 
 def test_rows_and_folders(tmp_path):
-    """The same tokens with the response elsewhere are another row; a folder without weights is no teacher."""
+    """Rows that differ only in where the response begins must not be mixed up; a folder without weights is refused."""
     assert row_key([5, 6, 7], 1) != row_key([5, 6, 7], 2)
     assert row_key([5, 6, 7], 1) == row_key([5, 6, 7], 1)
     folder = Path(tmp_path / "empty")

@@ -1,4 +1,4 @@
-"""Training from a cache is training with the teacher, without the teacher."""
+"""Training from a cache gives the same student as training with the online teacher."""
 
 import gc
 
@@ -23,13 +23,13 @@ EVAL = [{"prompt": "Name a colour.", "response": "Any colour will do."}, *LONG[3
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """Llama, whose attention rounds differently in another shape; Gemma 2 computes it by another way."""
+    """Return a Llama teacher. Its attention rounds differently in other shapes; that of Gemma 2 does not."""
     return save_teacher(tmp_path_factory.mktemp("teacher") / "llama", "llama")
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt", "qwen2"])
 def test_hidden_states_do_not_depend_on_the_company(family):
-    """A cache is built in other batches than those of training: in other shapes attention rounds differently."""
+    """A cache is built in other batches than those of training, and in other shapes attention rounds differently."""
     model = tiny_model(family)
     lengths = [3, 31, 32, 33, 64, 65, 90, 128, 7, 40]
     sequences = [torch.randint(2, 300, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
@@ -53,7 +53,7 @@ def test_hidden_states_do_not_depend_on_the_company(family):
     ],
 )
 def test_cached_and_online_runs_are_bit_equal(tmp_path, teacher, method, options):
-    """A cache that changes a run, be it by rounding, makes every comparison with an online run worthless."""
+    """A cache that changes a run, even by rounding, makes comparisons with online runs meaningless."""
     online = trainer(tmp_path / "online", teacher, method=method, **options)
     built = trainer(tmp_path / "built", teacher, cache=tmp_path / "cache", method=method, **options)
     opened = trainer(tmp_path / "opened", teacher, cache=tmp_path / "cache", method=method, **options)
@@ -69,7 +69,7 @@ def test_cached_and_online_runs_are_bit_equal(tmp_path, teacher, method, options
 
 
 def test_a_cached_run_resumes(tmp_path, teacher):
-    """The data loader skips rows on resuming; the cache must follow it."""
+    """After a resume the data loader skips rows; the hidden states must belong to the rows that follow."""
     options = {"cache": tmp_path / "cache", "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     whole = trainer(tmp_path / "run", teacher, **options)
     whole.train()
@@ -80,7 +80,7 @@ def test_a_cached_run_resumes(tmp_path, teacher):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_gives_the_same_rows(tmp_path, family):
-    """Tied tables, head biases, logit scales, soft caps and narrow embeddings all have to survive without the model."""
+    """Tied embeddings, head biases, logit scales and soft caps must be the same without the model."""
     folder = save_teacher(tmp_path / "teacher", family)
     if family == "opt_projected":
         pytest.skip("embeddings narrower than hidden states are for students")
@@ -96,7 +96,7 @@ def test_every_family_gives_the_same_rows(tmp_path, family):
 
 
 def test_no_layer_of_the_teacher_is_loaded(tmp_path, monkeypatch):
-    """The cache is there so that a teacher too large for this machine can teach."""
+    """A teacher that is too large for this machine could not be used if its layers were loaded."""
     folder = save_teacher(tmp_path / "teacher", intermediate_size=1009)  # a width that nothing else has
     trainer(tmp_path / "first", folder, cache=tmp_path / "cache")
 
@@ -114,7 +114,7 @@ def test_no_layer_of_the_teacher_is_loaded(tmp_path, monkeypatch):
 
 
 def test_half_precision_stores_half(tmp_path, teacher):
-    """Rounded hidden states are a choice, not a surprise; a bfloat16 teacher is stored as it is."""
+    """Hidden states must be rounded only if the user asks for it; those of a bfloat16 teacher are stored exactly."""
     sets = {}
     for name, dtype, stored in (("a", torch.float32, "bfloat16"), ("b", torch.bfloat16, None)):
         cached = CachedTeacher(tmp_path / name, str(teacher), dtype=dtype, cache_dtype=stored)
@@ -131,7 +131,7 @@ def test_half_precision_stores_half(tmp_path, teacher):
 
 
 def test_a_loaded_teacher_and_a_foreign_set_are_refused(tmp_path, teacher):
-    """A teacher in memory needs no cache; a set that was never cached has no rows."""
+    """A loaded teacher has no name to compare, and a data set that was not cached has no hidden states."""
     with pytest.raises(UserError, match="by name"):
         CachedTeacher(tmp_path / "cache", tiny_model("gemma2"))
     run = trainer(tmp_path / "run", teacher, cache=tmp_path / "cache")
@@ -140,7 +140,7 @@ def test_a_loaded_teacher_and_a_foreign_set_are_refused(tmp_path, teacher):
 
 
 def test_attention_is_in_no_cache(tmp_path, teacher):
-    """Hidden states of a large teacher take hours; a method that can't use them must say so before."""
+    """A build takes hours; a method that cannot use the cache must be refused before it starts."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"student: {{model: x}}\nteacher: {{model: x, cache: {tmp_path / 'cache'}}}\n"
@@ -156,7 +156,7 @@ def test_attention_is_in_no_cache(tmp_path, teacher):
 
 
 def test_a_cache_outlives_the_day_it_was_built(tmp_path, monkeypatch):
-    """Llama 3.2's template prints today's date: on the next day every row would be a row that the cache lacks."""
+    """Llama 3.2's template prints today's date, so on the next day the cache would contain none of the rows."""
     template = (
         "{{ strftime_now('%A %d %B %Y') }}{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     )

@@ -224,7 +224,7 @@ class Cache:
         return torch.cat(parts)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave open files behind when the cache is sent to a data-loader worker."""
+        """Exclude open files when the cache is pickled for a data-loader worker."""
         return {**self.__dict__, "_slices": {}}
 
 
