@@ -187,9 +187,9 @@ def similarity(
     inner-product matrices, over texts.
     """
     _hush_transformers()
-    from dwakd.evaluation.structure_run import compare_structures
+    from dwakd.tools.similarity.run import compare_representations
 
-    report = compare_structures(
+    report = compare_representations(
         students,
         teacher,
         data,
@@ -265,7 +265,7 @@ def shrink(
     --layers 20 -o student
     """
     _hush_transformers()
-    from dwakd.models.shrink_run import shrink_to_folder
+    from dwakd.tools.shrink.run import shrink_to_folder
 
     report = shrink_to_folder(
         model,
@@ -289,7 +289,7 @@ def demo(
 ) -> None:
     """Train a teacher, then SFT, DSKD and DWA-KD students with another tokenizer, and compare them. Offline."""
     _hush_transformers()
-    from dwakd.demo.run import run_demo
+    from dwakd.tools.demo.run import run_demo
 
     console.print(run_demo(output, seed=seed, quick=quick))
 

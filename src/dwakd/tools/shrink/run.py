@@ -13,7 +13,7 @@ from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, load_examples
 from dwakd.folders import check_output_folder
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.models.saving import save_causal_lm
-from dwakd.models.shrink import ShrinkReport, shrink_model
+from dwakd.tools.shrink.shrink import ShrinkReport, shrink_model
 
 HELD_OUT = 64
 """Rows for bits per byte."""

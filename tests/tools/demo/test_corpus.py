@@ -1,4 +1,4 @@
-"""The demo's corpus and tokenizers: what the comparison at the end of the demo rests on."""
+"""The demo's corpus: what the comparison at the end of the demo rests on."""
 
 import hashlib
 import os
@@ -7,44 +7,24 @@ import re
 import string
 import subprocess
 import sys
-from itertools import pairwise
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from dwakd.data.sources import Example
-from dwakd.demo import lexicon
-from dwakd.demo.corpus import Task, Word, check, draw_scene, is_held_out, load_tasks, make_corpus
-from dwakd.demo.tokenizers import demo_tokenizers
 from dwakd.errors import UserError
-
-Splits = tuple[list[Example], list[Example], list[Example]]
-NUM_TRAIN, NUM_HELD_OUT = 3400, 170
+from dwakd.tools.demo import lexicon
+from dwakd.tools.demo.corpus import Task, Word, check, draw_scene, is_held_out, load_tasks, make_corpus
+from tests.tools.demo.builders import NUM_HELD_OUT, NUM_TRAIN, Splits
 
 FINGERPRINT = """
 import hashlib
-from dwakd.demo.corpus import make_corpus
-from dwakd.demo.tokenizers import demo_tokenizers
+from dwakd.tools.demo.corpus import make_corpus
+from dwakd.tools.demo.tokenizers import demo_tokenizers
 splits = make_corpus(680, 34, 34, seed=5)
 texts = [text for split in splits for row in split for text in (row.instruction, row.response)]
 tokenizers = [tokenizer.backend_tokenizer.to_str() for tokenizer in demo_tokenizers(texts)]
 print(hashlib.sha256(repr((splits, tokenizers)).encode()).hexdigest())
 """
-
-
-@pytest.fixture(scope="module")
-def splits() -> Splits:
-    return make_corpus(NUM_TRAIN, NUM_HELD_OUT, NUM_HELD_OUT, seed=3)
-
-
-@pytest.fixture(scope="module")
-def texts(splits: Splits) -> list[str]:
-    return [text for split in splits for row in split for text in (row.instruction, row.response)]
-
-
-@pytest.fixture(scope="module")
-def tokenizers(texts: list[str]) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
-    return demo_tokenizers(texts)
 
 
 def _slots(template: str) -> set[str]:
@@ -155,17 +135,6 @@ def test_scenes_are_true(seed: int) -> None:
             assert scene[slot] != scene[slot[:-1]], slot
 
 
-def test_lexicon_words_are_unambiguous() -> None:
-    """A word with two opposites, kinds or genders would make a right answer count as wrong."""
-    assert not set(lexicon.WOMEN) & set(lexicon.MEN)
-    for table in (lexicon.OPPOSITES, lexicon.MOODS):
-        words = [*table, *table.values()]
-        assert len(set(words)) == len(words)
-    items = [item for items in lexicon.KINDS.values() for item in items]
-    assert len(set(items)) == len(items)
-    assert all(first[0] < second[0] for first, second in pairwise(lexicon.WORDS))
-
-
 def test_check_reads_the_content() -> None:
     """Exact match would be zero for case or spacing, or one for a wrong name."""
     row = Example(0, "Where?", response="He lives in Rome.", references=("Ben lives in Rome.", "He lives in Rome."))
@@ -192,7 +161,7 @@ def test_seed_decides() -> None:
 
 def test_exhausted_corpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asking for more rows than there are would never end."""
-    monkeypatch.setattr("dwakd.demo.corpus._MAX_TRIES", 50)
+    monkeypatch.setattr("dwakd.tools.demo.corpus._MAX_TRIES", 50)
     with pytest.raises(UserError, match="ask for fewer rows"):
         make_corpus(0, 20_000, 0, seed=0)
 
@@ -206,36 +175,3 @@ def test_same_corpus_and_tokenizers_in_every_process() -> None:
         prints.add(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
     assert len(prints) == 1
     assert len(prints.pop().strip()) == len(hashlib.sha256().hexdigest())
-
-
-@pytest.mark.parametrize("side", [0, 1])
-def test_tokenizers_are_lossless(tokenizers, texts: list[str], side: int) -> None:
-    """A space or an accent lost in decoding would lower exact match for a perfect model."""
-    tokenizer = tokenizers[side]
-    unseen = [" two  spaces ", "naïve Łódź 東京 🙂\n", "e\u0301", "<0x41> and \t tab", "don't, 'quoted'"]
-    for text in [*texts[:1500], *unseen]:
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-        assert tokenizer.decode(ids) == text
-        assert tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids
-
-
-def test_tokenizers_are_of_different_families(tokenizers, texts: list[str]) -> None:
-    """With like tokenizers the demo would not show distillation across tokenizers."""
-    student, teacher = tokenizers
-    assert student.bos_token_id is None
-    assert teacher("Oslo").input_ids[0] == teacher.bos_token_id
-    for tokenizer in tokenizers:
-        assert None not in (tokenizer.pad_token_id, tokenizer.eos_token_id)
-        assert tokenizer.pad_token_id != tokenizer.eos_token_id
-        assert max(tokenizer.get_vocab().values()) == len(tokenizer) - 1
-    assert len(student) == 640
-    assert 1000 <= len(teacher) <= 1536
-    lengths = [sum(len(tokenizer.tokenize(text)) for text in texts) for tokenizer in tokenizers]
-    assert lengths[0] > 1.2 * lengths[1]
-
-
-def test_rows_are_short_in_tokens(tokenizers, splits: Splits) -> None:
-    """Long rows would take the demo beyond its five minutes, and prompts beyond the limit would be refused."""
-    for tokenizer in tokenizers:
-        for row in splits[0]:
-            assert len(tokenizer(f"{row.instruction}\n{row.response}").input_ids) <= 72

@@ -14,12 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example
-from dwakd.demo.corpus import make_corpus
-from dwakd.demo.tokenizers import demo_tokenizers
 from dwakd.errors import UserError
 from dwakd.evaluation.evaluate import Evaluation, evaluate_model
 from dwakd.evaluation.report import write_evaluation
 from dwakd.folders import check_output_folder
+from dwakd.tools.demo.corpus import make_corpus
+from dwakd.tools.demo.tokenizers import demo_tokenizers
 from dwakd.training.config import DistillConfig
 from dwakd.training.trainer import DistillTrainer
 

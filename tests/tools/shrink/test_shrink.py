@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dwakd.errors import UserError
 from dwakd.models.rows import check_head
-from dwakd.models.shrink import block_influence, shrink_model, text_bits_per_byte
+from dwakd.tools.shrink.shrink import block_influence, shrink_model, text_bits_per_byte
 from tests.builders import SAMPLE_TEXTS, bpe_byte_fallback, byte_bpe, tiny_model, unigram_byte_fallback, wordpiece
 
 TEXTS = SAMPLE_TEXTS * 3

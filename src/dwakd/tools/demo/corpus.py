@@ -15,8 +15,8 @@ from importlib import resources
 import yaml
 
 from dwakd.data.sources import Example
-from dwakd.demo import lexicon
 from dwakd.errors import UserError
+from dwakd.tools.demo import lexicon
 
 _HELD_OUT_SHARE = 8
 _MAX_TRIES = 2000  # draws for one row before its task counts as exhausted
@@ -59,7 +59,7 @@ class Task:
 @cache
 def load_tasks() -> tuple[Task, ...]:
     """All the tasks, in the order of their file."""
-    text = resources.files("dwakd.demo").joinpath("tasks.yaml").read_text(encoding="utf-8")
+    text = resources.files("dwakd.tools.demo").joinpath("tasks.yaml").read_text(encoding="utf-8")
     return tuple(
         Task(kind, tuple(fields["key"]), tuple(fields["prompts"]), tuple(fields["answers"]))
         for kind, fields in yaml.safe_load(text).items()

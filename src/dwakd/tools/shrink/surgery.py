@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dwakd.errors import UserError
 from dwakd.models.rows import model_name
-from dwakd.models.vocabulary import averaged_rows
+from dwakd.tools.shrink.vocabulary import averaged_rows
 
 
 def layer_stack(model: Any) -> tuple[str, nn.ModuleList]:

@@ -7,7 +7,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dwakd.errors import UserError
-from dwakd.models.vocabulary import averaged_rows, old_tokens_of, train_tokenizer
+from dwakd.tools.shrink.vocabulary import averaged_rows, old_tokens_of, train_tokenizer
 from tests.builders import (
     CHAT_TEMPLATE,
     SAMPLE_TEXTS,

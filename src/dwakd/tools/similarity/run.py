@@ -17,15 +17,15 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import TEST_SPLITS, load_examples
 from dwakd.errors import UserError
 from dwakd.evaluation.signature import data_identity, make_signature, model_identity
-from dwakd.evaluation.structure import StructureDistances, structure_distances
 from dwakd.folders import check_output_folder
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.models.rows import check_head
+from dwakd.tools.similarity.similarity import StructureDistances, structure_distances
 
 PLOT_WIDTH = 36
 
 
-def compare_structures(
+def compare_representations(
     students: Sequence[str],
     teacher: str,
     data: str,

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from dwakd.errors import UserError
 from dwakd.models.loading import check_vocabulary
 from dwakd.models.rows import check_head, evaluating, final_hidden, model_name, output_head
-from dwakd.models.surgery import build_student, layer_stack
-from dwakd.models.vocabulary import old_tokens_of, train_tokenizer
+from dwakd.tools.shrink.surgery import build_student, layer_stack
+from dwakd.tools.shrink.vocabulary import old_tokens_of, train_tokenizer
 
 _INFLUENCE_TEXTS = 64
 _ROWS_PER_PRODUCT = 512

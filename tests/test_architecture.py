@@ -1,0 +1,152 @@
+"""The package's imports point one way: modules import lower layers only, and no two modules import each other."""
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src"
+
+LAYERS = (
+    ("errors", "paths", "folders", "options", "batch"),
+    ("align", "kernels"),
+    ("losses",),
+    ("config", "recipe", "data"),
+    ("models", "cache"),
+    ("evaluation",),
+    ("training",),
+    ("compare", "report", "tools", "describe", "environment"),
+    ("cli", "cli_options", "__init__", "__main__"),
+)
+"""The order of docs/architecture.md, lower layers first; parts of one layer may import each other."""
+
+Edge = tuple[str, str]
+
+# Imports that are still to be removed. Delete an entry together with its import, and add none.
+UPWARD_EXCEPTIONS: frozenset[Edge] = frozenset(
+    (source, "dwakd.models.head")
+    for source in (
+        "dwakd.batch",
+        "dwakd.kernels.head_loss.engine",
+        "dwakd.kernels.head_loss.products",
+        "dwakd.losses.head_maps",
+        "dwakd.losses.pair",
+    )
+)
+CYCLE_EXCEPTIONS: frozenset[Edge] = frozenset({("dwakd.training.evaluation", "dwakd.training.trainer")})
+
+
+@cache
+def modules() -> dict[str, ast.Module]:
+    """The syntax tree of every module, by its dotted name; packages end in __init__."""
+    found = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        name = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+        found[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return found
+
+
+def module_level(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes of a module except those within functions: what runs, or is checked by mypy, on import."""
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield node
+            yield from module_level(node)
+
+
+def imported(name: str, node: ast.AST) -> Iterator[str]:
+    """The modules of dwakd that an import statement in module `name` names; parent packages are not among them."""
+    if isinstance(node, ast.Import):
+        targets = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        base = ".".join([*(name.split(".")[: -node.level] if node.level else []), *filter(None, [node.module])])
+        targets = [f"{base}.{alias.name}" for alias in node.names]
+    else:
+        return
+    for target in targets:
+        while target.split(".")[0] == "dwakd":
+            if found := next((known for known in (target, f"{target}.__init__") if known in modules()), None):
+                yield found
+                break
+            target = target.rpartition(".")[0]
+
+
+def edges(*, only_module_level: bool) -> set[Edge]:
+    """Which module imports which."""
+    walk = module_level if only_module_level else ast.walk
+    return {
+        (name, target)
+        for name, tree in modules().items()
+        for node in walk(tree)
+        for target in imported(name, node)
+        if target != name
+    }
+
+
+def layer(name: str) -> int:
+    part = name.split(".")[1]
+    return next(index for index, parts in enumerate(LAYERS) if part in parts)
+
+
+def cycle_in(graph: set[Edge]) -> list[str]:
+    """The modules of one cycle, the first one repeated at the end; empty if there is none."""
+    targets: dict[str, list[str]] = {}
+    for source, target in sorted(graph):
+        targets.setdefault(source, []).append(target)
+    finished: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name not in finished:
+            for target in targets.get(name, []):
+                if found := visit(target, [*path, name]):
+                    return found
+            finished.add(name)
+        return []
+
+    return next(filter(None, (visit(name, []) for name in targets)), [])
+
+
+@pytest.mark.parametrize("part", sorted({name.split(".")[1] for name in modules()}))
+def test_every_part_has_a_layer(part: str) -> None:
+    """A new package without a layer could be imported by everything and import everything."""
+    assert sum(part in parts for parts in LAYERS) == 1
+
+
+def test_imports_point_to_lower_layers() -> None:
+    """An upward import makes a loss or a kernel depend on the trainer, so that it cannot be used or read alone."""
+    upward = {(source, target) for source, target in edges(only_module_level=False) if layer(target) > layer(source)}
+    assert upward - UPWARD_EXCEPTIONS == set()
+    assert UPWARD_EXCEPTIONS - upward == set(), "these exceptions are no longer needed: delete them"
+
+
+def test_there_are_no_cycles() -> None:
+    """Modules that import each other, be it for type checking alone, cannot be understood one after the other."""
+    graph = edges(only_module_level=True)
+    assert graph >= CYCLE_EXCEPTIONS, "these exceptions are no longer needed: delete them"
+    assert cycle_in(graph - CYCLE_EXCEPTIONS) == []
+    for edge in CYCLE_EXCEPTIONS:
+        assert cycle_in((graph - CYCLE_EXCEPTIONS) | {edge}), f"the exception {edge} is no longer needed: delete it"
+
+
+def test_only_the_command_line_imports_the_applications() -> None:
+    """Shrink, similarity and the demo are built from the package; nothing of the package may need them."""
+    users = {
+        source
+        for source, target in edges(only_module_level=False)
+        if target.startswith("dwakd.tools.") and not source.startswith("dwakd.tools.")
+    }
+    assert users == {"dwakd.cli"}
+
+
+def test_a_cycle_is_found() -> None:
+    """The search for cycles itself must be able to fail."""
+    chain = {("a", "b"), ("b", "c"), ("a", "c"), ("c", "d")}
+    assert cycle_in(chain) == []
+    found = cycle_in(chain | {("d", "b")})
+    assert found[0] == found[-1]
+    assert set(pairwise(found)) == {("b", "c"), ("c", "d"), ("d", "b")}

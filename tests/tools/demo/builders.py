@@ -1,0 +1,6 @@
+"""Sizes of the corpus that the tests of the demo share."""
+
+from dwakd.data.sources import Example
+
+Splits = tuple[list[Example], list[Example], list[Example]]
+NUM_TRAIN, NUM_HELD_OUT = 3400, 170
