@@ -13,9 +13,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from dwakd.cli_options import InputColumn, Limit, Overrides, PromptColumn, ResponseColumn
+from dwakd.cli_options import Adapter, ModelName, Overrides, with_options
 from dwakd.environment import describe_environment, version_of
 from dwakd.errors import UserError
+from dwakd.evaluation.options import EvalOptions, RowOptions
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,7 +61,7 @@ def train(
     """
     _hush_transformers()
     from dwakd.config import load_recipe
-    from dwakd.evaluation.run import evaluate_recipe
+    from dwakd.evaluation.run import evaluate_student, plan_evaluation
     from dwakd.training.run import end_of_run
     from dwakd.training.run import train as run_recipe
 
@@ -70,7 +71,8 @@ def train(
     if trainer.is_world_process_zero():
         console.print(f"student: [bold]{folder}[/bold] after {trainer.state.global_step} steps", soft_wrap=True)
     if loaded.evaluation.test and trainer.is_world_process_zero():
-        console.print(evaluate_recipe(loaded, trainer.student, trainer.student_encoder, folder))
+        plan = plan_evaluation(loaded)
+        console.print(evaluate_student(plan, trainer.student, trainer.student_encoder, folder))
     end_of_run()
 
 
@@ -105,102 +107,55 @@ def cache(
 
 
 @app.command("eval")
+@with_options(omit=("do_sample", "max_length"))
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder, hub id, gguf:PATH or package:NAME/FILE.")],
+    model: ModelName,
     data: Annotated[list[str], typer.Option("--data", "-d", help="Test set: a file or a hub id; may be repeated.")],
+    rows: RowOptions,
+    options: EvalOptions,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for the JSON and the answers; eval/ in the model's by default."),
+        typer.Option("--output", "-o", help="Folder of the scores and answers; eval/ in the model's by default."),
     ] = None,
-    template: Annotated[
-        str | None, typer.Option(help="alpaca, chat, plain or a format string; the model's recipe's by default.")
-    ] = None,
-    bos: Annotated[str | None, typer.Option(help="What begins a text: auto or never; the recipe's by default.")] = None,
-    special_tokens_in_prompts: Annotated[
-        str | None, typer.Option(help="Special tokens spelled out in prompts: parse or text; the recipe's by default.")
-    ] = None,
-    adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to merge into the model.")] = None,
-    prompt: PromptColumn = None,
-    response: ResponseColumn = None,
-    input_column: InputColumn = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many sampling seeds: 10, 20, 30 and so on.")] = 5,
-    temperature: Annotated[float, typer.Option(min=0.01, help="Sampling temperature.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Nucleus of the sampling.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    limit: Limit = None,
-    greedy: Annotated[bool, typer.Option(help="Also report greedy answers.")] = True,
+    adapter: Adapter = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace results of these sets that were got with other options.")
+        bool, typer.Option("--overwrite", help="Replace results of these sets that were made with other options.")
     ] = False,
 ) -> None:
     """Answer test sets and score them: ROUGE-L over seeds, exact match, bits per byte.
 
-    Sampling at temperature 1 over five seeds is the published protocol; greedy answers and bits per byte are steadier
-    and stand beside it. Bits per byte compares models whatever their tokenizers.
+    Sampling at temperature 1 over five seeds is the published protocol. Greedy answers and bits per byte vary less and
+    are reported as well. Bits per byte can be compared between models with different tokenizers. The options template,
+    bos and special-tokens-in-prompts are by default those of the recipe in the model's folder, if there is one.
     """
     _hush_transformers()
     from dwakd.evaluation.run import evaluate_sets
 
-    table = evaluate_sets(
-        model,
-        data,
-        output=output,
-        template=template,
-        bos=bos,
-        special_tokens_in_prompts=special_tokens_in_prompts,
-        adapter=adapter,
-        columns={"prompt": prompt, "response": response, "input": input_column},
-        limit=limit,
-        num_seeds=seeds,
-        temperature=temperature,
-        top_p=top_p,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        greedy=greedy,
-        overwrite=overwrite,
-    )
+    table = evaluate_sets(model, data, rows, options, adapter=adapter, output=output, overwrite=overwrite)
     console.print(table)
 
 
 @app.command()
+@with_options(template="alpaca", bos="auto", special_tokens_in_prompts="parse", limit=100)
 def similarity(
     students: Annotated[list[str], typer.Argument(help="One or more: folder, hub id, gguf:PATH, package:NAME/FILE.")],
-    teacher: Annotated[str, typer.Option("--teacher", "-t", help="The teacher, likewise.")],
+    teacher: Annotated[str, typer.Option("--teacher", "-t", help="The teacher: folder, hub id, GGUF file.")],
     data: Annotated[str, typer.Option("--data", "-d", help="Prompts with responses: a file or a hub id.")],
+    rows: RowOptions,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for every value.")] = None,
     adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to merge into the teacher.")] = None,
-    template: Annotated[str, typer.Option(help="alpaca, chat, plain or a format string.")] = "alpaca",
-    bos: Annotated[str, typer.Option(help="What begins a text: auto or never.")] = "auto",
-    special_tokens_in_prompts: Annotated[
-        str, typer.Option(help="Special tokens spelled out in prompts: parse or text.")
-    ] = "parse",
-    prompt: PromptColumn = None,
-    response: ResponseColumn = None,
-    input_column: InputColumn = None,
     max_length: Annotated[int, typer.Option(min=2, help="Most tokens of prompt and response.")] = 512,
-    limit: Limit = 100,
 ) -> None:
     """Compare how students and a teacher relate the parts of a text to each other, whatever their tokenizers.
 
-    Hidden states are pooled over the spans that both tokenisations share; box plots of the distances of their cosine and
-    inner-product matrices, over texts.
+    Hidden states are averaged over the spans of text that both tokenisations share. Box plots show the distances
+    between the cosine matrices and between the inner-product matrices of student and teacher, one value for each text.
     """
     _hush_transformers()
     from dwakd.tools.similarity.run import compare_representations
 
     report = compare_representations(
-        students,
-        teacher,
-        data,
-        adapter=adapter,
-        template=template,
-        bos=bos,
-        special_tokens_in_prompts=special_tokens_in_prompts,
-        columns={"prompt": prompt, "response": response, "input": input_column},
-        limit=limit,
-        max_length=max_length,
-        output=output,
+        students, teacher, data, rows, adapter=adapter, max_length=max_length, output=output
     )
     console.print(report)
 
@@ -242,22 +197,17 @@ def compare(
 
 
 @app.command()
+@with_options(omit=("bos", "special_tokens_in_prompts"), template="plain")
 def shrink(
-    model: Annotated[
-        str, typer.Argument(help="The model to start from: folder, hub id, gguf:PATH, package:NAME/FILE.")
-    ],
+    model: ModelName,
     data: Annotated[str, typer.Option("--data", "-d", help="Your text: an instruction set, a file or a hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new student.")],
+    rows: RowOptions,
     vocab_size: Annotated[int | None, typer.Option(min=1, help="Train a tokenizer of this size on the text.")] = None,
     layers: Annotated[int | None, typer.Option(min=2, help="Layers to keep, by block influence.")] = None,
     eval_data: Annotated[
         str | None, typer.Option(help="Text for bits per byte; the last twentieth of the data by default.")
     ] = None,
-    template: Annotated[str, typer.Option(help="How prompt and response become text.")] = "plain",
-    prompt: PromptColumn = None,
-    response: ResponseColumn = None,
-    input_column: InputColumn = None,
-    limit: Limit = None,
 ) -> None:
     """Build a small student from a pretrained model: fewer layers, and a vocabulary made for your text.
 
@@ -267,17 +217,7 @@ def shrink(
     _hush_transformers()
     from dwakd.tools.shrink.run import shrink_to_folder
 
-    report = shrink_to_folder(
-        model,
-        data,
-        output,
-        vocab_size=vocab_size,
-        num_layers=layers,
-        eval_data=eval_data,
-        template=template,
-        columns={"prompt": prompt, "response": response, "input": input_column},
-        limit=limit,
-    )
+    report = shrink_to_folder(model, data, output, rows, vocab_size=vocab_size, num_layers=layers, eval_data=eval_data)
     console.print(report)
 
 

@@ -79,8 +79,6 @@ def test_rows_without_a_response_are_left_out() -> None:
     assert bits_per_byte(model, encoder, [*EXAMPLES, asked]).num_examples == 3
     with pytest.raises(UserError, match="response"):
         bits_per_byte(model, encoder, [asked])
-    with pytest.raises(UserError, match="batch_size"):
-        bits_per_byte(model, encoder, EXAMPLES, batch_size=0)
 
 
 def test_model_is_left_as_it_was() -> None:

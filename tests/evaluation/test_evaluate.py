@@ -17,6 +17,7 @@ from dwakd.errors import UserError
 from dwakd.evaluation.bits_per_byte import bits_per_byte
 from dwakd.evaluation.evaluate import Evaluation, evaluate_model
 from dwakd.evaluation.generate import generate_answers
+from dwakd.evaluation.options import EvalOptions, GenerationOptions
 from dwakd.evaluation.report import evaluation_table, write_evaluation
 from dwakd.evaluation.rouge import exact_match, rouge_l
 from dwakd.evaluation.signature import data_identity, model_identity
@@ -27,7 +28,11 @@ EXAMPLES = [
     Example(4, "Name three colours.", response="Red, green and blue.", references=("Red, green and blue.", "e")),
     Example(5, "Привет!", response="a 1"),
 ]
-OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "progress": False}
+
+
+def evaluated(model: Any, encoder: TextEncoder, examples: list[Example], **options: Any) -> Evaluation:
+    """The evaluation with short answers, without progress bars."""
+    return evaluate_model(model, encoder, examples, EvalOptions(**{"max_new_tokens": 12, **options}), progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +42,16 @@ def encoder() -> TextEncoder:
 
 @pytest.fixture(scope="module")
 def evaluation(encoder: TextEncoder) -> Evaluation:
-    return evaluate_model(tiny_model("llama", 400), encoder, EXAMPLES, seeds=(10, 20), **OPTIONS)
+    return evaluated(tiny_model("llama", 400), encoder, EXAMPLES, seeds=2)
 
 
 def test_numbers_are_those_of_the_parts(evaluation: Evaluation, encoder: TextEncoder) -> None:
     """Answers scored against another row's references, or seeds mixed up, would go unnoticed in the mean."""
     model, references = tiny_model("llama", 400), [EXAMPLES[0].references, ("a 1",)]
-    sampled = [generate_answers(model, encoder, EXAMPLES, seed=seed, **OPTIONS) for seed in (10, 20)]
-    greedy = generate_answers(model, encoder, EXAMPLES, seed=0, do_sample=False, **OPTIONS)
+    *sampled, greedy = (
+        generate_answers(model, encoder, EXAMPLES, GenerationOptions(seed=seed, max_new_tokens=12), progress=False)
+        for seed in (10, 20, None)
+    )
     assert evaluation.rouge_l == summarise([rouge_l(answers, references) for answers in sampled])
     assert evaluation.exact_match == summarise([exact_match(answers, references) for answers in sampled])
     assert evaluation.greedy_rouge_l == summarise([rouge_l(greedy, references)])
@@ -83,16 +90,12 @@ def test_passes_can_be_left_out(encoder: TextEncoder) -> None:
     """A greedy-only dev evaluation must not report a sampled score, nor bits where there is no response."""
     asked = [Example(0, "Hi", references=("Hello",))]
     model = tiny_model("llama", 400)
-    only_greedy = evaluate_model(model, encoder, asked, do_sample=False, **OPTIONS)
+    only_greedy = evaluated(model, encoder, asked, do_sample=False)
     assert only_greedy.rouge_l is None
     assert only_greedy.bits_per_byte is None
     assert only_greedy.greedy_rouge_l is not None
-    with pytest.raises(UserError, match="pass"):
-        evaluate_model(model, encoder, asked, do_sample=False, greedy=False, **OPTIONS)
-    with pytest.raises(UserError, match="seeds"):
-        evaluate_model(model, encoder, asked, seeds=(10, 10), **OPTIONS)
     with pytest.raises(UserError, match="no rows"):
-        evaluate_model(model, encoder, [], **OPTIONS)
+        evaluated(model, encoder, [])
 
 
 def test_a_prompt_without_room_shows_first(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,14 +103,14 @@ def test_a_prompt_without_room_shows_first(encoder: TextEncoder, monkeypatch: py
     monkeypatch.setattr("dwakd.evaluation.evaluate.bits_per_byte", lambda *_, **__: pytest.fail("computed first"))
     small = tiny_model("llama", 400, max_position_embeddings=len(encoder.prompt_ids(EXAMPLES[0])))
     with pytest.raises(UserError, match=r"row 4 \(counting from 0\): its prompt"):
-        evaluate_model(small, encoder, EXAMPLES, **OPTIONS)
+        evaluated(small, encoder, EXAMPLES)
 
 
 def test_unscorable_references_are_told(encoder: TextEncoder, caplog: pytest.LogCaptureFixture) -> None:
     """On Russian or Chinese data every student has ROUGE-L 0: the user must hear why."""
     rows = [Example(0, "Hi", response="Привет"), Example(1, "Hi", response="ok")]
     with caplog.at_level(logging.WARNING, logger="dwakd.evaluation.evaluate"):
-        evaluate_model(tiny_model("llama", 400), encoder, rows, do_sample=False, **OPTIONS)
+        evaluated(tiny_model("llama", 400), encoder, rows, do_sample=False)
     assert "1 of 2 rows" in caplog.text
 
 
@@ -145,7 +148,7 @@ def test_table_fits_80_columns(evaluation: Evaluation) -> None:
 def test_a_set_without_references_is_answered_without_scores(encoder: TextEncoder, tmp_path: Path) -> None:
     """The questions of Vicuna are for a judge: their answers are what is wanted, and a score of 0 would be false."""
     rows = [Example(0, "How?"), Example(1, "Why?")]
-    evaluation = evaluate_model(tiny_model("llama", 400), encoder, rows, seeds=(10,), **OPTIONS)
+    evaluation = evaluated(tiny_model("llama", 400), encoder, rows, seeds=1)
     write_evaluation(evaluation, tmp_path / "x.json", tmp_path / "x.answers.jsonl")
     written = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
     assert (written["rouge_l"], written["greedy_exact_match"], written["bits_per_byte"]) == (None, None, None)
@@ -171,6 +174,6 @@ def test_signature_names_model_and_data(encoder: TextEncoder) -> None:
     data = data_identity(EXAMPLES, "p3/test.jsonl")
     assert (data["name"], data["rows"]) == ("p3/test.jsonl", 2)
     assert data["sha256"] != data_identity([EXAMPLES[0], replace(EXAMPLES[1], response="a 2")])["sha256"]
-    made = evaluate_model(tiny_model("llama", 400), encoder, EXAMPLES, do_sample=False, **OPTIONS).signature
+    made = evaluated(tiny_model("llama", 400), encoder, EXAMPLES, do_sample=False).signature
     assert made["model"]["sha256"] == identity["sha256"]
     assert made["data"]["sha256"] == data["sha256"]

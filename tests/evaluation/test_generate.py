@@ -11,6 +11,7 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import generate_answers, plan_batches
+from dwakd.evaluation.options import DecodingOptions, GenerationOptions
 from dwakd.evaluation.sampling import SeededSampling, streams
 from tests.builders import FAMILIES, byte_bpe, tiny_model
 
@@ -22,7 +23,12 @@ EXAMPLES = [
     Example(3, "Привет, мир!"),
     Example(4, "The quick brown fox jumps over the lazy dog, and then?"),
 ]
-QUIET: dict[str, Any] = {"max_new_tokens": 8, "progress": False}
+
+
+def answers_of(model: Any, encoder: TextEncoder, examples: list[Example], **options: Any) -> list[str]:
+    """Short answers without a progress bar."""
+    chosen = GenerationOptions(**{"max_new_tokens": 8, **options})
+    return generate_answers(model, encoder, examples, chosen, progress=False)
 
 
 class EndsAt(TextEncoder):
@@ -61,7 +67,7 @@ def greedy_by_hand(model: Any, encoder: TextEncoder, example: Example, steps: in
 def test_batched_greedy_answers_equal_single_ones(family: str, encoder: TextEncoder) -> None:
     """Wrong padding side, mask or positions would score a student below what it learnt."""
     model = tiny_model(family, VOCAB, tie_word_embeddings=False)
-    answers = generate_answers(model, encoder, EXAMPLES, seed=0, do_sample=False, batch_size=5, **QUIET)
+    answers = answers_of(model, encoder, EXAMPLES, seed=None, batch_size=5)
     assert answers == [greedy_by_hand(model, encoder, example, 8) for example in EXAMPLES]
     assert len(set(answers)) > 1
 
@@ -70,24 +76,24 @@ def test_sampled_answers_do_not_depend_on_the_batch(encoder: TextEncoder) -> Non
     """Otherwise another batch size, or a subset of the test set, gives another ROUGE-L under the same seed."""
     model = tiny_model("llama", VOCAB)
     state = torch.get_rng_state()
-    answers = generate_answers(model, encoder, EXAMPLES, seed=10, batch_size=5, **QUIET)
+    answers = answers_of(model, encoder, EXAMPLES, seed=10, batch_size=5)
     assert torch.equal(torch.get_rng_state(), state), "evaluation between two training steps must not shift dropout"
-    assert answers == generate_answers(model, encoder, EXAMPLES, seed=10, batch_size=2, **QUIET)
-    assert answers[:2] == generate_answers(model, encoder, EXAMPLES[:2], seed=10, batch_size=5, **QUIET)
-    assert answers != generate_answers(model, encoder, EXAMPLES, seed=20, batch_size=5, **QUIET)
-    twins = generate_answers(model, encoder, [EXAMPLES[0]] * 2, seed=10, **QUIET)
+    assert answers == answers_of(model, encoder, EXAMPLES, seed=10, batch_size=2)
+    assert answers[:2] == answers_of(model, encoder, EXAMPLES[:2], seed=10, batch_size=5)
+    assert answers != answers_of(model, encoder, EXAMPLES, seed=20, batch_size=5)
+    twins = answers_of(model, encoder, [EXAMPLES[0]] * 2, seed=10)
     assert twins[0] != twins[1], "each row has its own random numbers"
 
 
 def test_saved_generation_settings_do_not_leak(encoder: TextEncoder) -> None:
     """Qwen's saved repetition penalty and top-p of 0.8 would flatter a teacher that students are compared with."""
     model = tiny_model("gpt2", VOCAB)
-    clean = [generate_answers(model, encoder, EXAMPLES, seed=3, do_sample=sample, **QUIET) for sample in (True, False)]
+    clean = [answers_of(model, encoder, EXAMPLES, seed=seed) for seed in (3, None)]
     saved = GenerationConfig(
         do_sample=True, temperature=0.2, top_p=0.3, top_k=2, repetition_penalty=9.0, max_length=4, num_beams=2
     )
     model.generation_config = saved
-    leaky = [generate_answers(model, encoder, EXAMPLES, seed=3, do_sample=sample, **QUIET) for sample in (True, False)]
+    leaky = [answers_of(model, encoder, EXAMPLES, seed=seed) for seed in (3, None)]
     assert leaky == clean
     assert model.generation_config is saved
 
@@ -98,7 +104,7 @@ def test_answers_end_at_every_end_token(encoder: EndsAt) -> None:
     ids = [greedy_ids(model, encoder, example, 8) for example in EXAMPLES]
     encoder.extra = (ids[1][3],)
     try:
-        answers = generate_answers(model, encoder, EXAMPLES, seed=0, do_sample=False, **QUIET)
+        answers = answers_of(model, encoder, EXAMPLES, seed=None)
         assert answers == [greedy_by_hand(model, encoder, example, 8) for example in EXAMPLES]
         stop = ids[1].index(ids[1][3])
         assert answers[1] == encoder.tokenizer.decode(ids[1][:stop]).strip()
@@ -112,7 +118,7 @@ def test_answers_stay_within_the_positions(family: str, encoder: TextEncoder) ->
     positions = {"gpt2": "n_positions"}.get(family, "max_position_embeddings")
     lengths = [len(encoder.prompt_ids(example)) for example in EXAMPLES]
     model = tiny_model(family, VOCAB, **{positions: max(lengths) + 2})
-    answers = generate_answers(model, encoder, EXAMPLES, seed=0, do_sample=False, **QUIET)
+    answers = answers_of(model, encoder, EXAMPLES, seed=None)
     limits = [min(8, max(lengths) + 2 - length) for length in lengths]
     assert min(limits) == 2
     assert max(limits) == 8
@@ -121,15 +127,17 @@ def test_answers_stay_within_the_positions(family: str, encoder: TextEncoder) ->
     full = tiny_model(family, VOCAB, **{positions: max(lengths)})
     longest = EXAMPLES[lengths.index(max(lengths))]
     with pytest.raises(UserError, match=rf"the examples, row {longest.index} .*{max(lengths)} pos"):
-        generate_answers(full, encoder, EXAMPLES, seed=0, **QUIET)
+        answers_of(full, encoder, EXAMPLES, seed=0)
 
 
 def test_batches_hold_every_row_once(encoder: TextEncoder) -> None:
     """A row lost between batches would shift every later answer to another reference."""
-    batches = plan_batches(tiny_model("gpt2", VOCAB), encoder, EXAMPLES, max_new_tokens=8, batch_size=2)
+    batches = plan_batches(
+        tiny_model("gpt2", VOCAB), encoder, EXAMPLES, DecodingOptions(max_new_tokens=8, batch_size=2)
+    )
     assert sorted(row for batch in batches for row in batch.rows) == [0, 1, 2, 3, 4]
     assert [len(batch.rows) for batch in batches] == [2, 2, 1]
-    assert generate_answers(tiny_model("gpt2", VOCAB), encoder, [], seed=0, **QUIET) == []
+    assert answers_of(tiny_model("gpt2", VOCAB), encoder, [], seed=0) == []
 
 
 def test_modes_are_put_back(encoder: TextEncoder) -> None:
@@ -138,11 +146,11 @@ def test_modes_are_put_back(encoder: TextEncoder) -> None:
     And with dropout during the evaluation itself, the best checkpoint would be picked by chance.
     """
     model = tiny_model("gpt2", VOCAB, resid_pdrop=0.5)
-    answers = generate_answers(model, encoder, EXAMPLES[:1], seed=0, **QUIET)
+    answers = answers_of(model, encoder, EXAMPLES[:1], seed=0)
     model.train()
     model.transformer.h[0].eval()
     before = [module.training for module in model.modules()]
-    assert generate_answers(model, encoder, EXAMPLES[:1], seed=0, **QUIET) == answers
+    assert answers_of(model, encoder, EXAMPLES[:1], seed=0) == answers
     assert [module.training for module in model.modules()] == before
     assert True in before
     assert False in before
@@ -151,28 +159,12 @@ def test_modes_are_put_back(encoder: TextEncoder) -> None:
 def test_adapters_take_part(encoder: TextEncoder) -> None:
     """A LoRA student evaluated without its adapter shows the untrained model's score."""
     plain = tiny_model("llama", VOCAB)
-    untrained = generate_answers(plain, encoder, EXAMPLES, seed=1, **QUIET)
+    untrained = answers_of(plain, encoder, EXAMPLES, seed=1)
     torch.manual_seed(0)
     model = get_peft_model(plain, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-    adapted = generate_answers(model, encoder, EXAMPLES, seed=1, **QUIET)
-    assert adapted == generate_answers(model.merge_and_unload(), encoder, EXAMPLES, seed=1, **QUIET)
+    adapted = answers_of(model, encoder, EXAMPLES, seed=1)
+    assert adapted == answers_of(model.merge_and_unload(), encoder, EXAMPLES, seed=1)
     assert adapted != untrained
-
-
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        ({"temperature": 0.0}, "temperature"),
-        ({"top_p": 1.5}, "top_p"),
-        ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"batch_size": 0}, "batch_size"),
-        ({"seed": -1}, "seed"),
-    ],
-)
-def test_options_out_of_range_are_refused(options: dict[str, Any], word: str, encoder: TextEncoder) -> None:
-    """Otherwise the message comes from deep inside torch, and names no option."""
-    with pytest.raises(UserError, match=word):
-        generate_answers(tiny_model("gpt2", VOCAB), encoder, EXAMPLES, **{"seed": 0, **QUIET, **options})
 
 
 def draw(logits: list[float], temperature: float = 1.0, top_p: float = 1.0, rows: int = 20_000) -> torch.Tensor:

@@ -7,10 +7,9 @@ from typing import Any
 import datasets
 import pytest
 
-from dwakd.config import recipe_from_dict
 from dwakd.errors import UserError
-from dwakd.evaluation.run import check_recipe_evaluation
-from dwakd.evaluation.sets import check_evaluation
+from dwakd.evaluation.options import RowOptions
+from dwakd.evaluation.sets import EvaluationSet, read_test_sets
 
 SCORED = [{"prompt": "2 + 2 =", "response": "4"}]
 
@@ -21,14 +20,18 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
+def read(paths: list[str]) -> list[EvaluationSet]:
+    return read_test_sets(paths, RowOptions())
+
+
 def test_names_are_unique_and_readable(tmp_path: Path) -> None:
     """Two sets of one name would overwrite each other's answers: half of the results would be the other set's."""
     paths = [write(tmp_path / folder / "p3" / "test.jsonl", SCORED) for folder in ("a", "b")]
     paths += [write(tmp_path / "dolly" / "Test.jsonl", SCORED), write(tmp_path / "c" / "P3" / "test.jsonl", SCORED)]
-    names = [item.name for item in check_evaluation(paths)]
+    names = [item.name for item in read(paths)]
     assert names == ["p3-test", "p3-test-2", "dolly-Test", "P3-test-3"]
     with pytest.raises(UserError, match="named twice"):
-        check_evaluation([paths[0], paths[0]])
+        read([paths[0], paths[0]])
 
 
 def test_splits_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,45 +40,21 @@ def test_splits_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "dwakd.data.sources.datasets.load_dataset", lambda *_, split: splits[split] if split else splits
     )
-    assert len(check_evaluation(["org/name"])[0].examples) == 3
+    assert len(read(["org/name"])[0].examples) == 3
     del splits["test"]
-    assert len(check_evaluation(["org/name"])[0].examples) == 2
+    assert len(read(["org/name"])[0].examples) == 2
     del splits["validation"]
     with pytest.raises(UserError, match=r"org/name has no split 'test'.* its splits are train; .*org/name@train"):
-        check_evaluation(["org/name"])
-    assert len(check_evaluation(["org/name@train"])[0].examples) == 1
+        read(["org/name"])
+    assert len(read(["org/name@train"])[0].examples) == 1
 
 
 def test_questions_without_answers_are_a_set_of_their_own(tmp_path: Path) -> None:
     """Vicuna's questions have no references; but a set where some rows lack theirs has a mistake in it."""
     questions = [{"instruction": "How?"}, {"instruction": "Why?"}]
-    (item,) = check_evaluation([write(tmp_path / "questions.jsonl", questions)])
+    (item,) = read([write(tmp_path / "questions.jsonl", questions)])
     assert not item.scored
     assert len(item.examples) == 2
     mixed = write(tmp_path / "mixed.jsonl", [*SCORED, {"prompt": "3 + 3 =", "response": None}])
     with pytest.raises(UserError, match=r"mixed\.jsonl, row 1 .*1 of 2 rows"):
-        check_evaluation([mixed])
-
-
-@pytest.mark.parametrize("option", ["seeds", "max_new_tokens", "batch_size", "limit"])
-def test_options_below_one_are_refused_by_name(option: str, tmp_path: Path) -> None:
-    """No seed, no token or no row would otherwise be found out after the training."""
-    test = write(tmp_path / "test.jsonl", SCORED)
-    with pytest.raises(UserError, match=f"^{option} must be at least 1, got 0"):
-        check_evaluation([test], **{"num_seeds" if option == "seeds" else option: 0})
-    recipe = recipe_from_dict(
-        {"student": {"model": "x"}, "data": {"train": test}, "evaluation": {"test": [test], option: 0}}
-    )
-    with pytest.raises(UserError, match=rf"^evaluation\.{option} must be at least 1, got 0"):
-        check_recipe_evaluation(recipe)
-
-
-def test_a_recipe_s_sets_are_read(tmp_path: Path) -> None:
-    """A test file that is missing stops the training before it begins."""
-    content: dict[str, Any] = {"student": {"model": "x"}, "data": {"train": "unused", "prompt": "q", "response": "a"}}
-    test = write(tmp_path / "test.jsonl", [{"q": "2 + 2 =", "a": "4"}] * 3)
-    recipe = recipe_from_dict({**content, "evaluation": {"test": [test], "limit": 2}})
-    assert [len(item.examples) for item in check_recipe_evaluation(recipe)] == [2]
-    recipe = recipe_from_dict({**content, "evaluation": {"test": ["nowhere.jsonl"]}})
-    with pytest.raises(UserError, match=r"nowhere\.jsonl"):
-        check_recipe_evaluation(recipe)
+        read([mixed])

@@ -15,7 +15,7 @@ from dwakd.compare.run import Runner, dev_loss, failure_reason
 from dwakd.compare.table import CellScores, comparison_tables, read_cell, summarise_comparison
 from dwakd.config import CompareSection, Recipe, TeacherSection
 from dwakd.errors import UserError
-from dwakd.evaluation.run import check_recipe_evaluation
+from dwakd.evaluation.run import plan_evaluation
 from dwakd.folders import check_output_folder
 from dwakd.losses import method_class, needs_attention
 from dwakd.training.cache_run import cache_recipe
@@ -85,7 +85,7 @@ def compare_methods(
 def _check_test_sets(recipe: Recipe) -> None:
     if not recipe.evaluation.test:
         raise UserError("compare needs test sets: give evaluation.test in the recipe")
-    for item in check_recipe_evaluation(recipe):
+    for item in plan_evaluation(recipe).sets:
         if not item.scored:
             raise UserError(f"compare scores answers, but {item.source} has no references: choose another test set")
 

@@ -1,4 +1,4 @@
-"""Bits per byte: a likelihood that models with different tokenizers can be compared by."""
+"""Bits per byte: a likelihood that can be compared between models with different tokenizers."""
 
 import logging
 import math
@@ -23,7 +23,7 @@ from dwakd.models.rows import evaluating, response_rows
 logger = logging.getLogger(__name__)
 
 _LOGITS_AT_ONCE = 2**24
-"""Rows go through the head in slices of about this many logits (64 MB in float32)."""
+"""The head is applied to slices of about this many logits (64 MB in float32)."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class BitsPerByte:
     """Likelihood of the responses given their prompts.
 
     Args:
-        value: bits / bytes, over the whole set: a long response counts for more than a short one.
-        bits: minus log2 of the probability of all response tokens, the end-of-sequence tokens included.
-        bytes: UTF-8 bytes of the responses; the end of a response has none.
-        num_examples: responses that were scored.
-        num_truncated: of those, how many were cut to fit `max_length`. Values of two tokenizers compare strictly
-            only where both are 0, for each cuts at its own place.
+        value: bits / bytes over the whole set, so that a long response has more weight than a short one.
+        bits: minus log2 of the probability of all response tokens, including the end-of-sequence tokens.
+        bytes: UTF-8 bytes of the responses; an end-of-sequence token has none.
+        num_examples: number of scored responses.
+        num_truncated: number of scored responses that were cut to fit `max_length`. Two tokenizers cut at different
+            places, so their values are strictly comparable only where both numbers are 0.
     """
 
     value: float
@@ -55,26 +55,27 @@ def bits_per_byte(
     max_length: int = 512,
     progress: bool = False,
 ) -> BitsPerByte:
-    """Teacher-forced bits of every response, given its prompt, per UTF-8 byte of the responses.
+    """Compute the bits of every response, given its prompt, per UTF-8 byte of the responses.
 
-    The tokenisation is the encoder's own (one of the many that spell a text), and the softmax runs over the whole
-    head, rows without a token included. A response is cut by text as in training. Rows without a response, or whose
-    prompt leaves no room for one, are left out and do not count in `num_examples`; a warning tells of the latter.
+    The text is tokenised by the encoder, and the softmax is over all outputs of the head, including those without a
+    token. A response is cut by text as in training. Rows without a response, and rows whose prompt leaves no room for
+    one, are left out and are not in `num_examples`; a warning reports the latter.
 
     Args:
-        batch_size: examples per forward; changes the speed and not the value.
-        max_length: tokens of prompt and response together, or the model's positions if those are fewer.
-        progress: show a bar on standard error.
+        model: the model, with or without an adapter.
+        encoder: tokenises prompts and responses.
+        examples: the rows.
+        batch_size: examples in one forward pass; changes the speed, not the value.
+        max_length: most tokens of prompt and response together; the model's positions if those are fewer.
+        progress: show a progress bar on standard error.
 
     Raises:
-        UserError: no row has a response and room for it, or `batch_size` is below 1.
+        UserError: no row has a response that fits.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {batch_size}.")
     max_length = length_limit(model, max_length)
     scored = measurable(encoder, examples, max_length)
     if not scored:
-        raise UserError(f"bits per byte needs a row with a response and a prompt below {max_length} tokens.")
+        raise UserError(f"bits per byte needs a row with a response and a prompt below {max_length} tokens")
     if left_out := sum(bool(example.response.strip()) for example in examples) - len(scored):
         logger.warning(
             "bits per byte leaves out %d of %d rows: their prompts fill %d tokens", left_out, len(examples), max_length
@@ -100,12 +101,12 @@ def bits_per_byte(
 
 
 def length_limit(model: PreTrainedModel | PeftModel, max_length: int) -> int:
-    """`max_length`, or the model's positions if those are fewer."""
+    """Return `max_length`, or the model's positions if those are fewer."""
     return min(max_length, max_positions(model) or max_length)
 
 
 def measurable(encoder: TextEncoder, examples: Sequence[Example], max_length: int) -> list[Example]:
-    """The rows that have a response, and a prompt that leaves room for it within `max_length` tokens."""
+    """Return the rows that have a response and a prompt of fewer than `max_length` tokens."""
     answered = [example for example in examples if example.response.strip()]
     prompts = encoder.prompt_ids_batch(answered) if answered else []
     return [example for example, prompt in zip(answered, prompts, strict=True) if len(prompt) < max_length]
@@ -117,7 +118,7 @@ def _rows(model: PreTrainedModel | PeftModel, batch: dict[str, Tensor]) -> Model
 
 
 def _bits(side: ModelSide) -> float:
-    """Bits of all target tokens, summed in float64."""
+    """Sum the bits of all target tokens in float64."""
     rows = max(1, _LOGITS_AT_ONCE // side.head.vocab_size)
     nats = 0.0
     for start in range(0, len(side.target_ids), rows):
@@ -128,5 +129,5 @@ def _bits(side: ModelSide) -> float:
 
 
 def _response_bytes(side: ModelSide) -> int:
-    """Bytes that the rows cover: where the last row of each example ends."""
+    """Return the bytes of all responses: the sum of the ends of their last tokens."""
     return int(side.byte_ends[side.lengths.cumsum(0) - 1].sum())

@@ -1,4 +1,4 @@
-"""Answers of a model: sampled or greedy, in batches, the same whatever the batches."""
+"""Generate sampled or greedy answers in batches; the batch size does not change an answer."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
+from dwakd.evaluation.options import DecodingOptions, GenerationOptions
 from dwakd.evaluation.sampling import SeededSampling, streams
 from dwakd.models.rows import evaluating
 
@@ -26,9 +27,9 @@ class PromptBatch:
     """Prompts that are answered together.
 
     Args:
-        rows: their positions in the list of examples.
-        prompts: their token ids, unpadded.
-        max_new_tokens: tokens that each answer may have.
+        rows: positions of the prompts in the list of examples.
+        prompts: token ids of each prompt, unpadded.
+        max_new_tokens: most tokens of each answer.
     """
 
     rows: list[int]
@@ -40,66 +41,49 @@ def generate_answers(
     model: PreTrainedModel | PeftModel,
     encoder: TextEncoder,
     examples: Sequence[Example],
+    options: GenerationOptions,
     *,
-    seed: int,
-    do_sample: bool = True,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    max_new_tokens: int = 256,
-    batch_size: int = 16,
     progress: bool = True,
 ) -> list[str]:
-    """One answer per example, in the order of the examples.
+    """Generate one answer for each example, in the order of the examples.
 
-    The model's own generation settings (temperature, top-p, top-k, repetition penalty, length ...) play no part;
-    with the defaults every token is drawn from the model's full distribution. An answer ends at any of the
+    The model's own generation settings (temperature, top-p, top-k, repetition penalty, length ...) are ignored. With
+    the default options every token is drawn from the model's full distribution. An answer ends at any of the
     encoder's end tokens, or after min(max_new_tokens, the model's positions minus the tokens of its prompt) tokens.
 
     Args:
-        seed: of the streams of random numbers, one per row; unused when greedy. Not negative.
-        do_sample: sample, or take the likeliest token each time.
-        temperature: divides the logits; above 0.
-        top_p: keep the likeliest tokens that together reach this probability; in (0, 1].
-        max_new_tokens: limit of an answer in tokens.
-        batch_size: prompts per forward; changes the speed and not the answers.
-        progress: show a bar on standard error.
+        model: the model, with or without an adapter.
+        encoder: turns rows into prompts and answers into text.
+        examples: the rows to answer.
+        options: the seed and how to decode. Every row has its own stream of random numbers.
+        progress: show a progress bar on standard error.
 
     Raises:
-        UserError: an option out of range, a prompt without tokens, or one that fills all the model's positions.
+        UserError: a prompt has no tokens, or fills all the model's positions.
     """
-    batches = plan_batches(model, encoder, examples, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    batches = plan_batches(model, encoder, examples, options)
     with progress_bar(disable=not progress) as bar:
         task = bar.add_task("answers", total=len(batches))
-        return answer_batches(
-            model,
-            encoder,
-            batches,
-            seed=seed if do_sample else None,
-            temperature=temperature,
-            top_p=top_p,
-            on_batch=lambda: bar.advance(task),
-        )
+        return answer_batches(model, encoder, batches, options, on_batch=lambda: bar.advance(task))
 
 
 def plan_batches(
     model: PreTrainedModel | PeftModel,
     encoder: TextEncoder,
     examples: Sequence[Example],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
+    options: DecodingOptions,
 ) -> list[PromptBatch]:
-    """Batches of prompts of like length, the longest first; all of a batch have the same limit of new tokens."""
-    _check_at_least_one(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    """Group prompts of similar length, the longest first; the prompts of a batch have the same limit of new tokens."""
     positions = max_positions(model)
     prompts = answerable_prompts(model, encoder, examples)
-    limits = [max_new_tokens if positions is None else min(max_new_tokens, positions - len(ids)) for ids in prompts]
+    most = options.max_new_tokens
+    limits = [most if positions is None else min(most, positions - len(ids)) for ids in prompts]
     order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
     batches = []
     for limit, group in groupby(order, key=lambda row: limits[row]):
         rows = list(group)
-        for start in range(0, len(rows), batch_size):
-            chosen = rows[start : start + batch_size]
+        for start in range(0, len(rows), options.batch_size):
+            chosen = rows[start : start + options.batch_size]
             batches.append(PromptBatch(chosen, [prompts[row] for row in chosen], limit))
     return batches
 
@@ -107,24 +91,27 @@ def plan_batches(
 def answerable_prompts(
     model: PreTrainedModel | PeftModel, encoder: TextEncoder, examples: Sequence[Example], source: str = "the examples"
 ) -> list[list[int]]:
-    """The token ids of every prompt, unpadded.
+    """Return the token ids of every prompt, unpadded.
 
     Args:
-        source: what messages call the examples.
+        model: the model that is to answer.
+        encoder: turns rows into prompts.
+        examples: the rows.
+        source: name of the rows in error messages.
 
     Raises:
-        UserError: a prompt without tokens, or one that fills all the model's positions.
+        UserError: a prompt has no tokens, or fills all the model's positions.
     """
     positions = max_positions(model)
     prompts = encoder.prompt_ids_batch(examples) if examples else []
     for example, prompt in zip(examples, prompts, strict=True):
         row = f"{source}, row {example.index} (counting from 0)"
         if not prompt:
-            raise UserError(f"{row}: the prompt has no tokens; give it an instruction or another template.")
+            raise UserError(f"{row}: the prompt has no tokens: give it an instruction or use another template")
         if positions is not None and len(prompt) >= positions:
             raise UserError(
                 f"{row}: its prompt of {len(prompt)} tokens leaves no room for an answer in the model's {positions} "
-                "positions; shorten or remove it."
+                "positions: shorten or remove it"
             )
     return prompts
 
@@ -133,24 +120,16 @@ def answer_batches(
     model: PreTrainedModel | PeftModel,
     encoder: TextEncoder,
     batches: Sequence[PromptBatch],
+    options: GenerationOptions,
     *,
-    seed: int | None,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
     on_batch: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """Answers in the order of the examples that `plan_batches` got.
-
-    Args:
-        seed: of the sampling; None decodes greedily.
-        on_batch: called after each batch.
-    """
-    _check_sampling(seed, temperature, top_p)
+    """Answer the batches of `plan_batches`, in the order of its examples; `on_batch` is called after each batch."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     answers: dict[int, str] = {}
     with evaluating(model):
         for batch in batches:
-            sampler = None if seed is None else _sampler(batch, seed, temperature, top_p, base.device)
+            sampler = _sampler(batch, options, base.device)
             for row, ids in zip(batch.rows, _continue(base, encoder, batch, sampler), strict=True):
                 answers[row] = _decode(encoder, ids)
             on_batch()
@@ -158,32 +137,34 @@ def answer_batches(
 
 
 def progress_bar(*, disable: bool) -> bars.Progress:
-    """The bar of an evaluation: done, of how many, time spent, time left; on standard error."""
+    """Return a progress bar on standard error, with counts, elapsed time and remaining time."""
     counts = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn())
     times = (bars.TimeElapsedColumn(), bars.TimeRemainingColumn())
     return bars.Progress(*counts, *times, console=Console(stderr=True), disable=disable)
 
 
 def pad_id_of(encoder: TextEncoder) -> int:
-    """The tokenizer's padding token, else the end token: padding is masked, so any token will do."""
+    """Return the padding token, or the end token if there is none: padding is masked, so any token is correct."""
     pad_id = encoder.tokenizer.pad_token_id
     return encoder.end_token_id if pad_id is None else int(pad_id)
 
 
 def max_positions(model: Any) -> int | None:
-    """Positions that the model has embeddings or rotations for; None where it knows no limit."""
+    """Return how many positions the model has embeddings or rotations for, or None if it has no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def _sampler(batch: PromptBatch, seed: int, temperature: float, top_p: float, device: torch.device) -> SeededSampling:
-    uniforms = streams(seed, batch.rows, batch.max_new_tokens, device)
-    return SeededSampling(uniforms, max(map(len, batch.prompts)), temperature, top_p)
+def _sampler(batch: PromptBatch, options: GenerationOptions, device: torch.device) -> SeededSampling | None:
+    if options.seed is None:
+        return None
+    uniforms = streams(options.seed, batch.rows, batch.max_new_tokens, device)
+    return SeededSampling(uniforms, max(map(len, batch.prompts)), options.temperature, options.top_p)
 
 
 def _continue(
     model: PreTrainedModel, encoder: TextEncoder, batch: PromptBatch, sampler: SeededSampling | None
 ) -> list[list[int]]:
-    """New token ids per prompt; an answer that ended is followed by padding up to the longest one's end."""
+    """Return the new token ids of each prompt; shorter answers are padded to the length of the longest."""
     input_ids, attention_mask = _pad_left(batch.prompts, pad_id_of(encoder))
     config = GenerationConfig(
         do_sample=False,  # the sampler, if any, has left one token possible
@@ -205,7 +186,7 @@ def _continue(
 
 @contextmanager
 def _only_settings(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """`generate` fills whatever its argument leaves unset from the model's settings, so those go for the while."""
+    """Replace the model's generation settings for a while, since `generate` takes what `config` leaves unset from them."""
     saved = model.generation_config
     model.generation_config = config
     try:
@@ -230,18 +211,3 @@ def _decode(encoder: TextEncoder, ids: Sequence[int]) -> str:
     end = next((place for place, token in enumerate(ids) if token in encoder.end_token_ids), len(ids))
     decode: Callable[..., str] = encoder.tokenizer.decode
     return decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-
-
-def _check_at_least_one(**options: int) -> None:
-    for name, value in options.items():
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}.")
-
-
-def _check_sampling(seed: int | None, temperature: float, top_p: float) -> None:
-    if seed is not None and seed < 0:
-        raise UserError(f"a seed must not be negative, got {seed}.")
-    if not temperature > 0:
-        raise UserError(f"temperature must be above 0, got {temperature}; for the likeliest tokens decode greedily.")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p must be above 0 and at most 1, got {top_p}.")

@@ -17,6 +17,7 @@ from transformers.trainer_utils import denumpify_detensorize
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import generate_answers
+from dwakd.evaluation.options import GenerationOptions
 from dwakd.evaluation.rouge import references_of, rouge_l
 from dwakd.losses import method_class
 from dwakd.training.config import DistillConfig
@@ -62,9 +63,11 @@ def generated_metrics(trainer: DistillTrainer, examples: list[Example]) -> dict[
         trainer.student,
         trainer.student_encoder,
         examples,
-        seed=trainer.args.seed,
-        max_new_tokens=trainer.args.eval_max_new_tokens,
-        batch_size=trainer.args.per_device_eval_batch_size,
+        GenerationOptions(
+            seed=trainer.args.seed,
+            max_new_tokens=trainer.args.eval_max_new_tokens,
+            batch_size=trainer.args.per_device_eval_batch_size,
+        ),
         progress=not trainer.args.disable_tqdm,
     )
     references = [list(references_of(example)) for example in examples]

@@ -20,7 +20,7 @@ from transformers.trainer_callback import TrainerState
 from dwakd.cache.files import write_file
 from dwakd.config import RECIPE_FILE, Recipe
 from dwakd.errors import UserError
-from dwakd.evaluation.run import check_recipe_evaluation, check_room
+from dwakd.evaluation.run import check_room, plan_evaluation
 from dwakd.losses import method_class
 from dwakd.training.card import write_card
 from dwakd.training.checkpoint import load_student
@@ -37,11 +37,11 @@ def build_trainer(recipe: Recipe, output_dir: str | Path) -> DistillTrainer:
     for section in recipe.teachers:
         if section.cache is None and section.cache_dtype is not None:
             raise UserError("teacher.cache_dtype is of a cache: name its folder in teacher.cache, or leave it out")
-    sets = check_recipe_evaluation(recipe)
+    plan = plan_evaluation(recipe)
     train, evaluation = recipe_examples(recipe)
     names = {"train": recipe.data.train, "eval": recipe.data.eval or ""}
     student, student_tokenizer = load_section(recipe.student)
-    check_room(student, make_encoder(student_tokenizer, args), sets)
+    check_room(plan, student, make_encoder(student_tokenizer, args))
     teachers = [load_section(section) for section in recipe.teachers] if method.needs_teacher else []
     try:
         return DistillTrainer(

@@ -16,6 +16,7 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
 from dwakd.evaluation.evaluate import Evaluation, evaluate_model
+from dwakd.evaluation.options import EvalOptions
 from dwakd.evaluation.report import write_evaluation
 from dwakd.folders import check_output_folder
 from dwakd.tools.demo.corpus import make_corpus
@@ -185,7 +186,7 @@ def _train_and_evaluate(trainer: DistillTrainer, test: list[Example], folder: Pa
     trainer.save_model()
     name = Path(trainer.args.output_dir).name
     encoder: TextEncoder = trainer.student_encoder
-    evaluation = evaluate_model(trainer.student, encoder, test, max_new_tokens=40, batch_size=100)
+    evaluation = evaluate_model(trainer.student, encoder, test, EvalOptions(max_new_tokens=40, batch_size=100))
     write_evaluation(evaluation, folder / f"{name}.json", folder / f"{name}.answers.jsonl")
     return DemoRow(evaluation, runtime / trainer.state.global_step, trainer.student.num_parameters())
 

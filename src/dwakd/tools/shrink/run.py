@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from dwakd.data.prompts import Prompts
 from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, load_examples
+from dwakd.evaluation.options import RowOptions
 from dwakd.folders import check_output_folder
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.models.saving import save_causal_lm
@@ -23,13 +23,11 @@ def shrink_to_folder(
     model: str,
     data: str,
     output: Path,
+    rows: RowOptions,
     *,
-    vocab_size: int | None,
-    num_layers: int | None,
-    eval_data: str | None,
-    template: str,
-    columns: dict[str, Any],
-    limit: int | None,
+    vocab_size: int | None = None,
+    num_layers: int | None = None,
+    eval_data: str | None = None,
 ) -> Table:
     """Shrink a model on a data set's text, save the student as a Hugging Face folder and report what was done.
 
@@ -41,10 +39,10 @@ def shrink_to_folder(
     """
     check_output_folder(output, empty=True)
     tokenizer = load_tokenizer(model)
-    prompts = Prompts(template, tokenizer)
+    prompts = Prompts(rows.template or "plain", tokenizer)
 
     def texts(source: str, split: Sequence[str]) -> list[str]:
-        examples = load_examples(source, split=split, limit=limit, **columns)
+        examples = load_examples(source, split=split, **rows.reading())
         return [prompts.render(example) + example.response for example in examples]
 
     train = texts(data, TRAIN_SPLITS)

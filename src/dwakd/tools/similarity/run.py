@@ -16,6 +16,7 @@ from rich.table import Table
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import TEST_SPLITS, load_examples
 from dwakd.errors import UserError
+from dwakd.evaluation.options import RowOptions
 from dwakd.evaluation.signature import data_identity, make_signature, model_identity
 from dwakd.folders import check_output_folder
 from dwakd.models.loading import load_causal_lm, load_tokenizer
@@ -29,23 +30,19 @@ def compare_representations(
     students: Sequence[str],
     teacher: str,
     data: str,
+    rows: RowOptions,
     *,
-    adapter: str | None,
-    template: str,
-    bos: str,
-    special_tokens_in_prompts: str,
-    columns: dict[str, Any],
-    limit: int | None,
-    max_length: int,
-    output: Path | None,
+    adapter: str | None = None,
+    max_length: int = 512,
+    output: Path | None = None,
 ) -> Group:
     """Measure every student against the teacher on the same responses; returns box plots, writes JSON if asked."""
     if output is not None:
         check_output_folder(output.parent)
         if output.is_dir():
             raise UserError(f"{output} is a folder; name a JSON file with --output")
-    examples = load_examples(data, split=TEST_SPLITS, limit=limit, **columns)
-    prompts = {"template": template, "bos": bos, "special_tokens_in_prompts": special_tokens_in_prompts}
+    examples = load_examples(data, split=TEST_SPLITS, **rows.reading())
+    prompts = rows.rendering(template="alpaca", bos="auto", special_tokens_in_prompts="parse")
     reference = load_causal_lm(teacher, adapter=adapter), TextEncoder(load_tokenizer(teacher), **prompts)
     check_head(reference[0])
     found: dict[str, StructureDistances] = {}

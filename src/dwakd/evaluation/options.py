@@ -1,0 +1,113 @@
+"""Options of generation and evaluation, declared once and validated when they are created."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dwakd.errors import UserError
+from dwakd.options import unknown_option
+
+_WORDS = {
+    "Input should be": "must be",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "greater than": "above",
+    "less than": "below",
+}
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Options(BaseModel):
+    """Base class: values cannot be changed, and an unknown or invalid one raises a UserError that begins with its name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _user_error(error, list(type(self).model_fields)) from None
+
+
+class DecodingOptions(Options):
+    """How a model's answers are decoded, apart from the seed."""
+
+    max_new_tokens: Count = Field(256, description="Most tokens of an answer.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature; divides the logits.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens that together reach this.")
+    batch_size: Count = Field(16, description="Prompts in one forward pass; changes the speed, not the answers.")
+
+
+class GenerationOptions(DecodingOptions):
+    """Options of `generate_answers`: one answer for each row."""
+
+    seed: int | None = Field(ge=0, description="Seed of the sampling, or None to decode greedily.")
+
+
+class EvalOptions(DecodingOptions):
+    """Options of `evaluate_model`."""
+
+    seeds: Count = Field(5, description="Number of sampling seeds: 10, 20, 30 and so on.")
+    do_sample: bool = Field(True, description="Report sampled answers, once for each seed.")
+    greedy: bool = Field(True, description="Also report greedy answers.")
+    max_length: Count = Field(512, description="Most tokens of prompt and response in bits per byte.")
+
+    @model_validator(mode="after")
+    def _has_a_pass(self) -> EvalOptions:
+        if not (self.do_sample or self.greedy):
+            raise ValueError("there is no pass to make: set do_sample or greedy")
+        return self
+
+    def passes(self) -> list[GenerationOptions]:
+        """Return the options of each pass over the rows: one for each seed, then the greedy one."""
+        shared = {name: getattr(self, name) for name in DecodingOptions.model_fields}
+        seeds = [10 * (index + 1) for index in range(self.seeds)] if self.do_sample else []
+        return [GenerationOptions(seed=seed, **shared) for seed in (*seeds, *([None] if self.greedy else []))]
+
+
+class RowOptions(Options):
+    """How the rows of a file or hub data set are read and become prompts; None leaves a choice to the reader."""
+
+    prompt: str | None = Field(None, description="Column of the prompt.")
+    response: str | None = Field(None, description="Column of the response or the references.")
+    input: str | None = Field(None, description="Column of the optional input.")
+    limit: int | None = Field(None, ge=1, description="Only the first rows of each set.")
+    template: str | None = Field(
+        None, description="How a row becomes a prompt: alpaca, chat, plain or a format string."
+    )
+    bos: str | None = Field(None, description="Beginning of a text: auto or never.")
+    special_tokens_in_prompts: str | None = Field(
+        None, description="Special tokens spelled out in prompts: parse or text."
+    )
+
+    def reading(self) -> dict[str, Any]:
+        """Return the keyword arguments for `load_examples`."""
+        return self.model_dump(include={"prompt", "response", "input", "limit"})
+
+    def rendering(self, **defaults: str) -> dict[str, str]:
+        """Return the keyword arguments for `TextEncoder`, with these defaults where an option is None."""
+        given = self.model_dump(include={"template", "bos", "special_tokens_in_prompts"}, exclude_none=True)
+        return {**defaults, **given}
+
+
+DEFAULT_EVALUATION = EvalOptions()
+"""The protocol of DSKD and DWA-KD: five sampling seeds at temperature 1, at most 256 new tokens."""
+
+
+def _user_error(error: ValidationError, known: list[str]) -> UserError:
+    """Turn the first problem that pydantic found into one sentence that begins with the option's name."""
+    problem = error.errors()[0]
+    name = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
+    if problem["type"] == "extra_forbidden":
+        return unknown_option(name, name, known)
+    if problem["type"] == "missing":
+        return UserError(f"{name} is missing")
+    message = problem["msg"].removeprefix("Value error, ")
+    if not name:
+        return UserError(message)
+    for theirs, ours in _WORDS.items():
+        message = message.replace(theirs, ours)
+    return UserError(f"{name} {message}, got {problem['input']!r}")

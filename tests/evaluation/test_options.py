@@ -1,0 +1,65 @@
+"""Options are validated once, when they are created, and the error names the option."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from dwakd.errors import UserError
+from dwakd.evaluation.options import EvalOptions, GenerationOptions, Options, RowOptions
+
+INVALID: list[tuple[type[Options], dict[str, Any], str]] = [
+    (GenerationOptions, {"seed": -1}, "seed"),
+    (GenerationOptions, {"seed": "x"}, "seed"),
+    (GenerationOptions, {}, "seed"),
+    (GenerationOptions, {"seed": 0, "temperature": 0.0}, "temperature"),
+    (GenerationOptions, {"seed": 0, "temperature": float("nan")}, "temperature"),
+    (GenerationOptions, {"seed": 0, "temperature": float("inf")}, "temperature"),
+    (GenerationOptions, {"seed": 0, "top_p": 1.5}, "top_p"),
+    (GenerationOptions, {"seed": 0, "top_p": 0}, "top_p"),
+    (GenerationOptions, {"seed": 0, "max_new_tokens": 0}, "max_new_tokens"),
+    (GenerationOptions, {"seed": 0, "batch_size": 0}, "batch_size"),
+    (EvalOptions, {"seeds": 0}, "seeds"),
+    (EvalOptions, {"seeds": True}, "seeds"),
+    (EvalOptions, {"seeds": 2.5}, "seeds"),
+    (EvalOptions, {"max_length": 0}, "max_length"),
+    (RowOptions, {"limit": 0}, "limit"),
+    (RowOptions, {"prompt": 3}, "prompt"),
+]
+
+
+@pytest.mark.parametrize(("options", "values", "name"), INVALID)
+def test_values_out_of_range_are_refused(options: type[Options], values: dict[str, Any], name: str) -> None:
+    """Otherwise the message comes from deep inside torch, and names no option."""
+    with pytest.raises(UserError, match=rf"^{name} ") as caught:
+        options(**values)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_unknown_options_are_refused_with_the_nearest_name() -> None:
+    """A misspelt option that is ignored gives scores by other settings than those asked for."""
+    with pytest.raises(UserError, match=r"max_new_token;.* max_new_tokens"):
+        EvalOptions(max_new_token=3)
+
+
+def test_options_cannot_be_changed() -> None:
+    """A change would skip the validation, and the signature would not be that of the answers."""
+    with pytest.raises(ValidationError):
+        EvalOptions().seeds = 0  # type: ignore[misc]
+
+
+def test_passes() -> None:
+    """The published seeds are 10 to 50; without any pass there is nothing to report."""
+    seeds = [generation.seed for generation in EvalOptions().passes()]
+    assert seeds == [10, 20, 30, 40, 50, None]
+    (only,) = EvalOptions(do_sample=False, temperature=0.5, max_new_tokens=3).passes()
+    assert only == GenerationOptions(seed=None, temperature=0.5, max_new_tokens=3)
+    with pytest.raises(UserError, match="greedy"):
+        EvalOptions(do_sample=False, greedy=False)
+
+
+def test_only_what_is_given_changes_how_rows_are_read() -> None:
+    """A template of None that reached the encoder would replace the one a model was trained with."""
+    rows = RowOptions(bos="never", limit=3)
+    assert rows.rendering(template="plain", bos="auto") == {"template": "plain", "bos": "never"}
+    assert rows.reading() == {"prompt": None, "response": None, "input": None, "limit": 3}
