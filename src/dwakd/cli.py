@@ -67,11 +67,11 @@ def train(
 
     loaded = load_recipe(recipe, overrides)
     folder = output or Path("runs") / recipe.stem
-    trainer = run_recipe(loaded, folder, resume=resume)
+    plan = plan_evaluation(loaded)
+    trainer = run_recipe(loaded, folder, plan, resume=resume)
     if trainer.is_world_process_zero():
         console.print(f"student: [bold]{folder}[/bold] after {trainer.state.global_step} steps", soft_wrap=True)
-    if loaded.evaluation.test and trainer.is_world_process_zero():
-        plan = plan_evaluation(loaded)
+    if plan.sets and trainer.is_world_process_zero():
         console.print(evaluate_student(plan, trainer.student, trainer.student_encoder, folder))
     end_of_run()
 

@@ -20,7 +20,7 @@ from transformers.trainer_callback import TrainerState
 from dwakd.cache.files import write_file
 from dwakd.config import RECIPE_FILE, Recipe
 from dwakd.errors import UserError
-from dwakd.evaluation.run import check_room, plan_evaluation
+from dwakd.evaluation.run import EvaluationPlan, check_room
 from dwakd.losses import method_class
 from dwakd.training.card import write_card
 from dwakd.training.checkpoint import load_student
@@ -30,18 +30,24 @@ from dwakd.training.run_folder import RUN_FILE, alone_in, check_output, has_step
 from dwakd.training.trainer import DistillTrainer
 
 
-def build_trainer(recipe: Recipe, output_dir: str | Path) -> DistillTrainer:
-    """Load data, models and loss of a recipe into a trainer; mistakes show before a model is loaded where they can."""
+def build_trainer(recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan | None = None) -> DistillTrainer:
+    """Load data, models and loss of a recipe into a trainer; mistakes show before a model is loaded where they can.
+
+    Args:
+        recipe: the recipe.
+        output_dir: folder of the run.
+        plan: the test sets to answer after the training; a prompt that the student has no room to answer is an error.
+    """
     method = method_class(recipe.method)
     args, peft_config = check_options(recipe, output_dir)
     for section in recipe.teachers:
         if section.cache is None and section.cache_dtype is not None:
             raise UserError("teacher.cache_dtype is of a cache: name its folder in teacher.cache, or leave it out")
-    plan = plan_evaluation(recipe)
     train, evaluation = recipe_examples(recipe)
     names = {"train": recipe.data.train, "eval": recipe.data.eval or ""}
     student, student_tokenizer = load_section(recipe.student)
-    check_room(plan, student, make_encoder(student_tokenizer, args))
+    if plan is not None:
+        check_room(plan, student, make_encoder(student_tokenizer, args))
     teachers = [load_section(section) for section in recipe.teachers] if method.needs_teacher else []
     try:
         return DistillTrainer(
@@ -61,13 +67,15 @@ def build_trainer(recipe: Recipe, output_dir: str | Path) -> DistillTrainer:
         raise UserError(f"training options: {error}") from error  # a tracker or a backend that isn't installed
 
 
-def train(recipe: Recipe, output_dir: str | Path, *, resume: bool = False) -> DistillTrainer:
+def train(
+    recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan | None = None, *, resume: bool = False
+) -> DistillTrainer:
     """Run a recipe; the folder ends up as a plain Hugging Face model with the recipe and versions beside it."""
     folder = Path(output_dir)
     checkpoint = check_output(folder, resume=resume, recipe=recipe)
     finished = resume and is_finished(folder, recipe)
     steps_left = not finished and has_steps_left(checkpoint, recipe)
-    trainer = build_trainer(recipe, folder)
+    trainer = build_trainer(recipe, folder, plan)
     if finished:
         _restore(trainer, folder, folder)
         return trainer
