@@ -14,6 +14,8 @@ for name in names:
     try:
         importlib.import_module(name)
     except Exception as error:
+        if name.endswith("triton") and isinstance(error, ImportError):
+            continue  # triton is published for Linux only
         failed.append(f"{name}: {type(error).__name__}: {error}")
 print(len(names), *failed, sep="\\n")
 """

@@ -159,6 +159,13 @@ class DistillConfig(TrainingArguments):
             raise UserError(f"optim_args must look like name=value,name=value, got {self.optim_args!r}")
 
     def _check_ranges(self) -> None:
+        for name, (low, high, what) in RANGES.items():
+            value = getattr(self, name)
+            if value is None or (name == "max_steps" and value == -1):
+                continue
+            number = isinstance(value, Real)
+            if not (number and low < value <= high):
+                raise UserError(f"{name} must be {what if number else 'a number'}, got {value!r}")
         hints = typing.get_type_hints(type(self))
         for item in fields(self):
             value, kinds = getattr(self, item.name), typing.get_args(hints[item.name]) or (hints[item.name],)
@@ -167,13 +174,6 @@ class DistillConfig(TrainingArguments):
                     raise UserError(f"{item.name} must be finite, got {value!r}")
             if isinstance(value, float) and int in kinds and float not in kinds and not value.is_integer():
                 raise UserError(f"{item.name} must be a whole number, got {value!r}")
-        for name, (low, high, what) in RANGES.items():
-            value = getattr(self, name)
-            if value is None or (name == "max_steps" and value == -1):
-                continue
-            number = isinstance(value, Real)
-            if not (number and low < value <= high):
-                raise UserError(f"{name} must be {what if number else 'a number'}, got {value!r}")
 
 
 def _as_list(value: Any) -> list[Any]:

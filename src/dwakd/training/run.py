@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import platform
-import resource
 import statistics
 import sys
 from importlib import metadata
@@ -111,10 +110,14 @@ def end_of_run() -> None:
         os._exit(0)  # gloo's threads can outlive the interpreter and abort the process after all is done
 
 
-def peak_memory_bytes() -> int:
-    """The most memory this process has held: of the GPU, if there is one."""
+def peak_memory_bytes() -> int | None:
+    """The most memory this process has held: of the GPU, if there is one. None on Windows, which does not tell."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
