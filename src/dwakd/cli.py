@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from dwakd.cli_options import Adapter, ModelName, Overrides, with_options
+from dwakd.cli_options import ModelName, Overrides, with_options
 from dwakd.environment import describe_environment, version_of
 from dwakd.errors import UserError
 from dwakd.evaluation.options import EvalOptions, RowOptions
@@ -53,13 +53,13 @@ def train(
         Path | None,
         typer.Option("--output", "-o", help="Folder of the result; runs/NAME of the recipe by default."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in the folder.")] = False,
 ) -> None:
-    """Train a student by a recipe, then answer its test sets.
+    """Train a student as a recipe describes, then evaluate it on the recipe's test sets.
 
     The result is a plain Hugging Face folder: AutoModelForCausalLM.from_pretrained(FOLDER).
     """
-    _hush_transformers()
+    _silence_transformers()
     from dwakd.config import load_recipe
     from dwakd.evaluation.run import evaluate_student, plan_evaluation
     from dwakd.training.run import end_of_run
@@ -78,25 +78,29 @@ def train(
 
 @app.command()
 def cache(
-    recipe: Annotated[Path, typer.Argument(help="The recipe to train by; with --check also a cache's folder.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="The recipe of the training; with --check also the folder of a cache.")
+    ],
     overrides: Overrides = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the cache; the recipe's teacher.cache by default.")
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Build nothing: verify every byte, name what is bad.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Build nothing; verify the cache and list what is damaged.")
+    ] = False,
 ) -> None:
-    """Run the teacher once over a recipe's training and evaluation rows and keep its final hidden states.
+    """Run the teacher once over a recipe's training and evaluation rows and store its final hidden states.
 
-    Training with teacher.cache: FOLDER then loads the teacher's embeddings and head, never its layers, and gives the
-    same student. dwakd train builds a missing cache by itself; this command does it ahead, on another machine or by
-    several processes (torchrun --nproc-per-node 2 -m dwakd cache recipe.yaml). Killed, it goes on where it was when
-    started again; damaged shards are built anew. A cache serves every recipe with this teacher, template, max_length
-    and these rows, whatever the student or the method.
+    Training with teacher.cache: FOLDER then loads only the teacher's embeddings and head, not its layers, and gives
+    the same student. dwakd train builds a missing cache itself. This command builds it in advance, on another machine
+    or with several processes (torchrun --nproc-per-node 2 -m dwakd cache recipe.yaml). A build that was interrupted
+    continues when it is started again, and damaged shards are rebuilt. A cache can be used by every recipe with this
+    teacher, template, max_length and these rows, with any student and method.
 
-    Size: response tokens x hidden size x 4 bytes; half of it with teacher.cache_dtype=bfloat16, which is rounded where
-    the teacher runs in float32. Nothing is written if it cannot fit.
+    Size: response tokens x hidden size x 4 bytes, or half of it with teacher.cache_dtype=bfloat16, which rounds the
+    states of a teacher that runs in float32. Nothing is written if the disk has too little space.
     """
-    _hush_transformers()
+    _silence_transformers()
     from dwakd.training.cache_run import cache_command
     from dwakd.training.run import end_of_run
 
@@ -117,7 +121,7 @@ def evaluate(
         Path | None,
         typer.Option("--output", "-o", help="Folder of the scores and answers; eval/ in the model's by default."),
     ] = None,
-    adapter: Adapter = None,
+    adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to merge into the model.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace results of these sets that were made with other options.")
     ] = False,
@@ -128,7 +132,7 @@ def evaluate(
     are reported as well. Bits per byte can be compared between models with different tokenizers. The options template,
     bos and special-tokens-in-prompts are by default those of the recipe in the model's folder, if there is one.
     """
-    _hush_transformers()
+    _silence_transformers()
     from dwakd.evaluation.run import evaluate_sets
 
     table = evaluate_sets(model, data, rows, options, adapter=adapter, output=output, overwrite=overwrite)
@@ -151,7 +155,7 @@ def similarity(
     Hidden states are averaged over the spans of text that both tokenisations share. Box plots show the distances
     between the cosine matrices and between the inner-product matrices of student and teacher, one value for each text.
     """
-    _hush_transformers()
+    _silence_transformers()
     from dwakd.tools.similarity.run import compare_representations
 
     report = compare_representations(
@@ -162,36 +166,40 @@ def similarity(
 
 @app.command()
 def compare(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file; its section compare names methods and seeds.")],
+    recipe: Annotated[Path, typer.Argument(help="A YAML file whose section compare names methods and seeds.")],
     overrides: Overrides = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder of the comparison; compare/NAME of the recipe by default."),
     ] = None,
-    methods: Annotated[str | None, typer.Option(help="Methods, with commas between; as in the recipe, or all.")] = None,
-    seeds: Annotated[str | None, typer.Option(help="Training seeds, with commas between: 1,2,3.")] = None,
-    ablation: Annotated[bool, typer.Option("--ablation", help="The rows of the paper's ablation instead.")] = False,
-    lr_sweep: Annotated[
-        bool, typer.Option("--lr-sweep", help="First choose learning rate and loss weight for each on the dev set.")
+    methods: Annotated[str | None, typer.Option(help="Methods, separated by commas; the recipe's by default.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Training seeds, separated by commas: 1,2,3.")] = None,
+    ablation: Annotated[
+        bool, typer.Option("--ablation", help="Compare the rows of the paper's ablation instead.")
     ] = False,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time.")] = 1,
+    lr_sweep: Annotated[
+        bool,
+        typer.Option("--lr-sweep", help="First choose learning rate and loss weight of each method on the dev set."),
+    ] = False,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of runs at a time.")] = 1,
 ) -> None:
-    """Train every method from the same start on the same data, with several seeds, and put them into one table.
+    """Train every method from the same student on the same data, with several seeds, and compare them in one table.
 
-    Started again, it goes on with what isn't finished. A method that fails is a line that says why.
+    If the command is started again, it continues with the runs that are not finished. A failed run is reported with
+    its reason.
     """
-    _hush_transformers()
+    _silence_transformers()
     from dwakd.compare.compare import compare_methods
     from dwakd.config import load_recipe
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as for Ctrl-C, the runs stop with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stop the runs, too, as Ctrl-C does
     chosen = [f"compare.methods=[{methods}]"] if methods else []
     chosen += [f"compare.seeds=[{seeds}]"] if seeds else []
     loaded = load_recipe(recipe, [*(overrides or []), *chosen])
     folder = output or Path("compare") / recipe.stem
     tables, any_finished = compare_methods(loaded, folder, ablation=ablation, lr_sweep=lr_sweep, jobs=jobs)
     console.print(tables)
-    console.print(f"runs, logs and every number: [bold]{folder}[/bold]", soft_wrap=True)
+    console.print(f"runs, logs and all numbers: [bold]{folder}[/bold]", soft_wrap=True)
     if not any_finished:
         raise typer.Exit(1)
 
@@ -214,7 +222,7 @@ def shrink(
     Example: dwakd shrink HuggingFaceTB/SmolLM2-135M-Instruct --data databricks/databricks-dolly-15k --vocab-size 8000
     --layers 20 -o student
     """
-    _hush_transformers()
+    _silence_transformers()
     from dwakd.tools.shrink.run import shrink_to_folder
 
     report = shrink_to_folder(model, data, output, rows, vocab_size=vocab_size, num_layers=layers, eval_data=eval_data)
@@ -223,12 +231,14 @@ def shrink(
 
 @app.command()
 def demo(
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; the first free demo-run.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of corpus, models and training.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="A few steps of everything, to see that it works.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Output folder; demo-run by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the corpus, the models and the training.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Take a few steps only, to check that everything works.")
+    ] = False,
 ) -> None:
     """Train a teacher, then SFT, DSKD and DWA-KD students with another tokenizer, and compare them. Offline."""
-    _hush_transformers()
+    _silence_transformers()
     from dwakd.tools.demo.run import run_demo
 
     console.print(run_demo(output, seed=seed, quick=quick))
@@ -238,7 +248,7 @@ def demo(
 def methods(
     name: Annotated[str | None, typer.Argument(help="Show this method's options and what they mean.")] = None,
 ) -> None:
-    """List the methods, or the options of one with their defaults."""
+    """List the methods, or the options of one method with their defaults."""
     from dwakd.describe import method_page, methods_table
 
     console.print(methods_table() if name is None else method_page(name))
@@ -250,8 +260,8 @@ def env() -> None:
     typer.echo(describe_environment())
 
 
-def _hush_transformers() -> None:
-    """Its bars over reading a file and its remarks on special tokens bury what a person should see."""
+def _silence_transformers() -> None:
+    """Silence the progress bars and notices of transformers, which hide the command's own output."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -259,7 +269,7 @@ def _hush_transformers() -> None:
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one sentence on stderr and exit code 2."""
+    """Run the command line; a UserError is printed as one sentence on standard error, with exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         app(standalone_mode=True)

@@ -13,7 +13,6 @@ from dwakd.evaluation.options import Options
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Options to change, as section.option=value: loss.temperature=4")
 ]
-Adapter = Annotated[str | None, typer.Option("--adapter", help="A PEFT adapter to merge into the model.")]
 ModelName = Annotated[str, typer.Argument(help="Folder, hub id, gguf:PATH or package:NAME/FILE.")]
 
 

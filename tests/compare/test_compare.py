@@ -143,7 +143,7 @@ def test_the_search_is_the_same_for_every_method():
     ("section", "message"),
     [
         ({"methods": ["dwakd"]}, r"unknown method 'dwakd' in compare\.methods; valid ones"),
-        ({"methods": ["sft"], "options": {"dskd": {}}}, "not among sft"),
+        ({"methods": ["sft"], "options": {"dskd": {}}}, r"compare\.options names dskd"),
         ({"methods": ["dskd"], "options": {"dskd": {"tau": 1}}}, r"unknown option compare\.options\.dskd\.tau"),
         (
             {"methods": ["dskd"], "options": {"dskd": {"kd_rate": "a"}}},

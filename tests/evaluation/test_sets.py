@@ -56,5 +56,5 @@ def test_questions_without_answers_are_a_set_of_their_own(tmp_path: Path) -> Non
     assert not item.scored
     assert len(item.examples) == 2
     mixed = write(tmp_path / "mixed.jsonl", [*SCORED, {"prompt": "3 + 3 =", "response": None}])
-    with pytest.raises(UserError, match=r"mixed\.jsonl, row 1 .*1 of 2 rows"):
+    with pytest.raises(UserError, match=r"mixed\.jsonl: 1 of 2 rows .*row 1 "):
         read([mixed])

@@ -1,4 +1,4 @@
-"""`dwakd compare`: methods times training seeds from one recipe, to one table."""
+"""Train several methods with several seeds from one recipe and compare them in a table: the work of `dwakd compare`."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ OWN_FOLDERS = ("cells", "teacher-cache")
 def compare_methods(
     recipe: Recipe, folder: Path, *, ablation: bool = False, lr_sweep: bool = False, jobs: int = 1
 ) -> tuple[Group, bool]:
-    """Run every cell that isn't finished under a folder; the numbers go to comparison.json.
+    """Run every run that is not finished, write all numbers to comparison.json and return the tables.
 
     Args:
-        recipe: its `compare` section names methods, training seeds and options per method.
-        folder: of this comparison; called again, it goes on where it stopped.
+        recipe: the recipe; its `compare` section names methods, training seeds and options of each method.
+        folder: folder of the comparison. If it holds an unfinished one, that one is continued.
         ablation: compare the rows of the paper's table 3 instead of methods.
-        lr_sweep: choose learning rate and share of distillation for every row on the dev set first.
-        jobs: runs at a time.
+        lr_sweep: first choose the learning rate and the weight of distillation of every row on the dev set.
+        jobs: number of runs at a time.
 
     Returns:
-        The tables, and whether any run came to its end.
+        The tables, and whether any run is finished.
 
     Raises:
-        UserError: a folder of something else, no test set or one without references, no dev set for a search, or
-            options that a method or transformers refuses.
+        UserError: the folder holds something else, there is no test set or one without references, there is no dev
+            set for a search, or a method or transformers does not accept an option.
     """
     check_output_folder(folder)
     if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).is_dir() for name in OWN_FOLDERS):
-        raise UserError(f"{folder} is not empty and holds no comparison; choose another with --output")
+        raise UserError(f"{folder} is not empty and holds no comparison: choose another folder with --output")
     section = recipe.compare or CompareSection()
     if lr_sweep and recipe.data.eval is None:
-        raise UserError("--lr-sweep needs a dev set: give data.eval in the recipe")
+        raise UserError("--lr-sweep needs a dev set: set data.eval in the recipe")
     seeds = list(dict.fromkeys(section.seeds))
     if not seeds:
-        raise UserError("compare.seeds is empty: give at least one training seed")
+        raise UserError("compare.seeds is empty: set at least one training seed")
     variants = variants_of(recipe, section, ablation=ablation)
     for variant in variants:
         check_options(Cell(variant, seeds[0]).recipe(recipe), folder)
@@ -84,14 +84,14 @@ def compare_methods(
 
 def _check_test_sets(recipe: Recipe) -> None:
     if not recipe.evaluation.test:
-        raise UserError("compare needs test sets: give evaluation.test in the recipe")
+        raise UserError("compare needs test sets: set evaluation.test in the recipe")
     for item in plan_evaluation(recipe).sets:
         if not item.scored:
             raise UserError(f"compare scores answers, but {item.source} has no references: choose another test set")
 
 
 def _with_teacher_cache(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with a cache for each teacher, which is built or completed here, once for all runs."""
+    """Build or complete a cache for each teacher, once for all runs, and return the recipe that uses them."""
     folders = [folder / ("teacher-cache" + (f"-{k}" if k > 1 else "")) for k in range(1, len(recipe.teachers) + 1)]
     teachers = [
         dataclasses.replace(teacher, cache=teacher.cache or str(place))
@@ -103,7 +103,7 @@ def _with_teacher_cache(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def _search(runner: Runner, variants: list[Variant], seed: int) -> tuple[list[Variant], dict[str, str]]:
-    """Each variant with the learning rate and share that did best on the dev set; of a failed search, as it was."""
+    """Return each variant with the best learning rate and weight on the dev set, unchanged if its search failed."""
     tried = {variant.name: [Cell(item, seed, search=True) for item in search_of(variant)] for variant in variants}
     failures = runner.run([cell for cells in tried.values() for cell in cells])
     chosen = []
@@ -119,7 +119,7 @@ def _search(runner: Runner, variants: list[Variant], seed: int) -> tuple[list[Va
 def _teacher(
     recipe: Recipe, teacher: TeacherSection, folder: Path, name: str, failures: dict[str, str]
 ) -> list[CellScores]:
-    """A teacher's own scores, once; none, and a reason among the failures, if it cannot be evaluated."""
+    """Return the teacher's own scores; if it cannot be evaluated, return none and add the reason to the failures."""
     place = name.replace(" ", "-")
     output = folder / "cells" / place
     section = recipe.evaluation

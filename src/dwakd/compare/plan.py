@@ -1,4 +1,4 @@
-"""Which runs make a comparison: methods, ablation rows or a search, times training seeds."""
+"""Plan the runs of a comparison: methods, rows of an ablation or a search, each with several training seeds."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ ABLATION: dict[str, tuple[str, dict[str, Any]]] = {
     "dwa_kd without gate": ("dwa_kd", {"gate": False}),
     "dwa_kd": ("dwa_kd", {}),
 }
-"""The rows of DWA-KD's table 3."""
+"""Method and options of each row of DWA-KD's table 3."""
 RATES, SHARES = (1 / 3, 1.0, 3.0), (0.5, 1.0)
-"""The search: factors on learning rates and on the share of distillation."""
+"""Factors of the search, for the learning rates and for the weight of distillation."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table: a method with options."""
+    """A row of the table: a method with options."""
 
     name: str
     method: str
@@ -36,13 +36,13 @@ class Variant:
 
 
 def folder_name(name: str) -> str:
-    """A row's name, fit for a folder's."""
+    """Return the name of a row as a valid folder name."""
     return name.replace(" ", "_").replace("+", "plus")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a variant with a training seed."""
+    """A run: a variant with a training seed."""
 
     variant: Variant
     seed: int
@@ -50,11 +50,11 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Unique in the comparison, and fit for a folder's name."""
+        """Name of the run, unique in the comparison and valid as a folder name."""
         return f"{folder_name(self.variant.name)}-{self.seed}"
 
     def recipe(self, recipe: Recipe) -> Recipe:
-        """The recipe of this run alone."""
+        """Return the recipe of this run."""
         training = {**recipe.training, "seed": self.seed, "data_seed": self.seed}
         if self.variant.rate_factor != 1:
             base = {"learning_rate": 5e-4, "projector_learning_rate": 1e-3} | recipe.training
@@ -66,7 +66,7 @@ class Cell:
             evaluation = dataclasses.replace(evaluation, test=[])
         loss = {"method": self.variant.method, **self.variant.options}
         teachers = recipe.teachers
-        if needs_attention(self.variant.method, self.variant.options):  # of a teacher that runs
+        if needs_attention(self.variant.method, self.variant.options):  # a cache holds no attention
             teachers = [dataclasses.replace(teacher, cache=None, cache_dtype=None) for teacher in teachers]
         return dataclasses.replace(
             recipe, loss=loss, teacher=teachers or None, training=training, evaluation=evaluation, compare=None
@@ -74,13 +74,13 @@ class Cell:
 
 
 def variants_of(recipe: Recipe, section: CompareSection, *, ablation: bool) -> list[Variant]:
-    """The rows of the comparison, each with options that its method takes.
+    """Return the rows of the comparison, each with validated options.
 
-    The recipe's own method keeps the options of its `loss` section where `compare.options` gives no other, in the
-    ablation every row of that method.
+    The recipe's own method also gets the options of the `loss` section, unless `compare.options` sets them. In an
+    ablation this applies to every row of that method.
 
     Raises:
-        UserError: an unknown method, options of a method that isn't compared, or options that a method refuses.
+        UserError: a method is unknown, options belong to a method that is not compared, or an option is invalid.
     """
     for method in section.methods:
         method_class(method, "compare.methods")
@@ -88,7 +88,7 @@ def variants_of(recipe: Recipe, section: CompareSection, *, ablation: bool) -> l
     known = dict.fromkeys([*methods, *(method for method, _ in ABLATION.values())] if ablation else methods)
     for name, options in section.options.items():
         if name not in known:
-            raise UserError(f"compare.options names {name}, which is not among {', '.join(known)}")
+            raise UserError(f"compare.options names {name}, which is not among the compared methods {', '.join(known)}")
         if not isinstance(options, dict):
             raise UserError(f"compare.options.{name} must be options with values, got {options!r}")
     given = section.options | {recipe.method: recipe.loss_options | section.options.get(recipe.method, {})}
@@ -105,15 +105,15 @@ def variants_of(recipe: Recipe, section: CompareSection, *, ablation: bool) -> l
 
 
 def search_of(variant: Variant) -> list[Variant]:
-    """The same small search for every method: three learning rates, and two shares of distillation where it has one.
+    """Return the variants of the search: three learning rates, and two weights of distillation if the method has one.
 
-    The share is the method's option `kd_rate`, `kd_weight` or, without these, its first weight beside the cross-entropy's.
+    The weight is the method's option `kd_rate`, `kd_weight` or else its first weight apart from the cross-entropy's.
     """
     known = method_options(variant.method)
     others = [name for name in known if name.endswith("_weight") and name != "ce_weight"]
     weight = next((name for name in ("kd_rate", "kd_weight", *others) if name in known), None)
     usual = 0.0
-    if weight is not None:  # the method knows best what its default stands for
+    if weight is not None:  # read the default from the loss itself
         loss = build_loss(variant.method, variant.options, widths=Widths(1, 1, 1, 1), pair=ModelPair.smallest())
         usual = float(getattr(loss, weight))
     found = []

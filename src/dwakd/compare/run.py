@@ -1,4 +1,4 @@
-"""Runs the cells of a comparison as processes of their own: what is finished is kept, what fails says why."""
+"""Run the cells of a comparison as separate processes; finished cells are kept, and failures are reported."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dwakd.config import RECIPE_FILE, Recipe
 from dwakd.training.run_folder import RUN_FILE, check_same_recipe
 
 MOVABLE = re.compile(r"teacher\.(\d+\.)?cache$")
-"""Options that may differ between finished runs: the same rows from another folder."""
+"""Options that may differ between finished runs, because they only name a folder."""
 _STEPS = re.compile(rb"(\d+)/(\d+) \[")
 
 
@@ -30,9 +30,9 @@ class Runner:
     """Starts `dwakd train` for each cell under a folder, several at a time if asked.
 
     Args:
-        recipe: what the cells have in common.
-        folder: gets recipes/NAME.yaml, cells/NAME (a run's folder) and logs/NAME.log.
-        jobs: processes at a time.
+        recipe: the recipe from which every cell is derived.
+        folder: folder for recipes/NAME.yaml, cells/NAME (the folder of a run) and logs/NAME.log.
+        jobs: number of processes at a time.
     """
 
     def __init__(self, recipe: Recipe, folder: Path, jobs: int) -> None:
@@ -48,16 +48,16 @@ class Runner:
         return self.folder / "cells" / cell.name
 
     def finished(self, cell: Cell) -> bool:
-        """Whether a run is done, answers and all."""
+        """Return whether a run is finished, including its evaluation."""
         folder = self.cell_folder(cell)
         tests = 0 if cell.search else len(self.recipe.evaluation.test)
         return (folder / RUN_FILE).is_file() and len(list((folder / "eval").glob("*.json"))) >= tests
 
     def run(self, cells: Sequence[Cell]) -> dict[str, str]:
-        """Run what is not finished; returns the reason of each cell that failed, by name.
+        """Run the cells that are not finished and return the reason of each failure, by the name of the cell.
 
         Raises:
-            UserError: a finished run is not of this recipe.
+            UserError: a finished run was made with another recipe.
         """
         for cell in cells:
             saved = self.cell_folder(cell) / RECIPE_FILE
@@ -85,7 +85,7 @@ class Runner:
             try:
                 for future in [pool.submit(run_one, cell) for cell in waiting]:
                     future.result()
-            except BaseException:  # Ctrl-C: the finished cells stay, the running ones stop
+            except BaseException:  # Ctrl-C: stop the running cells and keep the finished ones
                 self._stopped.set()
                 for process in list(self._processes.values()):
                     process.terminate()
@@ -95,7 +95,7 @@ class Runner:
         return failures
 
     def _run_cell(self, cell: Cell, bar: Progress) -> str | None:
-        """Run one cell; the reason if it failed."""
+        """Run one cell and return the reason if it failed."""
         path = self.folder / "recipes" / f"{cell.name}.yaml"
         path.write_text(cell.recipe(self.recipe).dump(), encoding="utf-8")
         log = self.folder / "logs" / f"{cell.name}.log"
@@ -114,13 +114,13 @@ class Runner:
 
 
 def train_command(recipe: Path, folder: Path) -> list[str]:
-    """The command that trains, answers and scores one cell; in a folder that is there, it goes on."""
+    """Return the command that trains and evaluates a cell, or continues it if its folder exists."""
     resume = ["--resume"] if folder.exists() else []
     return [sys.executable, "-m", "dwakd", "train", str(recipe), "--output", str(folder), *resume]
 
 
 def _show_steps(log: Path, bar: Progress, task: object) -> None:
-    """The last "12/150 [" of a run's own bar."""
+    """Update the bar of a cell from the last "12/150 [" in its log."""
     with log.open("rb") as stream:
         stream.seek(max(log.stat().st_size - 2000, 0))
         found = _STEPS.findall(stream.read())
@@ -129,7 +129,7 @@ def _show_steps(log: Path, bar: Progress, task: object) -> None:
 
 
 def failure_reason(log: Path, code: int) -> str:
-    """The last error that a run's log tells of, else its last line."""
+    """Return the last error in the log of a run, or else its last line."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error:")]
     last = (errors or lines or [f"exit code {code}"])[-1]
@@ -137,7 +137,7 @@ def failure_reason(log: Path, code: int) -> str:
 
 
 def dev_loss(folder: Path) -> float:
-    """What a search minimises: the best dev-set ROUGE-L, negative, if it was measured, else the best bits per byte."""
+    """Return what the search minimises: the negative best ROUGE-L on the dev set, or else the best bits per byte."""
     history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     for name, sign in (("eval_rouge_l", -1), ("eval_bits_per_byte", 1)):
         values = [sign * entry[name] for entry in history if name in entry]

@@ -1,4 +1,4 @@
-"""From the answers of many runs to a table with paired intervals."""
+"""Summarise the answers of many runs in tables with paired intervals."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from dwakd.evaluation.summary import RESAMPLES
 
 
 def is_teacher(name: str) -> bool:
-    """Whether a row of the table is a teacher's: "teacher", and of several "teacher 2" and so on."""
+    """Return whether a row is a teacher: its name is "teacher" or, with several, "teacher 2" and so on."""
     return name.partition(" ")[0] == "teacher"
 
 
 @dataclass(frozen=True)
 class CellScores:
-    """One finished run.
+    """Scores and cost of a finished run.
 
     Args:
-        rouge_l: per test set, each row's sampled ROUGE-L in percent, mean over the generation seeds.
-        greedy: per test set, the mean greedy ROUGE-L in percent.
-        bits_per_byte: per test set.
-        seconds_per_step: median; None for a model that was not trained here.
-        peak_bytes: the process's peak memory, of the GPU if there is one.
+        rouge_l: sampled ROUGE-L of each row in percent, averaged over the generation seeds, by test set.
+        greedy: mean greedy ROUGE-L in percent, by test set.
+        bits_per_byte: bits per byte, by test set.
+        seconds_per_step: median time of a training step; None for a model that was not trained here.
+        peak_bytes: peak memory of the process, on the GPU if there is one.
     """
 
     rouge_l: dict[str, np.ndarray]
@@ -42,7 +42,7 @@ class CellScores:
 
 
 def read_cell(folder: Path) -> CellScores:
-    """The scores in a run's folder."""
+    """Read the scores from the folder of a run."""
     rouge, greedy, bits = {}, {}, {}
     for path in sorted((folder / "eval").glob("*.json")):
         numbers = json.loads(path.read_text(encoding="utf-8"))
@@ -63,14 +63,15 @@ def read_cell(folder: Path) -> CellScores:
 
 
 def mean_score(cell: CellScores) -> float:
-    """Unweighted mean over the test sets of the sampled ROUGE-L."""
+    """Compute the unweighted mean of the sampled ROUGE-L over the test sets."""
     return float(np.mean([rows.mean() for rows in cell.rouge_l.values()]))
 
 
 def paired_interval(ours: Sequence[CellScores], other: Sequence[CellScores]) -> tuple[float, float, float]:
-    """Difference of two variants' mean scores, and its 95 % bootstrap interval.
+    """Compute the difference of two variants' mean scores and its 95 % bootstrap interval.
 
-    Each resample draws rows of every test set, the same for both, and training seeds of each with replacement.
+    Each resample draws rows of every test set with replacement, the same for both variants, and training seeds of
+    each variant with replacement.
     """
     rng = np.random.default_rng(0)
     difference = np.mean([mean_score(c) for c in ours]) - np.mean([mean_score(c) for c in other])
@@ -89,7 +90,7 @@ def paired_interval(ours: Sequence[CellScores], other: Sequence[CellScores]) -> 
 
 
 def summarise_comparison(variants: Mapping[str, Sequence[CellScores]], failures: Mapping[str, str]) -> dict[str, Any]:
-    """Every number of the table, as JSON values; a variant without a finished run has none but its reason."""
+    """Return every number of the tables as JSON values; a variant without a finished run has only its reason."""
     means = {name: float(np.mean([mean_score(cell) for cell in cells])) for name, cells in variants.items() if cells}
     trained = {name: value for name, value in means.items() if not is_teacher(name)}
     best = max(trained, key=lambda name: trained[name]) if trained else None
@@ -121,13 +122,18 @@ def summarise_comparison(variants: Mapping[str, Sequence[CellScores]], failures:
 
 
 def comparison_tables(summary: Mapping[str, Any]) -> Group:
-    """The summary as tables of 80 columns: scores by test set, differences, and what each variant costs."""
+    """Show the summary as tables of 80 columns: scores by test set, differences, and the cost of each variant."""
     rows = {name: row for name, row in summary["variants"].items() if "failed" not in row}
     sets = list(next(iter(rows.values()))["sets"]) if rows else []
     scores = _table("ROUGE-L, sampled, in percent", *sets, "mean ± training seeds")
     gaps = _table("Differences of means [95 % paired bootstrap over rows and seeds]", "to SFT", "to the best")
     costs = _table(
-        "Beside it", "ROUGE-L\ngreedy", "bits per\nbyte", "seconds\nper step", "peak memory\nin GB", "training\nseeds"
+        "Other measures",
+        "ROUGE-L\ngreedy",
+        "bits per\nbyte",
+        "seconds\nper step",
+        "peak memory\nin GB",
+        "training\nseeds",
     )
     for name, row in rows.items():
         spread = row["rouge_l_std_over_training_seeds"]

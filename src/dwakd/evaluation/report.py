@@ -1,4 +1,4 @@
-"""Evaluations on disk and as a table."""
+"""Write evaluations to disk and show them as a table."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,20 +19,25 @@ _OF_ONE_SET = ("data", "references")
 
 
 def write_evaluation(evaluation: Evaluation, json_path: str | Path, answers_path: str | Path | None = None) -> None:
-    """Write the numbers with their signature as JSON and, if a path is given, the answers as jsonl.
+    """Write the numbers and their signature as JSON and, if a path is given, the answers as jsonl.
 
-    A line of the answers has row, seed (null: greedy), prompt, answer, references and scores. Each file appears
-    whole or not at all; folders are created as needed.
+    A line of the answers has the row, seed (null if greedy), prompt, answer, references and scores. Each file is
+    written atomically, and folders are created as needed.
+
+    Args:
+        evaluation: the result of `evaluate_model`.
+        json_path: file of the numbers.
+        answers_path: file of the answers.
 
     Raises:
-        UserError: a number that is not finite.
+        UserError: a number is NaN or infinite.
     """
     try:
         lines = [json.dumps(asdict(answer), ensure_ascii=False, allow_nan=False) for answer in evaluation.answers]
         numbers = json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
     except ValueError:
         raise UserError(
-            f"{json_path} is not written: the model's numbers are not finite, as if its weights weren't"
+            f"{json_path} was not written, because the metrics contain NaN or inf: check the model's weights"
         ) from None
     if answers_path is not None:
         _write_atomically(answers_path, "\n".join(lines))
@@ -40,10 +45,10 @@ def write_evaluation(evaluation: Evaluation, json_path: str | Path, answers_path
 
 
 def check_overwrite(json_path: Path, signature: Mapping[str, Any]) -> None:
-    """Refuse to replace results that were got another way; those of the same signature may be made anew.
+    """Check that a file does not exist, or holds results with the same signature, which may be replaced.
 
     Raises:
-        UserError: the file holds results of another signature, or something else; says what differs.
+        UserError: the file has another signature or is not an evaluation; the message lists the differences.
     """
     if not json_path.exists():
         return
@@ -51,18 +56,18 @@ def check_overwrite(json_path: Path, signature: Mapping[str, Any]) -> None:
         old = json.loads(json_path.read_text(encoding="utf-8"))["signature"]
         found = differences(old, signature)
     except (ValueError, KeyError, TypeError, AttributeError):
-        found = ["the file is no evaluation"]
+        found = ["the file is not an evaluation"]
     if found:
         raise UserError(
-            f"{json_path} holds other results ({'; '.join(found)}); choose another folder with --output, or "
-            "--overwrite to replace them"
+            f"{json_path} holds other results ({'; '.join(found)}): choose another folder with --output, or replace "
+            "them with --overwrite"
         )
 
 
 def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:
-    """A table of evaluations by test set, with the unweighted mean over the sets, notes and signature; 80 columns.
+    """Return a table with a row for each test set, their unweighted mean, notes and the signature.
 
-    The mean of each column is over the sets that have the number.
+    The table fits into 80 columns. The mean of a column is over the sets that have the number.
     """
     table = Table(box=box.HORIZONTALS, show_edge=False, padding=(0, 1, 0, 0), caption_justify="left")
     table.title, table.title_justify = "ROUGE-L and exact match in percent", "left"
@@ -92,7 +97,7 @@ def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:
 
 
 def _numbers(evaluation: Evaluation) -> list[float | None]:
-    """ROUGE-L sampled and greedy, exact match sampled and greedy, bits per byte."""
+    """Return sampled and greedy ROUGE-L, sampled and greedy exact match, and bits per byte."""
     names = ("rouge_l", "greedy_rouge_l", "exact_match", "greedy_exact_match")
     summaries: list[Summary | None] = [getattr(evaluation, name) for name in names]
     bits = evaluation.bits_per_byte
@@ -106,15 +111,15 @@ def _cells(numbers: Sequence[float | None], interval: str, std: float | None = N
 
 
 def _notes(rows: Mapping[str, Evaluation]) -> list[str]:
-    """One line for each set: its rows, and why a number is missing or of less than the whole."""
+    """Return one line for each set: its rows, and why a number is missing or covers fewer rows."""
     lines = []
     for name, evaluation in rows.items():
         notes = [f"{evaluation.num_examples} rows"]
         bits = evaluation.bits_per_byte
         if evaluation.signature["references"] == "none":
-            notes.append("no references: answers without scores (or name their column, --response)")
+            notes.append("no references: answers without scores (or name their column with --response)")
         elif bits is None:
-            notes.append("bits per byte: no row has a response and room for it")
+            notes.append("bits per byte: no row has a response that fits")
         else:
             if bits.num_examples < evaluation.num_examples:
                 notes.append(f"bits per byte of {bits.num_examples} rows")
@@ -125,7 +130,7 @@ def _notes(rows: Mapping[str, Evaluation]) -> list[str]:
 
 
 def _signatures(rows: Mapping[str, Evaluation]) -> list[str]:
-    """What the numbers depend on besides the set: one line if all sets agree in it, else one for each kind."""
+    """Return the signature apart from the set itself, in one line for each group of sets that share it."""
     lines: dict[str, list[str]] = {}
     for name, evaluation in rows.items():
         parts = (f"{key} {shown(value)}" for key, value in evaluation.signature.items() if key not in _OF_ONE_SET)

@@ -1,4 +1,4 @@
-"""ROUGE-L and exact match against the best of several references, in percent."""
+"""Compute ROUGE-L and exact match against the best of several references, in percent."""
 
 import string
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def rouge_l(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """ROUGE-L of each answer: F1 of the longest common subsequence of words, best of its references, x 100.
+    """Compute the ROUGE-L of each answer: F1 of the longest common subsequence of words with its best reference, x 100.
 
-    google's `rouge_score` with its Porter stemmer and its own tokenizer: lower-case words of a-z and 0-9. That
-    tokenizer drops every other character, so text in another script scores 0 (`is_scorable` tells).
+    This is google's `rouge_score` with its Porter stemmer and its own tokenizer, whose words consist of a-z and 0-9.
+    The tokenizer drops every other character, so text in another script scores 0 (see `is_scorable`).
 
     Args:
         answers: one text per example; an empty one scores 0.
@@ -28,7 +28,7 @@ def rouge_l(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list
         One score per answer, 0 to 100.
 
     References:
-        Lin 2004, ROUGE; the protocol of DSKD (arXiv 2406.17328) and DWA-KD (arXiv 2602.21669).
+        Lin 2004, ROUGE. The protocol is that of DSKD (arXiv 2406.17328) and DWA-KD (arXiv 2602.21669).
 
     Examples:
         >>> [round(score, 4) for score in rouge_l(["the cats are running"], [["the cat is running fast"]])]
@@ -39,10 +39,10 @@ def rouge_l(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list
 
 
 def exact_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """100 where the answer equals one of its references after normalisation, else 0.
+    """Return 100 for each answer that equals one of its references after normalisation, and 0 for the others.
 
-    Normalisation: lower case, ASCII punctuation removed, runs of white space made one space, ends stripped.
-    Articles stay (SQuAD's normalisation removes them), and so does the punctuation of other scripts.
+    Normalisation makes text lower case, removes ASCII punctuation, replaces runs of white space by one space and
+    strips the ends. It keeps articles, which SQuAD's normalisation removes, and the punctuation of other scripts.
 
     Examples:
         >>> exact_match(["The Nile."], [["Amazon", "the  nile"]])
@@ -55,24 +55,24 @@ def exact_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
 
 def references_of(example: Example) -> tuple[str, ...]:
-    """What an answer is compared with: the references of the row, else its response.
+    """Return the texts that an answer is compared with: the references of the row, or else its response.
 
     Raises:
         UserError: the row has neither.
     """
     references = example.references or (example.response,)
     if not has_reference(example):
-        raise UserError(f"row {example.index} (counting from 0) has no response and no references: add one.")
+        raise UserError(f"row {example.index} (counting from 0) has no response and no references: add one")
     return references
 
 
 def has_reference(example: Example) -> bool:
-    """Whether an answer to this row can be compared with anything."""
+    """Return whether the row has a reference or a response to compare an answer with."""
     return any(text.strip() for text in example.references or (example.response,))
 
 
 def is_scorable(references: Sequence[str]) -> bool:
-    """Whether ROUGE-L can be above 0: some reference has a word of a-z or 0-9."""
+    """Return whether ROUGE-L can be above 0, because some reference has a word of a-z or 0-9."""
     return any(_tokenizer().tokenize(text) for text in references)
 
 

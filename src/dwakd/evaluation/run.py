@@ -76,8 +76,8 @@ def evaluate_sets(
     Args:
         model: folder, hub id or GGUF file of the model.
         data: files or hub ids of the test sets.
-        rows: how to read the rows and turn them into prompts. By default these are the template and special tokens of
-            the recipe in the model's folder, if there is one.
+        rows: how to read the rows and turn them into prompts. The defaults of template, bos and
+            special_tokens_in_prompts are those of the recipe in the model's folder, if there is one.
         options: options of the evaluation.
         adapter: a PEFT adapter to merge into the model.
         output: folder of the results; eval/ in the model's folder by default.
@@ -118,5 +118,5 @@ def _evaluate_all(
     for item, identity in zip(plan.sets, identities, strict=True):
         rows[item.name] = evaluate_model(model, encoder, item.examples, plan.options, identity=identity)
         write_evaluation(rows[item.name], folder / f"{item.name}.json", folder / f"{item.name}.answers.jsonl")
-    where = Text(f"answers, and numbers with their whole signature: {folder}", no_wrap=True, overflow="ignore")
+    where = Text(f"answers and scores with their signature: {folder}", no_wrap=True, overflow="ignore")
     return Group(evaluation_table(rows), where)

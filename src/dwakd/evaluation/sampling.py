@@ -1,9 +1,10 @@
-"""Sampling whose outcome does not depend on the batch.
+"""Sample tokens independently of the batch.
 
-`torch.multinomial` draws from one global stream whose numbers go to whatever shares the batch. Here row `i` under
-seed `s` has its own stream of uniform numbers, one a token, and each token is the inverse of the cumulative
-distribution at that number. So an answer depends on the model, its prompt, `s` and `i`, and not on batch size,
-batch order or the number of devices (beyond the rounding of padded forwards). The global generator is left alone.
+`torch.multinomial` draws all rows of a batch from one global stream, so that the result depends on the batch. Here
+every row `i` has its own stream of uniform numbers for a seed `s`, with one number for each token. The token is the
+inverse of the cumulative distribution at that number. An answer therefore depends on the model, its prompt, `s` and
+`i`. Apart from rounding in padded forward passes, it does not depend on the batch size, the order of the batches or
+the number of devices. The global random generator is not used.
 """
 
 from collections.abc import Sequence
@@ -16,20 +17,20 @@ from transformers import TopPLogitsWarper
 
 
 def streams(seed: int, rows: Sequence[int], steps: int, device: torch.device) -> Float[Tensor, "batch steps"]:
-    """`steps` uniform numbers in [0, 1) for each row; a longer stream begins with the shorter one."""
+    """Draw `steps` uniform numbers in [0, 1) for each row; more steps only append numbers."""
     numbers = np.stack([np.random.default_rng((seed, row)).random(steps) for row in rows])
     dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     return torch.from_numpy(numbers).to(dtype).to(device)
 
 
 class SeededSampling:
-    """A logits processor that leaves one token possible: the one at the row's next uniform number.
+    """Logits processor that leaves only the token which the row's next uniform number selects.
 
     Args:
-        uniforms: one number in [0, 1) per row and new token.
-        prompt_length: columns of the padded prompts.
-        temperature: divides the logits.
-        top_p: keep the likeliest tokens that together reach this probability.
+        uniforms: one number in [0, 1) for each row and new token.
+        prompt_length: length of the padded prompts.
+        temperature: divides the logits; above 0.
+        top_p: sample from the likeliest tokens that together reach this probability.
     """
 
     def __init__(
@@ -43,13 +44,13 @@ class SeededSampling:
     def __call__(
         self, input_ids: Int[Tensor, "batch length"], scores: Float[Tensor, "batch vocab"]
     ) -> Float[Tensor, "batch vocab"]:
-        """0 at the chosen token, minus infinity elsewhere; `scores` are the logits of the next token."""
+        """Return 0 for the chosen token and minus infinity for the others; `scores` are the next token's logits."""
         step = input_ids.shape[1] - self.prompt_length
         scores = scores / self.temperature
         if self.nucleus is not None:
             scores = self.nucleus(input_ids, scores)
         cumulative = torch.softmax(scores.to(self.uniforms.dtype), dim=-1).cumsum(dim=-1)
         threshold = self.uniforms[:, step, None] * cumulative[:, -1:]
-        # the first token whose cumulative probability exceeds the threshold: never one of probability 0
+        # the first token whose cumulative probability exceeds the threshold, so never a token of probability 0
         chosen = torch.searchsorted(cumulative, threshold, right=True).clamp(max=scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)

@@ -60,8 +60,8 @@ def _check_references(examples: Sequence[Example], source: str) -> None:
     lacking = [example.index for example in examples if not has_reference(example)]
     if 0 < len(lacking) < len(examples):
         raise UserError(
-            f"{source}, row {lacking[0]} (counting from 0) has no response and no references, as is the case in "
-            f"{len(lacking)} of {len(examples)} rows: add references to these rows or remove them"
+            f"{source}: {len(lacking)} of {len(examples)} rows have no response and no references, the first is row "
+            f"{lacking[0]} (counting from 0): add references to these rows or remove them"
         )
 
 

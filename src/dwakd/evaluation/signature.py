@@ -1,4 +1,4 @@
-"""What the numbers of an evaluation depend on: the signature that travels with them."""
+"""Build the signature of an evaluation: everything that its numbers depend on."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ _NAMES = ("name", "revision")
 
 
 def model_identity(model: PreTrainedModel | PeftModel, name: str | None = None) -> dict[str, Any]:
-    """Name, hub revision (None of a folder) and SHA-256 of the weights, its first 16 digits."""
+    """Return the model's name, its hub revision (None for a folder) and the first 16 digits of its weights' SHA-256."""
     digest = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -30,14 +30,14 @@ def model_identity(model: PreTrainedModel | PeftModel, name: str | None = None) 
 
 
 def data_identity(examples: Sequence[Example], name: str | None = None) -> dict[str, Any]:
-    """Name, number of rows and SHA-256 of their texts, its first 16 digits."""
+    """Return the name of the rows, their number and the first 16 digits of the SHA-256 of their texts."""
     rows = [{key: value for key, value in asdict(example).items() if value is not None} for example in examples]
     digest = hashlib.sha256(json.dumps(rows, default=str).encode())
     return {"name": name or "rows in memory", "rows": len(examples), "sha256": digest.hexdigest()[:_DIGITS]}
 
 
 def make_signature(**options: Any) -> dict[str, Any]:
-    """Metric, `options` and versions."""
+    """Return the metric, the given options, the constants of the evaluation and the package versions."""
     packages = ("dwakd", "rouge-score", "torch", "transformers")
     return {
         "metric": "rougeL F1 x 100",
@@ -51,7 +51,7 @@ def make_signature(**options: Any) -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between two signatures, as "seeds 10/20 before, 10 now"; names of model and data don't count."""
+    """List what differs between two signatures, as "seeds 10/20 before, 10 now"; names of model and data may differ."""
     found = []
     for key in dict.fromkeys((*old, *new)):
         before, now = old.get(key), new.get(key)
@@ -64,7 +64,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """A value of a signature in one line of text."""
+    """Format a value of a signature as one line of text."""
     if isinstance(value, dict):
         return " ".join(f"{key} {item}" for key, item in value.items() if item is not None)
     return "/".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

@@ -1,4 +1,4 @@
-"""From scores per seed and example to a mean, its spread over the seeds and its interval over the examples."""
+"""Summarise scores: mean, standard deviation over the seeds and bootstrap interval over the examples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,20 +8,21 @@ import numpy as np
 from dwakd.errors import UserError
 
 RESAMPLES = 2000
-"""Bootstrap resamples behind an interval."""
+"""Number of bootstrap resamples for an interval."""
 
 _BOOTSTRAP_SEED = 0
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A metric over a test set, in the metric's unit.
+    """Summary of a metric over a test set, in the unit of the metric.
 
     Args:
         mean: mean over the seeds of the mean over the examples.
         std: sample standard deviation of the seeds' means; None for a single pass.
-        n: examples.
-        interval: 95 % bootstrap interval of the mean over the examples, each scored by its mean over the seeds.
+        n: number of examples.
+        interval: 95 % bootstrap interval of the mean over the examples. The score of an example is its mean over the
+            seeds.
     """
 
     mean: float
@@ -33,15 +34,15 @@ class Summary:
 def summarise(scores: Sequence[Sequence[float]]) -> Summary:
     """Summarise `scores[seed][example]`.
 
-    `std` tells how much sampling noise moves the mean on this test set; `interval` how much another test set of
-    the same kind would. The bootstrap has a fixed seed: same scores, same interval.
+    `std` shows how much the mean varies with the sampling seed on this test set. `interval` shows how much it would
+    vary with another test set of the same kind. The bootstrap has a fixed seed, so the interval is reproducible.
 
     Raises:
-        UserError: no scores, or seeds with different numbers of examples.
+        UserError: there are no scores, or the seeds have different numbers of examples.
     """
     if not scores or not all(scores) or len({len(row) for row in scores}) > 1:
         sizes = [len(row) for row in scores]
-        raise UserError(f"scores need the same number of examples, at least one, for every seed; got {sizes}.")
+        raise UserError(f"scores must have the same number of examples, at least one, for every seed, got {sizes}")
     table = np.asarray(scores, dtype=np.float64)
     num_seeds, num_examples = table.shape
     std = float(table.mean(axis=1).std(ddof=1)) if num_seeds > 1 else None
@@ -49,9 +50,9 @@ def summarise(scores: Sequence[Sequence[float]]) -> Summary:
 
 
 def _bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
-    """Percentile interval of the mean under resampling with replacement."""
+    """Compute the percentile interval of the mean by resampling with replacement."""
     rng = np.random.default_rng(_BOOTSTRAP_SEED)
-    # one resample at a time keeps the memory at one row of the test set
+    # one resample at a time needs the memory of one test set only
     means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)

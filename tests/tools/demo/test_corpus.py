@@ -1,4 +1,4 @@
-"""The demo's corpus: what the comparison at the end of the demo rests on."""
+"""The demo's corpus: splits without overlap, correct answers, and the same rows for the same seed."""
 
 import hashlib
 import os
@@ -32,7 +32,7 @@ def _slots(template: str) -> set[str]:
 
 
 def _read_back(instruction: str) -> tuple[Task, dict[str, Word]]:
-    """The task and the slots an instruction was made from, found again from its text."""
+    """Find the task and the slots of an instruction from its text."""
     for task in load_tasks():
         for prompt in task.prompts:
             pattern, known = "", set()
@@ -47,14 +47,14 @@ def _read_back(instruction: str) -> tuple[Task, dict[str, Word]]:
 
 
 def test_sizes_and_indices(splits: Splits) -> None:
-    """A wrong index would name the wrong row in every message about the data."""
+    """With a wrong index, error messages about the data would name the wrong row."""
     assert [len(split) for split in splits] == [NUM_TRAIN, NUM_HELD_OUT, NUM_HELD_OUT]
     for split in splits:
         assert [row.index for row in split] == list(range(len(split)))
 
 
 def test_no_prompt_occurs_twice(splits: Splits) -> None:
-    """A test prompt among the training rows would measure memory, and reward the student that overfits."""
+    """A test prompt among the training rows would measure memory and reward overfitting."""
     prompts = [row.instruction for split in splits for row in split]
     assert len(set(prompts)) == len(prompts)
 
@@ -97,7 +97,7 @@ def test_answers_are_short_and_accepted(splits: Splits) -> None:
 
 
 def test_answers_depend_on_the_prompt(splits: Splits) -> None:
-    """If few distinct answers sufficed, a table of the commonest ones would beat any student."""
+    """With few distinct answers, always giving the most frequent ones would beat any student."""
     responses = [row.response for row in splits[2]]
     trained = {reference for row in splits[0] for reference in row.references}
     assert len(set(responses)) > 0.9 * len(responses)
@@ -116,7 +116,7 @@ def test_templates_name_known_slots(task: Task) -> None:
 
 @pytest.mark.parametrize("seed", range(50))
 def test_scenes_are_true(seed: int) -> None:
-    """Wrong sums, orders or facts would teach the teacher nonsense that its students are blamed for."""
+    """Wrong sums, orders or facts would train the teacher and the students on wrong answers."""
     scene = draw_scene(random.Random(seed))
     number = {word: value for value, word in enumerate(lexicon.NUMBERS)}
     assert number[scene["left"]] + number[scene["right"]] == number[scene["total"]]
@@ -136,7 +136,7 @@ def test_scenes_are_true(seed: int) -> None:
 
 
 def test_check_reads_the_content() -> None:
-    """Exact match would be zero for case or spacing, or one for a wrong name."""
+    """Exact match must ignore case and spacing but not a wrong name."""
     row = Example(0, "Where?", response="He lives in Rome.", references=("Ben lives in Rome.", "He lives in Rome."))
     assert check(row, " ben lives  in Rome\n")
     assert check(row, "He lives in Rome.")
@@ -160,14 +160,14 @@ def test_seed_decides() -> None:
 
 
 def test_exhausted_corpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asking for more rows than there are would never end."""
+    """Requesting more rows than there are would otherwise never end."""
     monkeypatch.setattr("dwakd.tools.demo.corpus._MAX_TRIES", 50)
-    with pytest.raises(UserError, match="ask for fewer rows"):
+    with pytest.raises(UserError, match="fewer rows"):
         make_corpus(0, 20_000, 0, seed=0)
 
 
 def test_same_corpus_and_tokenizers_in_every_process() -> None:
-    """Vocabularies that change from run to run make every number of the demo unrepeatable."""
+    """With vocabularies that change from run to run, no number of the demo could be reproduced."""
     prints = set()
     for hash_seed, threads in (("1", "1"), ("2", "2")):
         env = os.environ | {"PYTHONHASHSEED": hash_seed, "RAYON_NUM_THREADS": threads}

@@ -1,4 +1,4 @@
-"""The demo's words: each has one meaning."""
+"""The words of the demo's corpus are unambiguous."""
 
 from itertools import pairwise
 
@@ -6,7 +6,7 @@ from dwakd.tools.demo import lexicon
 
 
 def test_lexicon_words_are_unambiguous() -> None:
-    """A word with two opposites, kinds or genders would make a right answer count as wrong."""
+    """A word with two opposites, kinds or genders would make a correct answer wrong."""
     assert not set(lexicon.WOMEN) & set(lexicon.MEN)
     for table in (lexicon.OPPOSITES, lexicon.MOODS):
         words = [*table, *table.values()]

@@ -1,4 +1,4 @@
-"""The demo's two tokenizers: lossless, of different families, and with short rows."""
+"""The demo's two tokenizers are lossless, belong to different families and give short rows."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def test_tokenizers_are_lossless(tokenizers, texts: list[str], side: int) -> Non
 
 
 def test_tokenizers_are_of_different_families(tokenizers, texts: list[str]) -> None:
-    """With like tokenizers the demo would not show distillation across tokenizers."""
+    """With similar tokenizers the demo would not show distillation across tokenizers."""
     student, teacher = tokenizers
     assert student.bos_token_id is None
     assert teacher("Oslo").input_ids[0] == teacher.bos_token_id
@@ -32,7 +32,7 @@ def test_tokenizers_are_of_different_families(tokenizers, texts: list[str]) -> N
 
 
 def test_rows_are_short_in_tokens(tokenizers, splits: Splits) -> None:
-    """Long rows would take the demo beyond its five minutes, and prompts beyond the limit would be refused."""
+    """With long rows the demo would take more than five minutes, and prompts beyond the limit are an error."""
     for tokenizer in tokenizers:
         for row in splits[0]:
             assert len(tokenizer(f"{row.instruction}\n{row.response}").input_ids) <= 72

@@ -1,4 +1,4 @@
-"""Shrunk models: the right layers go, every config entry follows, the result is a plain checkpoint."""
+"""Shrunk models keep the right layers, have a consistent config and are saved as plain checkpoints."""
 
 import math
 
@@ -30,7 +30,7 @@ def same_special_ids(model, tokenizer):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_cuts_in_every_family_give_a_plain_checkpoint(family, tmp_path):
-    """The student is trained, saved and loaded by people who never heard of dwakd."""
+    """The student must load with transformers alone, without dwakd installed."""
     tokenizer = byte_bpe()
     model = same_special_ids(deep_model(family), tokenizer)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -51,7 +51,7 @@ def test_both_cuts_in_every_family_give_a_plain_checkpoint(family, tmp_path):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "opt"])
 def test_kept_layers_keep_their_weights_in_order(family):
-    """A student with layers out of order has the right shapes and none of the knowledge."""
+    """A student with layers in another order has the right shapes but predicts nonsense."""
     tokenizer = byte_bpe()
     model = deep_model(family)
     student, _, report = shrink_model(model, tokenizer, TEXTS, num_layers=3, progress=False)
@@ -67,7 +67,7 @@ def test_kept_layers_keep_their_weights_in_order(family):
 
 
 def test_per_layer_lists_follow_their_layers():
-    """Gemma 3 alternates local and global attention: a cut list would give a layer another's window."""
+    """Gemma 3 alternates local and global attention; a list cut at its end would give layers the wrong window."""
     kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "full_attention"]
     model = tiny_model("gemma3", 400, num_hidden_layers=5, layer_types=kinds)
     student, _, report = shrink_model(model, byte_bpe(), TEXTS, num_layers=3, progress=False)
@@ -75,7 +75,7 @@ def test_per_layer_lists_follow_their_layers():
 
 
 def test_influence_is_one_minus_the_cosine_and_the_idle_layer_goes():
-    """The layer that changes nothing has influence 0 and is the first to go."""
+    """A layer that changes nothing has influence 0 and must be removed first."""
     model, tokenizer = deep_model("llama"), byte_bpe()
     with torch.no_grad():
         for name in ("self_attn.o_proj", "mlp.down_proj"):
@@ -94,7 +94,7 @@ def test_influence_is_one_minus_the_cosine_and_the_idle_layer_goes():
 
 
 def test_influence_does_not_depend_on_batching_and_leaves_no_hook():
-    """Padding that counted would rank the layers by the lengths of the texts."""
+    """With padding included, the ranking of the layers would depend on the lengths of the texts."""
     model, tokenizer = deep_model("gpt2"), byte_bpe()
     together = block_influence(model, tokenizer, TEXTS, batch_size=24)
     assert together == pytest.approx(block_influence(model, tokenizer, TEXTS, batch_size=1), abs=1e-5)
@@ -104,7 +104,7 @@ def test_influence_does_not_depend_on_batching_and_leaves_no_hook():
 @pytest.mark.parametrize("builder", [byte_bpe, unigram_byte_fallback, bpe_byte_fallback, wordpiece])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi"])
 def test_matrices_start_from_the_old_tokens(builder, family):
-    """Tied, untied and biased heads: a head that kept its old rows would predict other tokens."""
+    """Tied, untied and biased heads: a head with the old vocabulary order would predict other tokens."""
     tokenizer = builder()
     model = same_special_ids(deep_model(family, 450, layers=2), tokenizer)
     size = {"byte_bpe": 330, "wordpiece": 250}.get(builder.__name__, 370)
@@ -125,7 +125,7 @@ def test_matrices_start_from_the_old_tokens(builder, family):
 
 
 def test_lists_of_end_tokens_follow_their_strings():
-    """Llama 3 stops at several tokens; at their old ids it would stop at words, or never."""
+    """Llama 3 stops at several tokens; with their old ids it would stop at ordinary words or never."""
     tokenizer = byte_bpe()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>", "<gone>"]})
     tokenizer.chat_template = "<turn>"
@@ -137,7 +137,7 @@ def test_lists_of_end_tokens_follow_their_strings():
 
 
 def test_bits_per_byte_by_hand():
-    """The number that says whether shrinking hurt: every token once, no padding, the first one included."""
+    """The loss of shrinking is read from bits per byte: every token once, including the first, without padding."""
     model, tokenizer = deep_model("llama"), byte_bpe()
     texts = ["Name three colours.", "你好 fox", "", "a"]
     bits = 0.0
@@ -153,7 +153,7 @@ def test_bits_per_byte_by_hand():
 
 
 def test_bits_per_byte_counts_the_bytes_that_were_read():
-    """Else a longer text would look better for being cut."""
+    """With the bytes of the whole text, a longer text would look better only because it is cut."""
     model, tokenizer = deep_model("llama"), byte_bpe()
     whole = "abc def " * 40
     ids = tokenizer(whole).input_ids[:19]
@@ -162,7 +162,7 @@ def test_bits_per_byte_counts_the_bytes_that_were_read():
 
 
 def test_report_holds_bits_per_byte_of_held_out_texts():
-    """Before and after are measured with their own tokenizers."""
+    """Each model must be measured with its own tokenizer, before and after."""
     model, tokenizer = deep_model("llama"), byte_bpe()
     student, new, report = shrink_model(
         model, tokenizer, TEXTS, num_layers=2, vocab_size=300, held_out=SAMPLE_TEXTS, progress=False
@@ -174,15 +174,15 @@ def test_report_holds_bits_per_byte_of_held_out_texts():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "Nothing to shrink"),
-        ({"num_layers": 1}, "allows 2 to 5"),
-        ({"num_layers": 6}, "allows 2 to 5"),
-        ({"vocab_size": 100}, "alone take 257"),
-        ({"num_layers": 3, "texts": ["", ""]}, "no texts"),
+        ({}, "nothing to shrink"),
+        ({"num_layers": 1}, "2 to 5"),
+        ({"num_layers": 6}, "2 to 5"),
+        ({"vocab_size": 100}, "--vocab-size.* 257 "),
+        ({"num_layers": 3, "texts": ["", ""]}, "no text"),
     ],
 )
 def test_mistakes(options, message):
-    """Each with one sentence and the range that works."""
+    """A size that cannot work must be an error that names the option and the valid range."""
     options = {"texts": TEXTS, **options}
     with pytest.raises(UserError, match=message):
         shrink_model(deep_model("llama"), byte_bpe(), options.pop("texts"), progress=False, **options)
@@ -190,8 +190,8 @@ def test_mistakes(options, message):
 
 @pytest.mark.parametrize(("layers", "asked"), [(1, 2), (2, 3)])
 def test_models_with_no_layer_to_drop_say_so(layers, asked):
-    """The range "allows 2 to 1" tells nobody that the option has to go."""
-    with pytest.raises(UserError, match=rf"no layer to drop .it has {layers}, .*leave out num_layers .--layers"):
+    """A range from 2 to 1 would not say that the option has to be left out."""
+    with pytest.raises(UserError, match=rf"--layers.* has {layers} layers .*leave the option out"):
         shrink_model(deep_model("llama", layers=layers), byte_bpe(), TEXTS, num_layers=asked, progress=False)
     with pytest.raises(UserError, match=r"--layers.*--vocab-size"):
         shrink_model(deep_model("llama", layers=layers), byte_bpe(), TEXTS, progress=False)

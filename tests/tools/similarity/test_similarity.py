@@ -1,4 +1,4 @@
-"""Representation similarity: what is pooled must be the same text on both sides."""
+"""Representation similarity averages hidden states over the same text on both sides."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def side(family, tokenizer, seed):
 
 
 def test_equal_models_have_no_distance_and_others_have():
-    """A pooling that mixes texts or spans gives a distance where there is none."""
+    """An average over mixed texts or spans would give a distance between equal models."""
     examples = load_examples(ROWS)
     one, same, other = (side("llama", byte_bpe(), seed) for seed in (1, 1, 2))
     equal = structure_distances(one, same, examples, batch_size=3)
@@ -29,7 +29,7 @@ def test_equal_models_have_no_distance_and_others_have():
 
 
 def test_spans_are_those_both_tokenisations_share_and_batches_change_nothing():
-    """The published comparison reads the student's ids with the teacher's vocabulary; ours must not depend on padding."""
+    """Spans of different texts, or padding in the averages, would make the distances meaningless."""
     examples = load_examples(ROWS)
     student, teacher = side("llama", byte_bpe(), 1), side("gpt2", bpe_byte_fallback(), 2)
     whole, single = (structure_distances(student, teacher, examples, batch_size=size) for size in (4, 1))
@@ -41,14 +41,14 @@ def test_spans_are_those_both_tokenisations_share_and_batches_change_nothing():
 
 
 def test_rows_without_room_are_those_of_the_file():
-    """The message of the training named its options, which `dwakd similarity` lacks."""
+    """The error must name an option of `dwakd similarity` and the file of the rows."""
     sides = [side("llama", byte_bpe(), seed) for seed in (1, 2)]
     with pytest.raises(UserError, match=r"test\.jsonl: none of its 4 rows can be used .*; raise --max-length"):
         structure_distances(*sides, load_examples(ROWS), max_length=3, source="test.jsonl")
 
 
 def test_matrices():
-    """M_cos ignores lengths; rows of M_prod sum to 1."""
+    """M_cos must not depend on the norms, and each row of M_prod must sum to 1."""
     hidden = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
     torch.testing.assert_close(cosine_structure(hidden), torch.tensor([[1.0, 0.8], [0.8, 1.0]]))
     torch.testing.assert_close(product_structure(hidden), torch.tensor([[25 / 33, 8 / 33], [8 / 12, 4 / 12]]))

@@ -1,9 +1,9 @@
 """The generated instruction corpus of `dwakd demo`.
 
-A row is a random scene (people, towns, things, numbers) put through one task's templates (`tasks.yaml`). To answer
-is to read the prompt, to know a fact of a closed little world, or to change a sentence's form. Each task names the
-slots that make up its combination, for example a name and a town. One combination in eight never occurs in
-training, and the dev and test rows consist of these only, so that no answer can be looked up.
+A row fills one task's templates (`tasks.yaml`) with a random scene of people, towns, things and numbers. Answering it
+requires reading the prompt, knowing a fact of a small closed world, or changing the form of a sentence. Each task
+names the slots whose values form a combination, for example a name and a town. One combination in eight never occurs
+in training, and the dev and test rows consist of these only, so that no answer can be memorised.
 """
 
 import random
@@ -19,11 +19,11 @@ from dwakd.errors import UserError
 from dwakd.tools.demo import lexicon
 
 _HELD_OUT_SHARE = 8
-_MAX_TRIES = 2000  # draws for one row before its task counts as exhausted
+_MAX_TRIES = 2000  # draws for one row before the corpus is considered exhausted
 
 
 class Word(str):
-    """A slot's value; the format `a` puts the indefinite article before it, `c` capitalises, `ac` does both.
+    """Value of a slot. The format `a` adds an indefinite article, `c` capitalises, and `ac` does both.
 
     Examples:
         >>> f"{Word('apple'):a}, {Word('plum'):ac}"
@@ -44,10 +44,10 @@ class Task:
     """One kind of instruction.
 
     Args:
-        kind: its name.
-        key: slots of a scene whose values make the combination that is either trained or held out.
+        kind: name of the task.
+        key: slots of a scene whose values form the combination that is either trained or held out.
         prompts: paraphrases of the instruction, as format strings over the slots.
-        answers: accepted answers; the response is one of them, the references are all.
+        answers: accepted answers, as format strings. The response is one of them, and the references are all of them.
     """
 
     kind: str
@@ -58,7 +58,7 @@ class Task:
 
 @cache
 def load_tasks() -> tuple[Task, ...]:
-    """All the tasks, in the order of their file."""
+    """Read all tasks, in the order of their file."""
     text = resources.files("dwakd.tools.demo").joinpath("tasks.yaml").read_text(encoding="utf-8")
     return tuple(
         Task(kind, tuple(fields["key"]), tuple(fields["prompts"]), tuple(fields["answers"]))
@@ -67,7 +67,7 @@ def load_tasks() -> tuple[Task, ...]:
 
 
 def draw_scene(rng: random.Random) -> dict[str, Word]:
-    """Values for every slot that a template may name; slots ending in 2 differ from their first."""
+    """Draw a value for every slot that a template may name; a slot ending in 2 differs from the one without it."""
     slots = _people(rng) | _things(rng) | _numbers(rng) | _word_list(rng)
     return {slot: Word(value) for slot, value in slots.items()}
 
@@ -130,13 +130,13 @@ def _word_list(rng: random.Random) -> dict[str, str]:
 
 
 def _opposites(rng: random.Random, table: dict[str, str]) -> tuple[str, str]:
-    """A word and its opposite, in either direction."""
+    """Draw a word and its opposite, in either direction."""
     pair = rng.choice(list(table.items()))
     return pair if rng.random() < 0.5 else pair[::-1]
 
 
 def is_held_out(task: Task, scene: dict[str, Word]) -> bool:
-    """Whether this task's combination of words is kept out of the training split; the same for every seed."""
+    """Return whether this combination of words is kept out of the training split, which does not depend on the seed."""
     combination = "|".join([task.kind, *(str(scene[slot]) for slot in task.key)])
     return zlib.crc32(combination.encode()) % _HELD_OUT_SHARE == 0
 
@@ -146,20 +146,20 @@ def make_corpus(
 ) -> tuple[list[Example], list[Example], list[Example]]:
     """Generate the training, dev and test rows.
 
-    The tasks take turns and the rows are then shuffled, so that any leading part of a split has them all in
-    like shares. No prompt occurs twice, and no combination of a dev or test row occurs in training.
+    Every task gets the same number of rows, and the rows are shuffled, so that any leading part of a split contains
+    all tasks about equally often. No prompt occurs twice, and no combination of a dev or test row occurs in training.
 
     Args:
         num_train: number of training rows.
         num_dev: number of dev rows.
         num_test: number of test rows.
-        seed: the same seed gives the same rows, in every process.
+        seed: seed of the rows; they are the same in every process.
 
     Returns:
-        The three splits; `index` counts within the split, `references` are all the accepted answers.
+        The three splits. `index` is the position in the split, and `references` are all accepted answers.
 
     Raises:
-        UserError: more rows are wanted than the corpus has distinct prompts for.
+        UserError: the corpus has fewer distinct prompts than requested rows.
     """
     rng = random.Random(seed)
     seen: set[str] = set()
@@ -179,7 +179,7 @@ def _split(rng: random.Random, num_rows: int, seen: set[str], *, held_out: bool)
 
 
 def _row(rng: random.Random, task: Task, seen: set[str], *, held_out: bool) -> tuple[str, str, tuple[str, ...]]:
-    """A prompt that is not in `seen` (and is put there), its response and all its accepted answers."""
+    """Draw a prompt that is not in `seen` and add it there; return it with its response and all accepted answers."""
     for _ in range(_MAX_TRIES):
         scene = draw_scene(rng)
         prompt = rng.choice(task.prompts).format_map(scene)
@@ -187,11 +187,11 @@ def _row(rng: random.Random, task: Task, seen: set[str], *, held_out: bool) -> t
             seen.add(prompt)
             references = tuple(answer.format_map(scene) for answer in task.answers)
             return prompt, rng.choice(references), references
-    raise UserError(f"The demo's corpus has no more distinct prompts for the task '{task.kind}'; ask for fewer rows.")
+    raise UserError(f"the demo's corpus has no more distinct prompts for the task '{task.kind}': request fewer rows")
 
 
 def check(example: Example, answer: str) -> bool:
-    """Whether an answer is one of the accepted ones, up to white space, letter case and a missing full stop."""
+    """Return whether an answer is accepted, ignoring white space, case and a missing full stop."""
     return _content(answer) in {_content(reference) for reference in example.references}
 
 

@@ -1,18 +1,18 @@
-"""The closed stock of words and facts from which the demo's corpus is made."""
+"""The words and facts from which the demo's corpus is made."""
 
 
 def _words(text: str) -> list[str]:
-    """'a b_c' as [a, b c]: an underscore stands for a space."""
+    """Split 'a b_c' into [a, b c]; an underscore stands for a space."""
     return [word.replace("_", " ") for word in text.split()]
 
 
 def _rows(text: str) -> list[tuple[str, ...]]:
-    """'a-b-c d-e-f' as [(a, b, c), (d, e, f)]."""
+    """Split 'a-b-c d-e-f' into [(a, b, c), (d, e, f)]."""
     return [tuple(entry.split("-")) for entry in _words(text)]
 
 
 def _pairs(text: str) -> dict[str, str]:
-    """'a-b c-d' as {a: b, c: d}."""
+    """Turn 'a-b c-d' into {a: b, c: d}."""
     return {row[0]: row[1] for row in _rows(text)}
 
 

@@ -1,4 +1,4 @@
-"""The whole package in five minutes, offline: corpus, tokenizers, teacher, three students, one table."""
+"""Run the whole package offline in about five minutes: corpus, tokenizers, teacher, three students and a table."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from dwakd.training.trainer import DistillTrainer
 TEMPLATE = "{instruction}\n"
 METHODS = ("sft", "dskd", "dwa_kd")
 _SEEDS = 2**32 - 1
-"""NumPy's seeds end at 2**32 - 1, and the students' models take the seed after the one given."""
+"""NumPy's largest seed is 2**32 - 1, and the students' models are initialised with seed + 1."""
 
 
 @dataclass(frozen=True)
 class DemoSizes:
-    """What fits into about five minutes on two cores."""
+    """Sizes of the data, the models and the training; the defaults take about five minutes on two cores."""
 
     num_train: int = 10_000
     num_student_rows: int = 1_200
@@ -44,12 +44,12 @@ class DemoSizes:
 
 
 QUICK = DemoSizes(400, 64, 8, 6, 4, 32, 32)
-"""A few steps of everything."""
+"""Sizes for a few steps of everything."""
 
 
 @dataclass(frozen=True)
 class DemoRow:
-    """One line of the table."""
+    """Results of one model: a row of the table."""
 
     evaluation: Evaluation
     seconds_per_step: float
@@ -57,23 +57,29 @@ class DemoRow:
 
 
 def run_demo(output: Path | None, *, seed: int, quick: bool) -> Group:
-    """Train and compare; writes models, scores and demo.json into the folder and returns what to print.
+    """Train a teacher and students, evaluate them, and return the table to print.
+
+    Args:
+        output: folder for the models, the scores and demo.json; by default the first free one of demo-run, demo-run-2
+            and so on.
+        seed: seed of the corpus, the models and the training.
+        quick: take a few steps only, to check that everything works.
 
     Raises:
-        UserError: the folder isn't empty or is a file, or the seed is out of range.
+        UserError: the folder is not empty or is a file, or the seed is out of range.
     """
     folder = output or _free_folder(Path("demo-run"))
     check_output_folder(folder, empty=True)
     if not 0 <= seed < _SEEDS:
-        raise UserError(f"--seed must be from 0 to {_SEEDS - 1}, got {seed}.")
+        raise UserError(f"--seed must be from 0 to {_SEEDS - 1}, got {seed}")
     sizes = QUICK if quick else DemoSizes()
     console = Console(stderr=True)
     train, _, test = make_corpus(sizes.num_train, 0, sizes.num_test, seed)
     texts = [text for example in train for text in (example.instruction, example.response)]
     student_tokenizer, teacher_tokenizer = demo_tokenizers(texts)
     console.print(
-        f"A corpus of {len(train):,} instructions. The teacher ({len(teacher_tokenizer):,} tokens) sees them all, "
-        f"the students ({len(student_tokenizer):,} other tokens) {sizes.num_student_rows:,} of them."
+        f"The corpus has {len(train):,} instructions. The teacher (vocabulary of {len(teacher_tokenizer):,}) is trained "
+        f"on all of them, the students (another vocabulary of {len(student_tokenizer):,}) on {sizes.num_student_rows:,}."
     )
     rows: dict[str, DemoRow] = {}
     console.rule("teacher: sft on every row")
@@ -102,7 +108,7 @@ def run_demo(output: Path | None, *, seed: int, quick: bool) -> Group:
 def build_model(
     tokenizer: PreTrainedTokenizerFast, width: int, *, num_layers: int, tied: bool, seed: int
 ) -> LlamaForCausalLM:
-    """A small random Llama for a tokenizer."""
+    """Build a small Llama with random weights for a tokenizer."""
     set_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -122,7 +128,7 @@ def build_model(
 
 
 def training_args(folder: Path, method: str, seed: int, *, steps: int, batch_size: int, rate: float) -> DistillConfig:
-    """The same arguments for all, but for length, batch and rate."""
+    """Return the training arguments; models differ only in the steps, the batch size and the learning rate."""
     return DistillConfig(
         output_dir=str(folder),
         method=method,
@@ -142,7 +148,7 @@ def training_args(folder: Path, method: str, seed: int, *, steps: int, batch_siz
 
 
 def demo_table(rows: dict[str, DemoRow], sizes: DemoSizes) -> Table:
-    """Scores and cost of the teacher and the students."""
+    """Return a table with the scores and the cost of the teacher and the students."""
     table = Table(title="Held-out instructions", title_justify="left", caption_justify="left")
     for heading in (
         "model",
@@ -159,9 +165,10 @@ def demo_table(rows: dict[str, DemoRow], sizes: DemoSizes) -> Table:
             name, f"{row.num_parameters / 1e6:.2f} M", *_scores(row.evaluation), f"{row.seconds_per_step:.3f}"
         )
     table.caption = (
-        f"ROUGE-L sampled at temperature 1, mean ± deviation over five generation seeds, and greedy; exact match of "
-        f"greedy answers; in percent over {sizes.num_test} rows. One training seed: differences of a point or two are "
-        "noise. The maps between the models start at random, so that distillation needs many steps to pay."
+        f"ROUGE-L of answers sampled at temperature 1 (mean ± standard deviation over five generation seeds) and of "
+        f"greedy answers, and exact match of greedy answers, in percent over {sizes.num_test} rows. There is one "
+        "training seed, so differences of a point or two are noise. The maps between the models start at random, so "
+        "distillation needs many steps to help."
     )
     return table
 

@@ -1,4 +1,4 @@
-"""Two tokenizers of different families for `dwakd demo`, trained in memory."""
+"""Train two tokenizers of different families in memory, for `dwakd demo`."""
 
 import json
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ _TEACHER_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 def demo_tokenizers(texts: Sequence[str]) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
     """Train the student's and the teacher's tokenizer on the same texts.
 
-    The student's is of GPT-2's family: byte-level BPE, a vocabulary so small that many words fall into pieces, and
-    no beginning-of-sequence token. The teacher's is of Llama 2's: SentencePiece-style BPE, whole words with a
-    visible space in front, single characters, byte fallback for all others, and `<s>` before the text. (Unigram,
-    SentencePiece's other model, is not used: the trainer of `tokenizers` gives another vocabulary in every run.)
+    The student's tokenizer is like GPT-2's: byte-level BPE without a beginning-of-sequence token. Its vocabulary is so
+    small that many words consist of several tokens. The teacher's tokenizer is like Llama 2's: SentencePiece-style BPE
+    with a visible space before words, byte fallback for unknown characters, and `<s>` before the text. Unigram, the
+    other model of SentencePiece, is not used, because its trainer in `tokenizers` is not deterministic.
 
     Args:
-        texts: what the tokenizers are trained on, for example all the prompts and responses of a corpus.
+        texts: the training texts, for example all prompts and responses of a corpus.
 
     Returns:
-        (student, teacher); the same texts give the same tokenizers, and decoding what was encoded gives the text
-        back. A vocabulary is smaller than its constant when the texts have no further pairs to merge.
+        The student's and the teacher's tokenizer. The same texts give the same tokenizers, and decoding restores the
+        text. A vocabulary is smaller than its constant if the texts have no more pairs to merge.
     """
     return _train_student(texts), _train_teacher(texts)
 
@@ -78,7 +78,7 @@ def _train_teacher(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def _with_byte_fallback(tokenizer: Tokenizer) -> models.BPE:
-    """The trained model with a token for each byte after the special ones, as in Llama 2."""
+    """Add a token for each byte after the special tokens of a trained model, as in Llama 2."""
     trained = json.loads(tokenizer.to_str())["model"]
     pieces = sorted(trained["vocab"], key=trained["vocab"].__getitem__)
     num_specials = len(_TEACHER_SPECIALS)

@@ -1,4 +1,4 @@
-"""From a model's name and a data set to a student folder: what `dwakd shrink` does."""
+"""Shrink a model on a data set and save the student: the work of `dwakd shrink`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dwakd.models.saving import save_causal_lm
 from dwakd.tools.shrink.shrink import ShrinkReport, shrink_model
 
 HELD_OUT = 64
-"""Rows for bits per byte."""
+"""Number of rows for bits per byte."""
 
 
 def shrink_to_folder(
@@ -29,13 +29,20 @@ def shrink_to_folder(
     num_layers: int | None = None,
     eval_data: str | None = None,
 ) -> Table:
-    """Shrink a model on a data set's text, save the student as a Hugging Face folder and report what was done.
+    """Shrink a model on the text of a data set, save the student as a Hugging Face folder and return a report.
 
-    Bits per byte are measured on `eval_data`, or else on the last twentieth of the data, which the tokenizer and the
-    influence then don't see.
+    Args:
+        model: folder, hub id or GGUF file of the model.
+        data: file or hub id of the text.
+        output: folder of the student; must be empty or not exist.
+        rows: how to read the rows and turn prompts into text.
+        vocab_size: tokens of the new tokenizer; None keeps the old one.
+        num_layers: layers to keep; None keeps all.
+        eval_data: text on which bits per byte are measured. By default this is the last twentieth of `data`, which is
+            then not used to train the tokenizer or to measure the influence of layers.
 
     Raises:
-        UserError: the folder isn't empty, or anything in model, data or sizes that a user can mend.
+        UserError: the folder is not empty, or the model, the data or a size cannot be used.
     """
     check_output_folder(output, empty=True)
     tokenizer = load_tokenizer(model)
@@ -65,7 +72,7 @@ def shrink_to_folder(
 
 
 def shrink_table(report: ShrinkReport, output: Path) -> Table:
-    """What changed, before beside after."""
+    """Return a table of the sizes and bits per byte before and after."""
     table = Table("", "before", "after", title=f"student in {output}", title_justify="left")
     num_layers = len(report.block_influence or report.kept_layers)
     table.add_row("layers", str(num_layers), str(len(report.kept_layers)))
@@ -76,7 +83,7 @@ def shrink_table(report: ShrinkReport, output: Path) -> Table:
     kept = set(report.kept_layers)
     notes = []
     if report.bits_per_byte_before is None:
-        notes.append("bits per byte: no row of the data is left to measure them on; name other text with --eval-data")
+        notes.append("bits per byte: the data has no row left to measure them on; name other text with --eval-data")
     if report.block_influence is not None:
         dropped = [f"{i} ({value:.2f})" for i, value in enumerate(report.block_influence) if i not in kept]
         notes.append(f"dropped layers, with their influence: {', '.join(dropped) or 'none'}")

@@ -1,4 +1,4 @@
-"""A student made from a pretrained model: fewer layers, a smaller vocabulary, no training yet.
+"""Make an untrained student from a pretrained model, with fewer layers and a smaller vocabulary.
 
 References:
     Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", arXiv 2403.03853,
@@ -27,18 +27,18 @@ _ROWS_PER_PRODUCT = 512
 
 @dataclass(frozen=True)
 class ShrinkReport:
-    """What `shrink_model` did.
+    """The result of `shrink_model` in numbers.
 
     Args:
-        block_influence: of each old layer, or None where all layers were kept.
+        block_influence: block influence of each old layer, or None if all layers were kept.
         kept_layers: old indices of the student's layers.
         vocab_size_before: tokens of the old tokenizer.
-        vocab_size_after: tokens of the new one; below the size asked for where the texts are too few.
-        shared_tokens: tokens of the new vocabulary that the old one has, too.
-        parameters_before: number of parameters of the old model, tied ones once.
-        parameters_after: the same of the student.
-        bits_per_byte_before: of the old model on the held-out texts, or None without any.
-        bits_per_byte_after: of the student on the same texts, before any training.
+        vocab_size_after: tokens of the new tokenizer; fewer than requested if there is too little text.
+        shared_tokens: tokens that are in both vocabularies.
+        parameters_before: number of parameters of the old model; tied parameters are counted once.
+        parameters_after: number of parameters of the student.
+        bits_per_byte_before: bits per byte of the old model on the held-out texts, or None if there are none.
+        bits_per_byte_after: bits per byte of the student on the same texts, before any training.
     """
 
     block_influence: tuple[float, ...] | None
@@ -62,29 +62,29 @@ def shrink_model(
     held_out: Sequence[str] = (),
     progress: bool = True,
 ) -> tuple[Any, Any, ShrinkReport]:
-    """Drop the layers of least block influence and replace the vocabulary by one learnt from `texts`.
+    """Remove the layers with the smallest block influence and train a new vocabulary on `texts`.
 
     Args:
-        model: a transformers causal LM; left as it is.
+        model: a causal language model of transformers; it is not changed.
         tokenizer: its fast tokenizer.
-        texts: what the student will see. The tokenizer is trained on all of them; the influence is measured on 64
-            spread evenly over them.
-        num_layers: layers to keep, 2 to all; None keeps all. The first and the last always stay.
-        vocab_size: tokens of the new tokenizer, special tokens included; None keeps the old one.
-        held_out: texts for bits per byte before and after.
+        texts: text like that of the student's training. The tokenizer is trained on all of it, and the influence is
+            measured on 64 texts spread evenly over it.
+        num_layers: layers to keep, at least 2; None keeps all. The first and the last layer are always kept.
+        vocab_size: tokens of the new tokenizer, including special tokens; None keeps the old one.
+        held_out: texts on which bits per byte are measured before and after.
         progress: show progress bars.
 
     Returns:
         The student (in eval mode, ready for save_pretrained), its tokenizer and a report.
 
     Raises:
-        UserError: nothing asked for, a size out of range (names the range), no texts, or an architecture whose
-            layers or vocabulary matrices are not where they are expected.
+        UserError: neither size is given, a size is out of range, there is no text, or the layers or vocabulary
+            matrices of the architecture cannot be found.
     """
     if num_layers is None and vocab_size is None:
-        raise UserError("Nothing to shrink: give num_layers (--layers), vocab_size (--vocab-size) or both.")
+        raise UserError("nothing to shrink: set num_layers (--layers), vocab_size (--vocab-size) or both")
     if not any(texts):
-        raise UserError("There are no texts to shrink the model on; give a data set with text in it.")
+        raise UserError("there is no text to shrink the model on: choose a data set with text in it")
     check_head(model)
     check_vocabulary(model, tokenizer, model_name(model))
     path, layers = layer_stack(model)
@@ -124,9 +124,10 @@ def block_influence(
     max_length: int = 512,
     progress: bool = False,
 ) -> tuple[float, ...]:
-    """Per layer, 1 - the mean over the texts' tokens of cos(layer's input, layer's output); padding left out.
+    """Compute the block influence of each layer: 1 - mean over all tokens of cos(input of the layer, its output).
 
-    Near 0: the layer hardly turns the hidden states; range 0 to 2.
+    The value is between 0 and 2. Near 0, the layer hardly changes the direction of the hidden states. Padding is
+    left out.
     """
     _, layers = layer_stack(model)
     sequences = [tokenizer(text).input_ids[:max_length] for text in texts]
@@ -166,13 +167,14 @@ def text_bits_per_byte(
     *,
     progress: bool = False,
 ) -> float:
-    """Sum of -log2 p over the tokens of the texts, divided by their UTF-8 bytes; comparable across tokenizers.
+    """Compute the sum of -log2 p over the tokens of the texts, divided by their UTF-8 bytes.
 
-    Each text is read after the beginning-of-sequence token (else end-of-sequence), so that its first token counts;
-    the end-of-sequence token does not. A text longer than `max_length` tokens counts as far as it is read.
+    The value can be compared between tokenizers. Each text follows the beginning-of-sequence token, or the
+    end-of-sequence token if there is none, so that its first token is predicted, too. No end-of-sequence token is
+    predicted after the text. Of a longer text, the first `max_length` tokens are used.
 
     Raises:
-        UserError: the texts hold no token.
+        UserError: the texts have no token.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     sequences, num_bytes = [], 0
@@ -184,7 +186,7 @@ def text_bits_per_byte(
             num_bytes += len(text[:end].encode())
             sequences.append([start, *ids])
     if not num_bytes:
-        raise UserError("There is no text to measure bits per byte on; give texts that are not empty.")
+        raise UserError("there is no text to measure bits per byte on: choose texts that are not empty")
     head, nats = output_head(model).detached(), 0.0
     with evaluating(model), torch.no_grad():
         for input_ids, mask in _batches(sequences, batch_size, model, "Bits per byte", progress):
@@ -201,7 +203,7 @@ def text_bits_per_byte(
 def _batches(
     sequences: list[list[int]], batch_size: int, model: Any, title: str, progress: bool
 ) -> Iterator[tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]]:
-    """Input ids and attention mask, right-padded; sequences of like length go together."""
+    """Yield batches of sequences of similar length as right-padded input ids and attention masks."""
     device = model.get_input_embeddings().weight.device
     ordered = sorted((sequence for sequence in sequences if sequence), key=len)
     starts = range(0, len(ordered), batch_size)
@@ -216,15 +218,15 @@ def _check_layers(num_layers: int, available: int, name: str) -> None:
     if available < 3:
         if num_layers != available:
             raise UserError(
-                f"{name} has no layer to drop (it has {available}, and the first and the last stay); leave out "
-                "num_layers (--layers)."
+                f"num_layers (--layers) is {num_layers}, but {name} has {available} layers and the first and the last "
+                "are always kept: leave the option out"
             )
     elif not 2 <= num_layers <= available:
-        raise UserError(f"num_layers (--layers) is {num_layers}, but {name} allows 2 to {available}.")
+        raise UserError(f"num_layers (--layers) is {num_layers}, but must be from 2 to {available} for {name}")
 
 
 def _most_influential(influence: Sequence[float], num_layers: int) -> list[int]:
-    """Indices of the layers to keep, in order; the first and the last are always among them."""
+    """Return the indices of the layers to keep, in order; these include the first and the last."""
     last = len(influence) - 1
     inner = sorted(range(1, last), key=lambda index: (-influence[index], index))
     return sorted([0, last, *inner[: num_layers - 2]])

@@ -11,29 +11,31 @@ from dwakd.tools.shrink.vocabulary import averaged_rows
 
 
 def layer_stack(model: Any) -> tuple[str, nn.ModuleList]:
-    """Where the transformer layers are: the outermost ModuleList of `num_hidden_layers` entries."""
+    """Find the transformer layers and their path: the outermost ModuleList with `num_hidden_layers` entries."""
     count = model.config.get_text_config().num_hidden_layers
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return path, module
-    raise UserError(f"{model_name(model)} cannot be shrunk: no stack of {count} layers was found in it.")
+    raise UserError(
+        f"{model_name(model)} cannot be shrunk, because no stack of {count} layers was found in it: use another model"
+    )
 
 
 def build_student(
     model: Any, path: str, kept: list[int], sources: list[list[int]] | None, tokenizer: Any, new_tokenizer: Any
 ) -> Any:
-    """A new model of the same class with the kept layers' weights and the averaged vocabulary matrices.
+    """Build a model of the same class from the weights of the kept layers and averaged vocabulary matrices.
 
     Args:
-        model: the old model; left as it is.
-        path: of its layer stack, from `layer_stack`.
+        model: the old model; it is not changed.
+        path: path of its layers, from `layer_stack`.
         kept: old indices of the layers to keep, in order.
-        sources: old tokens of each new one, from `old_tokens_of`; None keeps the vocabulary.
+        sources: old tokens of each new token, from `old_tokens_of`; None keeps the vocabulary.
         tokenizer: the old tokenizer.
-        new_tokenizer: the new one, whose special ids go into config and generation config.
+        new_tokenizer: the new tokenizer, whose special ids are written to config and generation config.
 
     Raises:
-        UserError: an architecture with more per-layer or per-token parts than are known here.
+        UserError: the architecture has other parts for each layer or token than this function handles.
     """
     state = _vocabulary_renewed(model, sources) if sources is not None else dict(model.state_dict())
     prefix = f"{path}."
@@ -56,13 +58,15 @@ def build_student(
         student.load_state_dict(renamed)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{model_name(model)} is of an architecture that cannot be shrunk ({reason}).") from error
+        raise UserError(
+            f"{model_name(model)} has an architecture that cannot be shrunk ({reason}): use another model"
+        ) from error
     student.generation_config = generation
     return student.to(model.device).eval()
 
 
 def _vocabulary_renewed(model: Any, sources: list[list[int]]) -> dict[str, Tensor]:
-    """The state dict with new rows for input embeddings, head and head bias."""
+    """Return the state dict with new vocabulary entries in the input embeddings, the head and its bias."""
     old = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
     bias = getattr(model.get_output_embeddings(), "bias", None)
     state = dict(model.state_dict())
@@ -75,7 +79,7 @@ def _vocabulary_renewed(model: Any, sources: list[list[int]]) -> dict[str, Tenso
 
 
 def _student_config(config: Any, kept: list[int]) -> Any:
-    """The config with fewer layers, and every list that has one entry per layer cut alike."""
+    """Return the config with the kept layers only, also in every list that has one entry for each layer."""
     values = copy.deepcopy(config.to_dict())
     count_name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     count = values[count_name]
@@ -87,7 +91,7 @@ def _student_config(config: Any, kept: list[int]) -> Any:
 
 
 def _renew_token_ids(settings: Any, tokenizer: Any, new_tokenizer: Any) -> None:
-    """Rewrite every `..._token_id` by the token's string; ids of tokens that are gone follow the new tokenizer."""
+    """Replace every `..._token_id` by the new id of the same token, or of the new tokenizer's own if it is gone."""
     vocab, specials = new_tokenizer.get_vocab(), tokenizer.get_added_vocab()
     strings = {index: token for token, index in specials.items() if token in vocab}
     for name, value in settings.to_dict().items():

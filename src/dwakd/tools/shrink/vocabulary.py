@@ -1,6 +1,6 @@
-"""A tokenizer of the same kind as another but of a chosen size, and embeddings for its tokens.
+"""Train a tokenizer like another one with a chosen vocabulary size, and initialise embeddings for its tokens.
 
-Everything but the vocabulary stays: normaliser, pre-tokeniser, decoder, post-processor, special tokens, template.
+Only the vocabulary changes. Normaliser, pre-tokeniser, decoder, post-processor, special tokens and template are kept.
 """
 
 import copy
@@ -20,30 +20,32 @@ from dwakd.errors import UserError
 
 _BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 _NUMBER = re.compile(r"[0-9]{2}")
-_BYTE_SCORE = -100.0  # never cheaper than the characters of a literal "<0x0A>" in a text
+_BYTE_SCORE = -100.0  # so low that a literal "<0x0A>" in a text is never read as a byte token
 _CHARACTER_COVERAGE = 0.9995  # SentencePiece's default: rarer characters fall back to bytes
 _TRAINERS = {"BPE": trainers.BpeTrainer, "Unigram": trainers.UnigramTrainer, "WordPiece": trainers.WordPieceTrainer}
 
 
 def train_tokenizer(tokenizer: Any, texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer like `tokenizer` whose vocabulary is learnt from `texts`.
+    """Train a tokenizer like `tokenizer` with a vocabulary learnt from `texts`.
 
-    Of the added tokens those stay that are named special tokens, stand in the chat template or the post-processor,
-    or occur in the texts; reserved and unused ones are dropped. Byte pieces stay where the old tokenizer falls back
-    to bytes. The result can be smaller than `vocab_size` when the texts do not yield enough tokens.
+    An added token is kept if it is a named special token, is used by the chat template or the post-processor, or
+    occurs in the texts. Reserved and unused tokens are removed. Byte tokens are kept if the old tokenizer falls back
+    to bytes. The result has fewer than `vocab_size` tokens if the texts do not contain enough.
 
     Args:
-        tokenizer: a fast tokenizer of the BPE, Unigram or WordPiece kind.
-        texts: what it is trained on.
-        vocab_size: number of tokens, special tokens included.
+        tokenizer: a fast BPE, Unigram or WordPiece tokenizer.
+        texts: the training texts.
+        vocab_size: number of tokens, including special tokens.
 
     Raises:
-        UserError: another kind of tokenizer, or `vocab_size` below alphabet and special tokens (names the minimum).
+        UserError: the tokenizer is of another kind, or `vocab_size` is too small for the alphabet and special tokens.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     kind = state["model"]["type"]
     if kind not in _TRAINERS:
-        raise UserError(f"A tokenizer of the kind {kind} cannot be retrained; BPE, Unigram and WordPiece can.")
+        raise UserError(
+            f"a tokenizer of the kind {kind} cannot be retrained: use a model with a BPE, Unigram or WordPiece tokenizer"
+        )
     kept = _kept_tokens(tokenizer, state, texts)
     byte_tokens = _BYTE_TOKENS if state["model"].get("byte_fallback") else []
     trained = _trained(state, kept + byte_tokens, texts, vocab_size)
@@ -53,11 +55,11 @@ def train_tokenizer(tokenizer: Any, texts: Sequence[str], vocab_size: int) -> Pr
 
 
 def old_tokens_of(old: Any, new: Any) -> list[list[int]]:
-    """For each token of `new`, by id, the old tokens whose embeddings it starts from.
+    """Return, for each token id of `new`, the old tokens from whose embeddings it is initialised.
 
-    The old token of the same string if there is one (both tokenizers write bytes and spaces the same way), else the
-    old tokenisation of that string. Empty where the old tokenizer cannot write the string at all: some vocabularies
-    lack the bytes that occur in no UTF-8 text, WordPiece's lack characters.
+    This is the old token with the same string if there is one, since both tokenizers write bytes and spaces the same
+    way, or else the old tokenisation of that string. The list is empty if the old tokenizer cannot represent the
+    string: some vocabularies lack bytes that never occur in UTF-8, and those of WordPiece lack characters.
     """
     old_vocab, model = old.get_vocab(), old.backend_tokenizer.model
     new_vocab = new.get_vocab()
@@ -70,7 +72,7 @@ def old_tokens_of(old: Any, new: Any) -> list[list[int]]:
 def averaged_rows(
     table: Float[Tensor, "old_vocab width"], sources: Sequence[Sequence[int]]
 ) -> Float[Tensor, "new_vocab width"]:
-    """Each new row is the mean of the old rows that `old_tokens_of` names, or of all rows where it names none."""
+    """Average the old embeddings named by `old_tokens_of`, or all of them for a token without sources."""
     flat = torch.tensor([index for source in sources for index in source], device=table.device)
     sizes = torch.tensor([len(source) for source in sources], device=table.device)
     offsets = sizes.cumsum(0) - sizes
@@ -80,12 +82,12 @@ def averaged_rows(
 
 
 def _pieces(token: str, model: Any, old_vocab: dict[str, int]) -> list[int]:
-    """The old model's tokens of a token's string, past normaliser and pre-tokeniser."""
+    """Tokenise a token's string with the old model, without normaliser and pre-tokeniser."""
     prefix = getattr(model, "continuing_subword_prefix", None) or ""
     if not (prefix and token.startswith(prefix)):
         return [piece.id for piece in model.tokenize(token)]
     ids, rest = [], token.removeprefix(prefix)
-    while rest:  # WordPiece's longest match, begun inside a word
+    while rest:  # WordPiece's longest match, starting inside a word
         end = next((end for end in range(len(rest), 0, -1) if prefix + rest[:end] in old_vocab), 0)
         if end == 0:
             return []
@@ -95,7 +97,7 @@ def _pieces(token: str, model: Any, old_vocab: dict[str, int]) -> list[int]:
 
 
 def _kept_tokens(tokenizer: Any, state: dict[str, Any], texts: Iterable[str]) -> list[str]:
-    """Special tokens to carry over, in the order of their old ids, the unknown token first."""
+    """Return the special tokens to keep, in the order of their old ids, the unknown token first."""
     vocab = tokenizer.get_vocab()
     needed = set(tokenizer.all_special_tokens) - set(getattr(tokenizer, "extra_special_tokens", []))
     mentions = json.dumps(state["post_processor"], ensure_ascii=False) + str(tokenizer.chat_template or "")
@@ -111,7 +113,7 @@ def _kept_tokens(tokenizer: Any, state: dict[str, Any], texts: Iterable[str]) ->
 
 
 def _trained(state: dict[str, Any], fixed: list[str], texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """A bare tokenizer with the pipeline of `state`, trained; `fixed` get the first ids."""
+    """Train a tokenizer with the pipeline of `state`, without special tokens; `fixed` get the first ids."""
     blank = copy.deepcopy(state)
     blank.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
     model = blank["model"]
@@ -120,7 +122,7 @@ def _trained(state: dict[str, Any], fixed: list[str], texts: Sequence[str], voca
     if kind == "Unigram":
         model.update(vocab=[[fixed[0], 0.0]], unk_id=0)
         options["unk_token"] = fixed[0]
-        if model.get("byte_fallback"):  # unknown characters would make a literal "<0x0A>" in a text a line feed
+        if model.get("byte_fallback"):  # otherwise a literal "<0x0A>" in a text could become a line feed
             options["initial_alphabet"] = sorted(set("".join(_BYTE_TOKENS)))
     else:
         model["vocab"] = {}
@@ -138,7 +140,9 @@ def _trained(state: dict[str, Any], fixed: list[str], texts: Sequence[str], voca
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(existing + splitters)
     if model.get("byte_fallback"):
         texts = _without_rare_characters(texts)
-    if kind == "Unigram":  # its trainer refuses a small vocabulary without the number; the others exceed it
+    if (
+        kind == "Unigram"
+    ):  # its trainer rejects a small vocabulary without naming the minimum; the others exceed the size
         alphabet = _alphabet(tokenizer, texts) | set(options.get("initial_alphabet", []))
         _check_size(len(fixed) + len(alphabet), vocab_size)
     tokenizer.train_from_iterator(texts, _TRAINERS[kind](**options), length=len(texts))
@@ -148,23 +152,23 @@ def _trained(state: dict[str, Any], fixed: list[str], texts: Sequence[str], voca
 def _check_size(minimum: int, vocab_size: int) -> None:
     if minimum > vocab_size:
         raise UserError(
-            f"vocab_size (--vocab-size) {vocab_size} is too small for these texts: special tokens and alphabet alone "
-            f"take {minimum}."
+            f"vocab_size (--vocab-size) is {vocab_size}, but the special tokens and the alphabet of these texts alone "
+            f"need {minimum} tokens: use a larger size"
         )
 
 
 def _alphabet(tokenizer: Tokenizer, texts: Sequence[str]) -> set[str]:
-    """Characters that the model sees, after normaliser and pre-tokeniser."""
+    """Return the characters of the texts after normaliser and pre-tokeniser."""
     normalise = tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
     split = tokenizer.pre_tokenizer.pre_tokenize_str if tokenizer.pre_tokenizer else lambda text: [(text, None)]
     return {character for text in texts for piece, _ in split(normalise(text)) for character in piece}
 
 
 def _splitters(state: dict[str, Any]) -> list[Any]:
-    """Cuts made while training only, where the old vocabulary keeps them and the pipeline does not make them.
+    """Return pre-tokenisers for the training only, which keep properties of the old vocabulary.
 
-    SentencePiece's pipelines have no pre-tokeniser, yet no token crosses words; and in many a vocabulary every
-    digit is its own token.
+    SentencePiece has no pre-tokeniser, but none of its tokens crosses a word boundary. In many vocabularies every
+    digit is a token of its own.
     """
     model = state["model"]
     cuts: list[Any] = []
@@ -194,7 +198,7 @@ def _without_rare_characters(texts: Sequence[str]) -> list[str]:
 
 
 def _with_vocabulary(state: dict[str, Any], trained: dict[str, Any], kept: set[str]) -> dict[str, Any]:
-    """The old pipeline around the new vocabulary, with every token id in it renewed."""
+    """Combine the old pipeline with the new vocabulary and update every token id."""
     merged = copy.deepcopy(state)
     model = merged["model"]
     if trained["type"] == "Unigram":
@@ -214,7 +218,7 @@ def _with_vocabulary(state: dict[str, Any], trained: dict[str, Any], kept: set[s
 
 
 def _renew_ids(post_processor: Any, ids: dict[str, int]) -> None:
-    """Template, BERT and RoBERTa processors, also inside a sequence."""
+    """Update the ids of template, BERT and RoBERTa processors, including those inside a sequence."""
     if post_processor is None:
         return
     for inner in post_processor.get("processors", []):

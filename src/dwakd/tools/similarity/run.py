@@ -1,4 +1,4 @@
-"""Representation similarity from names of models to box plots: what `dwakd similarity` does."""
+"""Load models and data, compare representations and show box plots: the work of `dwakd similarity`."""
 
 from __future__ import annotations
 
@@ -36,11 +36,24 @@ def compare_representations(
     max_length: int = 512,
     output: Path | None = None,
 ) -> Group:
-    """Measure every student against the teacher on the same responses; returns box plots, writes JSON if asked."""
+    """Compare every student with the teacher on the same responses and return box plots to print.
+
+    Args:
+        students: folders, hub ids or GGUF files of the students.
+        teacher: folder, hub id or GGUF file of the teacher.
+        data: file or hub id of prompts with responses.
+        rows: how to read the rows and turn them into prompts.
+        adapter: a PEFT adapter to merge into the teacher.
+        max_length: most tokens of prompt and response.
+        output: JSON file for the signature and every value.
+
+    Raises:
+        UserError: a model or the data cannot be used, or the output file cannot be written.
+    """
     if output is not None:
         check_output_folder(output.parent)
         if output.is_dir():
-            raise UserError(f"{output} is a folder; name a JSON file with --output")
+            raise UserError(f"{output} is a folder: name a JSON file with --output")
     examples = load_examples(data, split=TEST_SPLITS, **rows.reading())
     prompts = rows.rendering(template="alpaca", bos="auto", special_tokens_in_prompts="parse")
     reference = load_causal_lm(teacher, adapter=adapter), TextEncoder(load_tokenizer(teacher), **prompts)
@@ -67,11 +80,11 @@ def compare_representations(
         _table(title, {name: getattr(distances, metric) for name, distances in found.items()})
         for metric, title in (("cosine", "M_cos"), ("product", "M_prod"))
     ]
-    return Group(*tables, f"{num_texts} texts; a smaller distance is a structure more like the teacher's")
+    return Group(*tables, f"{num_texts} texts; a smaller distance means that a student is more similar to the teacher")
 
 
 def _table(title: str, values: dict[str, Sequence[float]]) -> Table:
-    """Quartiles and a box plot a row, all on one scale from 0 to the largest 95th percentile."""
+    """Return quartiles and a box plot for each student, on one scale from 0 to the largest 95th percentile."""
     top = max(float(np.percentile(row, 95)) for row in values.values())
     table = Table(box=box.HORIZONTALS, show_edge=False, title=f"distance of {title}", title_justify="left")
     table.add_column("student", overflow="fold")
@@ -87,7 +100,7 @@ def _table(title: str, values: dict[str, Sequence[float]]) -> Table:
 
 
 def box_plot(points: Sequence[float], top: float, width: int = PLOT_WIDTH) -> str:
-    """Five points, ascending, as a line of characters on a scale from 0 to `top`."""
+    """Draw five ascending points as a line of characters on a scale from 0 to `top`."""
     low, first, median, third, high = (
         min(round(point / top * (width - 1)), width - 1) if top else 0 for point in points
     )

@@ -1,4 +1,4 @@
-"""Representation similarity across tokenizers: do student and teacher relate the parts of a text to each other alike?"""
+"""Compare the representations of a student and a teacher with different tokenizers, by their relations within a text."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ Structure = Float[Tensor, "spans spans"]
 
 @dataclass(frozen=True)
 class StructureDistances:
-    """One value per text: the mean absolute difference of the entries of student's and teacher's matrix.
+    """Distances between the matrices of student and teacher, one value for each text.
+
+    A distance is the mean absolute difference of the entries of two matrices.
 
     Args:
-        cosine: of M_cos, within 0 to 2.
-        product: of M_prod, whose rows sum to 1.
-        num_spans: spans per text that both tokenisations share.
+        cosine: distances of M_cos, from 0 to 2.
+        product: distances of M_prod, whose rows sum to 1.
+        num_spans: number of spans of each text that both tokenisations share.
     """
 
     cosine: tuple[float, ...]
@@ -53,30 +55,31 @@ def structure_distances(
     source: str = "the examples",
     progress: bool = False,
 ) -> StructureDistances:
-    """Distances of the two models' structure over each response (figure 3 of DWA-KD, on spans instead of tokens).
+    """Compute the distances of the two models' matrices over each response.
 
-    Final hidden states of the response are pooled over the spans between byte ends that both tokenisations have, so
-    that row i means the same text on both sides; M_cos(i, j) = cos(h_i, h_j), M_prod(i, j) = h_i.h_j / sum_k h_i.h_k. The
-    published code feeds the student's token ids to the teacher, whatever its vocabulary.
+    This is figure 3 of DWA-KD on spans of text instead of tokens. The final hidden states of the response are averaged
+    over the spans between byte ends that both tokenisations have, so that h_i belongs to the same text on both sides.
+    M_cos(i, j) = cos(h_i, h_j) and M_prod(i, j) = h_i.h_j / sum_k h_i.h_k. The published code feeds the student's token
+    ids to the teacher, even if the teacher has another vocabulary.
 
     Args:
-        student: a model with its encoder.
-        teacher: likewise; both encoders use one template.
-        examples: rows with a response; those without, or without room for it, are left out.
-        batch_size: texts at a time.
-        max_length: tokens of prompt and response on either side; the response is cut by text.
-        source: what messages call the examples.
-        progress: show a bar on standard error.
+        student: the student and its encoder.
+        teacher: the teacher and its encoder, which must use the same template.
+        examples: rows with a response; rows without one, or without room for it, are left out.
+        batch_size: texts in one forward pass.
+        max_length: most tokens of prompt and response on either side; the response is cut by text.
+        source: name of the rows in error messages.
+        progress: show a progress bar on standard error.
 
     Raises:
-        UserError: no row is left.
+        UserError: no row can be used, or hidden states are NaN or infinite.
 
     References:
-        Vu et al. 2026, section 4.4 and appendix B, which sum where this takes the mean.
+        Vu et al. 2026, section 4.4 and appendix B, where the differences are summed instead of averaged.
     """
     answered = [example for example in examples if example.response.strip()]
     if not answered:
-        raise UserError("no row has a response, whose representations could be compared")
+        raise UserError(f"{source}: no row has a response to compare representations of")
     length = min(max_length, max_positions(student[0]) or max_length, max_positions(teacher[0]) or max_length)
     pairs = encode_pairs(
         answered,
@@ -103,24 +106,24 @@ def structure_distances(
                 spans.append(len(one))
             bar.advance(task)
     if not np.isfinite([*cosine, *product]).all():
-        raise UserError("the hidden states of student or teacher are not finite, as if the weights weren't")
+        raise UserError("the hidden states of student or teacher contain NaN or inf: check the weights of the models")
     return StructureDistances(tuple(cosine), tuple(product), tuple(spans))
 
 
 def cosine_structure(hidden: Float[Tensor, "spans width"]) -> Structure:
-    """M_cos(i, j) = cos(h_i, h_j)."""
+    """Compute M_cos(i, j) = cos(h_i, h_j)."""
     unit = torch.nn.functional.normalize(hidden, dim=-1)
     return unit @ unit.T
 
 
 def product_structure(hidden: Float[Tensor, "spans width"]) -> Structure:
-    """M_prod(i, j) = h_i.h_j / sum_k h_i.h_k."""
+    """Compute M_prod(i, j) = h_i.h_j / sum_k h_i.h_k."""
     products = hidden @ hidden.T
     return products / products.sum(-1, keepdim=True)
 
 
 def _pooled(batch: dict[str, Tensor], student: Model, teacher: Model) -> tuple[list[Tensor], list[Tensor]]:
-    """For each text the mean hidden state of every shared span, on both sides, in float64."""
+    """Average the hidden states over every shared span of each text, for student and teacher, in float64."""
     sides: list[ModelSide] = []
     for name, model in (("student", student), ("teacher", teacher)):
         keys = ("input_ids", "attention_mask", "target_ids", "response_mask", "byte_ends")
