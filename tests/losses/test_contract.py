@@ -14,7 +14,7 @@ import torch
 from dwakd.errors import UserError
 from dwakd.kernels import head_loss, sinkhorn, soft_dtw
 from dwakd.kernels.head_loss import statistics
-from dwakd.losses import METHODS, TeacherScale, Widths, build_loss
+from dwakd.losses import METHODS, DistillationLoss, TeacherScale, Widths, build_loss
 from dwakd.losses.divergences import DIVERGENCES
 from tests.losses.builders import pair_of, random_examples, random_heads, side, use_kernels
 
@@ -71,6 +71,11 @@ def test_gradient_reaches_the_student_and_own_parameters_never_the_teacher(metho
     for parameter in loss.parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0 or parameter.ndim == 1
+
+
+def test_only_the_base_class_checks_and_reduces(method):
+    """A method with its own `forward` could divide by other tokens, or accept sides that no other method accepts."""
+    assert type(method[1]).forward is DistillationLoss.forward
 
 
 def test_the_students_head_learns_from_its_own_logits_only(method):

@@ -75,7 +75,7 @@ def test_without_attention_sides_of_different_rows_are_refused():
     """Rows paired by number across tokenizers say nothing of each other."""
     examples, heads = random_examples([(5, 7)]), random_heads()
     loss = DskdLoss(widths=WIDTHS, attention=False).double()
-    with pytest.raises(ValueError, match=r"dskd without attention .* got 5 rows of the student and 7"):
+    with pytest.raises(ValueError, match=r"DskdLoss .* 5 tokens .* 7"):
         loss(side(examples, "student", heads[0]), side(examples, "teacher", heads[1]))
 
 

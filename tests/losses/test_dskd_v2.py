@@ -167,5 +167,5 @@ def test_no_aligned_token_leaves_the_cross_entropy():
 def test_needs_a_teacher():
     """Without one the error names the method."""
     student, _, pair = twin_batch()
-    with pytest.raises(ValueError, match="method dskd_v2 needs a teacher"):
+    with pytest.raises(ValueError, match="DskdV2Loss needs a teacher"):
         DskdV2Loss(pair=pair)(student)

@@ -114,5 +114,5 @@ def test_no_aligned_token_is_finite():
 def test_needs_a_teacher():
     """Without one the error names the method."""
     student, _, pair = twin_batch()
-    with pytest.raises(ValueError, match="method dwa_kd_v2 needs a teacher"):
+    with pytest.raises(ValueError, match="DwaKdV2Loss needs a teacher"):
         DwaKdV2Loss(pair=pair)(student)

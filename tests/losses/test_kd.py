@@ -95,7 +95,7 @@ def test_sides_of_different_rows_are_refused():
     """Rows of two tokenizers paired by number train towards other positions' distributions."""
     examples, heads = random_examples([(5, 7)]), random_heads()
     sides = [side(examples, name, head) for name, head in zip(("student", "teacher"), heads, strict=True)]
-    with pytest.raises(ValueError, match="got 5 rows of the student and 7 of the teacher"):
+    with pytest.raises(ValueError, match=r"KdLoss .* 5 tokens .* 7"):
         KdLoss()(*sides)
-    with pytest.raises(ValueError, match="method kd needs a teacher"):
+    with pytest.raises(ValueError, match="KdLoss needs a teacher"):
         KdLoss()(sides[0])

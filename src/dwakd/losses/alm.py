@@ -9,17 +9,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dwakd.align.offsets import ByteGroups, byte_groups, sum_by_group, tokens_per_group
-from dwakd.batch import LossOutput, ModelSide
+from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, CrossEntropy, head_loss
 from dwakd.kernels.head_loss.statistics import infinite_if_forbidden, subtract_at
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import (
     DistillationLoss,
+    Terms,
     check_range,
     constant_rows,
     head_rows,
-    reduce_terms,
-    require_sides,
 )
 
 PerChunk = Float[Tensor, " chunks"]
@@ -78,15 +77,7 @@ class AlmLoss(DistillationLoss):
         self.chunk_temperature, self.epsilon = chunk_temperature, epsilon
         self.chunk_weights = chunk_weights
 
-    def forward(
-        self,
-        student: ModelSide,
-        teacher: ModelSide | None = None,
-        *,
-        num_tokens: Tensor | float | None = None,
-        teacher_scale: TeacherScale | None = None,
-    ) -> LossOutput:
-        teacher = require_sides(student, teacher, "alm")
+    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
         groups = byte_groups(student.byte_ends, student.lengths, teacher.byte_ends, teacher.lengths)
         with torch.no_grad():
             known = -head_loss([constant_rows(teacher)], CrossEntropy(teacher.target_ids), by_row=True).loss
@@ -98,12 +89,7 @@ class AlmLoss(DistillationLoss):
         sums = {name: infinite_if_forbidden(value) for name, value in sums.items()}
         # the engine's loss is linear in the log-probabilities: its gradient is ours, its value is not
         value = self.ce_weight * sums["ce"] + self.alm_weight * sums["alm"]
-        return reduce_terms(
-            sums,
-            {},
-            len(student.target_ids) if num_tokens is None else num_tokens,
-            total=value + output.loss - output.loss.detach(),
-        )
+        return Terms(sums, value + output.loss - output.loss.detach())
 
 
 class ChunkMatching(CrossEntropy):

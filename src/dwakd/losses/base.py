@@ -1,53 +1,77 @@
-"""What every method shares: the signature and the one reduction."""
+"""The base class of every method: it checks the two sides, calls the method and reduces its terms to one loss."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dwakd.batch import LossOutput, ModelSide
-from dwakd.kernels.checks import require
 from dwakd.kernels.head_loss import HeadRows
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.sides import require_both, require_vocabularies
+from dwakd.losses.sides import require_both, require_same_lengths, require_side, require_vocabularies
 
 LARGEST = 1e30
-"""Bound of all options: a product with a term must stay finite in float32."""
+"""Upper bound of every numeric option. The product of an option and a term stays finite in float32."""
 TEMPERATURES = (1e-3, 1e3)
-"""Of a softmax. Fused kernels take softmax(x) from exp(x / temperature), with a relative error of 1e-7 x temperature."""
+"""Allowed range of a softmax temperature. The fused kernels compute softmax(x) from exp(x / temperature), which has a
+relative error of 1e-7 x temperature."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a method computes for one batch. The base class divides every sum by the number of tokens.
+
+    Args:
+        sums: the unweighted value of each term by its public name, summed over the batch.
+        total: the weighted sum of the terms that `head_loss` has computed, with their gradient.
+        weights: the weight in the loss of each term that is not part of `total`. These terms carry their own gradient.
+    """
+
+    sums: Mapping[str, Tensor]
+    total: Tensor | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
 
 
 class DistillationLoss(nn.Module, ABC):
-    """A method: pure tensors in, a scalar and named terms out. It never runs a model, logs or moves devices.
+    """Base class of the methods. A method takes tensors and returns a scalar loss and named terms.
 
-    The constructor takes the method's options as keywords and, where it learns maps between the models, their
-    `widths`. Parameters of the module are the method's own (projectors) and train with the student.
+    It never runs a model, writes logs or moves tensors to another device. The constructor takes the method's options as
+    keyword arguments and, if the method learns maps between the models, also `widths` or `pair`. The parameters of the
+    module (projectors) are trained together with the student.
+
+    A subclass implements `compute`.
     """
 
     terms: ClassVar[tuple[str, ...]]
-    """Names of the terms it may report, beside `loss`."""
+    """Names of the terms that the method can report, in addition to `loss`."""
     needs_teacher: ClassVar[bool] = True
-    """Whether a teacher must be given."""
+    """Whether the method needs a teacher."""
     needs_widths: ClassVar[bool] = False
-    """Whether the constructor takes `widths`."""
+    """Whether the constructor takes `widths`, the `Widths` of the two models."""
     needs_pair: ClassVar[bool] = False
-    """Whether the constructor takes `pair`, a `ModelPair`: vocabularies and heads."""
+    """Whether the constructor takes `pair`, a `ModelPair` with the vocabularies and heads of the two models."""
     needs_same_vocabulary: bool = False
-    """Whether student and teacher must share one tokenizer; an option may decide it."""
+    """Whether student and teacher must have the same tokenizer. It may depend on an option."""
     needs_edit_alignment: ClassVar[bool] = False
-    """Whether it reads `aligned_rows` of the teacher's side."""
+    """Whether the method reads `aligned_rows` of the teacher's side."""
     needs_attention: bool = False
-    """Whether it reads `attention` of both sides; an option may decide it."""
-
-    def set_step(self, step: int) -> None:
-        """Told the number of finished optimiser steps before each step; only schedules care."""
-
-    def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Tensor | None:
-        """The teacher in the student's space, one row for each of the student's, where the method has such a thing."""
-        return None
+    """Whether the method reads `attention` of both sides. It may depend on an option."""
+    vocabularies: tuple[int, int] | None = None
+    """Vocabulary sizes (student, teacher) that the method was built for; None if it works with any."""
 
     @abstractmethod
+    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
+        """Compute the terms of one batch.
+
+        Args:
+            student: the student's side, with gradient. It has been checked.
+            teacher: the teacher's side of the same examples, without gradient. It has been checked.
+            scale: statistics for the normalisation N(.) of the teacher's tensors.
+        """
+
     def forward(
         self,
         student: ModelSide,
@@ -56,94 +80,76 @@ class DistillationLoss(nn.Module, ABC):
         num_tokens: Tensor | float | None = None,
         teacher_scale: TeacherScale | None = None,
     ) -> LossOutput:
-        """The loss of one batch.
+        """Compute the loss of one batch.
 
         Args:
-            student: rows with gradient.
-            teacher: rows without.
-            num_tokens: the student's response tokens of the whole optimiser batch, over accumulation steps and ranks;
-                those of this batch if not given. Every term is a sum over this batch divided by it.
-            teacher_scale: moments over the whole optimiser batch for N(.); those of this batch if not given.
+            student: the student's side, with gradient.
+            teacher: the teacher's side of the same examples. A method that needs no teacher ignores it.
+            num_tokens: number of student response tokens in the whole optimiser batch, over all accumulation steps and
+                ranks. Every term is a sum over this batch divided by it. Default: the tokens of this batch.
+            teacher_scale: statistics over the whole optimiser batch for N(.). Default: those of this batch.
+
+        Returns:
+            The loss, and the mean of each term.
+
+        Raises:
+            ValueError: the teacher is missing, or a side is empty, inconsistent or does not fit the method. On a GPU,
+                wrong values stop the process with a device-side assertion, because the host does not wait for them.
         """
+        if self.needs_teacher:
+            teacher = self.require_sides(student, teacher)
+            terms = self.compute(student, teacher, teacher_scale or TeacherScale.of(teacher))
+        else:
+            require_side(student, "student")
+            terms = self.compute(student, teacher, teacher_scale)  # type: ignore[arg-type]
+        count = len(student.target_ids) if num_tokens is None else num_tokens
+        weighted = [weight * terms.sums[name] for name, weight in terms.weights.items()]
+        loss = torch.stack(weighted if terms.total is None else [terms.total, *weighted]).sum() / count
+        means = {name: value.detach() / count for name, value in terms.sums.items()}
+        return LossOutput(loss, {**means, "loss": loss.detach()})
 
+    def require_sides(self, student: ModelSide, teacher: ModelSide | None) -> ModelSide:
+        """Return the teacher's side, or raise ValueError if the sides do not fit each other and the method."""
+        if teacher is None:
+            raise ValueError(f"{type(self).__name__} needs a teacher: pass the teacher's side as second argument")
+        require_both(student, teacher)
+        if self.vocabularies is not None:
+            require_vocabularies((student, teacher), self.vocabularies)
+        if self.needs_same_vocabulary:
+            require_same_lengths(student, teacher, type(self).__name__)
+        return teacher
 
-def reduce_terms(
-    sums: dict[str, Tensor],
-    weights: dict[str, float],
-    num_tokens: Tensor | float | int,
-    total: Tensor | None = None,
-) -> LossOutput:
-    """Divide each summed term by the number of tokens and add them up with their weights.
+    def set_step(self, step: int) -> None:
+        """Set the number of finished optimiser steps. Called before each step; used by schedules."""
 
-    Args:
-        sums: over the batch, by public name.
-        weights: of the terms that carry gradient; the others must be part of `total`.
-        num_tokens: what every term is divided by.
-        total: weighted sum of the terms without an entry in `weights`, with their gradient (`head_loss`).
-    """
-    parts = [weights[name] * sums[name] for name in weights if name in sums]
-    loss = torch.stack(parts if total is None else [total, *parts]).sum() / num_tokens
-    means = {name: value.detach() / num_tokens for name, value in sums.items()}
-    return LossOutput(loss, {**means, "loss": loss.detach()})
+    def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Tensor | None:
+        """Project the teacher's hidden states into the student's space, one vector for each student token.
+
+        Returns:
+            The projected states, or None if the method has no such projection.
+        """
+        return None
 
 
 def head_rows(side: ModelSide) -> HeadRows:
-    """A side's own rows, with its head."""
+    """Hidden states of a side with its own head, both with gradient."""
     return HeadRows(side.hidden, side.head, side.lengths, side.counts)
 
 
 def constant_rows(side: ModelSide) -> HeadRows:
-    """A side's own rows and head without gradient: a teacher's."""
+    """Hidden states of a side with its own head, without gradient: those of a teacher."""
     return HeadRows(side.hidden.detach(), side.head.detached(), side.lengths, side.counts)
 
 
 def projected_rows(hidden: Tensor, side: ModelSide) -> HeadRows:
-    """Another model's states in this side's space; the head is a constant to them."""
+    """Hidden states projected into the space of `side`, with its head. The head receives no gradient."""
     return HeadRows(hidden, side.head.detached(), side.lengths, side.counts)
-
-
-def require_sides(
-    student: ModelSide, teacher: ModelSide | None, method: str, vocabularies: tuple[int, int] | None = None
-) -> ModelSide:
-    """The teacher's side, once both sides are checked.
-
-    Args:
-        student: of the batch.
-        teacher: likewise.
-        method: its name, for the message.
-        vocabularies: rows of the two heads, if the method's maps of tokens fit no others.
-
-    Raises:
-        ValueError: the teacher is missing, or a side is empty, inconsistent or does not fit. Values on a GPU are not
-            waited for: wrong ones are a device-side assertion.
-    """
-    if teacher is None:
-        raise ValueError(f"method {method} needs a teacher")
-    require_both(student, teacher)
-    if vocabularies is not None:
-        require_vocabularies((student, teacher), vocabularies)
-    return teacher
-
-
-def require_same_rows(student: ModelSide, teacher: ModelSide, method: str) -> None:
-    """Raise ValueError unless the two sides have the same rows in each example, as one tokenizer gives them."""
-    rows = [side.target_ids.shape[0] for side in (student, teacher)]
-    if rows[0] != rows[1]:
-        raise ValueError(
-            f"method {method} compares models of one tokenizer row by row, but got {rows[0]} rows of the student and "
-            f"{rows[1]} of the teacher; give both the same response"
-        )
-    require(
-        (student.lengths == teacher.lengths).all(),
-        f"method {method} compares models of one tokenizer row by row: teacher.lengths must be student.lengths",
-        lambda: f"{teacher.lengths.tolist()} and {student.lengths.tolist()}",
-    )
 
 
 def check_range(**options: tuple[float, float, float]) -> None:
     """Raise ValueError for the first option (value, low, high) that lies outside its closed range.
 
-    No option may be NaN, infinite or above `LARGEST`.
+    No option may be NaN, infinite or larger than `LARGEST`.
     """
     for name, (value, low, high) in options.items():
         highest, is_number = min(high, LARGEST), isinstance(value, int | float) and not isinstance(value, bool)

@@ -7,18 +7,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dwakd.batch import LossOutput, ModelSide
+from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, entropy, forward_kl, head_loss
 from dwakd.kernels.head_loss.statistics import LOG2_E, Softmax, blocks, peak_of, pick, scratch, shifted_exp, subtract_at
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import (
     TEMPERATURES,
     DistillationLoss,
+    Terms,
     check_range,
     constant_rows,
     head_rows,
-    reduce_terms,
-    require_sides,
 )
 from dwakd.losses.dynamic_mapping import Columns, Groups, TokenMap, top_tokens, warp
 from dwakd.losses.pair import ModelPair
@@ -86,19 +85,9 @@ class CdmLoss(DistillationLoss):
         self.vocabularies = pair.vocabularies
         self.token_map = TokenMap(pair, threshold)
 
-    def forward(
-        self,
-        student: ModelSide,
-        teacher: ModelSide | None = None,
-        *,
-        num_tokens: Tensor | float | None = None,
-        teacher_scale: TeacherScale | None = None,
-    ) -> LossOutput:
-        teacher = require_sides(student, teacher, "cdm", self.vocabularies)
+    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
         output = head_loss([head_rows(student), constant_rows(teacher)], MappedCandidates(self, student, teacher))
-        return reduce_terms(
-            output.terms, {}, len(student.target_ids) if num_tokens is None else num_tokens, total=output.loss
-        )
+        return Terms(output.terms, output.loss)
 
 
 class MappedCandidates(Criterion):

@@ -4,19 +4,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from dwakd.batch import LossOutput, ModelSide
+from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import head_loss, student_space, teacher_space
 from dwakd.losses.attention import TeacherScale, cross_model_attention
 from dwakd.losses.base import (
     TEMPERATURES,
     DistillationLoss,
+    Terms,
     check_range,
     constant_rows,
     head_rows,
     projected_rows,
-    reduce_terms,
-    require_same_rows,
-    require_sides,
 )
 from dwakd.losses.divergences import divergence
 from dwakd.losses.projectors import Projectors, Widths
@@ -77,16 +75,8 @@ class DskdLoss(DistillationLoss):
         self.divergence = divergence(student_divergence, skew)
         self.projectors = Projectors(widths, with_embedding=False, with_query=attention)
 
-    def forward(
-        self,
-        student: ModelSide,
-        teacher: ModelSide | None = None,
-        *,
-        num_tokens: Tensor | float | None = None,
-        teacher_scale: TeacherScale | None = None,
-    ) -> LossOutput:
-        teacher = require_sides(student, teacher, "dskd")
-        t2s_hidden, s2t_hidden = self._crossed(student, teacher, teacher_scale or TeacherScale.of(teacher))
+    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
+        t2s_hidden, s2t_hidden = self._crossed(student, teacher, scale)
         rate = self.kd_rate
         space = student_space(self.divergence)(
             student.target_ids,
@@ -100,12 +90,7 @@ class DskdLoss(DistillationLoss):
         in_teacher = head_loss(
             [projected_rows(s2t_hidden, teacher), constant_rows(teacher)], teacher_space(self.temperature)
         )
-        return reduce_terms(
-            in_student.terms | {"kd_teacher": in_teacher.loss},
-            {"kd_teacher": rate},
-            len(student.target_ids) if num_tokens is None else num_tokens,
-            total=in_student.loss,
-        )
+        return Terms(in_student.terms | {"kd_teacher": in_teacher.loss}, in_student.loss, {"kd_teacher": rate})
 
     def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Tensor:
         return self._crossed(student, teacher, teacher_scale)[0]
@@ -115,7 +100,6 @@ class DskdLoss(DistillationLoss):
         if self.attention:
             crossed = cross_model_attention(student, teacher, self.projectors, scale)
             return crossed.t2s_hidden, crossed.s2t_hidden
-        require_same_rows(student, teacher, "dskd without attention")
         self.projectors.require_fit(student, teacher)
         dtype = self.projectors.t2s.weight.dtype
         return self.projectors.t2s(teacher.hidden.detach().to(dtype)), self.projectors.s2t(student.hidden.to(dtype))

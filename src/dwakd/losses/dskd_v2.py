@@ -4,9 +4,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from dwakd.batch import LossOutput, ModelSide
+from dwakd.batch import ModelSide
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import TEMPERATURES, DistillationLoss, check_range, reduce_terms, require_sides
+from dwakd.losses.base import TEMPERATURES, DistillationLoss, Terms, check_range
 from dwakd.losses.divergences import divergence as named_divergence
 from dwakd.losses.exact_spaces import exact_spaces, projected_partners
 from dwakd.losses.head_maps import HeadMaps
@@ -64,17 +64,10 @@ class DskdV2Loss(DistillationLoss):
         self.divergence = named_divergence(divergence, skew)
         self.projectors = HeadMaps(pair)
 
-    def forward(
-        self,
-        student: ModelSide,
-        teacher: ModelSide | None = None,
-        *,
-        num_tokens: Tensor | float | None = None,
-        teacher_scale: TeacherScale | None = None,
-    ) -> LossOutput:
+    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
         spaces = exact_spaces(
             student,
-            require_sides(student, teacher, "dskd_v2"),
+            teacher,
             self.projectors,
             divergence=self.divergence,
             temperature=self.temperature,
@@ -82,12 +75,7 @@ class DskdV2Loss(DistillationLoss):
             kd_weight=self.kd_rate,
             agreement_mask=self.agreement_mask,
         )
-        return reduce_terms(
-            spaces.terms,
-            {"kd_teacher": self.kd_rate},
-            len(student.target_ids) if num_tokens is None else num_tokens,
-            total=spaces.total,
-        )
+        return Terms(spaces.terms, spaces.total, {"kd_teacher": self.kd_rate})
 
     def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Tensor:
         return projected_partners(student, teacher, self.projectors)

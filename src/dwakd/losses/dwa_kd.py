@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dwakd.batch import LossOutput, ModelSide
+from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import HeadLoss, head_loss, student_space, teacher_space
 from dwakd.kernels.soft_dtw import IMPLS
 from dwakd.losses.alignment import sequence_terms
@@ -14,12 +14,11 @@ from dwakd.losses.attention import CrossModelAttention, TeacherScale, band_penal
 from dwakd.losses.base import (
     TEMPERATURES,
     DistillationLoss,
+    Terms,
     check_range,
     constant_rows,
     head_rows,
     projected_rows,
-    reduce_terms,
-    require_sides,
 )
 from dwakd.losses.divergences import divergence
 from dwakd.losses.projectors import Projectors, Widths
@@ -168,23 +167,14 @@ class DwaKdLoss(DistillationLoss):
         start, end, steps = self.gammas
         return end if steps == 0 else start + (end - start) * min(int(self.step) / steps, 1.0)
 
-    def forward(
-        self,
-        student: ModelSide,
-        teacher: ModelSide | None = None,
-        *,
-        num_tokens: Tensor | float | None = None,
-        teacher_scale: TeacherScale | None = None,
-    ) -> LossOutput:
-        teacher = require_sides(student, teacher, "dwa_kd")
-        crossed = cross_model_attention(student, teacher, self.projectors, teacher_scale or TeacherScale.of(teacher))
+    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
+        crossed = cross_model_attention(student, teacher, self.projectors, scale)
         in_student = self._student_space(student, crossed, teacher.trust)
         alignment = self._alignment(student, teacher, crossed)
-        return reduce_terms(
+        return Terms(
             {**in_student.terms, "kd_teacher": self._teacher_space(teacher, crossed), **alignment},
+            in_student.loss,
             {"kd_teacher": self.kd_weight, **dict.fromkeys(alignment, self.dtw_weight)},
-            len(student.target_ids) if num_tokens is None else num_tokens,
-            total=in_student.loss,
         )
 
     def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Tensor:

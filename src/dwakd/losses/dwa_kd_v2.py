@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dwakd.batch import LossOutput, ModelSide
+from dwakd.batch import ModelSide
 from dwakd.kernels.soft_dtw import IMPLS
 from dwakd.losses.alignment import sequence_terms
 from dwakd.losses.attention import TeacherScale, band_penalty
-from dwakd.losses.base import TEMPERATURES, DistillationLoss, check_range, reduce_terms, require_sides
+from dwakd.losses.base import TEMPERATURES, DistillationLoss, Terms, check_range
 from dwakd.losses.divergences import divergence as named_divergence
 from dwakd.losses.exact_spaces import ExactSpaces, exact_spaces, projected_partners
 from dwakd.losses.head_maps import HeadMaps
@@ -125,15 +125,7 @@ class DwaKdV2Loss(DistillationLoss):
         if dtw_embedding and dtw_weight > 0:
             self.embedding_t2s = nn.Linear(pair.widths.teacher_embedding, pair.widths.student_embedding)
 
-    def forward(
-        self,
-        student: ModelSide,
-        teacher: ModelSide | None = None,
-        *,
-        num_tokens: Tensor | float | None = None,
-        teacher_scale: TeacherScale | None = None,
-    ) -> LossOutput:
-        teacher = require_sides(student, teacher, "dwa_kd_v2")
+    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
         spaces = exact_spaces(
             student,
             teacher,
@@ -145,11 +137,10 @@ class DwaKdV2Loss(DistillationLoss):
             **self.weighting,
         )
         sequences = self._alignment(student, teacher, spaces)
-        return reduce_terms(
+        return Terms(
             spaces.terms | sequences,
+            spaces.total,
             {"kd_teacher": self.kd_weight, **dict.fromkeys(sequences, self.dtw_weight)},
-            len(student.target_ids) if num_tokens is None else num_tokens,
-            total=spaces.total,
         )
 
     def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Tensor:
@@ -162,8 +153,8 @@ class DwaKdV2Loss(DistillationLoss):
             pairs["dtw_hidden"] = (student.hidden, spaces.teacher_hidden)
         if self.embedding_t2s is not None:
             maps = self.embedding_t2s
-            require_width(student.target_embeddings, maps.out_features, "student.target_embeddings, as the map gives")
-            require_width(teacher.target_embeddings, maps.in_features, "teacher.target_embeddings, as the map takes")
+            require_width(student.target_embeddings, maps.out_features, "student.target_embeddings", "embedding_t2s")
+            require_width(teacher.target_embeddings, maps.in_features, "teacher.target_embeddings", "embedding_t2s")
             embeddings = teacher.target_embeddings.detach().to(self.embedding_t2s.weight.dtype)
             pairs["dtw_embedding"] = (student.target_embeddings, self.embedding_t2s(embeddings))
         if not pairs:

@@ -7,17 +7,16 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dwakd.align.offsets import byte_groups, tokens_per_group
-from dwakd.batch import LossOutput, ModelSide
+from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import head_loss
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import (
     TEMPERATURES,
     DistillationLoss,
+    Terms,
     check_range,
     constant_rows,
     head_rows,
-    reduce_terms,
-    require_sides,
 )
 from dwakd.losses.merged_groups import Anchors, Columns, MergedGroups
 from dwakd.losses.pair import ModelPair
@@ -109,15 +108,7 @@ class GoldLoss(DistillationLoss):
             self.register_buffer(f"{name}_ids", ids, persistent=False)
             self.register_buffer(f"{name}_rest", rest.nonzero().squeeze(1), persistent=False)
 
-    def forward(
-        self,
-        student: ModelSide,
-        teacher: ModelSide | None = None,
-        *,
-        num_tokens: Tensor | float | None = None,
-        teacher_scale: TeacherScale | None = None,
-    ) -> LossOutput:
-        teacher = require_sides(student, teacher, "gold", self.vocabularies)
+    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
         groups = byte_groups(student.byte_ends, student.lengths, teacher.byte_ends, teacher.lengths)
         criterion = MergedGroups(
             Anchors.of(student, groups.student, groups.student_last, last=self.merge == "bayesian"),
@@ -134,6 +125,4 @@ class GoldLoss(DistillationLoss):
             temperature=self.temperature,
         )
         output = head_loss([head_rows(student), constant_rows(teacher)], criterion)
-        return reduce_terms(
-            output.terms, {}, len(student.target_ids) if num_tokens is None else num_tokens, total=output.loss
-        )
+        return Terms(output.terms, output.loss)

@@ -67,8 +67,8 @@ class HeadMaps(nn.Module):
 
     def require_fit(self, student: ModelSide, teacher: ModelSide) -> None:
         """Raise ValueError unless the sides are as wide as the maps, and their heads as large."""
-        require_width(student.hidden, self.t2s.out_features, "student.hidden, as the maps between the heads take")
-        require_width(teacher.hidden, self.t2s.in_features, "teacher.hidden, as the maps between the heads take")
+        require_width(student.hidden, self.t2s.out_features, "student.hidden", "the maps between the heads")
+        require_width(teacher.hidden, self.t2s.in_features, "teacher.hidden", "the maps between the heads")
         require_vocabularies((student, teacher), self.vocabularies)
 
     def s2t(

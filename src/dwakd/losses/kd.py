@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dwakd.batch import LossOutput, ModelSide
+from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, forward_kl, head_loss
 from dwakd.kernels.head_loss.criterion import Logits, Statistics
 from dwakd.kernels.head_loss.statistics import SoftenedPair, pick, subtract_at
@@ -15,12 +15,10 @@ from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import (
     TEMPERATURES,
     DistillationLoss,
+    Terms,
     check_range,
     constant_rows,
     head_rows,
-    reduce_terms,
-    require_same_rows,
-    require_sides,
 )
 from dwakd.losses.divergences import divergence as divergence_named
 
@@ -56,16 +54,7 @@ class KdLoss(DistillationLoss):
         self.kd_rate, self.temperature = kd_rate, temperature
         self.divergence = divergence_named(divergence, skew)
 
-    def forward(
-        self,
-        student: ModelSide,
-        teacher: ModelSide | None = None,
-        *,
-        num_tokens: Tensor | float | None = None,
-        teacher_scale: TeacherScale | None = None,
-    ) -> LossOutput:
-        teacher = require_sides(student, teacher, "kd")
-        require_same_rows(student, teacher, "kd")
+    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
         by_hand = self.divergence is forward_kl and student.head.vocab_size <= teacher.head.vocab_size
         output = head_loss(
             [head_rows(student), constant_rows(teacher)],
@@ -76,9 +65,7 @@ class KdLoss(DistillationLoss):
                 self.divergence,
             ),
         )
-        return reduce_terms(
-            output.terms, {}, len(student.target_ids) if num_tokens is None else num_tokens, total=output.loss
-        )
+        return Terms(output.terms, output.loss)
 
 
 class SameVocabulary(Criterion):

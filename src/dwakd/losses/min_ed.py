@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dwakd.align.offsets import starts
 from dwakd.align.vocab import nearest_tokens
-from dwakd.batch import LossOutput, ModelSide
+from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, HeadRows, forward_kl, head_loss
 from dwakd.kernels.head_loss.statistics import (
     LOG2_E,
@@ -22,7 +22,7 @@ from dwakd.kernels.head_loss.statistics import (
     subtract_at,
 )
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import TEMPERATURES, DistillationLoss, check_range, head_rows, reduce_terms, require_sides
+from dwakd.losses.base import TEMPERATURES, DistillationLoss, Terms, check_range, head_rows
 from dwakd.losses.packing import example_ids
 from dwakd.losses.pair import ModelPair
 
@@ -88,22 +88,12 @@ class MinEdLoss(DistillationLoss):
             student_of = firsts_only(student_of)
         self.register_buffer("student_of", student_of, persistent=False)
 
-    def forward(
-        self,
-        student: ModelSide,
-        teacher: ModelSide | None = None,
-        *,
-        num_tokens: Tensor | float | None = None,
-        teacher_scale: TeacherScale | None = None,
-    ) -> LossOutput:
-        teacher = require_sides(student, teacher, "min_ed", self.vocabularies)
+    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
         rows, aligned = aligned_teacher_rows(student, teacher, same_prefix=self.same_prefix)
         criterion = CarriedOver(student.target_ids, aligned, self.student_of, self.temperature, self.kd_rate)
         carried = HeadRows(teacher.hidden.detach()[rows], teacher.head.detached(), student.lengths)
         output = head_loss([head_rows(student), carried], criterion)
-        return reduce_terms(
-            output.terms, {}, len(student.target_ids) if num_tokens is None else num_tokens, total=output.loss
-        )
+        return Terms(output.terms, output.loss)
 
 
 class CarriedOver(Criterion):

@@ -2,19 +2,16 @@
 
 from typing import ClassVar
 
-from torch import Tensor
-
-from dwakd.batch import LossOutput, ModelSide
+from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import head_loss
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import (
     TEMPERATURES,
     DistillationLoss,
+    Terms,
     check_range,
     constant_rows,
     head_rows,
-    reduce_terms,
-    require_sides,
 )
 from dwakd.losses.ranked import Levels, PortLevels, RankedLevels
 
@@ -99,17 +96,7 @@ class MultiLevelOtLoss(DistillationLoss):
         self.levels = Levels(top_k, temperature, sequence_temperature, regularisation, iterations)
         self.criterion = PortLevels if port else RankedLevels
 
-    def forward(
-        self,
-        student: ModelSide,
-        teacher: ModelSide | None = None,
-        *,
-        num_tokens: Tensor | float | None = None,
-        teacher_scale: TeacherScale | None = None,
-    ) -> LossOutput:
-        teacher = require_sides(student, teacher, "multilevel_ot")
+    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
         criterion = self.criterion(student.target_ids, (student.lengths, teacher.lengths), self.levels, self.rates)
         output = head_loss([head_rows(student), constant_rows(teacher)], criterion)
-        return reduce_terms(
-            output.terms, {}, len(student.target_ids) if num_tokens is None else num_tokens, total=output.loss
-        )
+        return Terms(output.terms, output.loss)

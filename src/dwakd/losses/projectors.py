@@ -48,7 +48,7 @@ class Projectors(nn.Module):
             ("teacher", teacher, self.widths.teacher_hidden, self.widths.teacher_embedding),
         )
         for name, side, hidden, embedding in sides:
-            require_width(side.hidden, hidden, f"{name}.hidden, as the projectors take")
+            require_width(side.hidden, hidden, f"{name}.hidden", "the projectors")
             if self.with_embeddings:
                 for field in ("input_embeddings", "target_embeddings"):
-                    require_width(getattr(side, field), embedding, f"{name}.{field}, as the projectors take")
+                    require_width(getattr(side, field), embedding, f"{name}.{field}", "the projectors")

@@ -12,7 +12,6 @@ from dwakd.errors import UserError
 from dwakd.kernels.head_loss import Chunk, Criterion, head_loss
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import LARGEST, TEMPERATURES, DistillationLoss, projected_rows
-from dwakd.losses.sides import require_both
 
 GATES = ("confidence", "weights")
 
@@ -96,8 +95,8 @@ class SeveralTeachers(nn.Module):
         for what, given in (("teachers", teachers), ("teacher_scale", teacher_scale)):
             if given is not None and len(given) != len(self.losses):
                 raise ValueError(f"expects {len(self.losses)} {what}, one for each loss, got {len(given)}")
-        for teacher in teachers:
-            require_both(student, teacher)
+        for loss, teacher in zip(self.losses, teachers, strict=True):
+            loss.require_sides(student, teacher)  # type: ignore[operator]
         scales = teacher_scale or [TeacherScale.of(teacher) for teacher in teachers]
         trusts = self._trusts(student, teachers, scales)
         tokens = len(student.target_ids) if num_tokens is None else num_tokens

@@ -8,13 +8,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dwakd.align.offsets import byte_groups, sum_by_group, tokens_per_group
-from dwakd.batch import LossOutput, ModelSide
+from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, CrossEntropy, HeadRows, forward_kl, head_loss
 from dwakd.kernels.head_loss.criterion import Logits, Statistics
 from dwakd.kernels.head_loss.statistics import SoftenedPair
 from dwakd.losses.alignment import unit_rows
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import TEMPERATURES, DistillationLoss, check_range, head_rows, reduce_terms, require_sides
+from dwakd.losses.base import TEMPERATURES, DistillationLoss, Terms, check_range, head_rows
 from dwakd.losses.packing import example_ids, pad_rows
 from dwakd.losses.pair import ModelPair
 from dwakd.losses.sides import require_width
@@ -89,17 +89,9 @@ class SraLoss(DistillationLoss):
             self.register_buffer(name, ids, persistent=False)
         self.projector = nn.Linear(pair.widths.student_hidden, pair.widths.teacher_hidden)
 
-    def forward(
-        self,
-        student: ModelSide,
-        teacher: ModelSide | None = None,
-        *,
-        num_tokens: Tensor | float | None = None,
-        teacher_scale: TeacherScale | None = None,
-    ) -> LossOutput:
-        teacher = require_sides(student, teacher, "sra", self.vocabularies)
-        require_width(student.hidden, self.projector.in_features, "student.hidden, the width the projector takes")
-        require_width(teacher.hidden, self.projector.out_features, "teacher.hidden, the width the projector gives")
+    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
+        require_width(student.hidden, self.projector.in_features, "student.hidden", "the projector")
+        require_width(teacher.hidden, self.projector.out_features, "teacher.hidden", "the projector")
         groups = byte_groups(student.byte_ends, student.lengths, teacher.byte_ends, teacher.lengths)
         examples = example_ids(student.lengths, len(student.target_ids))
         lengths = sum_by_group(groups.student_last.long(), examples, len(student.lengths))  # in spans
@@ -122,11 +114,10 @@ class SraLoss(DistillationLoss):
             "geo": (student.lengths * gram_distance(own, theirs, weights, lengths)).sum(),
             "kd": kd.loss,
         }
-        return reduce_terms(
+        return Terms(
             ce.terms | sums,
+            ce.loss,
             {"span": self.kd_rate, "geo": self.kd_rate * self.geo_weight, "kd": self.kd_rate},
-            len(student.target_ids) if num_tokens is None else num_tokens,
-            total=ce.loss,
         )
 
     def _row_weights(self, side: ModelSide) -> Float[Tensor, " tokens"]:

@@ -7,12 +7,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dwakd.batch import LossOutput, ModelSide
+from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, HeadRows, head_loss
 from dwakd.kernels.head_loss.criterion import Logits, Statistics
 from dwakd.kernels.sorted_distance import sorted_distance
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import TEMPERATURES, DistillationLoss, check_range, head_rows, reduce_terms, require_sides
+from dwakd.losses.base import TEMPERATURES, DistillationLoss, Terms, check_range, head_rows
 from dwakd.losses.merged_groups import sorted_difference
 from dwakd.losses.packing import example_ids, positions
 
@@ -67,24 +67,14 @@ class UldLoss(DistillationLoss):
         )
         self.temperature, self.mean_over_pairs = temperature, compat == "paper"
 
-    def forward(
-        self,
-        student: ModelSide,
-        teacher: ModelSide | None = None,
-        *,
-        num_tokens: Tensor | float | None = None,
-        teacher_scale: TeacherScale | None = None,
-    ) -> LossOutput:
-        teacher = require_sides(student, teacher, "uld")
+    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
         rows, weights = paired_rows(student.lengths, teacher.lengths, len(student.target_ids), self.mean_over_pairs)
         opposite = HeadRows(teacher.hidden.detach()[rows], teacher.head.detached(), student.lengths)
         criterion = SortedDifference(
             student.target_ids, weights, self.temperature, {"ce": self.ce_weight, "uld": self.uld_weight}
         )
         output = head_loss([head_rows(student), opposite], criterion)
-        return reduce_terms(
-            output.terms, {}, len(student.target_ids) if num_tokens is None else num_tokens, total=output.loss
-        )
+        return Terms(output.terms, output.loss)
 
 
 def paired_rows(
