@@ -119,9 +119,9 @@ def test_other_numbers_of_teachers_are_named(name, gate):
     student, teacher = sides()
     module(student, [teacher, teacher])
     for count in (0, 1, 3):
-        with pytest.raises(ValueError, match=f"expects 2 teachers, one for each loss, got {count}"):
+        with pytest.raises(ValueError, match=f"teachers .*2.* got {count}"):
             module(student, [teacher] * count)
-    with pytest.raises(ValueError, match=r"2 teacher_scale.* got 1"):
+    with pytest.raises(ValueError, match=r"teacher_scale .*2.* got 1"):
         module(student, [teacher, teacher], teacher_scale=[TeacherScale.of(teacher)])
     target_ids = teacher.target_ids.clone().fill_(-100)
     with pytest.raises(ValueError, match="-100"):

@@ -1,4 +1,4 @@
-"""The methods. To add one: its file, one line in METHODS, its test, its docs page, its recipe."""
+"""The distillation methods. CONTRIBUTING.md says how to add one."""
 
 import inspect
 import typing
@@ -69,10 +69,14 @@ __all__ = [
 
 
 def method_class(method: str, option: str = "loss.method") -> type[DistillationLoss]:
-    """The class of a method.
+    """Return the class of a method.
+
+    Args:
+        method: name of the method.
+        option: where the name comes from, for the message.
 
     Raises:
-        UserError: unknown method, given as `option`; lists the valid ones.
+        UserError: the method is unknown. The message lists the valid names.
     """
     if method not in METHODS:
         raise UserError(f"unknown method {method!r} in {option}; valid ones: {', '.join(METHODS)}")
@@ -80,7 +84,7 @@ def method_class(method: str, option: str = "loss.method") -> type[DistillationL
 
 
 def method_options(method: str) -> dict[str, Any]:
-    """The options a method takes, with their defaults."""
+    """Return the options of a method with their defaults."""
     parameters = inspect.signature(method_class(method)).parameters
     return {
         name: parameter.default
@@ -97,10 +101,17 @@ def build_loss(
     pair: ModelPair | None = None,
     section: str = "loss",
 ) -> DistillationLoss:
-    """Build a method from the options in a recipe's `section`; `widths` and `pair` are for those that need them.
+    """Build the loss of a method from its options.
+
+    Args:
+        method: name of the method.
+        options: the method's options.
+        widths: widths of the two models, for methods that need them.
+        pair: vocabularies and heads of the two models, for methods that need them.
+        section: section of the recipe that holds the options, for messages.
 
     Raises:
-        UserError: unknown method or option (names the valid ones), or a value the method refuses.
+        UserError: the method or an option is unknown, or the value of an option is not allowed.
     """
     valid = method_options(method)
     options = options or {}
@@ -121,6 +132,6 @@ def build_loss(
 
 
 def needs_attention(method: str, options: dict[str, Any]) -> bool:
-    """Whether a method with these options reads `ModelSide.attention`."""
+    """Return whether a method with these options reads `ModelSide.attention`."""
     loss = build_loss(method, options, widths=Widths(1, 1, 1, 1), pair=ModelPair.smallest())
     return loss.needs_attention

@@ -1,4 +1,4 @@
-"""Sequence-level alignment: the Soft-DTW divergence of DWA-KD (equations 17, 18, 22 to 24)."""
+"""Soft-DTW divergence between two token sequences (DWA-KD, equations 17, 18 and 22 to 24)."""
 
 import torch
 from jaxtyping import Float, Int
@@ -15,9 +15,11 @@ Padded = Float[Tensor, "batch length _"]
 def unit_rows(
     rows: Float[Tensor, "tokens width"], lengths: Int[Tensor, " batch"], length: int
 ) -> Float[Tensor, "batch length width"]:
-    """Rows scaled to length 1 and padded, in float32 or better; a zero row stays zero (cosine 0 to everything)."""
+    """Scale vectors to length 1 and pad each example, in float32 or better. A zero vector stays zero."""
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    zero = (rows == 0).all(-1, keepdim=True)  # a new padding row: an epsilon in the norm would make its gradient huge
+    zero = (rows == 0).all(
+        -1, keepdim=True
+    )  # such as an untrained padding token; an epsilon in the norm would make its gradient huge
     norm = torch.where(zero, torch.ones_like(rows), rows).norm(dim=-1, keepdim=True)
     return pad_rows(rows / torch.where(zero, 1.0, norm), lengths, length)
 
@@ -32,20 +34,23 @@ def soft_dtw_divergences(
     longest: int | None = None,
     impl: str = "auto",
 ) -> list[Float[Tensor, " batch"]]:
-    """nDTW(X, Y) = s(C~_XY) - (s(C_XX) + s(C_YY)) / 2 for each pair, cosine costs, all in one kernel call.
+    """Compute the Soft-DTW divergence of each pair of sequences with cosine costs, all in one kernel call.
+
+        nDTW(X, Y) = s(C~_XY) - (s(C_XX) + s(C_YY)) / 2
 
     Args:
-        pairs: (student rows, teacher rows already in the student's space), packed; gradient flows to both.
-        student_lengths: rows per example.
-        teacher_lengths: rows per example.
+        pairs: student vectors, and teacher vectors that are already in the student's space, both packed over the examples.
+            Gradient flows to both.
+        student_lengths: student tokens of each example.
+        teacher_lengths: teacher tokens of each example.
         gamma: temperature of the soft minimum.
-        band: penalty added to the cross costs only (equation 22); a constant.
-        longest: the largest of the lengths; without it the device is waited for.
+        band: penalty that is added to the cross costs only (equation 22); a constant.
+        longest: the largest of the lengths. Without it, it is read from the device.
         impl: kernel of `soft_dtw`.
 
     Returns:
-        One value per example and pair. Values of examples of unequal lengths carry an offset without gradient: never
-        compare them with each other, never clamp them.
+        One value per example, for each pair. It has an offset without gradient that depends on the two lengths: do not compare
+        values of different examples and do not clamp them.
     """
     if longest is None:
         longest = int(torch.maximum(student_lengths.max(), teacher_lengths.max()))
@@ -66,8 +71,8 @@ def soft_dtw_divergences(
     scores = soft_dtw(torch.cat(costs), gamma, x_lengths, y_lengths, impl=impl)
     cross, student_self, teacher_self = scores.reshape(len(pairs), 3, -1).unbind(1)
     own = student_self + teacher_self
-    # half the value, all of the gradient: the other half is that of the factors detached above, and equal to this one,
-    # since s of a symmetric cost has a symmetric gradient
+    # `own` counts half in the value and fully in the gradient: the gradient through the factors detached above is missing,
+    # and it equals the other half because s of a symmetric cost has a symmetric gradient
     return list(cross - own + own.detach() / 2)
 
 
@@ -80,7 +85,9 @@ def sequence_terms(
     band: Float[Tensor, "batch s_length t_length"] | None,
     impl: str,
 ) -> dict[str, Float[Tensor, ""]]:
-    """`soft_dtw_divergences` of each pair, summed over the batch, by the pair's name."""
+    """Compute `soft_dtw_divergences` for named pairs, if there are any, and sum each over the batch."""
+    if not pairs:
+        return {}
     scores = soft_dtw_divergences(
         list(pairs.values()),
         student.lengths,
@@ -94,5 +101,5 @@ def sequence_terms(
 
 
 def _costs(offset: Float[Tensor, "#batch #n #m"], x: Padded, y: Padded) -> Padded:
-    """offset - cosine, for rows of length 1."""
+    """Compute offset - cosine, for vectors of length 1."""
     return torch.baddbmm(offset, x, -y.transpose(1, 2))

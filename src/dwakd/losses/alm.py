@@ -1,4 +1,4 @@
-"""ALM: approximate likelihood matching over chunks that cover the same bytes (arXiv 2503.20083)."""
+"""ALM: match the likelihoods of text chunks that both tokenisations share (arXiv 2503.20083)."""
 
 import math
 from collections.abc import Sequence
@@ -14,8 +14,11 @@ from dwakd.kernels.head_loss import Chunk, CrossEntropy, head_loss
 from dwakd.kernels.head_loss.statistics import infinite_if_forbidden, subtract_at
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import (
+    LARGEST,
     DistillationLoss,
     Terms,
+    check_at_least,
+    check_choice,
     check_range,
     constant_rows,
     head_rows,
@@ -27,29 +30,33 @@ CHUNK_WEIGHTS = ("chunk_count", "token_count")
 
 
 class AlmLoss(DistillationLoss):
-    """L = ce_weight CE + alm_weight sum_c w_c f(l^t_c, l^s_c), f the binary cross-entropy of e^(l/tau_b).
+    """Match the probabilities that both models assign to each chunk of text.
 
-    A chunk c is the smallest pair of spans that end at the same byte; l_c is the log-probability that a model gives to
-    the text of the chunk. Only the log-probabilities of the realised tokens are needed: no map between vocabularies.
+        L = ce_weight CE + alm_weight sum_c w_c f(l^t_c, l^s_c)
 
-    Gradient: the student's rows and head, through l^s. The least value, where l^s = l^t, is not 0.
+    A chunk c is the smallest pair of token spans that start and end at the same bytes. l_c is the log-probability that a
+    model assigns to the text of the chunk, and f is the binary cross-entropy of e^(l / tau_b). Only the log-probabilities of
+    the target tokens are needed, so there is no map between the vocabularies.
+
+    Gradient: the student's hidden states and head, through l^s. The minimum, at l^s = l^t, is above 0.
 
     Args:
-        ce_weight: of the cross-entropy.
-        alm_weight: of the chunks' term. A gradient of f is about 1/tau_b of one of the cross-entropy, so that the
-            default puts the two on a par; the published code balances them at every step by the size of their
-            gradients (GradMag), which needs all ranks and is left out. A port without it uses 3.
-        chunk_temperature: tau_b; the paper uses 100.
-        epsilon: taken off the log-likelihoods, so that a certain chunk has a finite gradient.
-        chunk_weights: "chunk_count" weighs the chunks of an example alike, "token_count" each by its student tokens; an
-            example weighs as many tokens as it has either way.
+        ce_weight: weight of the cross-entropy.
+        alm_weight: weight of the chunk term. The gradient of f is about 1 / tau_b of that of the cross-entropy, and the
+            default compensates for this. The published code balances the two gradients at every step (GradMag); this needs
+            the gradients of all ranks and is not implemented. A port without it uses 3.
+        chunk_temperature: tau_b. The paper uses 100.
+        epsilon: subtracted from the log-likelihoods divided by tau_b, so that a chunk of probability 1 has a finite gradient.
+        chunk_weights: "chunk_count" gives all chunks of an example the same weight; "token_count" weighs them by their
+            student tokens, where the published code uses teacher tokens. The weights of an example sum to its student
+            tokens.
 
     Raises:
-        ValueError: an option out of range or unknown.
+        ValueError: an option is out of range or unknown.
 
     References:
-        Minixhofer et al. 2025. Official code: bminixhofer/tokenkit, `alm_unconstrained`. Left out are
-        the debiasing of chunk ends and the merging of chunks by the probability of a space.
+        Minixhofer et al. 2025. Official code: bminixhofer/tokenkit, `alm_unconstrained`. Its debiasing of chunk ends and its
+        merging of chunks by the probability of a space are not implemented.
     """
 
     terms: ClassVar[tuple[str, ...]] = ("ce", "alm")
@@ -64,15 +71,9 @@ class AlmLoss(DistillationLoss):
         chunk_weights: str = "chunk_count",
     ) -> None:
         super().__init__()
-        infinite = float("inf")
-        check_range(
-            ce_weight=(ce_weight, 0, infinite),
-            alm_weight=(alm_weight, 0, infinite),
-            chunk_temperature=(chunk_temperature, 1e-3, infinite),
-            epsilon=(epsilon, 1e-6, 1),
-        )
-        if chunk_weights not in CHUNK_WEIGHTS:
-            raise ValueError(f"unknown chunk_weights {chunk_weights!r}; valid ones: {', '.join(CHUNK_WEIGHTS)}")
+        check_at_least(0, ce_weight=ce_weight, alm_weight=alm_weight)
+        check_range(chunk_temperature=(chunk_temperature, 1e-3, LARGEST), epsilon=(epsilon, 1e-6, 1))
+        check_choice(chunk_weights=(chunk_weights, CHUNK_WEIGHTS))
         self.ce_weight, self.alm_weight = ce_weight, alm_weight
         self.chunk_temperature, self.epsilon = chunk_temperature, epsilon
         self.chunk_weights = chunk_weights
@@ -87,21 +88,21 @@ class AlmLoss(DistillationLoss):
         ce = output.statistics["ce"]
         sums = {"ce": ce.sum(), "alm": matching.value(ce, torch.arange(len(ce), device=ce.device))}
         sums = {name: infinite_if_forbidden(value) for name, value in sums.items()}
-        # the engine's loss is linear in the log-probabilities: its gradient is ours, its value is not
+        # the loss of `head_loss` is linear in the log-probabilities: it has the right gradient but another value
         value = self.ce_weight * sums["ce"] + self.alm_weight * sums["alm"]
         return Terms(sums, value + output.loss - output.loss.detach())
 
 
 class ChunkMatching(CrossEntropy):
-    """Cross-entropy of each row, weighted by what a change of it does to the whole loss.
+    """Compute the cross-entropy of each token, weighted by the derivative of the whole loss with respect to it.
 
-    That derivative is known when the likelihoods of whole chunks are.
+    The derivative depends on the likelihoods of whole chunks, so it is computed from whole examples.
 
     Args:
-        options: of the method.
-        student: the rows.
+        options: the loss with its options.
+        student: the student's side.
         groups: the chunks of the batch.
-        teacher_likelihoods: of each chunk, the log; entries beyond the last chunk are unused.
+        teacher_likelihoods: log-likelihood of each chunk. Entries after the last chunk are unused.
     """
 
     unit = "weights"
@@ -114,9 +115,14 @@ class ChunkMatching(CrossEntropy):
         self.chunk_weights = tokens_per_group(groups, student.lengths, even=even)
 
     def value(self, ce: PerRow, rows: Int[Tensor, " rows"]) -> Float[Tensor, ""]:
-        """The weighted sum of f over the chunks of these rows, which are whole examples; up to a constant if some."""
+        """Compute the weighted sum of f over the chunks of whole examples.
+
+        Args:
+            ce: cross-entropy of each token.
+            rows: their positions in the packed batch. If they are not all of the batch, the value has a constant offset.
+        """
         groups = self.groups[rows]
-        # those beyond the last chunk of these rows depend on none of them
+        # entries after the last chunk of these tokens do not depend on them
         chunks = (groups[0] + torch.arange(len(ce), device=ce.device)).clamp(max=len(self.groups) - 1)
         losses = binary_cross_entropy(
             self.teacher_likelihoods[chunks],
@@ -166,13 +172,17 @@ class ChunkMatching(CrossEntropy):
 def binary_cross_entropy(
     teacher_likelihoods: PerChunk, student_likelihoods: PerChunk, temperature: float, epsilon: float
 ) -> PerChunk:
-    """-[e^u v + (1 - e^u) log(1 - e^v)] with u, v the log-likelihoods over the temperature, less epsilon.
+    """Compute the binary cross-entropy of each chunk's likelihoods to the power of 1 / temperature.
+
+        -[e^u v + (1 - e^u) log(1 - e^v)]
+
+    u and v are the log-likelihoods of teacher and student divided by the temperature, minus epsilon.
 
     Args:
-        teacher_likelihoods: logs; those above 0 count as 0.
-        student_likelihoods: likewise; carry gradient.
+        teacher_likelihoods: log-likelihoods; values above 0, from rounding, are set to 0.
+        student_likelihoods: log-likelihoods, with gradient; values above 0 are set to 0.
         temperature: tau_b.
-        epsilon: keeps both off 0.
+        epsilon: keeps u and v below 0.
     """
     u = teacher_likelihoods.clamp(max=0) / temperature - epsilon
     v = student_likelihoods.clamp(max=0) / temperature - epsilon
@@ -180,5 +190,5 @@ def binary_cross_entropy(
 
 
 def log1mexp(x: PerChunk) -> PerChunk:
-    """log(1 - e^x) for x < 0, exact near 0 and far from it."""
+    """Compute log(1 - e^x) for x < 0, accurate for all x."""
     return torch.where(x > -math.log(2), (-torch.expm1(x)).log(), torch.log1p(-x.exp()))

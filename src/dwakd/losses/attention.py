@@ -1,4 +1,4 @@
-"""Cross-model attention (DSKD, arXiv 2406.17328; DWA-KD equations 1 and 2) and the band it sets (19 to 22)."""
+"""Cross-model attention (DSKD, arXiv 2406.17328; DWA-KD, equations 1 and 2) and its band (equations 19 to 22)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ from dwakd.losses.projectors import Projectors
 
 @dataclass(frozen=True)
 class TeacherScale:
-    """Count, mean and sum of squared deviations of the three teacher tensors that N(x) = x / std(x) divides.
+    """Statistics for the normalisation N(x) = x / std(x) of three teacher tensors.
 
-    Moments and not deviations, because those of micro-batches and ranks merge into those of the optimiser batch.
-    Columns: keys [e_j ; e_{j+1}], hidden states h_j, target embeddings e_{j+1}.
+    Moments can be merged over micro-batches and ranks, which standard deviations cannot.
+
+    Args:
+        moments: for each of the tensors keys [e_j ; e_{j+1}], hidden states h_j and target embeddings e_{j+1}, the number of
+            values, their mean and their sum of squared deviations.
     """
 
     moments: Float[Tensor, "3 3"]
 
     @classmethod
     def of(cls, teacher: ModelSide) -> TeacherScale:
-        """Over all the response positions of one batch."""
+        """Compute the statistics over all response positions of one batch."""
         parts = (
             torch.cat([teacher.input_embeddings, teacher.target_embeddings], -1),
             teacher.hidden,
@@ -41,7 +44,7 @@ class TeacherScale:
 
     @staticmethod
     def merge(scales: list[TeacherScale]) -> TeacherScale:
-        """Of the union of several batches (Chan's parallel update)."""
+        """Merge the statistics of several batches (Chan's parallel update)."""
         moments = torch.stack([scale.moments for scale in scales])
         counts, means, deviations = moments.unbind(-1)
         total = counts.sum(0)
@@ -51,7 +54,7 @@ class TeacherScale:
 
     @property
     def std(self) -> Float[Tensor, "3"]:
-        """Standard deviations with Bessel's correction; 1 where a tensor is constant."""
+        """Standard deviations with Bessel's correction; 1 for a constant tensor."""
         count, _, squares = self.moments.unbind(-1)
         std = (squares / (count - 1).clamp_min(1)).sqrt()
         return torch.where(std > 0, std, 1.0)
@@ -59,12 +62,12 @@ class TeacherScale:
 
 @dataclass(frozen=True)
 class CrossModelAttention:
-    """The two models' states in each other's space, and the attention that carried them.
+    """Result of `cross_model_attention`.
 
     Args:
-        t2s_hidden: h^{t->s}, teacher states at the student's rows. Gradient: query, t2s.
-        s2t_hidden: h^{s->t}, student states at the teacher's rows. Gradient: query, s2t, student hidden states.
-        weights: A of equation 1; zero on padding columns. Gradient: query.
+        t2s_hidden: h^{t->s}, a projected teacher state for each student token. Gradient: query, t2s.
+        s2t_hidden: h^{s->t}, a projected student state for each teacher token. Gradient: query, s2t, student hidden states.
+        weights: attention weights A of equation 1, zero for padding. Gradient: query.
     """
 
     t2s_hidden: Float[Tensor, "s_tokens s_hidden"]
@@ -75,10 +78,19 @@ class CrossModelAttention:
 def cross_model_attention(
     student: ModelSide, teacher: ModelSide, projectors: Projectors, scale: TeacherScale
 ) -> CrossModelAttention:
-    """Equations 1 and 2: A = softmax_T(Q K' / sqrt(2 d_t)) and its reverse, softmax over the student's rows.
+    """Project each model's states into the other's space and align them by attention (equations 1 and 2).
 
-    Q = query([e_i ; e_{i+1}]) of the student, detached embeddings; K = N([e_j ; e_{j+1}]) and
+        h^{t->s} = softmax(Q K' / sqrt(2 d_t)) V,    softmax over teacher tokens
+        h^{s->t} = softmax(K Q' / sqrt(2 d_t)) s2t(h^s),    softmax over student tokens
+
+    with Q = query([e_i ; e_{i+1}]) of the student's detached embeddings, and K = N([e_j ; e_{j+1}]) and
     V = t2s(N(h_j) + N(e_{j+1})) of the teacher.
+
+    Args:
+        student: the student's side. Gradient flows to its hidden states.
+        teacher: the teacher's side; a constant.
+        projectors: the maps query, t2s and s2t.
+        scale: statistics for N(.).
     """
     projectors.require_fit(student, teacher)
     dtype = projectors.query.weight.dtype
@@ -119,24 +131,28 @@ def band_penalty(
     penalty: float = 1.0,
     first_index: int = 1,
 ) -> Float[Tensor, "batch s_length t_length"]:
-    """lambda_band * [|j - c_i| > w_i], with c_i and w_i of equations 19 to 21. A constant.
+    """Compute the penalty on Soft-DTW costs outside a band around the attention; a constant.
+
+        lambda_band * [|j - c_i| > w_i]
+
+    The centre c_i and the half-width w_i are those of equations 19 to 21.
 
     Args:
-        weights: A of equation 1; detached here.
-        student_lengths: S of each example.
-        teacher_lengths: T of each example.
-        base: b.
-        entropy_factor: beta, tokens of width per nat of the attention's entropy.
-        blend: alpha, how far the centre follows the attention, one for all rows or each its own; 0 gives a Sakoe-Chiba
-            band.
-        penalty: lambda_band, added to each cell outside.
-        first_index: 1 as in the paper; 0 reproduces the published code.
+        weights: attention weights A of equation 1; detached here.
+        student_lengths: student tokens S of each example.
+        teacher_lengths: teacher tokens T of each example.
+        base: b, the half-width of the band without entropy.
+        entropy_factor: beta, tokens of half-width per nat of the attention's entropy.
+        blend: alpha, how far the centre follows the attention instead of the diagonal: one value, or one per token. 0 gives a
+            Sakoe-Chiba band.
+        penalty: lambda_band, added to each cell outside the band.
+        first_index: index of the first token. 1 in the paper; 0 reproduces the published code.
     """
     attention = weights.detach()
     rows = torch.arange(attention.shape[1], device=attention.device) + first_index
     columns = (torch.arange(attention.shape[2], device=attention.device) + first_index).to(attention.dtype)
     slope = (teacher_lengths / student_lengths).to(attention.dtype)
-    diagonal = rows * slope[:, None]  # in this form the centre is exact where the two agree
+    diagonal = rows * slope[:, None]  # this form of the centre is exact where attention and diagonal agree
     centre = diagonal + blend * (attention @ columns - diagonal)
     width = base + entropy_factor * torch.special.entr(attention).sum(-1)
     outside = (columns - centre[..., None]).abs() > width[..., None]

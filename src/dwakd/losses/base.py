@@ -1,7 +1,7 @@
 """The base class of every method: it checks the two sides, calls the method and reduces its terms to one loss."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -156,3 +156,15 @@ def check_range(**options: tuple[float, float, float]) -> None:
         if not (is_number and low <= value <= highest):
             bound = f"between {low:g} and {high:g}" if high <= 1 else f"at least {low:g} and at most {highest:g}"
             raise ValueError(f"{name} must be a number {bound}, got {value!r}")
+
+
+def check_at_least(low: float, **options: float) -> None:
+    """Raise ValueError for the first option that is not a number from `low` to `LARGEST`."""
+    check_range(**{name: (value, low, LARGEST) for name, value in options.items()})
+
+
+def check_choice(**options: tuple[str, Sequence[str]]) -> None:
+    """Raise ValueError for the first option (value, choices) that is not one of its choices."""
+    for name, (value, choices) in options.items():
+        if value not in choices:
+            raise ValueError(f"unknown {name} {value!r}; valid ones: {', '.join(choices)}")

@@ -1,4 +1,4 @@
-"""CDM: rows aligned by spelling and entropy, and candidate tokens matched anew at every place (arXiv 2502.11104)."""
+"""CDM: align tokens by spelling and entropy, and match the candidate tokens at each position (arXiv 2502.11104)."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -15,6 +15,7 @@ from dwakd.losses.base import (
     TEMPERATURES,
     DistillationLoss,
     Terms,
+    check_at_least,
     check_range,
     constant_rows,
     head_rows,
@@ -28,34 +29,38 @@ PerGroup = Float[Tensor, " groups"]
 
 
 class CdmLoss(DistillationLoss):
-    """L = ce_weight CE + kd_weight sum_g KL(t_g || s_g), t_g and s_g softmax(logits of matched tokens / temperature).
+    """Align tokens and match likely next tokens at every step, and compare the distributions over the matched tokens.
 
-    Dynamic time warping over the tokens that rows *read* gives the groups g: the cost of two rows is the edit distance
-    of their tokens times f^s f^t, f = floor(3 sigmoid(4e - 2) + 3), with e the row's entropy from 0 to 1 within its
-    sequence. Rows that the path pairs without a diagonal step are one group, whose logits are their mean. Candidates are
-    the top_k tokens of either side. A candidate's counterpart is the token that spells the same; where there is none,
-    the nearest in spelling of the other side's candidates that have none either.
+        L = ce_weight CE + kd_weight sum_g KL(t_g || s_g)
 
-    Gradient: the student's rows and head, through the logits of candidates; groups and candidates are constants.
+    Groups g come from dynamic time warping over the tokens that the models read. The cost of a pair of positions is the edit
+    distance of their tokens times f^s f^t with f = floor(3 sigmoid(4e - 2) + 3), where e is the entropy at the position,
+    scaled to 0 to 1 within the sequence. Positions that the path pairs without a diagonal step are one group, and the logits
+    of a group are the mean of theirs. The candidates of a group are the top_k tokens of each model. A candidate is matched
+    with the token of equal spelling in the other vocabulary. If there is none, it is matched with the nearest in spelling of
+    those candidates of the other model that have none either. t_g and s_g are softmax(logits of matched tokens / tau).
+
+    Gradient: the student's hidden states and head, through the logits of the candidates. Groups and candidates are constants.
 
     Args:
-        pair: vocabularies and heads.
-        ce_weight: alpha; 0.9 in the published options.
+        pair: vocabularies and heads of the two models.
+        ce_weight: alpha. The published options use 0.9.
         kd_weight: 1 - alpha.
-        temperature: tau, of both sides; no tau^2 factor. 0.8 in the published options.
-        top_k: candidates of each side; fewer where a vocabulary has fewer.
-        threshold: edit distance over the sum of both lengths, below which candidates match; 0 for exact matches alone.
+        temperature: tau, divides the logits of both models. There is no tau^2 factor. The published options use 0.8.
+        top_k: number of candidates of each model; at most the size of its vocabulary.
+        threshold: candidates match if their edit distance divided by the sum of their lengths is below this value. 0 allows
+            exact matches only.
 
     Raises:
-        ValueError: an option out of range.
+        ValueError: an option is out of range.
 
     References:
-        Chen et al. 2025; their code is pppa2019/ContexualDynamicMapping, known to us from ports of it. These soften the
-        student only and multiply the teacher's log-probabilities by tau^2, so that the least loss is not where the models
-        agree: here both are softened. They list a pair twice that the candidates of both sides lead to: here once, so that
-        one tokenizer gives the KL over the union of the candidates. What the first row reads belongs to the prompt and
-        counts as equal on both sides. The groups of an example weigh as many tokens as it has; in the ports the mean
-        is over groups and candidates.
+        Chen et al. 2025. Their code, pppa2019/ContexualDynamicMapping, is known to us from ports only. The ports divide only
+        the student's logits by the temperature and multiply the teacher's log-probabilities by tau^2, so that their minimum
+        is not where the models agree; here both logits are divided. The ports list a pair twice if both of its tokens are
+        candidates; here it is listed once, so that one tokenizer gives the KL over the union of the candidates. The token
+        read at the first position belongs to the prompt and counts as equal on both sides. The weights of an example's
+        groups sum to its student tokens; the ports take the mean over groups and candidates.
     """
 
     terms: ClassVar[tuple[str, ...]] = ("ce", "kd")
@@ -72,14 +77,9 @@ class CdmLoss(DistillationLoss):
         threshold: float = 0.3,
     ) -> None:
         super().__init__()
-        infinite = float("inf")
-        check_range(
-            ce_weight=(ce_weight, 0, infinite),
-            kd_weight=(kd_weight, 0, infinite),
-            temperature=(temperature, *TEMPERATURES),
-            top_k=(top_k, 1, infinite),
-            threshold=(threshold, 0, 1),
-        )
+        check_at_least(0, ce_weight=ce_weight, kd_weight=kd_weight)
+        check_at_least(1, top_k=top_k)
+        check_range(temperature=(temperature, *TEMPERATURES), threshold=(threshold, 0, 1))
         self.ce_weight, self.kd_weight = ce_weight, kd_weight
         self.temperature, self.top_k = temperature, top_k
         self.vocabularies = pair.vocabularies
@@ -91,12 +91,12 @@ class CdmLoss(DistillationLoss):
 
 
 class MappedCandidates(Criterion):
-    """Terms `ce` per student row, and `kd` summed over groups.
+    """Compute `ce` at each student token, and `kd` as a sum over groups.
 
     Args:
-        options: of the method.
-        student: the rows.
-        teacher: likewise.
+        options: the loss with its options.
+        student: the student's side.
+        teacher: the teacher's side.
     """
 
     unit = "examples"
@@ -146,7 +146,7 @@ class MappedCandidates(Criterion):
         return {"ce": ce, "kd": kd.detach()}
 
     def _add_slopes(self, gradient: Columns, groups: Groups, ids: Tensor, slopes: Tensor) -> None:
-        """Each row of a group gets its part of what the group's logits get."""
+        """Add the gradient of each group's logits, divided equally among the positions of the group."""
         rows = groups.of_rows()
         shares = self.rates["kd"] * slopes / groups.sizes[:, None]
         gradient.t().scatter_add_(1, ids[rows], shares[rows])
@@ -164,7 +164,7 @@ class MappedCandidates(Criterion):
 
 
 def measured(columns: Columns) -> Softmax:
-    """The sums of each column at temperature 1; the logits stay as they are."""
+    """Compute the softmax sums of each column at temperature 1. The logits are not modified."""
     side = Softmax(peak_of(columns))
     work = scratch(columns, 2)
     for block in blocks(columns):
@@ -177,6 +177,6 @@ def measured(columns: Columns) -> Softmax:
 
 
 def softmax_(columns: Columns, side: Softmax, rate: float) -> None:
-    """The logits give way to rate x softmax."""
+    """Overwrite the logits with rate x softmax."""
     for block in blocks(columns):
         shifted_exp(columns[block], side.peak).mul_(rate / side.total)

@@ -1,13 +1,12 @@
 """Divergences between next-token distributions, per token, in nats.
 
-Every function takes the log-probabilities of a target distribution p (the teacher's, usually detached) and of a
-learned distribution q, both already softened, and returns one value per token. Gradient flows through whatever
-carries it. All are >= 0, and 0 only where p = q unless `skew` is 1.
+Every function takes the log-probabilities of a target distribution p (the teacher's, usually detached) and of a learned
+distribution q, both with the temperature already applied, and returns one value per token. Gradient flows to both unless they
+are detached. All values are at least 0. They are 0 only for p = q, unless `skew` is 1.
 
-A log-probability may be -inf. A token that p and q forbid adds nothing and gets zero gradient. Where only one of them
-forbids a token, the value is the mathematical one: infinite for the forward KL if q forbids what p allows, for the
-reverse KL if p forbids what q allows, and for the adaptive KL in both cases; the skewed divergences and
-Jensen-Shannon are finite.
+A log-probability may be -inf. A token with -inf in both adds nothing and gets zero gradient. For a token with -inf in only one
+of them, the value is the mathematical one. The forward KL is infinite if q is 0 and p is not, the reverse KL if p is 0 and q is
+not, and the adaptive KL in both cases. The skewed divergences and Jensen-Shannon are finite.
 """
 
 import math
@@ -26,14 +25,14 @@ PerToken = Float[Tensor, " tokens"]
 
 
 def reverse_kl(log_p: LogProbs, log_q: LogProbs) -> PerToken:
-    """KL(q || p)."""
+    """Compute the reverse Kullback-Leibler divergence KL(q || p)."""
     return forward_kl(log_q, log_p)
 
 
 def mixture(log_p: LogProbs, log_q: LogProbs, p_share: float) -> LogProbs:
-    """log(p_share * p + (1 - p_share) * q), without leaving log space.
+    """Compute log(p_share * p + (1 - p_share) * q) in log space.
 
-    A token that both forbid gets the lowest finite number: the gradient of logaddexp(-inf, -inf) is NaN.
+    A token with -inf in both gets the lowest finite number, because the gradient of logaddexp(-inf, -inf) is NaN.
     """
     if p_share in (0.0, 1.0):
         return log_p if p_share else log_q
@@ -42,26 +41,28 @@ def mixture(log_p: LogProbs, log_q: LogProbs, p_share: float) -> LogProbs:
 
 
 def skewed_forward_kl(log_p: LogProbs, log_q: LogProbs, skew: float = 0.1) -> PerToken:
-    """KL(p || skew p + (1 - skew) q), at most -log(skew) (DistiLLM)."""
+    """Compute KL(p || skew p + (1 - skew) q), at most -log(skew) (DistiLLM)."""
     return forward_kl(log_p, mixture(log_p, log_q, skew))
 
 
 def skewed_reverse_kl(log_p: LogProbs, log_q: LogProbs, skew: float = 0.1) -> PerToken:
-    """KL(q || (1 - skew) p + skew q), at most -log(skew) (DistiLLM)."""
+    """Compute KL(q || (1 - skew) p + skew q), at most -log(skew) (DistiLLM)."""
     return forward_kl(log_q, mixture(log_p, log_q, 1.0 - skew))
 
 
 def jensen_shannon(log_p: LogProbs, log_q: LogProbs) -> PerToken:
-    """Half of KL(p || m) + KL(q || m) with m = (p + q) / 2; symmetric, at most log 2."""
+    """Compute (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2. It is symmetric and at most log 2."""
     mean = mixture(log_p, log_q, 0.5)
     return (forward_kl(log_p, mean) + forward_kl(log_q, mean)) / 2
 
 
 def adaptive_kl(log_p: LogProbs, log_q: LogProbs, tail: float = 0.5) -> PerToken:
-    """(g_head FKL + g_tail RKL) / (g_head + g_tail), the gaps |p - q| summed over head and tail, constants.
+    """Compute a mean of forward and reverse KL, weighted by where p and q differ (Wu et al. 2024).
 
-    The tail is the set of least probable tokens of p whose cumulative probability does not exceed `tail`.
-    0 where p = q, where the gaps vanish.
+        (g_head KL(p || q) + g_tail KL(q || p)) / (g_head + g_tail)
+
+    The tail is the set of least probable tokens of p whose cumulative probability does not exceed `tail`; the head is the rest.
+    g_head and g_tail are the sums of |p - q| over head and tail, as constants. For p = q both are 0 and so is the value.
     """
     p, q = log_p.detach().exp(), log_q.detach().exp()
     ascending, order = p.sort(-1)
@@ -84,10 +85,10 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 
 
 def divergence(name: str, skew: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """The divergence of that name, with `skew` bound where it has one.
+    """Return the divergence with this name. `skew` applies to the skewed divergences only.
 
     Raises:
-        ValueError: unknown name, in which case the valid ones are listed, or a skew out of range.
+        ValueError: the name is unknown (the message lists the valid ones) or the skew is out of range.
     """
     check_range(skew=(skew, 0, 1))
     if name not in DIVERGENCES:

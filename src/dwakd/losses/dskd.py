@@ -1,4 +1,4 @@
-"""DSKD: knowledge distillation in both models' spaces, across vocabularies or within one (arXiv 2406.17328)."""
+"""DSKD: distil in the student's and in the teacher's space, for any two tokenizers (arXiv 2406.17328)."""
 
 from typing import ClassVar
 
@@ -21,34 +21,39 @@ from dwakd.losses.projectors import Projectors, Widths
 
 
 class DskdLoss(DistillationLoss):
-    """L = (1 - r) CE + r (CE^{t->s} + KD^stu + KD^tea).
+    """Project each model's hidden states into the other's space and distil through the head of that space.
 
-    KD^stu = sum_i [argmax p^{t->s}_i = x_i] D(p^{t->s}_i || p^s_i) and KD^tea = sum_j KL(p^t_j || p^{s->t}_j).
+        L = (1 - r) CE + r (CE^{t->s} + KD^stu + KD^tea)
+        KD^stu = sum_i [argmax p^{t->s}_i = x_i] D(p^{t->s}_i || p^s_i)        in the student's space
+        KD^tea = sum_j KL(p^t_j || p^{s->t}_j)                                 in the teacher's space
 
-    With attention, h^{t->s} and h^{s->t} are what cross-model attention gathers from the other's rows, for any two
-    tokenizers. Without, they are the other's row at the same place, through t2s and s2t alone: for one tokenizer.
+    p^{t->s} is the student's head applied to projected teacher states, and p^{s->t} is the teacher's head applied to
+    projected student states. CE^{t->s} is the cross-entropy of p^{t->s}.
 
-    Gradient: CE^{t->s} trains query and t2s only; the student-space divergence moves the student only; the
-    teacher-space divergence moves the student, s2t and query. Neither head receives gradient except the student's own
-    through its own logits.
+    With attention, cross-model attention aligns the two token sequences, which works for any two tokenizers. Without
+    attention, a state is projected at its own position, which requires models with the same tokenizer.
+
+    Gradient: CE^{t->s} trains only the maps `query` and `t2s`. KD^stu trains only the student. KD^tea trains the student,
+    `s2t` and `query`. The student's head receives gradient only through the student's own logits.
 
     Args:
-        widths: of the two models.
-        attention: off for models of one tokenizer. There is no query then.
-        kd_rate: r; the paper's scripts use 0.5.
-        temperature: softens both sides of both divergences; no tau^2 factor. The paper uses 2.0.
-        student_divergence: D; the teacher space always uses forward KL.
+        widths: widths of the two models.
+        attention: whether to align the tokens by cross-model attention. Set it to false for models with the same
+            tokenizer; the map `query` does not exist then.
+        kd_rate: r, the weight of the three distillation terms. The paper's scripts use 0.5.
+        temperature: divides the logits of both models in both divergences. There is no tau^2 factor. The paper uses 2.0.
+        student_divergence: D in the student's space. The teacher's space always uses the forward KL.
         skew: lambda of the skewed divergences.
-        accuracy_mask: keep student-space KD only where the projected teacher is right; if not given, as in the
-            published code: with attention, and not without. Absent from the equations.
+        accuracy_mask: whether KD^stu includes only tokens that the projected teacher predicts correctly. Default: true with
+            attention and false without, as in the published code. The paper's equations do not mention the mask.
 
     Raises:
-        ValueError: an option out of range or an unknown divergence; in the forward pass without attention, sides of
-            different rows.
+        ValueError: an option is out of range or the divergence is unknown; in the forward pass without attention, the sides
+            have different numbers of tokens.
 
     References:
-        Zhang et al. 2024, equations 8 to 13. Official code: songmzhang/DSKD, whose standard deviations include prompt
-        and padding positions; ours are those of response positions (DWA-KD specification, section 5).
+        Zhang et al. 2024, equations 8 to 13. Official code: songmzhang/DSKD. Its standard deviations in N(.) include prompt
+        and padding positions; ours include response positions only.
     """
 
     terms: ClassVar[tuple[str, ...]] = ("ce", "t2s_ce", "kd_student", "kd_teacher")
@@ -96,7 +101,7 @@ class DskdLoss(DistillationLoss):
         return self._crossed(student, teacher, teacher_scale)[0]
 
     def _crossed(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> tuple[Tensor, Tensor]:
-        """h^{t->s} and h^{s->t}."""
+        """Project the teacher's states into the student's space and the student's states into the teacher's space."""
         if self.attention:
             crossed = cross_model_attention(student, teacher, self.projectors, scale)
             return crossed.t2s_hidden, crossed.s2t_hidden
@@ -106,5 +111,5 @@ class DskdLoss(DistillationLoss):
 
 
 def accuracy_mask(statistics: dict[str, Tensor], lengths: Tensor | None) -> Tensor:
-    """Weight 1 where the projected teacher's most probable token is the target, else 0."""
+    """Weight 1 for tokens where the projected teacher's most probable token is the target, 0 for the others."""
     return statistics["right"].to(statistics["gate"].dtype)

@@ -1,4 +1,4 @@
-"""DSKDv2: distillation in both models' spaces over exactly aligned tokens (arXiv 2504.11426)."""
+"""DSKDv2: DSKD over exactly aligned tokens, with projectors initialised from the heads (arXiv 2504.11426)."""
 
 from typing import ClassVar
 
@@ -14,34 +14,38 @@ from dwakd.losses.pair import ModelPair
 
 
 class DskdV2Loss(DistillationLoss):
-    """L = (1 - r) CE + r (CE^{t->s} + KD^stu + KD^tea), with exact token alignment.
+    """Project the hidden states of exactly aligned tokens into the other model's space and distil there.
 
-    A student token counts in the last three if a token of the teacher covers the same bytes and what the teacher
-    predicts there is a token of the student's. Its label in CE^{t->s} is that prediction, not the text. See
-    `exact_spaces` for the terms and `HeadMaps` for the projectors: t2s starts from a pseudo-inverse that keeps the
-    logits of shared tokens, s2t is one computed from the student's head at each call.
+        L = (1 - r) CE + r (CE^{t->s} + KD^stu + KD^tea)
 
-    Gradient: CE^{t->s} trains t2s only; the student-space divergence moves the student only; the teacher-space
-    divergence moves the student through its hidden states. Neither head receives gradient except the student's own
-    through its own logits.
+    The last three terms include a student token if a teacher token covers the same bytes of the response and the token that
+    the teacher predicts there exists in the student's vocabulary. The label in CE^{t->s} is that prediction instead of the
+    target. `exact_spaces` defines the terms and `HeadMaps` the projectors: t2s is initialised with a pseudo-inverse that
+    preserves the logits of shared tokens and is then trained; s2t is computed from the student's head at each call.
+
+    Gradient: CE^{t->s} trains only t2s. KD^stu trains only the student. KD^tea trains the student through its hidden
+    states. The student's head receives gradient only through the student's own logits.
 
     Args:
-        pair: of the two models.
-        kd_rate: r; the published scripts use 0.5.
-        temperature: softens both sides of both divergences; no tau^2 factor. The published scripts use 2.0.
-        divergence: D in both spaces.
+        pair: vocabularies and heads of the two models.
+        kd_rate: r, the weight of the three distillation terms. The published scripts use 0.5.
+        temperature: divides the logits of both models in both divergences. There is no tau^2 factor. The published scripts
+            use 2.0.
+        divergence: D, the divergence in both spaces.
         skew: lambda of the skewed divergences.
-        agreement_mask: keep student-space KD only where the projected teacher predicts what the teacher predicts.
+        agreement_mask: whether KD^stu includes only tokens where the projected teacher predicts the same token as the
+            teacher itself.
 
     Raises:
-        ValueError: an option out of range, an unknown divergence, or vocabularies that share no token.
+        ValueError: an option is out of range, the divergence is unknown, or the vocabularies share no token.
 
     References:
-        Zhang et al. 2025. Official code: songmzhang/DSKDv2. We differ where it depends on the batch or the tokenizer:
-        its means are those of a micro-batch, ours of an example, weighted by its student tokens, so that neither
-        accumulation nor ranks change them; it compares tokens as strings stripped of space marks, we compare the bytes
-        they cover; a prediction that the student has no token for drops out, there it becomes the unknown token (the
-        end of the text for GPT-2). Its agreement threshold, 1 by default, which nothing exceeds, is left out.
+        Zhang et al. 2025. Official code: songmzhang/DSKDv2. We differ where its result depends on the batch or the
+        tokenizer. It takes means over a micro-batch; we take the mean over each example, weighted by the student tokens of
+        the example, so that gradient accumulation and ranks do not change the loss. It compares tokens as strings without
+        space marks; we compare the bytes that they cover. If the student has no token for the teacher's prediction, we
+        leave the token out; there it becomes the unknown token, which is the end-of-text token in GPT-2. Its agreement
+        threshold is left out, since no token exceeds the default of 1.
     """
 
     terms: ClassVar[tuple[str, ...]] = ("ce", "t2s_ce", "kd_student", "kd_teacher")

@@ -10,7 +10,7 @@ from dwakd.batch import ModelSide
 from dwakd.kernels.soft_dtw import IMPLS
 from dwakd.losses.alignment import sequence_terms
 from dwakd.losses.attention import TeacherScale, band_penalty
-from dwakd.losses.base import TEMPERATURES, DistillationLoss, Terms, check_range
+from dwakd.losses.base import TEMPERATURES, DistillationLoss, Terms, check_at_least, check_choice, check_range
 from dwakd.losses.divergences import divergence as named_divergence
 from dwakd.losses.exact_spaces import ExactSpaces, exact_spaces, projected_partners
 from dwakd.losses.head_maps import HeadMaps
@@ -18,55 +18,56 @@ from dwakd.losses.packing import example_ids, positions
 from dwakd.losses.pair import ModelPair
 from dwakd.losses.sides import require_width
 
-INFINITY = float("inf")
-
 
 class DwaKdV2Loss(DistillationLoss):
-    """L = ce_weight CE + kd_weight (CE^{t->s} + KD^stu + KD^tea) + dtw_weight (nDTW(h^s, P h^t) + nDTW(e^s, P e^t)).
+    """DSKDv2 with the uncertainty weights and the banded Soft-DTW terms of DWA-KD.
 
-    The token-level terms are those of DSKDv2 (`exact_spaces`) with the rows of KD^stu weighted by
-    H(p^s_i) max_v p^{t->s}_i(v) and those of KD^tea by 1 - H(p^t_j) / log V_t; the sequence-level terms are DWA-KD's.
+        L = ce_weight CE + kd_weight (CE^{t->s} + KD^stu + KD^tea) + dtw_weight (nDTW(h^s, P h^t) + nDTW(e^s, P e^t))
 
-    The paper reports a score and says no more than that its additions sit on DSKDv2. What it leaves open is decided so:
+    The token-level terms are those of DSKDv2 (`exact_spaces`). KD^stu is weighted by H(p^s_i) max_v p^{t->s}_i(v) and KD^tea
+    by 1 - H(p^t_j) / log V_t. The Soft-DTW terms are those of DWA-KD.
 
-    - An addition takes nothing away: DSKDv2's agreement mask stays, and multiplies the weights. Rows that count are
-      rescaled together, which makes each term a weighted mean in the place of DSKDv2's plain one. CE^{t->s} stays
-      unweighted.
-    - Attention is gone; the band follows the exact alignment. The centre of an aligned row is
-      alpha j + (1 - alpha) i T / S, that of another i T / S. No row has entropy, so every width is b. A pair counts
-      here whatever the teacher predicts at it.
-    - P of the hidden states is DSKDv2's t2s; that of the embeddings a linear map with bias, as in DWA-KD.
+    The paper reports only a score and that its additions are applied to DSKDv2. We decided the rest as follows:
+
+    - The agreement mask of DSKDv2 stays and multiplies the weights. The weights of the included tokens are rescaled together,
+      so each term is a weighted mean where DSKDv2 has a plain mean. CE^{t->s} is not weighted.
+    - There is no attention, so the band follows the exact alignment. Its centre is alpha j + (1 - alpha) i T / S for a token
+      i aligned with j, and i T / S for the others. Its half-width is b everywhere. A pair is used here whatever the teacher
+      predicts.
+    - P is DSKDv2's t2s for hidden states, and a linear map with bias for embeddings, as in DWA-KD.
 
     Gradient: as in DSKDv2, and through nDTW to the student's hidden states and embeddings, t2s and embedding_t2s.
 
     Args:
-        pair: of the two models.
-        ce_weight: lambda_CE.
-        kd_weight: lambda_W-KD.
-        dtw_weight: lambda_DTW.
-        temperature: softens both sides of both divergences; no tau^2 factor.
-        divergence: D in both spaces.
+        pair: vocabularies and heads of the two models.
+        ce_weight: weight of the cross-entropy.
+        kd_weight: weight of the three terms of DSKDv2.
+        dtw_weight: weight of the two Soft-DTW terms.
+        temperature: divides the logits of both models in both divergences. There is no tau^2 factor.
+        divergence: D, the divergence in both spaces.
         skew: lambda of the skewed divergences.
-        agreement_mask: as in DSKDv2.
-        entropy_weights: the factor H(p^s_i).
-        gate: the factor max_v p^{t->s}_i(v); the code that circulates goes without.
-        teacher_weights: weights of the teacher space.
-        dtw_hidden: the pair of final hidden states.
-        dtw_embedding: the pair of target embeddings.
-        band: whether the cross cost is banded.
-        band_base: b, in tokens.
-        band_blend: alpha.
-        band_penalty: lambda_band.
+        agreement_mask: whether KD^stu includes only tokens where the projected teacher predicts the same token as the
+            teacher itself.
+        entropy_weights: whether the weights of KD^stu include the student's entropy H(p^s_i).
+        gate: whether the weights of KD^stu include the projected teacher's largest probability. The only known code does
+            not include it.
+        teacher_weights: whether KD^tea is weighted.
+        dtw_hidden: whether to align the final hidden states.
+        dtw_embedding: whether to align the target embeddings.
+        band: whether costs outside the band are penalised.
+        band_base: b, half the width of the band, in tokens.
+        band_blend: alpha, how far the centre of the band follows the alignment instead of the diagonal.
+        band_penalty: lambda_band, added to each cost outside the band.
         gamma: temperature of the soft minimum.
         impl: kernel of Soft-DTW.
 
     Raises:
-        ValueError: an option out of range or unknown, or vocabularies that share no token.
+        ValueError: an option is out of range or unknown, or the vocabularies share no token.
 
     References:
-        Vu et al. 2026, table 6 and equations 7 to 25; Zhang et al. 2025 (DSKDv2). The only code known
-        (wind123mountain/mta-dtw) weighs without the gate, and gives rows without a partner a uniform row of ones for an
-        alignment, which puts their centre outside the sequence.
+        Vu et al. 2026, table 6 and equations 7 to 25; Zhang et al. 2025 (DSKDv2). The only known code
+        (wind123mountain/mta-dtw) has no gate. For tokens without alignment it uses a row of ones as the alignment, which
+        puts the centre of the band outside the sequence.
     """
 
     terms: ClassVar[tuple[str, ...]] = ("ce", "t2s_ce", "kd_student", "kd_teacher", "dtw_hidden", "dtw_embedding")
@@ -96,18 +97,11 @@ class DwaKdV2Loss(DistillationLoss):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        check_range(
-            ce_weight=(ce_weight, 0, INFINITY),
-            kd_weight=(kd_weight, 0, INFINITY),
-            dtw_weight=(dtw_weight, 0, INFINITY),
-            temperature=(temperature, *TEMPERATURES),
-            band_base=(band_base, 0, INFINITY),
-            band_blend=(band_blend, 0, 1),
-            band_penalty=(band_penalty, 0, INFINITY),
-            gamma=(gamma, 1e-6, INFINITY),
-        )
-        if impl not in IMPLS:
-            raise ValueError(f"unknown impl {impl!r}; valid ones: {', '.join(IMPLS)}")
+        check_at_least(0, ce_weight=ce_weight, kd_weight=kd_weight, dtw_weight=dtw_weight)
+        check_at_least(0, band_base=band_base, band_penalty=band_penalty)
+        check_at_least(1e-6, gamma=gamma)
+        check_range(temperature=(temperature, *TEMPERATURES), band_blend=(band_blend, 0, 1))
+        check_choice(impl=(impl, IMPLS))
         self.ce_weight, self.kd_weight, self.dtw_weight = ce_weight, kd_weight, dtw_weight
         self.temperature = temperature
         self.divergence = named_divergence(divergence, skew)
@@ -147,7 +141,7 @@ class DwaKdV2Loss(DistillationLoss):
         return projected_partners(student, teacher, self.projectors)
 
     def _alignment(self, student: ModelSide, teacher: ModelSide, spaces: ExactSpaces) -> dict[str, Tensor]:
-        """DWA-KD's equations 17, 18 and 22 to 24: both pairs of sequences in one Soft-DTW call."""
+        """Compute the two Soft-DTW terms (DWA-KD, equations 17, 18 and 22 to 24) in one kernel call."""
         pairs = {}
         if self.dtw_hidden:
             pairs["dtw_hidden"] = (student.hidden, spaces.teacher_hidden)
@@ -157,10 +151,8 @@ class DwaKdV2Loss(DistillationLoss):
             require_width(teacher.target_embeddings, maps.in_features, "teacher.target_embeddings", "embedding_t2s")
             embeddings = teacher.target_embeddings.detach().to(self.embedding_t2s.weight.dtype)
             pairs["dtw_embedding"] = (student.target_embeddings, self.embedding_t2s(embeddings))
-        if not pairs:
-            return {}
         band = None
-        if self.band is not None:
+        if self.band is not None and pairs:
             band = exact_band(spaces.partners, student.lengths, teacher.lengths, **self.band)
         return sequence_terms(pairs, student, teacher, gamma=self.gamma, band=band, impl=self.impl)
 
@@ -174,7 +166,17 @@ def exact_band(
     blend: float,
     penalty: float,
 ) -> Float[Tensor, "batch s_length t_length"]:
-    """`band_penalty` around the exact alignment; rows without a partner follow the diagonal alone. A constant."""
+    """Compute `band_penalty` around the exact alignment; a constant.
+
+    Args:
+        partners: the aligned teacher token of each student token in the packed batch, or -1. The band follows the diagonal at
+            tokens without one.
+        student_lengths: student tokens of each example.
+        teacher_lengths: teacher tokens of each example.
+        base: b, half the width of the band.
+        blend: alpha, how far the centre follows the alignment.
+        penalty: lambda_band, added to each cost outside the band.
+    """
     examples, places = (part(student_lengths, len(partners)) for part in (example_ids, positions))
     starts = teacher_lengths.cumsum(0) - teacher_lengths
     columns = (partners - starts[examples]).clamp_min(0)

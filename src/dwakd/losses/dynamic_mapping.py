@@ -1,4 +1,4 @@
-"""What CDM finds out anew in each step: rows that belong together, candidate tokens, and their counterparts."""
+"""Functions of CDM that run in every step: groups of positions, candidate tokens and their counterparts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ Ids = Int[Tensor, "groups _"]
 
 
 class TokenMap(nn.Module):
-    """Counterparts of tokens: the one that spells the same, else the nearest of the other side's candidates.
+    """Find a token's counterpart in the other vocabulary: the token of equal spelling, else the nearest candidate.
 
     Args:
-        pair: its vocabularies; padding of the heads and tokens that they forbid have no counterpart.
-        threshold: a candidate without a twin is matched with the nearest of those without a twin whose edit distance
-            over the sum of both lengths, without spaces, lies below it.
+        pair: vocabularies and heads of the two models. Padding of a head and tokens that it forbids have no counterpart.
+        threshold: a candidate without an equal token is matched with the nearest candidate without one if their edit
+            distance divided by the sum of their lengths, both without spaces, is below this value.
     """
 
     student_of: Int[Tensor, " t_vocab"]
@@ -58,7 +58,10 @@ class TokenMap(nn.Module):
         self.nearest = CandidateMatcher(unmatched[0], unmatched[1], threshold)
 
     def read_texts(self, sides: Sequence[ModelSide]) -> list[list[str]]:
-        """The token that each row reads, without its spaces; that of an example's first row belongs to the prompt."""
+        """Return the text of the token that is read at each position, without its spaces.
+
+        The token read at an example's first position belongs to the prompt and is replaced by a marker.
+        """
         texts = []
         for side, spelled in zip(sides, self.spelled, strict=True):
             read = [SPECIAL, *(spelled[token] for token in side.target_ids.tolist()[:-1])]
@@ -68,13 +71,15 @@ class TokenMap(nn.Module):
         return texts
 
     def pairs(self, student: Ids, teacher: Ids) -> tuple[list[Ids], Bool[Tensor, "groups pairs"]]:
-        """Tokens of the student and of the teacher that stand for each other, and which of these pairs count.
-
-        First come the teacher's candidates, then those of the student that are not among these pairs yet.
+        """Pair the candidates of both models with their counterparts.
 
         Args:
-            student: the candidates of each group, the most probable first.
-            teacher: likewise.
+            student: the student's candidates of each group, in descending order of probability.
+            teacher: the teacher's candidates of each group, in descending order of probability.
+
+        Returns:
+            Student tokens and teacher tokens of the pairs, first for the teacher's candidates, then for the student's; and a
+            mask of the valid pairs. A candidate without a counterpart and a repeated pair are not valid.
         """
         nearest = self.nearest(student.cpu().numpy(), teacher.cpu().numpy())
         student_for, teacher_for = (
@@ -91,26 +96,26 @@ class TokenMap(nn.Module):
 
 @dataclass(frozen=True)
 class Groups:
-    """Runs of rows of one side.
+    """Groups of consecutive positions of one side.
 
     Args:
-        firsts: the first row of each.
-        sizes: their rows.
+        firsts: the first position of each group.
+        sizes: number of positions of each group.
     """
 
     firsts: Int[Tensor, " groups"]
     sizes: Int[Tensor, " groups"]
 
     def of_rows(self) -> Int[Tensor, " rows"]:
-        """The group of each row."""
+        """Return the group of each position."""
         return torch.arange(len(self.sizes), device=self.sizes.device).repeat_interleave(self.sizes)
 
     def means(self, rows: Float[Tensor, "rows width"]) -> Float[Tensor, "groups width"]:
-        """The mean of each group; differentiable."""
+        """Compute the mean over each group; differentiable."""
         return rows.new_zeros(len(self.sizes), rows.shape[1]).index_add(0, self.of_rows(), rows) / self.sizes[:, None]
 
     def merge(self, columns: Columns) -> Float[Tensor, "vocab merged"]:
-        """Put the mean of each group in the place of its first row; returns what `restore` needs."""
+        """Overwrite the first column of each group with the group's mean. Returns the overwritten columns for `restore`."""
         several = (self.sizes > 1).nonzero().squeeze(1)
         shares = (self.of_rows()[:, None] == several) / self.sizes[several].to(columns.dtype)
         firsts = self.firsts[several]
@@ -125,12 +130,16 @@ class Groups:
 def warp(
     entropies: Sequence[Float[Tensor, " _"]], texts: Sequence[Sequence[str]], lengths: Sequence[Int[Tensor, " batch"]]
 ) -> tuple[list[Groups], Float[Tensor, " groups"]]:
-    """Groups of the student's and of the teacher's rows, and for each its share of its example's student tokens.
+    """Align the positions of both sides by dynamic time warping and cut them into groups.
 
     Args:
-        entropies: of the rows of both sides, in nats.
-        texts: the tokens that they read.
-        lengths: rows per example, at least 1, on the CPU.
+        entropies: entropy at each position of both sides, in nats.
+        texts: text of the token read at each position of both sides.
+        lengths: tokens per example of both sides, at least 1, on the CPU.
+
+    Returns:
+        The groups of the student and of the teacher, and the weight of each group. The weights of an example are equal and
+        sum to its student tokens.
     """
     from dwakd.align.edit_distance import edit_costs, warped_runs
 
@@ -153,9 +162,10 @@ def warp(
 
 
 def warping_weights(entropy: PerRow, lengths: Int[Tensor, " batch"]) -> Int[Tensor, " rows"]:
-    """f = floor(3 sigmoid(4e - 2) + 3), e the entropy from 0, the least of its example, to 1, the largest.
+    """Compute the cost factor f = floor(3 sigmoid(4e - 2) + 3) of each position.
 
-    An entropy that is constant but for rounding has e = 0.
+    e is the entropy, scaled so that the smallest of an example is 0 and the largest is 1. If all entropies of an example are
+    equal up to rounding, e is 0.
     """
     examples = example_ids(lengths, len(entropy))
     low, high = (
@@ -168,9 +178,14 @@ def warping_weights(entropy: PerRow, lengths: Int[Tensor, " batch"]) -> Int[Tens
 
 
 def top_tokens(columns: Columns, rows: Int[Tensor, " groups"], count: int) -> Ids:
-    """The tokens of the largest logits of some columns, the largest first.
+    """Find the tokens with the largest logits in some columns, in descending order.
 
-    They lie in the blocks with the largest maxima, so that only those are sorted.
+    They lie in the blocks with the largest maxima, so only these blocks are searched.
+
+    Args:
+        columns: logits (vocab, tokens).
+        rows: the columns to search.
+        count: number of tokens.
     """
     whole = len(columns) // BLOCK
     if count >= whole:

@@ -1,4 +1,4 @@
-"""Distillation in both models' spaces over exactly aligned tokens: what DSKDv2 and DWA-KDv2 share."""
+"""Token-level terms over exactly aligned tokens, shared by DSKDv2 and DWA-KDv2."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ from dwakd.losses.weights import certainty, rescale
 
 @dataclass(frozen=True)
 class ExactSpaces:
-    """Sums over the batch, and what an alignment of sequences may reuse.
+    """Result of `exact_spaces`: terms summed over the batch, and tensors that the Soft-DTW terms reuse.
 
     Args:
         total: weighted sum of `ce`, `t2s_ce` and `kd_student`, with gradient.
-        terms: those three without their weight, detached, and `kd_teacher`, with gradient.
-        teacher_hidden: every teacher row in the student's space. Gradient: t2s.
-        partners: the teacher's row of each student row whose tokens cover the same bytes, or -1.
+        terms: these three without their weights, detached, and `kd_teacher`, with gradient.
+        teacher_hidden: all teacher states projected into the student's space. Gradient: t2s.
+        partners: for each student token, the teacher token in the packed batch that covers the same bytes, or -1.
     """
 
     total: Float[Tensor, ""]
@@ -47,35 +47,35 @@ def exact_spaces(
     gate: bool = False,
     teacher_weights: bool = False,
 ) -> ExactSpaces:
-    """The token-level terms of DSKDv2, each a mean over the tokens it is taken of.
+    """Compute the cross-entropy and the three distillation terms of DSKDv2.
 
-    A student row i counts if it has a partner j, and the teacher's prediction argmax p^t_j is a token of the student's.
-    With t2s h^t_j for p^{t->s}_i and s2t h^s_i for p^{s->t}_j:
+    A student token i is included if a teacher token j covers the same bytes and the teacher's prediction argmax p^t_j exists in
+    the student's vocabulary. p^{t->s}_i comes from t2s h^t_j and p^{s->t}_j from s2t h^s_i:
 
         t2s_ce     = mean of -log p^{t->s}_i(argmax p^t_j)            trains t2s
         kd_student = mean of D(p^{t->s}_i || p^s_i)                   trains the student; p^{t->s} is a constant
         kd_teacher = mean of D(p^t_j || p^{s->t}_j)                   trains the student through h^s
 
-    A mean is one over each example, which then counts by its number of student tokens. An example without a token to
-    take it of adds 0.
+    Each mean is over the included tokens of an example, which is then weighted by its number of student tokens. An example
+    without included tokens adds 0.
 
     Args:
-        student: rows with gradient.
-        teacher: rows without.
+        student: the student's side, with gradient.
+        teacher: the teacher's side, without gradient.
         maps: t2s and s2t.
         divergence: D of log-probabilities (target, learned), in both spaces.
-        temperature: softens both sides of both divergences.
-        ce_weight: of `ce`.
-        kd_weight: of `t2s_ce` and `kd_student`.
-        agreement_mask: `kd_student` counts rows only where argmax p^{t->s}_i is the teacher's prediction.
-        entropy_weights: weigh rows of `kd_student` by H(p^s_i) ...
-        gate: ... and by max_v p^{t->s}_i(v).
-        teacher_weights: weigh rows of `kd_teacher` by 1 - H(p^t_j) / log V_t.
+        temperature: divides the logits of both models in both divergences.
+        ce_weight: weight of `ce` in the total.
+        kd_weight: weight of `t2s_ce` and `kd_student` in the total.
+        agreement_mask: whether `kd_student` includes only tokens where argmax p^{t->s}_i is the teacher's prediction.
+        entropy_weights: whether tokens in `kd_student` are weighted by H(p^s_i).
+        gate: whether tokens in `kd_student` are weighted by max_v p^{t->s}_i(v).
+        teacher_weights: whether tokens in `kd_teacher` are weighted by 1 - H(p^t_j) / log V_t.
     """
     maps.require_fit(student, teacher)
     lengths = student.lengths
     partners = exact_rows(student.byte_ends, lengths, teacher.byte_ends, teacher.lengths)
-    # No row without a partner goes through the teacher's head, the dearer one; it costs a wait for the device.
+    # Only aligned tokens go through the teacher's large head. Selecting them waits for the device.
     aligned = (partners >= 0).nonzero().squeeze(1)
 
     head = teacher.head.detached()
@@ -88,7 +88,7 @@ def exact_spaces(
         WithPrediction(teacher_space(temperature, divergence), side=1),
         by_row=True,
     )
-    found = in_teacher.statistics  # none, where no row has a partner
+    found = in_teacher.statistics  # empty if no token is aligned
     labels = torch.full_like(partners, -1)
     labels[aligned] = maps.student_tokens[found.get("prediction", partners[aligned])]
     counted, sure = labels >= 0, None
@@ -114,7 +114,7 @@ def exact_spaces(
             divergence=divergence,
             weigh=weigh,
             whole_examples=True,
-            projected_targets=labels.where(counted, student.target_ids),  # of weight 0, but never forbidden
+            projected_targets=labels.where(counted, student.target_ids),  # weight 0, but never a forbidden token
             projected_weights=_mean_weights(counted, lengths, in_teacher.loss.dtype),
             trust=teacher.trust,
         ),
@@ -123,7 +123,7 @@ def exact_spaces(
 
 
 def projected_partners(student: ModelSide, teacher: ModelSide, maps: HeadMaps) -> Float[Tensor, "s_tokens s_hidden"]:
-    """t2s h^t_j at the rows that have a partner j; zero, which predicts what the head's bias does, at the others."""
+    """Project the aligned teacher state for each student token; zero for tokens without alignment."""
     maps.require_fit(student, teacher)
     partners = exact_rows(student.byte_ends, student.lengths, teacher.byte_ends, teacher.lengths)
     rows = teacher.hidden.detach()[partners.clamp_min(0)].to(maps.t2s.weight.dtype)
@@ -133,7 +133,7 @@ def projected_partners(student: ModelSide, teacher: ModelSide, maps: HeadMaps) -
 def _mean_weights(
     kept: Bool[Tensor, " tokens"], lengths: Int[Tensor, " batch"], dtype: torch.dtype, *factors: Tensor | None
 ) -> Float[Tensor, " tokens"]:
-    """Weights of the kept rows that sum to the tokens of each example; equal but for the factors."""
+    """Weights proportional to the product of the factors, 0 for tokens not kept, that sum to each example's tokens."""
     weights = kept.to(dtype)
     for factor in factors:
         weights = weights if factor is None else weights * factor

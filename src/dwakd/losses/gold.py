@@ -1,4 +1,4 @@
-"""GOLD: byte groups merged to one distribution each, compared on shared tokens by JSD and elsewhere by rank (TRL)."""
+"""GOLD: merge the tokens of equal text, compare shared tokens by JSD and all others by rank (TRL)."""
 
 from typing import ClassVar
 
@@ -14,6 +14,8 @@ from dwakd.losses.base import (
     TEMPERATURES,
     DistillationLoss,
     Terms,
+    check_at_least,
+    check_choice,
     check_range,
     constant_rows,
     head_rows,
@@ -25,35 +27,40 @@ MERGES = ("bayesian", "observed")
 
 
 class GoldLoss(DistillationLoss):
-    """L = ce_weight CE + kd_weight sum_g (w_m JSD(t_g, s_g) + w_u |sort t_g - sort s_g|_1).
+    """Merge the tokens that cover the same text on both sides, and compare the merged distributions.
 
-    A group g is the smallest pair of spans that end at the same byte. Its distribution, of either model, is that of one
-    of its tokens times the probabilities of the others as realised, which does not sum to 1. JSD is over the tokens
-    that both vocabularies spell alike, the sorted difference over all others. The groups of an example weigh alike, and
-    together as many tokens as it has.
+        L = ce_weight CE + kd_weight sum_g (w_m JSD(t_g, s_g) + w_u |sort t_g - sort s_g|_1)
 
-    Gradient: the student's rows and head, through its distribution and the realised probabilities.
+    A group g is the smallest pair of token spans that start and end at the same bytes. The merged distribution of a model is
+    the distribution of one token of the group times the probabilities of the other tokens in the text; it does not sum to 1.
+    The Jensen-Shannon divergence JSD is over the tokens with equal bytes in both vocabularies, the difference of the sorted
+    probabilities over all others. Each group of an example has the same weight, and the weights of an example sum to its
+    number of student tokens.
+
+    Gradient: the student's hidden states and head, through the distribution and the probabilities of the other tokens.
 
     Args:
-        pair: vocabularies and heads.
-        beta: the teacher's share of the mixture m: beta KL(t || m) + (1 - beta) KL(s || m); at 0 it is
-            KL(t || s), at 1 KL(s || t).
-        merge: "bayesian" takes the distribution of a group's last token and the probabilities of those before it;
-            "observed" that of the first and those after it, TRL's default.
-        matched_weight: w_m; by default the share of the teacher's head that is matched, without the tokens that the
-            head forbids.
-        unmatched_weight: w_u; by default the rest. Both weights are given, or none.
-        temperature: divides the logits of both sides, before merging; 1 in TRL, where alone the chain rule holds.
-        ce_weight: 0 in TRL.
-        kd_weight: of the rest.
+        pair: vocabularies and heads of the two models.
+        beta: weight of the teacher in the mixture m of JSD = beta KL(t || m) + (1 - beta) KL(s || m). At 0 the divergence is
+            KL(t || s), at 1 it is KL(s || t).
+        merge: "bayesian" takes the distribution of a group's last token and the probabilities of the tokens before it.
+            "observed", TRL's default, takes the distribution of the first token and the probabilities of those after it.
+        matched_weight: w_m. Default: the fraction of the teacher's vocabulary that is matched. Tokens that the head forbids
+            are not included.
+        unmatched_weight: w_u. Default: 1 - w_m. Set both weights or none.
+        temperature: divides the logits of both models before merging. TRL uses 1, the only value at which the product of
+            probabilities is the probability of the group.
+        ce_weight: weight of the cross-entropy. TRL uses 0.
+        kd_weight: weight of the two other terms.
 
     Raises:
-        ValueError: an option out of range or unknown, or only one of the two weights.
+        ValueError: an option is out of range or unknown, or only one of w_m and w_u is set.
 
     References:
-        TRL, experimental GOLD (hybrid ULD loss), on a data set's answers. Here tokens match by their bytes, whatever
-        the kind of tokenizer, end tokens included; "observed" takes the row that predicts the first token, not the next
-        one; nothing is clamped.
+        TRL, experimental GOLD (hybrid ULD loss), for the answers of a data set. Unlike TRL, tokens match by their bytes in
+        any tokenizer, and the end tokens match. "observed" takes the position that predicts the first token of the group,
+        where TRL takes the next one. Probabilities are not clamped. If one side has no unmatched token, `uld` is the sum of
+        the other side's unmatched probabilities.
     """
 
     terms: ClassVar[tuple[str, ...]] = ("ce", "jsd", "uld")
@@ -76,19 +83,13 @@ class GoldLoss(DistillationLoss):
         kd_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        infinite = float("inf")
-        check_range(
-            beta=(beta, 0, 1),
-            temperature=(temperature, *TEMPERATURES),
-            ce_weight=(ce_weight, 0, infinite),
-            kd_weight=(kd_weight, 0, infinite),
-            matched_weight=(0 if matched_weight is None else matched_weight, 0, infinite),
-            unmatched_weight=(0 if unmatched_weight is None else unmatched_weight, 0, infinite),
-        )
-        if merge not in MERGES:
-            raise ValueError(f"unknown merge {merge!r}; valid ones: {', '.join(MERGES)}")
+        check_range(beta=(beta, 0, 1), temperature=(temperature, *TEMPERATURES))
+        check_at_least(0, ce_weight=ce_weight, kd_weight=kd_weight)
+        check_at_least(0, matched_weight=0 if matched_weight is None else matched_weight)
+        check_at_least(0, unmatched_weight=0 if unmatched_weight is None else unmatched_weight)
+        check_choice(merge=(merge, MERGES))
         if (matched_weight is None) != (unmatched_weight is None):
-            raise ValueError("matched_weight and unmatched_weight are given together or not at all")
+            raise ValueError("matched_weight and unmatched_weight must be set together or not at all")
         self.beta, self.merge, self.temperature = beta, merge, temperature
         self.ce_weight, self.kd_weight = ce_weight, kd_weight
         self.vocabularies = pair.vocabularies

@@ -1,4 +1,4 @@
-"""Maps between two models' hidden states that keep the logits of the tokens they share (DSKDv2, arXiv 2504.11426)."""
+"""Maps between two models' hidden states that preserve the logits of shared tokens (DSKDv2, arXiv 2504.11426)."""
 
 import torch
 from jaxtyping import Float, Int
@@ -10,23 +10,22 @@ from dwakd.losses.sides import require_vocabularies, require_width
 from dwakd.models.head import OutputHead
 
 RTOL = 1e-12
-"""Eigenvalues of a Gram matrix below this share of the largest are 0: singular values of the head below 1e-6."""
+"""Eigenvalues of a Gram matrix below RTOL x the largest count as 0, as do singular values of a head below 1e-6 x."""
 _BLOCK = 8192
 
 
 class HeadMaps(nn.Module):
-    """t2s, trained from its pseudo-inverse start, and s2t, which follows the student's head and is not trained.
+    """Projectors of DSKDv2: t2s is trained from a pseudo-inverse, s2t is recomputed from the student's head.
 
-    With the rows S and T of the heads that stand for shared tokens, in the least-squares sense for every h:
+    Let S and T be the rows of the two heads for the shared tokens. In the least-squares sense, for every state h:
 
-        t2s: S (t2s h) = T h at the start        s2t: T (s2t h) = S h with S as it is at each call, a constant
+        t2s: S (t2s h) = T h at initialisation        s2t: T (s2t h) = S h with the current S, as a constant
 
-    so that a state carried over predicts the shared tokens as it did at home. Biases and scales of the heads are part
-    of the logits that are kept; t2s has a bias only if a head has one. Soft caps are left out: what is kept is the
-    logits before them.
+    so that a projected state gives the shared tokens the same logits as in its own model. The logits include the biases and
+    scales of the heads, but not soft caps. t2s has a bias only if one of the heads has one.
 
     Args:
-        pair: vocabularies and heads; two tokens are shared if they stand for the same bytes, and the end tokens are.
+        pair: vocabularies and heads of the two models. Tokens with the same bytes are shared, and so are the end tokens.
 
     Raises:
         ValueError: the vocabularies share no token.
@@ -61,12 +60,12 @@ class HeadMaps(nn.Module):
                 "teacher_bias": t_bias,
             }
         self.vocabularies = pair.vocabularies
-        self._frozen: tuple[Tensor, int, Tensor, Tensor] | None = None  # s2t of a head that does not train (LoRA)
+        self._frozen: tuple[Tensor, int, Tensor, Tensor] | None = None  # s2t of a head that is not trained (LoRA)
         for name, tensor in rebuilt.items():
             self.register_buffer(name, tensor, persistent=False)
 
     def require_fit(self, student: ModelSide, teacher: ModelSide) -> None:
-        """Raise ValueError unless the sides are as wide as the maps, and their heads as large."""
+        """Raise ValueError unless the widths of the states and the sizes of the heads fit the maps."""
         require_width(student.hidden, self.t2s.out_features, "student.hidden", "the maps between the heads")
         require_width(teacher.hidden, self.t2s.in_features, "teacher.hidden", "the maps between the heads")
         require_vocabularies((student, teacher), self.vocabularies)
@@ -74,7 +73,7 @@ class HeadMaps(nn.Module):
     def s2t(
         self, hidden: Float[Tensor, "tokens s_hidden"], student: OutputHead, teacher: OutputHead
     ) -> Float[Tensor, "tokens t_hidden"]:
-        """Student states in the teacher's space; gradient flows to `hidden` only."""
+        """Project student states into the teacher's space. Gradient flows to `hidden` only."""
         version = student.weight._version
         if self._frozen is None or self._frozen[0] is not student.weight or self._frozen[1] != version:
             rows, bias = _shared_rows(student.detached(), self.student_ids, self.teacher_inverse.dtype)
@@ -84,17 +83,16 @@ class HeadMaps(nn.Module):
             self._frozen = (student.weight, version, weight, offset)
         _, _, weight, offset = self._frozen
         if student.weight.requires_grad or (student.bias is not None and student.bias.requires_grad):
-            self._frozen = None  # trained: optimisers may change it without a new version
+            self._frozen = None  # the head is trained: an optimiser may change it without a new version
         return nn.functional.linear(hidden.to(weight.dtype), weight, offset)
 
 
 def student_tokens(pair: ModelPair) -> Int[Tensor, " t_vocab"]:
-    """The student's token for each row of the teacher's head: the same bytes, or the end for the end; else -1.
+    """Find the student token with the same bytes for each entry of the teacher's head, or -1.
 
-    With one vocabulary on both sides every token is its own.
-
-    Of several tokens with the same bytes the last is taken: the byte pieces of SentencePiece come first, and a
-    tokenizer uses them only for want of another.
+    The end tokens match each other. If both vocabularies are equal, every token matches itself. If several student tokens have
+    the same bytes, the last one is taken: the byte pieces of SentencePiece come first, and a tokenizer uses them only if there
+    is no other token.
     """
     vocab = pair.student_head.vocab_size
     width = pair.teacher_head.vocab_size
@@ -113,18 +111,18 @@ def student_tokens(pair: ModelPair) -> Int[Tensor, " t_vocab"]:
 
 
 def shared_teacher_ids(pair: ModelPair, table: Int[Tensor, " t_vocab"]) -> Int[Tensor, " shared"]:
-    """For each shared token of the student one of the teacher's, the last."""
+    """Return one teacher token for each shared student token: the last one if there are several."""
     forbidden = pair.teacher_head.forbidden.tolist()
     owners = {index: owner for owner, index in enumerate(table.tolist()) if index >= 0 and not forbidden[owner]}
     if not owners:
-        raise ValueError("the two vocabularies share no token, which the method starts from; choose another method")
+        raise ValueError("the two vocabularies share no token to initialise the projectors from; use another method")
     return torch.tensor(sorted(owners.values()), device=table.device)
 
 
 def pseudo_inverse(rows: Float[Tensor, "shared hidden"]) -> Float[Tensor, "shared hidden"]:
-    """The transposed Moore-Penrose inverse X of a tall matrix: X.T @ rows is the identity at full column rank.
+    """Compute the transposed Moore-Penrose inverse X of a tall matrix: X.T @ rows is the identity at full column rank.
 
-    By way of the Gram matrix in float64, which costs a fraction of a singular value decomposition.
+    It uses the Gram matrix in float64, which is much cheaper than a singular value decomposition.
     """
     gram = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
     for block in torch.split(rows, _BLOCK):
@@ -134,7 +132,7 @@ def pseudo_inverse(rows: Float[Tensor, "shared hidden"]) -> Float[Tensor, "share
 
 
 def _shared_rows(head: OutputHead, ids: Int[Tensor, " shared"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weight and bias of these tokens; zeros for a bias that the head hasn't."""
+    """Return weight and bias of some tokens. The bias is zero if the head has none."""
     own = ids.to(head.weight.device)
     rows = head.weight[own].to(ids.device, dtype)
     return rows, rows.new_zeros(len(ids)) if head.bias is None else head.bias[own].to(rows)

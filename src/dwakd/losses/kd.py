@@ -1,4 +1,4 @@
-"""Knowledge distillation between models of one vocabulary: a divergence of next-token distributions, token by token."""
+"""KD: knowledge distillation between models with the same tokenizer, by a divergence at each token."""
 
 from collections.abc import Callable, Sequence
 from typing import ClassVar
@@ -24,23 +24,27 @@ from dwakd.losses.divergences import divergence as divergence_named
 
 
 class KdLoss(DistillationLoss):
-    """L = (1 - r) CE + r sum_i D(p^t_i || p^s_i).
+    """Train the student to predict the teacher's distribution at each token, for models with the same tokenizer.
 
-    D compares the tokens that both heads have: one may be padded with more unused rows than the other. CE is over all
-    of the student's. Gradient: the student's hidden states and head, through both terms.
+        L = (1 - r) CE + r sum_i D(p^t_i || p^s_i)
+
+    The divergence D is over the vocabulary entries that both heads have, because one head may be padded with more unused
+    entries than the other. The cross-entropy CE is over all entries of the student's head.
+
+    Gradient: the student's hidden states and head, through both terms.
 
     Args:
-        kd_rate: r.
-        temperature: softens both sides of D; no tau^2 factor.
+        kd_rate: r, the weight of the divergence.
+        temperature: divides the logits of both models in D. There is no tau^2 factor.
         divergence: D, one of `dwakd.losses.divergences`.
         skew: lambda of the skewed divergences.
 
     Raises:
-        ValueError: an option out of range or an unknown divergence.
+        ValueError: an option is out of range or the divergence is unknown.
 
     References:
-        Hinton et al. 2015; divergences of Gu et al. 2024, Ko et al. 2024 (DistiLLM) and Wu et al. 2024 (adaptive KL).
-        Defaults are those of songmzhang/DSKD. DistiLLM itself uses temperature 1.
+        Hinton et al. 2015. Divergences: Gu et al. 2024, Ko et al. 2024 (DistiLLM) and Wu et al. 2024 (adaptive KL).
+        The defaults are those of songmzhang/DSKD. DistiLLM itself uses temperature 1.
     """
 
     terms: ClassVar[tuple[str, ...]] = ("ce", "kd")
@@ -69,13 +73,13 @@ class KdLoss(DistillationLoss):
 
 
 class SameVocabulary(Criterion):
-    """Terms `ce` and `kd` = D(p^t || p^s), of the student's rows and the teacher's.
+    """Compute the terms `ce` and `kd` = D(p^t || p^s) of each token from both models' logits.
 
     Args:
-        targets: one token per row.
-        temperature: softens both sides of D.
-        rates: each term's factor in the loss.
-        divergence: D of log-probabilities (target, learned), per row.
+        targets: the target token at each position.
+        temperature: divides the logits of both models in D.
+        rates: weight of each term in the loss.
+        divergence: D, a function of two tensors of log-probabilities (target, learned), with one value per token.
     """
 
     def __init__(
@@ -100,7 +104,10 @@ class SameVocabulary(Criterion):
 
 
 class ForwardKlPair(SameVocabulary):
-    """`SameVocabulary` with D = KL(p^t || p^s) by hand, for a student's head that is not the wider one."""
+    """`SameVocabulary` for the forward KL, with a hand-written gradient.
+
+    The student's head must not be wider than the teacher's.
+    """
 
     def observe(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
         own = logits[0].t()

@@ -1,4 +1,4 @@
-"""Groups of tokens merged to one distribution each, and two of them compared across vocabularies (GOLD)."""
+"""Merged distributions of token groups, and their comparison across vocabularies (GOLD)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ PerGroup = Float[Tensor, " groups"]
 
 @dataclass(frozen=True)
 class Columns:
-    """A head's columns.
+    """Token ids of one vocabulary, split into matched and unmatched ones.
 
     Args:
-        matched: those with a counterpart, in the order of the other side's.
-        rest: those without.
+        matched: tokens with a counterpart in the other vocabulary, in the same order on both sides.
+        rest: tokens without a counterpart.
     """
 
     matched: Int[Tensor, " overlap"]
@@ -32,13 +32,13 @@ class Columns:
 
 @dataclass(frozen=True)
 class Anchors:
-    """Where the groups of one side lie.
+    """Groups of one side, and the anchor of each: the position whose distribution is used.
 
     Args:
-        targets: one token per row.
-        groups: of each row.
-        rows: of each group, the row whose distribution is taken.
-        bounds: the first group of each example, and their number.
+        targets: the target token at each position.
+        groups: the group of each position.
+        rows: the anchor of each group.
+        bounds: the first group of each example, followed by the number of groups.
     """
 
     targets: Int[Tensor, " tokens"]
@@ -50,19 +50,19 @@ class Anchors:
     def of(
         cls, side: ModelSide, groups: Int[Tensor, " tokens"], is_last: Bool[Tensor, " tokens"], *, last: bool
     ) -> "Anchors":
-        """The last row of each group, or the first."""
+        """Take the last token of each group as its anchor, or the first."""
         anchors = is_last if last else torch.cat([is_last.new_ones(1), is_last[:-1]])
         bounds = [0, *(groups[side.lengths.cumsum(0) - 1] + 1).tolist()]
         return cls(side.target_ids, groups, anchors.nonzero().squeeze(1), bounds)
 
     def within(self, chunk: Chunk, side: int) -> "Anchors":
-        """Those of a chunk of whole examples, counted from its first row and group."""
+        """Select a chunk of whole examples. Positions and groups are counted from the first of the chunk."""
         assert chunk.examples is not None
         rows, groups = chunk.rows[side], slice(self.bounds[chunk.examples.start], self.bounds[chunk.examples.stop])
         return Anchors(self.targets[rows], self.groups[rows] - groups.start, self.rows[groups] - rows.start, [])
 
     def merged(self, logits: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "groups vocab"]:
-        """Log of each group's distribution: that of its anchor, plus what is realised on its other rows."""
+        """Log of each group's distribution: that of its anchor plus the log-probabilities of its other target tokens."""
         normaliser = logits.logsumexp(-1)
         realised = logits.gather(1, self.targets[:, None]).squeeze(1) - normaliser
         others = sum_by_group(realised, self.groups, len(self.rows)) - realised[self.rows]
@@ -70,16 +70,16 @@ class Anchors:
 
 
 class MergedGroups(Criterion):
-    """Terms `ce` per student row; `jsd` and `uld` summed over the groups with their weights.
+    """Compute `ce` at each student token, and `jsd` and `uld` as weighted sums over the groups.
 
     Args:
-        student: the groups of the student's rows.
-        teacher: likewise; as many groups.
-        student_columns: of its head.
-        teacher_columns: likewise.
-        weights: of the groups.
-        rates: of the terms.
-        beta: see `generalised_jsd`; the teacher is p.
+        student: groups of the student's tokens.
+        teacher: the same groups of the teacher's tokens.
+        student_columns: matched and unmatched tokens of the student's vocabulary.
+        teacher_columns: matched and unmatched tokens of the teacher's vocabulary.
+        weights: weight of each group.
+        rates: weight of each term in the loss.
+        beta: see `generalised_jsd`, where p is the teacher's distribution.
         temperature: divides the logits of both sides in `jsd` and `uld`.
     """
 
@@ -153,13 +153,13 @@ class MergedGroups(Criterion):
 
 @dataclass(frozen=True)
 class Softmaxed:
-    """Logits in columns that gave way to exp(logit - peak).
+    """Logits (vocab, tokens) of one side, overwritten with exp(logit - peak), and their sums.
 
     Args:
-        columns: those.
-        total: their sum per row.
-        realised: log-probability of each target.
-        factors: of each group, what makes its anchor's column the merged distribution.
+        columns: exp(logit - peak).
+        total: its sum over the vocabulary at each position.
+        realised: log-probability of each target token.
+        factors: for each group, the factor that turns its anchor's column into the merged distribution.
     """
 
     columns: Float[Tensor, "vocab tokens"]
@@ -180,13 +180,13 @@ class Softmaxed:
 
 @dataclass(frozen=True)
 class MergedPair:
-    """Each student row's merged distribution beside the teacher's of the same group; only anchors' rows count.
+    """The merged distributions of student and teacher at each student token. Only values at anchors are used.
 
     Args:
-        own: the student's.
-        theirs: the teacher's.
-        anchors: the teacher's row for each student row.
-        groups: of each student row.
+        own: the student's side.
+        theirs: the teacher's side.
+        anchors: the teacher's anchor of the same group, for each student token.
+        groups: the group of each student token.
     """
 
     own: Softmaxed
@@ -195,13 +195,13 @@ class MergedPair:
     groups: Int[Tensor, " s_tokens"]
 
     def probs(self, own_ids: Tensor, their_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The student's and the teacher's probabilities of some tokens, in columns."""
+        """Merged probabilities (vocab, tokens) of some token ids, of the student and of the teacher."""
         q = self.own.columns.index_select(0, own_ids).mul_(self.own.factors[self.groups])
         p = self.theirs.columns.index_select(0, their_ids).index_select(1, self.anchors)
         return q, p.mul_(self.theirs.factors[self.groups])
 
     def jsd(self, own_ids: Tensor, their_ids: Tensor, beta: float, slopes: Tensor) -> Float[Tensor, " s_tokens"]:
-        """`generalised_jsd` of each row; its derivative by log q goes into the rows `own_ids` of the slopes."""
+        """`generalised_jsd` at each student token. Writes its derivative by log q into the rows `own_ids` of `slopes`."""
         value = torch.zeros_like(self.own.total)
         tiny = torch.finfo(slopes.dtype).tiny
         for block in blocks(slopes):
@@ -214,7 +214,7 @@ class MergedPair:
         return value
 
     def uld(self, own_ids: Tensor, their_ids: Tensor, slopes: Tensor) -> Float[Tensor, " s_tokens"]:
-        """`sorted_difference` of each row; its derivative by log q goes into the rows `own_ids` of the slopes."""
+        """`sorted_difference` at each student token. Writes its derivative by log q into the rows `own_ids` of `slopes`."""
         q, p = (probs.t().contiguous() for probs in self.probs(own_ids, their_ids))
         value, slope = sorted_distance(q, p)
         slopes.index_copy_(0, own_ids, slope.mul_(q).t())
@@ -224,9 +224,12 @@ class MergedPair:
 def generalised_jsd(
     log_p: Float[Tensor, "groups vocab"], log_q: Float[Tensor, "groups vocab"], beta: float
 ) -> Float[Tensor, " groups"]:
-    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; KL(p || q) at 0 and KL(q || p) at 1.
+    """Compute the generalised Jensen-Shannon divergence of each group.
 
-    Of distributions that need not sum to 1: at least 0 for 0 < beta < 1 all the same, as it charges for unequal mass.
+        beta KL(p || m) + (1 - beta) KL(q || m),    m = beta p + (1 - beta) q
+
+    It is KL(p || q) for beta 0 and KL(q || p) for beta 1. p and q need not sum to 1. For 0 < beta < 1 the value is still at
+    least 0 and grows with the difference of the two sums.
     """
     if beta in (0.0, 1.0):
         return forward_kl(log_q, log_p) if beta else forward_kl(log_p, log_q)
@@ -237,7 +240,7 @@ def generalised_jsd(
 def sorted_difference(
     p: Float[Tensor, "groups p_vocab"], q: Float[Tensor, "groups q_vocab"]
 ) -> Float[Tensor, " groups"]:
-    """Sum of |p - q|, both in falling order, the shorter continued by zeros."""
+    """Sum of |p - q| with both sorted in descending order; the shorter one is padded with zeros."""
     shared = min(p.shape[1], q.shape[1])
     tops = [side.topk(shared).values for side in (p, q)]
     beyond = [side.sum(-1) - top.sum(-1) for side, top in zip((p, q), tops, strict=True) if side.shape[1] > shared]

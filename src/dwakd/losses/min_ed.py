@@ -1,4 +1,4 @@
-"""MinED: the teacher's distribution, carried over token by token to the nearest spelling (arXiv 2401.10491)."""
+"""MinED: map the teacher's distribution to the student's tokens of least edit distance (arXiv 2401.10491)."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -22,7 +22,7 @@ from dwakd.kernels.head_loss.statistics import (
     subtract_at,
 )
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import TEMPERATURES, DistillationLoss, Terms, check_range, head_rows
+from dwakd.losses.base import TEMPERATURES, DistillationLoss, Terms, check_choice, check_range, head_rows
 from dwakd.losses.packing import example_ids
 from dwakd.losses.pair import ModelPair
 
@@ -31,32 +31,35 @@ DROPPED = -1
 
 
 class MinEdLoss(DistillationLoss):
-    """L = (1 - r) CE + r KD, KD = sum_i KL(m_i || p^s_i) at temperature tau.
+    """Align tokens by edit distance and train the student on the teacher's distribution, mapped to its vocabulary.
 
-    m_i is the teacher's distribution of the aligned row, each token's probability given to the student's token of least
-    edit distance; where no row is aligned, all of it is on the target, and KD is a second cross-entropy. Rows
-    are aligned by dynamic time warping over the spelling of the tokens *read*, once for the data set: a row counts
-    where exactly one of the teacher's falls on it and the two tokens map onto each other.
+        L = (1 - r) CE + r sum_i KL(m_i || p^s_i),    both at temperature tau
 
-    Gradient: the student's rows and head.
+    m_i is the teacher's distribution at the position aligned with i. The probability of each teacher token goes to the
+    student's token of least edit distance. At positions without alignment, m_i is 1 at the target, so that the second term
+    is a second cross-entropy. Positions are aligned once for a data set, by dynamic time warping over the spelling of the
+    tokens that the models read. Position i is aligned if the warping path pairs it with exactly one teacher position and the
+    teacher's token there maps to the student's token.
+
+    Gradient: the student's hidden states and head.
 
     Args:
-        pair: vocabularies and heads. The teacher's columns without a counterpart (special tokens, padding of the head,
-            tokens that a head forbids) take no part in m.
-        kd_rate: r; the published port uses 0.5.
-        temperature: softens both sides; no tau^2 factor. The port uses 2.0.
-        vocabulary_map: of several teacher tokens that fall on one token of the student, "sum" adds up the
-            probabilities; "first" keeps the one with the lowest id, as the port does, and drops the others.
-        same_prefix: further ask that both models have read the same bytes at an aligned row. Neither the paper nor the
-            port does.
+        pair: vocabularies and heads of the two models. Teacher tokens without a counterpart (special tokens, padding of the
+            head, tokens that a head forbids) are left out of m.
+        kd_rate: r, the weight of the second term. The published port uses 0.5.
+        temperature: tau, divides the logits of both models. There is no tau^2 factor. The port uses 2.0.
+        vocabulary_map: if several teacher tokens map to one student token, "sum" adds their probabilities; "first" keeps
+            the one with the lowest id and drops the others, as the port does.
+        same_prefix: whether both models must also have read the same bytes at an aligned position. Neither the paper nor
+            the port requires this.
 
     Raises:
-        ValueError: an option out of range or unknown.
+        ValueError: an option is out of range or unknown; in the forward pass, the teacher's side has no aligned_rows.
 
     References:
-        Wan et al. 2024 (FuseLLM), of which this is the alignment: the fusion of several teachers, the top-10 of stored
-        logits and the weight 0.9 of the cross-entropy are not taken over. Port: songmzhang/DSKD; in float32 its targets
-        overwrite the student's logits, ours touch nothing.
+        Wan et al. 2024 (FuseLLM). Only the alignment is used here, without the fusion of several teachers, the stored top-10
+        logits and the weight 0.9 of the cross-entropy. Port: songmzhang/DSKD, whose targets overwrite the student's logits
+        in float32; ours do not.
     """
 
     terms: ClassVar[tuple[str, ...]] = ("ce", "kd")
@@ -75,8 +78,7 @@ class MinEdLoss(DistillationLoss):
     ) -> None:
         super().__init__()
         check_range(kd_rate=(kd_rate, 0, 1), temperature=(temperature, *TEMPERATURES))
-        if vocabulary_map not in VOCABULARY_MAPS:
-            raise ValueError(f"unknown vocabulary_map {vocabulary_map!r}; valid ones: {', '.join(VOCABULARY_MAPS)}")
+        check_choice(vocabulary_map=(vocabulary_map, VOCABULARY_MAPS))
         self.kd_rate, self.temperature, self.same_prefix = kd_rate, temperature, same_prefix
         self.vocabularies = pair.vocabularies
         ends = None if pair.end_tokens is None else pair.end_tokens[::-1]
@@ -97,14 +99,14 @@ class MinEdLoss(DistillationLoss):
 
 
 class CarriedOver(Criterion):
-    """Terms `ce` and `kd` = KL(m || p^s) of the student's rows and of the teacher's that are aligned with them.
+    """Compute the terms `ce` and `kd` = KL(m || p^s) from the logits of each student position and its aligned position.
 
     Args:
-        targets: one token per row.
-        aligned: whether the teacher's row is one to learn from.
-        student_of: the student's token for each of the teacher's, or `DROPPED`.
-        temperature: softens both sides of `kd`.
-        kd_rate: of `kd` in the loss; the rest is that of `ce`.
+        targets: the target token at each position.
+        aligned: whether the position has an aligned teacher position.
+        student_of: the student's token for each teacher token, or `DROPPED`.
+        temperature: divides the logits of both sides in `kd`.
+        kd_rate: weight of `kd` in the loss. The weight of `ce` is 1 - kd_rate.
     """
 
     def __init__(
@@ -165,7 +167,10 @@ class CarriedOver(Criterion):
         return {"ce": total.log() + peak - chosen, "kd": negative_entropy - cross / tau + soft_total.log()}
 
     def _carried(self, own: Tensor, theirs: Tensor, aligned: Tensor) -> tuple[Tensor, Tensor]:
-        """m in columns, 0 where no row is aligned, up to a factor per column; overwrites the teacher's logits."""
+        """Return m (vocab, tokens) up to a factor per token, and these factors, which are 0 at positions without alignment.
+
+        Overwrites the teacher's logits.
+        """
         theirs.index_fill_(0, self.dropped, float("-inf"))
         peak, total = peak_of(theirs), torch.zeros_like(aligned)
         for block in blocks(theirs):
@@ -176,12 +181,16 @@ class CarriedOver(Criterion):
 def aligned_teacher_rows(
     student: ModelSide, teacher: ModelSide, *, same_prefix: bool
 ) -> tuple[Int[Tensor, " s_tokens"], Bool[Tensor, " s_tokens"]]:
-    """For each student row a teacher's row in the packed batch, and whether the two are aligned."""
+    """Find the aligned teacher position in the packed batch for each student position, and whether there is one."""
     if teacher.aligned_rows is None:
-        raise ValueError("method min_ed needs aligned_rows on the teacher's side")
+        raise ValueError(
+            "min_ed needs aligned_rows on the teacher's side; compute them with data.spelling.align_by_spelling"
+        )
     within, count = teacher.aligned_rows, len(student.target_ids)
     firsts = (student.lengths.cumsum(0) - student.lengths)[example_ids(teacher.lengths, len(within))]
-    paired = torch.where(within >= 0, firsts + within, count)  # what has no partner falls on one row too many
+    paired = torch.where(
+        within >= 0, firsts + within, count
+    )  # those without a partner go to an extra position at the end
     rows = within.new_zeros(count + 1).index_copy(0, paired, torch.arange(len(within), device=within.device))
     aligned = torch.zeros_like(rows, dtype=torch.bool).index_fill(0, paired, True)
     rows, aligned = rows[:count], aligned[:count]
@@ -192,7 +201,7 @@ def aligned_teacher_rows(
 
 
 def firsts_only(student_of: Int[Tensor, " t_vocab"]) -> Int[Tensor, " t_vocab"]:
-    """The map without the teacher tokens that fall on the same student token as one with a lower id."""
+    """Drop the teacher tokens that map to the same student token as a teacher token with a lower id."""
     size = int(student_of.max()) + 1
     ids = torch.arange(len(student_of))
     mapped = student_of != DROPPED

@@ -1,4 +1,4 @@
-"""What a method may be built from: everything about the two models that training does not change."""
+"""The two models' vocabularies and heads, from which some methods are built before training."""
 
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -16,16 +16,16 @@ Tokens = tuple[bytes | None, ...]
 
 @dataclass(frozen=True)
 class ModelPair:
-    """The two models as they are when training starts.
+    """The two models at the start of training.
 
     Args:
-        widths: of the two models.
-        student_tokens: the bytes of text that each token of the tokenizer stands for, by id; None for special tokens. A
-            head may be wider than its tokenizer.
-        teacher_tokens: likewise.
-        student_head: at the start; a constant here.
-        teacher_head: a constant.
-        end_tokens: the end-of-sequence ids (student, teacher), which stand for the same; special tokens else have no
+        widths: widths of the two models.
+        student_tokens: the bytes that each token of the student's tokenizer represents, by id; None for special tokens. The
+            head may have more entries than the tokenizer.
+        teacher_tokens: the same for the teacher's tokenizer.
+        student_head: the student's head at the start of training; a constant here.
+        teacher_head: the teacher's head.
+        end_tokens: the end-of-sequence ids (student, teacher), which match each other. Other special tokens have no
             counterpart.
     """
 
@@ -38,22 +38,22 @@ class ModelPair:
 
     @property
     def vocabularies(self) -> tuple[int, int]:
-        """Rows of the student's and of the teacher's head."""
+        """Vocabulary sizes of the student's and of the teacher's head."""
         return self.student_head.vocab_size, self.teacher_head.vocab_size
 
     def shared_tokens(self) -> tuple[Int[Tensor, " overlap"], Int[Tensor, " overlap"]]:
-        """`exact_overlap` of the vocabularies, less the tokens that one of the heads forbids."""
+        """Return the pairs of tokens with equal bytes, without tokens that one of the heads forbids."""
         return self.possible_pairs(*exact_overlap(self.student_tokens, self.teacher_tokens, self.end_tokens))
 
     def possible_pairs(
         self, student_ids: Int[Tensor, " pairs"], teacher_ids: Int[Tensor, " pairs"]
     ) -> tuple[Int[Tensor, " possible"], Int[Tensor, " possible"]]:
-        """The pairs of tokens of which neither head forbids its own."""
+        """Keep the pairs of tokens that neither head forbids."""
         kept = ~(self.student_head.forbidden.cpu()[student_ids] | self.teacher_head.forbidden.cpu()[teacher_ids])
         return student_ids[kept], teacher_ids[kept]
 
     def possible_tokens(self) -> tuple[Tokens, Tokens]:
-        """The tokens of both sides, None also for those that their head forbids."""
+        """Return the tokens of both sides, with None also for tokens that the head forbids."""
         student, teacher = (
             tuple(None if forbidden else token for token, forbidden in zip_longest(tokens, head.forbidden.tolist()))
             for tokens, head in ((self.student_tokens, self.student_head), (self.teacher_tokens, self.teacher_head))
@@ -62,6 +62,6 @@ class ModelPair:
 
     @classmethod
     def smallest(cls) -> "ModelPair":
-        """A pair with one token and width 1 on each side, to check a method's options without models."""
+        """Return a pair with one token and width 1 on each side, to check a method's options without models."""
         head = OutputHead(torch.ones(1, 1))
         return cls(Widths(1, 1, 1, 1), (b"a",), (b"a",), head, head)

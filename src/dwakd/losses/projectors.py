@@ -1,4 +1,4 @@
-"""The learned linear maps between two models' spaces, trained with the student and thrown away at the end."""
+"""Linear maps between two models' spaces. They are trained with the student and not needed after training."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from dwakd.losses.sides import require_width
 
 @dataclass(frozen=True)
 class Widths:
-    """Widths of the two models; a model's embedding may be narrower or wider than its hidden states."""
+    """Widths of the hidden states and of the embeddings of the two models. The two may differ within a model."""
 
     student_hidden: int
     teacher_hidden: int
@@ -19,19 +19,27 @@ class Widths:
 
 
 class Projectors(nn.Module):
-    """t2s d_t -> d_s, s2t d_s -> d_t, query 2 e_s -> 2 e_t of attention, embedding_t2s e_t -> e_s of DWA-KD; with bias.
+    """Linear maps with bias of DSKD and DWA-KD, for hidden widths d and embedding widths e of the two models.
+
+        t2s: d_t -> d_s        query: 2 e_s -> 2 e_t, for attention
+        s2t: d_s -> d_t        embedding_t2s: e_t -> e_s, for DWA-KD
+
+    Args:
+        widths: widths of the two models.
+        with_embedding: whether to create `embedding_t2s`.
+        with_query: whether to create `query`.
 
     Raises:
-        ValueError: the teacher's embeddings are not as wide as its hidden states, which V = t2s(N(h) + N(e)) of
-            attention needs.
+        ValueError: `query` is created but the teacher's embeddings and hidden states have different widths, although
+            attention adds them: V = t2s(N(h) + N(e)).
     """
 
     def __init__(self, widths: Widths, *, with_embedding: bool, with_query: bool = True) -> None:
         super().__init__()
         if with_query and widths.teacher_embedding != widths.teacher_hidden:
             raise ValueError(
-                f"cross-model attention adds the teacher's embeddings to its hidden states, but they are "
-                f"{widths.teacher_embedding} and {widths.teacher_hidden} wide; choose another teacher"
+                "cross-model attention adds the teacher's embeddings to its hidden states, but their widths are "
+                f"{widths.teacher_embedding} and {widths.teacher_hidden}; choose another teacher"
             )
         if with_query:
             self.query = nn.Linear(2 * widths.student_embedding, 2 * widths.teacher_embedding)
@@ -42,7 +50,7 @@ class Projectors(nn.Module):
         self.widths, self.with_embeddings = widths, with_embedding or with_query
 
     def require_fit(self, student: ModelSide, teacher: ModelSide) -> None:
-        """Raise ValueError unless the sides are as wide as the maps."""
+        """Raise ValueError unless the widths of both sides fit the maps."""
         sides = (
             ("student", student, self.widths.student_hidden, self.widths.student_embedding),
             ("teacher", teacher, self.widths.teacher_hidden, self.widths.teacher_embedding),

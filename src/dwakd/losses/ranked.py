@@ -1,4 +1,4 @@
-"""Criteria of MultiLevelOT: whole sequences, reduced to the tokens that are most probable over all their positions."""
+"""Criteria of MultiLevelOT: terms of the tokens that are most probable over a whole response."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ Terms = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Levels:
-    """What `MultiLevelOtLoss` says of these."""
+    """Options of `MultiLevelOtLoss` that its criteria use. See there."""
 
     top_k: int
     temperature: float
@@ -39,13 +39,13 @@ class Levels:
 
 
 class RankedLevels(Criterion):
-    """Terms `ce`, `absolute`, `logarithmic` and `sinkhorn` of two sides, which may differ in rows.
+    """Compute the terms `ce`, `absolute`, `logarithmic` and `sinkhorn` of two sides with any numbers of tokens.
 
     Args:
-        targets: one token per row of the student.
-        lengths: of both sides, rows per example.
+        targets: the target token at each position of the student.
+        lengths: tokens per example, of the student and of the teacher.
         levels: options.
-        rates: each term's factor in the loss.
+        rates: weight of each term in the loss.
     """
 
     unit = "examples"
@@ -70,7 +70,7 @@ class RankedLevels(Criterion):
                 (side / temperature).log_softmax(-1)
                 for temperature in (levels.temperature, levels.sequence_temperature)
             )
-            probs = log_probs.detach().exp().masked_fill(~allowed, -1.0)  # never among the top ones
+            probs = log_probs.detach().exp().masked_fill(~allowed, -1.0)  # never among the largest
             mass = [part.sum(0) for part in torch.split(probs, lengths.tolist())]
             order = torch.stack([row.topk(top).indices for row in mass])[example_ids(lengths, len(side))]
             tops.append((log_probs.gather(-1, order), log_softer.gather(-1, order)))
@@ -78,7 +78,7 @@ class RankedLevels(Criterion):
         return {"ce": ce, **self._compare(tops, sizes)}
 
     def _top(self, possible: Sequence[Bool[Tensor, " _"]]) -> int:
-        """Tokens that stand for the vocabulary: no more than either side can predict."""
+        """Number of tokens that replace the vocabulary: at most as many as each head can predict."""
         return min(self.levels.top_k, *(int(allowed.sum()) for allowed in possible))
 
     def _sizes(self, chunk: Chunk) -> list[Tensor]:
@@ -86,7 +86,7 @@ class RankedLevels(Criterion):
         return [lengths[chunk.examples] for lengths in self.lengths]
 
     def _compare(self, tops: Sequence[tuple[Top, Top]], sizes: Sequence[Tensor]) -> Terms:
-        """The three terms, a sum each, from log-probabilities of the top tokens at both temperatures."""
+        """Compute the sum of each of the three terms from log-probabilities of the top tokens at both temperatures."""
         (log_s, softer_s), (log_t, softer_t) = tops
         log_s, log_t = _paired(log_s, log_t, sizes)
         return {
@@ -96,10 +96,10 @@ class RankedLevels(Criterion):
         }
 
     def _transport(self, student: Top, teacher: Top, sizes: Sequence[Tensor]) -> Float[Tensor, " batch"]:
-        """n x the mean cost of carrying the teacher's positions to the student's, for each example."""
+        """n x transport cost between the teacher's and the student's positions, for each example."""
         padded = [pad_rows(rows, n, int(n.max())) for rows, n in zip((teacher, student), sizes[::-1], strict=True)]
         cost = torch.cdist(padded[0], padded[1], p=1)
-        # an example without rows on one side has nothing to carry
+        # an example without tokens on one side has nothing to transport
         lengths = [n.clamp_min(1) for n in sizes]
         values = sinkhorn(cost, self.levels.regularisation, self.levels.iterations, lengths[1], lengths[0])
         return torch.minimum(*sizes) * values
@@ -112,7 +112,7 @@ class RankedLevels(Criterion):
         weights: Tensor | None,
         needs: Sequence[bool],
     ) -> Terms:
-        """By hand where the vocabulary is large; autograd sees the top tokens only."""
+        """Compute terms and gradient: by hand over the vocabulary, by autograd over the top tokens."""
         sizes = self._sizes(chunk)
         possible = [is_possible(side) for side in logits]
         top = self._top(possible)
@@ -138,9 +138,9 @@ class RankedLevels(Criterion):
 
 
 class _Side:
-    """Logits (vocab, tokens) overwritten with kept = exp((logit - peak) / base), and what is read from them.
+    """Logits (vocab, tokens) of one model, overwritten with kept = exp((logit - peak) / base), and their sums.
 
-    One exponential serves all temperatures: softmax(logits / temperature) = kept ** (base / temperature) / total.
+    One exponential is enough for all temperatures: softmax(logits / temperature) = kept ** (base / temperature) / total.
     """
 
     def __init__(
@@ -167,7 +167,10 @@ class _Side:
         self.order = mass.masked_fill_(~possible[:, None], -1.0).t().topk(top).indices[examples]
 
     def tops(self) -> tuple[Top, Top]:
-        """Log-probabilities of each row's top tokens at both temperatures, none further than 87 base below the peak."""
+        """Log-probabilities of the top tokens at each position and both temperatures.
+
+        They are clamped at 87 x base below the largest one.
+        """
         kept = self.kept.t().gather(-1, self.order)
         logs = kept.clamp_min(torch.finfo(kept.dtype).tiny).log() * self.base
         first, second = (
@@ -176,7 +179,7 @@ class _Side:
         return first, second
 
     def overwrite(self, temperatures: tuple[float, float], slopes: Sequence[Top], ce_rate: float) -> None:
-        """kept gives way to the gradient of the logits, of ce without its targets and of the slopes of `tops`."""
+        """Overwrite `kept` with the gradient of the logits: that of `ce` without its targets, and that through `tops`."""
         factors = {temperature: torch.zeros_like(self.peak) for temperature in self.totals}
         factors[1.0] += ce_rate
         direct = torch.zeros_like(slopes[0])
@@ -194,7 +197,7 @@ class _Side:
 
 
 class PortLevels(RankedLevels):
-    """`RankedLevels` as in MCW-KD's code, on the rows of the response."""
+    """`RankedLevels` with the formulas of MCW-KD's code, applied to response tokens only."""
 
     def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> Terms:
         scaled = [_standardised(side) for side in logits]
@@ -208,7 +211,7 @@ class PortLevels(RankedLevels):
         return {
             "absolute": (t - s).abs().sum(),
             "logarithmic": -(t.softmax(-1) * s.log_softmax(-1)).sum(),
-            # the port multiplies one scalar by the number of pairs, and this one was a sum already
+            # the port multiplies by the number of pairs once more
             "sinkhorn": (torch.minimum(*sizes) * self._transport(softer[0], softer[1], sizes)).sum(),
         }
 
@@ -216,14 +219,14 @@ class PortLevels(RankedLevels):
 
 
 def _standardised(logits: Logits) -> Logits:
-    """Logits over their standard deviation in each row, both of the tokens that no bias forbids."""
+    """Divide the logits at each position by their standard deviation over the tokens that the head does not forbid."""
     possible = is_possible(logits)
     std = logits[:, possible].std(-1, keepdim=True) + 1e-4
     return (logits.masked_fill(~possible, 0.0) / std).masked_fill(~possible, -torch.inf)
 
 
 def _paired(student: Top, teacher: Top, sizes: Sequence[Tensor]) -> tuple[Top, Top]:
-    """The first n = min(S, T) rows of each example on both sides."""
+    """The first n = min(S, T) positions of each example on both sides."""
     pairs = torch.minimum(*sizes)
     length = int(torch.stack(list(sizes)).max())
     inside = torch.arange(length, device=pairs.device) < pairs[:, None]

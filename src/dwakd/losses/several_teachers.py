@@ -1,4 +1,4 @@
-"""Several teachers: one method for each, and a gate that decides token by token which of them is trusted."""
+"""Several teachers: one loss per teacher, weighted for each token by the teachers' confidence."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,31 +17,35 @@ GATES = ("confidence", "weights")
 
 
 class SeveralTeachers(nn.Module):
-    """L = sum_k a_k L_k, the losses of one method against each teacher, whose shares a_k sum to 1.
+    """Combine the losses of one method for several teachers.
 
-    With the gate "confidence", the student-space divergence of teacher k at row i counts r_{k,i} instead of a_k:
+        L = sum_k a_k L_k
+
+    The mixture weights a_k sum to 1. With the gate "confidence", the student-space divergence of teacher k at token i has the
+    gate weight r_{k,i} instead of a_k. This is a softmax over the projected teachers' largest probabilities, with the mixture
+    weights as prior:
 
         r_{k,i} = a_k exp(g_{k,i} / T) / sum_l a_l exp(g_{l,i} / T),    g_{k,i} = max_v p^{t_k->s}_i(v)
 
-    a softmax of the projected teachers' peak probabilities with the shares as its prior. It takes effect after the
-    method's own weights and rescaling, so that the shares at a row sum to 1 whatever the methods do. All other
-    terms keep the shares: the maps of a teacher that isn't trusted must learn, too. A method that projects no teacher
-    into the student's space (`DistillationLoss.projected`) takes the weighted sum alone. Two teachers that are the same
-    give the loss of one, if their maps are.
+    Gate weights multiply the method's own token weights after these have been rescaled, and sum to 1 at each token. All other
+    terms keep the mixture weights, so that the maps of a teacher with low gate weights are still trained. A method without a
+    projection into the student's space (see `DistillationLoss.projected`) always uses the mixture weights. Two identical
+    teachers with identical maps give the same loss as one.
 
-    Gradient: that of each method; the gate is a constant.
+    Gradient: that of each method. The gate weights are constants.
 
     Args:
-        losses: one per teacher, each with maps of its own.
-        weights: above 0, rescaled to sum to 1; equal ones if not given.
-        gate: "confidence" or "weights", the plain weighted sum.
-        temperature: T of the gate. Confidences lie between 0 and 1, so that at 1 no share changes by more than a factor e.
+        losses: one loss per teacher, each with its own maps.
+        weights: mixture weight of each teacher, above 0. They are rescaled to sum to 1. Default: equal weights.
+        gate: "confidence", or "weights" for the plain weighted sum.
+        temperature: T of the gate. Confidences lie between 0 and 1, so at T = 1 no weight changes by more than a factor e.
 
     Raises:
-        UserError: another number of weights than of losses, an unknown gate, or a weight or a temperature out of range.
+        UserError: the numbers of weights and losses differ, the gate is unknown, or a weight or the temperature is out of
+            range.
 
     References:
-        The DWA-KD paper names several teachers as future work; this gate is ours.
+        The DWA-KD paper mentions several teachers as future work. This gate is ours.
     """
 
     def __init__(
@@ -55,10 +59,14 @@ class SeveralTeachers(nn.Module):
         super().__init__()
         weights = [1.0] * len(losses) if weights is None else list(weights)
         if len(weights) != len(losses):
-            raise UserError(f"{len(losses)} teachers need as many weights, got {len(weights)}")
+            raise UserError(
+                f"teacher_weights must have one weight for each of the {len(losses)} teachers, got {len(weights)}"
+            )
         for weight in weights:
             if not 1 / LARGEST <= weight <= LARGEST:
-                raise UserError(f"teacher_weights must be above 0, from {1 / LARGEST:g} to {LARGEST:g}, got {weight!r}")
+                raise UserError(
+                    f"teacher_weights must be numbers above 0, from {1 / LARGEST:g} to {LARGEST:g}, got {weight!r}"
+                )
         if gate not in GATES:
             raise UserError(f"unknown teacher_gate {gate!r}; valid ones: {', '.join(GATES)}")
         low, high = TEMPERATURES
@@ -72,7 +80,7 @@ class SeveralTeachers(nn.Module):
         self.needs_attention = any(loss.needs_attention for loss in losses)
 
     def set_step(self, step: int) -> None:
-        """See `DistillationLoss.set_step`."""
+        """Set the number of finished optimiser steps for all losses."""
         for loss in self.losses:
             loss.set_step(step)  # type: ignore[operator]
 
@@ -84,17 +92,24 @@ class SeveralTeachers(nn.Module):
         num_tokens: Tensor | float | None = None,
         teacher_scale: Sequence[TeacherScale] | None = None,
     ) -> LossOutput:
-        """The loss of one batch; `teachers` and their scales in the order of `losses`.
+        """Compute the loss of one batch.
 
-        Terms are the shares' means over the teachers; `trust_1`, `trust_2` and so on are each teacher's mean share of the
-        student-space divergence.
+        Args:
+            student: the student's side, with gradient.
+            teachers: the side of each teacher, in the order of `losses`.
+            num_tokens: see `DistillationLoss.forward`.
+            teacher_scale: see `DistillationLoss.forward`; one per teacher.
+
+        Returns:
+            The loss and the terms, weighted by the mixture weights. With the gate, the terms `trust_1`, `trust_2`, ... are the
+            mean gate weight of each teacher.
 
         Raises:
-            ValueError: another number of teachers or scales than of losses, or what the method's loss refuses.
+            ValueError: the number of teachers or scales is not that of the losses, or a side does not fit its loss.
         """
         for what, given in (("teachers", teachers), ("teacher_scale", teacher_scale)):
             if given is not None and len(given) != len(self.losses):
-                raise ValueError(f"expects {len(self.losses)} {what}, one for each loss, got {len(given)}")
+                raise ValueError(f"{what} must have {len(self.losses)} entries, one for each loss, got {len(given)}")
         for loss, teacher in zip(self.losses, teachers, strict=True):
             loss.require_sides(student, teacher)  # type: ignore[operator]
         scales = teacher_scale or [TeacherScale.of(teacher) for teacher in teachers]
@@ -117,7 +132,7 @@ class SeveralTeachers(nn.Module):
     def _trusts(
         self, student: ModelSide, teachers: Sequence[ModelSide], scales: Sequence[TeacherScale]
     ) -> Float[Tensor, "teachers tokens"] | None:
-        """r of each teacher at each of the student's rows."""
+        """Compute the gate weight of each teacher at each student token; None if the mixture weights are used."""
         if self.gate == "weights":
             return None
         confidences = []
@@ -131,7 +146,7 @@ class SeveralTeachers(nn.Module):
 
 
 class Confidence(Criterion):
-    """Term `confidence`: the peak probability of each row."""
+    """Compute the term `confidence`: the largest probability at each token."""
 
     def __init__(self) -> None:
         super().__init__({"confidence": 1.0})

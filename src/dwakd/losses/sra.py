@@ -1,4 +1,4 @@
-"""SRA: spans that both tokenisations share, alike in direction, geometry and next tokens (arXiv 2605.01205)."""
+"""SRA: align the states of text spans in direction, geometry and next-token prediction (arXiv 2605.01205)."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -25,37 +25,40 @@ LEAST_WEIGHT = 1e-30
 
 
 class SraLoss(DistillationLoss):
-    """L = (1 - r) CE + r (L_span + geo_weight L_geo + L_kd), over the spans of an example.
+    """Compare the hidden states of text spans that both tokenisations share.
 
-    A span k is the smallest pair of pieces of text that end at the same byte. Its state in either model, s_k or t_k, is
-    the mean of the final hidden states of its rows, those that predict its tokens, weighted by the attention that the
-    last position of the response pays to them in the last layer, summed over its heads; w_k is the span's share of the
-    teacher's attention to the response. Attention is a constant. With P the one map that is learnt:
+        L = (1 - r) CE + r (L_span + geo_weight L_geo + L_kd)
+
+    A span k is the smallest pair of token spans that start and end at the same bytes. Its state s_k (student) or t_k
+    (teacher) is a weighted mean of the final hidden states that predict its tokens. The weights are the attention from the
+    last position of the response to these positions, in the last layer and summed over its heads. The span's weight w_k is
+    its fraction of the teacher's attention to the response. Attention is a constant. P is the only learned map:
 
         L_span = sum_k w_k (1 - cos(P s_k, t_k))
         L_geo  = mean over pairs k != l, weighted by w_k w_l, of (cos(s_k, s_l) - cos(t_k, t_l))^2
-        L_kd   = mean_k KL(p(t_k) || p(s_k)), each model's head on its own state, over the tokens that both spell alike
+        L_kd   = mean_k KL(p(t_k) || p(s_k)), each model's head on its own state, over tokens with equal bytes
 
-    Each is a mean within its example, which then counts by its student tokens. L_geo of a single span is 0.
+    Each term is a mean over an example, which is then weighted by its student tokens. L_geo of a single span is 0.
 
-    Gradient: the student's rows through all terms, P through L_span, the student's head through CE and L_kd.
+    Gradient: the student's hidden states through all terms, P through L_span, the student's head through CE and L_kd.
 
     Args:
-        pair: vocabularies and heads.
-        kd_rate: r; 0.5 in the published scripts, 0.4 for TinyLlama.
-        geo_weight: of L_geo; the paper uses 50.
-        temperature: softens both sides of L_kd; no tau^2 factor. The paper uses 2.
-        span_weights: "attention", as in the paper, or "uniform": the rows of a span weigh alike, and w_k is its share of
-            the teacher's tokens. A teacher cache holds no attention.
+        pair: vocabularies and heads of the two models.
+        kd_rate: r, the weight of the three distillation terms. The published scripts use 0.5, and 0.4 for TinyLlama.
+        geo_weight: weight of L_geo. The paper uses 50.
+        temperature: divides the logits of both models in L_kd. There is no tau^2 factor. The paper uses 2.
+        span_weights: "attention" as in the paper, or "uniform": all tokens of a span have equal weight, and w_k is the
+            span's fraction of the teacher's tokens. Use "uniform" with a teacher cache, which stores no attention.
 
     Raises:
-        ValueError: an option out of range or unknown, or vocabularies that share no token; in the forward pass, sides
-            without the attention that is asked for.
+        ValueError: an option is out of range or unknown, or the vocabularies share no token; in the forward pass, a side
+            has no attention although span_weights needs it.
 
     References:
-        Dao et al. 2026. Port: HoangTran223/ICARE. There the attention is that of a padding row in all but the
-        longest example; it takes the rows that *read* a span's tokens; it divides a batch's sum of CE and its means over
-        examples of the rest alike by the batch's tokens; its L_kd is a sum over spans, and tokens match as strings.
+        Dao et al. 2026. Port: HoangTran223/ICARE, which differs as follows. It takes the attention of a padding position in
+        all but the longest example of a batch. Its states are those that read a span's tokens. It divides the sum of CE
+        over tokens and the means of the other terms over examples by the same number, the tokens of the batch. Its L_kd is
+        a sum over spans, and it matches tokens as strings.
     """
 
     terms: ClassVar[tuple[str, ...]] = ("ce", "span", "geo", "kd")
@@ -84,7 +87,7 @@ class SraLoss(DistillationLoss):
         self.vocabularies = pair.vocabularies
         shared = pair.shared_tokens()
         if not len(shared[0]):
-            raise ValueError("the two vocabularies share no token, which sra compares them on; choose another method")
+            raise ValueError("the two vocabularies share no token, and sra compares shared tokens; use another method")
         for name, ids in zip(("student_ids", "teacher_ids"), shared, strict=True):
             self.register_buffer(name, ids, persistent=False)
         self.projector = nn.Linear(pair.widths.student_hidden, pair.widths.teacher_hidden)
@@ -99,7 +102,7 @@ class SraLoss(DistillationLoss):
         own, _ = pool(student.hidden, self._row_weights(student), groups.student, size)
         theirs, mass = pool(teacher.hidden.detach(), self._row_weights(teacher), groups.teacher, size)
         even = tokens_per_group(groups, student.lengths, even=True)[:size].to(theirs.dtype)
-        weights = even * rescale(mass, lengths)  # of an example, they sum to its student tokens
+        weights = even * rescale(mass, lengths)  # those of an example sum to its student tokens
 
         projected = self.projector(own.to(self.projector.weight.dtype))
         cosines = nn.functional.cosine_similarity(projected, theirs, dim=-1)
@@ -124,16 +127,18 @@ class SraLoss(DistillationLoss):
         if not self.needs_attention:
             return side.hidden.new_ones(len(side.hidden))
         if side.attention is None:
-            raise ValueError("method sra needs the attention of both sides, or span_weights uniform")
+            raise ValueError(
+                "sra with span_weights=attention needs the attention of both sides; use span_weights=uniform"
+            )
         return side.attention
 
 
 class SharedKl(Criterion):
-    """Term `kd` = weight x KL(p^t || p^s), of the student's rows and the teacher's through heads of the same tokens.
+    """Compute the term `kd` = weight x KL(p^t || p^s) of each span, through heads restricted to the shared tokens.
 
     Args:
-        temperature: softens both sides.
-        row_weights: a constant per row.
+        temperature: divides the logits of both sides.
+        row_weights: a constant weight for each span.
     """
 
     def __init__(self, temperature: float, row_weights: Float[Tensor, " rows"]) -> None:
@@ -167,9 +172,15 @@ def pool(
     groups: Int[Tensor, " tokens"],
     size: int,
 ) -> tuple[Float[Tensor, "{size} hidden"], Float[Tensor, " {size}"]]:
-    """The weighted mean of each span's rows, in float32 or better, and the sum of their weights; differentiable.
+    """Compute the weighted mean of each span's hidden states, in float32 or better, and the sum of its weights.
 
-    Rows of a span that all weigh 0, as far away in a sliding window, weigh alike.
+    It is differentiable. If all weights of a span are 0, as outside a sliding attention window, they count as equal.
+
+    Args:
+        hidden: hidden states of one side.
+        weights: weight of each position.
+        groups: the span of each position.
+        size: number of spans.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     weights = weights.to(dtype).clamp_min(LEAST_WEIGHT)
@@ -184,13 +195,16 @@ def gram_distance(
     weights: Float[Tensor, " spans"],
     lengths: Int[Tensor, " batch"],
 ) -> Float[Tensor, " batch"]:
-    """The mean over an example's pairs of spans of (cos(s_k, s_l) - cos(t_k, t_l))^2; 0 without a pair.
+    """Compute the weighted mean of (cos(s_k, s_l) - cos(t_k, t_l))^2 over the pairs of spans of each example.
 
     Args:
-        student: carries gradient.
-        teacher: a constant, of any width: no map between the spaces.
-        weights: of the spans; a pair has the product of two.
+        student: states of the student's spans, with gradient.
+        teacher: states of the teacher's spans, constant. They may have another width, because no map is needed.
+        weights: weight of each span. The weight of a pair is the product of two.
         lengths: spans per example.
+
+    Returns:
+        One value per example; 0 for an example with a single span.
     """
     longest = int(lengths.max())
     own, theirs = (

@@ -1,4 +1,4 @@
-"""Universal Logit Distillation: sorted probabilities compared rank by rank, whatever the vocabularies (2402.12030)."""
+"""ULD: compare sorted probabilities rank by rank, for any two vocabularies (arXiv 2402.12030)."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -12,36 +12,48 @@ from dwakd.kernels.head_loss import Chunk, Criterion, HeadRows, head_loss
 from dwakd.kernels.head_loss.criterion import Logits, Statistics
 from dwakd.kernels.sorted_distance import sorted_distance
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import TEMPERATURES, DistillationLoss, Terms, check_range, head_rows
+from dwakd.losses.base import (
+    TEMPERATURES,
+    DistillationLoss,
+    Terms,
+    check_at_least,
+    check_choice,
+    check_range,
+    head_rows,
+)
 from dwakd.losses.merged_groups import sorted_difference
 from dwakd.losses.packing import example_ids, positions
 
 BLOCK = 2**21
-"""Probabilities sorted at a time."""
+"""Number of probabilities that are sorted at a time."""
 
 
 class UldLoss(DistillationLoss):
-    """L = ce_weight CE + uld_weight sum_b S_b / n_b sum_{k <= n_b} sum_i |p^s_{k,(i)} - p^t_{k,(i)}|.
+    """Compare the two models' sorted probabilities at each position, without matching any tokens.
 
-    n_b = min(S_b, T_b); p_(i) is the i-th largest probability, 0 beyond the smaller vocabulary; position k of a
-    response is compared with position k of the other tokenisation. It is the Wasserstein distance between two multisets
-    of values, blind to what the tokens mean. Between 0 and 2 per token.
+        L = ce_weight CE + uld_weight sum_b S_b / n_b sum_{k <= n_b} sum_i |p^s_{k,(i)} - p^t_{k,(i)}|
 
-    Gradient: the student's hidden states and head, through both terms; piecewise linear in the probabilities.
+    Example b has S_b student tokens, T_b teacher tokens and n_b = min(S_b, T_b) pairs: position k of the student's
+    response is compared with position k of the teacher's. p_(i) is the i-th largest probability, and 0 beyond the end of
+    the smaller vocabulary. This is the Wasserstein distance between two sets of values; it ignores which tokens they
+    belong to. It lies between 0 and 2 for each pair.
+
+    Gradient: the student's hidden states and head, through both terms. It is piecewise linear in the probabilities.
 
     Args:
-        ce_weight: 1 in the paper; 0.5 with compat dskd.
-        uld_weight: lambda, 1.5 in the paper; 0.5 with compat dskd.
-        temperature: softens both sides. The paper and every port use 1.
-        compat: "paper": each example's mean over its n_b pairs, examples weighted by their student tokens; or "dskd",
-            the port behind DSKD's tables: the plain sum over pairs.
+        ce_weight: weight of the cross-entropy. Default: 1 as in the paper, or 0.5 with compat dskd.
+        uld_weight: lambda, the weight of the distance. Default: 1.5 as in the paper, or 0.5 with compat dskd.
+        temperature: divides the logits of both models in the distance. The paper and all ports use 1.
+        compat: "paper" takes the mean over the pairs of each example and weighs examples by their student tokens. "dskd"
+            is the port that produced the tables of DSKD: a plain sum over the pairs.
 
     Raises:
-        ValueError: an option out of range, or an unknown compat.
+        ValueError: an option is out of range or compat is unknown.
 
     References:
-        Boizard et al. 2024, equation 6. The paper weighs all examples of a batch alike, which depends on who shares a
-        batch; by student tokens, accumulation and ranks change nothing. One example alone gives the paper's value.
+        Boizard et al. 2024, equation 6. The paper gives all examples of a batch equal weight, so its value depends on how
+        examples are batched. With weights by student tokens, gradient accumulation and ranks do not change the loss. The
+        value for a single example is that of the paper.
     """
 
     terms: ClassVar[tuple[str, ...]] = ("ce", "uld")
@@ -55,16 +67,12 @@ class UldLoss(DistillationLoss):
         compat: str = "paper",
     ) -> None:
         super().__init__()
-        if compat not in ("paper", "dskd"):
-            raise ValueError(f"unknown compat {compat!r}; valid ones: paper, dskd")
+        check_choice(compat=(compat, ("paper", "dskd")))
         ce, uld = (1.0, 1.5) if compat == "paper" else (0.5, 0.5)
         self.ce_weight = ce if ce_weight is None else ce_weight
         self.uld_weight = uld if uld_weight is None else uld_weight
-        check_range(
-            ce_weight=(self.ce_weight, 0, float("inf")),
-            uld_weight=(self.uld_weight, 0, float("inf")),
-            temperature=(temperature, *TEMPERATURES),
-        )
+        check_at_least(0, ce_weight=self.ce_weight, uld_weight=self.uld_weight)
+        check_range(temperature=(temperature, *TEMPERATURES))
         self.temperature, self.mean_over_pairs = temperature, compat == "paper"
 
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
@@ -80,9 +88,17 @@ class UldLoss(DistillationLoss):
 def paired_rows(
     student_lengths: Int[Tensor, " batch"], teacher_lengths: Int[Tensor, " batch"], num_tokens: int, mean: bool
 ) -> tuple[Int[Tensor, " s_tokens"], Float[Tensor, " s_tokens"]]:
-    """The teacher's row at each student row's place in the response, and the pair's weight.
+    """Find the teacher's token at the same position of the response for each student token, and the pair's weight.
 
-    The weight is S_b / n_b if `mean`, else 1; 0 past the end of the teacher's response, whose last row stands in there.
+    Args:
+        student_lengths: student tokens of each example.
+        teacher_lengths: teacher tokens of each example.
+        num_tokens: student tokens of the batch.
+        mean: whether the pairs of an example have weight S_b / n_b, which gives a mean, instead of 1.
+
+    Returns:
+        Index of the teacher's token in the packed batch, and the weight. After the end of the teacher's response the weight
+        is 0 and the index is that of its last token.
     """
     example = example_ids(student_lengths, num_tokens)
     place = positions(student_lengths, num_tokens)
@@ -95,13 +111,13 @@ def paired_rows(
 
 
 class SortedDifference(Criterion):
-    """Terms `ce`, and `uld` = weight x sum_i |p_(i) - q_(i)| of the student's p and the teacher's q.
+    """Compute the terms `ce` and `uld` = weight x sum_i |p_(i) - q_(i)| of the student's p and the teacher's q.
 
     Args:
-        targets: one token per row.
-        weights: a constant per row.
-        temperature: softens p and q.
-        rates: each term's factor in the loss.
+        targets: the target token at each position.
+        weights: a constant weight for each position.
+        temperature: divides the logits of p and q.
+        rates: weight of each term in the loss.
     """
 
     def __init__(
@@ -128,7 +144,10 @@ class SortedDifference(Criterion):
         weights: Tensor | None,
         needs: Sequence[bool],
     ) -> dict[str, Tensor]:
-        """By hand, a few rows at a time: nothing of the size of the vocabulary outlives its block."""
+        """Compute terms and gradient by hand, a few positions at a time.
+
+        No other tensor of the size of the vocabulary is kept for longer than its block.
+        """
         size = max(BLOCK // max(side.shape[1] for side in logits) // 16, 1) * 16  # cache lines of the columns
         rows = chunk.rows[0]
         tensors = (*logits, self.targets[rows], self.pair_weights[rows])
@@ -140,7 +159,7 @@ class SortedDifference(Criterion):
     def _block(
         self, own: Logits, theirs: Logits, targets: Tensor, weights: Tensor, *, learns: bool
     ) -> tuple[Tensor, Tensor]:
-        """Both terms by row; overwrites `own` with the gradient."""
+        """Compute both terms at each position, and overwrite `own` with the gradient."""
         probs, log_total = _softmax(own, 1.0)
         ce = log_total - own.gather(-1, targets[:, None]).squeeze(-1)
         soft = probs if self.temperature == 1.0 else _softmax(own, self.temperature)[0]
@@ -157,7 +176,10 @@ class SortedDifference(Criterion):
 
 
 def _softmax(logits: Logits, temperature: float) -> tuple[Logits, Tensor]:
-    """softmax(logits / temperature) and the logarithm of its sum; the same bits for the same logits of either side."""
+    """Compute softmax(logits / temperature) and the log of its normaliser.
+
+    Equal logits give equal bits for student and teacher.
+    """
     probs = logits.clone(memory_format=torch.contiguous_format)  # amax along the columns would take ten times as long
     peak = probs.amax(-1, keepdim=True)
     probs.sub_(peak)

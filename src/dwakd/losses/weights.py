@@ -1,4 +1,4 @@
-"""Dual-space entropy weights (DWA-KD, section 3.2, equations 7, 8, 11, 12, 14). Constants: no gradient."""
+"""Token weights from the uncertainty of student and teacher (DWA-KD, equations 7, 8, 11, 12, 14); constants."""
 
 import math
 
@@ -12,10 +12,7 @@ Weights = Float[Tensor, " tokens"]
 
 
 def rescale(weights: Weights, lengths: Int[Tensor, " batch"]) -> Weights:
-    """Rescale the weights of each sequence so that they sum to its number of tokens.
-
-    A sequence whose weights are all zero keeps them: zero, never NaN.
-    """
+    """Rescale the weights of each example so that they sum to its number of tokens. Weights that are all zero stay zero."""
     examples = example_ids(lengths, weights.shape[0])
     sums = weights.new_zeros(lengths.shape[0]).index_add(0, examples, weights)[examples]
     return torch.where(sums > 0, weights / sums, 0.0) * lengths[examples]
@@ -30,16 +27,18 @@ def student_weights(
     use_gate: bool = True,
     normalise: str = "product",
 ) -> Weights:
-    """w_i = H(p^s_i) * max_v p^{t->s}_i(v), rescaled (equations 7, 11, 12).
+    """Compute the weight of each student token from the student's entropy and the projected teacher's confidence.
+
+        w_i = H(p^s_i) * max_v p^{t->s}_i(v), rescaled    (equations 7, 11, 12)
 
     Args:
         student_entropy: H(p^s_i), at temperature 1.
-        gate: peak confidence of the projected teacher, at temperature 1.
-        lengths: tokens per example.
-        use_entropy: the paper's ablation "entropy weights".
-        use_gate: the paper's ablation "gate".
-        normalise: "product" rescales H * g (the paper); "entropy_then_gate" rescales H and multiplies by g afterwards
-            (the published code), which shrinks the sum to the mean gate.
+        gate: largest probability of the projected teacher, at temperature 1.
+        lengths: student tokens of each example.
+        use_entropy: whether the weights include the entropy.
+        use_gate: whether the weights include the gate.
+        normalise: "product" (paper) rescales entropy x gate. "entropy_then_gate" (published code) rescales the entropy and
+            then multiplies by the gate, so the weights sum to less than the number of tokens.
     """
     weights = student_entropy if use_entropy else torch.ones_like(student_entropy)
     if not use_gate:
@@ -50,11 +49,13 @@ def student_weights(
 
 
 def certainty(entropy: Weights, vocab_size: int | Int[Tensor, ""]) -> Weights:
-    """1 - H(p^t_j) / log V_t (equation 8); 0 where it is but rounding, which rescaling would blow up to full weight.
+    """Compute the teacher's certainty 1 - H(p^t_j) / log V_t at each token (equation 8).
+
+    Values that are only rounding errors are set to 0, because rescaling would turn them into full weights.
 
     Args:
         entropy: H(p^t_j), at temperature 1.
-        vocab_size: V_t, without the tokens that the head forbids, `OutputHead.num_possible`.
+        vocab_size: V_t, the number of tokens that the head does not forbid (`OutputHead.num_possible`).
     """
     largest = vocab_size.to(entropy.dtype).log() if isinstance(vocab_size, Tensor) else math.log(vocab_size)
     value = 1 - entropy / largest
@@ -64,5 +65,5 @@ def certainty(entropy: Weights, vocab_size: int | Int[Tensor, ""]) -> Weights:
 def teacher_weights(
     teacher_entropy: Weights, vocab_size: int | Int[Tensor, ""], lengths: Int[Tensor, " batch"]
 ) -> Weights:
-    """w_j = 1 - H(p^t_j) / log V_t, rescaled (equations 8, 14)."""
+    """Compute the weight of each teacher token: its certainty, rescaled (equations 8, 14)."""
     return rescale(certainty(teacher_entropy, vocab_size), lengths)
