@@ -29,8 +29,8 @@ class ModelSide:
         byte_ends: offset in the response's UTF-8 bytes at which the predicted token ends (end-of-sequence: the length);
             a negative number inside text that the tokenizer's normalisation changed, see `TextEncoder.response_ids`.
         head: hidden rows to logits.
-        aligned_rows: of a teacher whose method asks for it: the student's row that each row is paired with by spelling,
-            counted within the example; -1 for none.
+        aligned_rows: of a teacher whose method needs it: for each student token the teacher token that is paired with it by
+            spelling, counted within the example; -1 for none.
         trust: of one of several teachers: what its word counts at each of the student's rows, relative to its share.
         attention: of a model whose method asks for it: how much the last position of a sequence attends to each row's in
             the last layer, summed over its heads; a constant.
@@ -43,7 +43,7 @@ class ModelSide:
     lengths: Int[Tensor, " batch"]
     byte_ends: Int[Tensor, " tokens"]
     head: OutputHead
-    aligned_rows: Int[Tensor, " tokens"] | None = None
+    aligned_rows: Int[Tensor, " s_tokens"] | None = None
     trust: Float[Tensor, " s_tokens"] | None = None
     attention: Float[Tensor, " tokens"] | None = None
 

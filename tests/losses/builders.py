@@ -61,8 +61,8 @@ def random_examples(
             for key, width in (("hidden", hidden), ("in", embedding), ("out", embedding)):
                 example[f"{name}_{key}"] = torch.randn(count, width, dtype=torch.float64, generator=generator)
             example[f"{name}_target"] = torch.randint(0, vocabulary, (count,), generator=generator)
-        example["aligned"] = torch.arange(t_len).where(
-            (torch.arange(t_len) % 4 != 2) & (torch.arange(t_len) < s_len), -1
+        example["aligned"] = torch.arange(s_len).where(
+            (torch.arange(s_len) % 4 != 2) & (torch.arange(s_len) < t_len), -1
         )
         examples.append(example)
     return examples

@@ -45,7 +45,7 @@ def pair(student=STUDENT, teacher=TEACHER, widths=(4, 6), ends=(3, 4)) -> ModelP
 def sides():
     generator = torch.Generator().manual_seed(0)
     own, theirs = (torch.randn(3, width, generator=generator).double() * 2 for width in (4, 6))
-    return logit_side(own.requires_grad_(), [2, 0, 3]), logit_side(theirs, [3, 1, 4], [-1, 0, 2])
+    return logit_side(own.requires_grad_(), [2, 0, 3]), logit_side(theirs, [3, 1, 4], [1, -1, 2])
 
 
 def kl(p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
@@ -161,12 +161,10 @@ def test_aligned_rows_read_the_same_and_reach_the_batch():
     batch = PairedCollator(0, 2)([pairs[index] for index in range(len(pairs))])
     num_aligned = 0
     for index, row in enumerate(pairs.rows):
-        mask = batch["teacher_response_mask"][index]
-        assert (batch["teacher_aligned_rows"][index][~mask] == -1).all()
-        places = batch["teacher_aligned_rows"][index][mask].tolist()
+        places = batch["teacher_aligned_rows"].split(batch["student_num_rows"])[index].tolist()
         assert places == row.teacher.aligned_rows.tolist()
-        for other, own in enumerate(places):
-            if own > 0:
+        for own, other in enumerate(places):
+            if other > 0:
                 tokens = [
                     spelled[n][side.ids[side.num_prompt - 1 + place]]
                     for n, (side, place) in enumerate(((row.student, own), (row.teacher, other)))
@@ -174,6 +172,18 @@ def test_aligned_rows_read_the_same_and_reach_the_batch():
                 assert tokens[0] == tokens[1] or tokens[1] not in spelled[0]
                 num_aligned += 1
     assert num_aligned > 0.5 * sum(len(row.student.byte_ends) for row in pairs.rows)
+
+
+def test_equal_student_tokens_follow_one_teacher_token():
+    """If only one of them were kept, the others would learn the target a second time instead of the teacher."""
+    words = ["abcd", "efgh"]
+    encoders = [TextEncoder(byte_bpe(texts), "plain") for texts in (words, [*words, "---"])]
+    pairs = encode_pairs([Example(0, "abcd", response="efgh---efgh")], *encoders)
+    align_by_spelling(pairs, *encoders)
+    student, teacher = pairs.rows[0].student, pairs.rows[0].teacher
+    assert [len(side.byte_ends) for side in (student, teacher)] == [6, 4]
+    # read by the student: abcd efgh - - - efgh; by the teacher: abcd efgh --- efgh
+    assert teacher.aligned_rows.tolist() == [0, 1, 2, 2, 2, 3]
 
 
 def test_a_run_aligns_its_data_sets(tmp_path):

@@ -22,6 +22,7 @@ class PairedCollator:
         Position i predicts target i; `response_mask` is True where that target is a supervised response token,
         the end token included; `byte_ends` is 0 elsewhere. Beside them the lists `num_tokens` and `num_rows`, how
         often `attention_mask` and `response_mask` are True in each example: what the host knows it need not ask a GPU.
+        `teacher_aligned_rows`, if the rows have it, holds those of all examples one after the other.
     """
 
     def __init__(self, student_pad_id: int, teacher_pad_id: int | None = None, *, pad_to_multiple_of: int = 1) -> None:
@@ -42,8 +43,6 @@ class PairedCollator:
         lengths = [len(feature[f"{side}_input_ids"]) for feature in features]
         width = -(-max(lengths) // self.pad_to_multiple_of) * self.pad_to_multiple_of
         fills: dict[str, Any] = {"input_ids": pad_id, "target_ids": pad_id, "response_mask": False, "byte_ends": 0}
-        if f"{side}_aligned_rows" in features[0]:
-            fills["aligned_rows"] = -1
         padded: dict[str, Any] = {
             f"{side}_{field}": torch.tensor(
                 [row + [fill] * (width - len(row)) for row in (feature[f"{side}_{field}"] for feature in features)]
@@ -52,6 +51,9 @@ class PairedCollator:
         }
         padded[f"{side}_attention_mask"] = torch.tensor([[1] * n + [0] * (width - n) for n in lengths])
         padded[f"{side}_num_tokens"] = lengths
+        if f"{side}_aligned_rows" in features[0]:
+            rows = [row for feature in features for row in feature[f"{side}_aligned_rows"]]
+            padded[f"{side}_aligned_rows"] = torch.tensor(rows)
         padded[f"{side}_num_rows"] = [sum(feature[f"{side}_response_mask"]) for feature in features]
         return padded
 

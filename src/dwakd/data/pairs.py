@@ -53,7 +53,7 @@ class EncodedSide:
         num_unsupervised = self.num_prompt - 1
         aligned = {}
         if self.aligned_rows is not None:
-            aligned = {f"{prefix}_aligned_rows": [-1] * num_unsupervised + self.aligned_rows.tolist()}
+            aligned = {f"{prefix}_aligned_rows": self.aligned_rows.tolist()}
         return aligned | {
             f"{prefix}_input_ids": self.ids[:-1].tolist(),
             f"{prefix}_target_ids": self.ids[1:].tolist(),

@@ -15,8 +15,9 @@ def align_by_spelling(pairs: EncodedPairs, student: TextEncoder, *teachers: Text
     """Give every teacher's side of `pairs` its `aligned_rows`, where it has none yet.
 
     The tokens that are *read* at response rows are warped onto each other, without their spaces: the last token of
-    the prompt is the first, the end token is not among them. A row is aligned where exactly one teacher row falls on
-    it and the teacher's token maps onto the student's (`nearest_tokens`).
+    the prompt is the first, the end token is not among them. A student row is aligned if the path pairs it with exactly
+    one teacher row and the teacher's token maps to the student's (`nearest_tokens`). Several student rows may be aligned
+    with the same teacher row.
 
     Args:
         pairs: rows with all sides.
@@ -35,7 +36,7 @@ def align_by_spelling(pairs: EncodedPairs, student: TextEncoder, *teachers: Text
 
 
 class _Aligner:
-    """For each of the teacher's rows of an example the student's row it is aligned with, or -1."""
+    """Find the aligned teacher row for each student row of an example, or -1."""
 
     def __init__(self, student: TextEncoder, teacher: TextEncoder) -> None:
         mine, theirs = student.token_bytes(), teacher.token_bytes()
@@ -53,9 +54,7 @@ class _Aligner:
             edit_costs([self.spellings[0][index] for index in own], [self.spellings[1][index] for index in other])
         )
         accepted = (rows >= 0) & (self.student_of[other[np.maximum(rows, 0)]] == own)
-        aligned = np.full(len(other), -1, dtype=np.int32)
-        aligned[rows[accepted]] = accepted.nonzero()[0]
-        return aligned
+        return np.where(accepted, rows, -1).astype(np.int32)
 
 
 def _read(side: EncodedSide) -> NDArray[np.int32]:

@@ -187,13 +187,12 @@ def aligned_teacher_rows(
             "min_ed needs aligned_rows on the teacher's side; compute them with data.spelling.align_by_spelling"
         )
     within, count = teacher.aligned_rows, len(student.target_ids)
-    firsts = (student.lengths.cumsum(0) - student.lengths)[example_ids(teacher.lengths, len(within))]
-    paired = torch.where(
-        within >= 0, firsts + within, count
-    )  # those without a partner go to an extra position at the end
-    rows = within.new_zeros(count + 1).index_copy(0, paired, torch.arange(len(within), device=within.device))
-    aligned = torch.zeros_like(rows, dtype=torch.bool).index_fill(0, paired, True)
-    rows, aligned = rows[:count], aligned[:count]
+    if len(within) != count:
+        raise ValueError(
+            f"teacher.aligned_rows must have one entry for each of the {count} student tokens, got {len(within)}"
+        )
+    firsts = (teacher.lengths.cumsum(0) - teacher.lengths)[example_ids(student.lengths, count)]
+    rows, aligned = firsts + within.clamp_min(0), within >= 0
     if same_prefix:
         read = [starts(side.byte_ends, side.lengths) for side in (student, teacher)]
         aligned = aligned & (read[0] == read[1][rows])

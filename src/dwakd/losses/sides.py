@@ -89,7 +89,7 @@ def require_vocabularies(sides: Sequence[ModelSide], sizes: Sequence[int]) -> No
 
 
 def _tensors(side: ModelSide) -> Iterator[tuple[str, Tensor]]:
-    for field in ("hidden", "input_embeddings", "target_embeddings", "byte_ends", "aligned_rows", "attention"):
+    for field in ("hidden", "input_embeddings", "target_embeddings", "byte_ends", "attention"):
         rows = getattr(side, field)
         if rows is not None:
             yield field, rows

@@ -73,7 +73,6 @@ class Teacher(ABC):
         counts = host_counts(batch, "teacher", "num_rows")
         places = true_places(mask, counts)
         targets = batch["teacher_target_ids"].flatten()[places]
-        aligned = batch.get("teacher_aligned_rows")
         return ModelSide(
             hidden=hidden,
             input_embeddings=table[batch["teacher_input_ids"].flatten()[places]],
@@ -82,7 +81,7 @@ class Teacher(ABC):
             lengths=mask.sum(dim=1),
             byte_ends=batch["teacher_byte_ends"].flatten()[places],
             head=self.head,
-            aligned_rows=None if aligned is None else aligned.flatten()[places],
+            aligned_rows=batch.get("teacher_aligned_rows"),
             attention=attention,
         ).with_counts(counts)
 
