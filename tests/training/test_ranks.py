@@ -15,7 +15,9 @@ from tests.training.builders import ROWS, assert_same, trainer, weights
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("method", "accumulation", "num_rows"), [("dwa_kd", 1, 16), ("sft", 2, 16), ("dwa_kd", 1, 13)])
+@pytest.mark.parametrize(
+    ("method", "accumulation", "num_rows"), [("dwa_kd", 1, 16), ("sft", 2, 16), ("min_ed", 1, 13), ("dwa_kd", 1, 13)]
+)
 def test_two_ranks_equal_one(tmp_path, method, accumulation, num_rows):
     """Projectors that diverge between ranks, a mean of means, or N(.) per rank: none of them raises an error.
 

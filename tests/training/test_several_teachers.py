@@ -134,7 +134,7 @@ def test_mistakes_with_several_teachers_are_named(tmp_path, folders):
     """Before a model is loaded where that can be."""
     with pytest.raises(UserError, match="teacher_weights must be a list of 2"):
         trainer_of(tmp_path, folders, teacher_weights=[1.0])
-    with pytest.raises(UserError, match="numbers above 0"):
+    with pytest.raises(UserError, match="teacher_weights must be a list of numbers"):
         DistillConfig(output_dir=str(tmp_path), teacher_weights=[1.0, -1.0])
     with pytest.raises(UserError, match="valid ones: confidence, weights"):
         DistillConfig(output_dir=str(tmp_path), teacher_gate="best")

@@ -4,8 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from dwakd.errors import UserError
+
+NO_TOKEN = -2
+"""Pads `teacher_aligned_rows`, in which -1 is a student token that is aligned with no teacher token."""
 
 
 class PairedCollator:
@@ -22,7 +26,7 @@ class PairedCollator:
         Position i predicts target i; `response_mask` is True where that target is a supervised response token,
         the end token included; `byte_ends` is 0 elsewhere. Beside them the lists `num_tokens` and `num_rows`, how
         often `attention_mask` and `response_mask` are True in each example: what the host knows it need not ask a GPU.
-        `teacher_aligned_rows`, if the rows have it, holds those of all examples one after the other.
+        `teacher_aligned_rows`, if the rows have it, is (batch, student response tokens), padded with `NO_TOKEN`.
     """
 
     def __init__(self, student_pad_id: int, teacher_pad_id: int | None = None, *, pad_to_multiple_of: int = 1) -> None:
@@ -52,8 +56,8 @@ class PairedCollator:
         padded[f"{side}_attention_mask"] = torch.tensor([[1] * n + [0] * (width - n) for n in lengths])
         padded[f"{side}_num_tokens"] = lengths
         if f"{side}_aligned_rows" in features[0]:
-            rows = [row for feature in features for row in feature[f"{side}_aligned_rows"]]
-            padded[f"{side}_aligned_rows"] = torch.tensor(rows)
+            rows = [torch.tensor(feature[f"{side}_aligned_rows"]) for feature in features]
+            padded[f"{side}_aligned_rows"] = pad_sequence(rows, batch_first=True, padding_value=NO_TOKEN)
         padded[f"{side}_num_rows"] = [sum(feature[f"{side}_response_mask"]) for feature in features]
         return padded
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dwakd.batch import ModelSide
+from dwakd.data.collator import NO_TOKEN
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedPairs
 from dwakd.losses import needs_attention
@@ -73,6 +74,7 @@ class Teacher(ABC):
         counts = host_counts(batch, "teacher", "num_rows")
         places = true_places(mask, counts)
         targets = batch["teacher_target_ids"].flatten()[places]
+        aligned = batch.get("teacher_aligned_rows")
         return ModelSide(
             hidden=hidden,
             input_embeddings=table[batch["teacher_input_ids"].flatten()[places]],
@@ -81,7 +83,7 @@ class Teacher(ABC):
             lengths=mask.sum(dim=1),
             byte_ends=batch["teacher_byte_ends"].flatten()[places],
             head=self.head,
-            aligned_rows=batch.get("teacher_aligned_rows"),
+            aligned_rows=None if aligned is None else aligned[aligned != NO_TOKEN],
             attention=attention,
         ).with_counts(counts)
 
