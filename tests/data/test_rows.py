@@ -1,5 +1,7 @@
 """Conversations as rows: which turns are read, which one is learnt, and what is refused."""
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -57,6 +59,14 @@ def test_earlier_turns_of_a_completion_are_read() -> None:
         ({"messages": [ASK, ANSWER], "tools": ["x"]}, "row 0 .*'tools' must be a list of objects"),
         ({"messages": [ASK, ANSWER], "chat_template_kwargs": [{}]}, "row 0 .*'chat_template_kwargs' must be an object"),
         ({"messages": [say("system", "s"), ASK, ANSWER], "system": "t"}, "row 0 .*'system' .*differ"),
+        ({"prompt": "q", "response": "a", "system": 3}, "row 0 .*'system' is int"),
+        ({"prompt": "q", "response": "a", "chat_template_kwargs": "x"}, "row 0 .*'chat_template_kwargs' .*JSON"),
+        ({"prompt": "q", "response": "a", "tools": '[{"name": "a", "name": "b"}]'}, "row 0 .*'tools' .*key 'name'"),
+        ({"prompt": "q", "response": "a", "chat_template_kwargs": '{"a": 1, "a": 2}'}, "row 0 .*more than one key 'a'"),
+        *(
+            ({"messages": [ASK, ANSWER], "chat_template_kwargs": {key: True}}, f"row 0 .*chat_template_kwargs.*'{key}'")
+            for key in ("chat_template", "tokenize", "add_generation_prompt", "tools", "messages", "return_dict")
+        ),
     ],
 )
 def test_what_cannot_be_read_or_learnt_is_refused(row: dict[str, Any], message: str) -> None:
@@ -86,7 +96,30 @@ def test_tables_mean_what_rows_mean() -> None:
     assert load_examples(rows)[1] == Example(1, "2 + 2?", response="Four.", references=("Four.",))
 
 
-def test_columns_of_rows_that_are_no_conversation() -> None:
-    """A column that happens to be called system, tools or documents belongs to other rows' meaning."""
-    row = {"instruction": "i", "output": "o", "system": "Linux", "documents": ["d"], "tools": "hammer"}
-    assert read(row) == Example(0, "i", response="o", references=("o",))
+@pytest.mark.parametrize("row", [{"prompt": "i", "response": "o"}, {"instruction": "i", "output": "o"}])
+def test_columns_beside_a_prompt_that_is_a_string(row: dict[str, Any]) -> None:
+    """Without its system text, tools or documents an answer is learnt from a question that nobody asked."""
+    plain = Example(0, "i", response="o", references=("o",))
+    assert read({**row, "documents": ["d"], "tools": "hammer", "system": None, "chat_template_kwargs": ""}) == plain
+    assert read({**row, "documents": "[1]", "tools": "[]", "system": ""}) == plain
+    assert read({**row, "system": "Be brief."}) == replace(plain, history=(say("system", "Be brief."),))
+    options = {"terse": True, "documents": [{"text": "d"}], "tools": [{"name": "t"}]}
+    columns = {"chat_template_kwargs": {"terse": True}, "documents": options["documents"], "tools": options["tools"]}
+    assert read({**row, **columns}) == replace(plain, options=options)
+    assert read({**row, **{key: json.dumps(value) for key, value in columns.items()}}) == replace(
+        plain, options=options
+    )
+
+
+@pytest.mark.parametrize("column", ["response", "completion", "output"])
+def test_a_column_answers_a_conversation_that_ends_without_an_answer(column: str) -> None:
+    """The last answer inside the conversation would be learnt instead, and the question and its answer be dropped."""
+    turns = [say("user", "Hi"), say("assistant", "Ho"), ASK]
+    example = read({"messages": turns, column: "Four."})
+    assert (contents(example), example.response) == (["Hi", "Ho", "2 + 2?"], "Four.")
+    assert read({"messages": turns, column: [ANSWER]}) == example
+    assert read({"messages": [*turns[:2], say("tool", "4")], column: "Four."}).turns[-1] == say("tool", "4")
+    rows = [{"messages": [*turns, ANSWER], column: "other"}, {"messages": turns, column: "Four."}]
+    assert [row.references for row in load_examples(rows)] == [("Four.",)] * 2
+    assert load_examples(rows, need_response=False)[1].references == ("Four.",)
+    assert read({"messages": turns, column: None}).response == "Ho"

@@ -5,7 +5,7 @@ import io
 import json
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -135,7 +135,16 @@ def _integer(digits: str) -> int | Unusable:
     return int(digits) if len(digits) <= MAX_DIGITS else Unusable(f"a number of {len(digits):,} digits")
 
 
-_parse = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer).decode
+parse_json = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer).decode
+"""Parse a JSON text; what cannot be used as it is written becomes `Unusable`."""
+
+
+def find_unusable(value: Any) -> str | None:
+    """Why something inside a parsed value cannot be used; None if all of it can."""
+    if isinstance(value, Unusable):
+        return value.reason
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return next((reason for part in parts if (reason := find_unusable(part)) is not None), None)
 
 
 def _read_jsonl(path: Path, name: str) -> Iterator[PlacedRow]:
@@ -146,7 +155,7 @@ def _read_jsonl(path: Path, name: str) -> Iterator[PlacedRow]:
             if not text.strip():
                 continue
             try:
-                yield where, _parse(text)
+                yield where, parse_json(text)
             except (json.JSONDecodeError, RecursionError) as error:
                 reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
                 raise UserError(f"{where}: not valid JSON ({reason}): correct or remove that line") from error
@@ -154,7 +163,7 @@ def _read_jsonl(path: Path, name: str) -> Iterator[PlacedRow]:
 
 def _read_json(path: Path, name: str) -> Iterator[PlacedRow]:
     try:
-        rows = _parse(_decode(path.read_bytes(), name))
+        rows = parse_json(_decode(path.read_bytes(), name))
     except json.JSONDecodeError as error:
         fix = "name the file .jsonl if it holds one object a line" if error.msg == "Extra data" else "correct it"
         raise UserError(f"{name}, line {error.lineno}: not valid JSON ({error.msg}): {fix}") from error

@@ -5,12 +5,14 @@ Columns that are not named are looked for in this order: a conversation in `mess
 in `response`, `completion` or `output`. A column of prompts may itself hold conversations.
 
 Of a conversation the last assistant turn is learnt and everything before it is read, including the columns `tools`,
-`documents`, `chat_template_kwargs` and `system` of the row; turns after it are left out. A completion may be a
-conversation too: all its turns but the last are read. Null and empty values mean absent.
+`documents`, `chat_template_kwargs` and `system` of the row; turns after it are left out. The same columns are read
+beside a prompt that is a string. If `messages` ends with the user's or a tool's turn and the row has a `response`,
+`completion` or `output`, that is the answer. A completion may be a conversation too: all its turns but the last are
+read. Null and empty values mean absent.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dwakd.data.turns import check_answer, checked_text, is_conversation, read_options, read_turns
@@ -58,12 +60,17 @@ class Example:
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of the columns that are read; None where there is none."""
+    """The names of the columns that are read; None where there is none.
+
+    Args:
+        optional: whether `response` is read only where the conversation in `prompt` ends without an answer.
+    """
 
     prompt: str
     response: str | None
     input: str | None
     extras: tuple[str, ...] = ()
+    optional: bool = False
 
     @property
     def used(self) -> tuple[str, ...]:
@@ -98,10 +105,11 @@ def resolve_columns(
             f"{source} has no column with the prompt (messages, conversations, instruction or prompt); its columns "
             f"are: {shown}; name the right one in data.prompt (eval, shrink: --prompt)"
         )
-    if response is None and prompt not in CONVERSATIONS:
+    optional = response is None and prompt in CONVERSATIONS
+    if response is None:
         known = RESPONSES.get(prompt, RESPONSES["prompt"])
         response = next((name for name in known if name in names), None)
-        if response is None and need_response:
+        if response is None and need_response and not optional:
             raise UserError(
                 f"{source} has no column with the response ({', '.join(known)}); its columns are: {shown}; "
                 "name the right one in data.response (eval, shrink: --response)"
@@ -109,7 +117,7 @@ def resolve_columns(
     if input is None and prompt == "instruction":
         input = next((name for name in INPUTS if name in names), None)
     extras = tuple(name for name in EXTRAS if name in names and name not in (prompt, response, input))
-    return Columns(prompt, response, input, extras)
+    return Columns(prompt, response, input, extras, optional and response is not None)
 
 
 def read_example(row: Row, columns: Columns, *, index: int, where: str, need_response: bool) -> Example:
@@ -126,7 +134,12 @@ def read_example(row: Row, columns: Columns, *, index: int, where: str, need_res
         UserError: a column is missing in this row or holds something other than text.
     """
     input = "" if columns.input is None or row.get(columns.input) is None else _text(row, columns.input, where)
-    turns, answer = _split(row, columns, where, need_response)
+    turns = _read_prompt(row, columns, where)
+    if columns.optional and not (turns and turns[-1]["role"] in _ASKING and row.get(columns.response or "")):
+        columns = replace(columns, response=None)
+    answer = None
+    if columns.response is None and isinstance(row.get(columns.prompt), list):
+        turns, answer = _split(turns, columns.prompt, where, need_response)
     if columns.response is not None and is_conversation(row.get(columns.response)):
         *earlier, answer = read_turns(row[columns.response], where, columns.response)
         if answer["role"] != "assistant":
@@ -183,25 +196,30 @@ def _read_references(row: Row, column: str, where: str, need_response: bool) -> 
     return tuple(checked_text(item, f"{where}: {column!r}[{n}]") for n, item in enumerate(value))
 
 
-def _split(
-    row: Row, columns: Columns, where: str, need_response: bool
-) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """The turns before the answer and, of a conversation that holds it, the answer."""
+def _read_prompt(row: Row, columns: Columns, where: str) -> list[dict[str, Any]]:
+    """The turns of the column of prompts, led by the row's system text."""
     asked = row.get(columns.prompt)
-    if not isinstance(asked, list):
-        text = _text(row, columns.prompt, where)
-        if columns.prompt in CONVERSATIONS and columns.response is None:
+    if isinstance(asked, list):
+        turns = read_turns(asked, where, columns.prompt)
+    else:
+        turns = [{"role": "user", "content": _text(row, columns.prompt, where)}]
+        if columns.prompt in CONVERSATIONS and (columns.response is None or columns.optional):
             raise UserError(f"{where}: {columns.prompt!r} is a string, not a list of turns with role and content")
-        return [{"role": "user", "content": text}], None
-    turns = read_turns(asked, where, columns.prompt)
     if "system" in columns.extras and (system := row.get("system")):
         turn = {"role": "system", "content": checked_text(system, f"{where}: 'system'")}
         if any(other["role"] == "system" and other != turn for other in turns):
             raise UserError(f"{where}: 'system' and the system turn in {columns.prompt!r} differ: remove one of them")
         turns = [turn, *(other for other in turns if other != turn)]
-    if columns.response is not None or not (need_response or (turns and turns[-1]["role"] == "assistant")):
+    return turns
+
+
+def _split(
+    turns: list[dict[str, Any]], column: str, where: str, need_response: bool
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """The turns before the answer and, of a conversation that holds it, the answer."""
+    if not need_response and not (turns and turns[-1]["role"] == "assistant"):
         return turns, None
     at = max((n for n, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
     if at < 0:
-        raise UserError(f"{where}: {columns.prompt!r} has no assistant turn to learn: add one or remove that row")
+        raise UserError(f"{where}: {column!r} has no assistant turn to learn: add one or remove that row")
     return turns[:at], turns[at]

@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 import huggingface_hub
 
-from dwakd.data.files import SUFFIXES, PlacedRow, Select, Unusable, guarded, numbered, read_file
+from dwakd.data.files import SUFFIXES, PlacedRow, Select, Unusable, find_unusable, guarded, numbered, read_file
 from dwakd.data.rows import Columns, Example, read_example, resolve_columns
 from dwakd.errors import UserError
 
@@ -139,7 +139,7 @@ def _read_row(row: Any, columns: Columns, index: int, where: str, need_response:
         raise _unreadable(where, row)
     try:
         for column in columns.used:
-            if (reason := _find_unusable(row.get(column))) is not None:
+            if (reason := find_unusable(row.get(column))) is not None:
                 raise UserError(f"{where}: {column!r} holds {reason}: correct or remove that row")
         return read_example(row, columns, index=index, where=where, need_response=need_response)
     except (RecursionError, ValueError) as error:
@@ -161,13 +161,6 @@ def _unreadable(where: str, row: Any) -> UserError:
     except (RecursionError, ValueError):
         shown = ""
     return UserError(f"{where}: expected an object with named columns, got {type(row).__name__}{shown}: {fix}")
-
-
-def _find_unusable(value: Any) -> str | None:
-    if isinstance(value, Unusable):
-        return value.reason
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    return next((reason for part in parts if (reason := _find_unusable(part)) is not None), None)
 
 
 def _open(source: Any, split: str | Sequence[str], name: str, select: Select) -> Iterator[PlacedRow]:

@@ -1,9 +1,9 @@
 """Turns of a conversation as a data set holds them, checked; keys beside role and content stay for the chat template."""
 
-import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from dwakd.data.files import find_unusable, parse_json
 from dwakd.errors import UserError
 
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
@@ -20,6 +20,14 @@ _METADATA = frozenset(
     }
 )
 """Keys of a turn that models need not read; chat templates leave them out on purpose, even the id of a tool call."""
+_RESERVED = frozenset(
+    {
+        *("conversation", "messages", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt"),
+        *("continue_final_message", "padding", "truncation", "max_length", "tokenizer_kwargs"),
+        "sanitize_control_tokens",
+    }
+)
+"""Arguments of `apply_chat_template`, which are no variables of a template; `return_...` are others."""
 
 
 def read_turns(conversation: list[Any], where: str, column: str) -> list[dict[str, Any]]:
@@ -50,28 +58,36 @@ def read_options(row: Mapping[str, Any], columns: Collection[str], where: str, c
         row: the row's columns by name.
         columns: those that exist.
         where: the place to name in a message.
-        conversation: whether the row's prompt is one; of other rows only `tools` are read, where they are objects.
+        conversation: whether the row's prompt is one; in other rows, columns named `tools` and `documents` that hold
+            no objects are something else and are ignored.
 
     Raises:
-        UserError: a column holds something else.
+        UserError: a column holds something else, or an argument of `apply_chat_template` that no row may set.
     """
     options: dict[str, Any] = {}
     for name in ("chat_template_kwargs", "documents", "tools"):
         value = _without_nulls(row.get(name)) if name in columns else None
-        if not conversation and not (name == "tools" and is_conversation(value)):
-            continue
+        strict = conversation or name == "chat_template_kwargs"
         if isinstance(value, str) and value:
             try:
-                value = json.loads(value)
+                value = parse_json(value)
             except (ValueError, RecursionError) as error:
+                if not strict:
+                    continue
                 raise UserError(
                     f"{where}: {name!r} is a string that is not valid JSON ({error}): correct it"
                 ) from error
+            if (reason := find_unusable(value)) is not None:
+                raise UserError(f"{where}: {name!r} holds {reason}: correct or remove that row")
         if name == "chat_template_kwargs" and isinstance(value, Mapping):
             options |= _filled(value)
+            if taken := [key for key in options if key in _RESERVED or str(key).startswith("return_")]:
+                raise UserError(
+                    f"{where}: {name!r} must not set {taken[0]!r}: remove it (tools and documents have columns)"
+                )
         elif name != "chat_template_kwargs" and is_conversation(value):
             options[name] = value
-        elif value:
+        elif value and strict:
             kind = "an object" if name == "chat_template_kwargs" else "a list of objects"
             raise UserError(f"{where}: {name!r} must be {kind}, got {value!r:.40}: correct or remove it")
     return options
