@@ -1,5 +1,6 @@
 """Chat templates of real models' kinds: prompt and answer have to be what the template writes, with nothing left out."""
 
+import json
 from typing import Any
 
 import pytest
@@ -128,7 +129,7 @@ def test_altered_answers_are_refused() -> None:
     with pytest.raises(UserError, match="does not write an assistant's answer as it is"):
         TextEncoder(with_template(PLAIN.replace("m.content", "m.content|upper")), "chat")
     encoder = TextEncoder(with_template(PLAIN.replace("m.content", "m.content|replace('Four', 'Five')")), "chat")
-    with pytest.raises(UserError, match=r"alters the answer of row 3 \(counting from 0\)"):
+    with pytest.raises(UserError, match=r"^row 3 \(counting from 0\): .*alters the answer"):
         encoder.prompt_ids(Example(3, "2 + 2?", response="Four."))
 
 
@@ -176,6 +177,90 @@ def test_turns_that_a_template_leaves_out_are_refused() -> None:
     trained({"messages": [say("system", ""), ASK, ANSWER]}, template)
 
 
+def call(name: str, arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "id": "c1", "function": {"name": name, "arguments": arguments}}
+
+
+def calls(*made: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": [say("user", "Bergen?"), say("assistant", None, tool_calls=[*made]), say("tool", "4"), ANSWER]}
+
+
+FIRST_CALL = TOOLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
+NAMES_ONLY = TOOLS.replace("c.function|tojson", "c.function.name")
+LAST_SYSTEM = (
+    "{% set ns = namespace(s='') %}{% for m in messages if m.role == 'system' %}{% set ns.s = m.content %}{% endfor %}"
+    "{{ ns.s }}{% for m in messages if m.role != 'system' %}" + _TURN + "{% endfor %}" + _PROMPT
+)
+PARTLY = {
+    "second call": (calls(CALL, call("wind", {"place": "Oslo"})), FIRST_CALL, "'tool_calls' of turn 1"),
+    "same call again": (calls(CALL, CALL), FIRST_CALL, "'tool_calls' of turn 1"),
+    "arguments": (calls(CALL), NAMES_ONLY, "'tool_calls' of turn 1"),  # the user's turn has the same word
+    "number in arguments": (calls(call("wait", {"seconds": 317})), NAMES_ONLY, "'tool_calls' of turn 1"),
+    "type in arguments": (calls(call("find", {"type": "museum"})), NAMES_ONLY, "'tool_calls' of turn 1"),
+    "one system turn of two": (
+        {"messages": [say("system", "Add."), say("system", "Be brief."), ASK, ANSWER]}, LAST_SYSTEM, "'content' of turn 0",
+    ),
+    "description of a tool": (
+        {"messages": [ASK, ANSWER], "tools": [{"name": "sum", "description": "adds"}]},
+        TOOLS.replace("tools|tojson", "tools[0].name"), "'tools'",
+    ),
+    "title of a document": (
+        {"messages": [ASK, ANSWER], "documents": [{"title": "Sums", "text": "2 + 2"}]}, TOOLS, "'documents'",
+    ),
+    "a thought that equals the text": (
+        {"messages": [ASK, {**ANSWER, "reasoning_content": "Four"}, ASK, ANSWER]}, PLAIN, "'reasoning_content' of turn 1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", PARTLY)
+def test_parts_that_a_template_shows_partly_are_refused(what: str) -> None:
+    """The model would answer with what it was never shown; every row counts, whatever rows came before it."""
+    row, template, named = PARTLY[what]
+    fine = {"messages": [ASK, ANSWER]}
+    examples, encoder = load_examples([fine, row]), TextEncoder(with_template(template), "chat")
+    with pytest.raises(UserError, match=f"row 1 .*leaves out {named}") as caught:
+        encode_pairs(examples, encoder)
+    assert str(caught.value).count("row 1") == 1
+
+
+_ESCAPED = "".join(f"|replace({c!r}, '\\\\u{ord(c):04x}')" for c in "<>&'")
+
+
+@pytest.mark.parametrize("written", ["c.function|tojson", f"c.function|tojson{_ESCAPED}", "c.function|string"])
+def test_texts_are_found_as_templates_write_them(written: str) -> None:
+    """Quotes, line ends and letters that JSON escapes are no reason to refuse a row."""
+    text = 'it\'s <b>\n"Bjørn" \\ & \u2028'
+    row = calls(call("a", {"x": [text, 1.5, True, None]}), call("b", {"y": {"id": text}}))
+    row["messages"][0]["content"] = f" {text}\n"
+    encoder = TextEncoder(with_template(TOOLS.replace("c.function|tojson", written)), "chat")
+    assert "Bjørn" in encoder.prompt_text(load_examples([row])[0])
+    trained({"messages": [say("user", text), ANSWER]}, PLAIN.replace("m.content", "m.content|e"))
+
+
+def test_arguments_given_as_a_string_are_written_once() -> None:
+    """OpenAI's calls hold them as JSON in a string, which `tojson` would encode again; other templates want the string."""
+    given = '{"place":  "Bergen", "days": null}'
+    text, row = '{"place": "Bergen", "days": null}', calls(call("rain_gauge", given))
+    assert f'"arguments": {text}' in trained(row, TOOLS)[0]
+    for written in (" }}{{ c.function.arguments }}{{ ", " + c.function.arguments + ", " ~ c.function.arguments ~ "):
+        template = TOOLS.replace("c.function|tojson", f"c.function.name{written}''")
+        assert f"<call>rain_gauge{given}</call>" in trained(row, template)[0]
+    for other in ("[1]", "Bergen", '{"a": 1, "a": 2}'):
+        assert json.dumps(other) in trained(calls(call("rain_gauge", other)), TOOLS)[0]
+
+
+@pytest.mark.parametrize("thought", ["<think>\n2 and 2\n</think>\n\nFour.", "2 and 2</think>Four."])
+def test_earlier_thoughts_inside_content_may_be_cut(thought: str) -> None:
+    """DeepSeek-R1 and Qwen3 cut them off earlier answers; the rest of the answer has to stay."""
+    row = {"messages": [ASK, say("assistant", thought), ASK, ANSWER]}
+    for template in (R1, QWEN3):
+        assert "2 and 2" not in trained(row, template)[0]
+    assert "2 and 2" in trained(row, PLAIN)[0]
+    with pytest.raises(UserError, match="leaves out 'content' of turn 1"):
+        trained({"messages": [ASK, say("assistant", f"Well <think>x</think>{thought}"), ASK, ANSWER]}, R1)
+
+
 def test_earlier_thoughts_may_be_left_out() -> None:
     """Qwen3's template drops them on purpose; one that knows no reasoning_content loses what the row says."""
     row = {"messages": [say("user", "Hi"), say("assistant", "Ho", reasoning_content="greet"), ASK, ANSWER]}
@@ -192,8 +277,11 @@ def test_options_of_the_template() -> None:
     assert trained({**row, "chat_template_kwargs": {"terse": True}}, PLAIN) == trained(
         {"messages": [ASK, ANSWER]}, PLAIN
     )
-    with pytest.raises(UserError, match="leaves out 'rules' of row 0"):
-        trained(row, PLAIN)
+    low = {**row, "chat_template_kwargs": {"reasoning_effort": "low", "rules": "Add.", "num": 3}}  # switches
+    for name in ("chat", "alpaca"):
+        assert trained(low, PLAIN, name) == trained({"messages": [ASK, ANSWER]}, PLAIN, name)
+        with pytest.raises(UserError, match=r"row 0 .*'rules'"):
+            trained({**row, "chat_template_kwargs": {"rules": ["Add."]}}, PLAIN, name)
 
 
 def test_harmless_keys_are_no_reason_to_refuse() -> None:

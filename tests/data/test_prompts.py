@@ -103,7 +103,7 @@ def test_chat_without_a_template_or_with_one_that_refuses() -> None:
     tokenizer.chat_template = None
     with pytest.raises(UserError, match=r"no chat template: use data\.template: alpaca"):
         render_prompt(PLAIN, "chat", tokenizer)
-    with pytest.raises(UserError, match=r"refuses row 7 \(counting from 0\): no system role here"):
+    with pytest.raises(UserError, match=r"^row 7 \(counting from 0\): .* refuses it: no system role here"):
         render_prompt(Example(7, "Add.", history=TURNS), "chat", gemma_like())
 
 

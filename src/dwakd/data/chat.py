@@ -1,6 +1,9 @@
 """A model's own chat template: the text before an answer, and whether it shows everything that a row holds."""
 
-from collections.abc import Iterator
+import html
+import json
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from types import SimpleNamespace
@@ -9,7 +12,7 @@ from typing import Any
 from transformers.utils import chat_template_utils as clock
 
 from dwakd.data.rows import Example
-from dwakd.data.turns import content_keys
+from dwakd.data.turns import THOUGHTS, parse_arguments, texts_to_show
 from dwakd.errors import UserError
 
 _MARK = "zyxanswerxyz"
@@ -42,7 +45,6 @@ class ChatTemplate:
             )
         self.prints_date = "strftime_now" in str(tokenizer.chat_template)
         self.date = date or clock.datetime.now().date().isoformat()
-        self._shown: set[Any] = set()
         self._adds_space = _adds_space(tokenizer)
         asked = self._render(_QUESTION, {}, None, generation=True)
         before, self.tail = self._around_answer(_QUESTION, {}, None)
@@ -57,8 +59,12 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses the row, leaves out a part of it, or alters its answer.
         """
-        turns, options, row = example.turns, example.options or {}, example.index
-        asked = self._render(turns, options, row, generation=True)
+        given, options, row = example.turns, example.options or {}, example.index
+        parsed: list[dict[str, Any]] = []
+        turns: _Turns = parse_arguments(given, parsed)
+        asked = self._try(options, turns, generation=True)
+        if asked is None or any(str(each) in asked for each in parsed if each):  # it expects strings, prints no JSON
+            turns, asked = given, self._render(given, options, row, generation=True)
         self._check_shown(turns, options, asked, row)
         prompt = self._before_answer(turns, options, row, asked, example.response)
         if self._adds_space and prompt != asked and prompt.endswith(" "):
@@ -76,8 +82,8 @@ class ChatTemplate:
         start = _locate(full, asked, before, tail, answer) if full else before
         if start is None:
             raise UserError(
-                f"the chat template of {self.name} alters the answer of row {row} (counting from 0), so that the model "
-                "would learn another text than the template writes: correct that row, or use data.template: alpaca"
+                f"{_name(row)}: the chat template of {self.name} alters the answer, so that the model would learn "
+                "another text than the template writes: correct that row, or use data.template: alpaca"
             )
         if adjusted is None or start.startswith(asked) or asked.startswith(start):
             return start
@@ -100,42 +106,27 @@ class ChatTemplate:
         return before, tail
 
     def _check_shown(self, turns: _Turns, options: dict[str, Any], asked: str, row: int) -> None:
-        """Refuse a row of which the template leaves something out; every kind of turn is tried once."""
-        for n, turn in enumerate(turns):
-            kind = (turn["role"], frozenset(turn), n == 0, n == len(turns) - 1, bool(turn["content"]))
-            if kind in self._shown:
-                continue
-            for key in (*(["content"] if turn["content"] else []), *content_keys(turn)):
-                if not self._is_shown(turns, n, key, options, asked):
-                    self._refuse(f"{key!r} of turn {n} (role {turn['role']!r}, counting from 0)", row)
-            self._shown.add(kind)
-        for key, value in options.items():
-            if key in self._shown or isinstance(value, bool):  # switches such as enable_thinking
-                continue
-            others = {name: other for name, other in options.items() if name != key}
-            if self._try(others, turns) == asked:
-                self._refuse(f"{key!r}", row)
-            self._shown.add(key)
+        """Refuse a row with a text that the prompt does not hold as often as the row does.
 
-    def _is_shown(self, turns: _Turns, n: int, key: str, options: dict[str, Any], asked: str) -> bool:
-        """Whether the text changes with a key, in the conversation or, of thoughts dropped later, up to its turn."""
-        turn = dict(turns[n])
-        if key == "content":
-            turn[key] += _MARK
-        else:
-            del turn[key]
-        if self._try(options, [*turns[:n], turn, *turns[n + 1 :]]) != asked:
-            return True
-        alone = self._try(options, turns[: n + 1], generation=False)
-        return alone is not None and self._try(options, [*turns[:n], turn], generation=False) != alone
+        Thoughts of earlier turns, which templates drop, need only be shown while their turn is the last one.
+        """
+        parts = list(texts_to_show(turns, options))
+        whole = _joined(parts)
+        for n, key, text in parts:
+            if key not in THOUGHTS:
+                shown = _occurs(text, asked, whole.count(text))
+            else:
+                alone = self._try(options, turns[: n + 1]) or ""
+                until = _joined(part for part in parts if part[0] <= n)
+                shown = any(_occurs(text, a, b.count(text) + 1) for a, b in ((asked, whole), (alone, until)))
+            if not shown:
+                place = f" of turn {n} (role {turns[n]['role']!r}, counting from 0)" if n >= 0 else ""
+                raise UserError(
+                    f"{_name(row)}: the chat template of {self.name} leaves out {key!r}{place} or a part of it "
+                    f"({text!r:.80}): remove it from the data, or use a model whose chat template shows it"
+                )
 
-    def _refuse(self, what: str, row: int) -> None:
-        raise UserError(
-            f"the chat template of {self.name} leaves out {what} of row {row} (counting from 0): remove it from the "
-            "data, or use a model whose chat template shows it"
-        )
-
-    def _try(self, options: dict[str, Any], turns: _Turns, *, generation: bool = True) -> str | None:
+    def _try(self, options: dict[str, Any], turns: _Turns, *, generation: bool = False) -> str | None:
         try:
             return self._render(turns, options, None, generation=generation)
         except UserError:
@@ -151,12 +142,36 @@ class ChatTemplate:
                 )
             text.encode()
         except Exception as error:  # templates raise what they like: jinja2's TemplateError, TypeError, ...
-            where = "a plain exchange" if row is None else f"row {row} (counting from 0)"
+            prefix, what = ("", "a plain exchange") if row is None else (f"{_name(row)}: ", "it")
             raise UserError(
-                f"the chat template of {self.name} refuses {where}: {error} "
+                f"{prefix}the chat template of {self.name} refuses {what}: {error} "
                 "(change the roles of that row's messages, or use data.template: alpaca)"
             ) from error
         return text
+
+
+def _name(row: int) -> str:
+    return f"row {row} (counting from 0)"
+
+
+def _joined(parts: Iterable[tuple[int, str, str]]) -> str:
+    """All texts that every prompt has to show."""
+    return "\0".join(text for _, key, text in parts if key not in THOUGHTS)
+
+
+def _occurs(text: str, rendered: str, times: int = 1) -> bool:
+    """Whether a text is in a prompt so many times, as it is or as JSON, Python or HTML write it inside a string."""
+    if rendered.count(text) >= times:
+        return True
+    spellings = {
+        text,
+        repr(text)[1:-1],
+        html.escape(text),
+        html.escape(text).replace("&#x27;", "&#39;").replace("&quot;", "&#34;"),
+    }
+    for written in (json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]):
+        spellings |= {written, re.sub("[<>&']", lambda found: f"\\u{ord(found[0]):04x}", written)}
+    return sum(map(rendered.count, spellings)) >= times
 
 
 def tokenizer_name(tokenizer: Any) -> str:

@@ -227,7 +227,7 @@ def _encode_chunk(chunk: Sequence[Example], sides: list[TextEncoder]) -> list[_D
 def _find_fault(draft: _Draft, max_prompt_length: int) -> tuple[str | None, str]:
     """Why a row cannot be used as it stands, and the words for it."""
     if draft.refusal:
-        return REFUSED, draft.refusal
+        return REFUSED, draft.refusal.removeprefix(f"row {draft.example.index} (counting from 0): ")
     names = ["student", "teacher", *(f"teacher {k}" for k in range(2, len(draft.prompts)))]
     for whose, ids in zip(names, draft.prompts, strict=False):
         if len(ids) > max_prompt_length:

@@ -14,7 +14,7 @@ from typing import Any
 
 from dwakd.data.chat import ChatTemplate, tokenizer_name
 from dwakd.data.rows import Example
-from dwakd.data.turns import content_keys
+from dwakd.data.turns import content_keys, structured
 from dwakd.errors import UserError
 
 ALPACA_WITH_INPUT = (
@@ -138,10 +138,10 @@ def end_token_id(tokenizer: Any, template: str) -> int:
 def _check_plain(example: Example) -> None:
     """Refuse parts that only a chat template can show."""
     keys = [(key, f" of turn {n}") for n, turn in enumerate(example.turns) for key in content_keys(turn)]
-    keys += [(key, "") for key, value in (example.options or {}).items() if not isinstance(value, bool)]
+    keys += [(key, "") for key in structured(example.options or {})]
     for key, place in keys:
         raise UserError(
-            f"row {example.index} (counting from 0) has {key!r}{place}, which only a chat template can show: "
+            f"row {example.index} (counting from 0): it has {key!r}{place}, which only a chat template can show: "
             "use data.template: chat, or remove it"
         )
 

@@ -1,6 +1,7 @@
 """Turns of a conversation as a data set holds them, checked; keys beside role and content stay for the chat template."""
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from dwakd.data.files import find_unusable, parse_json
@@ -20,6 +21,8 @@ _METADATA = frozenset(
     }
 )
 """Keys of a turn that models need not read; chat templates leave them out on purpose, even the id of a tool call."""
+THOUGHTS = frozenset({"reasoning_content", "reasoning", "thinking"})
+"""Keys of an assistant turn that hold what it thought before its text."""
 _RESERVED = frozenset(
     {
         *("conversation", "messages", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt"),
@@ -110,6 +113,64 @@ def content_keys(turn: Mapping[str, Any]) -> list[str]:
     """Keys of a turn, beside role and content, that hold something for the model to read."""
     named = () if turn["role"] in ("user", "assistant", "system") else ("name",)  # a tool's name stands in its call
     return [key for key in turn if key not in (_METADATA | _FLAGS) and key not in ("role", "content", *named)]
+
+
+def texts_to_show(turns: list[dict[str, Any]], options: Mapping[str, Any]) -> Iterator[tuple[int, str, str]]:
+    """Every text and number that a prompt has to hold, with the turn (-1 for options) and the key that it is of.
+
+    Left out are the names and values that say how to read the others (types, identifiers, metadata), switches of a
+    template, and what stands between <think> and </think> in an assistant's content, which templates cut off.
+    """
+    for n, turn in enumerate(turns):
+        content = turn["content"]
+        if turn["role"] == "assistant" and "</think>" in content:
+            opened = "" if "<think>" in content.split("</think>")[0] else "<think>"
+            yield from _stripped(n, "content", re.split(r"<think>.*?</think>", opened + content, flags=re.DOTALL))
+        else:
+            yield from _stripped(n, "content", [content])
+        for key in content_keys(turn):
+            yield from _stripped(n, key, _texts(turn[key]))
+    for key, value in structured(options).items():
+        yield from _stripped(-1, key, _texts(value))
+
+
+def structured(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that hold something to read; the others are switches such as enable_thinking."""
+    return {key: value for key, value in options.items() if isinstance(value, (list, Mapping))}
+
+
+def parse_arguments(value: Any, parsed: list[dict[str, Any]]) -> Any:
+    """A value with all `arguments` in it as objects, where they are strings that hold one; these are put in `parsed`."""
+    if isinstance(value, list):
+        return [parse_arguments(item, parsed) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    read = {key: parse_arguments(item, parsed) for key, item in value.items()}
+    if isinstance(arguments := value.get("arguments"), str):
+        try:
+            found = parse_json(arguments)
+        except (ValueError, RecursionError):
+            return read
+        if isinstance(found, dict) and find_unusable(found) is None:
+            read["arguments"] = found
+            parsed.append(found)
+    return read
+
+
+def _texts(value: Any, arguments: bool = False) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if arguments or isinstance(item, Mapping) or key not in (_METADATA | {"type"}):
+                yield from _texts(item, arguments or key == "arguments")
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item, arguments)
+    elif value is not None and not isinstance(value, bool):
+        yield str(value)
+
+
+def _stripped(n: int, key: str, texts: Iterable[str]) -> Iterator[tuple[int, str, str]]:
+    return ((n, key, text.strip()) for text in texts if text.strip())
 
 
 def is_conversation(value: Any) -> bool:
