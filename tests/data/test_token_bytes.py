@@ -3,6 +3,7 @@
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -98,28 +99,14 @@ def same_text(texts: Sequence[bytes], *, marks: bool) -> bool:
     return len(folded) == 1
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda build: build.__name__)
-@settings(max_examples=60, deadline=None)
-@given(
-    text=TEXTS,
-    normalizer=st.sampled_from(sorted(NORMALIZERS)),
-    other_kind=st.sampled_from(KINDS),
-    other_normalizer=st.sampled_from(sorted(NORMALIZERS)),
-)
-@example(text="10 \u2126", normalizer="nfc", other_kind=byte_bpe, other_normalizer="none")
-@example(text="one \u2026", normalizer="nfkc", other_kind=byte_bpe, other_normalizer="none")
-@example(text="e\u0301 x", normalizer="nfkc", other_kind=byte_bpe, other_normalizer="none")
-@example(text="a\u0308\u0323", normalizer="nfd", other_kind=unigram_byte_fallback, other_normalizer="nfc")
-@example(text="The \ufdfa\ufdfa10", normalizer="nfkc", other_kind=roberta_like, other_normalizer="nfkd")
-def test_normalised_text_is_paired_as_a_whole(kind, text, normalizer, other_kind, other_normalizer):
-    """A student's half of an ohm sign that meets the teacher's half of an omega learns another character's bytes."""
-    sides = [encoder(kind, normalizer), encoder(other_kind, other_normalizer)]
-    marks = not {normalizer, other_normalizer} & set(DROPS_MARKS)
+def assert_paired_by_text(
+    sides: Sequence[TextEncoder], text: str, *, tables: Sequence[Any] | None = None, marks: bool = True
+) -> None:
+    """Every group of tokens, and every exact pair, spells the same text on both sides; the text of the bytes it claims."""
     data = text.encode()
     spelled, ends = [], []
-    for side in sides:
+    for side, table in zip(sides, tables or [side.token_bytes() for side in sides], strict=True):
         ids, found = side.response_ids(text)
-        table = side.token_bytes()
         spelled.append([*(table[index] or b"?" for index in ids), b""])
         ends.append([*found, len(data)])
     if min(map(len, ends)) == 1:
@@ -149,6 +136,25 @@ def test_normalised_text_is_paired_as_a_whole(kind, text, normalizer, other_kind
             else:
                 claimed = data[begins[0][i] : ends[0][i]]
                 assert same_text([spelled[0][i], spelled[1][j], claimed], marks=marks)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda build: build.__name__)
+@settings(max_examples=60, deadline=None)
+@given(
+    text=TEXTS,
+    normalizer=st.sampled_from(sorted(NORMALIZERS)),
+    other_kind=st.sampled_from(KINDS),
+    other_normalizer=st.sampled_from(sorted(NORMALIZERS)),
+)
+@example(text="10 \u2126", normalizer="nfc", other_kind=byte_bpe, other_normalizer="none")
+@example(text="one \u2026", normalizer="nfkc", other_kind=byte_bpe, other_normalizer="none")
+@example(text="e\u0301 x", normalizer="nfkc", other_kind=byte_bpe, other_normalizer="none")
+@example(text="a\u0308\u0323", normalizer="nfd", other_kind=unigram_byte_fallback, other_normalizer="nfc")
+@example(text="The \ufdfa\ufdfa10", normalizer="nfkc", other_kind=roberta_like, other_normalizer="nfkd")
+def test_normalised_text_is_paired_as_a_whole(kind, text, normalizer, other_kind, other_normalizer):
+    """A student's half of an ohm sign that meets the teacher's half of an omega learns another character's bytes."""
+    marks = not {normalizer, other_normalizer} & set(DROPS_MARKS)
+    assert_paired_by_text([encoder(kind, normalizer), encoder(other_kind, other_normalizer)], text, marks=marks)
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
