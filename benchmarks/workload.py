@@ -14,6 +14,8 @@ import transformers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from dwakd.data.collator import NO_TOKEN
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -123,8 +125,9 @@ def build_batch(sizes: Sizes) -> dict[str, Tensor]:
             f"{side}_attention_mask": (place < end).long(),
             f"{side}_response_mask": (place >= start) & (place < end),
         }
-    place = batch["teacher_response_mask"].cumsum(1) - 1
-    aligned = place.masked_fill(place >= batch["student_response_mask"].sum(1, keepdim=True), -1)
+    own, theirs = (batch[f"{side}_response_mask"].sum(1, keepdim=True) for side in ("student", "teacher"))
+    place = torch.arange(int(own.max())).expand(sizes.batch, -1)
+    aligned = place.masked_fill(place >= theirs, -1).masked_fill(place >= own, NO_TOKEN)
     return batch | _byte_ends(batch, generator) | {"teacher_aligned_rows": aligned}
 
 

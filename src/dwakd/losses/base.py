@@ -154,7 +154,9 @@ def check_range(**options: tuple[float, float, float]) -> None:
     for name, (value, low, high) in options.items():
         highest, is_number = min(high, LARGEST), isinstance(value, int | float) and not isinstance(value, bool)
         if not (is_number and low <= value <= highest):
-            bound = f"between {low:g} and {high:g}" if high <= 1 else f"at least {low:g} and at most {highest:g}"
+            bound = f"between {low:g} and {high:g}" if high <= 1 else f"at least {low:g}"
+            if high > 1 and (highest < LARGEST or (is_number and value > highest)):
+                bound += f" and at most {highest:g}"
             raise ValueError(f"{name} must be a number {bound}, got {value!r}")
 
 
