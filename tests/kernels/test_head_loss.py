@@ -380,7 +380,7 @@ def test_plans_cover_every_row_once():
     [
         ({"impl": "triton"}, "unknown impl 'triton'; valid are 'auto', 'naive', 'chunked'"),
         ({"budget": 0}, "budget must be at least 1 byte, got 0"),
-        ({"by_row": True}, r"need heads without gradient; use head.detached\(\)"),
+        ({"by_row": True}, r"by_row .* head\.detached\(\)"),
     ],
 )
 def test_mistakes_are_named(options, message):
@@ -389,7 +389,7 @@ def test_mistakes_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         head_loss(sides, criterion, **options)
     short = dataclasses.replace(sides[1], hidden=sides[1].hidden[:-1])
-    with pytest.raises(ValueError, match=r"needs sides of equal rows, got \[9, 8\]"):
+    with pytest.raises(ValueError, match=r"tokens.* \[9, 8\]"):
         head_loss([sides[0], short], criterion)
 
 

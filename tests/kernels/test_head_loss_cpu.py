@@ -150,7 +150,7 @@ def test_without_numba_the_sweep_is_torchs(monkeypatch, caplog):
         with caplog.at_level(logging.WARNING):
             assert [SoftenedPair(2.0)._is_compiled(torch.zeros(2**14, 8)) for _ in range(2)] == [False, False]
         assert len(caplog.records) == 1
-        assert "head_loss runs in plain torch, slower, because numba is not usable" in caplog.text
+        assert all(part in caplog.text for part in ("head_loss runs in plain torch", "because numba"))
     finally:
         is_usable.cache_clear()
     monkeypatch.undo()

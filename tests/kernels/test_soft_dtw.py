@@ -387,9 +387,9 @@ def test_empty_batch(impl: str) -> None:
         ({"impl": "gpu"}, "'auto', 'naive', 'cpu', 'triton'"),
         ({"gamma": 0.0}, "gamma must be positive"),
         ({"gamma": math.nan}, "gamma must be positive"),
-        ({"x_lengths": torch.tensor([2, 0])}, r"x_lengths\[1\] is 0"),
-        ({"y_lengths": torch.tensor([4, 1])}, r"y_lengths\[0\] is 4"),
-        ({"cost": torch.zeros(2, 2, 0)}, r"y_lengths\[0\] is 0"),
+        ({"x_lengths": torch.tensor([2, 0])}, r"x_lengths\[1\] .*got 0"),
+        ({"y_lengths": torch.tensor([4, 1])}, r"y_lengths\[0\] .*got 4"),
+        ({"cost": torch.zeros(2, 2, 0)}, r"y_lengths\[0\] .*got 0"),
     ],
 )
 def test_mistakes_are_named(change: dict[str, object], message: str) -> None:

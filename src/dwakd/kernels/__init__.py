@@ -1,4 +1,4 @@
-"""Numerical kernels. Each has a naive twin in plain torch: its specification, its fallback and its oracle."""
+"""Numerical kernels. Each has a naive version in plain torch that specifies it, replaces it and tests it."""
 
 from dwakd.kernels.head_loss import head_loss
 from dwakd.kernels.sinkhorn import sinkhorn

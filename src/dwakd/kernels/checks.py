@@ -1,4 +1,4 @@
-"""Checks of values of tensors that let the host run ahead of a GPU."""
+"""Validate values of tensors without waiting for a GPU."""
 
 from collections.abc import Callable
 
@@ -8,26 +8,27 @@ from torch import Tensor
 
 
 def require(holds: Bool[Tensor, ""], message: str, found: Callable[[], object]) -> None:
-    """Raise ValueError unless `holds`; a GPU is not waited for, but stops by itself and prints the message.
+    """Raise ValueError unless `holds` is true. On a GPU, a device-side assertion fails with the message instead.
+
+    The host does not wait for the GPU.
 
     Args:
-        holds: on the device of what is checked.
-        message: what is expected.
-        found: what was found instead; called only where `holds` may be read.
+        holds: the condition, on the device of the validated tensor.
+        message: which values are allowed.
+        found: returns the invalid value for the message. Called only where reading `holds` does not stop the host.
     """
     try:
         torch._assert_async(holds, message)
-    except RuntimeError as error:  # at once on a CPU, and from devices that cannot assert
+    except RuntimeError as error:  # on a CPU, and on devices without assertions
         if not holds:
             raise ValueError(f"{message}, got {found()}") from error
 
 
 def require_targets(name: str, targets: Int[Tensor, " tokens"], vocab_size: int) -> None:
-    """Raise ValueError, or stop a GPU, unless all targets are tokens of a head."""
+    """Raise ValueError unless all targets are token ids of the vocabulary; see `require` for GPUs."""
     valid = (targets >= 0) & (targets < vocab_size)
     require(
         valid.all(),
-        f"{name} must be token ids from 0 to {vocab_size - 1}, of rows that have a target: "
-        "leave out the rows that are labelled -100",
+        f"{name} must be token ids from 0 to {vocab_size - 1} (remove the positions that are labelled -100)",
         lambda: int(targets[~valid][0]),
     )

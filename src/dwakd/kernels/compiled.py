@@ -1,4 +1,4 @@
-"""What compiled kernels on the CPU share: how numba compiles them, and threads."""
+"""Compile CPU kernels with numba and run them on several threads."""
 
 import functools
 import logging
@@ -13,22 +13,25 @@ logger = logging.getLogger(__name__)
 
 
 def compiled_by_numba(function: Callable[..., Any]) -> Callable[..., Any]:
-    """numba.njit with an on-disk cache where a folder for it is writable, and without one elsewhere."""
+    """Compile a function with numba.njit; cache the result on disk if a cache folder is writable."""
     options = {"nogil": True, "error_model": "numpy"}
     try:
         compiled: Callable[..., Any] = numba.njit(cache=True, **options)(function)
     except RuntimeError as error:  # numba: "no locator available"
-        logger.info("%s is compiled anew in each process: %s.", function.__name__, error)
+        logger.info(
+            "numba compiles %s again in each process, because it cannot write a cache: %s", function.__name__, error
+        )
         compiled = numba.njit(**options)(function)
     return compiled
 
 
 def share(compute: Callable[[int, int], object], spans: list[tuple[int, int]], num_threads: int | None = None) -> None:
-    """Compute all the spans, with helpers as far as they come to run; as many threads as torch has if not given.
+    """Call `compute` for all spans on several threads; by default as many threads as torch uses.
 
-    This thread takes one span after the other; others help. None of them is waited for before it has begun, so that a
-    busy processor, or a forked process without them, costs no time. They are plain threads, for kernels that release
-    the GIL: numba's own pool would be a second OpenMP runtime beside torch's.
+    The calling thread computes one span after the other, and helper threads take spans from the same list. A helper
+    that has not started when the list is empty is cancelled, so a busy processor or a forked process without threads
+    causes no delay. The helpers are Python threads, because the kernels release the GIL and numba's own thread pool
+    would be a second OpenMP runtime beside torch's.
     """
     num_helpers = min(torch.get_num_threads() if num_threads is None else num_threads, len(spans)) - 1
     rest = iter(spans)
@@ -40,7 +43,7 @@ def share(compute: Callable[[int, int], object], spans: list[tuple[int, int]], n
     helpers = [_pool(num_helpers).submit(work) for _ in range(num_helpers)]
     work()
     for helper in helpers:
-        if not helper.cancel():  # it has begun
+        if not helper.cancel():  # it has started
             helper.result()
 
 

@@ -1,4 +1,4 @@
-"""Whether a compiled kernel runs here, found out when it is first wanted."""
+"""Find out whether a compiled kernel can run on this machine."""
 
 import functools
 import importlib
@@ -9,16 +9,16 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def is_usable(module: str, needs: str, otherwise: str) -> bool:
-    """Whether a kernel's module can be imported; if not, the reason is logged, once.
+    """Return whether a kernel's module can be imported; if not, log the reason once.
 
     Args:
-        module: its whole name.
-        needs: the package that it is compiled by.
-        otherwise: what happens without it.
+        module: full name of the module.
+        needs: the package that compiles the kernel.
+        otherwise: what happens without the kernel; the warning begins with it.
     """
     try:
         importlib.import_module(module)
     except ImportError as error:
-        logger.warning("%s, because %s is not usable: %s", otherwise, needs, error)
+        logger.warning("%s, because %s cannot be imported: %s", otherwise, needs, error)
         return False
     return True

@@ -1,4 +1,4 @@
-"""Losses of next-token distributions straight from hidden rows, never holding rows x vocabulary for a whole batch."""
+"""Compute losses of next-token distributions from hidden states, without storing the logits of a whole batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,17 +34,17 @@ __all__ = [
 
 IMPLS = ("auto", "naive", "chunked")
 BUDGET_BYTES = 128 * 2**20
-"""Logits held at a time. On CPUs half of it or twice as much changes the time of DWA-KD's loss by 3 %."""
+"""Default memory for logits. On CPUs, half or twice this value changes the time of DWA-KD's loss by 3 %."""
 
 
 @dataclass(frozen=True)
 class HeadLoss:
-    """What `head_loss` returns.
+    """The result of `head_loss`.
 
     Args:
-        loss: the sum of rate x term; carries gradient. A value per row if asked for.
-        terms: each term, likewise, without its rate and detached.
-        statistics: the criterion's statistics of all rows, detached.
+        loss: the sum of rate x term; carries gradient. One value per token with `by_row`, else a scalar.
+        terms: each term without its rate, of the same shape as `loss`; detached.
+        statistics: the criterion's statistics of all tokens; detached.
     """
 
     loss: Float[Tensor, "..."]
@@ -60,26 +60,28 @@ def head_loss(
     impl: str = "auto",
     budget: int | None = None,
 ) -> HeadLoss:
-    """A criterion's loss over all the rows of a batch, and its gradient, in memory that does not grow with the batch.
+    """Compute a criterion's loss over all tokens of a batch; the memory for logits does not grow with the batch.
 
-    The gradient is computed in the forward pass, chunk by chunk, and kept for the backward: as large as the hidden rows
-    and, where a head trains, its weight. Nothing of it is computed where nothing requires gradient. Sides that share a
-    head share its products. There is no double backward.
+    The forward pass computes the gradient chunk by chunk and stores it for the backward pass. The stored gradient is as
+    large as the hidden states and, if a head is trained, its weight. It is computed only if an input requires
+    gradient. Sides with the same head share its matrix products. Double backward is not supported.
 
     Args:
-        sides: one or more; student before teacher. Gradient reaches hidden rows and heads unless they are detached.
-        criterion: what is computed of the sides' logits. Of half-precision heads it sees float32.
-        by_row: give a value per row, each of which may then be weighted; the heads must be detached.
-        impl: "auto", "naive" (plain torch on all rows at once: the specification) or "chunked". "auto" takes "chunked".
-        budget: bytes of logits held at a time; `BUDGET_BYTES` if not given. A criterion without a gradient by hand adds
-            autograd's temporaries, several times as much. A single row, and a single example of a
-            criterion whose unit is the example, may exceed it. An example above it whose rows are weighted together
-            costs one more product per side.
+        sides: one or more sides, the student before the teacher. Gradient reaches their hidden states and heads unless
+            these are detached.
+        criterion: computes the terms from the logits. With half-precision heads it receives float32 logits.
+        by_row: return one value per token, so that the caller can weight each token; requires detached heads.
+        impl: "auto", "naive" (plain torch on all tokens at once; the specification) or "chunked". "auto" selects
+            "chunked".
+        budget: most bytes of logits in memory; `BUDGET_BYTES` by default. A criterion without a hand-written gradient
+            also needs autograd's temporaries, which are several times as large. A single token may exceed the budget,
+            and so may a single example if the criterion needs whole examples. An example above the budget whose
+            tokens are weighted together needs one more matrix product per side.
 
     Raises:
-        ValueError: an unknown impl, a budget that is not positive, sides whose rows do not match, `by_row` with a
-            head that requires gradient, or targets that are no tokens of the head, of which -100 is one. A GPU is not
-            waited for: wrong targets there are a device-side assertion.
+        ValueError: `impl` is unknown, `budget` is not positive, the sides have different numbers of tokens, `by_row` is
+            set and a head requires gradient, or a target is not a token id (for example -100). On a GPU, an invalid
+            target causes a device-side assertion instead.
 
     Examples:
         >>> import torch
@@ -92,17 +94,19 @@ def head_loss(
         torch.Size([50, 8])
     """
     if impl not in IMPLS:
-        raise ValueError(f"head_loss: unknown impl {impl!r}; valid are {', '.join(map(repr, IMPLS))}.")
+        raise ValueError(f"head_loss: unknown impl {impl!r}; valid are {', '.join(map(repr, IMPLS))}")
     budget = BUDGET_BYTES if budget is None else budget
     if budget < 1:
-        raise ValueError(f"head_loss: budget must be at least 1 byte, got {budget}.")
+        raise ValueError(f"head_loss: budget must be at least 1 byte, got {budget}")
     counts = [side.hidden.shape[0] for side in sides]
     if criterion.unit != "examples" and len(set(counts)) > 1:
-        raise ValueError(f"head_loss: {type(criterion).__name__} needs sides of equal rows, got {counts}.")
+        raise ValueError(
+            f"head_loss: {type(criterion).__name__} needs the same number of tokens on all sides, got {counts}"
+        )
     for index, targets in criterion.targets_by_side().items():
         require_targets(f"head_loss: targets of {type(criterion).__name__}", targets, sides[index].head.vocab_size)
     if by_row and any(side.head.weight.requires_grad for side in sides):
-        raise ValueError("head_loss: values by row need heads without gradient; use head.detached().")
+        raise ValueError("head_loss: by_row requires heads without gradient: use head.detached()")
     if impl == "naive":
         return HeadLoss(*head_loss_naive(sides, criterion, by_row=by_row))
     return _chunked(sides, criterion, budget, by_row=by_row)

@@ -1,6 +1,6 @@
-"""`SoftenedPair` in one sweep over the logits of both sides: float32 on a CPU, temperature 1 or 2.
+"""Compute `SoftenedPair` in one pass over the logits of both sides, for float32 on a CPU and temperature 1 or 2.
 
-torch makes about ten passes where this makes one.
+The plain torch version makes about ten passes.
 """
 
 import math
@@ -15,8 +15,8 @@ from dwakd.kernels.compiled import share
 from dwakd.kernels.head_loss.cpu_sweep import SUMS, sweep_gradient, sweep_observe, sweep_peak
 
 SPAN = 4096
-"""Rows of the vocabulary that one thread takes at a time, whose sums are added up in order: the result does not
-depend on the number of threads."""
+"""Number of vocabulary entries that a thread computes at a time. The sums of these spans are added in order, so the
+result does not depend on the number of threads."""
 
 
 def observe(
@@ -25,11 +25,11 @@ def observe(
     peaks: Float[Tensor, "2 tokens"],
     base: float,
 ) -> Float[Tensor, "7 tokens"]:
-    """Overwrite the logits of both sides with exp((logit - peak) / base), and sum over the vocabulary.
+    """Overwrite the logits of both sides with exp((logit - peak) / base) and compute sums over the vocabulary.
 
     Returns:
-        total, soft_total and energy of `learned`, then of `target`, then cross: as in `SoftenedPair.observe`, with
-        logarithms to base 2 and before the division by `base`.
+        total, soft_total and energy of `learned`, the same of `target`, and cross, as in `SoftenedPair.observe`.
+        Logarithms have base 2 and are not yet divided by `base`.
     """
     spans = _spans(len(learned))
     sums = np.zeros((len(spans), SUMS * learned.shape[1]))
@@ -45,9 +45,9 @@ def gradient(
     shares: Float[Tensor, "shares tokens"],
     base: float,
 ) -> None:
-    """learned <- shares[0] learned - shares[1] target, of what `observe` kept.
+    """Overwrite the result of `observe` with the gradient: learned <- shares[0] learned - shares[1] target.
 
-    With four shares, learned gets shares[2] learned ** base besides, and target <- shares[3] target ** base.
+    With four shares, learned also gets + shares[2] learned ** base, and target <- shares[3] target ** base.
     """
     arguments = shares.contiguous().view(-1).numpy(), learned.shape[1], base == 2.0, len(shares) == 4
     sides = [*_flat(learned), *_flat(target)]
@@ -55,7 +55,7 @@ def gradient(
 
 
 def most_probable(logits: Float[Tensor, "vocab tokens"]) -> Int[Tensor, " tokens"]:
-    """Row of the largest logit in each column, the first of them."""
+    """Return the token id of the largest logit in each column; the first one if several are equal."""
     tokens, spans = logits.shape[1], _spans(len(logits))
     flat, best = _flat(logits), np.full((len(spans), tokens), -np.inf, np.float32)
     rows = np.zeros((len(spans), tokens), np.int32)
@@ -64,7 +64,7 @@ def most_probable(logits: Float[Tensor, "vocab tokens"]) -> Int[Tensor, " tokens
 
 
 def _flat(logits: Float[Tensor, "vocab tokens"]) -> tuple[npt.NDArray[np.float32], int]:
-    """The memory from the first logit to the last, and how far apart rows are."""
+    """Return the memory of the logits as a flat array, and the distance between vocabulary entries in it."""
     vocab, tokens = logits.shape
     step = logits.stride(0)
     return torch.as_strided(logits.detach(), ((vocab - 1) * step + tokens,), (1,)).numpy(), step

@@ -1,10 +1,11 @@
-"""The compiled sweeps of `SoftenedPair`: numpy arrays in, overwritten numpy arrays out, no torch.
+"""Compiled passes over the logits for `SoftenedPair`. They read numpy arrays and overwrite them, without torch.
 
-What a few tokens (columns) of a row of the vocabulary go through is spelled out in LLVM's vectors, as numba's own
-vectoriser gives up on so many arrays that might overlap. Sums run in float32 over ROWS rows, then in float64.
+The computation for a few tokens (columns) of one vocabulary entry (row) is written with LLVM's vector instructions,
+because numba does not vectorise loops over so many arrays that may overlap. Sums are accumulated in float32 over ROWS
+rows, then in float64.
 
-All of it is one file because numba's cache on disk notices changes of the file it compiles from, and of no other.
-`no_type_check` keeps the tests' shape checker from wrapping what numba compiles.
+All functions are in one file, because numba's cache on disk detects changes of the compiled file only.
+`no_type_check` prevents the tests' shape checker from wrapping the compiled functions.
 """
 
 from typing import Any, no_type_check
@@ -19,13 +20,13 @@ from dwakd.kernels.compiled import compiled_by_numba
 
 ROWS = 64
 SUMS = 7
-_FLOOR = -125.5  # log2 of what is kept: below, it is 0
-# (2^r - 1) / r for |r| <= 1/2, highest power first: Chebyshev fit, 2^r within 6e-9
+_FLOOR = -125.5  # log2 of the smallest stored power; smaller ones become 0
+# (2^r - 1) / r for |r| <= 1/2, highest power first: a Chebyshev fit with an error of 2^r below 6e-9
 _EXP2 = (0.0001545316294, 0.001339086336, 0.009618082557, 0.05550357114, 0.2402265076, 0.693147188)
 
 
 class _Lanes:
-    """A few neighbouring tokens (columns) at a time, over LLVM's IR builder."""
+    """Vector operations on a few neighbouring tokens (columns) with LLVM's IR builder."""
 
     def __init__(self, context: Any, builder: Any, signature: Any, args: Any) -> None:
         self.b, self.lanes = builder, signature.args[0].literal_value
@@ -57,16 +58,19 @@ class _Lanes:
         return self.b.shuffle_vector(first, empty, self.integer(0))
 
     def multiply_add(self, a: Any, b: Any, c: Any) -> Any:
-        """a b + c, fused where the processor can."""
+        """Compute a b + c, with a fused instruction if the processor has one."""
         kind = ir.FunctionType(self.kind, [self.kind] * 3)
         function = cgutils.get_or_insert_function(self.b.module, kind, f"llvm.fmuladd.v{self.lanes}f32")
         return self.b.call(function, [a, b, c])
 
     def exp2(self, x: Any) -> tuple[Any, Any]:
-        """x and 2^x for x <= 0, exactly 1 at 0; below the floor x is the floor and the power 0; NaN stays."""
+        """Compute x and 2^x for x <= 0. The power is exactly 1 at 0.
+
+        Below the floor, x becomes the floor and the power becomes 0. NaN remains NaN.
+        """
         above = self.b.fcmp_unordered(">", x, self.constant(_FLOOR))
         x = self.b.select(above, x, self.constant(_FLOOR))
-        # adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
+        # adding 1.5 * 2^23 rounds to an integer and stores it in the low bits
         rounder = self.constant(1.5 * 2**23)
         shifted = self.b.fadd(x, rounder)
         r = self.b.fsub(x, self.b.fsub(shifted, rounder))
@@ -81,7 +85,7 @@ class _Lanes:
 @intrinsic(prefer_literal=True)
 @no_type_check
 def _observe_lanes(typingctx, lanes, own, a, other, b, peaks, t, tokens, scale, squared, sums):
-    """Overwrite `own[a ...]` and `other[b ...]`, tokens t on; add to `sums[t ...]`, one row of `tokens` for each sum."""
+    """Overwrite `own[a ...]` and `other[b ...]` from token t on; add to `sums[t ...]`, each sum of `tokens` entries."""
     at, flag = types.intp, types.boolean
     signature = types.void(lanes, own, at, other, at, peaks, at, at, types.float32, flag, sums)
 
@@ -117,7 +121,10 @@ def _observe_lanes(typingctx, lanes, own, a, other, b, peaks, t, tokens, scale, 
 @intrinsic(prefer_literal=True)
 @no_type_check
 def _gradient_lanes(typingctx, lanes, own, a, other, b, shares, t, tokens, squared, both):
-    """own <- shares[0] own - shares[1] other, tokens t on; `both`: + shares[2] own^base, other <- shares[3] other^base."""
+    """Compute own <- shares[0] own - shares[1] other from token t on.
+
+    With `both`, own also gets + shares[2] own^base, and other <- shares[3] other^base.
+    """
     at, flag = types.intp, types.boolean
     signature = types.void(lanes, own, at, other, at, shares, at, at, flag, flag)
 
@@ -144,7 +151,7 @@ def _gradient_lanes(typingctx, lanes, own, a, other, b, shares, t, tokens, squar
 @compiled_by_numba
 @no_type_check
 def sweep_observe(own, own_step, other, other_step, first, last, peaks, tokens, scale, squared, sums):
-    """Tokens first to last - 1 of the vocabulary; `sums` gets those of total, soft_total, energy of both, and cross."""
+    """Process vocabulary entries first to last - 1; add total, soft_total, energy of both sides and cross to `sums`."""
     part = np.empty(SUMS * tokens, np.float32)
     for start in range(first, last, ROWS):
         part[:] = 0
@@ -164,7 +171,7 @@ def sweep_observe(own, own_step, other, other_step, first, last, peaks, tokens, 
 @compiled_by_numba
 @no_type_check
 def sweep_gradient(own, own_step, other, other_step, first, last, shares, tokens, squared, both):
-    """Rows first to last - 1 of the vocabulary, overwritten as `_gradient_lanes` says."""
+    """Overwrite vocabulary entries first to last - 1 with the gradient, as described in `_gradient_lanes`."""
     for row in range(first, last):
         a, b, t = row * own_step, row * other_step, 0
         while t + 16 <= tokens:
@@ -179,10 +186,10 @@ def sweep_gradient(own, own_step, other, other_step, first, last, shares, tokens
 @compiled_by_numba
 @no_type_check
 def sweep_peak(columns, step, first, last, best, rows):
-    """Rows first to last - 1 of the vocabulary: the largest logit of each column above `best`, and its row."""
+    """Update the largest logit of each column (`best`) and its row with vocabulary entries first to last - 1."""
     tokens = len(best)
     for row in range(first, last):
         line, number = columns[row * step : row * step + tokens], np.int32(row)
         for t in range(tokens):
-            rows[t] = number if line[t] > best[t] else rows[t]  # without branches: LLVM takes several columns at once
+            rows[t] = number if line[t] > best[t] else rows[t]  # without branches, so that LLVM vectorises it
             best[t] = max(line[t], best[t])

@@ -1,4 +1,4 @@
-"""What is computed from logits: the contract between the engine and a method."""
+"""Define the interface between the chunked engine and the loss terms that a method computes from logits."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ Statistics = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows that are computed together.
+    """Tokens that are computed together.
 
     Args:
-        rows: of each side, in the packed batch.
-        examples: the examples that these rows are the whole of; None where examples may be cut.
+        rows: range of tokens of each side in the packed batch.
+        examples: the examples that consist of these tokens; None if an example may be divided into several chunks.
     """
 
     rows: tuple[slice, ...]
@@ -26,48 +26,52 @@ class Chunk:
 
 
 class Criterion(ABC):
-    """Terms of a loss as a function of logits, one tensor (tokens, vocab) for each side.
+    """Base class of loss terms that are computed from logits, one tensor of shape (tokens, vocab) for each side.
 
-    A method writes `terms` in plain torch, and `statistics` and `weights` if rows are weighted by something that is
-    known only when a whole example has been seen. The engine then cuts the batch into chunks and runs autograd inside
-    each. A criterion on the hot path overrides `observe` and `differentiate` too, with the same gradient by hand and in
-    place; `terms` stays as its specification.
+    A subclass implements `terms` in plain torch. It also implements `statistics` and `weights` if the weight of a token
+    depends on other tokens of its example. The engine divides the batch into chunks and runs autograd in each chunk. A
+    criterion whose speed matters also overrides `observe` and `differentiate`, which compute the same gradient by hand
+    and in place. `terms` then remains as the specification.
 
-    The logit of a token that the head forbids, by a bias of -inf, is -inf in plain torch and `forbidden_logit` in
-    chunks. A term that it takes part in is infinite.
+    If a bias of -inf forbids a token, its logit is -inf in plain torch and `forbidden_logit` in chunks. A term that
+    uses this logit is infinite.
 
     Args:
-        rates: each term's factor in the loss; the names are those of the terms.
+        rates: factor of each term in the loss, by the name of the term.
     """
 
     unit: str = "rows"
-    """What may not be cut: "rows" (all sides have the same rows, cut anywhere), "weights" (likewise, but `weights`
-    needs the statistics of whole examples), "examples" (`terms` needs whole examples; sides may differ in rows)."""
+    """How a batch may be divided. "rows": anywhere, and all sides have the same number of tokens. "weights": the same,
+    but `weights` needs the statistics of whole examples. "examples": only between examples, because `terms` needs
+    whole ones; the sides may have different numbers of tokens."""
 
     targets: Int[Tensor, " tokens"]
-    """The target of each row of the first side; `head_loss` checks them. A criterion may have none."""
+    """Target of each token of the first side, validated by `head_loss`. A criterion may have no targets."""
 
     def __init__(self, rates: dict[str, float]) -> None:
         self.rates = rates
 
     def targets_by_side(self) -> dict[int, Int[Tensor, " tokens"]]:
-        """The targets of those sides that have some."""
+        """Return the targets by the index of their side, for the sides that have targets."""
         return {0: self.targets} if hasattr(self, "targets") else {}
 
     @abstractmethod
     def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
-        """Each term, a value per row or a sum, differentiable in the logits; `weights` are a constant per row."""
+        """Compute each term, per token or summed, differentiable in the logits; `weights` are constants per token."""
 
     def statistics(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
-        """Constants per row that `weights` asks for."""
+        """Compute the values per token that `weights` needs; they carry no gradient."""
         return {}
 
     def weights(self, statistics: Statistics, lengths: Int[Tensor, " batch"] | None) -> Float[Tensor, " tokens"] | None:
-        """One constant per row from statistics; of whole examples with these lengths unless `unit` is "rows"."""
+        """Compute one constant weight per token.
+
+        Unless `unit` is "rows", the statistics are those of whole examples with these lengths.
+        """
         return None
 
     def observe(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
-        """The statistics, for `weights` and `differentiate`; may overwrite the logits with what the latter reads."""
+        """Compute the statistics; may overwrite the logits with the input of `differentiate`."""
         return self.statistics(logits, chunk)
 
     def differentiate(
@@ -78,7 +82,7 @@ class Criterion(ABC):
         weights: Tensor | None,
         needs: Sequence[bool],
     ) -> dict[str, Tensor]:
-        """The terms; the logits of each side that `needs` it give way to d (sum of rate x term) / d logits."""
+        """Return the terms, and overwrite the logits of each side in `needs` with d (sum of rate x term) / d logits."""
         leaves = [side.detach().requires_grad_(need) for side, need in zip(logits, needs, strict=True)]
         with torch.set_grad_enabled(any(needs)):
             terms = self.terms(leaves, chunk, weights)

@@ -1,4 +1,4 @@
-"""Cross-entropy of the targets, with its gradient by hand."""
+"""Compute the cross-entropy of the targets, with a hand-written gradient."""
 
 from collections.abc import Sequence
 
@@ -11,11 +11,11 @@ from dwakd.kernels.head_loss.statistics import blocks, peak_of, pick, shifted_ex
 
 
 class CrossEntropy(Criterion):
-    """Term `ce`: -log p(target) of one side, in nats.
+    """Cross-entropy of one side in nats: the term `ce` is -log p(target).
 
     Args:
-        targets: one token per row.
-        rate: factor in the loss.
+        targets: token id of each position.
+        rate: factor of the term in the loss.
     """
 
     def __init__(self, targets: Int[Tensor, " tokens"], rate: float = 1.0) -> None:

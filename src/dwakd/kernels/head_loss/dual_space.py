@@ -1,4 +1,4 @@
-"""Distillation in the student's and in the teacher's space (DSKD, DWA-KD): two sides that share a head."""
+"""Distil in the student's and in the teacher's output space (DSKD, DWA-KD), with two sides that share a head."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,23 +14,25 @@ Weigh = Callable[[Statistics, Any], Float[Tensor, " tokens"]]
 
 
 class StudentSpace(Criterion):
-    """Terms `ce`, `t2s_ce` and `kd_student` = weight x D(p^{t->s} || p^s), of the student's rows and of projected ones.
+    """Compute the loss terms in the student's output space from the student's and the projected teacher's logits.
 
-    The projected distribution is a constant in D and learns from its own cross-entropy.
+    The terms are the cross-entropies `ce` of the student and `t2s_ce` of the projected teacher, and the divergence
+    `kd_student` = weight x D(p^{t->s} || p^s). D treats the projected distribution as a constant, which is trained by
+    its own cross-entropy.
 
-    Statistics, at temperature 1: `entropy` H(p^s), `gate` max p^{t->s}, `right`, whether the projected peak is its
-    target, and `projected_weight` if such weights are given.
+    The statistics, at temperature 1, are `entropy` = H(p^s), `gate` = max p^{t->s}, `right` (whether the most probable
+    projected token is its target) and, if such weights are given, `projected_weight`.
 
     Args:
-        targets: one token per row.
-        temperature: softens both sides of D.
-        rates: each term's factor in the loss.
-        divergence: D of log-probabilities (target, learned), per row.
-        weigh: weights from the statistics and the lengths; ones if not given.
+        targets: token id of each position.
+        temperature: divides the logits of both sides in D.
+        rates: factor of each term in the loss.
+        divergence: D as a function of log-probabilities (target, learned), per token.
+        weigh: computes the weights from the statistics and the lengths; the weights are 1 by default.
         whole_examples: whether `weigh` needs whole examples.
-        projected_targets: targets of the projected rows in `t2s_ce` and `right`; those of the student if not given.
-        projected_weights: a constant factor of each row's `t2s_ce`; 1 if not given.
-        trust: a constant factor of each row's `kd_student`, after `weigh`; 1 if not given.
+        projected_targets: targets of the projected side in `t2s_ce` and `right`; the student's targets by default.
+        projected_weights: constant factor of each token's `t2s_ce`; 1 by default.
+        trust: constant factor of each token's `kd_student`, applied after `weigh`; 1 by default.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class StudentSpace(Criterion):
         }
 
     def _trusted(self, weights: Tensor | None, chunk: Chunk) -> Tensor | float:
-        """The factor of each row's divergence."""
+        """Return the factor of each token's divergence."""
         trust = 1.0 if self.trust is None else self.trust[chunk.rows[1]]
         return trust if weights is None else weights * trust
 
@@ -94,7 +96,7 @@ class StudentSpace(Criterion):
 
 
 class ForwardKlSpace(StudentSpace):
-    """`StudentSpace` with D = KL(p^{t->s} || p^s), its gradient by hand: the default of DWA-KD and DSKD."""
+    """`StudentSpace` with D = KL(p^{t->s} || p^s) and a hand-written gradient: the default of DWA-KD and DSKD."""
 
     def observe(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
         own, projected = (side.t() for side in logits)
@@ -144,13 +146,13 @@ class ForwardKlSpace(StudentSpace):
 
 
 class TeacherSpace(Criterion):
-    """Term `kd_teacher` = D(p^t || p^{s->t}), of projected rows and of the teacher's own.
+    """Compute the term `kd_teacher` = D(p^t || p^{s->t}) from the logits of the projected student and of the teacher.
 
-    Statistics: `entropy` H(p^t) at temperature 1.
+    The only statistic is `entropy` = H(p^t) at temperature 1.
 
     Args:
-        temperature: softens both sides.
-        divergence: D of log-probabilities (target, learned), per row.
+        temperature: divides the logits of both sides.
+        divergence: D as a function of log-probabilities (target, learned), per token.
     """
 
     def __init__(self, temperature: float, divergence: Callable[[Tensor, Tensor], Tensor] = forward_kl) -> None:
@@ -166,7 +168,7 @@ class TeacherSpace(Criterion):
 
 
 class ForwardKlTeacherSpace(TeacherSpace):
-    """`TeacherSpace` with D = KL(p^t || p^{s->t}), its gradient by hand."""
+    """`TeacherSpace` with D = KL(p^t || p^{s->t}) and a hand-written gradient."""
 
     def observe(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
         projected, own = (side.t() for side in logits)
@@ -195,11 +197,11 @@ class ForwardKlTeacherSpace(TeacherSpace):
 
 
 def student_space(divergence: Callable[[Tensor, Tensor], Tensor]) -> type[StudentSpace]:
-    """The class that computes this divergence best."""
+    """Return the fastest class for a divergence in the student's space."""
     return ForwardKlSpace if divergence is forward_kl else StudentSpace
 
 
 def teacher_space(temperature: float, divergence: Callable[[Tensor, Tensor], Tensor] = forward_kl) -> TeacherSpace:
-    """The criterion that computes this divergence best."""
+    """Return the fastest criterion for a divergence in the teacher's space."""
     kind = ForwardKlTeacherSpace if divergence is forward_kl else TeacherSpace
     return kind(temperature, divergence)

@@ -1,4 +1,4 @@
-"""The chunked engine: logits, criterion and gradients, a few rows at a time, all in the forward pass."""
+"""Compute logits, criterion and gradients for a few tokens at a time, all in the forward pass."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from dwakd.models.head import OutputHead
 
 @dataclass(frozen=True)
 class HeadRows:
-    """Rows of one side and the head they go through.
+    """Hidden states of one side and the output head that turns them into logits.
 
     Args:
-        hidden: packed over the examples; carries gradient, or none if detached.
-        head: its weight and bias carry gradient unless it is `detached()`.
-        lengths: rows per example.
-        counts: the same on the host; without them a criterion that needs whole examples waits for the device.
+        hidden: hidden states of all examples, packed; carries gradient unless detached.
+        head: the output head; its weight and bias carry gradient unless it is `detached()`.
+        lengths: number of tokens of each example.
+        counts: the same numbers on the host; without them, a criterion that needs whole examples waits for the device.
     """
 
     hidden: Float[Tensor, "tokens hidden"]
@@ -36,13 +36,15 @@ class HeadRows:
 
 
 class ChunkedRun:
-    """One evaluation of a criterion over a batch, with the gradients of whatever requires them unless grad is off.
+    """Evaluate a criterion once over a batch.
+
+    The run also computes the gradients of all inputs that require them, unless gradients are disabled.
 
     Args:
-        sides: of the batch.
-        criterion: what is computed.
-        budget: bytes of logits at a time.
-        by_row: keep each row's value apart.
+        sides: the sides of the batch.
+        criterion: computes the terms from the logits.
+        budget: most bytes of logits in memory.
+        by_row: return one value per token instead of a sum.
     """
 
     def __init__(self, sides: Sequence[HeadRows], criterion: Criterion, budget: int, *, by_row: bool) -> None:
@@ -78,7 +80,7 @@ class ChunkedRun:
         return plan_examples(counts, widths, budget, divisible=self.criterion.unit == "weights")
 
     def _products(self) -> list[tuple[list[int], HeadProducts]]:
-        """Sides by head; those that need a gradient first, so that theirs are neighbouring columns."""
+        """Group the sides by head, those that need a gradient first, so that their columns are contiguous."""
         shared: dict[tuple[Any, ...], list[int]] = {}
         for index in sorted(range(len(self.sides)), key=lambda index: not self.needs[index]):
             head = self.sides[index].head
@@ -101,7 +103,7 @@ class ChunkedRun:
         ]
 
     def run(self) -> tuple[Tensor, dict[str, Tensor], Statistics]:
-        """The loss (a value per row if `by_row`), its terms likewise, and the statistics of all rows."""
+        """Return the loss and its terms (one value per token with `by_row`), and the statistics of all tokens."""
         for group in self.groups:
             self._run_group(group)
         zero = self.sides[0].hidden.new_zeros(0 if self.by_row else (), dtype=self.dtype)
@@ -150,7 +152,7 @@ class ChunkedRun:
                 self._pull_back(learned, products, chunk)
 
     def _pull_back(self, learned: list[int], products: HeadProducts, chunk: Chunk) -> None:
-        """Gradients of hidden rows in one product for all sides, those of the head for each side that trains it."""
+        """Compute the hidden states' gradients in one product for all sides, and the head's gradient for each side."""
         sizes = [_length(chunk.rows[index]) for index in learned]
         gradient, rows = products.pull_back(slice(0, sum(sizes)))
         weight, scale = products.head.weight, products.head.scale
@@ -168,7 +170,7 @@ class ChunkedRun:
             self._add_head_gradients(index, columns, own, scale)
 
     def _add_head_gradients(self, index: int, columns: Tensor, rows: Tensor, scale: float) -> None:
-        """Over the chunks they add up in float32 or better."""
+        """Add one chunk's gradients of the head's weight and bias, in float32 or better."""
         head = self.sides[index].head
         if self._learns(head.weight):
             kept = self.weight_gradients[index]
@@ -184,7 +186,7 @@ class ChunkedRun:
             self.bias_gradients[index] = added if kept is None else kept.add_(added)
 
     def gradients(self) -> list[Tensor | None]:
-        """Of each of `inputs`; None for what is a constant."""
+        """Return the gradient of each of `inputs`, or None for inputs that require no gradient."""
         found = [*self.hidden_gradients, *self.weight_gradients, *self.bias_gradients]
         return [
             torch.zeros_like(tensor) if gradient is None and tensor is not None and self._learns(tensor) else gradient
@@ -192,13 +194,13 @@ class ChunkedRun:
         ]
 
     def inputs(self) -> list[Tensor | None]:
-        """All hidden rows, all weights, all biases."""
+        """Return the hidden states of all sides, then the heads' weights, then their biases."""
         heads = [side.head for side in self.sides]
         return [*(side.hidden for side in self.sides), *(head.weight for head in heads), *(head.bias for head in heads)]
 
 
 class ChunkedHeadLoss(torch.autograd.Function):
-    """Runs the engine in the forward and hands its gradients out, times the upstream one, in the backward."""
+    """Run the engine in the forward pass, and multiply its gradients by the upstream gradient in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, run: ChunkedRun, *inputs: Tensor | None) -> tuple[Tensor, ...]:

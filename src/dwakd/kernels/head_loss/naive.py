@@ -1,4 +1,4 @@
-"""Plain torch over all rows at once: the specification of the chunked engine, and its oracle."""
+"""Compute head losses in plain torch over all tokens at once: the specification and test reference of the engine."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from dwakd.kernels.head_loss.engine import HeadRows
 def head_loss_naive(
     sides: Sequence[HeadRows], criterion: Criterion, *, by_row: bool
 ) -> tuple[Tensor, dict[str, Tensor], Statistics]:
-    """Loss, terms and statistics as `head_loss` gives them; autograd differentiates the loss."""
+    """Return loss, terms and statistics as `head_loss` does; autograd differentiates the loss."""
     logits = [side.head.logits(side.hidden) for side in sides]
     chunk = Chunk(tuple(slice(0, len(side.hidden)) for side in sides), slice(0, len(sides[0].lengths)))
     with torch.no_grad():

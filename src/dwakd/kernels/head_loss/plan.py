@@ -1,4 +1,4 @@
-"""Cutting a batch of response rows into chunks whose logits fit a budget."""
+"""Divide a batch of response tokens into chunks whose logits fit a budget."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,27 +9,29 @@ from dwakd.kernels.head_loss.criterion import Chunk
 
 @dataclass(frozen=True)
 class Group:
-    """Chunks that are weighted together; with more than one, their statistics come from a pass of their own."""
+    """Chunks that are weighted together. With more than one, a separate pass computes their statistics."""
 
     chunks: tuple[Chunk, ...]
     examples: slice | None = None
 
 
 def plan_rows(num_rows: int, num_sides: int, row_bytes: int, budget: int) -> list[Group]:
-    """Chunks of nearly equal size anywhere in the batch."""
+    """Divide the batch into chunks of nearly equal size; an example may be divided."""
     return [Group((chunk,)) for chunk in _even(0, num_rows, num_sides, row_bytes, budget)]
 
 
 def plan_examples(
     lengths: Sequence[Sequence[int]], row_bytes: Sequence[int], budget: int, *, divisible: bool
 ) -> list[Group]:
-    """Chunks of whole examples; an example above the budget is a group of several if `divisible`, else one chunk.
+    """Divide the batch into chunks of whole examples.
+
+    An example above the budget becomes a group of several chunks if `divisible`, else a single chunk.
 
     Args:
-        lengths: of each side, rows per example.
-        row_bytes: of each side, bytes of logits per row.
-        budget: bytes per chunk.
-        divisible: whether an example may be cut; the sides then have the same lengths.
+        lengths: number of tokens of each example, for each side.
+        row_bytes: bytes of logits per token, for each side.
+        budget: most bytes of logits per chunk.
+        divisible: whether an example may be divided; the sides then have the same lengths.
     """
     groups: list[Group] = []
     starts = [0] * len(lengths)
@@ -57,7 +59,7 @@ def _whole(starts: Sequence[int], ends: Sequence[int], first: int, stop: int) ->
 
 
 def _even(start: int, stop: int, num_sides: int, row_bytes: int, budget: int) -> list[Chunk]:
-    """Equal chunks leave no small rest, whose products would be slow."""
+    """Divide a range into equal chunks; a small last chunk would have slow matrix products."""
     per_chunk = max(budget // row_bytes, 1)
     count = -(-(stop - start) // per_chunk)
     bounds = [start + (stop - start) * index // count for index in range(count + 1)] if count else [start]

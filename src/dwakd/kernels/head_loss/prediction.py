@@ -1,4 +1,4 @@
-"""The most probable token of a side, beside another criterion."""
+"""Compute the most probable token of a side together with another criterion."""
 
 from collections.abc import Sequence
 
@@ -10,16 +10,19 @@ from dwakd.kernels.head_loss.statistics import cpu_module, is_compiled
 
 
 def most_probable(logits: Float[Tensor, "vocab tokens"]) -> Int[Tensor, " tokens"]:
-    """Row of the largest logit in each column, the first of them; compiled on CPUs, where `argmax` over rows is slow."""
+    """Return the first token id of the largest logit in each column.
+
+    A compiled kernel does this on CPUs, where `argmax` over rows is slow.
+    """
     return cpu_module().most_probable(logits) if is_compiled(logits) else logits.argmax(0)
 
 
 class WithPrediction(Criterion):
-    """Another criterion with one more statistic: `prediction`, the most probable token of a side.
+    """Add the statistic `prediction`, the most probable token of a side, to another criterion.
 
     Args:
-        criterion: what is computed.
-        side: whose prediction.
+        criterion: the criterion to extend.
+        side: index of the side to predict.
     """
 
     def __init__(self, criterion: Criterion, side: int) -> None:

@@ -1,4 +1,4 @@
-"""Statistics of next-token distributions: in plain torch, and of a pair in one sweep over logits that it overwrites."""
+"""Compute statistics of next-token distributions, in plain torch or in one pass that overwrites the logits."""
 
 import importlib
 import math
@@ -17,57 +17,60 @@ Columns = Float[Tensor, "vocab tokens"]
 PerToken = Float[Tensor, " tokens"]
 
 CPU_BLOCK, DEVICE_BLOCK = 2**18, 2**22
-"""Logits per block: on a CPU its temporaries stay in cache over all the operations on it; on other devices it is large
-enough to hide launches and small enough to add little memory."""
+"""Number of logits per block. On a CPU, a block's temporaries fit into the cache. On other devices, a block is large
+enough to hide kernel launches and small enough to need little memory."""
 COMPILED_FROM = 2**17
-"""Logits per side from which compiled kernels are worth loading numba for."""
+"""Number of logits per side from which compiled kernels are used; below, loading numba takes longer than it saves."""
 LOG2_E = math.log2(math.e)
 
 
 def forbidden_logit(dtype: torch.dtype) -> float:
-    """What the engine puts in the place of -inf, the logit of a token that a bias forbids.
+    """Return the finite logit that replaces -inf for a token that a bias forbids.
 
-    Its probability is 0, and 0 x log 0 is 0 and not NaN because it is finite.
+    The probability of such a token is 0. Because the logit is finite, 0 x log 0 is 0 and not NaN.
     """
     return torch.finfo(dtype).min / 16
 
 
 def is_possible(logits: LogProbs) -> Bool[Tensor, " vocab"]:
-    """Tokens that no bias forbids; judged by the first row, as a bias is that of all rows."""
+    """Return which token ids no bias forbids, read from the first position because all positions have the same bias."""
     return ~(logits[:1] <= forbidden_logit(logits.dtype) / 2).any(0)
 
 
 def infinite_if_forbidden(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Values with infinity in the place of those that contain `forbidden_logit`: no other is as large."""
+    """Replace values that contain `forbidden_logit` by infinity; no other values are as large."""
     return values.masked_fill(values > -1e-16 * forbidden_logit(values.dtype), torch.inf)
 
 
 def entropy(log_probs: LogProbs) -> PerToken:
-    """Shannon entropy per token in nats; impossible tokens add 0."""
+    """Compute the Shannon entropy of each token's distribution in nats; vocabulary entries of probability 0 add 0."""
     return torch.special.entr(log_probs.exp()).sum(-1)
 
 
 def forward_kl(log_p: LogProbs, log_q: LogProbs) -> PerToken:
-    """KL(p || q) per token in nats; tokens impossible under p add 0, and infinity where q alone forbids a token."""
+    """Compute KL(p || q) of each token's distributions in nats.
+
+    Vocabulary entries of probability 0 under p add 0; those of probability 0 under q alone add infinity.
+    """
     p = log_p.exp()
     return (p * (log_p - log_q).masked_fill(p == 0, 0.0)).sum(-1)
 
 
 def blocks(logits: Columns) -> Iterator[slice]:
-    """Slices of the vocabulary to work on one after the other."""
+    """Divide the vocabulary into blocks that are computed one after the other."""
     vocab, tokens = logits.shape
     size = max((CPU_BLOCK if logits.device.type == "cpu" else DEVICE_BLOCK) // max(tokens, 1), 1)
     return (slice(start, min(start + size, vocab)) for start in range(0, vocab, size))
 
 
 def scratch(logits: Columns, count: int) -> list[Float[Tensor, "block tokens"]]:
-    """Temporaries of the size of a block."""
+    """Allocate `count` temporary tensors of the size of a block."""
     rows = next(iter(blocks(logits)), slice(0, 0)).stop
     return [logits.new_empty(rows, logits.shape[1]) for _ in range(count)]
 
 
 def peak_of(logits: Columns) -> PerToken:
-    """The largest logit of each column; half the time of `amax` over the whole vocabulary, with the same NaN."""
+    """Compute the largest logit of each column; takes half the time of `amax` and treats NaN alike."""
     running, *rest = (logits[block] for block in blocks(logits))
     if rest:
         running = running.clone()
@@ -77,16 +80,16 @@ def peak_of(logits: Columns) -> PerToken:
 
 
 def raise_to(base: Columns, power: float, out: Columns) -> Columns:
-    """base ** power, without a transcendental function at the powers that are used: 1 and 2."""
+    """Compute base ** power, without a transcendental function for the usual powers 1 and 2."""
     if power == 1.0:
         return out.copy_(base) if out is not base else base
     return torch.mul(base, base, out=out) if power == 2.0 else torch.pow(base, power, out=out)
 
 
 def shifted_exp(logits: Columns, peak: PerToken, base: float = 1.0, x: Columns | None = None) -> Columns:
-    """Overwrite logits with exp((logits - peak) / base); x, if given, gets (logits - peak) / base in units of log 2.
+    """Overwrite logits with exp((logits - peak) / base); `x`, if given, gets (logits - peak) / base in units of log 2.
 
-    Through exp2, which on CPUs takes a fifth of the time of exp, and of strided columns a tenth.
+    This uses exp2, which on CPUs takes a fifth of the time of exp, and a tenth for strided columns.
     """
     x = logits if x is None else x
     torch.sub(logits, peak, out=x).mul_(LOG2_E / base)
@@ -94,18 +97,18 @@ def shifted_exp(logits: Columns, peak: PerToken, base: float = 1.0, x: Columns |
 
 
 def pick(logits: Columns, targets: Tensor) -> PerToken:
-    """The logit of each column's target."""
+    """Return the logit of each column's target."""
     return logits[targets, torch.arange(logits.shape[1], device=logits.device)]
 
 
 def subtract_at(gradient: Columns, targets: Tensor, amount: PerToken) -> None:
-    """gradient[target] -= amount, in each column."""
+    """Subtract `amount` from each column of the gradient in the row of its target."""
     gradient[targets, torch.arange(gradient.shape[1], device=gradient.device)] -= amount
 
 
 @dataclass
 class Softmax:
-    """One side of a pair: its largest logit and, with x = logit - peak, sums over the vocabulary.
+    """Largest logit of one side and sums over its vocabulary, where x = logit - peak.
 
     Args:
         peak: the largest logit.
@@ -123,17 +126,17 @@ class Softmax:
         self.total, self.soft_total, self.energy = (torch.zeros_like(self.peak) for _ in range(3))
 
     def entropy(self) -> PerToken:
-        """At temperature 1."""
+        """Return the entropy of each token's distribution at temperature 1."""
         return self.total.log() - self.energy / self.total
 
 
 @dataclass(frozen=True)
 class SoftenedPair:
-    """KL(target || learned) of two sides softened alike, in two sweeps over logits that are overwritten.
+    """Compute KL(target || learned) of two sides with the same temperature, in two passes that overwrite the logits.
 
-    The logits give way to kept = exp(x / base), base the larger of 1 and the temperature, so that one exponential
-    serves temperature 1 (kept ** base) and the softened distribution (kept ** soft), and neither comes from an
-    underflow.
+    The first pass replaces the logits by kept = exp(x / base), where base is the larger of 1 and the temperature. One
+    exponential then gives both the distribution at temperature 1 (kept ** base) and the softened one (kept ** soft),
+    and neither is computed from an underflow.
     """
 
     temperature: float
@@ -149,13 +152,13 @@ class SoftenedPair:
     def observe(
         self, learned: Columns, target: Columns, *, entropy_of: Columns | None, totals_of: tuple[Columns, ...]
     ) -> tuple[Softmax, Softmax, PerToken]:
-        """Overwrite the logits of both sides; returns their sums and KL(target || learned) per token.
+        """Overwrite the logits of both sides; return their sums and KL(target || learned) per token.
 
         Args:
-            learned: logits.
-            target: logits.
-            entropy_of: the side whose `energy` is wanted.
-            totals_of: the sides whose `total` is wanted.
+            learned: logits of the distribution that is trained.
+            target: logits of the distribution that it is compared with.
+            entropy_of: the side whose `energy` is computed.
+            totals_of: the sides whose `total` is computed.
         """
         own, other = Softmax(peak_of(learned)), Softmax(peak_of(target))
         if self._is_compiled(learned, target):
@@ -169,7 +172,7 @@ class SoftenedPair:
         return own, other, kl
 
     def _is_compiled(self, *sides: Columns) -> bool:
-        """Whether the compiled kernel takes these sides, all of them in one and the same way."""
+        """Return whether the compiled kernel supports these sides; both passes give the same answer."""
         return self.soft == 1.0 and self.base in (1.0, 2.0) and is_compiled(*sides)
 
     def _sweep(
@@ -181,7 +184,7 @@ class SoftenedPair:
         entropy_of: Columns | None,
         totals_of: tuple[Columns, ...],
     ) -> PerToken:
-        """Overwrite the logits and add to the sums; returns sum of exp(x / temperature) of the target x the gap in x."""
+        """Overwrite the logits, add to the sums, and return `cross`: sum of softened target x (other_x - own_x)."""
         cross = torch.zeros_like(own.peak)
         work = scratch(learned, 3)
         for block in blocks(learned):
@@ -193,14 +196,15 @@ class SoftenedPair:
                     if logits is entropy_of:
                         side.energy += powers.mul_(x).sum(0)
                 side.soft_total += (kept if self.soft == 1.0 else raise_to(kept, self.soft, powers)).sum(0)
-            softened = target[block] if self.soft == 1.0 else powers  # the target's: it came last
+            softened = target[block] if self.soft == 1.0 else powers  # those of the target, which was computed last
             cross += other_x.sub_(own_x).mul_(softened).sum(0)
         return cross
 
     def differentiate(self, learned: Columns, target: Columns, shares: Sequence[PerToken]) -> None:
-        """learned <- shares[0] x softened(learned) - shares[1] x softened(target), of what `observe` left.
+        """Overwrite the result of `observe` with the gradient.
 
-        With four shares, learned gets shares[2] x its exp(x) besides, and target <- shares[3] x its exp(x).
+        learned <- shares[0] x softened(learned) - shares[1] x softened(target). With four shares, learned also gets
+        + shares[2] x its exp(x), and target <- shares[3] x its exp(x).
         """
         if self._is_compiled(learned, target):
             cpu_module().gradient(learned, target, torch.stack(list(shares)), self.base)
@@ -218,7 +222,7 @@ class SoftenedPair:
     def gradient(
         self, kept: Columns, other: Columns, own_share: PerToken, other_share: PerToken, out: Columns
     ) -> Columns:
-        """own_share x softened(kept) - other_share x softened(other), of one block."""
+        """Compute own_share x softened(kept) - other_share x softened(other) for one block."""
         if self.soft == 1.0:
             return torch.mul(kept, own_share, out=out).addcmul_(other, other_share, value=-1)
         raise_to(kept, self.soft, out).mul_(own_share)
@@ -226,11 +230,11 @@ class SoftenedPair:
 
 
 def is_compiled(*sides: Columns) -> bool:
-    """Whether the compiled kernels take these logits: large, float32, on a CPU, and numba works."""
+    """Return whether the compiled kernels can be used: large float32 logits on a CPU, and numba can be imported."""
     fits = sides[0].numel() >= COMPILED_FROM
     fits &= all(s.device.type == "cpu" and s.dtype == torch.float32 and s.stride(1) == 1 for s in sides)
     return fits and is_usable("dwakd.kernels.head_loss.cpu", "numba", "head_loss runs in plain torch, slower")
 
 
 def cpu_module() -> ModuleType:
-    return importlib.import_module("dwakd.kernels.head_loss.cpu")  # numba takes half a second: only when used
+    return importlib.import_module("dwakd.kernels.head_loss.cpu")  # on demand: loading numba takes half a second

@@ -1,4 +1,4 @@
-"""Sinkhorn's transport of a ragged batch: one differentiable function over two kernels."""
+"""Compute Sinkhorn transport costs of a ragged batch with one differentiable function and two kernels."""
 
 import math
 
@@ -20,26 +20,27 @@ def sinkhorn(
     y_lengths: Int[Tensor, " batch"] | None = None,
     impl: str = "auto",
 ) -> Float[Tensor, " batch"]:
-    """The cost <P, C> of carrying uniform mass from rows to columns, for each example.
+    """Compute the cost <P, C> of transporting uniform mass from rows to columns, for each example.
 
-    P is exp(-C / regularisation), scaled so that each row holds 1 / x_length and then each column 1 / y_length, over
-    and over: after the last time columns are exact and rows nearly so.
+    P starts as exp(-C / regularisation). Each iteration scales the rows of P to the sum 1 / x_length, then the columns
+    to 1 / y_length. At the end, the sums of the columns are exact and those of the rows nearly so.
 
     Args:
-        cost: pairwise costs; carries gradient, once, through all iterations. Cells beyond an example's lengths may hold
-            anything, NaN included, and get zero gradient. Half precision is computed in float32.
-        regularisation: in units of cost. Towards 0 the plan is the optimal one, if there are iterations enough.
-        iterations: pairs of scalings; at least 1.
+        cost: pairwise costs; carries gradient through all iterations, without double backward. Cells beyond an
+            example's lengths may have any value, including NaN, and get zero gradient. Half precision is computed in
+            float32.
+        regularisation: in units of cost. Towards 0, the plan approaches the optimal one if there are enough iterations.
+        iterations: number of scalings of rows and columns; at least 1.
         x_lengths: rows per example, 1 to n; all n when None.
         y_lengths: columns per example, 1 to m; all m when None.
-        impl: "auto", "naive" (plain torch, example by example) or "batched" (all at once; memory for the backward pass
-            grows with the iterations by vectors and not by matrices). "auto" takes "batched".
+        impl: "auto", "naive" (plain torch, example by example) or "batched" (all examples at once; each iteration
+            stores vectors for the backward pass, not matrices). "auto" selects "batched".
 
     Returns:
-        One value per example, in the costs' unit: mean cost of a unit of mass.
+        One value per example, in the unit of the costs: the mean cost per unit of mass.
 
     Raises:
-        ValueError: regularisation or iterations not positive and finite, or an unknown impl.
+        ValueError: `regularisation` or `iterations` is not positive and finite, or `impl` is unknown.
 
     References:
         Cuturi 2013, Sinkhorn Distances, algorithm 1, in the log domain.
@@ -50,12 +51,12 @@ def sinkhorn(
         9.08e-05
     """
     if impl not in IMPLS:
-        raise ValueError(f"sinkhorn: unknown impl {impl!r}; valid are {', '.join(map(repr, IMPLS))}.")
+        raise ValueError(f"sinkhorn: unknown impl {impl!r}; valid are {', '.join(map(repr, IMPLS))}")
     if not regularisation < math.inf:
-        raise ValueError(f"sinkhorn: regularisation must be finite, got {regularisation}.")
+        raise ValueError(f"sinkhorn: regularisation must be finite, got {regularisation}")
     if regularisation <= 0 or iterations < 1:
         raise ValueError(
-            f"sinkhorn: regularisation and iterations must be positive, got {regularisation} and {iterations}."
+            f"sinkhorn: regularisation and iterations must be positive, got {regularisation} and {iterations}"
         )
     batch, n, m = cost.shape
     cost = cost.to(torch.promote_types(cost.dtype, torch.float32))

@@ -1,7 +1,7 @@
-"""Sinkhorn for a padded batch, with a backward pass that keeps two vectors per iteration and no matrix.
+"""Compute Sinkhorn transport costs of a padded batch; the backward pass needs vectors per iteration, not matrices.
 
-With K = -C / regularisation and marginals a and b, the plan is exp(K + f + g) where, in turn,
-f = log a - logsumexp_j(K + g) and g = log b - logsumexp_i(K + f), from g = 0.
+With K = -C / regularisation and marginals a and b, the plan is exp(K + f + g). Starting from g = 0, each iteration
+computes f = log a - logsumexp_j(K + g) and then g = log b - logsumexp_i(K + f).
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ def sinkhorn_batched(
     x_lengths: Int[Tensor, " batch"],
     y_lengths: Int[Tensor, " batch"],
 ) -> Float[Tensor, " batch"]:
-    """Arguments and guarantees are those of `dwakd.kernels.sinkhorn`."""
+    """Compute the costs of all examples at once; arguments and guarantees are those of `dwakd.kernels.sinkhorn`."""
     log_a = _log_marginal(x_lengths.to(cost.device), cost.shape[1], cost.dtype)
     log_b = _log_marginal(y_lengths.to(cost.device), cost.shape[2], cost.dtype)
     inside = log_a.isfinite()[:, :, None] & log_b.isfinite()[:, None, :]
@@ -33,7 +33,7 @@ def sinkhorn_batched(
 
 
 def _log_marginal(lengths: Int[Tensor, " batch"], size: int, dtype: torch.dtype) -> Vectors:
-    """log(1 / length) within an example, -inf beyond."""
+    """Return log(1 / length) within an example and -inf beyond its length."""
     outside = torch.arange(size, device=lengths.device) >= lengths[:, None]
     return (-lengths.to(dtype).log())[:, None].expand(-1, size).masked_fill(outside, -torch.inf)
 
@@ -42,7 +42,7 @@ class _Sinkhorn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, cost: Tensor, regularisation: float, iterations: int, log_a: Tensor, log_b: Tensor) -> Tensor:
         kernel = -cost / regularisation
-        # vectors before their marginal is added stay finite beyond the lengths
+        # before their marginal is added, the vectors are finite beyond the lengths
         g = torch.where(log_b.isfinite(), 0.0, log_b)
         history = []
         for _ in range(iterations):

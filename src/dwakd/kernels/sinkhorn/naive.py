@@ -1,4 +1,4 @@
-"""Plain torch, example by example: the specification of the batched kernel and its oracle."""
+"""Compute Sinkhorn transport costs in plain torch, example by example: the specification of the batched kernel."""
 
 import math
 
@@ -14,7 +14,7 @@ def sinkhorn_naive(
     x_lengths: Int[Tensor, " batch"],
     y_lengths: Int[Tensor, " batch"],
 ) -> Float[Tensor, " batch"]:
-    """Arguments and guarantees are those of `dwakd.kernels.sinkhorn`. Autograd differentiates it."""
+    """Compute the costs with autograd; arguments and guarantees are those of `dwakd.kernels.sinkhorn`."""
     values = []
     for matrix, rows, columns in zip(cost, x_lengths.tolist(), y_lengths.tolist(), strict=True):
         own = matrix[:rows, :columns]

@@ -1,4 +1,4 @@
-"""Soft-DTW of a ragged batch: one differentiable function over several kernels."""
+"""Compute Soft-DTW of a ragged batch with one differentiable function and several kernels."""
 
 import functools
 import importlib
@@ -25,33 +25,33 @@ def soft_dtw(
     y_lengths: Int[Tensor, " batch"] | None = None,
     impl: str = "auto",
 ) -> Float[Tensor, " batch"]:
-    """The soft minimum over all monotone alignments of the alignment's summed cost, for each example.
+    """Compute the soft minimum of the summed cost over all monotone alignments, for each example.
 
     s = R[x_length - 1, y_length - 1], R[i, j] = cost[i, j] + softmin(R[i - 1, j], R[i, j - 1], R[i - 1, j - 1]),
     softmin(a) = -gamma log sum exp(-a / gamma).
 
-    Below every alignment's cost, and often negative: with zero costs it is -gamma log of the number of alignments.
-    Cells beyond an example's lengths may hold anything, NaN included, and get zero gradient.
+    The value is below the cost of every alignment and often negative. If all costs are 0, it is -gamma log of the
+    number of alignments. Cells beyond an example's lengths may have any value, including NaN, and get zero gradient.
 
     Args:
-        cost: pairwise costs; carries gradient, once (there is no double backward). +inf forbids a cell. NaN or -inf
-            within the lengths gives NaN. Half precision is computed in float32.
-        gamma: temperature of the soft minimum, in units of cost, tried from 1e-3 to 1e4. Towards 0 the result is
-            that of hard DTW.
+        cost: pairwise costs; carries gradient, without double backward. +inf forbids a cell. NaN or -inf within the
+            lengths gives NaN. Half precision is computed in float32.
+        gamma: temperature of the soft minimum, in units of cost, tested from 1e-3 to 1e4. Towards 0, the result
+            approaches that of hard DTW.
         x_lengths: rows per example, 1 to n; all n when None.
         y_lengths: columns per example, 1 to m; all m when None.
         impl: "auto", "naive" (plain torch, any device), "cpu" (compiled by numba, for CPU tensors) or "triton" (for
-            CUDA tensors). "auto" takes the compiled one where it can run; a fallback is logged once.
+            CUDA tensors). "auto" selects the compiled kernel for the device if it can run; a fallback is logged once.
 
     Returns:
-        One value per example, in the costs' unit and in float32 or better; +inf with zero gradient where no path of
-        finite cost exists. The gradient of a cell is the probability that a path drawn by weight exp(-cost / gamma)
-        passes through it.
+        One value per example, in the unit of the costs and in float32 or better; +inf with zero gradient if no path has
+        a finite cost. The gradient of a cell is the probability that a path passes through it, where a path is drawn in
+        proportion to exp(-cost / gamma).
 
     Raises:
-        ValueError: gamma not positive and finite, a length outside its range, an unknown impl, or "cpu" for a
-            tensor on another device. Lengths on a GPU are not waited for: a wrong one there gives NaN.
-        ImportError: the named impl needs numba or triton, and it cannot be imported.
+        ValueError: `gamma` is not positive and finite, a length is outside its range, or `impl` is unknown or does not
+            support the tensor's device. Lengths on a GPU are not validated; an invalid one gives NaN.
+        ImportError: `impl` is "cpu" or "triton", and numba or triton cannot be imported.
 
     References:
         Cuturi and Blondel 2017, Soft-DTW: a Differentiable Loss Function for Time-Series, algorithms 1 and 2.
@@ -63,7 +63,7 @@ def soft_dtw(
     """
     gamma = float(gamma)
     if not 0 < gamma < math.inf:
-        raise ValueError(f"soft_dtw: gamma must be positive and finite, got {gamma}.")
+        raise ValueError(f"soft_dtw: gamma must be positive and finite, got {gamma}")
     x_lengths = _checked_lengths("x_lengths", x_lengths, cost, 1)
     y_lengths = _checked_lengths("y_lengths", y_lengths, cost, 2)
     chosen = _resolve(impl, cost.device)
@@ -78,7 +78,7 @@ def soft_dtw(
 
 
 class _SoftDtw(torch.autograd.Function):
-    """The kernels return the gradient with the value: it is cheapest then, and one number per cell is kept."""
+    """Store the gradient that the kernels compute together with the value: one number per cell, at the lowest cost."""
 
     @staticmethod
     def forward(
@@ -97,13 +97,13 @@ class _SoftDtw(torch.autograd.Function):
 
 
 def _resolve(impl: str, device: torch.device) -> str:
-    """The kernel that runs: the one place that decides."""
+    """Return the name of the kernel to run."""
     if impl not in IMPLS:
-        raise ValueError(f"soft_dtw: unknown impl {impl!r}; valid are {', '.join(map(repr, IMPLS))}.")
+        raise ValueError(f"soft_dtw: unknown impl {impl!r}; valid are {', '.join(map(repr, IMPLS))}")
     if impl == "cpu" and device.type != "cpu":
-        raise ValueError(f"soft_dtw: impl 'cpu' takes tensors on the CPU, got one on {device}; use impl='auto'.")
+        raise ValueError(f"soft_dtw: impl 'cpu' requires tensors on the CPU, got one on {device}: use impl='auto'")
     if impl == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"soft_dtw: impl 'triton' takes tensors on a GPU, got one on {device}; use impl='auto'.")
+        raise ValueError(f"soft_dtw: impl 'triton' requires tensors on a GPU, got one on {device}: use impl='auto'")
     if impl == "auto":
         compiled = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
         return compiled if compiled and _is_usable(compiled) else "naive"
@@ -116,7 +116,7 @@ def _is_usable(impl: str) -> bool:
 
 @functools.cache
 def _kernel(impl: str) -> Callable[..., Any]:
-    """`solve` of one of the modules, imported when it is used: numba takes half a second."""
+    """Return `solve` of a kernel's module, imported on demand because loading numba takes half a second."""
     solve: Callable[..., Any] = importlib.import_module(f"{__name__}.{impl}").solve
     return solve
 
@@ -126,11 +126,11 @@ def _checked_lengths(name: str, lengths: Int[Tensor, " batch"] | None, cost: Ten
     if lengths is None:
         lengths = torch.full((batch,), longest, device=cost.device)
     if lengths.shape != (batch,):
-        raise ValueError(f"soft_dtw: expects {name} of shape ({batch},), got {tuple(lengths.shape)}.")
-    if lengths.device.type != "cuda":  # there the check would make the host wait
+        raise ValueError(f"soft_dtw: {name} must have shape ({batch},), got {tuple(lengths.shape)}")
+    if lengths.device.type != "cuda":  # on a GPU, the check would make the host wait
         for row, length in enumerate(lengths.tolist()):
             if not 1 <= length <= longest:
                 raise ValueError(
-                    f"soft_dtw: {name}[{row}] is {length}, but lengths must be 1 to {longest}, the cost's size."
+                    f"soft_dtw: {name}[{row}] must be from 1 to {longest}, the size of the cost, got {length}"
                 )
     return lengths.to(cost.device)

@@ -1,7 +1,7 @@
-"""Soft-DTW on the CPU with numba, parallel over the batch.
+"""Compute Soft-DTW on the CPU with numba, in parallel over the batch.
 
-The gradient is computed with the value, example by example, while the soft minimum's weights are still in the
-processor's cache: what stays until the backward pass is one number per cell.
+The gradient of an example is computed together with its value, while the weights of the soft minimum are still in the
+processor's cache. Only one number per cell is stored for the backward pass.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from dwakd.kernels.soft_dtw.cpu_fast import solve_fast
 
 Counts = npt.NDArray[np.int64]
 
-_CELLS_PER_THREAD = 100_000  # about half a millisecond: below, waiting for another thread costs more than it brings
+_CELLS_PER_THREAD = 100_000  # about half a millisecond; with less work, a second thread saves no time
 _CELLS_PER_SPAN = 20_000
 
 
@@ -29,9 +29,9 @@ def solve(
     y_lengths: Int[Tensor, " batch"],
     keep: bool,
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "..."]]:
-    """The values, and where `keep` their gradients (else an empty tensor).
+    """Compute the values and, if `keep` is true, their gradients (else an empty tensor).
 
-    Each example is computed by one thread in one order: the result does not depend on their number.
+    One thread computes each example in a fixed order, so the result does not depend on the number of threads.
     """
     lengths = [side.long().contiguous().numpy() for side in (x_lengths, y_lengths)]
     value, grad = cost.new_empty(len(cost)), cost.new_empty(cost.shape if keep else (0, 0, 0))
@@ -52,7 +52,7 @@ def solve(
 
 
 def _spans(num_cells: Counts) -> list[tuple[int, int]]:
-    """Ranges of examples, each of about _CELLS_PER_SPAN cells or of one example."""
+    """Divide the examples into ranges of about _CELLS_PER_SPAN cells; a larger example has a range of its own."""
     parts = num_cells.cumsum() // _CELLS_PER_SPAN
     ends = [*(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(num_cells)]
     return list(itertools.pairwise([0, *ends]))

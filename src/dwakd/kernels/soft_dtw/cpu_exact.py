@@ -1,8 +1,8 @@
-"""The exact path of the CPU kernel: any costs, one cell at a time in float64.
+"""Compute Soft-DTW for any costs, one cell at a time in float64: the exact path of the CPU kernel.
 
-It takes float64, infinite costs, and costs far above gamma. numpy arrays in, numpy arrays out. All of it is one file
-because numba's cache on disk notices changes of the file it compiles from, and of no other. `no_type_check` keeps the
-tests' shape checker from wrapping what numba compiles.
+It is used for float64, infinite costs, and costs far above gamma. It reads and writes numpy arrays. All functions are
+in one file, because numba's cache on disk detects changes of the compiled file only. `no_type_check` prevents the
+tests' shape checker from wrapping the compiled functions.
 """
 
 import math
@@ -16,8 +16,8 @@ from dwakd.kernels.compiled import compiled_by_numba
 @compiled_by_numba
 @no_type_check
 def _forward_exact(cost, n, m, gamma, weights):
-    """The cost reached at the end, and the weights of every cell's predecessors above, left, above left."""
-    row = np.full(m + 1, np.inf)  # what was reached in the row above, then in this one
+    """Return the cost at the end, and store the weights of each cell's predecessors: above, left, above left."""
+    row = np.full(m + 1, np.inf)  # accumulated costs of the row above, overwritten by those of this row
     row[0] = 0.0  # the corner before the first cell
     for i in range(n):
         corner, left = row[0], np.inf
@@ -25,7 +25,7 @@ def _forward_exact(cost, n, m, gamma, weights):
         for j in range(m):
             up = row[j + 1]
             lowest = min(up, left, corner)
-            finite = min(lowest, 1e300)  # all three unreachable: exponents are -inf, not NaN
+            finite = min(lowest, 1e300)  # if all three are unreachable, exponents are -inf, not NaN
             a = math.exp((finite - up) / gamma)
             b = math.exp((finite - left) / gamma)
             c = math.exp((finite - corner) / gamma)
@@ -39,12 +39,12 @@ def _forward_exact(cost, n, m, gamma, weights):
 @compiled_by_numba
 @no_type_check
 def _backward_exact(grad, n, m, weights):
-    """Gradients: the probability of coming through each cell on the way back from the end, by the weights."""
-    downwards, corners = np.zeros(m), np.zeros(m)  # what the row below passes on
+    """Compute the gradients: the probability that a path, drawn by the weights, passes through each cell."""
+    downwards, corners = np.zeros(m), np.zeros(m)  # probabilities that arrive from the row below
     for i in range(n - 1, -1, -1):
         sideways, corner = 0.0, 0.0
         if i == n - 1:
-            sideways = 1.0  # arrives at the last cell
+            sideways = 1.0  # every path ends in the last cell
         for j in range(m - 1, -1, -1):
             arriving = downwards[j] + sideways + corners[j]
             grad[i, j] = arriving
@@ -55,7 +55,7 @@ def _backward_exact(grad, n, m, weights):
 @compiled_by_numba
 @no_type_check
 def _is_valid(cost, n, m):
-    """Whether no cost is NaN or -inf."""
+    """Return whether no cost is NaN or -inf."""
     for i in range(n):
         for j in range(m):
             if not cost[i, j] > -np.inf:
@@ -66,7 +66,7 @@ def _is_valid(cost, n, m):
 @compiled_by_numba
 @no_type_check
 def solve_exact(cost, x_lengths, y_lengths, gamma, keep, value, grad, is_open, first_row, last_row):
-    """Values of those examples from first_row to last_row - 1 that are open, and where `keep` their gradients."""
+    """Compute values and, if `keep` is true, gradients of the examples first_row to last_row - 1 that are open."""
     for row in range(first_row, last_row):
         if not is_open[row]:
             continue

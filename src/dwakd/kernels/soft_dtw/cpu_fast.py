@@ -1,13 +1,13 @@
-"""The fast path of the CPU kernel: numpy arrays in, numpy arrays out, no torch.
+"""Compute Soft-DTW for float32 costs of moderate size: the fast path of the CPU kernel, on numpy arrays.
 
-It takes float32 costs of moderate size, one anti-diagonal after the other, LANES cells of it at once. It
-carries differences of the accumulated cost R, in units of gamma, between neighbours: the step down into a cell,
-R[i, j] - R[i - 1, j], kept by row, and the step right, R[i, j] - R[i, j - 1], kept by column. They stay small where R
-grows along a path, so that float32 holds them. numba's own vectoriser gives up on such loops (many arrays that might
-overlap, two widths of float), so the vectors are spelled out in LLVM's terms, which fits them to the processor.
+The kernel computes one anti-diagonal after the other, LANES cells at once. It stores differences of the accumulated
+cost R between neighbours, in units of gamma: the step down into a cell, R[i, j] - R[i - 1, j], by row, and the step
+right, R[i, j] - R[i, j - 1], by column. R grows along a path, but these differences stay small enough for float32.
+numba does not vectorise such loops (many arrays that may overlap, two widths of float), so the code uses LLVM's vector
+instructions, which LLVM translates for the processor.
 
-All of it is one file because numba's cache on disk notices changes of the file it compiles from, and of no other.
-`no_type_check` keeps the tests' shape checker from wrapping what numba compiles.
+All functions are in one file, because numba's cache on disk detects changes of the compiled file only.
+`no_type_check` prevents the tests' shape checker from wrapping the compiled functions.
 """
 
 from typing import Any, no_type_check
@@ -21,19 +21,19 @@ from numba.extending import intrinsic
 from dwakd.kernels.compiled import compiled_by_numba
 
 LANES = 8
-_LIMIT = 4.0  # largest cost, in units of gamma, here: above, rounded steps show in the gradient (1e-6)
-_LEAST_FLOW = 1e-30  # of a cell's gradient: less is 0
-_FAR = np.float32(1e9)  # how far the row and the column before the first are, in units of gamma
+_LIMIT = 4.0  # largest cost, in units of gamma; with larger ones, rounding errors in the gradient reach 1e-6
+_LEAST_FLOW = 1e-30  # gradients of cells below this become 0
+_FAR = np.float32(1e9)  # distance of the row and the column before the first, in units of gamma
 _F32, _F64, _I32 = (ir.VectorType(scalar, LANES) for scalar in (ir.FloatType(), ir.DoubleType(), ir.IntType(32)))
 
 # exp(r) for |r| <= ln 2 / 2 after Cephes' expf, highest power first, without the two leading terms 1 + r
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
-# 2 artanh(z) / z in z^2 for 0 <= z <= 1 / 2: Chebyshev fit, 2e-8 relative
+# 2 artanh(z) / z in z^2 for 0 <= z <= 1 / 2: a Chebyshev fit with a relative error of 2e-8
 _ARTANH = (0.3675323923349, 0.1620839772365, 0.2940806106697, 0.3994882271805, 0.6666779575976, 2.0)
 
 
 class _Vectors:
-    """LANES numbers at a time, over LLVM's IR builder."""
+    """Vector operations on LANES numbers with LLVM's IR builder."""
 
     def __init__(self, context: Any, builder: Any, signature: Any, args: Any) -> None:
         self.b = builder
@@ -54,9 +54,9 @@ class _Vectors:
         self.b.store(value, self.b.bitcast(self.address(array, index), value.type.as_pointer()), align=4)
 
     def apart(self, array: Any, index: Any, stride: Any) -> list[Any]:
-        """Addresses of LANES elements that lie `stride` apart."""
+        """Return the addresses of LANES elements at distance `stride`."""
         first = self.address(array, index)
-        # without this, LLVM carries a pointer for each lane from block to block, on the stack
+        # otherwise LLVM stores a pointer for each lane on the stack between blocks
         hide = ir.InlineAsm(ir.FunctionType(first.type, [first.type]), "", "=r,0")
         first = self.b.call(hide, [first])
         return [self.b.gep(first, [self.b.mul(stride, ir.Constant(stride.type, lane))]) for lane in range(LANES)]
@@ -86,7 +86,7 @@ class _Vectors:
         return self.b.select(self.b.fcmp_ordered(">", a, b), a, b)
 
     def multiply_add(self, a: Any, b: Any, c: Any) -> Any:
-        """a b + c, fused where the processor can."""
+        """Compute a b + c, with a fused instruction if the processor has one."""
         kind = ir.FunctionType(_F32, [_F32] * 3)
         function = cgutils.get_or_insert_function(self.b.module, kind, f"llvm.fmuladd.v{LANES}f32")
         return self.b.call(function, [a, b, c])
@@ -98,10 +98,10 @@ class _Vectors:
         return total
 
     def exp(self, x: Any) -> Any:
-        """exp(x) = 2^k exp(r) for x <= 0: within 1e-7 relative, exactly 1 at 0, 0 from -87 down and for NaN."""
+        """Compute exp(x) = 2^k exp(r) for x <= 0, within 1e-7 (relative); 1 at 0, 0 from -87 down and for NaN."""
         floor = self.constant(-87.0, _F32)
         y = self.higher(x, floor)
-        # adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
+        # adding 1.5 * 2^23 rounds to an integer and stores it in the low bits
         rounder = self.constant(1.5 * 2**23, _F32)
         shifted = self.multiply_add(y, self.constant(1.4426950408889634, _F32), rounder)
         k = self.b.fsub(shifted, rounder)
@@ -114,7 +114,7 @@ class _Vectors:
         return self.b.select(self.b.fcmp_ordered(">", y, floor), scaled, self.constant(0.0, _F32))
 
     def log1p(self, u: Any) -> Any:
-        """log(1 + u) = 2 artanh(u / (2 + u)) for 0 <= u <= 2: within 2e-7 relative, exactly 0 at 0."""
+        """Compute log(1 + u) = 2 artanh(u / (2 + u)) for 0 <= u <= 2 with a relative error of 2e-7; exactly 0 at 0."""
         z = self.b.fdiv(u, self.b.fadd(u, self.constant(2.0, _F32)))
         return self.b.fmul(self.polynomial(self.b.fmul(z, z), _ARTANH), z)
 
@@ -122,12 +122,12 @@ class _Vectors:
 @intrinsic
 @no_type_check
 def _forward_lanes(typingctx, downs, i, rights, j, cells, at, stride, inverse, weights, start, plane):
-    """LANES cells of a diagonal, from row i down.
+    """Compute LANES cells of a diagonal, from row i down.
 
-    `downs[i ...]` holds the steps down into the cells on their left, `rights[j ...]` the steps right into the cells
-    above; both are overwritten by the cells' own. Costs are `cells[at], cells[at + stride], ...`; `inverse` is
-    1 / gamma. The weights of the predecessors above and left go to `weights[start ...]` and
-    `weights[start + plane ...]`; the third is what they leave of 1.
+    `downs[i ...]` contains the steps down into the cells on the left, `rights[j ...]` the steps right into the cells
+    above; both are overwritten by the steps into the cells themselves. Costs are `cells[at], cells[at + stride], ...`;
+    `inverse` is 1 / gamma. The weights of the predecessors above and left are written to `weights[start ...]` and
+    `weights[start + plane ...]`; the third weight is 1 minus these two.
     """
     index = types.intp
     signature = types.void(downs, index, rights, index, cells, index, index, types.float32, weights, index, index)
@@ -135,7 +135,7 @@ def _forward_lanes(typingctx, downs, i, rights, j, cells, at, stride, inverse, w
     def codegen(context, builder, signature, args):
         downs, i, rights, j, cells, at, stride, inverse, weights, start, plane = args
         v = _Vectors(context, builder, signature, args)
-        # what was reached above and left, less that at the corner; then the lowest of the three less each
+        # costs above and left, minus the cost at the corner; then the lowest of the three minus each
         up, left, zero = v.load(rights, j, _F32), v.load(downs, i, _F32), v.constant(0.0, _F32)
         lowest = v.lower(v.lower(up, left), zero)
         above_up, above_left = builder.fsub(lowest, up), builder.fsub(lowest, left)
@@ -146,7 +146,7 @@ def _forward_lanes(typingctx, downs, i, rights, j, cells, at, stride, inverse, w
         v.store(builder.fmul(a, share), weights, start)
         v.store(builder.fmul(b, share), weights, builder.add(start, plane))
         cost = builder.fmul(v.load_apart(cells, at, stride), v.spread(inverse))
-        step = builder.fsub(cost, v.log1p(rest))  # from the lowest predecessor
+        step = builder.fsub(cost, v.log1p(rest))  # step from the lowest predecessor
         v.store(builder.fadd(step, above_up), downs, i)
         v.store(builder.fadd(step, above_left), rights, j)
         return context.get_dummy_value()
@@ -157,10 +157,11 @@ def _forward_lanes(typingctx, downs, i, rights, j, cells, at, stride, inverse, w
 @intrinsic
 @no_type_check
 def _backward_lanes(typingctx, flows, ups, lefts, corners, weights, start, plane, cells, at, stride):
-    """The flow through LANES cells into `cells[at], cells[at + stride], ...`, and what each passes on.
+    """Compute the flow (gradient) of LANES cells and the parts of it that their three predecessors receive.
 
-    `ups`, `lefts`, `corners` are the cells' places in `flows`: what is passed on to the three predecessors, read for
-    the diagonals after and overwritten for this one. Next to no flow is lost: float64, and the corner gets what is left.
+    The flow of the cells is written to `cells[at], cells[at + stride], ...`. `ups`, `lefts` and `corners` are positions
+    in `flows`, which holds the flow from each cell to its predecessors. The flow of the later diagonals is read and
+    replaced by that of this one. It is in float64, and the corner gets the remainder, so almost no flow is lost.
     """
     signature = types.void(flows, *[types.intp] * 3, weights, *[types.intp] * 2, cells, *[types.intp] * 2)
 
@@ -169,7 +170,7 @@ def _backward_lanes(typingctx, flows, ups, lefts, corners, weights, start, plane
         v = _Vectors(context, builder, signature, args)
         arriving = builder.fadd(v.load(flows, ups, _F64, 1), v.load(flows, lefts, _F64))
         arriving = builder.fadd(arriving, v.load(flows, corners, _F64, 1))
-        # denormal gradients make the products that they enter up to a hundred times slower
+        # denormal gradients make later matrix products up to a hundred times slower
         seen = builder.fcmp_ordered(">", arriving, v.constant(_LEAST_FLOW, _F64))
         arriving = left_over = builder.select(seen, arriving, v.constant(0.0, _F64))
         for passed_on in (ups, lefts):
@@ -187,8 +188,8 @@ def _backward_lanes(typingctx, flows, ups, lefts, corners, weights, start, plane
 @compiled_by_numba
 @no_type_check
 def _forward_fast(cells, n, m, width, inverse, keep, weights):
-    """The cost reached at the end, in units of gamma, and the end of the weights: of all cells where `keep`."""
-    # rows in order, columns in reverse: a diagonal goes forward through both
+    """Return the cost at the end, in units of gamma, and the end of the weights, stored for all cells if `keep`."""
+    # rows in order and columns in reverse, so that a diagonal runs forward through both
     downs, rights = np.zeros(n + LANES, np.float32), np.zeros(m + LANES, np.float32)
     rights[m - 1] = _FAR
     tail = np.zeros(LANES, np.float32)
@@ -224,15 +225,15 @@ def _forward_fast(cells, n, m, width, inverse, keep, weights):
 @compiled_by_numba
 @no_type_check
 def _backward_fast(cells, n, m, width, weights, start):
-    """Gradients into `cells`: the probability of coming through each on the way back from the end, by the weights.
+    """Write the gradients to `cells`: the probability that a path, drawn by the weights, passes through each.
 
     `start` is the end of the weights.
     """
     size = n + 2 + LANES
-    # the arrays of one diagonal hold cell i at i + 1; rows before `first` are never written while k falls: no flow
+    # the arrays of a diagonal hold cell i at i + 1; rows before `first` are not written as k decreases, so they are 0
     flows = np.zeros(4 * size)
-    ups, lefts, corners, other_corners = 0, size, 2 * size, 3 * size  # corners of the diagonals of either parity
-    flows[corners + n + 1] = 1.0  # arrives at the last cell
+    ups, lefts, corners, other_corners = 0, size, 2 * size, 3 * size  # corners of even and odd diagonals
+    flows[corners + n + 1] = 1.0  # every path ends in the last cell
     tail = np.empty(LANES, np.float32)
     stride = width - 1
     for k in range(n + m - 2, -1, -1):
@@ -257,10 +258,10 @@ def _backward_fast(cells, n, m, width, weights, start):
 @compiled_by_numba
 @no_type_check
 def _are_within(cost, row, n, m, limit):
-    """Whether all costs of the example are at most `limit` in size; not where one is NaN."""
+    """Return whether the absolute value of all costs of the example is at most `limit`; False if one is NaN."""
     for i in range(n):
         num_within = 0
-        for j in range(m):  # a count is vectorised, a maximum is not
+        for j in range(m):  # LLVM vectorises a count, but not a maximum
             num_within += abs(cost[row, i, j]) <= limit
         if num_within < m:
             return False
@@ -270,7 +271,13 @@ def _are_within(cost, row, n, m, limit):
 @compiled_by_numba
 @no_type_check
 def solve_fast(cost, x_lengths, y_lengths, gamma, keep, value, grad, is_open, first_row, last_row):
-    """Values of the examples first_row to last_row - 1, gradients where `keep`; how many large costs leave open."""
+    """Compute examples first_row to last_row - 1, with gradients if `keep` is true.
+
+    Examples with large costs are marked as open and not computed.
+
+    Returns:
+        The number of open examples.
+    """
     width, size, num_open = cost.shape[2], 0, 0
     limit = np.float32(min(_LIMIT * gamma, 1e38))
     for row in range(first_row, last_row):

@@ -1,4 +1,4 @@
-"""Soft-DTW in plain torch: the specification of every other kernel, their oracle, and the one for any device."""
+"""Compute Soft-DTW in plain torch on any device: the specification and test reference of the other kernels."""
 
 import torch
 from jaxtyping import Float, Int
@@ -10,12 +10,12 @@ Lengths = Int[Tensor, " batch"]
 def solve(
     cost: Float[Tensor, "batch n m"], gamma: float, x_lengths: Lengths, y_lengths: Lengths, keep: bool
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "..."]]:
-    """The values, and where `keep` their gradients (else an empty tensor).
+    """Compute the values and, if `keep` is true, their gradients (else an empty tensor).
 
-    With A = -R / gamma the recurrence is A[i, j] = logsumexp of the three predecessors - cost[i, j] / gamma, one
-    anti-diagonal i + j at a time. The share of a cell in all alignments, its gradient, is the sum over the ways to it
-    times the sum over the ways from it, over the sum of all: a second recurrence, from the end, that runs beside the
-    first. In float64, where the device has it.
+    With A = -R / gamma, the recurrence is A[i, j] = logsumexp of the three predecessors - cost[i, j] / gamma. It is
+    computed one anti-diagonal i + j at a time. The gradient of a cell is its share of all alignments: the sum over the
+    paths to the cell, times the sum over the paths from it, divided by the sum over all paths. The paths from the cell
+    need a second recurrence from the end, computed together with the first. Both are in float64 if the device has it.
     """
     log_costs = _log_costs(cost, gamma, x_lengths, y_lengths)
     if keep:
@@ -27,8 +27,9 @@ def solve(
     value = (-gamma * end).to(cost.dtype)
     if not keep:
         return value, cost.new_empty(0)
-    after = _turned(after_turned + turned, x_lengths, y_lengths)  # a cell's own cost is in `after`, not in `before`
-    share = (before + after - end[:, None, None]).clamp(max=0.0).exp()  # above 0 by rounding, far where costs are huge
+    after = _turned(after_turned + turned, x_lengths, y_lengths)  # includes a cell's own cost, unlike `before`
+    # rounding can make the exponent positive, and large if costs are huge
+    share = (before + after - end[:, None, None]).clamp(max=0.0).exp()
     none = end.isneginf()[:, None, None] | log_costs.isneginf()
     return value, share.masked_fill(none, 0.0).to(cost.dtype)
 
@@ -36,7 +37,7 @@ def solve(
 def _log_costs(
     cost: Float[Tensor, "batch n m"], gamma: float, x_lengths: Lengths, y_lengths: Lengths
 ) -> Float[Tensor, "batch n m"]:
-    """-cost / gamma; -inf outside the lengths, and NaN for a cost of -inf."""
+    """Return -cost / gamma; -inf outside the lengths, and NaN for a cost of -inf."""
     _, n, m = cost.shape
     rows, columns = torch.arange(n, device=cost.device), torch.arange(m, device=cost.device)
     outside = (rows[:, None] >= x_lengths[:, None, None]) | (columns >= y_lengths[:, None, None])
@@ -45,11 +46,11 @@ def _log_costs(
 
 
 def _log_sums(log_costs: Float[Tensor, "batch n m"]) -> Float[Tensor, "batch n m"]:
-    """For each cell log of the sum, over all ways from the first cell to before it, of exp(their log costs)."""
+    """Compute for each cell the log of the sum of exp(log costs) over all paths that end before it."""
     batch, n, m = log_costs.shape
     sums = torch.empty_like(log_costs)
     flat_sums, flat_costs = sums.flatten(1), log_costs.flatten(1)
-    # what was reached on the two diagonals before; row i at i + 1, 0 is the row before the first
+    # sums of the two diagonals before; index i + 1 is row i, and index 0 is the row before the first
     before, last, now = log_costs.new_full((3, batch, n + 1), -torch.inf)
     before[:, 0] = 0.0  # the corner before the first cell
     for k in range(n + m - 1):
@@ -64,7 +65,7 @@ def _log_sums(log_costs: Float[Tensor, "batch n m"]) -> Float[Tensor, "batch n m
 
 
 def _turned(cost: Float[Tensor, "batch n m"], x_lengths: Lengths, y_lengths: Lengths) -> Float[Tensor, "batch n m"]:
-    """Each example's table turned by half a circle: its last cell becomes the first. -inf outside the lengths."""
+    """Rotate each example's table by 180 degrees, so that its last cell becomes the first; -inf outside the lengths."""
     batch, n, m = cost.shape
     examples = torch.arange(batch, device=cost.device)[:, None, None]
     rows = (x_lengths[:, None] - 1 - torch.arange(n, device=cost.device))[:, :, None]

@@ -1,11 +1,11 @@
-"""Soft-DTW on GPUs with Triton: one program per example goes along its anti-diagonals, in blocks of rows.
+"""Compute Soft-DTW on GPUs with Triton: one program per example computes its anti-diagonals, in blocks of rows.
 
-Accumulated costs and flows are carried in float64, in units of gamma, for the two diagonals before; exponentials and
-weights have the costs' dtype. Cells that no path of finite cost reaches are skipped at both ends of a diagonal, so
-that a hard band (+inf outside) costs what lies inside. The three weights per cell lie one diagonal after the other: 12
-bytes a cell, freed when the gradient is there.
+Accumulated costs and flows (gradients) of the two previous diagonals are stored in float64, in units of gamma.
+Exponentials and weights have the dtype of the costs. Cells at both ends of a diagonal that no path of finite cost
+reaches are skipped, so a hard band (+inf outside) takes time for the cells inside only. The three weights of the cells
+are stored diagonal by diagonal. They need 12 bytes per cell and are freed once the gradient is computed.
 
-`no_type_check` keeps the tests' shape checker from wrapping what Triton compiles.
+`no_type_check` prevents the tests' shape checker from wrapping the functions that Triton compiles.
 """
 
 from typing import Any, no_type_check
@@ -16,14 +16,14 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_LARGEST_BLOCK = 512  # rows of a diagonal at once
-_NOWHERE: Any = tl.constexpr(1 << 30)  # a row after all others
+_LARGEST_BLOCK = 512  # most rows of a diagonal that are computed at once
+_NOWHERE: Any = tl.constexpr(1 << 30)  # a row number above all others
 
 
 @triton.jit
 @no_type_check
 def _lengths(x_length, y_length, num_rows, num_columns):
-    """An example's lengths; zeros where one is out of range, which makes its value NaN."""
+    """Return the lengths of an example, or zeros if one is out of range, which makes the value NaN."""
     n, m = tl.load(x_length).to(tl.int32), tl.load(y_length).to(tl.int32)
     is_right = (n >= 1) & (n <= num_rows) & (m >= 1) & (m <= num_columns)
     return tl.where(is_right, n, 0), tl.where(is_right, m, 0)
@@ -47,8 +47,8 @@ def _forward(
     bad = tl.zeros([block], tl.int32)
     start = tl.zeros([], tl.int64)
     empty = tl.full([], _NOWHERE, tl.int32)
-    low_1, high_1 = empty, empty - _NOWHERE  # rows reached on the diagonal before: from low to high - 1
-    low_2, high_2 = low_1, high_1  # and on the one before that
+    low_1, high_1 = empty, empty - _NOWHERE  # rows reached on the previous diagonal: from low to high - 1
+    low_2, high_2 = low_1, high_1  # and on the one before it
     end_value = tl.full([block], float("inf"), tl.float64)
     for k in range(n + m - 1):
         first, end = tl.maximum(0, k - m + 1), tl.minimum(n, k + 1)
@@ -72,7 +72,7 @@ def _forward(
             corner = tl.load(before + i - 1, mask=inside & (i > low_2) & (i <= high_2), other=float("inf"))
             corner = tl.where(i + k == 0, 0.0, corner)
             lowest = tl.minimum(tl.minimum(up, left), corner)
-            finite = tl.minimum(lowest, 1e300)  # all three unreachable: exponents are -inf, not NaN
+            finite = tl.minimum(lowest, 1e300)  # if all three are unreachable, exponents are -inf, not NaN
             a, b, c = (
                 tl.exp((finite - up).to(kind)),
                 tl.exp((finite - left).to(kind)),
@@ -117,13 +117,13 @@ def _backward(
     weights += example * 3 * num_rows * num_columns
     ranges += example * 2 * (num_rows + num_columns - 1)
     lanes = tl.arange(0, block)
-    # all flow arrives at the last cell; none where it cannot be reached
+    # the last cell has flow 1, or 0 if it cannot be reached
     value_here = tl.load(value + example)
     source = tl.where(value_here < float("inf"), 1.0, tl.where(value_here == float("inf"), 0.0, value_here))
-    start_0 = 3 * n.to(tl.int64) * m  # where the weights of this diagonal end, then start
+    start_0 = 3 * n.to(tl.int64) * m  # end of the weights of this diagonal, then their start
     zero = tl.zeros([], tl.int32)
-    start_1, first_1, cells_1, low_1, high_1 = start_0, zero, zero, zero, zero  # the diagonal after
-    start_2, first_2, cells_2, low_2, high_2 = start_0, zero, zero, zero, zero  # and the one after that
+    start_1, first_1, cells_1, low_1, high_1 = start_0, zero, zero, zero, zero  # the next diagonal
+    start_2, first_2, cells_2, low_2, high_2 = start_0, zero, zero, zero, zero  # and the one after it
     for step in range(n + m - 1):
         k = n + m - 2 - step
         first = tl.maximum(0, k - m + 1)
@@ -167,7 +167,7 @@ def solve(
     y_lengths: Int[Tensor, " batch"],
     keep: bool,
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "..."]]:
-    """The values, and where `keep` their gradients (else an empty tensor); an example of a wrong length gets NaN."""
+    """Compute the values and, if `keep`, their gradients (else an empty tensor); an invalid length gives NaN."""
     batch, n, m = cost.shape
     value = torch.empty(batch, dtype=torch.float64, device=cost.device)
     rows = torch.empty(batch, 3, n, dtype=torch.float64, device=cost.device)

@@ -1,4 +1,4 @@
-"""The distance of two distributions over different vocabularies, rank by rank, with its gradient."""
+"""Compute the distance of two distributions over different vocabularies, rank by rank, with its gradient."""
 
 import importlib
 from types import ModuleType
@@ -16,22 +16,22 @@ IMPLS = ("auto", "naive", "cpu")
 def sorted_distance(
     learned: Float[Tensor, "rows vocab"], target: Float[Tensor, "rows other_vocab"], *, impl: str = "auto"
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows vocab"]]:
-    """sum_i |p_(i) - q_(i)| of each row, and its gradient in p.
+    """Compute the L1 distance of the sorted values of each row, sum_i |p_(i) - q_(i)|, and its gradient in p.
 
-    p_(i) is the i-th largest value of p; the shorter row is filled up with zeros. Equal values may take each other's
-    place: where they meet an opposite of theirs in between, the gradient is one of several.
+    p_(i) is the i-th largest value of p. The shorter row is padded with zeros. The order of equal values is not
+    defined, so if they meet different values of q, the gradient is one of several valid ones.
 
     Args:
-        learned: p, at least 0; a constant, as the gradient is returned.
-        target: q, likewise.
-        impl: "auto", "naive" (plain torch, any device) or "cpu" (compiled, for float32 on CPUs, ten times as
-            fast). "auto" takes "cpu" where it can run; a fallback is logged once.
+        learned: p, at least 0. Autograd does not track it, because the gradient is returned.
+        target: q, at least 0; carries no gradient.
+        impl: "auto", "naive" (plain torch, any device) or "cpu" (compiled, for float32 on CPUs, ten times as fast).
+            "auto" selects "cpu" if it can run; a fallback is logged once.
 
     Returns:
-        The distances, and of each p_i the sign of p_(k) - q_(k) at i's rank k.
+        The distances, and the gradient in p: for p_i, it is the sign of p_(k) - q_(k), where k is the rank of p_i.
 
     Raises:
-        ValueError: an unknown impl, or "cpu" for tensors that are not float32 on a CPU.
+        ValueError: `impl` is unknown, or is "cpu" for tensors that are not float32 on a CPU.
 
     Examples:
         >>> p, q = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.1, 0.5, 0.15, 0.25]])
@@ -39,10 +39,11 @@ def sorted_distance(
         0.4
     """
     if impl not in IMPLS:
-        raise ValueError(f"sorted_distance: unknown impl {impl!r}; valid are {', '.join(map(repr, IMPLS))}.")
+        raise ValueError(f"sorted_distance: unknown impl {impl!r}; valid are {', '.join(map(repr, IMPLS))}")
     fits = learned.device.type == "cpu" and learned.dtype == target.dtype == torch.float32
     if impl == "cpu" and not fits:
-        raise ValueError(f"sorted_distance: impl 'cpu' takes float32 on the CPU, got {learned.dtype}; use impl='auto'.")
+        found = f"{learned.dtype} and {target.dtype} on {learned.device}"
+        raise ValueError(f"sorted_distance: impl 'cpu' requires float32 on the CPU, got {found}: use impl='auto'")
     learned, target = learned.detach(), target.detach()
     if impl == "cpu" or (impl == "auto" and fits and _numba_works()):
         pair: tuple[Tensor, Tensor] = _cpu_module().sorted_distance_cpu(learned, target)
@@ -55,4 +56,4 @@ def _numba_works() -> bool:
 
 
 def _cpu_module() -> ModuleType:
-    return importlib.import_module("dwakd.kernels.sorted_distance.cpu")  # numba takes half a second: only when used
+    return importlib.import_module("dwakd.kernels.sorted_distance.cpu")  # on demand: loading numba takes half a second

@@ -1,7 +1,8 @@
-"""Sorted distances on the CPU: numpy's vectorised sort for values alone, a radix sort where their places matter too.
+"""Compute sorted distances on the CPU with numpy's vectorised sort for `target` and a radix sort for `learned`.
 
-The bits of a non-negative float are in the order of its value: three passes over eleven bits each sort them.
-`no_type_check` keeps the tests' shape checker from wrapping what numba compiles.
+The radix sort also gives the positions of the values. It relies on the bits of non-negative floats having the same
+order as their values, and makes three passes over eleven bits each. `no_type_check` prevents the tests' shape checker
+from wrapping the compiled functions.
 """
 
 from typing import no_type_check
@@ -20,7 +21,7 @@ BUCKETS = 2**DIGIT
 def sorted_distance_cpu(
     learned: Float[Tensor, "rows vocab"], target: Float[Tensor, "rows other_vocab"]
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows vocab"]]:
-    """Of float32 tensors; arguments and results are those of `dwakd.kernels.sorted_distance`."""
+    """Compute sorted distances of float32 tensors; see `dwakd.kernels.sorted_distance` for arguments and results."""
     learned = learned.contiguous()
     distance, slope = learned.new_empty(len(learned)), torch.empty_like(learned)
     bits, opposite, total, sign = (tensor.numpy() for tensor in (learned.view(torch.int32), target, distance, slope))
@@ -29,7 +30,7 @@ def sorted_distance_cpu(
         own = slice(first, last)
         _compiled(bits[own].view(np.uint32), np.sort(opposite[own], axis=1), total[own], sign[own])
 
-    # a row is computed by one thread in one order: the result does not depend on their number
+    # one thread computes each row in a fixed order, so the result does not depend on the number of threads
     share(rows, [(row, row + 1) for row in range(len(learned))])
     return distance, slope
 
@@ -37,7 +38,7 @@ def sorted_distance_cpu(
 @no_type_check
 @compiled_by_numba
 def _starts(bits, starts):
-    """Where each bucket of each digit begins."""
+    """Compute the start of each bucket of each digit."""
     starts[:] = 0
     for bit in bits:
         starts[0, bit & (BUCKETS - 1)] += 1
@@ -54,7 +55,7 @@ def _starts(bits, starts):
 @no_type_check
 @compiled_by_numba
 def _pass(source, result, starts, shift):
-    """One stable pass of the radix sort, by the bits of `source` from `shift` on."""
+    """Run one stable pass of the radix sort, by the bits of `source` from `shift` on."""
     for key in source:
         bucket = (key >> np.uint64(shift)) & np.uint64(BUCKETS - 1)
         result[starts[bucket]] = key
@@ -64,7 +65,7 @@ def _pass(source, result, starts, shift):
 @no_type_check
 @compiled_by_numba
 def _sort(bits, starts, first, second):
-    """`first` holds the values' bits in its upper half, ascending, and their places in the lower."""
+    """Sort in ascending order into `first`: bits of the values in the upper half, their positions in the lower."""
     _starts(bits, starts)
     for place in range(bits.shape[0]):
         second[place] = (np.uint64(bits[place]) << np.uint64(32)) | np.uint64(place)
@@ -79,7 +80,7 @@ def _compiled(learned_bits, opposite, distance, slope):
     starts = np.empty((3, BUCKETS), np.int32)
     width, other = learned_bits.shape[1], opposite.shape[1]
     ranked, work = np.empty(width, np.uint64), np.empty(width, np.uint64)
-    # the upper halves of the keys are the values; which half comes first depends on the machine
+    # the upper half of a key is the value; which half comes first depends on the machine's byte order
     half = np.int64(np.array([1], np.uint64).view(np.uint32)[0])
     values = ranked.view(np.float32)[half::2]
     for row in range(learned_bits.shape[0]):

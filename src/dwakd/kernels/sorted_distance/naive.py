@@ -1,4 +1,4 @@
-"""Plain torch: the specification of the compiled kernel, its oracle, and the one for any device and dtype."""
+"""Compute sorted distances in plain torch for any device and dtype: the specification of the compiled kernel."""
 
 import torch
 from jaxtyping import Float
@@ -8,7 +8,7 @@ from torch import Tensor
 def sorted_distance_naive(
     learned: Float[Tensor, "rows vocab"], target: Float[Tensor, "rows other_vocab"]
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows vocab"]]:
-    """Arguments and results are those of `dwakd.kernels.sorted_distance`."""
+    """Compute sorted distances with `torch.sort`; see `dwakd.kernels.sorted_distance` for arguments and results."""
     descending, order = learned.sort(-1, descending=True)
     opposite = target.sort(-1, descending=True).values
     width = max(descending.shape[1], opposite.shape[1])
