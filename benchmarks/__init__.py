@@ -1,1 +1,1 @@
-"""What dwakd costs, beside its peers: `python -m benchmarks.step --help`, and likewise `memory`."""
+"""Measure time and memory of dwakd and its peers; see `python -m benchmarks.step --help` and `docs/performance.md`."""

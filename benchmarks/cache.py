@@ -9,8 +9,8 @@ order, collation included. The results are medians and ratios. Compare ratios, b
   dwa_kd_loss  dwa_kd's loss and its backward alone, from given hidden states: the cost of heads and alignment
   sft_loss     the same for SFT
 
-`cached / expected` divides the cached step by the SFT step with dwa_kd's loss instead of SFT's. `cached / sft` divides it
-by the SFT step, which also computes logits at response tokens only; it grows with the teacher's vocabulary:
+`cached / expected` divides the cached step by the SFT step with dwa_kd's loss instead of SFT's. `cached / sft` divides
+it by the SFT step, which also computes logits at response tokens only; it grows with the teacher's vocabulary:
 `--vary teacher_vocab 32000 151936`.
 """
 
@@ -199,10 +199,14 @@ def main() -> None:
         "python -m benchmarks.cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_options(parser)
-    parser.add_argument("--rows", type=int, default=64, help="of the data set; default %(default)s")
+    parser.add_argument("--rows", type=int, default=64, help="rows of the data set; default %(default)s")
     parser.add_argument("--rounds", type=int, default=7, help="steps of each contestant; default %(default)s")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="as stored")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: the process's own time; default wall")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the stored hidden states"
+    )
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: the processor time of the process; default wall"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results = []

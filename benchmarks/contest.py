@@ -1,4 +1,4 @@
-"""The training steps that `benchmarks.step` times and `benchmarks.memory` weighs, by name."""
+"""Build the training steps that `benchmarks.step` and `benchmarks.memory` measure, by name."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ CORE = (
     "dwa_kd_loss",
 )
 OURS = tuple(name for name, method in METHODS.items() if not method.needs_same_vocabulary)
-"""The methods for two vocabularies."""
+"""Methods for models with different vocabularies."""
 NAMES = (
     *CORE,
     "sft_head",
@@ -46,7 +46,7 @@ NAMES = (
 
 
 class Contest:
-    """The steps of one size; each contestant trains its own copy of the student."""
+    """Build the steps of one size. Each contestant trains its own copy of the student."""
 
     def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
@@ -55,7 +55,7 @@ class Contest:
         self.widths = Widths(sizes.student_hidden, sizes.teacher_hidden, sizes.student_hidden, sizes.teacher_hidden)
 
     def step(self, name: str) -> Step:
-        """The step of a contestant by its name."""
+        """Return the step of a contestant."""
         if name in ("products", "head_products"):
             return self._products(models=name == "products")
         if name.startswith("trl_"):
@@ -73,7 +73,7 @@ class Contest:
         return self._optimised(module, lambda: function(student, self.teacher.model, projectors, self.batch))
 
     def loss(self, method: str, student: nn.Module) -> DistillationLoss:
-        """Ours, as for this student and the teacher."""
+        """Build dwakd's loss of a method for this student and the teacher."""
         pair = ModelPair(self.widths, *build_tokens(self.sizes), output_head(student).detached(), self.teacher.head)
         return build_loss(method, widths=self.widths, pair=pair)
 
@@ -177,7 +177,7 @@ def _differentiated(loss: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Ste
 
 
 def able(names: Sequence[str]) -> list[str]:
-    """Those contestants that can run here; a peer that is not installed is reported in one line."""
+    """Return the contestants that can run; print one line if a peer is not installed."""
     reason = trl_peer.absent() if any(name.startswith("trl_") for name in names) else None
     if reason:
         print(reason)

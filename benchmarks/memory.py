@@ -1,7 +1,8 @@
-"""Peak memory of a training step above the weights of student and teacher, each contestant in a process of its own.
+"""Measure the peak memory of a training step above the weights of student and teacher.
 
-The peak resident size over two steps (gradients and AdamW's moments included) minus what was resident before the
-first, when libraries were loaded. The contestants are those that `benchmarks.step --help` explains. Needs Linux's /proc.
+Each contestant runs in its own process. The result is the peak resident size over two steps, including gradients and
+AdamW's moments, minus the resident size before the first step, after libraries and models are loaded. The contestants
+are described in `benchmarks.step --help`. Requires Linux, because it reads /proc.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numba  # noqa: F401, before anything is measured
+import numba  # noqa: F401, loaded before the measurement
 import torch
 
 from benchmarks.contest import NAMES, Contest, able
@@ -24,16 +25,16 @@ STATUS = Path("/proc/self/status")
 
 
 def resident(field: str) -> int:
-    """Bytes of this process's VmRSS (now) or VmHWM (peak)."""
+    """Return this process's VmRSS (current resident size) or VmHWM (its peak) in bytes."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
 def peak_of_two_steps(sizes: Sizes, name: str) -> int:
-    """Bytes above what is resident once the models stand."""
+    """Return the peak in bytes above the resident size after the models are built."""
     step = Contest(sizes).step(name)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = resident("VmRSS")
     for _ in range(2):
         step()
@@ -41,7 +42,7 @@ def peak_of_two_steps(sizes: Sizes, name: str) -> int:
 
 
 def in_a_child(sizes: Sizes, name: str, threads: int) -> int | None:
-    """The peak, measured in a fresh process; None if it died, as it does where memory runs out."""
+    """Measure the peak in a new process; return None if the process fails, for example because memory runs out."""
     asked = json.dumps({"sizes": dataclasses.asdict(sizes), "name": name, "threads": threads})
     child = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", "--child", asked], capture_output=True, text=True, check=False
@@ -53,7 +54,7 @@ def in_a_child(sizes: Sizes, name: str, threads: int) -> int | None:
 
 
 def report(sizes: Sizes, names: list[str], threads: int) -> dict[str, Any]:
-    """Measures, prints and returns the peaks at one size."""
+    """Measure, print and return the peaks of one size."""
     print(sizes)
     peaks: dict[str, int | None] = {}
     for name in names:
@@ -72,7 +73,9 @@ def main() -> None:
         "python -m benchmarks.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_options(parser, batch=8)
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=DEFAULT, metavar="NAME", help="some of them")
+    parser.add_argument(
+        "--only", nargs="+", choices=NAMES, default=DEFAULT, metavar="NAME", help="contestants to measure"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,9 +1,10 @@
-"""Steps as one writes them from the papers, for comparison: full logits under autograd, no kernels.
+"""Implement the papers' training steps in plain torch for comparison, with full logits under autograd and no kernels.
 
-`published_*` keep logits of all positions, prompt and padding included, and mask them in the end; the DWA-KD one aligns
-one example at a time. What DSKD's published code does to every logit of every step is done here too: NaN and infinity
-replaced, a second temperature of 1, accuracies for the log. Left out of its step are the mean peak probability, also
-for the log, and sums over processes. `response_*` select the response rows first, and do no such things.
+`published_*` compute logits of all positions, including prompt and padding, and mask them at the end. The DWA-KD
+version aligns one example at a time. They repeat what DSKD's published code does with every logit in every step: it
+replaces NaN and infinity, divides by a second temperature of 1, and computes accuracies for the log. They omit the mean
+peak probability, which is also for the log, and sums over processes. `response_*` select the response tokens first and
+do none of this.
 """
 
 import math
@@ -21,7 +22,7 @@ Batch = dict[str, Tensor]
 
 
 def sft_all_positions(student: PreTrainedModel, batch: Batch) -> Tensor:
-    """Cross-entropy over the logits of every position, the others masked."""
+    """Compute the cross-entropy from the logits of all positions; other positions than the response are masked."""
     logits = student(batch["student_input_ids"], attention_mask=batch["student_attention_mask"]).logits
     mask = batch["student_response_mask"]
     targets = batch["student_target_ids"].masked_fill(~mask, -100)
@@ -29,7 +30,7 @@ def sft_all_positions(student: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def sft_response(student: PreTrainedModel, batch: Batch) -> Tensor:
-    """Cross-entropy over the logits of response rows."""
+    """Compute the cross-entropy from the logits of the response tokens."""
     mask = batch["student_response_mask"]
     hidden = student.base_model(
         batch["student_input_ids"], attention_mask=batch["student_attention_mask"]
@@ -38,19 +39,19 @@ def sft_response(student: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def published_dskd(student: PreTrainedModel, teacher: PreTrainedModel, projectors: Projectors, batch: Batch) -> Tensor:
-    """DSKD with cross-model attention over all positions."""
+    """Compute DSKD with cross-model attention over all positions, as in the published code."""
     return _published(student, teacher, projectors, batch, weighted=False)
 
 
 def published_dwa_kd(
     student: PreTrainedModel, teacher: PreTrainedModel, projectors: Projectors, batch: Batch
 ) -> Tensor:
-    """DWA-KD over all positions: its weights, and six Soft-DTW calls for each example."""
+    """Compute DWA-KD over all positions, with its weights and six Soft-DTW calls for each example."""
     return _published(student, teacher, projectors, batch, weighted=True)
 
 
 def _forward(model: PreTrainedModel, batch: Batch, side: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits, final hidden states, embeddings of what is read and of what is predicted."""
+    """Return logits, final hidden states, and the embeddings of the input tokens and of the target tokens."""
     output = model(
         batch[f"{side}_input_ids"], attention_mask=batch[f"{side}_attention_mask"], output_hidden_states=True
     )
@@ -106,13 +107,13 @@ def _published(
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Replaces what is not finite in place."""
+    """Compute the cross-entropy; replaces NaN and infinite logits in place."""
     logits.masked_fill_(logits.isnan() | logits.isinf(), 0.0)
     return cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
 def _published_kl(p_logits: Tensor, q_logits: Tensor, p_temperature: float | None = None) -> Tensor:
-    """With more passes than `_kl`: p and log p each from the logits, another temperature, a mask of infinities."""
+    """Compute the KL divergence with more passes than `_kl`: p and log p apart, two temperatures, infinities masked."""
     q_logits, p_logits = q_logits / TEMPERATURE, p_logits / TEMPERATURE
     if p_temperature is not None:
         p_logits = p_logits / p_temperature
@@ -153,7 +154,7 @@ def _alignment(pairs: tuple[tuple[Tensor, Tensor], ...], attention: Tensor, s_ma
 
 
 def response_dskd(student: PreTrainedModel, teacher: PreTrainedModel, projectors: Projectors, batch: Batch) -> Tensor:
-    """DSKD over response rows only: what selecting rows alone brings."""
+    """Compute DSKD for the response tokens only, which shows how much this selection saves."""
     s_mask, t_mask = batch["student_response_mask"], batch["teacher_response_mask"]
     hidden = student.base_model(
         batch["student_input_ids"], attention_mask=batch["student_attention_mask"]

@@ -1,4 +1,4 @@
-"""A figure with a panel for each thing varied, as SVG: the same bytes for the same numbers."""
+"""Draw the figure of docs/performance.md as SVG; the same numbers give the same bytes."""
 
 from pathlib import Path
 
@@ -7,13 +7,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
 Points = list[tuple[float, dict[str, float]]]
-"""Values of what varies, and what each contestant takes there."""
+"""Values of the varied size, each with the measurement of every contestant."""
 Lines = dict[str, tuple[str, str]]
-"""Of each contestant: what it is called, and its colour."""
+"""Label and colour of each contestant."""
 
 
 def figure(title: str, panels: dict[str, Points], lines: Lines) -> Figure:
-    """Two panels in a row, over the same range, both axes logarithmic."""
+    """Draw a panel for each varied size, two in a row, with the same y range and logarithmic axes."""
     drawn = Figure(figsize=(8, 3 * ((len(panels) + 1) // 2) + 0.6), layout="constrained")
     grid = drawn.subplots((len(panels) + 1) // 2, 2, sharey=True, squeeze=False)
     for axes, (name, points) in zip(grid.flat, panels.items(), strict=False):
@@ -35,6 +35,6 @@ def figure(title: str, panels: dict[str, Points], lines: Lines) -> Figure:
 
 
 def save(drawn: Figure, path: Path) -> None:
-    """Text stays text; no date and no random names."""
+    """Save the figure with text as text, without a date and without random names."""
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dwakd"}):
         drawn.savefig(path, metadata={"Date": None})

@@ -1,9 +1,9 @@
-"""Soft-DTW against its peers: forward and backward, in one process, in shuffled order, median of several.
+"""Measure forward and backward of Soft-DTW and its peers in one process, in random order; results are medians.
 
 python -m benchmarks.soft_dtw [--rounds 5] [--threads 1] [--gamma 1] [--output benchmarks/results/soft_dtw.json]
 
-With one thread the clock is the process's own processor time, which others' load on the machine hardly changes; with
-more it is the wall's.
+With one thread, the clock is the processor time of the process, which other load on the machine hardly changes. With
+more threads, it is wall-clock time.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def ours(impl: str) -> soft_dtw_peers.Peer:
 
 
 def autograd_loop(cost: Tensor, gamma: float, x_lengths: Tensor, y_lengths: Tensor) -> Tensor:
-    """Anti-diagonals in plain torch, differentiated by autograd. Equal lengths only."""
+    """Compute Soft-DTW by anti-diagonals in plain torch with autograd; supports equal lengths only."""
     batch, n, m = cost.shape
     before, last = cost.new_full((2, batch, n + 1), torch.inf)
     before = torch.cat((cost.new_zeros(batch, 1), before[:, 1:]), 1)
@@ -55,7 +55,7 @@ def autograd_loop(cost: Tensor, gamma: float, x_lengths: Tensor, y_lengths: Tens
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> Numbers:
-    """Median milliseconds of each call; one round goes before, and a product of matrices before each call."""
+    """Return the median milliseconds of each call, after one warm-up round; a matrix product precedes each call."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     matrix = torch.rand(256, 256)
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
@@ -103,7 +103,7 @@ def timed(
 
 
 def accuracy(peers: dict[str, soft_dtw_peers.Peer]) -> dict[str, Numbers]:
-    """The largest error of a float32 gradient against float64, by gamma; costs U(0, 2), 4 x 200 x 180."""
+    """Return the largest error of a float32 gradient against float64 by gamma, for 4 x 200 x 180 costs from U(0, 2)."""
     cost, sizes = torch.rand(4, 200, 180) * 2, (torch.full((4,), 200), torch.full((4,), 180))
     errors: dict[str, Numbers] = {}
     for gamma in GAMMAS:
@@ -114,7 +114,7 @@ def accuracy(peers: dict[str, soft_dtw_peers.Peer]) -> dict[str, Numbers]:
 
 
 def step_part(gamma: float, rounds: int, width: int) -> Numbers:
-    """The alignment of one step, 8 examples and two pairs of sequences: ours, and in the published structure."""
+    """Measure the alignment loss of a step, ours and as published, for 8 examples and two pairs of sequences."""
     student_lengths, teacher_lengths = torch.randint(60, 141, (2, 8))
     totals = [int(student_lengths.sum()), int(teacher_lengths.sum())] * 2
     rows = [torch.randn(total, width, requires_grad=True) for total in totals]
@@ -142,7 +142,7 @@ def step_part(gamma: float, rounds: int, width: int) -> Numbers:
 
 
 def one_score(x: Tensor, y: Tensor, gamma: float, penalty: Tensor | None) -> Tensor:
-    """One call of the published structure: cosine by broadcasting over all pairs of rows, then Soft-DTW alone."""
+    """Make one call as in the published code: cosines by broadcasting over all pairs, then Soft-DTW of an example."""
     cost = 1 - torch.nn.functional.cosine_similarity(x[:, None], y[None], dim=-1)
     if penalty is not None:
         cost = cost + penalty[: len(x), : len(y)]
@@ -189,9 +189,9 @@ def report(table: dict[str, Numbers], errors: dict[str, Numbers], step: Numbers)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each peer and case")
-    parser.add_argument("--threads", type=int, default=1, help="of torch and of numba")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch and numba")
     parser.add_argument("--gamma", type=float, default=1.0)
-    parser.add_argument("--width", type=int, default=256, help="of the rows in the DTW part of a step")
+    parser.add_argument("--width", type=int, default=256, help="hidden size in the alignment loss of a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/soft_dtw.json"), help="JSON file")
     options = parser.parse_args()

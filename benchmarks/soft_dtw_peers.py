@@ -1,4 +1,4 @@
-"""Other implementations of Soft-DTW, each as a function of costs, gamma and lengths that autograd can differentiate."""
+"""Wrap other implementations of Soft-DTW as differentiable functions of costs, gamma and lengths."""
 
 import importlib
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Peer = Callable[[Tensor, float, Tensor, Tensor], Tensor]
 
 @numba.njit(parallel=True, cache=True)
 def _row_order(cost, lengths, gamma):
-    """What pytorch-softdtw-cuda computes on a CPU: all of R, cell by cell, one example per thread."""
+    """Compute all of R cell by cell, one example per thread, as pytorch-softdtw-cuda does on a CPU."""
     reached = np.full((cost.shape[0], cost.shape[1] + 2, cost.shape[2] + 2), np.inf)
     for b in numba.prange(cost.shape[0]):
         n, m = lengths[b]
@@ -76,7 +76,7 @@ def numba_batched(cost: Tensor, gamma: float, x_lengths: Tensor, y_lengths: Tens
 
 
 def numba_one_by_one(cost: Tensor, gamma: float, x_lengths: Tensor, y_lengths: Tensor) -> Tensor:
-    """As the published DWA-KD code calls it: each example alone, cut to its lengths."""
+    """Call `numba_batched` for each example alone, cut to its lengths, as the published DWA-KD code does."""
     sizes = zip(x_lengths.tolist(), y_lengths.tolist(), strict=True)
     return torch.cat(
         [numba_batched(cost[b : b + 1, :n, :m], gamma, *torch.tensor([[n], [m]])) for b, (n, m) in enumerate(sizes)]
@@ -90,14 +90,14 @@ def pysdtw(cost: Tensor, gamma: float, x_lengths: Tensor, y_lengths: Tensor) -> 
 
 
 def tslearn(cost: Tensor, gamma: float, x_lengths: Tensor, y_lengths: Tensor) -> Tensor:
-    """Its function of costs, without a constraint. Equal lengths only."""
+    """Call tslearn's loss of given costs, without a constraint; supports equal lengths only."""
     function = importlib.import_module("tslearn.metrics.soft_dtw_loss_pytorch")._SoftDTWLossPyTorch
     value: Tensor = function.apply(cost, gamma)
     return value
 
 
 def available() -> tuple[dict[str, Peer], list[str]]:
-    """The peers that can run, by name, and one line for each that cannot."""
+    """Return the peers that can run, by name, and one line of text for each peer that cannot."""
     peers: dict[str, Peer] = {"numba_batched": numba_batched, "numba_one_by_one": numba_one_by_one}
     absent = []
     for name, peer, module in (("pysdtw", pysdtw, "pysdtw.sdtw_cpu"), ("tslearn", tslearn, "tslearn.metrics")):

@@ -1,25 +1,26 @@
-"""Time of a whole training step: forward, loss, backward, AdamW; ours beside plain readings of the papers.
+"""Measure the time of a whole training step (forward, loss, backward, AdamW) of dwakd and of plain implementations.
 
-All contestants run in one process, one step each in an order shuffled anew every round; reported are medians and
-ratios. Compare ratios: seconds swing with the machine. Contestants:
+All contestants run in one process. In each round every contestant makes one step, in random order. The results are
+medians and ratios. Compare ratios, because seconds depend on the machine. Contestants:
 
-  products               student body both ways, teacher body forward, and the heads' products alone: 5 with the
-                         student's head, 3 with the teacher's, over all response rows at once
-  head_products          only the latter
-  sft_all_positions      plain cross-entropy, logits at every position
-  sft_response           plain cross-entropy, logits of response rows
+  products               forward and backward of the student's body, forward of the teacher's body, and the matrix
+                         products of the heads: 5 with the student's head and 3 with the teacher's, each over all
+                         response tokens at once
+  head_products          the matrix products of the heads alone
+  sft_all_positions      cross-entropy in plain torch, logits of all positions
+  sft_response           cross-entropy in plain torch, logits of response tokens
   published_dskd         DSKD as published: four logit tensors over all positions
-  published_dwa_kd       DWA-KD likewise, aligned one example at a time
-  response_dskd          DSKD with response rows selected first, otherwise plain
-  sft, dskd, dwa_kd      dwakd's losses with the teacher's forward
-  dwa_kd_cached          the teacher's rows given, as from a cache
-  dwa_kd_loss            the loss and its backward alone, from given rows
-  sft_head               sft, and the teacher's forward and one product with its head besides
+  published_dwa_kd       DWA-KD as published: the same, aligned one example at a time
+  response_dskd          DSKD in plain torch with response tokens selected first
+  sft, dskd, dwa_kd      dwakd's losses with the teacher's forward pass
+  dwa_kd_cached          dwa_kd with precomputed teacher hidden states, as from a cache
+  dwa_kd_loss            dwa_kd's loss and its backward pass alone, from precomputed hidden states
+  sft_head               sft, plus the teacher's forward pass and one product with its head
   uld, min_ed, multilevel_ot, alm, gold, dskd_v2, dwa_kd_v2, cdm, sra
-                         dwakd's other losses with the teacher's forward; sra's reads attention
-  uld_loss, gold_loss    the losses alone
+                         dwakd's other losses with the teacher's forward pass; sra also reads its attention
+  uld_loss, gold_loss    these losses and their backward pass alone
   trl_uld, trl_gold, trl_uld_loss, trl_gold_loss
-                         likewise TRL's ULD loss, plain and as GOLD's hybrid, on full logits of response rows
+                         the same with TRL's ULD loss (plain, and the hybrid of GOLD) on full logits of response tokens
 """
 
 import argparse
@@ -51,13 +52,13 @@ RATIOS = (
     ("trl_gold", "gold", None),
     ("trl_gold_loss", "gold_loss", None),
 )
-"""Contestants whose ratio is reported, and what we aim at with the default sizes."""
+"""Pairs of contestants whose ratio is reported, with the target for the default sizes, if there is one."""
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def measure(sizes: Sizes, names: Sequence[str], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds per step, one list per contestant; the first round warms up and is dropped."""
+    """Return the seconds of each step by contestant, without the first round, which is a warm-up."""
     contest = Contest(sizes)
     steps = {name: contest.step(name) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -72,7 +73,7 @@ def measure(sizes: Sizes, names: Sequence[str], rounds: int, clock: Callable[[],
 
 
 def report(sizes: Sizes, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Prints a measurement and returns it for the JSON file."""
+    """Print a measurement and return it for the JSON file."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     print(sizes)
     for name, value in medians.items():
@@ -98,7 +99,7 @@ def main() -> None:
         "--clock",
         choices=CLOCKS,
         default="wall",
-        help="wall, or cpu: the process's own time, for a shared machine, with --threads 1; default %(default)s",
+        help="wall, or cpu: the process's processor time, for shared machines with --threads 1; default %(default)s",
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,9 +1,9 @@
-"""The tables and the figure of docs/performance.md, from the JSON that the benchmarks wrote.
+"""Write the tables and the figure of docs/performance.md from the JSON files of the benchmarks.
 
   python -m benchmarks.tables
 
-Each section stands between marks, `<!-- growth -->` and `<!-- /growth -->`, and is written anew where its results are
-in the folder; the document says which commands bring them there.
+Each table is between two marks, such as `<!-- growth -->` and `<!-- /growth -->`, and is replaced if the folder has its
+results. The document lists the commands that create them.
 """
 
 import argparse
@@ -18,54 +18,58 @@ FIGURE = "performance-growth.svg"
 PANELS = {
     "batch": ("batch", "examples in a batch"),
     "length": ("length", "tokens in an example"),
-    "vocab": ("teacher_vocab", "tokens of vocabulary, both sides"),
+    "vocab": ("teacher_vocab", "vocabulary size of both models"),
     "teacher_hidden": ("teacher_hidden", "teacher's width"),
 }
-"""By what was varied: where its value stands in `sizes`, and what it is called."""
+"""For each varied option: the field of `sizes` with its value, and its label."""
 LINES = {
     "published_dskd": ("DSKD as published", "#7a7a7a"),
-    "response_dskd": ("DSKD, response rows", "#3b75af"),
+    "response_dskd": ("DSKD, response tokens", "#3b75af"),
     "dwa_kd": ("DWA-KD", "#c03d3e"),
-    "sft_response": ("SFT, response rows", "#3a923a"),
+    "sft_response": ("SFT, response tokens", "#3a923a"),
 }
 
 
 STEPS = {
-    "published_dwa_kd": ("DWA-KD written as it was published: all positions, full logits, one example at a time", {}),
-    "published_dskd": ("DSKD written as it was published", {}),
-    "response_dskd": ("DSKD on response rows, written plainly", {"published_dskd": "the published one"}),
+    "published_dwa_kd": ("DWA-KD as published: logits of all positions, one example at a time", {}),
+    "published_dskd": ("DSKD as published: logits of all positions", {}),
+    "response_dskd": ("DSKD in plain torch, response tokens only", {"published_dskd": "DSKD as published"}),
     "dwa_kd": (
-        "**DWA-KD, with the teacher's forward**",
-        {"published_dskd": "published DSKD", "response_dskd": "the plain one", "published_dwa_kd": "published DWA-KD"},
+        "**DWA-KD, with the teacher's forward pass**",
+        {
+            "published_dskd": "DSKD as published",
+            "response_dskd": "DSKD in plain torch",
+            "published_dwa_kd": "DWA-KD as published",
+        },
     ),
-    "dskd": ("DSKD, with the teacher's forward", {"response_dskd": "the plain one"}),
+    "dskd": ("DSKD, with the teacher's forward pass", {"response_dskd": "DSKD in plain torch"}),
     "dwa_kd_cached": (
-        "DWA-KD, the teacher's rows given",
-        {"published_dskd": "published DSKD", "sft_response": "SFT on response rows"},
+        "DWA-KD, with precomputed teacher hidden states",
+        {"published_dskd": "DSKD as published", "sft_response": "SFT in plain torch"},
     ),
-    "products": ("products: both bodies, and the eight products alone over all rows at once", {}),
-    "sft_all_positions": ("SFT, logits at all positions", {}),
-    "sft_response": ("SFT on response rows, written plainly", {}),
-    "sft": ("SFT", {"sft_response": "the plain one"}),
+    "products": ("matrix products only: the bodies of both models and the eight head products", {}),
+    "sft_all_positions": ("SFT in plain torch, logits of all positions", {}),
+    "sft_response": ("SFT in plain torch, response tokens only", {}),
+    "sft": ("SFT", {"sft_response": "SFT in plain torch"}),
 }
-"""Rows of the tables of one size, and what each is compared with."""
+"""Label of each contestant, and the contestants that it is compared with."""
 
 
 def results(folder: Path, name: str) -> list[dict[str, Any]]:
-    """Of one file, an entry for each size; none where the file is absent."""
+    """Return the results of one file, one entry for each size, or an empty list if there is no file."""
     path = folder / f"{name}.json"
     found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
     return found
 
 
 def rows_of(table: list[list[str]]) -> str:
-    """Markdown, the first row being the header."""
+    """Format a table as Markdown; its first row is the header."""
     lines = [f"| {' | '.join(row)} |" for row in table]
     return "\n".join([lines[0], "|---" * len(table[0]) + "|", *lines[1:]]) + "\n"
 
 
 def points_of(folder: Path, benchmark: str, measured: str, unit: float = 1.0) -> dict[str, Points]:
-    """By the name of what was varied; a step that ran out of memory is absent."""
+    """Return the points by the label of the varied size, without steps that ran out of memory."""
     found = {}
     for varied, (field, title) in PANELS.items():
         points = [
@@ -78,24 +82,24 @@ def points_of(folder: Path, benchmark: str, measured: str, unit: float = 1.0) ->
 
 
 def steps(folder: Path, document: Path) -> str | None:
-    """Seconds of each contestant at the usual size."""
+    """Format the table of seconds and ratios at the default sizes."""
     for one in results(folder, "step"):
         seconds = one["median_seconds"]
-        table = [["step", "seconds", ""]]
+        table = [["step", "seconds", "ratios"]]
         for name, (label, others) in STEPS.items():
             ratios = [f"{seconds[name] / seconds[other]:.2f} x {words}" for other, words in others.items()]
             if name == "products":
-                ratios = [f"DWA-KD takes {seconds['dwa_kd'] / seconds[name]:.2f} x"]
+                ratios = [f"DWA-KD takes {seconds['dwa_kd'] / seconds[name]:.2f} x as long"]
             table.append([label, f"{seconds[name]:.2f}", ", ".join(ratios)])
         return rows_of(table)
     return None
 
 
 def sizes(folder: Path, document: Path) -> str | None:
-    """Ratios at sizes unlike the usual one."""
+    """Format the table of ratios at other sizes."""
     asked = [("dwa_kd", "products"), ("dwa_kd_loss", "head_products"), ("dwa_kd_cached", "sft_response")]
-    labels = ["DWA-KD / products", "its loss / the heads' products", "rows given / SFT on response rows"]
-    table = [["student: tokens x width", "teacher", "batch x response", *labels]]
+    labels = ["DWA-KD / products", "DWA-KD's loss / head products", "precomputed teacher / SFT in plain torch"]
+    table = [["student: vocabulary x width", "teacher: vocabulary x width", "batch x response tokens", *labels]]
     for one in [one for name in ("short", "small", "wide") for one in results(folder, f"step-{name}")]:
         size = one["sizes"]
         heads = [f"{size[f'{side}_vocab']:,} x {size[f'{side}_hidden']}" for side in ("student", "teacher")]
@@ -105,10 +109,10 @@ def sizes(folder: Path, document: Path) -> str | None:
 
 
 def memory(folder: Path, document: Path) -> str | None:
-    """Peaks of those contestants that were measured."""
+    """Format the table of peak memory for the measured contestants."""
     for one in results(folder, "memory"):
         peaks = one["peak_bytes"]
-        table = [[f"step, batch {one['sizes']['batch']}", "GB", "/ published DSKD"]]
+        table = [[f"step, batch {one['sizes']['batch']}", "GB", "/ DSKD as published"]]
         for name in [name for name in STEPS if peaks.get(name)]:
             ratio = f"{peaks[name] / peaks['published_dskd']:.3f}"
             table.append([STEPS[name][0], f"{peaks[name] / 1e9:.2f}", "" if name == "published_dskd" else ratio])
@@ -117,9 +121,18 @@ def memory(folder: Path, document: Path) -> str | None:
 
 
 def cache(folder: Path, document: Path) -> str | None:
-    """A cached step over SFT's, by the teacher's vocabulary."""
+    """Format the table of steps from a cache, by the teacher's vocabulary."""
     measured = results(folder, "cache-teacher_vocab")
-    table = [["teacher's vocabulary", "SFT, s", "cached, s", "/ SFT", "/ SFT with DWA-KD's loss", "/ online teacher"]]
+    table = [
+        [
+            "teacher's vocabulary",
+            "SFT, s",
+            "cached, s",
+            "cached / SFT",
+            "cached / SFT with DWA-KD's loss",
+            "cached / online",
+        ]
+    ]
     for one in measured:
         seconds, ratios = one["median_seconds"], one["ratios"]
         shown = [f"{ratios[f'cached / {other}']:.2f}" for other in ("sft", "expected", "online")]
@@ -129,7 +142,7 @@ def cache(folder: Path, document: Path) -> str | None:
 
 
 def growth_table(found: dict[str, Points], unit: str) -> str:
-    """What DWA-KD takes, and the others as multiples of it."""
+    """Format a table of DWA-KD's measurements, with the other contestants as multiples of them."""
     measured = {name for points in found.values() for _, taken in points for name in taken}
     others = [name for name in LINES if name in measured - {"dwa_kd"}]
     table = [["", f"DWA-KD, {unit}", *(LINES[name][0] for name in others)]]
@@ -141,7 +154,7 @@ def growth_table(found: dict[str, Points], unit: str) -> str:
 
 
 def growth(folder: Path, document: Path) -> str | None:
-    """Time and memory where one size varies."""
+    """Format the tables of time and memory for each varied size, and draw the figure."""
     seconds = points_of(folder, "step", "median_seconds")
     gigabytes = points_of(folder, "memory", "peak_bytes", 1e9)
     if not seconds:
@@ -157,7 +170,7 @@ def growth(folder: Path, document: Path) -> str | None:
 
 
 def trl(folder: Path, document: Path) -> str | None:
-    """TRL over ours, loss alone and whole step."""
+    """Format the table of TRL's time and memory divided by dwakd's, for the loss alone and for a whole step."""
     taken = {
         what: one[measured]
         for what, measured in (("step", "median_seconds"), ("memory", "peak_bytes"))
@@ -165,7 +178,7 @@ def trl(folder: Path, document: Path) -> str | None:
     }
     if len(taken) < 2:
         return None
-    table = [["TRL's / ours", "loss alone, time", "loss alone, memory", "step, time", "step, memory"]]
+    table = [["TRL / dwakd", "loss alone, time", "loss alone, memory", "step, time", "step, memory"]]
     for method in ("uld", "gold"):
         ratios = [
             taken[what][f"trl_{method}{part}"] / taken[what][f"{method}{part}"]
@@ -177,13 +190,13 @@ def trl(folder: Path, document: Path) -> str | None:
 
 
 def methods(folder: Path, document: Path) -> str | None:
-    """A step of every method, the cheapest first."""
+    """Format the table of a step of every method, the fastest first."""
     peaks: dict[str, int] = next((one["peak_bytes"] for one in results(folder, "memory-methods")), {})
     for one in results(folder, "step-methods"):
         seconds = one["median_seconds"]
-        table = [["method", "seconds", "/ DWA-KD", "/ SFT and a head", "GB above the weights"]]
+        table = [["method", "seconds", "/ DWA-KD", "/ SFT and teacher", "GB above the weights"]]
         for name in sorted(seconds, key=lambda name: seconds[name]):
-            label = "SFT, the teacher's forward and a product with its head" if name == "sft_head" else f"`{name}`"
+            label = "SFT, the teacher's forward pass and a product with its head" if name == "sft_head" else f"`{name}`"
             ratios = [f"{seconds[name] / seconds[other]:.2f}" for other in ("dwa_kd", "sft_head")]
             table.append([label, f"{seconds[name]:.2f}", *ratios, f"{peaks[name] / 1e9:.2f}" if name in peaks else ""])
         return rows_of(table)
@@ -195,44 +208,44 @@ PEERS = {
     "numba_one_by_one": "numba_one_by_one",
     "pysdtw": "pysdtw",
     "tslearn": "tslearn",
-    "ours_plain_torch": "ours in plain torch",
-    "autograd_loop": "loop under autograd",
+    "ours_plain_torch": "dwakd in plain torch",
+    "autograd_loop": "loop with autograd",
 }
-"""Contestants of `benchmarks.soft_dtw` beside ours, and what they are called."""
+"""Label of each peer in `benchmarks.soft_dtw`."""
 
 
 def measured_soft_dtw(folder: Path) -> dict[str, Any]:
-    """What `benchmarks.soft_dtw` wrote; nothing where the file is absent."""
+    """Return the results of `benchmarks.soft_dtw`, or an empty dict if there is no file."""
     path = folder / "soft_dtw.json"
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found
 
 
 def soft_dtw(folder: Path, document: Path) -> str | None:
-    """Milliseconds of ours, and the peers as multiples; then the part of a step."""
+    """Format the table of milliseconds, with peers as multiples of dwakd's, and the table of the alignment loss."""
     found = measured_soft_dtw(folder)
     if not found:
         return None
-    table = [["batch x length", "ours, ms", "ns a cell", *PEERS.values()]]
+    table = [["batch x length", "dwakd, ms", "ns per cell", *PEERS.values()]]
     for case, taken in found["milliseconds"].items():
         own = f"{taken['ours']:.3g}", f"{taken['ours_ns_per_cell']:.1f}"
         ratios = [f"{taken[peer] / taken['ours']:.1f} x" if peer in taken else "" for peer in PEERS]
         table.append([case, *own, *ratios])
     part = found["dtw_part"]
     part_of_step = [
-        ["the DTW part of a step", "ms"],
-        ["ours", f"{part['ours']:.0f}"],
+        ["alignment loss of one step", "ms"],
+        ["dwakd", f"{part['ours']:.0f}"],
         ["the published structure", f"{part['published_structure']:,.0f}: {part['ratio']:.0f} x"],
     ]
     return f"{rows_of(table)}\n{rows_of(part_of_step)}"
 
 
 def accuracy(folder: Path, document: Path) -> str | None:
-    """The largest error of a float32 gradient, by gamma."""
+    """Format the table of the largest error of a float32 gradient, by gamma."""
     found = measured_soft_dtw(folder)
     if not found:
         return None
-    names = {"ours": "ours", **PEERS}
+    names = {"ours": "dwakd", **PEERS}
     present = [name for name in names if name in next(iter(found["gradient_error"].values()))]
     rows = [
         [f"{float(gamma):,g}", *(f"{errors[name]:.1e}" for name in present)]
@@ -260,7 +273,9 @@ def main() -> None:
     )
     document = RESULTS.parents[1] / "docs" / "performance.md"
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
-    parser.add_argument("--document", type=Path, default=document, help="gets the tables, and the figure beside it")
+    parser.add_argument(
+        "--document", type=Path, default=document, help="file to update; the figure is written to its folder"
+    )
     options = parser.parse_args()
     written = options.document.read_text(encoding="utf-8")
     for name, section in SECTIONS.items():

@@ -1,7 +1,7 @@
-"""TRL's ULD loss, the one of its GOLD trainer, as a peer of `uld` and `gold`. Optional: `pip install trl`.
+"""Run the ULD loss of TRL's GOLD trainer as a peer of `uld` and `gold`. Optional: `pip install trl`.
 
-It wants logits of whole sequences under autograd. Here it is given those of the response rows alone, at the positions
-where its "bayesian" reading finds the rows that predict them.
+TRL's loss takes the logits of whole sequences with autograd. Here it gets those of the response tokens only, at the
+positions where its "bayesian" merge strategy expects them.
 """
 
 import importlib
@@ -22,11 +22,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "uld": {"use_extended_uld": False, "uld_crossentropy_weight": 1.0, "uld_distillation_weight": 1.5},
     "gold": {"uld_use_hybrid_loss": True},
 }
-"""What makes TRL's loss that of our method of this name."""
+"""TRL's options that give the same loss as dwakd's method of this name."""
 
 
 def absent() -> str | None:
-    """Why TRL cannot take part, in one line; None if it can."""
+    """Return one line that says why TRL cannot run, or None if it can."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     try:
         importlib.import_module("trl.experimental.gold.gold_trainer")
@@ -36,7 +36,7 @@ def absent() -> str | None:
 
 
 def criterion(method: str, sizes: Sizes) -> Callable[..., Tensor]:
-    """TRL's loss of both sides' logits, labels, ids and byte offsets."""
+    """Build TRL's loss, a function of both sides' logits, labels, ids and byte offsets."""
     gold = importlib.import_module("trl.experimental.gold.gold_trainer")
     common: dict[str, Any] = {
         "use_cpu": True,
@@ -54,13 +54,13 @@ def criterion(method: str, sizes: Sizes) -> Callable[..., Tensor]:
 
 
 def response_columns(mask: Tensor) -> slice:
-    """The positions where any example has a response row."""
+    """Return the range of positions that contains the response tokens of all examples."""
     columns = mask.any(0).nonzero()
     return slice(int(columns[0]), int(columns[-1]) + 1)
 
 
 def hidden_window(model: PreTrainedModel, batch: Batch, side: str) -> Tensor:
-    """Final hidden states of the response columns and, as no label stands at the first position, one row more."""
+    """Return the final hidden states of the response positions, plus one because the first position has no label."""
     hidden = model.base_model(
         batch[f"{side}_input_ids"], attention_mask=batch[f"{side}_attention_mask"]
     ).last_hidden_state
@@ -73,20 +73,20 @@ def loss_of_windows(
     models: tuple[PreTrainedModel, PreTrainedModel],
     batch: Batch,
 ) -> Tensor:
-    """The loss of `hidden_window` of student and teacher."""
+    """Compute the loss from the results of `hidden_window` for student and teacher."""
     logits = [model.get_output_embeddings()(window) for model, window in zip(models, windows, strict=True)]
     labels, ends = [], []
     for side in ("student", "teacher"):
         mask = batch[f"{side}_response_mask"]
         columns = response_columns(mask)
-        # the row at one position predicts the label at the next
+        # the logits at one position predict the label at the next
         labels.append(pad(batch[f"{side}_target_ids"].masked_fill(~mask, -100)[:, columns], (1, 0), value=-100))
         ends.append(pad(batch[f"{side}_byte_ends"][:, columns], (1, 0))[..., None].expand(-1, -1, 2))
     return loss(*logits, *labels, *(side.clamp_min(0) for side in labels), *ends)
 
 
 def step_loss(loss: Callable[..., Tensor], models: tuple[PreTrainedModel, PreTrainedModel], batch: Batch) -> Tensor:
-    """The loss of a batch, both models' forward included."""
+    """Compute the loss of a batch, including the forward passes of both models."""
     student, teacher = models
     with torch.no_grad():
         teacher_window = hidden_window(teacher, batch, "teacher")

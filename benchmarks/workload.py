@@ -1,4 +1,4 @@
-"""Sizes, models and batches that the measurements of a training step share, and the signature of a result."""
+"""Build the sizes, models and batches of the training-step benchmarks, and the signature of their results."""
 
 import argparse
 import dataclasses
@@ -21,7 +21,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Sizes:
-    """A GPT-2-like student, a Llama-like teacher and a batch of random tokens, right-padded to `length`."""
+    """Sizes of a GPT-2-like student, a Llama-like teacher and a batch of random tokens, right-padded to `length`."""
 
     batch: int = 4
     length: int = 256
@@ -36,7 +36,7 @@ class Sizes:
 
 
 def add_options(parser: argparse.ArgumentParser, **defaults: int) -> None:
-    """One option per field of `Sizes`, and where the result goes."""
+    """Add an option for each field of `Sizes`, and the options of the run and its output."""
     for field in dataclasses.fields(Sizes):
         default = defaults.get(field.name, field.default)
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=default, help="default %(default)s")
@@ -47,14 +47,16 @@ def add_options(parser: argparse.ArgumentParser, **defaults: int) -> None:
         help="measure at several values, as in --vary batch 2 4 8; `length` scales the response with it, `vocab` sets "
         "both vocabularies",
     )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch; default %(default)s")
     parser.add_argument(
-        "--output", type=Path, help="JSON file; default benchmarks/results/NAME.json, or NAME-FIELD.json of what varies"
+        "--threads", type=int, default=torch.get_num_threads(), help="threads of torch; default %(default)s"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="JSON file; default benchmarks/results/NAME.json, or NAME-FIELD.json with --vary"
     )
 
 
 def sizes_of(options: argparse.Namespace) -> list[Sizes]:
-    """The sizes asked for: one, or one for each value of `--vary`."""
+    """Return the requested sizes: one, or one for each value of `--vary`."""
     sizes = Sizes(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Sizes)})
     if not options.vary:
         return [sizes]
@@ -71,7 +73,7 @@ def _varied(sizes: Sizes, field: str, value: int) -> Sizes:
 
 
 def build_student(sizes: Sizes) -> PreTrainedModel:
-    """A student with random weights, no dropout."""
+    """Build a student with random weights and without dropout."""
     torch.manual_seed(sizes.seed)
     return GPT2LMHeadModel(
         GPT2Config(
@@ -90,7 +92,7 @@ def build_student(sizes: Sizes) -> PreTrainedModel:
 
 
 def build_teacher(sizes: Sizes) -> PreTrainedModel:
-    """A frozen teacher with random weights."""
+    """Build a frozen teacher with random weights."""
     torch.manual_seed(sizes.seed + 1)
     teacher = LlamaForCausalLM(
         LlamaConfig(
@@ -107,7 +109,7 @@ def build_teacher(sizes: Sizes) -> PreTrainedModel:
 
 
 def build_batch(sizes: Sizes) -> dict[str, Tensor]:
-    """What the collator gives: prompts, and responses of `response` tokens give or take a fifth on either side."""
+    """Build a batch as the collator does, with responses of `response` tokens plus or minus 20 percent."""
     generator = torch.Generator().manual_seed(sizes.seed)
     batch: dict[str, Tensor] = {}
     for side, vocab in (("student", sizes.student_vocab), ("teacher", sizes.teacher_vocab)):
@@ -132,7 +134,7 @@ def build_batch(sizes: Sizes) -> dict[str, Tensor]:
 
 
 def _byte_ends(batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """Ends of tokens of 4 bytes on average; nine of ten stand on both sides, as with real tokenizers."""
+    """Build byte offsets of tokens of 4 bytes on average; 90 % of them agree on both sides, as with real tokenizers."""
     masks = {side: batch[f"{side}_response_mask"] for side in ("student", "teacher")}
     ends = {side: torch.zeros(mask.shape, dtype=torch.long) for side, mask in masks.items()}
     for example in range(len(masks["student"])):
@@ -148,7 +150,7 @@ def _byte_ends(batch: dict[str, Tensor], generator: torch.Generator) -> dict[str
 
 
 def build_tokens(sizes: Sizes) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
-    """Spellings of both vocabularies. 84 % of the smaller are in both, as of GPT-2's in Qwen's."""
+    """Build the tokens of both vocabularies; 84 % of the smaller are in both, as with GPT-2 and Qwen."""
     shared = min(sizes.student_vocab, sizes.teacher_vocab) * 84 // 100
     student, teacher = (
         tuple(f"{'' if token < shared else side}{token}".encode() for token in range(vocab))
@@ -158,7 +160,7 @@ def build_tokens(sizes: Sizes) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
 
 
 def signature(options: argparse.Namespace) -> dict[str, Any]:
-    """What a number needs beside it to be had again."""
+    """Return everything that is needed to reproduce a result: options, versions, CPU and commit."""
     cpu = next((line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")), "unknown")
     return {
         "options": {
@@ -177,7 +179,7 @@ def signature(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def write(name: str, results: list[dict[str, Any]], options: argparse.Namespace) -> Path:
-    """The results and their signature as JSON; returns where."""
+    """Write the results and their signature as JSON and return the path."""
     if options.vary:
         name = f"{name}-{options.vary[0].replace('-', '_')}"
     path: Path = options.output or RESULTS / f"{name}.json"

@@ -124,7 +124,7 @@ def test_growth_is_drawn_from_what_was_measured(tmp_path, monkeypatch):
     written, drawn = document.read_text(), path.read_bytes()
     tables.main()
     assert (document.read_text(), path.read_bytes()) == (written, drawn)
-    assert written.startswith("# Before\n<!-- growth -->\n\n|  | DWA-KD, s | SFT, response rows |\n")
+    assert written.startswith("# Before\n<!-- growth -->\n\n|  | DWA-KD, s | SFT, response tokens |\n")
     assert "\n<!-- /growth -->\nbetween\n<!-- trl -->\n" in written
     assert written.endswith("<!-- /trl -->\nafter\n")
     assert "outdated" not in written
@@ -133,7 +133,7 @@ def test_growth_is_drawn_from_what_was_measured(tmp_path, monkeypatch):
     assert "| `gold` | 4.0 x | 4.0 x | 3.0 x | 3.0 x |" in written
     space = "{http://www.w3.org/2000/svg}"
     groups = {group.get("id"): group for group in ElementTree.parse(path).getroot().iter(f"{space}g")}
-    panels = ("tokens in an example", "tokens of vocabulary, both sides")
+    panels = [tables.PANELS[field][1] for field in ("length", "vocab")]
     for line in (f"{name}, {panel}" for name in ("dwa_kd", "sft_response") for panel in panels):
         assert len(re.findall("[ML]", groups[line].find(f"{space}path").get("d"))) == 2, line
     assert sum("dwa_kd, " in str(name) or "sft_response, " in str(name) for name in groups) == 4
@@ -145,7 +145,7 @@ def test_help_explains_the_contestants(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         step.main()
     text = capsys.readouterr().out
-    assert all(name in text for name in ("published_dskd", "response rows selected first"))
+    assert all(name in text for name in ("published_dskd", "response tokens selected first"))
 
 
 def test_cache_writes_a_signed_result(tmp_path, monkeypatch):
