@@ -155,19 +155,19 @@ def test_a_second_process_that_converts_at_once_wins_or_loses_quietly(tmp_path, 
 
 def test_each_bad_file_gets_one_sentence(tmp_path, cache, model, tokenizer):
     """Bad input ends with a sentence, not with a traceback out of a binary reader."""
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match=r"none\.gguf"):
         load_causal_lm(f"gguf:{tmp_path}/none.gguf")
     (tmp_path / "text.gguf").write_text("not a model")
-    with pytest.raises(UserError, match="is not a GGUF file"):
+    with pytest.raises(UserError, match=r"text\.gguf .*GGUF file"):
         load_causal_lm(f"gguf:{tmp_path}/text.gguf")
     whole = write_gguf(tmp_path / "tiny.gguf", model, tokenizer).read_bytes()
     (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 3])
-    with pytest.raises(UserError, match="cannot be converted"):
+    with pytest.raises(UserError, match=r"cut\.gguf"):
         load_causal_lm(f"gguf:{tmp_path}/cut.gguf")
     write_gguf(tmp_path / "odd.gguf", model, tokenizer, architecture="rwkv6")
     with pytest.raises(UserError, match="rwkv6"):
         load_causal_lm(f"gguf:{tmp_path}/odd.gguf")
     write_gguf(tmp_path / "part.gguf", model, tokenizer, skip=("blk.1.ffn_up.weight",))
-    with pytest.raises(UserError, match=r"lacks 1 weights.*up_proj"):
+    with pytest.raises(UserError, match=r"part\.gguf .*1 .*up_proj"):
         load_causal_lm(f"gguf:{tmp_path}/part.gguf")
     assert list(cache.iterdir()) == []

@@ -109,7 +109,7 @@ def test_missing_pad_token_becomes_eos(tmp_path):
 def test_tokenizer_without_end_of_sequence_is_refused(tmp_path):
     """A student that never sees an end would never learn to stop."""
     PreTrainedTokenizerFast(tokenizer_object=byte_bpe().backend_tokenizer).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no end-of-sequence token"):
+    with pytest.raises(UserError, match="eos_token"):
         load_tokenizer(str(tmp_path))
 
 
@@ -117,7 +117,7 @@ def test_tokenizer_larger_than_the_embedding_table_is_refused():
     """Its ids would index past the table in the middle of an epoch; a wider table is normal."""
     tokenizer = unigram_byte_fallback()
     check_vocabulary(tiny_model("llama", 512), tokenizer, "x")
-    with pytest.raises(UserError, match="only 300 embeddings"):
+    with pytest.raises(UserError, match=rf"x .*{len(tokenizer)} .*300"):
         check_vocabulary(tiny_model("llama", 300), tokenizer, "x")
 
 
@@ -126,7 +126,7 @@ def test_checkpoint_with_missing_weights_is_refused(folder):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lacks 1 weights.*up_proj"):
+    with pytest.raises(UserError, match=rf"{folder}.* 1 .*up_proj"):
         load_causal_lm(str(folder))
 
 
@@ -155,11 +155,11 @@ def test_remote_code_is_not_run_unless_asked_for(folder, tmp_path):
         ("a.gguf", "write gguf:a.gguf"),
         ("gguf:none.gguf", "none.gguf does not exist"),
         ("package:torch", "write package:NAME/FILE"),
-        ("package:no_such_package/m.gguf", "no package no_such_package is installed"),
-        ("package:holder/none.gguf", "its GGUF files: inner/m.gguf"),
-        ("package:holder/../a.gguf", "has no file"),
+        ("package:no_such_package/m.gguf", "package no_such_package"),
+        ("package:holder/none.gguf", "inner/m.gguf"),
+        ("package:holder/../a.gguf", "../a.gguf"),
         ("here", "here"),
-        ("owner/model", "owner/model cannot be had from the Hugging Face hub"),
+        ("owner/model", "owner/model from the Hugging Face Hub"),
     ],
 )
 def test_each_bad_spec_gets_one_sentence(load, spec, message, tmp_path, monkeypatch):
@@ -185,7 +185,7 @@ def test_unknown_hub_model_is_told_apart_from_a_missing_network(monkeypatch):
         raise error
 
     monkeypatch.setattr(HfApi, "model_info", unknown)
-    with pytest.raises(UserError, match="correct the name"):
+    with pytest.raises(UserError, match=r"owner/modle .*Hub"):
         load_causal_lm("owner/modle")
 
 
@@ -211,7 +211,7 @@ def test_a_folder_has_no_revision(tmp_path):
     tiny_model("llama", len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     for load in (load_causal_lm, load_tokenizer):
-        with pytest.raises(UserError, match=r"is a folder here, which has no revision v1\.0"):
+        with pytest.raises(UserError, match=rf"{tmp_path} .*revision v1\.0"):
             load(str(tmp_path), revision="v1.0")
 
 
@@ -250,9 +250,9 @@ def test_a_folder_of_named_adapters_is_refused_by_their_names(folder, tmp_path):
     torch.testing.assert_close(
         load_causal_lm(str(folder), adapter=str(tmp_path / "all" / "poems"))(IDS).logits, expected
     )
-    with pytest.raises(UserError, match=r"all .*give one of them: poems"):
+    with pytest.raises(UserError, match=r"all .*: poems"):
         load_causal_lm(str(tmp_path / "all"))
-    with pytest.raises(UserError, match=r"all .*give one of them: poems"):
+    with pytest.raises(UserError, match=r"all .*: poems"):
         load_causal_lm(str(folder), adapter=str(tmp_path / "all"))
 
 

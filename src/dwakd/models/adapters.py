@@ -1,4 +1,4 @@
-"""Merge a PEFT adapter into the weights of its model, and make sure that the model still computes the same."""
+"""Merge a PEFT adapter into the weights of its model and verify that the logits stay the same."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -16,25 +16,29 @@ from dwakd.models.probe import Probe, relative_difference
 
 _TRAINED_TOKENS = 8
 _TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 3e-2}
-"""How far merged logits may be from unmerged ones by rounding, relative to their size; 0.1 in bfloat16."""
+"""Largest relative difference between merged and unmerged logits that rounding explains, by dtype. Others: 0.1."""
 
 
 def merge_adapter(adapted: PeftModel, name: str) -> Any:
-    """Merge an adapter into its model, in eval mode and without a second copy of the model.
+    """Merge an adapter into the weights of its model and return the model.
 
-    A matrix that input embeddings and output head share is separated first if the adapter changes it for one of them.
-    The logits of a few tokens are compared before and after.
+    The model is merged in place, in eval mode. If input embeddings and output head share one matrix and the adapter
+    changes only one of them, the head first gets its own copy of the matrix. The logits of a few tokens are compared
+    before and after merging.
 
     Args:
-        adapted: the model with its adapter; it cannot be used any more.
-        name: of the adapter.
+        adapted: model with its adapter. Do not use this object afterwards.
+        name: name of the adapter for error messages.
+
+    Returns:
+        The model without PEFT layers.
 
     Raises:
-        UserError: the adapter cannot be merged, or the merged model would compute something else.
+        UserError: the adapter cannot be merged, or the merged model gives other logits.
     """
     if not hasattr(adapted.base_model, "merge_and_unload"):
         kind = adapted.active_peft_config.peft_type.value
-        raise UserError(f"the adapter {name} ({kind}) has nothing to merge into weights; use LoRA, for example")
+        raise UserError(f"adapter {name} is of type {kind}, which cannot be merged into weights; use LoRA, for example")
     adapted.eval()
     lm = adapted.get_base_model()
     head = _plain(lm.get_output_embeddings())
@@ -43,8 +47,9 @@ def merge_adapter(adapted: PeftModel, name: str) -> Any:
         _declare_untied(lm)
     if conflict := next(_conflicts(adapted), None):
         raise UserError(
-            f"the adapter {name} cannot be merged: it changes {conflict.changed}, whose weights are also those of "
-            f"{conflict.other}, which it does not change alike; leave {conflict.changed} out of its target_modules"
+            f"adapter {name} cannot be merged: it changes {conflict.changed}, which shares its weight with "
+            f"{conflict.other}, but does not change {conflict.other} in the same way; train the adapter without "
+            f"{conflict.changed} in target_modules"
         )
     layers = [_short(path) for path, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)]
     input_ids = _input_ids(adapted)
@@ -55,8 +60,8 @@ def merge_adapter(adapted: PeftModel, name: str) -> Any:
     difference = relative_difference(_logits(model, input_ids), expected)
     if not difference <= _TOLERANCES.get(model.dtype, 1e-1):
         raise UserError(
-            f"the adapter {name} cannot be merged: the logits of the merged model differ from those of model and adapter "
-            f"by {difference:.2g} of their size; it changes {', '.join(layers[:3])}{', ...' if len(layers) > 3 else ''}"
+            f"adapter {name} cannot be merged: merging changes the logits (relative difference {difference:.2g}); use "
+            f"an adapter of other modules than {', '.join(layers[:3])}{', ...' if len(layers) > 3 else ''}"
         )
     return model
 
@@ -65,12 +70,12 @@ class _Conflict(NamedTuple):
     changed: str
     """Path of a module that the adapter changes."""
     other: str
-    """Path of a module that uses the same weight without that change."""
+    """Path of a module that shares the weight but is not changed in the same way."""
     weight: nn.Parameter
 
 
 def _conflicts(adapted: PeftModel) -> Iterator[_Conflict]:
-    """Weights that an adapter would change for a module beside the one that it adapts."""
+    """Yield shared weights for which merging would also change a module that the adapter does not change."""
     users: dict[nn.Parameter, dict[nn.Module | None, str]] = {}
     layers: dict[str, tuple[str, nn.Module] | None] = {}
     for path, module in adapted.named_modules(remove_duplicate=False):
@@ -79,7 +84,7 @@ def _conflicts(adapted: PeftModel) -> Iterator[_Conflict]:
             layer = path, getattr(module, "tied_adapter", None) or module
         layers[path] = layer
         if layer is not None and not path.startswith(f"{layer[0]}.base_layer"):
-            continue  # the adapter's own weights
+            continue  # weights of the adapter itself
         for weight in module._parameters.values():
             if weight is not None:
                 users.setdefault(weight, {}).setdefault(None if layer is None else layer[1], _short(path))
@@ -90,13 +95,13 @@ def _conflicts(adapted: PeftModel) -> Iterator[_Conflict]:
 
 
 def _short(path: str) -> str:
-    """The path of a module as the model itself has it."""
+    """Return the path of a module in the base model, without the parts that PEFT adds."""
     parts = path.removeprefix("base_model.model.").split(".")
     return ".".join(part for part in parts if part not in ("base_layer", "token_adapter", "original_module"))
 
 
 def _plain(module: Any) -> Any:
-    """The module of the base model inside PEFT's wrappers."""
+    """Return the module of the base model inside PEFT's wrappers."""
     if isinstance(module, AuxiliaryTrainingWrapper):
         return _plain(module.original_module)
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -107,13 +112,13 @@ def _says_tied(lm: Any) -> bool:
 
 
 def _declare_untied(lm: Any) -> None:
-    """Otherwise the two matrices would become one when the saved model is loaded."""
+    """Set tie_word_embeddings to false, because loading the saved model would otherwise tie the two matrices again."""
     for config in (lm.config, lm.config.get_text_config()):
         config.tie_word_embeddings = False
 
 
 def _input_ids(adapted: PeftModel) -> Int[Tensor, "1 length"]:
-    """Random tokens, and some of those whose embeddings the adapter trained."""
+    """Return random tokens, the first ones replaced by tokens whose embeddings the adapter has trained."""
     lm = adapted.get_base_model()
     weight = _plain(lm.get_input_embeddings()).weight
     ids = Probe(lm.config, len(weight), weight.device).input_ids[:1]

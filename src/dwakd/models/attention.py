@@ -1,4 +1,4 @@
-"""The attention of a sequence's last position, noted while a model runs as it always does."""
+"""Record the attention of the last position of each sequence while a model runs with its usual attention function."""
 
 import contextlib
 import sys
@@ -17,22 +17,26 @@ _UNKNOWN_TERMS = ("s_aux", "sinks", "position_bias")
 
 
 class LastLayer:
-    """Queries and keys of the last call of an attention function: those of a model's last layer."""
+    """Queries and keys of the last call of an attention function, which is the call of the model's last layer."""
 
     call: tuple[Tensor, Tensor, Any, dict[str, Any]] | None = None
 
     @torch.no_grad()
     def row(self, last: Int[Tensor, " batch"]) -> Float[Tensor, "batch length"]:
-        """Softmax of the query at `last` over the keys up to it, summed over the heads, without dropout.
+        """Compute the attention weights of the position `last` of each sequence, summed over the heads.
 
-        A constant, in float32 or better.
+        The weights are computed without gradient and without dropout, in float32 or float64.
+
+        Args:
+            last: index of the last token of each sequence.
 
         Raises:
-            UserError: the model calls no function of transformers' registry, or adds to its scores what isn't known here.
+            UserError: the model does not use transformers' attention functions, or adds unsupported terms to the scores.
         """
         if self.call is None or any(self.call[3].get(name) is not None for name in _UNKNOWN_TERMS):
             raise UserError(
-                "the attention of one of the models cannot be read; set loss.span_weights=uniform, which needs none"
+                "the attention of a model cannot be read (unsupported attention function); set loss.span_weights=uniform, "
+                "which needs no attention"
             )
         queries, keys, mask, options = self.call
         rows, places = torch.arange(len(last), device=last.device), torch.arange(keys.shape[2], device=last.device)
@@ -53,17 +57,19 @@ class LastLayer:
 
 @contextlib.contextmanager
 def last_layer(config: PretrainedConfig) -> Iterator[LastLayer]:
-    """Note the queries and keys of a model that runs meanwhile, by the attention function that it always uses.
+    """Record queries and keys of the last attention call while the model runs.
+
+    The model's attention function is wrapped inside the `with` block; its results do not change.
 
     Args:
-        config: of the model's text part.
+        config: config of the model's text part.
     """
     name, noted = config._attn_implementation, LastLayer()
     usual = ALL_ATTENTION_FUNCTIONS.get(name)
 
     def note(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> Any:
         noted.call = query.detach(), key.detach(), attention_mask, options
-        # eager functions are not in the registry but beside their model
+        # eager functions are not in the registry; they are defined in the module of their model
         run = usual or sys.modules[type(module).__module__].eager_attention_forward
         return run(module, query, key, value, attention_mask, **options)
 

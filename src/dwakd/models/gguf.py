@@ -1,7 +1,7 @@
-"""GGUF files, converted once into a plain safetensors folder.
+"""Convert GGUF files into safetensors folders, once per file.
 
-Dequantising a file through transformers takes tens of seconds and the model that results refuses
-`save_pretrained` ("quantized with gguf"), so the folder is written from a clean config and the state dict.
+Transformers takes tens of seconds to dequantise a GGUF file, and `save_pretrained` of the resulting model fails
+("quantized with gguf"). The folder is therefore written from a config without quantisation and the state dict.
 """
 
 import contextlib
@@ -25,20 +25,25 @@ _CONVERSION = b"dwakd gguf conversion 1"
 
 
 def convert_gguf(path: Path) -> Path:
-    """The folder that holds the model and tokenizer of a GGUF file, in float32 safetensors.
+    """Convert a GGUF file into a folder with float32 safetensors and a tokenizer, and return the folder.
 
-    The folder is `<cache>/models/<stem>-<digest of the content>` and is made on the first call; it appears whole or
-    not at all, also when several processes convert at once.
+    The folder is `<cache>/models/<stem>-<digest of the content>`. It is written on the first call and reused afterwards.
+    It is renamed into place once complete, so several processes may convert the same file at the same time.
+
+    Args:
+        path: the GGUF file.
 
     Raises:
-        UserError: no such file, not a GGUF file, the package gguf is not installed, an architecture or tokenizer that
-            transformers cannot read, or weights missing in the file.
+        UserError: the file does not exist, is not a GGUF file, lacks weights, or has an architecture or tokenizer that
+            transformers cannot read; or the package gguf is not installed.
     """
     if not path.is_file():
-        raise UserError(f"{path} does not exist; gguf: takes the path of a GGUF file.")
+        raise UserError(f"{path} does not exist or is not a file; gguf: requires the path of a GGUF file")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise UserError(f"{path} is not a GGUF file (it does not begin with the bytes GGUF).")
+            raise UserError(
+                f"{path} is not a GGUF file (it does not begin with the bytes GGUF); give the path of a GGUF file"
+            )
         digest = hashlib.sha256(_CONVERSION)
         file.seek(0)
         while block := file.read(1 << 22):
@@ -53,14 +58,14 @@ def convert_gguf(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _appearing_whole(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends well, and vanishes when it does not."""
+    """Yield a temporary folder that is renamed to `folder` if the block succeeds and deleted otherwise."""
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield unfinished
         try:
             unfinished.rename(folder)
         except OSError:
-            if not folder.is_dir():  # otherwise another process was first, with the same content
+            if not folder.is_dir():  # otherwise another process has written the same content first
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -68,8 +73,8 @@ def _appearing_whole(folder: Path) -> Iterator[Path]:
 
 def _convert(path: Path, folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"{path} cannot be read without the package gguf: install it by pip install 'dwakd[gguf]'")
-    transformers_logging.get_logger(__name__).warning("Converting %s to safetensors (only this once).", path)
+        raise UserError(f"{path} requires the package gguf; install it with pip install 'dwakd[gguf]'")
+    transformers_logging.get_logger(__name__).warning("converting %s to safetensors; later runs reuse the result", path)
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
@@ -77,16 +82,18 @@ def _convert(path: Path, folder: Path) -> None:
     except Exception as error:  # a damaged file can fail anywhere in the reader
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
-            f"{path} cannot be converted ({reason}); see the GGUF models that transformers reads."
+            f"{path} cannot be converted ({reason}); use a GGUF file of an architecture that transformers supports"
         ) from error
     if missing := sorted(loading["missing_keys"]):
-        raise UserError(f"{path} lacks {len(missing)} weights of its architecture, the first is {missing[0]}.")
+        raise UserError(
+            f"{path} lacks {len(missing)} weights of its architecture (first: {missing[0]}); use a complete GGUF file"
+        )
     save_causal_lm(_unquantised(model), folder)
     tokenizer.save_pretrained(folder)
 
 
 def _unquantised(model: Any) -> Any:
-    """The same weights in a model that does not think itself quantised."""
+    """Return a model with the same weights whose config has no quantisation settings."""
     values = model.config.to_dict()
     for name in ("quantization_config", "_model_name_or_path"):
         values.pop(name, None)

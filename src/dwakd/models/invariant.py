@@ -1,4 +1,4 @@
-"""Hidden states that don't depend on the batch in which they were computed, to the last bit."""
+"""Compute hidden states that are bit-identical whatever other sequences are in the batch."""
 
 from collections.abc import Sequence
 
@@ -8,39 +8,40 @@ from torch import Tensor, nn
 from dwakd.models.rows import final_states
 
 _GROUP_TOKENS = 128
-"""Short sequences are run together up to this many tokens: below it a CPU's products are slow."""
+"""Number of tokens, padding included, in a group of short sequences. Fewer tokens make matrix products slow on a CPU."""
 _WIDTHS = (32, 48, 64)
+"""Lengths to which short sequences are padded. Longer sequences run alone, without padding."""
 
 
 def response_hidden(model: nn.Module, sequences: Sequence[Tensor], num_rows: Sequence[int]) -> list[Tensor]:
-    """The hidden states of `response_states`."""
+    """Compute the hidden states of `response_states`, without attention."""
     return [hidden for hidden, _ in response_states(model, sequences, num_rows, attention=False)]
 
 
 def response_states(
     model: nn.Module, sequences: Sequence[Tensor], num_rows: Sequence[int], *, attention: bool
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """Final hidden states of the last positions of each sequence, without gradient, and the attention to them.
+    """Compute final hidden states of the last positions of each sequence, and the attention to these positions.
 
-    On a CPU a sequence meets the same shapes whatever its company: alone if it is long, else padded to a fixed width in
-    a group of a fixed size. Attention and matrix products round differently in other shapes, by 1e-6 in float32. It
-    costs nothing: there is no padding to the longest of a batch. An accelerator gets one padded batch.
+    On a CPU, the shape in which a sequence runs depends only on its own length: a long sequence runs alone, a short one
+    is padded to a fixed width in a group of fixed size. In other shapes, attention and matrix products round differently
+    (by 1e-6 in float32). On an accelerator, all sequences run in one padded batch. No gradient is computed.
 
     Args:
-        model: a causal LM in eval mode.
-        sequences: token ids, one dimension each.
-        num_rows: how many positions to keep, counted from the end.
-        attention: give `ModelSide.attention` too.
+        model: a causal language model in eval mode.
+        sequences: token ids of each sequence, one-dimensional.
+        num_rows: number of positions to keep of each sequence, counted from its end.
+        attention: whether to compute `ModelSide.attention`.
 
     Returns:
-        Per sequence (num_rows, hidden) and (num_rows,) or None.
+        For each sequence, the hidden states (num_rows, hidden) and the attention (num_rows,), or None without attention.
     """
     lengths = [len(sequence) for sequence in sequences]
     rows: list[tuple[Tensor, Tensor | None]] = [(torch.empty(0), None)] * len(lengths)
     for members, size, width in _groups(model, lengths):
         ids = sequences[0].new_zeros(size, width)
         seen = torch.zeros_like(ids)
-        seen[:, 0] = 1  # a group may have room to spare
+        seen[:, 0] = 1  # keep one position unmasked in rows that no sequence fills
         for place, member in enumerate(members):
             ids[place, : lengths[member]] = sequences[member]
             seen[place, : lengths[member]] = 1
@@ -53,7 +54,7 @@ def response_states(
 
 
 def _groups(model: nn.Module, lengths: list[int]) -> list[tuple[list[int], int, int]]:
-    """Members, rows and columns of each batch to run."""
+    """Return, for each batch to run, the indices of its sequences, its number of sequences and its length."""
     if next(model.parameters()).device.type != "cpu":
         return [(list(range(len(lengths))), len(lengths), max(lengths))]
     groups = []

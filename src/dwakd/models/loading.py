@@ -1,6 +1,6 @@
-"""Models and tokenizers of a spec (`dwakd.models.specs`), ready to use.
+"""Load models and tokenizers by a spec (`dwakd.models.specs`).
 
-No remote code runs unless asked for, and no pickle is read except by transformers with weights_only.
+Remote code runs only if `trust_remote_code` is set. Pickle files are read only by transformers, with weights_only.
 """
 
 import contextlib
@@ -30,25 +30,28 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 
 def load_tokenizer(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
-    """The tokenizer of a spec; of an adapter without one, its base model's. A missing pad token becomes eos.
+    """Load the tokenizer of a model.
+
+    For a PEFT adapter without a tokenizer, the tokenizer of its base model is loaded. If the tokenizer has no pad token,
+    its end-of-sequence token is used for padding.
 
     Args:
-        spec: see `dwakd.models.specs`.
-        trust_remote_code: run the Python code of a hub repository. Off unless you have read that code.
+        spec: a folder, a hub id, gguf:PATH or package:NAME/FILE, see `dwakd.models.specs`.
+        trust_remote_code: run the Python code of a hub repository. Set it only if you have read that code.
         revision: branch, tag or commit of a hub id.
 
     Returns:
         A fast tokenizer with an end-of-sequence and a pad token.
 
     Raises:
-        UserError: nothing to load, no fast tokenizer, or no end-of-sequence token.
+        UserError: the tokenizer cannot be loaded, has no fast version or has no end-of-sequence token.
     """
     location = resolve_spec(spec)
     if Path(location).is_dir() and not any((Path(location) / name).exists() for name in _TOKENIZER_FILES):
         adapter = _adapter_config(location, revision)
         if adapter is None:
             raise UserError(
-                f"{spec} holds no tokenizer (no tokenizer.json); name the tokenizer's own folder or hub id."
+                f"{spec} contains no tokenizer (no tokenizer.json); give the folder or hub id of the tokenizer"
             )
         return load_tokenizer(adapter_base(adapter, spec), trust_remote_code=trust_remote_code)
     local = only_cached(location, revision)
@@ -59,10 +62,13 @@ def load_tokenizer(spec: str, *, trust_remote_code: bool = False, revision: str 
     except _LOADING_ERRORS as error:
         raise _cannot_load("tokenizer", spec, error) from error
     if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"The tokenizer of {spec} has no fast version, and text offsets need one.")
+        raise UserError(
+            f"the tokenizer of {spec} has no fast version, which is required for text offsets; use a tokenizer with a "
+            "tokenizer.json"
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"The tokenizer of {spec} has no end-of-sequence token; set eos_token in its tokenizer_config.json."
+            f"the tokenizer of {spec} has no end-of-sequence token; set eos_token in its tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -77,17 +83,18 @@ def load_causal_lm(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Any:
-    """The causal language model of a spec, in eval mode, adapters merged into its weights.
+    """Load a causal language model in eval mode and merge its adapters into its weights.
 
     Args:
-        spec: see `dwakd.models.specs`. A PEFT adapter's folder or hub id loads the base that it names, and merges.
-        adapter: a PEFT adapter, folder or hub id, that is merged into the model of `spec`.
-        dtype: of the weights.
-        trust_remote_code: run the Python code of a hub repository. Off unless you have read that code.
-        revision: branch, tag or commit of a hub id; it goes with `spec`, not with `adapter`.
+        spec: a folder, a hub id, gguf:PATH or package:NAME/FILE, see `dwakd.models.specs`. If it is a PEFT adapter, its
+            base model is loaded and the adapter is merged.
+        adapter: folder or hub id of a PEFT adapter to merge into the model of `spec`.
+        dtype: dtype of the weights.
+        trust_remote_code: run the Python code of a hub repository. Set it only if you have read that code.
+        revision: branch, tag or commit of `spec` if that is a hub id. It does not apply to `adapter`.
 
     Raises:
-        UserError: nothing to load, not a causal language model, or weights missing.
+        UserError: the model cannot be loaded, is not a causal language model or lacks weights.
     """
     location = resolve_spec(spec)
     own_adapter = _adapter_config(location, revision)
@@ -102,25 +109,31 @@ def load_causal_lm(
         folder = resolve_spec(adapter)
         if _adapter_config(folder, None) is None:
             _refuse_named_adapters(folder, adapter)
-            raise UserError(f"{adapter} is no PEFT adapter (no adapter_config.json); give the adapter's folder.")
+            raise UserError(
+                f"{adapter} is not a PEFT adapter (no adapter_config.json); give the folder or hub id of an adapter"
+            )
         model = _merged(model, folder, adapter, None)
     return model.eval()
 
 
 def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
-    """Refuse a tokenizer whose ids exceed the model's embedding table; a wider table (Qwen's) is fine."""
+    """Raise a UserError if the tokenizer has more tokens than the model has embeddings.
+
+    An embedding table that is larger than the tokenizer, as Qwen's, is accepted.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(
-            f"The tokenizer of {name} has {len(tokenizer)} tokens but its model only {rows} embeddings; "
-            "they do not belong together."
+            f"the tokenizer of {name} has {len(tokenizer)} tokens but its model has only {rows} embeddings; use the "
+            "tokenizer that belongs to the model"
         )
 
 
 def align_special_tokens(model: Any, tokenizer: Any) -> None:
-    """Give the model's settings the tokenizer's special tokens: an id that they lack is one that never ends an answer.
+    """Copy the tokenizer's special tokens into the model's config and generation config.
 
-    End tokens are added to those of the generation settings; beginning and padding are replaced.
+    Generation would not stop at an end-of-sequence token that these lack. The end-of-sequence token is added to those of
+    the generation config. Beginning-of-sequence and pad token are replaced.
     """
     for settings in (model.config.get_text_config(), model.generation_config):
         for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
@@ -135,19 +148,19 @@ def align_special_tokens(model: Any, tokenizer: Any) -> None:
 
 @contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
-    """PEFT asks transformers for an attribute by its old name; its user can do nothing about it."""
+    """Hide the warning that PEFT causes by reading a deprecated attribute of transformers models."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         yield
 
 
 def adapter_config(spec: str, revision: str | None = None) -> dict[str, Any] | None:
-    """The settings of the PEFT adapter that a spec names; None if it names a whole model."""
+    """Read the adapter_config.json of a PEFT adapter. Return None if the spec is a model and not an adapter."""
     return _adapter_config(resolve_spec(spec), revision)
 
 
 def _adapter_config(location: str, revision: str | None) -> dict[str, Any] | None:
-    """The adapter_config.json of a folder or hub id, or None."""
+    """Read the adapter_config.json of a folder or hub id. Return None if there is none."""
     local = only_cached(location, revision)
     try:
         found = find_adapter_config_file(location, revision=revision, local_files_only=local)
@@ -157,44 +170,64 @@ def _adapter_config(location: str, revision: str | None) -> dict[str, Any] | Non
 
 
 def _refuse_named_adapters(location: str, spec: str) -> None:
-    """Refuse a folder that only holds folders with adapters: PEFT saves one that is not named `default` so."""
+    """Raise a UserError for a folder whose subfolders contain adapters.
+
+    PEFT saves an adapter in a subfolder if its name is not `default`.
+    """
     folder = Path(location)
     nested = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
     if nested and not (folder / "config.json").exists():
-        raise UserError(f"{spec} holds no adapter itself but in folders; give one of them: {', '.join(nested)}")
+        raise UserError(
+            f"{spec} contains adapters only in subfolders; give one of these subfolders: {', '.join(nested)}"
+        )
 
 
 def adapter_base(adapter: dict[str, Any], spec: str) -> str:
+    """Return the spec of the base model that an adapter's settings name.
+
+    Args:
+        adapter: content of adapter_config.json.
+        spec: spec of the adapter, for error messages.
+
+    Raises:
+        UserError: the settings name no base model, or one that does not exist.
+    """
     base = adapter.get("base_model_name_or_path")
     if not base:
-        raise UserError(f"{spec} is an adapter whose adapter_config.json names no base_model_name_or_path; add it.")
+        raise UserError(f"the adapter_config.json of {spec} has no base_model_name_or_path; add it")
     try:
         resolve_spec(base)
     except UserError as error:
         raise UserError(
-            f"{spec} is an adapter of {base}, which cannot be found; mend base_model_name_or_path in its "
-            "adapter_config.json, or load the base model with this adapter."
+            f"{spec} is an adapter of {base}, which does not exist; correct base_model_name_or_path in its "
+            "adapter_config.json, or load the base model with this adapter"
         ) from error
     return str(base)
 
 
 def _pretrained(location: str, spec: str, **options: Any) -> Any:
     options["local_files_only"] = only_cached(location, options["revision"])
-    options["adapter_kwargs"] = {"local_files_only": options["local_files_only"]}  # its look-up has its own option
+    options["adapter_kwargs"] = {
+        "local_files_only": options["local_files_only"]
+    }  # the search for adapters has its own option
     try:
         model, loading = _model_class(location, options).from_pretrained(location, output_loading_info=True, **options)
     except _LOADING_ERRORS as error:
         raise _cannot_load("model", spec, error) from error
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
-            f"The checkpoint of {spec} lacks {len(missing)} weights of {type(model).__name__}, the first is "
-            f"{missing[0]}; it is not a whole causal language model."
+            f"the checkpoint of {spec} lacks {len(missing)} weights of {type(model).__name__} (first: {missing[0]}); "
+            "give the complete checkpoint of a causal language model"
         )
     return model
 
 
 def _model_class(location: str, options: dict[str, Any]) -> Any:
-    """`AutoModelForCausalLM`, or the causal class of a config that it does not know (Emu3's language model)."""
+    """Return the class that loads a model.
+
+    This is `AutoModelForCausalLM`, or the causal class that the config names if `AutoModelForCausalLM` does not support
+    the config (as for Emu3's language model).
+    """
     names = ("revision", "trust_remote_code", "local_files_only")
     config = AutoConfig.from_pretrained(location, **{name: options[name] for name in names})
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()).intersection(config.architectures or ())
@@ -204,21 +237,22 @@ def _model_class(location: str, options: dict[str, Any]) -> Any:
 
 
 def _merged(model: Any, location: str, spec: str, revision: str | None) -> Any:
-    """The model with an adapter's change added to its weights; an adapter that fits only in part is refused."""
+    """Merge an adapter into the model. Raise a UserError if weights of the adapter are missing."""
     try:
         with quiet_peft():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return merge_adapter(PeftModel.from_pretrained(model, location, revision=revision), spec)
     except UserError:
         raise
-    except Exception as error:  # each kind of adapter has its own
+    except Exception as error:  # each type of adapter raises its own exceptions
         raise _cannot_load("adapter", spec, error) from error
 
 
 def _cannot_load(what: str, spec: str, error: BaseException) -> UserError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
     if Path(spec).expanduser().exists() or spec.startswith(("gguf:", "package:")):
-        return UserError(f"The {what} of {spec} cannot be loaded: {reason}.")
+        return UserError(f"could not load the {what} of {spec}: {reason}")
     return UserError(
-        f"The {what} of {spec} cannot be had from the Hugging Face hub ({reason}); no such folder exists here."
+        f"could not load the {what} of {spec} from the Hugging Face Hub ({reason}); check the name and the network, or give "
+        "an existing folder"
     )

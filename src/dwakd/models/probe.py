@@ -1,4 +1,4 @@
-"""The small batch on which models are checked before they are used, and how its results are compared."""
+"""Create the small batches on which models are checked before use, and compare the results."""
 
 from typing import Any
 
@@ -9,27 +9,29 @@ from torch import Tensor
 from dwakd.errors import UserError
 
 _BEYOND = 1e6
+"""Logits above this magnitude are treated as those of forbidden tokens."""
 _LENGTH = 16
-_MIDDLE = 7  # a prime, at which few chunks of tokens end
+_MIDDLE = 7  # a prime number, so that chunked models rarely end a chunk here
 
 
 class Probe:
-    """Two batches of three sequences, of which each begins alike in both: whole, up to its middle and up to one token.
+    """Two batches of three sequences for testing a model.
 
-    The tokens are random, and distinct where the vocabulary allows it. Special tokens (padding, end of sequence, images)
-    are left out, since some models treat them apart. The global random state is neither read nor changed.
+    The first sequence is the same in both batches. The second is the same up to its middle, the third only in its first
+    token. Tokens are random, and distinct if the vocabulary is large enough. Special tokens (padding, end of sequence,
+    images) are left out because some models treat them differently. The global random state is neither read nor changed.
 
     Args:
-        config: of the model.
+        config: config of the model.
         vocab_size: number of tokens that the model can read and predict.
-        device: of the model.
+        device: device of the model.
     """
 
     def __init__(self, config: Any, vocab_size: int, device: torch.device) -> None:
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         length = min(_LENGTH, positions) if isinstance(positions, int) and positions > 0 else _LENGTH
         self.kept = (length, max(1, length * _MIDDLE // _LENGTH), 1)
-        """How many tokens of each sequence are the same in both batches."""
+        """Number of leading tokens of each sequence that are the same in both batches."""
         ids = _plain_ids(vocab_size, _special_ids(config.to_dict()), 6 * length).view(2, 3, length)
         for row, count in enumerate(self.kept):
             ids[1, row, :count] = ids[0, row, :count]
@@ -44,7 +46,7 @@ def _plain_ids(vocab_size: int, special: set[int], count: int) -> Int[Tensor, " 
 
 
 def _special_ids(settings: dict[Any, Any]) -> set[int]:
-    """Every token id that a config names, those of its parts included."""
+    """Collect the ids of all special tokens in a config, nested configs included."""
     found: set[int] = set()
     for name, value in settings.items():
         if isinstance(value, dict):
@@ -55,9 +57,12 @@ def _special_ids(settings: dict[Any, Any]) -> set[int]:
 
 
 def relative_difference(found: Float[Tensor, "..."], expected: Float[Tensor, "..."]) -> float:
-    """Root mean square of the difference, divided by that of `expected`; NaN if either holds a NaN.
+    """Compute the root mean square of the difference, divided by the root mean square of `expected`.
 
-    Values beyond a million are left out if they are beyond it in both: logits by which a head forbids tokens.
+    Values whose magnitude exceeds a million in both tensors are ignored, because heads use such logits to forbid tokens.
+
+    Returns:
+        The relative difference, or NaN if a tensor contains NaN.
     """
     both_beyond = (found.abs() > _BEYOND) & (expected.abs() > _BEYOND)
     expected = expected.double().masked_fill(both_beyond, 0.0)
@@ -66,15 +71,19 @@ def relative_difference(found: Float[Tensor, "..."], expected: Float[Tensor, "..
 
 
 def head_tolerance(dtype: torch.dtype) -> float:
-    """How far logits may be from the head's, relative to their size."""
+    """Return the largest `head_difference` that rounding explains in this dtype."""
     return {torch.float64: 1e-8, torch.float32: 1e-4}.get(dtype, 3e-2)
 
 
 def head_difference(ours: Float[Tensor, "tokens vocab"], expected: Float[Tensor, "tokens vocab"]) -> float:
-    """The largest difference of two logits of one token, relative to the largest logit of that token of the vocabulary.
+    """Compute the largest difference between two sets of logits, relative to the size of the logits of a vocab entry.
 
-    Logits of -inf, by which a head forbids tokens, must agree. Each token of the vocabulary has its own scale, so that a
-    huge negative bias on one hides no difference in another.
+    Each vocab entry has its own scale (1 + its largest absolute logit), so that a very negative bias of one entry does
+    not hide differences in others. Logits of -inf, which forbid tokens, must agree.
+
+    Args:
+        ours: logits of `OutputHead.logits`.
+        expected: logits of the model.
     """
     expected = expected.to(ours.dtype)
     difference = torch.where(ours == expected, 0.0, (ours - expected).abs())
@@ -88,30 +97,30 @@ def check_causal(
     kept: tuple[int, ...],
     name: str,
 ) -> None:
-    """Refuse a model whose states depend on later tokens or on other sequences of the batch.
+    """Raise an error if hidden states depend on later tokens or on other sequences of the batch.
 
-    Routing to experts rounds differently in other company. How much is measured on the first sequence, which is the same
-    in both batches, and ten times as much is tolerated.
+    In models with a mixture of experts, rounding depends on the other sequences. This effect is measured on the first
+    sequence, which is the same in both batches, and a difference of ten times its size is allowed.
 
     Args:
         hidden: final hidden states of `Probe.input_ids`.
-        changed: those of `Probe.changed_ids`.
-        kept: of the probe.
-        name: of the model.
+        changed: final hidden states of `Probe.changed_ids`.
+        kept: `Probe.kept`.
+        name: name of the model for error messages.
 
     Raises:
-        UserError: names the model.
+        UserError: the hidden states change. The message names the model.
     """
     rounding = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-3}.get(hidden.dtype, 8e-3)
     company, *ahead = [relative_difference(changed[row, :count], hidden[row, :count]) for row, count in enumerate(kept)]
     if not company <= 10 * rounding:
         raise UserError(
-            f"{name} cannot be used: its hidden states of one sequence change with the other sequences of a batch (by "
-            f"{company:.2g} of their size)"
+            f"{name} cannot be used: the hidden states of a sequence depend on the other sequences of a batch (relative "
+            f"difference {company:.2g}); use a model that treats sequences independently"
         )
     if not max(ahead) <= max(rounding, 10 * company):
         raise UserError(
-            f"{name} is not causal: its hidden states of earlier tokens change with later tokens (by {max(ahead):.2g} of "
-            "their size), so that it would read the answer that it is to predict; give a decoder with causal attention "
-            "(see is_decoder and is_causal in its config)"
+            f"{name} is not causal: hidden states of earlier tokens depend on later tokens (relative difference "
+            f"{max(ahead):.2g}), so the model would see the tokens that it has to predict; use a decoder with causal "
+            "attention (see is_decoder and is_causal in its config)"
         )

@@ -1,6 +1,6 @@
-"""From a model and a batch to the response rows that a loss reads (`ModelSide`).
+"""Run a model on a batch and select the response positions that a loss reads (`ModelSide`).
 
-Only the backbone runs over the whole batch; no vocabulary-sized product is formed here.
+Only the backbone runs over the whole batch. No product with the vocabulary is computed here.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from dwakd.models.attention import last_layer
 from dwakd.models.head import OutputHead
 from dwakd.models.probe import Probe, check_causal, head_difference, head_tolerance
 
-# Prefix of the model type, config field, power to which the field multiplies the logits.
+# Prefix of the model type, config field, exponent: logits are multiplied by the field to the power of the exponent.
 _LOGIT_SCALES = (
     ("cohere", "logit_scale", 1),
     ("falcon_h1", "lm_head_multiplier", 1),
@@ -34,20 +34,22 @@ _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_c
 
 
 def embedding_table(model: nn.Module) -> Float[Tensor, "vocab embedding"]:
-    """The input-embedding table as it stands: without Gemma's scaling by sqrt(hidden), without positions.
+    """Return the input-embedding table, without Gemma's scaling by sqrt(hidden) and without position embeddings.
 
     Raises:
-        UserError: the table is under LoRA or trainable tokens, which change rows outside the table.
+        UserError: the table is adapted by LoRA or trainable tokens, which change embeddings without changing the table.
     """
     table: Tensor = _plain_module("get_input_embeddings", "input embeddings", model).weight
     return table
 
 
 def output_head(model: nn.Module) -> OutputHead:
-    """The model's LM head with the bias, scale and soft cap of its architecture; gradient flows into the weight.
+    """Return the model's LM head with the bias, scale and soft cap of its architecture.
+
+    Gradient flows into weight and bias.
 
     Raises:
-        UserError: the model has no head, or LoRA on it.
+        UserError: the model has no head, or the head is adapted by LoRA.
     """
     module = _plain_module("get_output_embeddings", "output head", model)
     config = _causal_lm(model).config.get_text_config()
@@ -61,31 +63,34 @@ def output_head(model: nn.Module) -> OutputHead:
 
 
 def check_head(model: nn.Module) -> None:
-    """Refuse a model that losses cannot use.
+    """Raise an error if losses cannot be computed with a model.
 
-    Runs a small batch in eval mode and without gradient. The logits must be `output_head(model).logits(final_hidden(model,
-    ...))`, and the states of a token may change neither with later tokens nor with other sequences of the batch.
+    A small batch runs in eval mode and without gradient. The logits must equal
+    `output_head(model).logits(final_hidden(model, ...))`, and the hidden states of a token must not depend on later tokens
+    or on other sequences of the batch.
 
     Raises:
-        UserError: names the model and what is wrong with it; also if its own forward pass fails.
+        UserError: a check or the model's forward pass failed. The message names the model and the problem.
     """
     name = model_name(model)
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise UserError(f"{name} has weights on the meta device (offloaded, or never loaded); load it into memory")
+        raise UserError(f"{name} has weights on the meta device (offloaded or not loaded); load the model into memory")
     table, head = embedding_table(model), output_head(model)
     config = _causal_lm(model).config
     if config.is_encoder_decoder:
         raise UserError(
-            f"{name} is not causal: the encoder of an encoder-decoder reads all tokens; give a decoder alone"
+            f"{name} is not causal: it is an encoder-decoder, whose encoder reads all tokens; use a decoder-only model"
         )
-    if config.model_type == "reformer":  # sequences longer than the probe's are needed to see it
-        raise UserError(f"{name} is not causal: Reformer's hashed attention sorts all tokens of a sequence together")
+    if config.model_type == "reformer":  # the probe's sequences are too short to show it
+        raise UserError(
+            f"{name} is not causal: Reformer's hashed attention sorts all tokens of a sequence; use another model"
+        )
     probe = Probe(config, min(len(table), head.vocab_size), table.device)
     logits, hidden, changed = _probed(model, probe)
     if hidden.shape[-1] != head.hidden_size or logits.shape != (*hidden.shape[:2], head.vocab_size):
         raise UserError(
-            f"{name} cannot be used: its head maps {head.hidden_size} to {head.vocab_size}, but its hidden states have "
-            f"the shape {tuple(hidden.shape)} and its logits {tuple(logits.shape)}"
+            f"{name} cannot be used: its output head maps {head.hidden_size} values to {head.vocab_size} logits, but its "
+            f"hidden states have the shape {tuple(hidden.shape)} and its logits {tuple(logits.shape)}; use another model"
         )
     if logits.isnan().any():
         raise UserError(f"{name} cannot be used: its logits are NaN; check its weights")
@@ -93,13 +98,13 @@ def check_head(model: nn.Module) -> None:
     if not difference <= head_tolerance(head.weight.dtype):
         raise UserError(
             f"{name} cannot be used: its logits are not its output head applied to its final hidden states (largest "
-            f"difference {difference:.3g} of their size); its architecture does more than is known here"
+            f"difference {difference:.3g}, relative to the logits), so its architecture is not supported; use another model"
         )
     check_causal(hidden, changed, probe.kept, name)
 
 
 def _probed(model: nn.Module, probe: Probe) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits and final hidden states of the probe, and final hidden states of its changed batch."""
+    """Return logits and final hidden states of the probe, and final hidden states of its changed batch."""
     mask, device = torch.ones_like(probe.input_ids), probe.input_ids.device
     devices = [] if device.type == "cpu" else [device]
     with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices, device_type=device.type):
@@ -108,10 +113,11 @@ def _probed(model: nn.Module, probe: Probe) -> tuple[Tensor, Tensor, Tensor]:
             return logits, final_hidden(model, probe.input_ids, mask), final_hidden(model, probe.changed_ids, mask)
         except UserError:
             raise
-        except Exception as error:  # a model's own code may raise anything
+        except Exception as error:  # the code of a model may raise any exception
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
             raise UserError(
-                f"{model_name(model)} cannot be used: its forward pass on token ids alone fails ({reason})"
+                f"{model_name(model)} cannot be used: its forward pass fails on token ids alone ({reason}); correct the "
+                "cause or use another model"
             ) from error
 
 
@@ -120,23 +126,28 @@ def final_hidden(
     input_ids: Int[Tensor, "batch length"],
     attention_mask: Int[Tensor, "batch length"] | Bool[Tensor, "batch length"],
 ) -> Float[Tensor, "batch length hidden"]:
-    """Final hidden states, the ones that the head reads (after the final norm, and OPT's projection).
+    """Compute the final hidden states that the output head reads (after the final norm, and after OPT's projection).
 
     Args:
-        model: a causal LM, bare or wrapped by PEFT (whose layers stay active); train or eval mode is left as it is.
-        input_ids: right-padded.
+        model: a causal language model, with or without a PEFT adapter, which stays active. Its train or eval mode is kept.
+        input_ids: token ids, padded on the right.
         attention_mask: 1 for tokens, 0 for padding.
 
     Returns:
-        One row per position, with gradient; rows of padding are arbitrary.
+        The hidden states of all positions, with gradient. Values at padding are arbitrary.
+
+    Raises:
+        UserError: the model has no backbone that can run without the head.
     """
     lm = _causal_lm(model)
     backbone = (
         lm.base_model if lm.base_model is not lm else getattr(lm, "model", lm)
-    )  # Llama 4's prefix names no module
+    )  # Llama 4's base_model_prefix is not the name of a module
     if backbone is lm:
-        raise UserError(f"{model_name(model)} cannot be used: it has no backbone apart from its head")
-    # Right padding needs no mask under causal attention, and rows of nothing but masked keys are NaN in eager float64.
+        raise UserError(
+            f"{model_name(model)} cannot be used: it has no backbone that runs without the output head; use another model"
+        )
+    # Causal attention needs no mask for right padding. Positions whose keys are all masked would be NaN in eager float64.
     seen = torch.ones_like(attention_mask)
     output = backbone(input_ids=input_ids, attention_mask=seen, use_cache=False, return_dict=True)
     hidden: Tensor = output.last_hidden_state
@@ -150,7 +161,7 @@ def final_states(
     *,
     attention: bool,
 ) -> tuple[Float[Tensor, "batch length hidden"], Float[Tensor, "batch length"] | None]:
-    """`final_hidden` and, if asked for, `ModelSide.attention` of every position."""
+    """Compute `final_hidden` and, if `attention` is true, `ModelSide.attention` of every position (otherwise None)."""
     if not attention:
         return final_hidden(model, input_ids, attention_mask), None
     with last_layer(_causal_lm(model).config.get_text_config()) as noted:
@@ -169,20 +180,22 @@ def response_rows(
     attention: bool = False,
     num_rows: Sequence[int] | None = None,
 ) -> ModelSide:
-    """Run the backbone and keep the rows where `response_mask` is True, in the order of the batch.
+    """Run the backbone and select the positions where `response_mask` is True, in the order of the batch.
 
-    Gradient reaches the model through `hidden` and through `target_embeddings`, which are rows of the embedding
-    table itself; `input_embeddings` are constants.
+    Gradient reaches the model through `hidden` and `target_embeddings`. `input_embeddings` are constants.
 
     Args:
         model: as in `final_hidden`.
-        input_ids: the tokens read, right-padded.
+        input_ids: token read at each position, padded on the right.
         attention_mask: 1 for tokens, 0 for padding.
-        target_ids: the token predicted at each position.
+        target_ids: token predicted at each position.
         response_mask: True where the predicted token is a supervised token of the response.
         byte_ends: byte offset in the response at which the predicted token ends.
-        attention: give the attention too.
-        num_rows: of each example, how often its mask is True; without it the device is waited for.
+        attention: whether to compute `ModelSide.attention`.
+        num_rows: number of True values in `response_mask` for each example. Without it, the host waits for the device.
+
+    Returns:
+        The model's side of the batch.
     """
     hidden, weights = final_states(model, input_ids, attention_mask, attention=attention)
     table = embedding_table(model)
@@ -201,7 +214,12 @@ def response_rows(
 
 
 def true_places(mask: Bool[Tensor, "batch length"], counts: Sequence[int] | None) -> Int[Tensor, " tokens"]:
-    """Places of the flattened mask that are True, in order; no wait for the device if their number per row is given."""
+    """Return the indices of the True values of the flattened mask, in order.
+
+    Args:
+        mask: the mask.
+        counts: number of True values for each example. Without it, the host waits for the device.
+    """
     flat = mask.flatten()
     if counts is None:
         return flat.nonzero().squeeze(1)
@@ -209,14 +227,14 @@ def true_places(mask: Bool[Tensor, "batch length"], counts: Sequence[int] | None
 
 
 def model_name(model: nn.Module) -> str:
-    """What to call a model in a message: where it came from, else its class."""
+    """Return the name of a model for messages: the name or folder it was loaded from, or the name of its class."""
     lm = _causal_lm(model)
     return str(getattr(getattr(lm, "config", None), "_name_or_path", "") or type(lm).__name__)
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; every submodule gets its own mode back."""
+    """Put a model into eval mode inside a `with` block. Afterwards every submodule gets its previous mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -227,18 +245,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _causal_lm(model: nn.Module) -> Any:
-    """The transformers model inside a PEFT wrapper, adapters active, or the model itself."""
+    """Return the transformers model inside a PEFT wrapper, whose adapter stays active, or the model itself."""
     if not isinstance(model, PeftModel):
         return model
     if model.active_peft_config.is_prompt_learning:
         raise UserError(
-            "PEFT methods that prepend learned prompts are not supported; use LoRA or another that changes layers."
+            "PEFT methods that prepend learned prompts are not supported; use LoRA or another method that changes layers"
         )
     return model.get_base_model()
 
 
 def _plain_module(getter: str, what: str, model: nn.Module) -> Any:
-    """The module whose weight is the matrix in use: PEFT's trained copy of it, if there is one."""
+    """Return the module that holds the matrix in use. If PEFT trains a copy (modules_to_save), this is the copy."""
     try:
         module = getattr(_causal_lm(model), getter)()
     except (AttributeError, NotImplementedError):
@@ -248,16 +266,19 @@ def _plain_module(getter: str, what: str, model: nn.Module) -> Any:
         module = module.modules_to_save[active[0]] if active else module.original_module
     if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
         raise UserError(
-            f"a PEFT adapter changes the {what} of {model_name(model)} without changing the matrix itself; take the module "
-            "out of target_modules, or train it whole with modules_to_save"
+            f"a PEFT adapter changes the {what} of {model_name(model)} without changing the weight matrix; remove the module "
+            "from target_modules, or train the full matrix with modules_to_save"
         )
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
-        raise UserError(f"{model_name(model)} cannot be used: {getter}() gives no matrix for its {what}")
+        raise UserError(
+            f"{model_name(model)} cannot be used: {getter}() returns no matrix for its {what}; use another model"
+        )
     return module
 
 
 def _logit_scale(config: Any) -> float:
+    """Return the factor by which the model's architecture multiplies its logits."""
     for prefix, field, power in _LOGIT_SCALES:
         value = getattr(config, field, None)
         if config.model_type.startswith(prefix) and value is not None:

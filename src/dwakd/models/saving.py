@@ -1,4 +1,4 @@
-"""Saving a causal language model so that a setting never costs its weights."""
+"""Save a causal language model. Invalid settings never prevent the weights from being saved."""
 
 import logging
 from pathlib import Path
@@ -15,22 +15,22 @@ from dwakd.models.rows import model_name
 logger = logging.getLogger(__name__)
 
 SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-"""Generation settings that greedy decoding ignores, and that transformers refuses to save together with it."""
+"""Generation settings that greedy decoding ignores. Transformers refuses to save them if do_sample is not true."""
 
 
 def save_causal_lm(model: Any, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Save a model as transformers or PEFT does, the weights first.
+    """Save a model in the format of transformers, or an adapter in the format of PEFT.
 
-    An adapter is saved in the folder itself, whatever its name: PEFT would put one that is not called "default" into a
-    subfolder. Settings that transformers refuses to save never cost the weights.
+    An adapter is saved in the folder itself. PEFT would save an adapter whose name is not "default" in a subfolder. If
+    transformers refuses to save the settings, the weights are saved nevertheless.
 
     Args:
         model: the model.
-        folder: created if it does not exist.
-        state_dict: the model's tensors, if not its own.
+        folder: folder to save to. It is created if it does not exist.
+        state_dict: tensors to save instead of the model's own.
 
     Raises:
-        UserError: the config cannot be saved; the weights are in the folder.
+        UserError: the config cannot be saved. The weights are in the folder.
     """
     folder = Path(folder)
     if isinstance(model, PeftModel):
@@ -47,14 +47,14 @@ def save_causal_lm(model: Any, folder: str | Path, state_dict: dict[str, Tensor]
         model.save_pretrained(folder, state_dict=state_dict)
     except OSError:
         raise
-    except Exception as error:  # validators of configs raise their own types
+    except Exception as error:  # validators of configs raise exceptions of their own types
         if state_dict is None:
             save_model(model, str(folder / "model.safetensors"))
         else:
             save_file(state_dict, folder / "model.safetensors")
         raise UserError(
-            f"the config of the model cannot be saved ({' '.join(str(error).split())}); its weights are in "
-            f"{folder / 'model.safetensors'}"
+            f"the config of the model cannot be saved ({' '.join(str(error).split())}); correct the config and save it next "
+            f"to the weights, which are in {folder / 'model.safetensors'}"
         ) from error
     finally:
         model.generation_config = settings
@@ -63,12 +63,17 @@ def save_causal_lm(model: Any, folder: str | Path, state_dict: dict[str, Tensor]
             settings.save_pretrained(folder)
     except OSError:
         raise
-    except Exception as error:  # settings may hold anything
-        logger.warning("%s has the model without its generation settings: %s", folder, " ".join(str(error).split()))
+    except Exception as error:  # generation settings may contain any value
+        logger.warning(
+            "saved the model in %s without its generation settings: %s", folder, " ".join(str(error).split())
+        )
 
 
 def remove_unused_sampling(model: PreTrainedModel) -> None:
-    """Reset the sampling settings that greedy decoding ignores, with a warning; transformers refuses to save them."""
+    """Reset the sampling settings that greedy decoding ignores, because transformers refuses to save them.
+
+    A warning names the settings that were reset.
+    """
     settings = model.generation_config
     if settings is None or settings.do_sample:
         return
@@ -78,8 +83,8 @@ def remove_unused_sampling(model: PreTrainedModel) -> None:
         setattr(settings, name, getattr(default, name))
     if unused:
         logger.warning(
-            "removed %s from the generation settings of %s: without do_sample=True they have no effect, and "
-            "transformers does not save them",
+            "reset %s in the generation settings of %s: these settings have no effect without do_sample=True, and "
+            "transformers refuses to save them",
             ", ".join(unused),
             model_name(model),
         )

@@ -1,9 +1,9 @@
-"""What names a model, and where it is.
+"""Find the model that a spec names.
 
 A *spec* is one of
 
-    HuggingFaceTB/SmolLM2-135M         a model of the Hugging Face hub
-    runs/student, ./student            a folder, also one with a PEFT adapter
+    HuggingFaceTB/SmolLM2-135M         a model on the Hugging Face Hub
+    runs/student, ./student            a folder with a model or a PEFT adapter
     gguf:PATH                          a GGUF file
     package:NAME/FILE                  a GGUF file (or folder) inside an installed package, which is not imported
 """
@@ -24,29 +24,33 @@ _HUB_SECONDS = 10.0
 
 
 def resolve_spec(spec: str) -> str:
-    """The folder or hub id behind a spec; converts a GGUF file on first use."""
+    """Return the folder or hub id of a spec. A GGUF file is converted into a folder on first use.
+
+    Raises:
+        UserError: the spec names nothing that exists. Whether a hub id exists is not checked here.
+    """
     if spec.startswith("package:"):
         path = _package_file(spec)
         return str(path) if path.is_dir() else str(convert_gguf(path))
     if spec.startswith("gguf:"):
         return str(convert_gguf(Path(spec.removeprefix("gguf:")).expanduser()))
     if not spec.strip():
-        raise UserError("The name of a model is empty; give a folder, a hub id, gguf:PATH or package:NAME/FILE.")
+        raise UserError("the name of a model is empty; give a folder, a hub id, gguf:PATH or package:NAME/FILE")
     path = Path(spec).expanduser()
     if path.is_dir():
         return str(path)
     if path.is_file():
-        mend = f"write gguf:{spec}" if path.suffix == ".gguf" else "give the model's folder"
-        raise UserError(f"{spec} is a file and not a model's folder; {mend}.")
+        fix = f"write gguf:{spec}" if path.suffix == ".gguf" else "give the folder of the model"
+        raise UserError(f"{spec} is a file, but a model is a folder; {fix}")
     if _looks_local(spec):
         raise UserError(
-            f"{spec} does not exist; give a folder, a hub id such as owner/name, gguf:PATH or package:NAME/FILE."
+            f"{spec} does not exist; give a folder, a hub id such as owner/name, gguf:PATH or package:NAME/FILE"
         )
     return spec
 
 
 def _looks_local(spec: str) -> bool:
-    """A hub id is `name` or `owner/name`; anything else, or an owner that is a folder here, means a path."""
+    """Return whether a spec is a path. A hub id is `name` or `owner/name`, where `owner` is not an existing folder."""
     parts = spec.split("/")
     if spec.startswith((".", "~")) or "\\" in spec or len(parts) > 2 or "" in parts:
         return True
@@ -56,20 +60,22 @@ def _looks_local(spec: str) -> bool:
 def _package_file(spec: str) -> Path:
     name, _, inner = spec.removeprefix("package:").partition("/")
     if not name or not inner:
-        raise UserError(f"{spec} is incomplete; write package:NAME/FILE.")
+        raise UserError(f"{spec} is incomplete; write package:NAME/FILE")
     folders = _package_folders(name)
     if not folders:
-        raise UserError(f"{spec}: no package {name} is installed here; install it with pip, or correct the name.")
+        raise UserError(f"{spec}: package {name} is not installed; install it with pip, or correct the name")
     for folder in folders:
         path = folder / inner
         if path.exists() and path.resolve().is_relative_to(folder.resolve()):
             return path
     held = sorted({str(path.relative_to(folder)) for folder in folders for path in folder.rglob("*.gguf")})
-    raise UserError(f"{spec}: the package {name} has no file {inner}; its GGUF files: {', '.join(held) or 'none'}.")
+    raise UserError(
+        f"{spec}: package {name} has no file {inner}; give one of its GGUF files: {', '.join(held) or 'there are none'}"
+    )
 
 
 def _package_folders(name: str) -> list[Path]:
-    """Folders of an installed package by import name or distribution name, without importing it."""
+    """Find the folders of an installed package by its import name or distribution name, without importing it."""
 
     def plain(text: str) -> str:
         return re.sub(r"[-_.]+", "-", text).lower()
@@ -88,30 +94,39 @@ def _package_folders(name: str) -> list[Path]:
 
 @functools.cache
 def only_cached(location: str, revision: str | None) -> bool:
-    """True where the hub cannot be reached, so that only its local cache can serve; False for a folder.
+    """Return whether a model must be read from the local cache of the hub, because the hub cannot be reached.
 
-    Asks once and without retries: transformers would wait a minute for every file.
+    One request without retries is sent for each location and revision. Transformers would wait a minute for every file.
+
+    Args:
+        location: folder or hub id. For a folder, no request is sent and the result is False.
+        revision: branch, tag or commit of a hub id.
 
     Raises:
-        UserError: the hub knows no such model or revision, or guards it; or a revision of a folder.
+        UserError: the model or revision does not exist on the hub, the model is gated, or a folder is given with a
+            revision.
     """
     if Path(location).is_dir():
         if revision is not None:
             raise UserError(
-                f"{location} is a folder here, which has no revision {revision}; leave the revision out, or name the "
-                "model by its hub id."
+                f"{location} is a folder, and folders have no revisions (got revision {revision}); remove the revision, or "
+                "give the hub id of the model"
             )
         return False
     try:
         HfApi().model_info(location, revision=revision, timeout=_HUB_SECONDS)
     except GatedRepoError as error:
-        raise UserError(f"{location} is gated on the Hugging Face hub; ask for access there and log in.") from error
+        raise UserError(
+            f"{location} is gated on the Hugging Face Hub; request access there and log in with hf auth login"
+        ) from error
     except RevisionNotFoundError as error:
-        raise UserError(f"{location} has no revision {revision} on the Hugging Face hub; correct it.") from error
+        raise UserError(
+            f"{location} has no revision {revision} on the Hugging Face Hub; correct the revision"
+        ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(
-            f"{location} is neither a folder here nor a public model of the Hugging Face hub; correct the name."
+            f"{location} is neither an existing folder nor a public model on the Hugging Face Hub; correct the name"
         ) from error
-    except Exception:  # whatever the HTTP client raises without a network
+    except Exception:  # without a network the HTTP client may raise any exception
         return True
     return False
