@@ -51,13 +51,13 @@ def convert_gguf(path: Path) -> Path:
     folder = cache_folder() / "models" / f"{path.stem}-{digest.hexdigest()[:16]}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _appearing_whole(folder) as unfinished:
+        with _renamed_when_complete(folder) as unfinished:
             _convert(path, unfinished)
     return folder
 
 
 @contextlib.contextmanager
-def _appearing_whole(folder: Path) -> Iterator[Path]:
+def _renamed_when_complete(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `folder` if the block succeeds and deleted otherwise."""
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

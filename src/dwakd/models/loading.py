@@ -207,9 +207,8 @@ def adapter_base(adapter: dict[str, Any], spec: str) -> str:
 
 def _pretrained(location: str, spec: str, **options: Any) -> Any:
     options["local_files_only"] = only_cached(location, options["revision"])
-    options["adapter_kwargs"] = {
-        "local_files_only": options["local_files_only"]
-    }  # the search for adapters has its own option
+    # transformers' search for adapters has its own option
+    options["adapter_kwargs"] = {"local_files_only": options["local_files_only"]}
     try:
         model, loading = _model_class(location, options).from_pretrained(location, output_loading_info=True, **options)
     except _LOADING_ERRORS as error:

@@ -140,9 +140,8 @@ def final_hidden(
         UserError: the model has no backbone that can run without the head.
     """
     lm = _causal_lm(model)
-    backbone = (
-        lm.base_model if lm.base_model is not lm else getattr(lm, "model", lm)
-    )  # Llama 4's base_model_prefix is not the name of a module
+    # the base_model_prefix of Llama 4 is not the name of a module, so base_model returns the whole model
+    backbone = lm.base_model if lm.base_model is not lm else getattr(lm, "model", lm)
     if backbone is lm:
         raise UserError(
             f"{model_name(model)} cannot be used: it has no backbone that runs without the output head; use another model"

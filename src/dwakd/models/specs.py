@@ -69,9 +69,12 @@ def _package_file(spec: str) -> Path:
         if path.exists() and path.resolve().is_relative_to(folder.resolve()):
             return path
     held = sorted({str(path.relative_to(folder)) for folder in folders for path in folder.rglob("*.gguf")})
-    raise UserError(
-        f"{spec}: package {name} has no file {inner}; give one of its GGUF files: {', '.join(held) or 'there are none'}"
+    fix = (
+        f"give one of its GGUF files: {', '.join(held)}"
+        if held
+        else "it contains no GGUF files, so use another package"
     )
+    raise UserError(f"{spec}: package {name} has no file {inner}; {fix}")
 
 
 def _package_folders(name: str) -> list[Path]:
