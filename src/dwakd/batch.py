@@ -1,9 +1,9 @@
-"""What passes between a model and a loss: response rows only, packed over the examples.
+"""Inputs and outputs of a loss: the response positions of a batch, concatenated over its examples.
 
-Axes: `batch` examples, `tokens` response positions of all the examples one after the other, `hidden` width of
-the final hidden states, `embedding` width of the input-embedding table, `vocab` rows of the head. The prefixes
-`s_` and `t_` say student and teacher where both occur. A response position is one whose *predicted* token belongs
-to the response, end-of-sequence included.
+Axes: `batch` is the number of examples, `tokens` the number of response positions of all examples, one example after
+the other, `hidden` the width of the final hidden states, `embedding` the width of the input embeddings, and `vocab`
+the number of logits of the head. The prefixes `s_` and `t_` mean student and teacher where both occur. A response
+position is a position whose *predicted* token belongs to the response, the end-of-sequence token included.
 """
 
 from collections.abc import Sequence
@@ -18,22 +18,23 @@ from dwakd.models.head import OutputHead
 
 @dataclass(frozen=True)
 class ModelSide:
-    """One model's view of a batch.
+    """What one model, the student or a teacher, computed for a batch.
 
     Args:
-        hidden: final hidden states, the ones the head reads. The student's carry gradient.
-        input_embeddings: embedding of the token read at each row; a constant.
-        target_embeddings: embedding of the token predicted at each row. The student's carry gradient.
-        target_ids: the token predicted at each row.
-        lengths: rows per example, at least 1; they sum to tokens.
-        byte_ends: offset in the response's UTF-8 bytes at which the predicted token ends (end-of-sequence: the length);
-            a negative number inside text that the tokenizer's normalisation changed, see `TextEncoder.response_ids`.
-        head: hidden rows to logits.
-        aligned_rows: of a teacher whose method needs it: for each student token the teacher token that is paired with it by
-            spelling, counted within the example; -1 for none.
-        trust: of one of several teachers: what its word counts at each of the student's rows, relative to its share.
-        attention: of a model whose method asks for it: how much the last position of a sequence attends to each row's in
-            the last layer, summed over its heads; a constant.
+        hidden: final hidden states, which are the input of the head. The student's carry gradient.
+        input_embeddings: embedding of the token that the model reads at each position. Constant.
+        target_embeddings: embedding of the token to predict at each position. The student's carry gradient.
+        target_ids: id of the token to predict at each position.
+        lengths: number of response positions of each example, at least 1. They sum to `tokens`.
+        byte_ends: offset at which the predicted token ends in the UTF-8 bytes of the response. For the end-of-sequence
+            token this is the length of the response. The number is negative inside text that the tokenizer's
+            normalisation changed, see `TextEncoder.response_ids`.
+        head: maps hidden states to logits.
+        aligned_rows: for each student token, the index within the example of the teacher token that is paired with it
+            by spelling, or -1. Set on a teacher's side if the method needs it.
+        trust: per-token gate weight divided by this teacher's mixture weight. Set on the sides of several teachers.
+        attention: attention of the last position of the sequence to each response position in the last layer, summed
+            over the heads. Constant. Set if the method needs it.
     """
 
     hidden: Float[Tensor, "tokens hidden"]
@@ -49,11 +50,11 @@ class ModelSide:
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        """`lengths` on the host: told by `with_counts`, else read once from the device, which waits for it."""
+        """`lengths` as Python integers, set by `with_counts` or copied once from the device, which synchronises it."""
         return tuple(self.lengths.tolist())
 
     def with_counts(self, counts: Sequence[int] | None) -> "ModelSide":
-        """This side, knowing the values of its `lengths`, if they are given."""
+        """Set `counts` to the values of `lengths` unless they are None, and return this side."""
         if counts is not None:
             vars(self)["counts"] = tuple(counts)
         return self
@@ -61,11 +62,11 @@ class ModelSide:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """What a loss returns.
+    """The value of a loss and of each of its terms.
 
     Args:
-        loss: the weighted sum of the terms, in nats per student response token; carries gradient.
-        terms: each term by its public name, unweighted, detached, in the same unit.
+        loss: weighted sum of the terms, in nats per student response token. Carries gradient.
+        terms: unweighted, detached value of each term by its public name, in the same unit.
     """
 
     loss: Float[Tensor, ""]

@@ -1,1 +1,1 @@
-"""Pure functions that pair tokens of two tokenizers: by bytes covered, by spelling, by vocabulary."""
+"""Pure functions that pair the tokens of two tokenizers by byte offsets, by spelling or by vocabulary."""

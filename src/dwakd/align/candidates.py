@@ -1,4 +1,4 @@
-"""Candidates of two models for the same place matched by spelling, compiled: nearest within a normalised distance."""
+"""Match the candidate tokens of two models at the same position by normalised edit distance, compiled with numba."""
 
 from collections.abc import Sequence
 from typing import no_type_check
@@ -15,12 +15,14 @@ NONE = -1
 
 
 class CandidateMatcher:
-    """For each candidate of one side the nearest of the other's at the same place: distance / sum of both lengths.
+    """Find, for each candidate token of one model, the nearest candidate of the other model at the same position.
+
+    The normalised distance is the edit distance divided by the sum of both lengths.
 
     Args:
-        student_texts: of each token by id; None for those that are to be matched with nothing.
-        teacher_texts: likewise.
-        threshold: distances below it count.
+        student_texts: text of each student token by id; None for tokens that must stay unmatched.
+        teacher_texts: text of each teacher token by id, in the same form.
+        threshold: tokens are matched only if their normalised distance is below this number.
     """
 
     def __init__(
@@ -39,15 +41,15 @@ class CandidateMatcher:
         self.threshold = threshold
 
     def __call__(self, student: Candidates, teacher: Candidates) -> tuple[Candidates, Candidates]:
-        """Match the candidates of each place.
+        """Match the candidates at each position. The first of several equally near candidates is taken.
 
         Args:
-            student: (places, candidates) token ids; of equally near ones the first is taken.
-            teacher: likewise.
+            student: token ids of the student's candidates, (positions, candidates).
+            teacher: token ids of the teacher's candidates, (positions, candidates).
 
         Returns:
-            The student's token for each of the teacher's candidates, and the teacher's for each of the student's; `NONE`
-            where none is near enough.
+            The student token for each candidate of the teacher, and the teacher token for each candidate of the
+            student; `NONE` for a candidate without a match.
         """
         student_for, teacher_for = np.full_like(teacher, NONE), np.full_like(student, NONE)
         work = np.zeros(self.longest + 1, np.int64)
@@ -88,7 +90,7 @@ def _match_candidates(student, teacher, student_side, teacher_side, threshold, w
                     continue
                 s_length = s_bounds[s + 1] - s_bounds[s]
                 total = max(s_length + t_length, 1)
-                # each of these is at most the distance
+                # Each of these numbers is a lower bound of the edit distance.
                 least = max(
                     abs(s_length - t_length),
                     np.int64(count_bits(s_bags[s] & ~t_bags[t])),

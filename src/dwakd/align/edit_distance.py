@@ -1,4 +1,4 @@
-"""Token sequences paired by spelling: dynamic time warping with the edit distance as cost (MinED, CDM)."""
+"""Pair two token sequences by dynamic time warping with the edit distance as cost (MinED, CDM)."""
 
 from collections.abc import Sequence
 from typing import no_type_check
@@ -16,42 +16,43 @@ MANY, NONE = -2, -1
 
 
 def edit_costs(student: Sequence[str], teacher: Sequence[str]) -> Costs:
-    """Levenshtein distance of every student token to every teacher token."""
+    """Compute the Levenshtein distance of every student token to every teacher token."""
     distances: Costs = cdist(student, teacher, scorer=Levenshtein.distance, dtype=np.int32)
     return distances
 
 
 def one_to_one_rows(costs: Costs) -> tuple[Rows, int]:
-    """The cheapest monotone path through the costs from the first to the last cell, as one teacher row per student row.
+    """Find, for each student token, the only teacher token that the cheapest monotone path pairs it with.
 
-    Of equally cheap ways back to the start it takes the diagonal, then the step along the teacher, then the step along
-    the student.
+    The path runs from the first to the last cell of the costs. It is traced back from the end; among equally cheap
+    steps it prefers the diagonal, then the step along the teacher, then the step along the student.
 
     Args:
-        costs: (student rows, teacher rows), neither 0.
+        costs: (student tokens, teacher tokens), with at least one of each.
 
     Returns:
-        Per student row the teacher row on the path with it, `MANY` where there is more than one; and the path's cost.
+        The index of the teacher token for each student token, `MANY` where the path pairs it with several, and the
+        cost of the path.
     """
     return _path(costs)
 
 
 def warped_runs(costs: Costs) -> tuple[Rows, Rows]:
-    """The cheapest path of `one_to_one_rows`, cut at its diagonal steps into runs of rows that belong together.
+    """Cut the path of `one_to_one_rows` at its diagonal steps into runs of tokens that are paired with each other.
 
     Args:
-        costs: (student rows, teacher rows), neither 0; at least 0.
+        costs: (student tokens, teacher tokens), with at least one of each; no cost is negative.
 
     Returns:
-        Of each run, in order, its number of student rows and of teacher rows. The one or the other is 1: a way around a
-        corner is no cheaper than the diagonal.
+        The number of student tokens and the number of teacher tokens of each run, in order. At least one of the two is
+        1, because a path around a corner is never cheaper than the diagonal.
     """
     return _runs(costs)
 
 
 @no_type_check
 def _totals_of(costs):
-    """The cost of the cheapest path to each cell, with a border before the first row and column."""
+    """Compute the cost of the cheapest path to each cell, with a border before the first row and column."""
     n, m = costs.shape
     total = np.full((n + 1, m + 1), np.iinfo(np.int64).max // 2)
     total[0, 0] = 0

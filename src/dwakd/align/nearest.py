@@ -1,4 +1,4 @@
-"""The nearest of many strings by edit distance, compiled: bit-parallel, with a bound that skips most pairs."""
+"""Find the nearest of many strings by edit distance. A compiled bit-parallel search with bounds skips most pairs."""
 
 from typing import Any, no_type_check
 
@@ -10,7 +10,7 @@ from numba import types
 from numba.extending import intrinsic
 
 WORD = 64
-"""The longest query that one machine word holds."""
+"""Maximum length of a query, which must fit into one machine word."""
 _OWN_BITS = 48
 
 Codes = npt.NDArray[np.int32]
@@ -18,7 +18,7 @@ Bounds = npt.NDArray[np.int64]
 
 
 def codes(strings: list[str]) -> tuple[Codes, Bounds]:
-    """Code points of all strings one after the other, and where each starts (one more entry than strings)."""
+    """Concatenate the code points of all strings and return them with the start of each string and the end of all."""
     bounds = np.zeros(len(strings) + 1, np.int64)
     np.cumsum([len(string) for string in strings], out=bounds[1:])
     flat = np.frombuffer("".join(strings).encode("utf-32-le", "surrogatepass"), np.uint32)
@@ -26,7 +26,7 @@ def codes(strings: list[str]) -> tuple[Codes, Bounds]:
 
 
 def rank_codes(*texts: Codes) -> list[Codes]:
-    """Code points replaced by their rank in frequency: small, dense, the frequent ones first."""
+    """Replace each code point by its rank in frequency, counted over all texts; the most frequent becomes 0."""
     points, counts = np.unique(np.concatenate(texts), return_counts=True)
     ranks = np.empty(len(points), np.int32)
     ranks[np.argsort(-counts, kind="stable")] = np.arange(len(points), dtype=np.int32)
@@ -34,7 +34,7 @@ def rank_codes(*texts: Codes) -> list[Codes]:
 
 
 def bags(text: Codes, bounds: Bounds) -> npt.NDArray[np.uint64]:
-    """The set of each string's characters as a word; the frequent ones have a bit of their own, others share."""
+    """Encode the set of characters of each string as 64 bits. Rare characters share bits, frequent ones do not."""
     shared = _OWN_BITS + text % (WORD - _OWN_BITS)
     bits = np.left_shift(np.uint64(1), np.where(text < _OWN_BITS, text, shared).astype(np.uint64))
     sets = np.bitwise_or.reduceat(np.append(bits, np.uint64(0)), bounds[:-1])
@@ -43,7 +43,7 @@ def bags(text: Codes, bounds: Bounds) -> npt.NDArray[np.uint64]:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def count_bits(_context: Any, word: Any) -> Any:
-    """The machine's count of a word's bits."""
+    """Count the bits set in a word with the processor's instruction."""
 
     def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
         return builder.ctpop(arguments[0])
@@ -53,7 +53,7 @@ def count_bits(_context: Any, word: Any) -> Any:
 
 @no_type_check
 def _nearest(queries, query_bounds, query_bags, texts, text_bounds, text_bags, num_codes, first, stop, out):
-    """out[q] = the first text of least edit distance to query q, for first <= q < stop; queries of 1 to 64 codes."""
+    """Set out[q] to the first text of least edit distance to query q, for first <= q < stop; queries have 1 to 64 codes."""
     one = np.uint64(1)
     masks = np.zeros(num_codes, np.uint64)
     for q in range(first, stop):
@@ -65,13 +65,13 @@ def _nearest(queries, query_bounds, query_bags, texts, text_bounds, text_bags, n
         best, best_text = 1 << 30, 0
         for t in range(len(text_bags)):
             start, size = text_bounds[t], text_bounds[t + 1] - text_bounds[t]
-            # each of these is at most the distance
+            # Each of these numbers is a lower bound of the edit distance.
             if abs(size - length) >= best:
                 continue
             if np.int64(count_bits(bag & ~text_bags[t])) >= best or np.int64(count_bits(text_bags[t] & ~bag)) >= best:
                 continue
             plus, minus, distance = ~np.uint64(0), np.uint64(0), length
-            for k in range(size):  # Myers 1999, as Hyyrö 2003
+            for k in range(size):  # Myers (1999) in the form of Hyyrö (2003)
                 equal = masks[texts[start + k]]
                 zero = (((equal & plus) + plus) ^ plus) | equal | minus
                 rise, fall = minus | ~(zero | plus), plus & zero
@@ -80,7 +80,7 @@ def _nearest(queries, query_bounds, query_bags, texts, text_bounds, text_bags, n
                 plus, minus = fall | ~(zero | rise), rise & zero
             if distance < best:
                 best, best_text = distance, t
-                if best <= 1:  # 0 is excluded by the caller's exact matches
+                if best <= 1:  # the caller has already matched equal strings, so the distance is never 0
                     break
         for k in range(length):
             masks[queries[begin + k]] = np.uint64(0)

@@ -1,8 +1,8 @@
-"""Tokens of two tokenisations of one text, paired by the bytes they cover.
+"""Pair the tokens of two tokenisations of one text by the bytes that they cover.
 
-The end of a token is an offset in the bytes of the text or, inside text that normalisation changed, a negative number,
-which is compared with the other side's but has no place among the offsets; see `TextEncoder.response_ids`.
-Everything is vectorised over a packed ragged batch and waits for no device.
+The end of a token is an offset in the bytes of the text. Inside text that normalisation changed, it is a negative
+number, which can only be compared for equality with the other side's; see `TextEncoder.response_ids`.
+All functions are vectorised over a packed batch of examples and never synchronise the device.
 """
 
 from dataclasses import dataclass
@@ -16,13 +16,15 @@ _RANK_BITS, _PLACE_BITS = 12, 31
 
 @dataclass(frozen=True)
 class ByteGroups:
-    """The finest spans whose ends both tokenisations share, numbered from 0 over the whole batch, in order.
+    """Groups of student and teacher tokens that cover the same bytes, numbered from 0 over the batch, in order.
+
+    A group cannot be split further: inside it, no token of one side ends where a token of the other side ends.
 
     Args:
         student: the group of each student token.
         teacher: the group of each teacher token.
-        student_last: whether a student token is the last of its group.
-        teacher_last: likewise.
+        student_last: True for each student token that is the last of its group.
+        teacher_last: True for each teacher token that is the last of its group.
     """
 
     student: Int[Tensor, " s_tokens"]
@@ -37,17 +39,18 @@ def byte_groups(
     teacher_ends: Int[Tensor, " t_tokens"],
     teacher_lengths: Int[Tensor, " batch"],
 ) -> ByteGroups:
-    """Groups of student and teacher tokens that cover the same bytes, as two pointers over both would find them.
+    """Group the student and teacher tokens that cover the same bytes.
 
-    A group closes where both sides have a token with the same end. Of several tokens with one end (those
-    after the first cover nothing, as end-of-sequence does) the first is paired with the first, the second with the
-    second. The last tokens of an example always close a group, whatever their ends.
+    A group ends where a token of each side ends at the same offset. Several tokens of a side may have the same end:
+    those after the first cover no bytes, as the end-of-sequence token does. Then the first is paired with the first of
+    the other side, the second with the second, and so on. The last tokens of an example always end a group, even if
+    their ends differ.
 
     Args:
-        student_ends: `ModelSide.byte_ends`.
-        student_lengths: tokens per example, at least 1.
-        teacher_ends: likewise.
-        teacher_lengths: likewise.
+        student_ends: `ModelSide.byte_ends` of the student.
+        student_lengths: number of student tokens of each example, at least 1.
+        teacher_ends: `ModelSide.byte_ends` of the teacher.
+        teacher_lengths: number of teacher tokens of each example, at least 1.
     """
     student_keys, teacher_keys = _keys(student_ends, student_lengths), _keys(teacher_ends, teacher_lengths)
     student_last = _shared(student_keys, student_ends, teacher_keys, teacher_ends)
@@ -62,17 +65,21 @@ def exact_rows(
     teacher_ends: Int[Tensor, " t_tokens"],
     teacher_lengths: Int[Tensor, " batch"],
 ) -> Int[Tensor, " s_tokens"]:
-    """For each student row the packed teacher row whose token has the same start and the same end, or -1.
+    """Find, for each student token, the teacher token with the same start and the same end.
 
-    DSKDv2's exact alignment (arXiv 2504.11426): both sides have then read the same text and predict the same text. Tokens
-    without bytes (end-of-sequence, a space put before the text) pair up at equal places, the last with the last. Pairs are
-    one-to-one, in order, never across examples, and the same from either side; no value of a tensor is waited for.
+    This is the exact alignment of DSKDv2 (arXiv 2504.11426): at such a pair both models have read the same text and
+    predict the same text. Tokens that cover no bytes (the end-of-sequence token, a space put before the text) are
+    paired at equal offsets, the last with the last. Pairs are one-to-one, in order, within one example, and do not
+    change when student and teacher are swapped. The device is not synchronised.
 
     Args:
-        student_ends: `ModelSide.byte_ends`.
-        student_lengths: rows per example.
-        teacher_ends: likewise.
-        teacher_lengths: likewise.
+        student_ends: `ModelSide.byte_ends` of the student.
+        student_lengths: number of student tokens of each example.
+        teacher_ends: `ModelSide.byte_ends` of the teacher.
+        teacher_lengths: number of teacher tokens of each example.
+
+    Returns:
+        The index of the teacher token in the packed batch for each student token, or -1.
     """
     num_student, num_teacher = len(student_ends), len(teacher_ends)
     if num_student == 0 or num_teacher == 0:
@@ -80,7 +87,7 @@ def exact_rows(
     student_places, teacher_places = _places(student_ends, student_lengths), _places(teacher_ends, teacher_lengths)
     student_starts, teacher_starts = starts(student_ends, student_lengths), starts(teacher_ends, teacher_lengths)
 
-    # Of the tokens that end at one offset the first alone may have bytes.
+    # Only the first of the tokens that end at the same offset can cover bytes.
     first = torch.searchsorted(teacher_places, student_places)
     last = torch.searchsorted(teacher_places, student_places, right=True) - 1
     index = torch.arange(num_student, device=student_ends.device)
@@ -93,14 +100,14 @@ def exact_rows(
 
 
 def starts(ends: Int[Tensor, " tokens"], lengths: Int[Tensor, " batch"]) -> Int[Tensor, " tokens"]:
-    """Where each token starts: the end of the one before it, 0 for an example's first."""
+    """Return the start of each token: the end of the token before it, or 0 for the first token of an example."""
     shifted = ends.roll(1)
     firsts = lengths.cumsum(0) - lengths
     return torch.where(torch.isin(torch.arange(len(ends), device=ends.device), firsts), 0, shifted)
 
 
 def _keys(ends: Int[Tensor, " tokens"], lengths: Int[Tensor, " batch"]) -> Int[Tensor, " tokens"]:
-    """One strictly rising number per token: its place, and its rank among the tokens with that place."""
+    """Compute a strictly increasing number per token from its place and its rank among tokens of the same place."""
     index = torch.arange(len(ends), device=ends.device)
     places = _places(ends, lengths)
     rank = index - torch.searchsorted(places, places)
@@ -110,16 +117,17 @@ def _keys(ends: Int[Tensor, " tokens"], lengths: Int[Tensor, " batch"]) -> Int[T
 
 
 def _places(ends: Int[Tensor, " tokens"], lengths: Int[Tensor, " batch"]) -> Int[Tensor, " tokens"]:
-    """One number per token, never falling: its example and its end, or just behind the offset before it if it has none.
+    """Compute a non-decreasing number per token from its example and its end, which orders the tokens of a batch.
 
-    Tokens with an offset have even numbers, the others have odd ones.
+    A token whose end is an offset has an even number. A token whose end is unknown has the number of the last offset
+    before it plus 1, which is odd.
     """
     firsts = _examples(lengths, len(ends)) << _PLACE_BITS
     return (firsts + 2 * ends.clamp(min=0)).cummax(0).values + (ends < 0)
 
 
 def _examples(lengths: Int[Tensor, " batch"], num_tokens: int) -> Int[Tensor, " tokens"]:
-    """The example of each packed token."""
+    """Return the index of the example to which each packed token belongs."""
     index = torch.arange(num_tokens, device=lengths.device)
     return torch.searchsorted(lengths.cumsum(0), index, right=True)
 
@@ -130,7 +138,7 @@ def _shared(
     other_keys: Int[Tensor, " others"],
     other_ends: Int[Tensor, " others"],
 ) -> Bool[Tensor, " tokens"]:
-    """Whether the other side has a token of the same key; without an offset, also of the same end."""
+    """Return whether the other side has a token with the same key and, where the end is not an offset, the same end."""
     rows = torch.searchsorted(other_keys, keys).clamp(max=len(other_keys) - 1)
     return (other_keys[rows] == keys) & ((ends >= 0) | (other_ends[rows] == ends))
 
@@ -138,19 +146,22 @@ def _shared(
 def sum_by_group(
     values: Shaped[Tensor, " tokens"], groups: Int[Tensor, " tokens"], size: int
 ) -> Shaped[Tensor, " {size}"]:
-    """The sum of each group's values, by group; 0 beyond the last group. Differentiable."""
+    """Sum the values of each group. Entries beyond the last group are 0. Differentiable."""
     return values.new_zeros(size).index_add(0, groups, values)
 
 
 def tokens_per_group(
     groups: ByteGroups, student_lengths: Int[Tensor, " batch"], *, even: bool
 ) -> Float[Tensor, " s_tokens"]:
-    """Weights of groups that sum to the student's tokens, by group; 0 beyond the last group.
+    """Compute a weight per group such that the weights of an example sum to its number of student tokens.
 
     Args:
-        groups: of a batch.
-        student_lengths: tokens per example.
-        even: the groups of an example share its tokens evenly; else each has its own.
+        groups: the groups of a batch.
+        student_lengths: number of student tokens of each example.
+        even: True gives all groups of an example the same weight; False gives each group its number of student tokens.
+
+    Returns:
+        The weight of each group; 0 beyond the last group.
     """
     size = len(groups.student)
     if not even:

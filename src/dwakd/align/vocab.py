@@ -1,4 +1,4 @@
-"""Two vocabularies, token by token: which tokens spell the same bytes, and which is nearest in spelling."""
+"""Match the tokens of two vocabularies that spell the same bytes or have the most similar spelling."""
 
 import hashlib
 import os
@@ -31,16 +31,20 @@ _CHUNK = 512
 def exact_overlap(
     student_tokens: Tokens, teacher_tokens: Tokens, end_tokens: tuple[int, int] | None = None
 ) -> tuple[Int[Tensor, " overlap"], Int[Tensor, " overlap"]]:
-    """Ids of the tokens that spell the same bytes on both sides: the student's, rising, and the teacher's.
+    """Find the pairs of a student token and a teacher token that spell the same bytes.
 
-    One-to-one. Of several tokens that spell the same (SentencePiece's byte pieces come before the characters), the last
-    is paired with the last, and so on. Special tokens have no partner but the end tokens, unless the vocabularies are
-    one and the same: then every token is its own.
+    The pairs are one-to-one. If several tokens of a vocabulary spell the same bytes, the last is paired with the last,
+    the one before with the one before, and so on (in SentencePiece vocabularies the byte pieces come before the
+    characters). Special tokens stay unmatched, except the end tokens. If both vocabularies are equal, every token is
+    paired with itself.
 
     Args:
-        student_tokens: the bytes of each token by id; None for special tokens.
-        teacher_tokens: likewise.
-        end_tokens: the end-of-sequence ids (student, teacher), which stand for the same.
+        student_tokens: bytes of each student token by id; None for special tokens.
+        teacher_tokens: bytes of each teacher token by id; None for special tokens.
+        end_tokens: end-of-sequence ids (student, teacher), which are paired with each other.
+
+    Returns:
+        The student ids in ascending order, and the teacher id of each pair.
     """
     if tuple(student_tokens) == tuple(teacher_tokens):
         return torch.arange(len(student_tokens)), torch.arange(len(teacher_tokens))
@@ -48,7 +52,7 @@ def exact_overlap(
     if end_tokens is not None:
         for side, tokens, end in ((mine, student_tokens, end_tokens[0]), (theirs, teacher_tokens, end_tokens[1])):
             spelling = tokens[end]
-            if spelling is not None:  # it stands for the end, whatever it spells
+            if spelling is not None:  # the end token is paired as such, not by its spelling
                 side[spelling].remove(end)
             side[None] = [end]
     pairs = [
@@ -63,27 +67,31 @@ def exact_overlap(
 def nearest_tokens(
     source_tokens: Tokens, target_tokens: Tokens, end_tokens: tuple[int, int] | None = None
 ) -> Int[Tensor, " source"]:
-    """For each source token the target token of least Levenshtein distance, the first of them; -1 for special tokens.
+    """Find, for each source token, the target token with the least Levenshtein distance.
 
-    Tokens that spell the same map onto each other as in `exact_overlap`; of the rest, characters are compared, with the
-    bytes of no whole character as characters of their own. Vocabularies that are one and the same map by id.
-    The map of large vocabularies takes up to a minute, with a progress bar, and is kept under `$DWAKD_CACHE`.
+    Tokens with the same bytes are mapped as in `exact_overlap`. The others are compared by characters; a byte that is
+    not part of a complete character is compared as a character of its own. The first of several nearest tokens is
+    taken. If both vocabularies are equal, every token is mapped to itself. For large vocabularies the computation
+    takes up to a minute and shows a progress bar; its result is stored under `$DWAKD_CACHE`.
 
     Args:
-        source_tokens: the bytes of each token by id; None for special tokens.
-        target_tokens: likewise; at least one that is not special.
-        end_tokens: the end-of-sequence ids (source, target), which map onto each other.
+        source_tokens: bytes of each source token by id; None for special tokens.
+        target_tokens: bytes of each target token by id; None for special tokens. At least one must not be special.
+        end_tokens: end-of-sequence ids (source, target), which are mapped to each other.
+
+    Returns:
+        The target id for each source token, or -1 for special tokens.
     """
     if tuple(source_tokens) == tuple(target_tokens):
         return torch.arange(len(source_tokens))
     size = len(source_tokens) * len(target_tokens)
-    path = None if size < _PAIRS_WORTH_KEEPING else _kept_at(source_tokens, target_tokens)
+    path = None if size < _PAIRS_WORTH_KEEPING else _cache_path(source_tokens, target_tokens)
     if path is not None and path.is_file():
         found = load_file(path)["nearest"]
     else:
         found = _nearest_ids(source_tokens, target_tokens)
         if path is not None:
-            _keep(path, found)
+            _write_atomically(path, found)
     result = torch.from_numpy(found)
     if end_tokens is not None:
         result[end_tokens[0]] = end_tokens[1]
@@ -91,7 +99,7 @@ def nearest_tokens(
 
 
 def token_text(token: bytes) -> str:
-    """The characters of a token; bytes that make no whole character stay apart, one surrogate each."""
+    """Decode a token. Each byte that is not part of a complete character becomes a surrogate code point."""
     return token.decode("utf-8", "surrogateescape")
 
 
@@ -123,8 +131,8 @@ def _nearest_ids(source_tokens: Tokens, target_tokens: Tokens) -> Ids:
 
 
 def _nearest_texts(queries: list[str], texts: list[str]) -> Ids:
-    """For each query the index of the first text of least distance; no query is among the texts."""
-    from dwakd.align import nearest as compiled  # numba takes half a second: only when it is used
+    """Find the index of the first text of least distance for each query. No query may equal a text."""
+    from dwakd.align import nearest as compiled  # imported late, because numba takes half a second to load
 
     chosen = np.zeros(len(queries), np.int64)
     long = [index for index, query in enumerate(queries) if not 0 < len(query) <= compiled.WORD]
@@ -156,7 +164,7 @@ def _nearest_texts(queries: list[str], texts: list[str]) -> Ids:
     return chosen
 
 
-def _kept_at(source_tokens: Tokens, target_tokens: Tokens) -> Path:
+def _cache_path(source_tokens: Tokens, target_tokens: Tokens) -> Path:
     digest = hashlib.sha256(_FORMAT)
     for tokens in (source_tokens, target_tokens):
         digest.update(len(tokens).to_bytes(8, "big"))
@@ -165,8 +173,8 @@ def _kept_at(source_tokens: Tokens, target_tokens: Tokens) -> Path:
     return cache_folder() / "vocabularies" / f"{digest.hexdigest()[:32]}.safetensors"
 
 
-def _keep(path: Path, ids: Ids) -> None:
-    """The file appears whole or not at all, also when several processes write it at once."""
+def _write_atomically(path: Path, ids: Ids) -> None:
+    """Write the file atomically, so that several processes can write it at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(dir=path.parent, delete=False) as file:
         save_file({"nearest": ids}, file.name)
