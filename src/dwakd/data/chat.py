@@ -1,4 +1,4 @@
-"""A model's own chat template: the text before an answer, and whether it shows everything that a row holds."""
+"""Render prompts with a model's own chat template, and check that they contain everything that a row contains."""
 
 import html
 import json
@@ -21,18 +21,18 @@ _Turns = list[dict[str, Any]]
 
 
 class ChatTemplate:
-    """Renders prompts so that prompt and answer together are what the template writes for the whole conversation.
+    """Render prompts so that prompt and answer together equal the template's text of the complete conversation.
 
-    That is the template's generation prompt, cut or continued where it is not what stands before an answer: templates
-    may ignore `add_generation_prompt`, write a header before an answer that they leave to the model (gpt-oss, Qwen3),
-    or open a thought that the answer does not have (DeepSeek-R1).
+    The prompt is the template's generation prompt, with its end replaced if other text precedes an answer. Templates
+    may ignore `add_generation_prompt`, write a header before an answer that the generation prompt lacks (gpt-oss,
+    Qwen3), or begin a reasoning section that the answer does not have (DeepSeek-R1).
 
     Args:
-        tokenizer: has the template.
-        date: ISO date that the template prints as today's; the current date by default.
+        tokenizer: the tokenizer with the chat template.
+        date: ISO date that the template prints as today's date. Default: the current date.
 
     Raises:
-        UserError: there is no template, or it refuses or alters a plain exchange.
+        UserError: the tokenizer has no chat template, or the template refuses or changes a simple question and answer.
     """
 
     def __init__(self, tokenizer: Any, date: str | None = None) -> None:
@@ -54,21 +54,21 @@ class ChatTemplate:
         self._cut, self._header = asked[shared:], before[shared:]
 
     def prompt(self, example: Example) -> str:
-        """The text before the answer of one row; of a row without an answer, before an answer of plain text.
+        """Render the text before the answer of a row. If the row has no answer, assume an answer of plain text.
 
         Raises:
-            UserError: the template refuses the row, leaves out a part of it, or alters its answer.
+            UserError: the template refuses the row, omits a part of it, or changes its answer.
         """
         given, options, row = example.turns, example.options or {}, example.index
         parsed: list[dict[str, Any]] = []
         turns: _Turns = parse_arguments(given, parsed)
         asked = self._try(options, turns, generation=True)
-        if asked is None or any(str(each) in asked for each in parsed if each):  # it expects strings, prints no JSON
+        if asked is None or any(str(each) in asked for each in parsed if each):  # it expects JSON strings
             turns, asked = given, self._render(given, options, row, generation=True)
         self._check_shown(turns, options, asked, row)
         prompt = self._before_answer(turns, options, row, asked, example.response)
         if self._adds_space and prompt != asked and prompt.endswith(" "):
-            return prompt[:-1]  # the tokens of the answer begin with it
+            return prompt[:-1]  # the tokens of the answer begin with this space
         return prompt
 
     def _before_answer(self, turns: _Turns, options: dict[str, Any], row: int, asked: str, answer: str) -> str:
@@ -82,15 +82,15 @@ class ChatTemplate:
         start = _locate(full, asked, before, tail, answer) if full else before
         if start is None:
             raise UserError(
-                f"{_name(row)}: the chat template of {self.name} alters the answer, so that the model would learn "
-                "another text than the template writes: correct that row, or use data.template: alpaca"
+                f"{_name(row)}: the chat template of {self.name} changes the answer, so that the model would be "
+                "trained on a text that the template does not write: correct that row, or use data.template: alpaca"
             )
         if adjusted is None or start.startswith(asked) or asked.startswith(start):
             return start
-        return adjusted  # earlier turns are written in another way before an answer; read them as in generation
+        return adjusted  # the template renders earlier turns differently before an answer; use them as in generation
 
     def _adjusted(self, asked: str) -> str | None:
-        """A generation prompt with the end that stands before a plain answer; None if it has another end to replace."""
+        """Replace the end of a generation prompt by the text before a plain answer; None if the end is not the usual."""
         if not asked.endswith(self._cut):
             return None
         return asked.removesuffix(self._cut) + self._header
@@ -99,16 +99,19 @@ class ChatTemplate:
         text = self._render([*turns, {"role": "assistant", "content": _MARK}], options, row)
         if text.count(_MARK) != 1:
             raise UserError(
-                f"the chat template of {self.name} does not write an assistant's answer as it is: correct the "
+                f"the chat template of {self.name} does not write an assistant's answer unchanged: correct the "
                 "chat_template in its tokenizer_config.json, or use data.template: alpaca"
             )
         before, tail = text.split(_MARK)
         return before, tail
 
     def _check_shown(self, turns: _Turns, options: dict[str, Any], asked: str, row: int) -> None:
-        """Refuse a row with a text that the prompt does not hold as often as the row does.
+        """Refuse a row with a text that occurs less often in the prompt than in the row.
 
-        Thoughts of earlier turns, which templates drop, need only be shown while their turn is the last one.
+        Templates drop the reasoning of earlier turns, so it only has to be shown while its turn is the last one.
+
+        Raises:
+            UserError: the template omits a text.
         """
         parts = list(texts_to_show(turns, options))
         whole = _joined(parts)
@@ -122,7 +125,7 @@ class ChatTemplate:
             if not shown:
                 place = f" of turn {n} (role {turns[n]['role']!r}, counting from 0)" if n >= 0 else ""
                 raise UserError(
-                    f"{_name(row)}: the chat template of {self.name} leaves out {key!r}{place} or a part of it "
+                    f"{_name(row)}: the chat template of {self.name} omits {key!r}{place} or a part of it "
                     f"({text!r:.80}): remove it from the data, or use a model whose chat template shows it"
                 )
 
@@ -141,11 +144,11 @@ class ChatTemplate:
                     )
                 )
             text.encode()
-        except Exception as error:  # templates raise what they like: jinja2's TemplateError, TypeError, ...
-            prefix, what = ("", "a plain exchange") if row is None else (f"{_name(row)}: ", "it")
+        except Exception as error:  # templates raise any type: jinja2's TemplateError, TypeError, ...
+            prefix, what = ("", "a simple question and answer") if row is None else (f"{_name(row)}: ", "the row")
             raise UserError(
-                f"{prefix}the chat template of {self.name} refuses {what}: {error} "
-                "(change the roles of that row's messages, or use data.template: alpaca)"
+                f"{prefix}the chat template of {self.name} refuses {what}: {error}; "
+                "change the roles of that row's messages, or use data.template: alpaca"
             ) from error
         return text
 
@@ -155,12 +158,12 @@ def _name(row: int) -> str:
 
 
 def _joined(parts: Iterable[tuple[int, str, str]]) -> str:
-    """All texts that every prompt has to show."""
+    """Join all texts that every prompt must contain."""
     return "\0".join(text for _, key, text in parts if key not in THOUGHTS)
 
 
 def _occurs(text: str, rendered: str, times: int = 1) -> bool:
-    """Whether a text is in a prompt so many times, as it is or as JSON, Python or HTML write it inside a string."""
+    """Return whether a prompt contains a text this often, literally or escaped as in JSON, Python or HTML strings."""
     if rendered.count(text) >= times:
         return True
     spellings = {
@@ -175,25 +178,26 @@ def _occurs(text: str, rendered: str, times: int = 1) -> bool:
 
 
 def tokenizer_name(tokenizer: Any) -> str:
-    """The name to call a tokenizer by in a message."""
+    """Return the name of a tokenizer for messages."""
     return str(tokenizer.name_or_path or type(tokenizer).__name__)
 
 
 def _continues(full: str, start: str, answer: str, tail: str) -> bool:
-    """Whether a text is `start`, the answer, trimmed or not, and `tail`."""
+    """Return whether a text consists of `start`, the answer (with or without outer white space) and `tail`."""
     if not (full.startswith(start) and full.endswith(tail) and len(full) >= len(start) + len(tail)):
         return False
     return full[len(start) : len(full) - len(tail)] in (answer, answer.rstrip(), answer.lstrip(), answer.strip())
 
 
 def _locate(full: str, asked: str, before: str, tail: str, answer: str) -> str | None:
-    """What precedes the answer in a full rendering; None if the template alters the answer.
+    """Find the text before the answer in a rendered conversation; None if the template changes the answer.
 
     Args:
-        full: the conversation with the answer.
-        asked: the conversation without it and with the generation prompt.
-        before, tail: what precedes and follows an answer of plain text.
-        answer: of the row.
+        full: the rendered conversation with the answer.
+        asked: the rendered conversation without the answer and with the generation prompt.
+        before: the text before an answer of plain text.
+        tail: the text after an answer of plain text.
+        answer: the answer of the row.
     """
     for start in (asked, before):
         if _continues(full, start, answer, tail):
@@ -201,25 +205,25 @@ def _locate(full: str, asked: str, before: str, tail: str, answer: str) -> str |
     body = full.removesuffix(tail)
     letters = "".join(answer.split())
     places = [n for n, character in enumerate(body) if not character.isspace()][-len(letters) :]
-    if "".join(body[n] for n in places) == letters:  # the header depends on the answer, or white space is altered
+    if "".join(body[n] for n in places) == letters:  # the header depends on the answer, or white space changed
         return body[: places[0]]
     rest = body[len(before) :].strip()
     thought = answer.strip().removesuffix(rest).rstrip()
     if not (full.startswith(before) and rest and answer.strip().endswith(rest) and thought.endswith((">", "]"))):
         return None
     opened = asked.removeprefix(before).strip() if asked.startswith(before) else ""
-    return asked if opened and not thought.startswith(opened) else before  # a thought that templates leave out
+    return asked if opened and not thought.startswith(opened) else before  # reasoning that the template omits
 
 
 def _adds_space(tokenizer: Any) -> bool:
-    """Whether the tokens of any text begin with a space that the text does not have (SentencePiece)."""
+    """Return whether the tokens of any text begin with a space that the text does not have (SentencePiece)."""
     ids = tokenizer("a", add_special_tokens=False)["input_ids"]
     return bool(ids) and str(tokenizer.convert_ids_to_tokens(ids[0])).startswith("▁")
 
 
 @contextmanager
 def _fixed_clock(date: str | None) -> Iterator[None]:
-    """Templates that ask for the time get midnight of this date; transformers lets no argument replace its clock."""
+    """Replace the clock of transformers' chat templates by midnight of a date; no argument of transformers does this."""
     if date is None:
         yield
         return

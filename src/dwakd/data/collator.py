@@ -1,4 +1,4 @@
-"""Batches of rows that are encoded on both sides (`dwakd.data.pairs`)."""
+"""Collate encoded rows (`dwakd.data.pairs`) into padded batches for student and teachers."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,23 +9,23 @@ from torch.nn.utils.rnn import pad_sequence
 from dwakd.errors import UserError
 
 NO_TOKEN = -2
-"""Pads `teacher_aligned_rows`, in which -1 is a student token that is aligned with no teacher token."""
+"""Padding value of `teacher_aligned_rows`, in which -1 marks an unmatched student token."""
 
 
 class PairedCollator:
-    """Turns items of `EncodedPairs` into a batch, padded on the right.
+    """Collate items of `EncodedPairs` into a batch with padding on the right.
 
     Args:
-        student_pad_id: pads the student's input and target ids; masked, so any valid id will do.
-        teacher_pad_id: the teacher's; None when there is no teacher.
-        pad_to_multiple_of: rounds both lengths up.
+        student_pad_id: padding of the student's input and target ids. It is masked, so any valid id can be used.
+        teacher_pad_id: padding of the teacher's ids; None if there is no teacher.
+        pad_to_multiple_of: round the lengths of both sides up to a multiple of this number.
 
     Returns:
-        Of a call: `example_ids (batch,)` and, under the prefixes `student_` and `teacher_`, `input_ids`,
+        A call returns a dict with `example_ids (batch,)` and, with the prefixes `student_` and `teacher_`, `input_ids`,
         `attention_mask`, `target_ids`, `byte_ends` (long) and `response_mask` (bool), each (batch, length).
-        Position i predicts target i; `response_mask` is True where that target is a supervised response token,
-        the end token included; `byte_ends` is 0 elsewhere. Beside them the lists `num_tokens` and `num_rows`, how
-        often `attention_mask` and `response_mask` are True in each example: what the host knows it need not ask a GPU.
+        Position i predicts target i. `response_mask` is True where this target is a supervised response token, the end
+        token included; `byte_ends` is 0 elsewhere. The lists `num_tokens` and `num_rows` contain the number of True
+        values of `attention_mask` and `response_mask` of each example, so that they need not be read from a GPU.
         `teacher_aligned_rows`, if the rows have it, is (batch, student response tokens), padded with `NO_TOKEN`.
     """
 
@@ -63,10 +63,10 @@ class PairedCollator:
 
 
 class SeveralCollators:
-    """A batch for several teachers: that of the first, and in `others` a batch for each of the rest.
+    """Collate a batch for several teachers: the batch of the first, with those of the others in the list `others`.
 
     Args:
-        collators: one per teacher.
+        collators: one collator per teacher.
     """
 
     def __init__(self, collators: Sequence[Callable[[list[dict[str, Any]]], dict[str, Any]]]) -> None:

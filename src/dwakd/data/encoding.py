@@ -1,4 +1,4 @@
-"""One tokenizer's view of a text: token ids, and where each token ends in the text's bytes."""
+"""Encode prompts and responses with one tokenizer, and compute where each token ends in the bytes of the response."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,20 +17,20 @@ BOS_CHOICES = ("auto", "never")
 
 
 class TextEncoder:
-    """Tokenises prompts and responses, each apart from the other.
+    """Tokenise prompts and responses separately.
 
     Args:
-        tokenizer: a fast tokenizer of transformers (offsets are needed).
-        template: how a row becomes a prompt; see `dwakd.data.prompts`.
-        bos: `auto` puts in front of a prompt the tokens which the tokenizer puts in front of any text by itself
-            (Llama's `<s>`; nothing for GPT-2 and Qwen); `never` puts nothing there, the paper's way. The chat
-            template renders its own beginning, to which nothing is ever added.
-        special_tokens_in_prompts: `parse` makes a special token of every "</s>" that a row's prompt spells out, as
-            tokenizers do by default; `text` reads it as text, unless the template wrote it.
-        date: ISO date that a chat template prints as today's; the current date by default.
+        tokenizer: a fast tokenizer of transformers, because offsets are needed.
+        template: the template that renders a row as a prompt; see `dwakd.data.prompts`.
+        bos: `auto` puts the tokens that the tokenizer adds before any text (`<s>` for Llama, nothing for GPT-2 and
+            Qwen) before each prompt; `never` adds none, as in the paper's code. Nothing is added to prompts of the
+            `chat` template, which writes its own beginning.
+        special_tokens_in_prompts: `parse` reads special tokens such as "</s>" that a row spells out as special tokens,
+            as tokenizers do by default; `text` reads them as text, unless the template wrote them.
+        date: ISO date that a chat template prints as today's date. Default: the current date.
 
     Raises:
-        UserError: a slow tokenizer, an unknown option, or no end-of-sequence token.
+        UserError: the tokenizer is a slow one or has no end-of-sequence token, or an option has an unknown value.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class TextEncoder:
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
-                f"the tokenizer of {tokenizer_name(tokenizer)} is a slow one without offsets: "
-                "convert it to a tokenizer.json"
+                f"the tokenizer of {tokenizer_name(tokenizer)} is a slow tokenizer without offsets: "
+                "convert it to a fast tokenizer (tokenizer.json)"
             )
         if bos not in BOS_CHOICES:
             raise UserError(f"data.bos {bos!r} is unknown: use {' or '.join(BOS_CHOICES)}")
@@ -65,29 +65,29 @@ class TextEncoder:
 
     @property
     def date(self) -> str | None:
-        """The date that a chat template prints as today's; None for other templates."""
+        """The date that a chat template prints as today's date; None for other templates."""
         return None if self._prompts.chat is None else self._prompts.chat.date
 
     @property
     def printed_date(self) -> str | None:
-        """`date` if the chat template prints it."""
+        """The value of `date` if the chat template prints it, else None."""
         return self.date if self._prompts.chat is not None and self._prompts.chat.prints_date else None
 
     @property
     def end_token_ids(self) -> list[int]:
-        """Every id that should stop generation: the supervised end token first, then end-of-sequence."""
+        """All ids that stop generation: the supervised end token, then the end-of-sequence token if it differs."""
         eos = self.tokenizer.eos_token_id
         return [self.end_token_id] if eos in (None, self.end_token_id) else [self.end_token_id, int(eos)]
 
     @property
     def special_tokens_in_prompts(self) -> str:
-        """The option of that name."""
+        """The value of the option `special_tokens_in_prompts`: `parse` or `text`."""
         return "parse" if self._special_as_text is None else "text"
 
     def token_bytes(self) -> tuple[bytes | None, ...]:
-        """The bytes of text that each token of the vocabulary stands for, by id; None for special and unused ones.
+        """Return the bytes that each token of the vocabulary spells, by id; None for special and unused tokens.
 
-        The space of SentencePiece and that of byte-level BPE are the same byte here.
+        The space markers of SentencePiece and of byte-level BPE both become the byte of a space.
         """
         special = set(self.tokenizer.all_special_ids)
         known = set(self.tokenizer.get_vocab().values())
@@ -97,15 +97,15 @@ class TextEncoder:
         )
 
     def prompt_text(self, example: Example) -> str:
-        """The text that the model reads before its answer."""
+        """Render the text that the model reads before its answer."""
         return self._prompts.render(example)
 
     def prompt_ids(self, example: Example) -> list[int]:
-        """Token ids of the prompt, with the model's own beginning-of-sequence tokens."""
+        """Encode the prompt of a row, with the beginning-of-sequence tokens that the option `bos` adds."""
         return self.prompt_ids_batch([example])[0]
 
     def prompt_ids_batch(self, examples: Sequence[Example]) -> list[list[int]]:
-        """`prompt_ids` of several rows at once."""
+        """Compute `prompt_ids` of several rows at once."""
         as_text = self._special_as_text
         if as_text is None:
             encoded = _encode(self.tokenizer, map(self.prompt_text, examples), special=True)["input_ids"]
@@ -115,31 +115,30 @@ class TextEncoder:
         return [[*self._bos_ids, *ids] for ids in encoded]
 
     def response_ids(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of a response without an end token, and the offset at which each token ends.
+        """Encode a response without an end token, and compute the offset at which each token ends.
 
-        Special tokens that are spelled out in the text are taken for text: "</s>" in an answer ends nothing. (A
-        Unigram vocabulary that lists it among its pieces finds it all the same.)
+        Special tokens that the text spells out are read as text, so that "</s>" in an answer does not end it. (Unigram
+        tokenizers that list "</s>" among their pieces still read it as a special token.)
 
         Args:
             text: the response; the empty text has no tokens.
 
         Returns:
-            The ids, and per id its end in the UTF-8 bytes of `text`. The last end is the length of the text in bytes,
-            and the ends never fall, apart from the negative numbers explained below. A token that ends inside a
-            character has its end there, exactly, for byte-level BPE and byte fallback. Marks that a tokenizer
-            composes or drops belong to the token before them, white space and other characters that it drops to the
-            token after them, and everything at the end to the last. A token that ends inside text which
-            normalisation changed ends at no byte of the text: in place of an end it has a negative number. Two
-            tokenizers have the same number there only if they changed the same text to the same bytes and both cut
-            these at this place.
+            The ids, and the end of each token in the UTF-8 bytes of `text`. The last end is the length of the text in
+            bytes, and ends never decrease, except for the negative numbers described below. With byte-level BPE and
+            byte fallback, the end of a token inside a character is exact. Combining marks that a tokenizer composes or
+            drops belong to the token before them. White space and other characters that it drops belong to the token
+            after them, or to the last token. A token that ends inside text that normalisation changed has no offset and
+            gets a negative number instead. Two tokenizers get the same number only if they changed the same text to
+            the same bytes and both split these at the same place.
         """
         return self.response_ids_batch([text])[0]
 
     def response_ids_batch(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """`response_ids` of several texts at once."""
+        """Compute `response_ids` of several texts at once."""
         backend = self.tokenizer.backend_tokenizer
         processor = backend.post_processor
-        backend.post_processor = None  # RoBERTa's takes white space off the offsets
+        backend.post_processor = None  # RoBERTa's removes white space from the offsets
         try:
             encoded = _encode(self.tokenizer, texts, special=False)
         finally:
@@ -164,11 +163,11 @@ def _encode(tokenizer: Any, texts: Iterable[str], *, special: bool) -> Any:
 
 
 def _leading_ids(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts in front of any text by itself, found by its post-processor alone."""
+    """Find the tokens that the tokenizer's post-processor puts before any text."""
     processor = tokenizer.backend_tokenizer.post_processor
     if processor is None:
         return []
-    unused = 2**32 - 1  # no vocabulary has so many tokens
+    unused = 2**32 - 1  # larger than any vocabulary
     text = Tokenizer(WordLevel({"text": unused}, unk_token="text")).encode("text")
     ids: list[int] = processor.process(text).ids
     return ids[: ids.index(unused)]

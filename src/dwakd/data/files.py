@@ -1,4 +1,4 @@
-"""Rows of a local .json, .jsonl, .csv or .parquet file; whatever a parser raises becomes one sentence."""
+"""Read the rows of a local .json, .jsonl, .csv or .parquet file and turn every parser's exception into a UserError."""
 
 import csv
 import io
@@ -18,17 +18,21 @@ from pyarrow import parquet  # type: ignore[import-untyped, unused-ignore]
 from dwakd.errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
-MAX_DIGITS = 4300  # more, Python refuses to convert
+MAX_DIGITS = 4300  # Python does not convert longer strings to integers
 
 PlacedRow: TypeAlias = tuple[str, Any]
-"""Where a row stands, for messages, and the row."""
+"""The place of a row, as messages name it, and the row itself."""
 Select: TypeAlias = Callable[[Sequence[str]], list[str]]
-"""From the names of all columns to those that have to be read."""
+"""Selects the columns to read from the names of all columns."""
 
 
 @dataclass(frozen=True)
 class Unusable:
-    """Stands for a JSON value that cannot be used as it is written; an error only where a column with it is read."""
+    """Replaces a JSON value that cannot be represented. It is an error only in a column that is used.
+
+    Args:
+        reason: description of the value for the message, as in "a number of 5,000 digits".
+    """
 
     reason: str
 
@@ -36,27 +40,31 @@ class Unusable:
 def read_file(
     path: Path, name: str, select: Select, start: str | None = None, stop: str | None = None
 ) -> Iterator[PlacedRow]:
-    """The rows of a file, one after the other.
+    """Read the rows of a file one by one.
 
     Args:
-        path: of the file.
-        name: what to call it in messages.
-        select: chooses the columns to read. Only parquet files can leave the others unread.
-        start: the first row to read, in digits.
-        stop: the row to stop before, in digits.
+        path: path of the file.
+        name: name of the file in messages.
+        select: selects the columns to read. Only parquet files make use of it; from other files all columns are read.
+        start: index of the first row to read, as a string of digits.
+        stop: index of the row to stop before, as a string of digits.
 
     Raises:
-        UserError: there is no such file, it is of another kind, or it cannot be parsed.
+        UserError: the file does not exist, has an unsupported suffix, or cannot be parsed.
     """
     try:
         path = path.expanduser()
         is_folder = stat.S_ISDIR(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{name}: no such file") from error
-    except (OSError, ValueError, RuntimeError) as error:  # no permission, too long, a null character, an unknown user
+        raise UserError(f"{name}: no such file; check the path") from error
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # no permission, a name that is too long or has a null character, an unknown ~user
         raise UserError(f"{name:.200}: cannot be read ({_reason_of(error)})") from error
     if is_folder:
-        raise UserError(f"{name} is a folder: name a file in it ({', '.join(SUFFIXES)})")
+        raise UserError(f"{name} is a folder: give the path of a file in it ({', '.join(SUFFIXES)})")
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise UserError(f"{name}: cannot read {path.suffix or 'a file without suffix'}: use {', '.join(SUFFIXES)}")
@@ -69,12 +77,12 @@ def read_file(
 
 
 def numbered(rows: Iterable[Any], name: str) -> Iterator[PlacedRow]:
-    """The rows, each with its number in `name`."""
+    """Add to each row its place: the source's name and the number of the row."""
     return ((f"{name}, row {index} (counting from 0)", row) for index, row in enumerate(rows))
 
 
 def guarded(rows: Iterator[PlacedRow], what: str) -> Iterator[PlacedRow]:
-    """The same rows; whatever is raised on the way to them becomes a UserError that begins with `what`."""
+    """Yield the rows; any exception raised while reading them becomes a UserError that begins with `what`."""
     try:
         yield from rows
     except (UserError, MemoryError):
@@ -84,17 +92,17 @@ def guarded(rows: Iterator[PlacedRow], what: str) -> Iterator[PlacedRow]:
 
 
 def _reason_of(error: Exception) -> str:
-    """The type of an exception and the first sentence of its message."""
+    """Return the type of an exception and the first sentence of its message."""
     text = str(getattr(error, "strerror", None) or error).strip()
     first = (text.splitlines() or [""])[0].split(". ")[0].rstrip(".")
     return f"{type(error).__name__}: {first:.200}" if first else type(error).__name__
 
 
 def _refuse_repeated(names: Iterable[str], where: str) -> None:
-    """Refuse two columns of one name, of which one would be lost.
+    """Refuse columns or fields that share a name, because all but one of them would be lost.
 
     Raises:
-        UserError: as said.
+        UserError: a name occurs more than once.
     """
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
@@ -103,10 +111,10 @@ def _refuse_repeated(names: Iterable[str], where: str) -> None:
 
 
 def _check_schema(schema: Any, used: Sequence[str], name: str) -> None:
-    """Refuse two columns of one name, and two fields of one name inside a column to read.
+    """Refuse columns that share a name, and fields that share a name inside a column to read.
 
     Raises:
-        UserError: as said.
+        UserError: a name occurs more than once.
     """
     _refuse_repeated(schema.names, name)
     pending = [(column, schema.field(column).type) for column in used]
@@ -136,11 +144,11 @@ def _integer(digits: str) -> int | Unusable:
 
 
 parse_json = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer).decode
-"""Parse a JSON text; what cannot be used as it is written becomes `Unusable`."""
+"""Parse a JSON text. Objects with a repeated key and integers with too many digits become `Unusable`."""
 
 
 def find_unusable(value: Any) -> str | None:
-    """Why something inside a parsed value cannot be used; None if all of it can."""
+    """Return the reason of the first `Unusable` inside a parsed value, or None if there is none."""
     if isinstance(value, Unusable):
         return value.reason
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
@@ -165,34 +173,38 @@ def _read_json(path: Path, name: str) -> Iterator[PlacedRow]:
     try:
         rows = parse_json(_decode(path.read_bytes(), name))
     except json.JSONDecodeError as error:
-        fix = "name the file .jsonl if it holds one object a line" if error.msg == "Extra data" else "correct it"
+        fix = "use the suffix .jsonl if it has one object per line" if error.msg == "Extra data" else "correct it"
         raise UserError(f"{name}, line {error.lineno}: not valid JSON ({error.msg}): {fix}") from error
     except RecursionError as error:
-        raise UserError(f"{name}: a value in it is nested too deeply ({error}): remove it") from error
+        raise UserError(f"{name}: the file contains a value that is nested too deeply ({error}): remove it") from error
     if not isinstance(rows, list):
         found = rows.reason if isinstance(rows, Unusable) else type(rows).__name__
-        raise UserError(f"{name}: expected a list of objects, got {found}")
+        raise UserError(f"{name}: the file must contain a list of objects, got {found}: put the objects into a list")
     yield from numbered(rows, name)
 
 
 def _read_csv(path: Path, name: str) -> Iterator[PlacedRow]:
-    csv.field_size_limit(2**31 - 1)  # the default refuses a field above 128 KiB
+    csv.field_size_limit(2**31 - 1)  # Python's default limit is 128 KiB per field
     text = _decode(path.read_bytes(), name)
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         header = [column.strip() for column in reader.fieldnames or []]
-        _refuse_repeated(filter(None, header), f"{name}, line {reader.line_num}")  # nameless columns are never read
+        _refuse_repeated(
+            filter(None, header), f"{name}, line {reader.line_num}"
+        )  # columns without a name are never read
         for row in reader:
             where = f"{name}, line {reader.line_num}"
             if None in row or None in row.values():
-                raise UserError(f"{where}: has not as many fields as the header ({len(header)}): correct it")
+                raise UserError(
+                    f"{where}: the number of fields differs from the header's ({len(header)}): correct that line"
+                )
             yield where, row
     except csv.Error as error:
         raise UserError(f"{name}, line {reader.reader.line_num}: not valid CSV ({error}): correct that line") from error
 
 
 def _read_parquet(path: Path, name: str, select: Select) -> Iterator[PlacedRow]:
-    """Only what arrow says of the columns to read is used: `datasets` refuses types and metadata it does not know."""
+    """Read with pyarrow, because `datasets` refuses types and metadata that it does not know, even in unused columns."""
     with parquet.ParquetFile(path) as file:
         schema = file.schema_arrow
         columns = select(schema.names)

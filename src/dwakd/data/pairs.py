@@ -1,4 +1,4 @@
-"""The same text for two tokenizers: rows encoded on both sides, cut at the same characters."""
+"""Encode rows with the tokenizers of student and teachers, truncated at the same character."""
 
 import dataclasses
 import logging
@@ -28,14 +28,14 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class EncodedSide:
-    """One tokenizer's prompt, response and (unless the text was cut) end token.
+    """A row encoded with one tokenizer.
 
     Args:
-        ids: all of them.
-        num_prompt: how many of them are prompt.
-        byte_ends: per id after the prompt, its end in the UTF-8 bytes of the response text that was kept (negative in
-            text that normalisation changed; see `TextEncoder.response_ids`).
-        aligned_rows: of a teacher, where a method asks for it: see `ModelSide`.
+        ids: token ids of the prompt, of the response and, unless the response was truncated, of the end token.
+        num_prompt: number of tokens of the prompt.
+        byte_ends: end of each token after the prompt in the UTF-8 bytes of the (truncated) response, or a negative
+            number in text that normalisation changed; see `TextEncoder.response_ids`.
+        aligned_rows: set on a teacher's side if the method needs it; see `ModelSide`.
     """
 
     ids: NDArray[np.int32]
@@ -45,11 +45,11 @@ class EncodedSide:
 
     @property
     def length(self) -> int:
-        """Positions that the model reads."""
+        """Number of tokens that the model reads."""
         return len(self.ids) - 1
 
     def features(self, prefix: str) -> dict[str, list[Any]]:
-        """The fields of one side of a feature dict, shifted: position i predicts target i."""
+        """Return the fields of this side for a feature dict. Input position i predicts target i."""
         num_unsupervised = self.num_prompt - 1
         aligned = {}
         if self.aligned_rows is not None:
@@ -64,7 +64,7 @@ class EncodedSide:
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """A row on all sides; `teacher` is None when there is no teacher, and `others` are those after the first."""
+    """A row encoded for the student, the first teacher (None if there is no teacher) and the `others` after it."""
 
     example_id: int
     text: str
@@ -79,15 +79,15 @@ class EncodedRow:
 
 
 class EncodedPairs(torch.utils.data.Dataset[dict[str, Any]]):
-    """Encoded rows; an item is a dict of lists for `dwakd.data.collator.PairedCollator`.
+    """Data set of encoded rows. Its items are dicts of lists for `dwakd.data.collator.PairedCollator`.
 
-    With several teachers, the fields of those after the first are dicts of their own in the list `others`.
+    With several teachers, the list `others` of an item contains one dict for each teacher after the first.
 
     Args:
-        rows: the rows that are kept.
-        report: rows that are left out, by reason: their indices in the source.
-        num_truncated: how many of the kept rows had their response cut.
-        source: what to call the rows in messages.
+        rows: the encoded rows.
+        report: the indices in the source of the rows that were skipped, by reason.
+        num_truncated: number of encoded rows with a truncated response.
+        source: name of the data set in messages.
     """
 
     def __init__(
@@ -115,19 +115,19 @@ class EncodedPairs(torch.utils.data.Dataset[dict[str, Any]]):
         return item
 
     def of_teacher(self, index: int) -> "EncodedPairs":
-        """The same rows with one of several teachers alone."""
+        """Return the same rows with only one of several teachers."""
         rows = [dataclasses.replace(row, teacher=row.teachers[index], others=()) for row in self.rows]
         return EncodedPairs(rows, self.report, self.num_truncated, self.source)
 
     @property
     def student_lengths(self) -> list[int]:
-        """Positions the student reads, per row: for grouping rows of like length."""
+        """Number of tokens that the student reads in each row, used to group rows of similar length."""
         return [row.student.length for row in self.rows]
 
 
 @dataclass
 class _Draft:
-    """A row on its way: prompt ids, response ids and byte ends per side, student first; or what refuses it."""
+    """A row during encoding: prompt ids, response ids and byte ends per side, student first, or the error message."""
 
     example: Example
     text: str
@@ -148,35 +148,35 @@ def encode_pairs(
     mend: str = "raise data.max_length and data.max_prompt_length or correct the data",
     length_option: str | None = "data.max_length",
 ) -> EncodedPairs:
-    """Encode rows for all tokenizers over the same characters of each response.
+    """Encode rows with all tokenizers, so that all sides contain the same characters of each response.
 
-    A row that exceeds `max_length` on either side has its response *text* cut, at the end of the last token that
-    still fits on the side with the least room, and all sides encode what is left; such a row supervises no end
-    token, and a warning says how many there are. A response that leaves no token on some side is left out and reported.
+    If a row exceeds `max_length` on any side, its response *text* is truncated at the end of the last token that fits
+    on the side with the least room, and all sides encode this text. Such a row has no end token; a warning states the
+    number of such rows. A row with no response token left on some side is skipped and reported.
 
     Args:
         examples: rows with responses.
         student: the student's encoder.
-        teachers: the teachers'; without any (SFT), items have no teacher fields.
-        max_length: most tokens per side: prompt, response and end token (512 in the paper's code).
-        max_prompt_length: most tokens of a prompt per side (256 in the paper's code).
-        invalid_rows: `error` refuses a prompt that is too long or without a token, a response that is empty, and a row
-            that a chat template refuses; `skip` leaves such rows out and reports them.
-        source: what to call the rows in messages.
-        mend: what to advise if no row is left.
-        length_option: how the user sets `max_length`, for the warning of truncated responses; None for no warning.
+        teachers: the teachers' encoders. Without any (SFT), items have no teacher fields.
+        max_length: maximum number of tokens per side: prompt, response and end token (512 in the paper's code).
+        max_prompt_length: maximum number of tokens of a prompt per side (256 in the paper's code).
+        invalid_rows: `error` refuses a prompt that is too long or has no token, an empty response, and a row that a
+            chat template refuses; `skip` skips such rows and reports them.
+        source: name of the data set in messages.
+        mend: the fix to name in the message if no row can be used.
+        length_option: name of the option that sets `max_length`, for the warning of truncation; None for no warning.
 
     Returns:
-        The rows in order; `.report` says which were left out, and why.
+        The encoded rows in order. Their `report` lists the skipped rows by reason.
 
     Raises:
-        UserError: an invalid row (see `invalid_rows`), no row left, or limits that leave no room for a response.
+        UserError: a row is invalid (see `invalid_rows`), no row can be used, or no room is left for a response.
     """
     check_invalid_rows(invalid_rows)
     if not 1 <= max_prompt_length < max_length:
         raise UserError(
             f"data.max_prompt_length={max_prompt_length} must be at least 1 and below "
-            f"data.max_length={max_length}, which has to hold the response as well"
+            f"data.max_length={max_length}, which includes the response: change one of them"
         )
     sides = [student, *teachers]
     rows: list[EncodedRow] = []
@@ -184,7 +184,7 @@ def encode_pairs(
     first_error: dict[str, str] = {}
     num_truncated = 0
     for draft in _draft(examples, sides, f"tokenising {source}"):
-        reason, detail = _find_fault(draft, max_prompt_length)
+        reason, detail = _find_error(draft, max_prompt_length)
         if reason is None:
             _truncate(draft, sides, max_length)
             if all(ids for ids, _ in draft.responses):
@@ -197,7 +197,7 @@ def encode_pairs(
     _check_report(report, first_error, len(examples), len(rows), invalid_rows, source, mend)
     if num_truncated and length_option:
         logger.warning(
-            "%s: %d of %d responses were cut to fit %s=%d tokens and have no end token; raise %s",
+            "%s: %d of %d responses were truncated to fit %s=%d tokens and have no end token; raise %s",
             *(source, num_truncated, len(rows), length_option, max_length, length_option),
         )
     return EncodedPairs(rows, report, num_truncated, source)
@@ -212,7 +212,7 @@ def _draft(examples: Sequence[Example], sides: list[TextEncoder], title: str) ->
 
 
 def _encode_chunk(chunk: Sequence[Example], sides: list[TextEncoder]) -> list[_Draft]:
-    """Encode rows together; row by row only if one of them is refused."""
+    """Encode rows together, or one by one if the template refuses one of them."""
     try:
         prompts = [side.prompt_ids_batch(chunk) for side in sides]
         responses = [side.response_ids_batch([example.response for example in chunk]) for side in sides]
@@ -224,8 +224,8 @@ def _encode_chunk(chunk: Sequence[Example], sides: list[TextEncoder]) -> list[_D
     return [_Draft(example, example.response, list(ids), list(answers)) for example, ids, answers in rows]
 
 
-def _find_fault(draft: _Draft, max_prompt_length: int) -> tuple[str | None, str]:
-    """Why a row cannot be used as it stands, and the words for it."""
+def _find_error(draft: _Draft, max_prompt_length: int) -> tuple[str | None, str]:
+    """Return the reason why a row is invalid, or None, and the text for the message."""
     if draft.refusal:
         return REFUSED, draft.refusal.removeprefix(f"row {draft.example.index} (counting from 0): ")
     names = ["student", "teacher", *(f"teacher {k}" for k in range(2, len(draft.prompts)))]
@@ -242,14 +242,14 @@ def _find_fault(draft: _Draft, max_prompt_length: int) -> tuple[str | None, str]
 
 
 def _truncate(draft: _Draft, sides: list[TextEncoder], max_length: int) -> None:
-    """Cut the response text until it fits on every side; nothing where all fit with their end token."""
+    """Truncate the response text until it fits on every side, unless it already fits with its end token."""
     if all(len(p) + len(r[0]) + 1 <= max_length for p, r in zip(draft.prompts, draft.responses, strict=True)):
         return
     draft.truncated = True
     rooms = [max_length - len(prompt) for prompt in draft.prompts]
     while True:
         fitting = [
-            max(0, *ends[:room]) if len(ids) > room else None  # the last end that is an offset
+            max(0, *ends[:room]) if len(ids) > room else None  # the last end that is not negative
             for room, (ids, ends) in zip(rooms, draft.responses, strict=True)
         ]
         cuts = [end for end in fitting if end is not None]
@@ -290,11 +290,11 @@ def _check_report(
     for reason, rows in report.items():
         if invalid_rows == "error" and reason != NOTHING_SUPERVISED:
             raise UserError(
-                f"{first_error[reason]} ({len(rows)} of {num_examples} rows are so); "
+                f"{first_error[reason]} ({len(rows)} of {num_examples} rows have this error); "
                 f"{fixes.get(reason, 'correct the data or ')}set data.invalid_rows: skip"
             )
     if num_kept == 0:
         fix = first_error.get(REFUSED, mend)
-        raise UserError(f"{source}: none of its {num_examples} rows can be used ({counts or 'it is empty'}); {fix}")
+        raise UserError(f"{source}: none of its {num_examples} rows can be used ({counts or 'the data set is empty'}); {fix}")
     if report:
-        logger.warning("%s: %d of %d rows left out (%s)", source, num_examples - num_kept, num_examples, counts)
+        logger.warning("%s: skipping %d of %d rows (%s)", source, num_examples - num_kept, num_examples, counts)

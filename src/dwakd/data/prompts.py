@@ -1,12 +1,12 @@
-"""From a row to the text that a model reads before it answers.
+"""Render a row as a prompt, which is the text that a model reads before its answer.
 
-Templates: `alpaca` (the paper's), `chat` (each model's own chat template), `plain`, or a format string with
-`{instruction}` and, if wanted, `{input}` (a format string without it leaves the input out).
+Templates: `alpaca` (used by the paper), `chat` (each model's own chat template), `plain`, or a format string with
+`{instruction}` and optionally `{input}`. A format string without `{input}` omits the input.
 
-Earlier turns: `chat` hands them to the model's template, with all their keys and with the row's tools and documents;
-a row with a part that the template leaves out is refused. The other templates know no turns, so the texts of the turns
-are joined in front of the instruction, in order, with empty lines between them: a system text as it stands, the other
-turns led by their role, "User: " or "Assistant: " (the last turn as well, if any such turn came before it).
+Earlier turns: `chat` passes them to the model's template, with all their keys and with the row's tools and documents.
+A row with a part that the template omits is refused. The other templates have no turns. They put the texts of the
+turns before the instruction, in order and separated by empty lines. A system text is unchanged. Other turns begin with
+their role, "User: " or "Assistant: ", and so does the instruction if such a turn precedes it.
 """
 
 import string
@@ -32,7 +32,7 @@ PLACEHOLDERS = ("instruction", "input")
 
 
 def check_template(template: str) -> None:
-    """Refuse what is neither the name of a template nor a format string.
+    """Check that a string is the name of a template or a valid format string.
 
     Raises:
         UserError: the name is unknown, the braces do not match, or a placeholder is unknown or missing.
@@ -50,7 +50,7 @@ def check_template(template: str) -> None:
         fields = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise UserError(
-            f"data.template {template!r} is no format string ({error}): write literal braces twice"
+            f"data.template {template!r} is not a valid format string ({error}): write literal braces twice"
         ) from error
     if not fields:
         raise UserError(
@@ -62,22 +62,22 @@ def check_template(template: str) -> None:
             shown = (name or "") + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
             raise UserError(
                 f"data.template {template!r} has the unknown placeholder {{{shown}}}: "
-                "only {instruction} and {input} are filled in (write literal braces twice)"
+                "use {instruction} and {input}, and write literal braces twice"
             )
     if all(name != "instruction" for name, _, _ in fields):
-        raise UserError(f"data.template {template!r} never shows the instruction: put {{instruction}} into it")
+        raise UserError(f"data.template {template!r} lacks the placeholder {{instruction}}: add it")
 
 
 class Prompts:
-    """The prompts of one template and tokenizer.
+    """Render prompts with one template for one tokenizer.
 
     Args:
         template: a name of `TEMPLATES` or a format string.
-        tokenizer: of the model that reads them.
-        date: ISO date that a chat template prints as today's; the current date by default.
+        tokenizer: tokenizer of the model that reads the prompts.
+        date: ISO date that a chat template prints as today's date. Default: the current date.
 
     Raises:
-        UserError: an unknown template, or a tokenizer without chat template.
+        UserError: the template is unknown, or it is `chat` and the tokenizer has no chat template.
     """
 
     def __init__(self, template: str, tokenizer: Any, date: str | None = None) -> None:
@@ -87,7 +87,7 @@ class Prompts:
         self.chat = ChatTemplate(tokenizer, date) if template == "chat" else None
 
     def render(self, example: Example) -> str:
-        """The prompt text of one row, the response not included.
+        """Render the prompt of a row, without its response.
 
         Raises:
             UserError: the chat template refuses the row, or the row has parts that the template cannot show.
@@ -103,14 +103,14 @@ class Prompts:
         return template.format(instruction=instruction, input=example.input)
 
     def end_token_id(self) -> int:
-        """The token that is trained to end a response.
+        """Return the id of the token that the model is trained to write at the end of a response.
 
-        For `chat` the special token which the model's own template puts right after the assistant's text
-        (`<|im_end|>`, `<end_of_turn>`, ...), found by rendering; the end-of-sequence token if the template puts none
-        there, and for every other template.
+        For `chat` this is the special token that the template writes directly after the assistant's text
+        (`<|im_end|>`, `<end_of_turn>`, ...). If it writes none there, and for every other template, it is the
+        end-of-sequence token.
 
         Raises:
-            UserError: there is no such token.
+            UserError: the tokenizer has no end-of-sequence token.
         """
         tokenizer = self.tokenizer
         if self.chat is not None:
@@ -119,29 +119,29 @@ class Prompts:
                 return int(ids[0])
         if tokenizer.eos_token_id is None:
             raise UserError(
-                f"the tokenizer of {tokenizer_name(tokenizer)} has no end-of-sequence token, so no answer would ever "
-                "end: set eos_token in its tokenizer_config.json"
+                f"the tokenizer of {tokenizer_name(tokenizer)} has no end-of-sequence token, so that answers would "
+                "never end: set eos_token in its tokenizer_config.json"
             )
         return int(tokenizer.eos_token_id)
 
 
 def render_prompt(example: Example, template: str, tokenizer: Any) -> str:
-    """`Prompts.render` of a single row."""
+    """Render the prompt of a single row; see `Prompts.render`."""
     return Prompts(template, tokenizer).render(example)
 
 
 def end_token_id(tokenizer: Any, template: str) -> int:
-    """`Prompts.end_token_id` of a tokenizer."""
+    """Return the id of the token that ends a response; see `Prompts.end_token_id`."""
     return Prompts(template, tokenizer).end_token_id()
 
 
 def _check_plain(example: Example) -> None:
-    """Refuse parts that only a chat template can show."""
+    """Refuse a row with parts that only a chat template can show."""
     keys = [(key, f" of turn {n}") for n, turn in enumerate(example.turns) for key in content_keys(turn)]
     keys += [(key, "") for key in structured(example.options or {})]
     for key, place in keys:
         raise UserError(
-            f"row {example.index} (counting from 0): it has {key!r}{place}, which only a chat template can show: "
+            f"row {example.index} (counting from 0): the row has {key!r}{place}, which only a chat template can show: "
             "use data.template: chat, or remove it"
         )
 

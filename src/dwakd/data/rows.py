@@ -1,14 +1,14 @@
-"""What one row of a data set means: which columns hold it, and the checked example made from it.
+"""Find the columns of a data set and convert its rows to checked examples.
 
-Columns that are not named are looked for in this order: a conversation in `messages` or `conversations`; an
-`instruction` with its `input` or `context`, answered in `output`, `response` or `completion`; a `prompt`, answered
-in `response`, `completion` or `output`. A column of prompts may itself hold conversations.
+Columns that the user does not name are searched in this order: a conversation in `messages` or `conversations`; an
+`instruction` with its `input` or `context` and the response in `output`, `response` or `completion`; a `prompt` with
+the response in `response`, `completion` or `output`. A prompt may also be a conversation.
 
-Of a conversation the last assistant turn is learnt and everything before it is read, including the columns `tools`,
-`documents`, `chat_template_kwargs` and `system` of the row; turns after it are left out. The same columns are read
-beside a prompt that is a string. If `messages` ends with the user's or a tool's turn and the row has a `response`,
-`completion` or `output`, that is the answer. A completion may be a conversation too: all its turns but the last are
-read. Null and empty values mean absent.
+The last assistant turn of a conversation is the answer to train on, and everything before it is the prompt, together
+with the columns `tools`, `documents`, `chat_template_kwargs` and `system` of the row. Turns after it are ignored. These
+columns are also read if the prompt is a string. If `messages` ends with a turn of the user or of a tool and the row has
+a `response`, `completion` or `output`, this column is the answer. A completion may also be a conversation: its last
+turn is the answer and the others are part of the prompt. Null and empty values are treated as absent.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,18 +28,18 @@ _ASKING = ("user", "tool", "function", "observation", "function_response", "ipyt
 
 @dataclass(frozen=True)
 class Example:
-    """One row: what is asked, and what is to be answered.
+    """A checked row of a data set: a prompt and its response.
 
     Args:
         index: position of the row in its source, from 0.
-        instruction: what the user asks; of a conversation, the turn before the answer.
+        instruction: the user's request. In a conversation, the content of the turn before the answer.
         input: further context, or empty.
-        response: the answer to learn, or empty where none is needed.
-        references: every acceptable answer, `response` first; empty where there is none.
-        history: system text and earlier turns before `instruction`, each {"role": ..., "content": ...} and whatever
-            else the turn holds.
-        turn: keys of the turn before the answer other than its content; None for a plain user turn.
-        options: what else the chat template gets: `tools`, `documents` and the row's `chat_template_kwargs`.
+        response: the answer to train on, or empty if none is needed.
+        references: all acceptable answers, `response` first; empty if there is none.
+        history: the system text and the turns before `instruction`, as dicts with `role`, `content` and the other keys
+            of the turn.
+        turn: keys of the turn before the answer, without its content; None for a plain user turn.
+        options: other arguments of the chat template: `tools`, `documents` and the row's `chat_template_kwargs`.
     """
 
     index: int
@@ -53,17 +53,21 @@ class Example:
 
     @property
     def turns(self) -> list[dict[str, Any]]:
-        """Everything before the answer, as turns of a conversation."""
+        """All turns of the conversation before the answer."""
         content = f"{self.instruction}\n{self.input}" if self.input else self.instruction
         return [*self.history, {"role": "user", **(self.turn or {}), "content": content}]
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of the columns that are read; None where there is none.
+    """Names of the columns to read.
 
     Args:
-        optional: whether `response` is read only where the conversation in `prompt` ends without an answer.
+        prompt: column of the prompt, the instruction or the conversation.
+        response: column of the response, if there is one.
+        input: column of the further context, if there is one.
+        extras: other columns for the chat template.
+        optional: True if `response` is only used for rows whose conversation in `prompt` ends without an answer.
     """
 
     prompt: str
@@ -74,7 +78,7 @@ class Columns:
 
     @property
     def used(self) -> tuple[str, ...]:
-        """The columns to read, each once."""
+        """All columns to read, without repetition."""
         named = (self.prompt, self.response, self.input)
         return tuple(dict.fromkeys(name for name in (*named, *self.extras) if name is not None))
 
@@ -88,22 +92,30 @@ def resolve_columns(
     input: str | None = None,
     need_response: bool = True,
 ) -> Columns:
-    """Find the columns of a source; the module's first lines say how.
+    """Find the columns of a data set, in the order that the docstring of this module describes.
+
+    Args:
+        available: names of all columns.
+        source: name of the data set in messages.
+        prompt: column of the prompt; None searches for it.
+        response: column of the response; None searches for it.
+        input: column of the further context; None searches for it.
+        need_response: whether a data set without a response is an error.
 
     Raises:
-        UserError: a named column is not there, or no known one is.
+        UserError: a column that the user named does not exist, or no known column does.
     """
     names = list(available)
     shown = ", ".join(names) or "none"
     for option, name in {"prompt": prompt, "response": response, "input": input}.items():
         if name is not None and name not in names:
-            raise UserError(f"{source} has no column {name!r}, which data.{option} names; its columns are: {shown}")
+            raise UserError(f"{source} has no column {name!r}: set data.{option} to one of its columns ({shown})")
     if prompt is None:
         prompt = next((name for name in (*CONVERSATIONS, *RESPONSES) if name in names), None)
     if prompt is None:
         raise UserError(
             f"{source} has no column with the prompt (messages, conversations, instruction or prompt); its columns "
-            f"are: {shown}; name the right one in data.prompt (eval, shrink: --prompt)"
+            f"are: {shown}; set data.prompt (eval, shrink: --prompt) to one of them"
         )
     optional = response is None and prompt in CONVERSATIONS
     if response is None:
@@ -112,7 +124,7 @@ def resolve_columns(
         if response is None and need_response and not optional:
             raise UserError(
                 f"{source} has no column with the response ({', '.join(known)}); its columns are: {shown}; "
-                "name the right one in data.response (eval, shrink: --response)"
+                "set data.response (eval, shrink: --response) to one of them"
             )
     if input is None and prompt == "instruction":
         input = next((name for name in INPUTS if name in names), None)
@@ -121,17 +133,17 @@ def resolve_columns(
 
 
 def read_example(row: Row, columns: Columns, *, index: int, where: str, need_response: bool) -> Example:
-    """The checked example of one row.
+    """Convert a row to a checked example.
 
     Args:
-        row: the row's columns by name.
-        columns: those to read.
+        row: the values of the row by column name.
+        columns: the columns to read.
         index: position of the row in its source.
-        where: the place to name in a message, as "data.jsonl, line 17".
+        where: place of the row, as messages name it: "data.jsonl, line 17".
         need_response: whether a row without a response is an error.
 
     Raises:
-        UserError: a column is missing in this row or holds something other than text.
+        UserError: a column is missing in this row, or its value has a wrong type.
     """
     input = "" if columns.input is None or row.get(columns.input) is None else _text(row, columns.input, where)
     turns = _read_prompt(row, columns, where)
@@ -144,17 +156,17 @@ def read_example(row: Row, columns: Columns, *, index: int, where: str, need_res
         *earlier, answer = read_turns(row[columns.response], where, columns.response)
         if answer["role"] != "assistant":
             raise UserError(
-                f"{where}: {columns.response!r} ends with a turn of role {answer['role']!r}, not with the assistant's "
-                "answer: correct or remove that row"
+                f"{where}: {columns.response!r} must end with an assistant turn, got a turn of role {answer['role']!r}: "
+                "correct or remove that row"
             )
         if earlier and input:
             turns[-1]["content"] += f"\n{input}"
             input = ""
         turns += earlier
     if not turns or turns[-1]["role"] not in _ASKING:
-        found = f"and it has the role {turns[-1]['role']!r}" if turns else "and there is none"
+        found = f"role {turns[-1]['role']!r}" if turns else "none"
         raise UserError(
-            f"{where}: the turn before the answer in {columns.prompt!r} must be the user's or a tool's, {found}: "
+            f"{where}: the turn before the answer in {columns.prompt!r} must be the user's or a tool's, got {found}: "
             "correct or remove that row"
         )
     if answer is not None:
@@ -179,7 +191,7 @@ def read_example(row: Row, columns: Columns, *, index: int, where: str, need_res
 def _text(row: Row, column: str, where: str) -> str:
     if column not in row:
         raise UserError(
-            f"{where}: the column {column!r} is missing; this row has: {', '.join(map(str, row)) or 'none'}; add it or "
+            f"{where}: the column {column!r} is missing (found: {', '.join(map(str, row)) or 'none'}): add it or "
             "remove that row"
         )
     return checked_text(row[column], f"{where}: {column!r}")
@@ -197,14 +209,17 @@ def _read_references(row: Row, column: str, where: str, need_response: bool) -> 
 
 
 def _read_prompt(row: Row, columns: Columns, where: str) -> list[dict[str, Any]]:
-    """The turns of the column of prompts, led by the row's system text."""
+    """Read the prompt of a row as turns, with the row's system text as the first turn."""
     asked = row.get(columns.prompt)
     if isinstance(asked, list):
         turns = read_turns(asked, where, columns.prompt)
     else:
         turns = [{"role": "user", "content": _text(row, columns.prompt, where)}]
         if columns.prompt in CONVERSATIONS and (columns.response is None or columns.optional):
-            raise UserError(f"{where}: {columns.prompt!r} is a string, not a list of turns with role and content")
+            raise UserError(
+                f"{where}: {columns.prompt!r} must be a list of turns with role and content, got a string: "
+                "correct or remove that row"
+            )
     if "system" in columns.extras and (system := row.get("system")):
         turn = {"role": "system", "content": checked_text(system, f"{where}: 'system'")}
         if any(other["role"] == "system" and other != turn for other in turns):
@@ -216,10 +231,10 @@ def _read_prompt(row: Row, columns: Columns, where: str) -> list[dict[str, Any]]
 def _split(
     turns: list[dict[str, Any]], column: str, where: str, need_response: bool
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """The turns before the answer and, of a conversation that holds it, the answer."""
+    """Split a conversation into the turns before the answer and the answer, which may be missing if none is needed."""
     if not need_response and not (turns and turns[-1]["role"] == "assistant"):
         return turns, None
     at = max((n for n, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
     if at < 0:
-        raise UserError(f"{where}: {column!r} has no assistant turn to learn: add one or remove that row")
+        raise UserError(f"{where}: {column!r} has no assistant turn to train on: add one or remove that row")
     return turns[:at], turns[at]

@@ -1,6 +1,6 @@
-"""Rows of any data set, validated: a hub id, a local json, jsonl, csv or parquet file, or rows at hand.
+"""Load and check the rows of a data set from the Hugging Face Hub, a local file or memory.
 
-Data sets with several splits, on the hub or in a dict, are read by the split that their use asks for: see `TRAIN_SPLITS`,
+For data sets with several splits, on the Hub or in a dict, the split depends on the purpose: see `TRAIN_SPLITS`,
 `EVAL_SPLITS` and `TEST_SPLITS`.
 """
 
@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 INVALID_ROWS = ("error", "skip")
 _VALIDATION = ("validation", "valid", "val", "dev", "eval")
 TRAIN_SPLITS = ("train",)
-"""Names of the split to train on; the first that exists is read."""
+"""Names of the split for training. The first that exists is read."""
 EVAL_SPLITS = (*_VALIDATION, "test")
-"""Names of the split to evaluate on during training."""
+"""Names of the split for evaluation during training. The first that exists is read."""
 TEST_SPLITS = ("test", *_VALIDATION)
-"""Names of the split to evaluate a finished model on."""
+"""Names of the split for evaluation after training. The first that exists is read."""
 _FOREIGN_SUFFIXES = (
     ".txt",
     ".tsv",
@@ -64,27 +64,30 @@ def load_examples(
     """Read and check the rows of a data set.
 
     Args:
-        source: a hub id ("org/name", "org/name:config", either with a split of its own as "org/name@train[:90%]"), a
-            file of a hub repository ("org/name:folder/file.jsonl", with rows as in "org/name:file.jsonl@[1000:]"), the
-            path of a .json (a list of objects), .jsonl, .csv or .parquet file (with rows likewise), a `datasets.Dataset`
-            or `IterableDataset`, a sequence of dicts, or a dict of any of these by split.
-        split: of a hub data set without one of its own (in the syntax of `datasets`) or of a dict of data sets; of
-            several names, the first that exists is read.
-        prompt: column of the prompt, the instruction or the conversation; by default found, see `dwakd.data.rows`.
-        response: column of the response: a string, or a list of reference strings of which the first is learnt.
+        source: one of the following.
+
+            - A Hub id: "org/name" or "org/name:config", optionally with a split, as in "org/name@train[:90%]".
+            - A file in a data set repository of the Hub: "org/name:folder/file.jsonl", optionally with a range of rows,
+              as in "org/name:file.jsonl@[1000:]".
+            - The path of a .json (a list of objects), .jsonl, .csv or .parquet file, optionally with a range of rows.
+            - A `datasets.Dataset` or `IterableDataset`, a sequence of dicts, or a dict from split names to data sets.
+        split: the split to read if `source` names none, in the syntax of `datasets`, or a sequence of names, of which
+            the first that exists is read.
+        prompt: column of the prompt, the instruction or the conversation. Default: see `dwakd.data.rows`.
+        response: column of the response, which is a string or a list of references, of which the first is trained on.
         input: column of the further context.
-        limit: read this many rows at most.
-        need_response: False for questions without answers (evaluation).
-        invalid_rows: `error` refuses a malformed row (no response, a value of another type, a conversation without an
-            answer, a key given twice); `skip` leaves such rows out with a warning.
-        name: what to call the source in messages; by default the path or id.
+        limit: maximum number of rows to read.
+        need_response: False if rows without a response are allowed (evaluation).
+        invalid_rows: `error` refuses a malformed row (no response, a value of a wrong type, a conversation without an
+            answer, a repeated key); `skip` ignores such rows with a warning.
+        name: name of the source in messages. Default: the path or id.
 
     Returns:
-        The examples in the order of the source; `index` is a row's position in it.
+        The examples in the order of the source. Their `index` is the position of the row in the source.
 
     Raises:
-        UserError: the source cannot be read or found or is empty, the split or a column is missing, or a row is
-            malformed; the message names the file and line.
+        UserError: the source cannot be found or read or is empty, the split or a column is missing, or a row is
+            malformed. The message names the file and line.
 
     Examples:
         >>> load_examples([{"prompt": "2 + 2 =", "response": "4"}])[0].response
@@ -101,7 +104,7 @@ def load_examples(
 
     placed = list(islice(_open(source, split, name, select), limit))
     if not placed:
-        raise UserError(f"{name} is empty: it has no rows to read")
+        raise UserError(f"{name} is empty: use a data set with at least one row")
     available = dict.fromkeys(str(key) for _, row in placed if isinstance(row, Mapping) for key in row)
     if not available:
         raise _unreadable(*placed[0])
@@ -116,19 +119,20 @@ def load_examples(
                 raise
             errors.append(error)
     if not examples:
-        raise UserError(f"{name}: none of its {len(placed)} rows can be used; the first reason: {errors[0]}")
+        raise UserError(f"{name}: none of its {len(placed)} rows can be used; first error: {errors[0]}")
     if errors:
         logger.warning(
-            "%s: %d of %d rows left out as malformed; the first: %s", name, len(errors), len(placed), errors[0]
+            "%s: skipping %d of %d rows, which are malformed; first error: %s",
+            *(name, len(errors), len(placed), errors[0]),
         )
     return examples
 
 
 def check_invalid_rows(invalid_rows: str) -> None:
-    """Refuse what the option does not allow.
+    """Check the value of the option `data.invalid_rows`.
 
     Raises:
-        UserError: as said.
+        UserError: the value is not one of `INVALID_ROWS`.
     """
     if invalid_rows not in INVALID_ROWS:
         raise UserError(f"data.invalid_rows {invalid_rows!r} is unknown: use {' or '.join(INVALID_ROWS)}")
@@ -140,22 +144,24 @@ def _read_row(row: Any, columns: Columns, index: int, where: str, need_response:
     try:
         for column in columns.used:
             if (reason := find_unusable(row.get(column))) is not None:
-                raise UserError(f"{where}: {column!r} holds {reason}: correct or remove that row")
+                raise UserError(f"{where}: {column!r} contains {reason}: correct or remove that row")
         return read_example(row, columns, index=index, where=where, need_response=need_response)
     except (RecursionError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{where}: a value is nested too deeply or a number too long: correct or remove it") from error
+        raise UserError(
+            f"{where}: a value is nested too deeply or a number is too long: correct or remove that row"
+        ) from error
 
 
 def _unreadable(where: str, row: Any) -> UserError:
-    """What to say of a row without named columns."""
+    """Return the error for a row without named columns."""
     if isinstance(row, Unusable):
         return UserError(f"{where}: this row is {row.reason}: correct or remove that row")
     if isinstance(row, Mapping):
         return UserError(f"{where}: this row has no columns: correct or remove that row")
     rows_in_one = isinstance(row, list) and bool(row) and isinstance(row[0], Mapping)
-    fix = "name the file .json if it is one list" if rows_in_one else "correct or remove that row"
+    fix = "use the suffix .json if the file is one list" if rows_in_one else "correct or remove that row"
     try:
         shown = f" {row!r:.40}"
     except (RecursionError, ValueError):
@@ -164,7 +170,7 @@ def _unreadable(where: str, row: Any) -> UserError:
 
 
 def _open(source: Any, split: str | Sequence[str], name: str, select: Select) -> Iterator[PlacedRow]:
-    """The rows of a source and their places; columns that `select` does not choose are left unread where possible."""
+    """Read the rows of a source with their places. Only the columns that `select` returns are read where possible."""
     if isinstance(source, str) and (found := _HUB_FILE.fullmatch(source)):
         return _read_hub_file(**found.groupdict(), name=name, select=select)
     if isinstance(source, str) and (found := _LOCAL_ROWS.fullmatch(source)):
@@ -180,7 +186,7 @@ def _open(source: Any, split: str | Sequence[str], name: str, select: Select) ->
     if isinstance(source, Sequence):
         return numbered(source, name)
     raise UserError(
-        f"cannot read rows from {type(source).__name__}: give a hub id, a file, a datasets.Dataset or a list of dicts"
+        f"cannot read rows from {type(source).__name__}: use a Hub id, a file, a datasets.Dataset or a list of dicts"
     )
 
 
@@ -191,7 +197,7 @@ def _choose_split(splits: Mapping[Any, Any], split: str | Sequence[str], name: s
         names = ", ".join(map(str, splits)) or "none"
         raise UserError(f"{name} has no split {' or '.join(map(repr, wanted))}: its splits are {names}; {fix}")
     if found != wanted[0]:
-        logger.warning("%s has no split %r; its split %r is read instead", name, wanted[0], found)
+        logger.warning("%s has no split %r; using its split %r instead", name, wanted[0], found)
     return found
 
 
@@ -203,7 +209,7 @@ def _read_data_set(rows: datasets.Dataset | datasets.IterableDataset, name: str,
 
 
 def _is_local(source: str | Path) -> bool:
-    """A path, by its looks or because it is there; everything else is a hub id."""
+    """Return whether a source is a path: it has the form of one or exists. Other strings are Hub ids."""
     looks = isinstance(source, Path) or source.startswith((".", "~")) or "\\" in source or source.count("/") > 1
     path = Path(source)
     try:
@@ -215,12 +221,12 @@ def _is_local(source: str | Path) -> bool:
 def _read_hub_file(
     repo: str, file: str, start: str | None, stop: str | None, name: str, select: Select
 ) -> Iterator[PlacedRow]:
-    """Read as a local file is: data sets that mix strings and lists of references have no schema for `datasets`."""
+    """Read a file of the Hub like a local file, because `datasets` cannot read columns that mix strings and lists."""
     try:
         path = huggingface_hub.hf_hub_download(repo, file, repo_type="dataset")
-    except Exception as error:  # the hub and the network raise a dozen unrelated types
+    except Exception as error:  # the Hub and the network raise a dozen unrelated types
         raise UserError(
-            f"cannot load the file {file} of the data set {repo} from the hub: {_first_line(error)}"
+            f"could not load the file {file} of the data set {repo} from the Hugging Face Hub: {_first_line(error)}"
         ) from error
     return read_file(Path(path), name, select, start, stop)
 
@@ -230,17 +236,17 @@ def _first_line(error: Exception) -> str:
 
 
 def _load_from_hub(source: str, split: str | Sequence[str]) -> Any:
-    """The split that is named; of several names, the first that exists."""
+    """Load a split of a data set from the Hub; of several names, load the first that exists."""
     place, _, own_split = source.partition("@")
     path, _, config = place.partition(":")
     only = own_split or (split if isinstance(split, str) else None)
     try:
         loaded = datasets.load_dataset(path, config or None, split=only)
-    except Exception as error:  # the hub, the network and the builders raise a dozen unrelated types
+    except Exception as error:  # the Hub, the network and the builders raise a dozen unrelated types
         raise UserError(
-            f"cannot load the data set {source!r} (split {only or split[0]!r}) from the hub, and no such file exists: "
-            f"{_first_line(error)}"
+            f"could not load the data set {source!r} (split {only or split[0]!r}) from the Hugging Face Hub, and no "
+            f"such file exists: {_first_line(error)}"
         ) from error
     if isinstance(loaded, Mapping):
-        return loaded[_choose_split(loaded, split, source, f"name one, as in {place}@{next(iter(loaded))}")]
+        return loaded[_choose_split(loaded, split, source, f"add one, as in {place}@{next(iter(loaded))}")]
     return loaded

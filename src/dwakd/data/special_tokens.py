@@ -1,4 +1,4 @@
-"""Special tokens spelled out in a row, read as text, while those that the template writes stay special."""
+"""Read special tokens that a row spells out as text, while those that the template writes stay special."""
 
 import copy
 import dataclasses
@@ -19,14 +19,14 @@ CHOICES = ("parse", "text")
 
 
 class SpecialTokensAsText:
-    """Renders and tokenises prompts so that only the template can write special tokens.
+    """Render and tokenise prompts so that only the template can write special tokens.
 
-    The rows' special tokens are replaced by placeholders before the template is applied. The special tokens of the
-    rendered prompt are then the template's. These are replaced by aliases, which a copy of the tokenizer knows as added
-    tokens that are not special, and the placeholders by what they stand for. The copy reads special tokens as text.
+    Before the template is applied, special tokens in the row are replaced by placeholders. All special tokens of the
+    rendered prompt then come from the template. They are replaced by aliases, and the placeholders by the original
+    text. A copy of the tokenizer has the aliases as added tokens and reads special tokens as text.
 
     Args:
-        prompts: the template and its fast tokenizer, which is left as it is.
+        prompts: the template and its fast tokenizer, which is not changed.
     """
 
     def __init__(self, prompts: Prompts) -> None:
@@ -35,13 +35,13 @@ class SpecialTokensAsText:
         self._tokens = {token.content: token for token in tokenizer.added_tokens_decoder.values() if token.special}
         longest_first = sorted(self._tokens, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        nonce = secrets.token_hex(8)  # no row can contain an alias or a placeholder
+        nonce = secrets.token_hex(8)  # random, so that no row contains an alias or a placeholder
         self._aliases = {content: f"\ufdd0{n}a{nonce}\ufdd1" for n, content in enumerate(self._tokens)}
         self._placeholders = {content: f"\ufdd0{n}p{nonce}\ufdd1" for n, content in enumerate(self._tokens)}
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The copy that knows the aliases."""
+        """The copy of the tokenizer that has the aliases as added tokens."""
         copied = copy.deepcopy(self._original)
         options = ("lstrip", "rstrip", "single_word")
         copied.add_tokens(
@@ -53,7 +53,7 @@ class SpecialTokensAsText:
         return copied
 
     def render(self, example: Example) -> str:
-        """The prompt of a row, with the template's special tokens replaced by aliases."""
+        """Render the prompt of a row with the template's special tokens replaced by aliases."""
         hidden = _map_strings(dataclasses.asdict(example), self._hide)
         text = self._prompts.render(dataclasses.replace(example, **hidden))
         text = self._pattern.sub(lambda found: self._aliases[found[0]], text)
@@ -62,18 +62,22 @@ class SpecialTokensAsText:
         return text
 
     def restore(self, ids: Sequence[int], example: Example) -> list[int]:
-        """The tokens of a prompt that `render` returned, with the template's special tokens in place of the aliases.
+        """Replace the aliases in a tokenised prompt by the template's special tokens.
+
+        Args:
+            ids: token ids of the text that `render` returned.
+            example: the row, for the message.
 
         Raises:
-            UserError: the tokenizer finds special tokens even in plain text, as Unigram may.
+            UserError: the tokenizer reads special tokens even in plain text, as Unigram tokenizers may.
         """
         to_id = self.tokenizer.convert_tokens_to_ids
-        unknown = self._original.unk_token  # characters outside the vocabulary become this one
+        unknown = self._original.unk_token  # stands for characters outside the vocabulary
         found = next((token for token in self._tokens if token != unknown and to_id(token) in ids), None)
         if found is not None:
             raise UserError(
                 f"row {example.index} (counting from 0): the tokenizer of {tokenizer_name(self._original)} reads "
-                f"{found!r} as a special token even where it is text: remove it from that row or set "
+                f"{found!r} as a special token even in plain text: remove it from that row or set "
                 "data.special_tokens_in_prompts: parse"
             )
         special = {to_id(alias): to_id(content) for content, alias in self._aliases.items()}
@@ -84,7 +88,7 @@ class SpecialTokensAsText:
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """`value` with every string in it changed, but for the keys of dicts."""
+    """Apply `change` to every string inside a value, except the keys of dicts."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):

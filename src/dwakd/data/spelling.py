@@ -1,4 +1,4 @@
-"""Rows of two tokenisations aligned by the spelling of their tokens, once for a data set (MinED)."""
+"""Align the tokens of student and teacher by spelling, once for a data set (MinED)."""
 
 import dataclasses
 
@@ -12,17 +12,17 @@ from dwakd.data.pairs import EncodedPairs, EncodedSide
 
 
 def align_by_spelling(pairs: EncodedPairs, student: TextEncoder, *teachers: TextEncoder) -> None:
-    """Give every teacher's side of `pairs` its `aligned_rows`, where it has none yet.
+    """Set the `aligned_rows` of every teacher's side of `pairs`. Do nothing if all are already set.
 
-    The tokens that are *read* at response rows are warped onto each other, without their spaces: the last token of
-    the prompt is the first, the end token is not among them. A student row is aligned if the path pairs it with exactly
-    one teacher row and the teacher's token maps to the student's (`nearest_tokens`). Several student rows may be aligned
-    with the same teacher row.
+    Dynamic time warping aligns the tokens that the models *read* at response positions, without their spaces. These
+    start with the last token of the prompt and do not include the end token. A student token is aligned if the path
+    pairs it with exactly one teacher token and `nearest_tokens` maps that token to the student's. Several student
+    tokens may be aligned with the same teacher token.
 
     Args:
-        pairs: rows with all sides.
-        student: the encoder they were made with.
-        teachers: likewise.
+        pairs: encoded rows with all sides, changed in place.
+        student: the student's encoder, which encoded the rows.
+        teachers: the teachers' encoders, in the order of the sides.
     """
     if all(side.aligned_rows is not None for row in pairs.rows for side in row.teachers):
         return
@@ -36,7 +36,7 @@ def align_by_spelling(pairs: EncodedPairs, student: TextEncoder, *teachers: Text
 
 
 class _Aligner:
-    """Find the aligned teacher row for each student row of an example, or -1."""
+    """Find the aligned teacher token, or -1, for each student token of an example."""
 
     def __init__(self, student: TextEncoder, teacher: TextEncoder) -> None:
         mine, theirs = student.token_bytes(), teacher.token_bytes()
@@ -47,7 +47,7 @@ class _Aligner:
         ]
 
     def __call__(self, student: EncodedSide, teacher: EncodedSide) -> NDArray[np.int32]:
-        from dwakd.align.edit_distance import edit_costs, one_to_one_rows  # numba takes half a second: only when used
+        from dwakd.align.edit_distance import edit_costs, one_to_one_rows  # numba loads slowly
 
         own, other = _read(student), _read(teacher)
         rows, _ = one_to_one_rows(
@@ -58,5 +58,5 @@ class _Aligner:
 
 
 def _read(side: EncodedSide) -> NDArray[np.int32]:
-    """The tokens read at response rows."""
+    """Return the tokens that a model reads at response positions."""
     return side.ids[side.num_prompt - 1 : -1]

@@ -1,4 +1,4 @@
-"""The bytes that each token spells, and where each token of a tokenisation ends in the bytes of the text."""
+"""Compute the bytes that each token spells, and the offset at which each token ends in the bytes of a text."""
 
 import json
 import re
@@ -13,9 +13,12 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenBytes(dict[int, bytes]):
-    """The bytes that a token spells, by id, computed when first asked for.
+    """The bytes that each token spells, by token id, computed on first access.
 
-    Byte alphabets, byte pieces, marks of spaces and affixes (`##`, `</w>`) are read from the tokenizer's own parts.
+    The byte alphabet, byte pieces, space markers and affixes (`##`, `</w>`) are read from the tokenizer's components.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -44,7 +47,7 @@ class TokenBytes(dict[int, bytes]):
         if self._byte_of is None and self._byte_fallback and (match := _BYTE_PIECE.fullmatch(piece)):
             return bytes([int(match[1], 16)])
         piece = piece.removeprefix(self._prefix) or piece
-        piece = piece.removesuffix(self._suffix) or piece  # a token that is an affix and nothing else is text
+        piece = piece.removesuffix(self._suffix) or piece  # keep a token that consists of an affix only
         if self._byte_of is not None:
             spelled = [self._byte_of.get(character) for character in piece]
             return piece.encode() if None in spelled else bytes(b for b in spelled if b is not None)
@@ -54,15 +57,16 @@ class TokenBytes(dict[int, bytes]):
 
 
 def byte_ends(text: str, pieces: Sequence[bytes], offsets: Sequence[tuple[int, int]]) -> list[int]:
-    """The end of each token in the UTF-8 bytes of `text`; see `dwakd.data.encoding.TextEncoder.response_ids`.
+    """Compute the end of each token in the UTF-8 bytes of `text`; see `dwakd.data.encoding.TextEncoder.response_ids`.
 
-    Where the tokens spell the text, their lengths are exact. Elsewhere the offsets cut text and tokens into the
-    shortest parts that surely belong together; within a part, ends are known only if its tokens spell its text.
+    If the tokens spell the text, the ends follow from the lengths of the tokens. Otherwise the tokenizer's offsets
+    divide text and tokens into the shortest parts that certainly correspond. Within a part, the ends of inner tokens
+    are known only if the tokens of the part spell its text.
 
     Args:
-        text: what was tokenised.
+        text: the tokenised text.
         pieces: the bytes that each token spells.
-        offsets: the characters from which the tokenizer says that each token was made.
+        offsets: the first character and the end of each token as reported by the tokenizer.
     """
     if not pieces:
         return []
@@ -83,11 +87,11 @@ def byte_ends(text: str, pieces: Sequence[bytes], offsets: Sequence[tuple[int, i
 
 
 def _exact_ends(text: str, pieces: Sequence[bytes]) -> list[int] | None:
-    """The ends if the tokens spell the text, but for white space dropped around it or one space put before it."""
+    """Compute the ends if the tokens spell the text, apart from dropped outer white space or one space put before it."""
     spelled, data = b"".join(pieces), text.encode()
     if spelled == data:
         dropped = 0
-    elif spelled == b" " + data:  # the dummy prefix of SentencePiece is no part of the text
+    elif spelled == b" " + data:  # the dummy prefix of SentencePiece is not part of the text
         dropped = -1
     elif spelled == text.strip().encode():
         dropped = len(data) - len(text.lstrip().encode())
@@ -97,16 +101,16 @@ def _exact_ends(text: str, pieces: Sequence[bytes]) -> list[int] | None:
 
 
 def _cuts(text: str, pieces: Sequence[bytes], offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Places where both tokens and text may be cut, as pairs of a token and a character, both ends included.
+    """Find where tokens and text can both be cut, as pairs of a token index and a character index, ends included.
 
-    Offsets cannot be relied on inside a character, nor between a character and marks that normalisation may compose
-    with it or put into another order.
+    Offsets are not reliable inside a character, nor between a character and combining marks, which normalisation may
+    compose with it or reorder.
     """
     cuts = [(0, 0)]
     for token in range(1, len(pieces)):
         stop, start = offsets[token - 1][1], offsets[token][0]
         if token == 1 and start == 0 and pieces[0] == b" " and not text[0].isspace():
-            cuts.append((1, 0))  # the dummy prefix was put before text that normalisation changed
+            cuts.append((1, 0))  # a dummy prefix before text that normalisation changed
         place = next((n for n in range(stop, min(start + 1, len(text))) if not _joins(text[n])), 0)
         if place > cuts[-1][1]:
             cuts.append((token, place))
@@ -115,17 +119,17 @@ def _cuts(text: str, pieces: Sequence[bytes], offsets: Sequence[tuple[int, int]]
 
 @cache
 def _joins(character: str) -> bool:
-    """Whether a character may be composed with, or put before, the one to its left: marks and Hangul's later jamo."""
+    """Return whether normalisation may compose or swap a character with the one to its left (marks, later jamo)."""
     first = unicodedata.normalize("NFKD", character)[0]
     return unicodedata.category(first).startswith("M") or "\u1160" <= first <= "\u11ff"
 
 
 def _marks(start: int, text: str, pieces: Sequence[bytes]) -> list[int]:
-    """The end of each token of a part of a response that normalisation changed: unknown but for the last.
+    """Compute the ends of the tokens of a part that normalisation changed. Only the end of the last token is known.
 
-    Instead of an invented end, an inner token has a negative number computed from the part's place, its normalised
-    bytes and the number of them before the end of the token. Two tokenizers share it if they changed the same text
-    to the same bytes and cut these at the same place.
+    Each inner token gets a negative number, computed from the place of the part, its normalised bytes and the number
+    of these bytes up to the end of the token. Two tokenizers get the same number if they changed the same text to the
+    same bytes and split these at the same place.
     """
     spelled, stop = b"".join(pieces), start + len(text.encode())
     marks = [
@@ -136,10 +140,10 @@ def _marks(start: int, text: str, pieces: Sequence[bytes]) -> list[int]:
 
 
 def _parts(component: Any) -> Iterator[dict[str, Any]]:
-    """The settings of a normaliser, pre-tokenizer or decoder; those of each member of a sequence."""
+    """Yield the settings of a normaliser, pre-tokenizer or decoder, or of each member of a sequence of them."""
     try:
         state = json.loads(component.__getstate__()) if component is not None else {}
-    except Exception:  # a component written in Python (RoFormer's pre-tokenizer) has no state to read
+    except Exception:  # components written in Python (RoFormer's pre-tokenizer) have no state
         return
     waiting = [state] if state else []
     for part in waiting:
@@ -151,7 +155,12 @@ def _parts(component: Any) -> Iterator[dict[str, Any]]:
 
 
 def _space_marks(written: Iterable[dict[str, Any]], read: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """What stands for a space in the tokens, as the normaliser or pre-tokenizer writes it and the decoder reads it."""
+    """Yield the strings that represent a space in tokens.
+
+    Args:
+        written: settings of the normaliser and the pre-tokenizer, which replace spaces by these strings.
+        read: settings of the decoder, which replaces these strings by spaces.
+    """
     for part in (*written, *read):
         if part["type"] == "Metaspace":
             yield part["replacement"]
@@ -164,7 +173,7 @@ def _space_marks(written: Iterable[dict[str, Any]], read: Iterable[dict[str, Any
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable character of each byte, inverted."""
+    """Return the byte for each printable character of GPT-2's byte alphabet."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(rest)}

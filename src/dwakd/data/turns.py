@@ -1,4 +1,4 @@
-"""Turns of a conversation as a data set holds them, checked; keys beside role and content stay for the chat template."""
+"""Read and check the turns of a conversation. Keys other than role and content are kept for the chat template."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -9,7 +9,7 @@ from dwakd.errors import UserError
 
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 _FLAGS = frozenset({"weight", "loss", "train", "training"})
-"""Keys of an assistant turn that say whether it is learnt (OpenAI, ms-swift, axolotl)."""
+"""Keys of an assistant turn that select whether the model is trained on it (OpenAI, ms-swift, axolotl)."""
 _METADATA = frozenset(
     {
         *("id", "uuid", "index", "hash", "message_id", "parent_id", "turn_id", "turn_identifier"),
@@ -20,9 +20,9 @@ _METADATA = frozenset(
         *("score", "rating", "toxic", "redacted"),
     }
 )
-"""Keys of a turn that models need not read; chat templates leave them out on purpose, even the id of a tool call."""
+"""Keys of a turn that the model does not have to see. Chat templates omit them on purpose, even the id of a tool call."""
 THOUGHTS = frozenset({"reasoning_content", "reasoning", "thinking"})
-"""Keys of an assistant turn that hold what it thought before its text."""
+"""Keys of an assistant turn that contain the model's reasoning before its answer."""
 _RESERVED = frozenset(
     {
         *("conversation", "messages", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt"),
@@ -30,42 +30,44 @@ _RESERVED = frozenset(
         "sanitize_control_tokens",
     }
 )
-"""Arguments of `apply_chat_template`, which are no variables of a template; `return_...` are others."""
+"""Arguments of `apply_chat_template` that a row must not set. Names that start with `return_` are reserved too."""
 
 
 def read_turns(conversation: list[Any], where: str, column: str) -> list[dict[str, Any]]:
-    """The turns of one conversation, each with `role` and `content` and whatever else it holds that is not empty.
+    """Read the turns of a conversation. Each has `role`, `content` and those of its other keys that are not empty.
 
     Raises:
-        UserError: a turn is malformed; the message names the row, the column and the turn.
+        UserError: a turn is malformed. The message names the row, the column and the turn.
     """
     turns = []
     for n, turn in enumerate(conversation):
         what = f"{where}: {column!r}[{n}]"
         if not isinstance(turn, Mapping):
-            raise UserError(f"{what} is {type(turn).__name__}, not an object with role and content")
+            raise UserError(
+                f"{what} must be an object with role and content, got {type(turn).__name__}: correct or remove that row"
+            )
         role_key, text_key = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
         role = checked_text(turn.get(role_key), f"{what} {role_key}")
         kept = {key: value for key, value in _filled(turn).items() if key not in (role_key, text_key)}
         read = {"role": _ROLES.get(role, role), "content": "", **kept}
-        if turn.get(text_key) is not None or not content_keys(read):  # a turn of tool calls alone has no text
+        if turn.get(text_key) is not None or not content_keys(read):  # a turn may have tool calls and no text
             read["content"] = checked_text(_joined(turn.get(text_key)), f"{what} {text_key}")
         turns.append(read)
     return turns
 
 
 def read_options(row: Mapping[str, Any], columns: Collection[str], where: str, conversation: bool) -> dict[str, Any]:
-    """What the chat template of a row gets beside the turns: `tools`, `documents` and its `chat_template_kwargs`.
+    """Read the arguments of a row's chat template: `tools`, `documents` and the entries of `chat_template_kwargs`.
 
     Args:
-        row: the row's columns by name.
-        columns: those that exist.
-        where: the place to name in a message.
-        conversation: whether the row's prompt is one; in other rows, columns named `tools` and `documents` that hold
-            no objects are something else and are ignored.
+        row: the values of the row by column name.
+        columns: names of the columns that exist.
+        where: place of the row, as messages name it.
+        conversation: True if the prompt of the row is a conversation. In other rows, columns named `tools` and
+            `documents` are ignored unless they contain objects.
 
     Raises:
-        UserError: a column holds something else, or an argument of `apply_chat_template` that no row may set.
+        UserError: a column has a value of a wrong type, or sets a reserved argument of `apply_chat_template`.
     """
     options: dict[str, Any] = {}
     for name in ("chat_template_kwargs", "documents", "tools"):
@@ -81,12 +83,12 @@ def read_options(row: Mapping[str, Any], columns: Collection[str], where: str, c
                     f"{where}: {name!r} is a string that is not valid JSON ({error}): correct it"
                 ) from error
             if (reason := find_unusable(value)) is not None:
-                raise UserError(f"{where}: {name!r} holds {reason}: correct or remove that row")
+                raise UserError(f"{where}: {name!r} contains {reason}: correct or remove that row")
         if name == "chat_template_kwargs" and isinstance(value, Mapping):
             options |= _filled(value)
             if taken := [key for key in options if key in _RESERVED or str(key).startswith("return_")]:
                 raise UserError(
-                    f"{where}: {name!r} must not set {taken[0]!r}: remove it (tools and documents have columns)"
+                    f"{where}: {name!r} must not set {taken[0]!r}: remove it (tools and documents have columns of their own)"
                 )
         elif name != "chat_template_kwargs" and is_conversation(value):
             options[name] = value
@@ -97,29 +99,35 @@ def read_options(row: Mapping[str, Any], columns: Collection[str], where: str, c
 
 
 def check_answer(turn: Mapping[str, Any], what: str, need_response: bool) -> None:
-    """Refuse an answer with parts beside its text, which alone is learnt, and one that is not to be learnt at all."""
+    """Refuse an answer that has other parts than text, or a weight other than 1.
+
+    Raises:
+        UserError: the turn has such a part or weight.
+    """
     for flag in _FLAGS & set(turn):
         if need_response and turn[flag] != 1:
             raise UserError(
-                f"{what} has {flag} {turn[flag]!r}, and every answer is learnt with weight 1: remove that row"
+                f"{what} has {flag} {turn[flag]!r}, but every answer is trained with weight 1: remove that row"
             )
     if keys := content_keys(turn):
         raise UserError(
-            f"{what} has {keys[0]!r}, and only the text of an answer is learnt: move it into the content, or remove it"
+            f"{what} has {keys[0]!r}, but only the text of an answer is trained: move it into the content or remove it"
         )
 
 
 def content_keys(turn: Mapping[str, Any]) -> list[str]:
-    """Keys of a turn, beside role and content, that hold something for the model to read."""
-    named = () if turn["role"] in ("user", "assistant", "system") else ("name",)  # a tool's name stands in its call
+    """Return the keys of a turn, other than role and content, that the model has to see."""
+    named = (
+        () if turn["role"] in ("user", "assistant", "system") else ("name",)
+    )  # the call already contains a tool's name
     return [key for key in turn if key not in (_METADATA | _FLAGS) and key not in ("role", "content", *named)]
 
 
 def texts_to_show(turns: list[dict[str, Any]], options: Mapping[str, Any]) -> Iterator[tuple[int, str, str]]:
-    """Every text and number that a prompt has to hold, with the turn (-1 for options) and the key that it is of.
+    """Yield every text and number that a prompt must contain, with the index of its turn (-1 for options) and its key.
 
-    Left out are the names and values that say how to read the others (types, identifiers, metadata), switches of a
-    template, and what stands between <think> and </think> in an assistant's content, which templates cut off.
+    Types, identifiers and metadata are not among them, nor are switches of a template, nor is text between <think> and
+    </think> in an assistant's content, because templates remove it.
     """
     for n, turn in enumerate(turns):
         content = turn["content"]
@@ -135,12 +143,17 @@ def texts_to_show(turns: list[dict[str, Any]], options: Mapping[str, Any]) -> It
 
 
 def structured(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that hold something to read; the others are switches such as enable_thinking."""
+    """Return the options with content for the model; the others are switches such as enable_thinking."""
     return {key: value for key, value in options.items() if isinstance(value, (list, Mapping))}
 
 
 def parse_arguments(value: Any, parsed: list[dict[str, Any]]) -> Any:
-    """A value with all `arguments` in it as objects, where they are strings that hold one; these are put in `parsed`."""
+    """Copy a value with every JSON string under the key `arguments` parsed into an object.
+
+    Args:
+        value: turns, or any part of them.
+        parsed: list to which the parsed objects are appended.
+    """
     if isinstance(value, list):
         return [parse_arguments(item, parsed) for item in value]
     if not isinstance(value, Mapping):
@@ -174,22 +187,28 @@ def _stripped(n: int, key: str, texts: Iterable[str]) -> Iterator[tuple[int, str
 
 
 def is_conversation(value: Any) -> bool:
+    """Return whether a value is a list of turns."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
 
 
 def checked_text(value: Any, what: str) -> str:
+    """Return a value that must be a string of valid Unicode.
+
+    Raises:
+        UserError: the value is not such a string. The message begins with `what`.
+    """
     if not isinstance(value, str):
         kind = "null" if value is None else f"{type(value).__name__} {value!r:.40}"
-        raise UserError(f"{what} is {kind}, not a string: correct or remove that row")
+        raise UserError(f"{what} must be a string, got {kind}: correct or remove that row")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{what} is no valid Unicode text ({error.reason}): correct or remove that row") from error
+        raise UserError(f"{what} is not valid Unicode text ({error.reason}): correct or remove that row") from error
     return value
 
 
 def _joined(content: Any) -> Any:
-    """The text of a content that is given as a list of text parts; everything else as it is."""
+    """Join a content that is a list of text parts; return any other content unchanged."""
     parts = _without_nulls(content)
     if isinstance(parts, list) and all(isinstance(part, dict) and set(part) == {"type", "text"} for part in parts):
         return "".join(str(part["text"]) for part in parts)
@@ -197,12 +216,12 @@ def _joined(content: Any) -> Any:
 
 
 def _filled(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that hold something."""
+    """Return the entries that are not empty."""
     return {key: value for key, value in _without_nulls(values).items() if value not in ("", [], {})}
 
 
 def _without_nulls(value: Any) -> Any:
-    """A value without the nulls inside it, with which `datasets` fills the keys that a row lacks."""
+    """Remove the nulls inside a value. `datasets` inserts them for keys that a row lacks."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
