@@ -123,7 +123,7 @@ def test_rows_that_leave_nothing_are_reported(caplog: pytest.LogCaptureFixture) 
         pairs = encode_pairs(rows, student, teacher)
     assert pairs.report == {"no response token left": [5]}
     assert [pairs[k]["example_id"] for k in range(len(pairs))] == [3, 8]
-    assert "1 of 3 rows left out (no response token left: 1)" in caplog.text
+    assert "1 of 3 rows (no response token left: 1)" in caplog.text
     assert len(encode_pairs(rows, student)) == 3
 
 
@@ -144,7 +144,7 @@ def test_invalid_rows_stop_the_run_or_are_left_out(caplog: pytest.LogCaptureFixt
     num_tokens = len(student.prompt_ids(rows[1]))
     assert str(caught.value) == (
         f"data.jsonl, row 4 (counting from 0): the prompt has {num_tokens} tokens for the student, above "
-        "data.max_prompt_length=40 (2 of 5 rows are so); "
+        "data.max_prompt_length=40 (2 of 5 rows have this error); "
         "raise data.max_prompt_length or set data.invalid_rows: skip"
     )
     with pytest.raises(UserError, match=r"train data, row 6 \(counting from 0\): the response is empty \(1 of 2"):
@@ -153,7 +153,7 @@ def test_invalid_rows_stop_the_run_or_are_left_out(caplog: pytest.LogCaptureFixt
         pairs = encode_pairs(rows, student, teacher, max_prompt_length=40, invalid_rows="skip")
     assert pairs.report == {"prompt too long": [4, 5], "response empty": [6]}
     assert [pairs[k]["example_id"] for k in range(len(pairs))] == [0, 7]
-    assert "3 of 5 rows left out (prompt too long: 2, response empty: 1)" in caplog.text
+    assert "3 of 5 rows (prompt too long: 2, response empty: 1)" in caplog.text
 
 
 def test_a_prompt_too_long_for_the_teacher_alone() -> None:
@@ -183,7 +183,7 @@ def test_options_that_cannot_be() -> None:
         encode_pairs([row(0, "a")], student, teacher, max_prompt_length=512)
     with pytest.raises(UserError, match=r"data\.invalid_rows 'drop' is unknown: use error or skip"):
         encode_pairs([row(0, "a")], student, teacher, invalid_rows="drop")
-    with pytest.raises(UserError, match="it is empty"):
+    with pytest.raises(UserError, match="none of its 0 rows"):
         encode_pairs([], student, teacher)
 
 

@@ -99,10 +99,10 @@ def test_turns_hold_what_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("responses", "message"),
     [
-        (RESPONSES.cast(pyarrow.binary()), "row 0 (counting from 0): 'response' is bytes"),
-        (pyarrow.nulls(2), "row 0 (counting from 0): 'response' is null"),
-        (MAPS, "row 0 (counting from 0): 'response'[0] is tuple"),
-        (UUIDS, "'response' is UUID"),
+        (RESPONSES.cast(pyarrow.binary()), "row 0 (counting from 0): 'response' must be a string, got bytes"),
+        (pyarrow.nulls(2), "row 0 (counting from 0): 'response' must be a string, got null"),
+        (MAPS, "row 0 (counting from 0): 'response'[0] must be a string, got tuple"),
+        (UUIDS, "'response' must be a string, got UUID"),
         (pyarrow.array([2**62] * 2, type=pyarrow.timestamp("us")), "OverflowError"),
     ],
     ids=lambda value: str(getattr(value, "type", "")),
@@ -143,7 +143,7 @@ def test_json_that_python_cannot_convert(tmp_path: Path, suffix: str) -> None:
         return path
 
     assert read(write('"7?"', f"[-{LONG}]")) == [("7?", "7")]
-    assert "'prompt' holds a number of 5,000 digits" in error_of(write(LONG, "1"))
+    assert "'prompt' contains a number of 5,000 digits" in error_of(write(LONG, "1"))
     for depth in (900, 100_000):
         nested = "[" * depth + "]" * depth
         assert str(path) in str(refusal(write(nested, "1")))
@@ -161,7 +161,7 @@ def test_json_that_python_cannot_convert(tmp_path: Path, suffix: str) -> None:
         (
             "a.jsonl",
             '{"messages": [{"role": "user", "content": "a", "content": "b"}]}',
-            "line 1: 'messages' holds an object with more than one key 'content'",
+            "line 1: 'messages' contains an object with more than one key 'content'",
         ),
     ],
 )

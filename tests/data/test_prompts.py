@@ -86,8 +86,8 @@ def test_end_token_of_templates_that_write_none() -> None:
         ("{instruction!r}", "unknown placeholder {instruction!r}"),
         ("{instruction:>9}", "unknown placeholder {instruction:>9}"),
         ("{} {instruction}", "unknown placeholder {}"),
-        ("{instruction", "is no format string"),
-        ("Context: {input}", "never shows the instruction"),
+        ("{instruction", "data.template '{instruction'"),
+        ("Context: {input}", "data.template 'Context: {input}'"),
     ],
 )
 def test_malformed_templates_are_refused(template: str, message: str) -> None:
@@ -103,7 +103,7 @@ def test_chat_without_a_template_or_with_one_that_refuses() -> None:
     tokenizer.chat_template = None
     with pytest.raises(UserError, match=r"no chat template: use data\.template: alpaca"):
         render_prompt(PLAIN, "chat", tokenizer)
-    with pytest.raises(UserError, match=r"^row 7 \(counting from 0\): .* refuses it: no system role here"):
+    with pytest.raises(UserError, match=r"^row 7 \(counting from 0\): .*no system role here"):
         render_prompt(Example(7, "Add.", history=TURNS), "chat", gemma_like())
 
 

@@ -82,7 +82,7 @@ def test_hub_ids_go_to_load_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
         ("org/name", None, {"split": "train"}),
         ("org/name", "main", {"split": "train[3:9]"}),
     ]
-    assert error_of("no/such", split="test").startswith("cannot load the data set 'no/such' (split 'test')")
+    assert "'no/such' (split 'test')" in error_of("no/such", split="test")
     assert "and more" not in error_of("no/such")
 
 
@@ -128,7 +128,8 @@ def test_another_split_than_usual_is_named(caplog: pytest.LogCaptureFixture) -> 
         load_examples(splits, split=TEST_SPLITS)
         assert not caplog.records
         load_examples(splits, split=EVAL_SPLITS)
-    assert "has no split 'validation'; its split 'test' is read instead" in caplog.text
+    assert "'validation'" in caplog.text
+    assert "'test'" in caplog.text
 
 
 def test_streams_are_read_up_to_the_limit() -> None:
@@ -177,7 +178,8 @@ def test_malformed_rows_are_skipped_if_asked_for(tmp_path: Path, caplog: pytest.
         (2, ROWS[2]["response"]),
     ]
     assert len(caplog.records) == 1
-    assert f"{path}: 1 of 3 rows left out as malformed; the first: {path}, line 2: " in caplog.text
+    assert "1 of 3 rows" in caplog.text
+    assert f"{path}, line 2: " in caplog.text
     assert error_of(path).startswith(f"{path}, line 2: ")
 
 
@@ -210,7 +212,8 @@ def test_files_of_the_hub_are_read_as_local_ones(monkeypatch: pytest.MonkeyPatch
     for rows_of, expected in (("@[2:]", whole[2:]), ("@train[:3]", whole[:3]), ("@[1:4]", whole[1:4])):
         assert [example.response for example in load_examples(name + rows_of)] == [e.response for e in expected]
     error = error_of("MiniLLM/sinst:none.jsonl")
-    assert "cannot load the file none.jsonl of the data set MiniLLM/sinst from the hub: 404" in error
+    assert "file none.jsonl of the data set MiniLLM/sinst" in error
+    assert "404" in error
     assert "and more" not in error
 
 
@@ -310,18 +313,15 @@ def test_limit_reads_no_further(tmp_path: Path) -> None:
     [
         ('{"prompt": "a", "response": }', "line 3: not valid JSON (Expecting value, column 29)"),
         ('["a"]', "line 3: expected an object with named columns, got list ['a']: correct or remove that row"),
-        ('[{"prompt": "a"}]', "got list [{'prompt': 'a'}]: name the file .json if it is one list"),
-        ('{"prompt": "a", "response": 4}', "line 3: 'response' is int 4, not a string"),
-        ('{"prompt": "a", "response": null}', "line 3: 'response' is null, not a string"),
-        ('{"prompt": {"x": 1}, "response": "b"}', "line 3: 'prompt' is dict"),
-        (
-            '{"prompt": "a"}',
-            "line 3: the column 'response' is missing; this row has: prompt; add it or remove that row",
-        ),
+        ('[{"prompt": "a"}]', "got list [{'prompt': 'a'}]: use the suffix .json"),
+        ('{"prompt": "a", "response": 4}', "line 3: 'response' must be a string, got int 4"),
+        ('{"prompt": "a", "response": null}', "line 3: 'response' must be a string, got null"),
+        ('{"prompt": {"x": 1}, "response": "b"}', "line 3: 'prompt' must be a string, got dict"),
+        ('{"prompt": "a"}', "line 3: the column 'response' is missing (found: prompt)"),
         ('{"prompt": "a", "response": []}', "line 3: 'response' is an empty list"),
-        ('{"prompt": "a", "response": ["b", 2]}', "line 3: 'response'[1] is int 2, not a string"),
-        ('{"prompt": "a", "response": "\\ud800"}', "line 3: 'response' is no valid Unicode text"),
-        ('{"prompt": ["a"], "response": "b"}', "line 3: 'prompt'[0] is str, not an object"),
+        ('{"prompt": "a", "response": ["b", 2]}', "line 3: 'response'[1] must be a string, got int 2"),
+        ('{"prompt": "a", "response": "\\ud800"}', "line 3: 'response' is not valid Unicode"),
+        ('{"prompt": ["a"], "response": "b"}', "line 3: 'prompt'[0] must be an object with role and content, got str"),
         ('{"prompt": [], "response": "b"}', "line 3: the turn before the answer in 'prompt' must be the user's"),
         (b'{"prompt": "\xff", "response": "b"}', "line 3: not UTF-8"),
         ("[" * 100_000, "line 3: not valid JSON"),
@@ -341,19 +341,19 @@ def test_malformed_lines_are_named(tmp_path: Path, line: str | bytes, message: s
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", '{"prompt": "a"}', "expected a list of objects, got dict"),
+        ("a.json", '{"prompt": "a"}', "a list of objects, got dict"),
         (
             "a.json",
             '{"prompt": "a"}\n{"prompt": "b"}\n',
-            "line 2: not valid JSON (Extra data): name the file .jsonl",
+            "line 2: not valid JSON (Extra data): use the suffix .jsonl",
         ),
         ("a.json", '[{"prompt": "a", "response": "b"}, 3]', "row 1 (counting from 0): expected an object"),
         ("a.json", "[]", "is empty"),
         ("a.jsonl", "\n \n", "is empty"),
         ("a.csv", "prompt,response\n", "is empty"),
         ("a.csv", "", "is empty"),
-        ("a.csv", 'prompt,response\n"a\nb",c\nd\n', "line 4: has not as many fields as the header (2)"),
-        ("a.csv", "prompt,response\na,b,c\n", "line 2: has not as many fields as the header (2)"),
+        ("a.csv", 'prompt,response\n"a\nb",c\nd\n', "line 4: the number of fields differs"),
+        ("a.csv", "prompt,response\na,b,c\n", "line 2: the number of fields differs"),
         ("a.csv", 'prompt,response\n"a"b,c\n', "line 2: not valid CSV"),
         ("a.parquet", "no", "not a readable parquet file"),
         ("a.txt", "no", "cannot read .txt: use .json, .jsonl, .csv, .parquet"),
@@ -379,7 +379,8 @@ def test_missing_files_and_columns_are_named(tmp_path: Path) -> None:
     path = str(write(tmp_path / "data.jsonl", ROWS))
     for option in ("prompt", "response", "input"):
         error = error_of(path, **{option: "answer"})
-        assert f"{path} has no column 'answer', which data.{option} names" in error
+        assert f"{path} has no column 'answer'" in error
+        assert f"data.{option}" in error
         assert "prompt, response, source" in error
     assert "no column with the prompt" in error_of([{"text": "a"}])
     assert "its columns are: text" in error_of(datasets.Dataset.from_list([{"text": "a"}]))
@@ -389,14 +390,14 @@ def test_missing_files_and_columns_are_named(tmp_path: Path) -> None:
     ("messages", "message"),
     [
         ([{"role": "user", "content": "a"}], "no assistant turn"),
-        ("hello", "not a list of turns"),
+        ("hello", "'messages' must be a list of turns"),
         ([{"role": "assistant", "content": "a"}], "must be the user's"),
         (
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}],
-            "'messages'[1] content is null",
+            "'messages'[1] content must be a string, got null",
         ),
-        ([{"content": "a"}], "'messages'[0] role is null"),
-        (["a"], "'messages'[0] is str"),
+        ([{"content": "a"}], "'messages'[0] role must be a string, got null"),
+        (["a"], "'messages'[0] must be an object"),
     ],
 )
 def test_malformed_conversations_are_named(messages: list[Any], message: str) -> None:

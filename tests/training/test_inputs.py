@@ -91,8 +91,8 @@ def test_rows_without_a_response_are_skipped(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level(logging.WARNING, "dwakd"):
         run = trainer(tmp_path, rows=rows, eval_rows=rows[1:], method="sft", invalid_rows="skip")
     assert [len(run.train_dataset), len(run.eval_dataset)] == [3, 2]
-    assert "the train dataset: 1 of 4 rows left out" in caplog.text
-    with pytest.raises(UserError, match=r"the train dataset, row 3 .*'response' is null"):
+    assert "1 of 4 rows" in caplog.text
+    with pytest.raises(UserError, match=r"the train dataset, row 3 .*'response' .*null"):
         trainer(tmp_path, rows=rows, method="sft")
     path = str(write(tmp_path / "rows.jsonl", rows))
     recipe = Recipe(StudentSection("student"), DataSection(train=path, eval=path, invalid_rows="skip"))
@@ -120,8 +120,8 @@ def test_one_warning_of_cut_responses_for_each_data_set(tmp_path: Path, caplog: 
     long = [{"prompt": "Go on.", "response": "The quick brown fox jumps. " * 40}]
     with caplog.at_level(logging.WARNING, "dwakd"):
         trainer(tmp_path, rows=[*long, *ROWS[:1]], eval_rows=long, max_length=100, max_prompt_length=50)
-    said = [record.getMessage() for record in caplog.records if "cut" in record.getMessage()]
-    assert [line.split(" responses were cut to fit data.max_length=100")[0] for line in said] == [
+    said = [record.getMessage() for record in caplog.records if "data.max_length=100" in record.getMessage()]
+    assert [line.split(" responses")[0] for line in said] == [
         "the train dataset: 1 of 2",
         "the eval dataset: 1 of 1",
     ]

@@ -295,6 +295,6 @@ def _check_report(
             )
     if num_kept == 0:
         fix = first_error.get(REFUSED, mend)
-        raise UserError(f"{source}: none of its {num_examples} rows can be used ({counts or 'the data set is empty'}); {fix}")
+        raise UserError(f"{source}: none of its {num_examples} rows can be used ({counts or 'no rows found'}); {fix}")
     if report:
         logger.warning("%s: skipping %d of %d rows (%s)", source, num_examples - num_kept, num_examples, counts)
