@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from pydantic.fields import FieldInfo
 
-from dwakd.evaluation.options import Options
+from dwakd.validation import Options
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Options to change, as section.option=value: loss.temperature=4")

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from dwakd.errors import UserError
-from dwakd.options import check_type, unknown_option
+from dwakd.options import check_type
+from dwakd.validation import unknown_option
 
 RECIPE_FILE = "dwakd-recipe.yaml"
 """The resolved recipe in a run's folder."""

@@ -1,20 +1,11 @@
 """Checks of options that a person writes: names and types, in the user's words."""
 
-import difflib
 import enum
 import types
 import typing
 from typing import Any
 
 from dwakd.errors import UserError
-
-
-def unknown_option(name: str, word: object, valid: list[str]) -> UserError:
-    """The error for an option that doesn't exist: it names the nearest, or all."""
-    near = difflib.get_close_matches(str(word), valid, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    shown = ", ".join(valid) if 0 < len(valid) <= 40 else f"{len(valid) or 'none'} of them"
-    return UserError(f"unknown option {name}; {hint}valid ones: {shown}")
 
 
 def check_type(hint: Any, value: Any, name: str) -> None:

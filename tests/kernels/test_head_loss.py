@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dwakd.batch import OutputHead
 from dwakd.kernels.head_loss import (
     Chunk,
     Criterion,
@@ -27,7 +28,6 @@ from dwakd.kernels.head_loss.engine import ChunkedRun
 from dwakd.kernels.head_loss.plan import plan_examples, plan_rows
 from dwakd.losses.divergences import DIVERGENCES
 from dwakd.losses.weights import student_weights
-from dwakd.models.head import OutputHead
 
 LENGTHS = torch.tensor([3, 0, 5, 1])
 ROWS, VOCAB, WIDTH = 9, 11, 4

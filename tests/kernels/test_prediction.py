@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dwakd.batch import OutputHead
 from dwakd.kernels.head_loss import (
     ForwardKlSpace,
     HeadRows,
@@ -14,7 +15,6 @@ from dwakd.kernels.head_loss import (
 )
 from dwakd.kernels.head_loss.prediction import most_probable
 from dwakd.losses.divergences import DIVERGENCES
-from dwakd.models.head import OutputHead
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (255, 1), (1000, 7), (300, 0), (5000, 30), (4096, 33), (131072, 1)])

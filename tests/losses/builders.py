@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwakd.batch import ModelSide
+from dwakd.batch import ModelSide, OutputHead
 from dwakd.losses import ModelPair, Widths
-from dwakd.models.head import OutputHead
 
 WIDTHS = Widths(6, 8, 6, 8)
 OPTIONS = {

@@ -10,11 +10,11 @@ import torch
 from rapidfuzz.distance import Levenshtein
 
 from dwakd.align.vocab import exact_overlap, token_text
+from dwakd.batch import OutputHead
 from dwakd.data.encoding import TextEncoder
 from dwakd.kernels.head_loss import head_loss
 from dwakd.losses import CdmLoss, ModelPair, Widths
 from dwakd.losses.dynamic_mapping import top_tokens, warp, warping_weights
-from dwakd.models.head import OutputHead
 from tests.builders import SAMPLE_TEXTS, bpe_byte_fallback, byte_bpe
 from tests.losses.builders import WIDTHS, random_examples, random_heads, side
 from tests.losses.test_min_ed import kl, logit_side, pair

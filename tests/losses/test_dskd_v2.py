@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from dwakd.batch import OutputHead
 from dwakd.losses import DskdV2Loss, ModelPair, Widths
 from dwakd.losses.divergences import DIVERGENCES
-from dwakd.models.head import OutputHead
 from tests.losses import reference_v2
 from tests.losses.builders import pair_of, random_examples, random_heads, side
 

@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 import torch
 
+from dwakd.batch import OutputHead
 from dwakd.kernels import head_loss
 from dwakd.kernels.head_loss import statistics
 from dwakd.losses import METHODS, GoldLoss, KdLoss, ModelPair, build_loss
-from dwakd.models.head import OutputHead
 from tests.losses.builders import WIDTHS, pair_of, random_examples, random_heads, side, use_kernels
 from tests.losses.test_contract import ALL, LENGTHS
 

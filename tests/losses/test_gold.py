@@ -8,10 +8,10 @@ from functools import partial
 import pytest
 import torch
 
+from dwakd.batch import OutputHead
 from dwakd.kernels.head_loss import Chunk, head_loss
 from dwakd.losses import GoldLoss, ModelPair, Widths
 from dwakd.losses.merged_groups import Anchors, generalised_jsd, sorted_difference
-from dwakd.models.head import OutputHead
 from tests.losses.builders import pair_of, random_examples, random_heads, side
 from tests.losses.test_min_ed import logit_side, pair
 

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from dwakd.batch import OutputHead
 from dwakd.losses import ModelPair, Widths
 from dwakd.losses.head_maps import HeadMaps, pseudo_inverse, shared_teacher_ids, student_tokens
-from dwakd.models.head import OutputHead
 from tests.losses.builders import pair_of, random_heads
 
 WIDE = Widths(6, 8, 6, 8)

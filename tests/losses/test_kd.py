@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from dwakd.batch import ModelSide
+from dwakd.batch import ModelSide, OutputHead
 from dwakd.kernels.head_loss import HeadRows, forward_kl, head_loss
 from dwakd.losses import KdLoss
 from dwakd.losses.divergences import DIVERGENCES
 from dwakd.losses.kd import ForwardKlPair, SameVocabulary
-from dwakd.models.head import OutputHead
 from tests.losses.builders import random_examples, random_heads, side
 from tests.losses.test_divergences import STUDENT, TABLE, TEACHER
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from dwakd.batch import OutputHead
 from dwakd.kernels import sinkhorn
 from dwakd.kernels.head_loss import HeadRows, head_loss
 from dwakd.losses import MultiLevelOtLoss, UldLoss
 from dwakd.losses.ranked import Levels, RankedLevels
-from dwakd.models.head import OutputHead
 from tests.losses.builders import random_examples, random_heads, side
 from tests.losses.test_kd import rows_of
 

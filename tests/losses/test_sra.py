@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from dwakd.batch import ModelSide
+from dwakd.batch import ModelSide, OutputHead
 from dwakd.kernels.head_loss import head_loss
 from dwakd.losses import ModelPair, SraLoss
 from dwakd.losses.sra import gram_distance, pool
-from dwakd.models.head import OutputHead
 from tests.losses.builders import WIDTHS, pair_of, random_examples, random_heads, side
 
 ENDS = [([2, 3, 5, 5], [1, 3, 4, 5, 5]), ([1, 4, 4], [2, 4, 4, 4]), ([3], [3]), ([1, 2, 3, 7, 7], [1, 2, 7, 7])]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from dwakd.batch import OutputHead
 from dwakd.kernels.head_loss import Chunk, HeadRows, head_loss
 from dwakd.losses import UldLoss
 from dwakd.losses.uld import SortedDifference
-from dwakd.models.head import OutputHead
 from tests.losses.builders import random_examples, random_heads, side
 
 

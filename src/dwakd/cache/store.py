@@ -16,13 +16,13 @@ from safetensors.torch import load, load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
+from dwakd.batch import OutputHead
 from dwakd.cache.files import write_file
 from dwakd.cache.fingerprint import difference, file_digest
 from dwakd.cache.index import Index
 from dwakd.cache.manifest import DAMAGED, INDEX, MANIFEST, TEACHER, Manifest, damaged
 from dwakd.data.pairs import EncodedPairs
 from dwakd.errors import UserError
-from dwakd.models.head import OutputHead
 
 MISSING = "is missing"
 

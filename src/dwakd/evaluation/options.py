@@ -4,32 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from dwakd.errors import UserError
-from dwakd.options import unknown_option
-
-_WORDS = {
-    "Input should be": "must be",
-    "greater than or equal to": "at least",
-    "less than or equal to": "at most",
-    "greater than": "above",
-    "less than": "below",
-}
+from dwakd.validation import Options
 
 Count = Annotated[int, Field(ge=1)]
-
-
-class Options(BaseModel):
-    """Base class: values cannot be changed, and an unknown or invalid one raises a UserError that begins with its name."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise _user_error(error, list(type(self).model_fields)) from None
 
 
 class DecodingOptions(Options):
@@ -95,19 +74,3 @@ class RowOptions(Options):
 
 DEFAULT_EVALUATION = EvalOptions()
 """The protocol of DSKD and DWA-KD: five sampling seeds at temperature 1, at most 256 new tokens."""
-
-
-def _user_error(error: ValidationError, known: list[str]) -> UserError:
-    """Turn the first problem that pydantic found into one sentence that begins with the option's name."""
-    problem = error.errors()[0]
-    name = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
-    if problem["type"] == "extra_forbidden":
-        return unknown_option(name, name, known)
-    if problem["type"] == "missing":
-        return UserError(f"{name} is missing")
-    message = problem["msg"].removeprefix("Value error, ")
-    if not name:
-        return UserError(message)
-    for theirs, ours in _WORDS.items():
-        message = message.replace(theirs, ours)
-    return UserError(f"{name} {message}, got {problem['input']!r}")

@@ -23,7 +23,8 @@ from dwakd.losses.several_teachers import SeveralTeachers
 from dwakd.losses.sft import SftLoss
 from dwakd.losses.sra import SraLoss
 from dwakd.losses.uld import UldLoss
-from dwakd.options import check_type, unknown_option
+from dwakd.options import check_type
+from dwakd.validation import unknown_option
 
 METHODS: dict[str, type[DistillationLoss]] = {
     "sft": SftLoss,

@@ -4,10 +4,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dwakd.batch import ModelSide
+from dwakd.batch import ModelSide, OutputHead
 from dwakd.losses.pair import ModelPair
 from dwakd.losses.sides import require_vocabularies, require_width
-from dwakd.models.head import OutputHead
 
 RTOL = 1e-12
 """Eigenvalues of a Gram matrix below RTOL x the largest count as 0, as do singular values of a head below 1e-6 x."""

@@ -8,8 +8,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dwakd.align.vocab import exact_overlap
+from dwakd.batch import OutputHead
 from dwakd.losses.projectors import Widths
-from dwakd.models.head import OutputHead
 
 Tokens = tuple[bytes | None, ...]
 

@@ -14,10 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from dwakd.batch import ModelSide
+from dwakd.batch import ModelSide, OutputHead
 from dwakd.errors import UserError
 from dwakd.models.attention import last_layer
-from dwakd.models.head import OutputHead
 from dwakd.models.probe import Probe, check_causal, head_difference, head_tolerance
 
 # Prefix of the model type, config field, exponent: logits are multiplied by the field to the power of the exponent.

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from dwakd.batch import OutputHead
 from dwakd.cache.build import open_or_build
 from dwakd.cache.fingerprint import DATE, adapter_digest, fingerprint, row_key, weights_digest
 from dwakd.cache.manifest import MANIFEST, Manifest, check_folder
@@ -19,7 +20,6 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedPairs
 from dwakd.errors import UserError
 from dwakd.losses import needs_attention
-from dwakd.models.head import OutputHead
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.training.config import DistillConfig
 from dwakd.training.inputs import load_pair

@@ -16,10 +16,11 @@ from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, Example, load_examples
 from dwakd.errors import UserError
 from dwakd.losses import ModelPair, Widths, build_loss, method_class
 from dwakd.models.loading import load_causal_lm, load_tokenizer
-from dwakd.options import check_type, unknown_option
+from dwakd.options import check_type
 from dwakd.training.cached import CachedTeacher, refuse_attention
 from dwakd.training.config import DistillConfig
 from dwakd.training.optimizer import check_optimizer
+from dwakd.validation import unknown_option
 
 ELSEWHERE = ("method", "loss_options", "output_dir", "trust_remote_code", "teacher_cache", "teacher_weights")
 IGNORED = ("resume_from_checkpoint", "do_train", "do_eval", "do_predict")

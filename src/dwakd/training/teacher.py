@@ -10,12 +10,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dwakd.batch import ModelSide
+from dwakd.batch import ModelSide, OutputHead
 from dwakd.data.collator import NO_TOKEN
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedPairs
 from dwakd.losses import needs_attention
-from dwakd.models.head import OutputHead
 from dwakd.models.invariant import response_states
 from dwakd.models.rows import embedding_table, output_head, response_rows, true_places
 from dwakd.training.config import DistillConfig

@@ -85,7 +85,7 @@ def head_loss(
 
     Examples:
         >>> import torch
-        >>> from dwakd.models.head import OutputHead
+        >>> from dwakd.batch import OutputHead
         >>> head = OutputHead(torch.randn(50, 8, requires_grad=True))
         >>> rows = HeadRows(torch.randn(6, 8, requires_grad=True), head, torch.tensor([4, 2]))
         >>> output = head_loss([rows], CrossEntropy(torch.arange(6)))

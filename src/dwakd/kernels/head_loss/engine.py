@@ -11,11 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dwakd.batch import OutputHead
 from dwakd.kernels.head_loss.criterion import Chunk, Criterion, Statistics
 from dwakd.kernels.head_loss.plan import Group, plan_examples, plan_rows
 from dwakd.kernels.head_loss.products import HeadProducts
 from dwakd.kernels.head_loss.statistics import infinite_if_forbidden
-from dwakd.models.head import OutputHead
 
 
 @dataclass(frozen=True)

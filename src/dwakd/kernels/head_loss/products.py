@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dwakd.batch import OutputHead
 from dwakd.kernels.head_loss.statistics import forbidden_logit
-from dwakd.models.head import OutputHead
 
 ALIGNED = 16
 """The number of tokens in a product is rounded up to a multiple of this. Rows of logits then begin at a cache line;
