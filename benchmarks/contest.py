@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel
 
 from benchmarks import plain, trl_peer
 from benchmarks.workload import Sizes, build_batch, build_student, build_teacher, build_tokens
-from dwakd.losses import METHODS, DistillationLoss, ModelPair, Widths, build_loss
+from dwakd.losses import METHODS, DistillationLoss, ModelPair, Widths, build_loss, method_options
 from dwakd.losses.projectors import Projectors
 from dwakd.models.rows import output_head
 from dwakd.training.distiller import Distiller
@@ -30,7 +31,7 @@ CORE = (
     "dwa_kd_cached",
     "dwa_kd_loss",
 )
-OURS = tuple(name for name, method in METHODS.items() if not method.needs_same_vocabulary)
+OURS = tuple(name for name in METHODS if not method_options(name).needs_same_vocabulary)
 """Methods for models with different vocabularies."""
 NAMES = (
     *CORE,
@@ -72,7 +73,7 @@ class Contest:
         module = nn.ModuleList([student, projectors])
         return self._optimised(module, lambda: function(student, self.teacher.model, projectors, self.batch))
 
-    def loss(self, method: str, student: nn.Module) -> DistillationLoss:
+    def loss(self, method: str, student: nn.Module) -> DistillationLoss[Any]:
         """Build dwakd's loss of a method for this student and the teacher."""
         pair = ModelPair(self.widths, *build_tokens(self.sizes), output_head(student).detached(), self.teacher.head)
         return build_loss(method, widths=self.widths, pair=pair)

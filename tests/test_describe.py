@@ -8,28 +8,36 @@ import pytest
 from rich.console import Console
 
 from dwakd.config import load_recipe
-from dwakd.describe import _entries, allowed_values, method_page
-from dwakd.losses import METHODS, method_class, method_options
+from dwakd.describe import allowed_values, method_page
+from dwakd.losses import METHODS
 
 ROOT = Path(__file__).parents[1]
 
 
+def shown(page) -> str:
+    """Return a page as text."""
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(page)
+    return console.export_text()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_option_has_a_meaning_and_allowed_values(method):
-    """An option without a word about it is one that users set by guessing."""
-    method_page(method)
-    doc = method_class(method).__doc__ or ""
-    meanings = _entries(doc.partition("Args:\n")[2].partition("\n\n")[0])
-    for option in method_options(method):
-        assert meanings.get(option), option
-        assert not allowed_values(method, option).startswith("any"), option
+    """Users would have to guess an option that is not explained."""
+    fields = METHODS[method].options_type.model_fields
+    page = shown(method_page(method))
+    for name, field in fields.items():
+        if name != "method":
+            assert (field.description or "missing").split()[0] in page, name
+            assert name in page
 
 
-def test_allowed_values_are_those_the_method_checks():
-    """A second list of them would soon differ from what is accepted."""
-    assert allowed_values("dskd", "kd_rate") == "between 0 and 1"
-    assert allowed_values("dskd", "accuracy_mask") == "true, false"
-    assert allowed_values("dskd", "student_divergence").startswith("forward_kl, reverse_kl, ")
+def test_allowed_values_are_those_of_the_field():
+    """A second list of allowed values would soon differ from what is accepted."""
+    properties = METHODS["dskd"].options_type.model_json_schema()["properties"]
+    assert allowed_values(properties["kd_rate"]) == "a number at least 0 and at most 1"
+    assert allowed_values(properties["accuracy_mask"]) == "true, false or null"
+    assert allowed_values(properties["student_divergence"]).startswith("forward_kl, reverse_kl, ")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -51,9 +59,7 @@ def test_the_method_shown_to_contributors_is_the_real_one():
 
 def test_formulas_keep_their_lines():
     """Three equations on one line are none."""
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(method_page("sra"))
-    lines = console.export_text().splitlines()
+    lines = shown(method_page("sra")).splitlines()
     assert [line.split("=")[0].strip() for line in lines if line.lstrip().startswith(("L_span", "L_geo", "L_kd"))][
         :3
     ] == [

@@ -1,53 +1,53 @@
-"""A method explained on the terminal: what it is, and its options with defaults, meanings and allowed values."""
+"""Descriptions of the methods for the terminal, generated from their docstrings and from the fields of their options."""
 
 from __future__ import annotations
 
 import inspect
 import re
-import types
-import typing
+from typing import Any
 
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from dwakd.errors import UserError
-from dwakd.losses import METHODS, ModelPair, Widths, build_loss, method_class, method_options
+from dwakd.losses import METHODS, method_class
 
-_SECTION = re.compile(r"^(Args|Returns|Raises|References|Examples):$", re.MULTILINE)
-_ANY_WIDTHS = Widths(1, 1, 1, 1)
+_SECTION = re.compile(r"^(Args|Raises|References):$", re.MULTILINE)
+_LIMITS = {
+    "minimum": "at least {:g}",
+    "exclusiveMinimum": "above {:g}",
+    "maximum": "at most {:g}",
+    "exclusiveMaximum": "below {:g}",
+}
 
 
 def methods_table() -> Table:
-    """Every method: whether it needs a teacher, and what it does."""
+    """List the methods: whether each needs a teacher, and what it does."""
     table = Table("method", "teacher", "what it does", box=box.HORIZONTALS, show_edge=False)
     for word, method in METHODS.items():
         module = inspect.getdoc(inspect.getmodule(method)) or ""
-        table.add_row(word, "yes" if method.needs_teacher else "no", module.splitlines()[0])
+        table.add_row(word, "yes" if method.options_type.needs_teacher else "no", module.splitlines()[0])
     table.caption, table.caption_justify = "dwakd methods NAME lists a method's options", "left"
     return table
 
 
 def method_page(name: str) -> Group:
-    """A method's formula and remarks, its options as a table, and its references.
-
-    Raises:
-        UserError: unknown method.
-    """
-    text = inspect.getdoc(method_class(name)) or ""
-    intro, *rest = _SECTION.split(text)
+    """Show a method's formula, its options as a table, and its references; raise UserError if it is unknown."""
+    method = method_class(name)
+    intro, *rest = _SECTION.split(inspect.getdoc(method) or "")
     sections = dict(zip(rest[::2], rest[1::2], strict=True))
     parts: list[Text | Table] = [Text(f"{name}\n", style="bold"), Text(_unwrapped(intro))]
-    options = method_options(name)
+    properties = method.options_type.model_json_schema()["properties"]
+    options = {option: field for option, field in method.options_type.model_fields.items() if option != "method"}
     if options:
-        meanings = _entries(sections.get("Args", ""))
         table = Table(box=box.HORIZONTALS, show_edge=False, padding=(0, 1, 0, 0))
         for heading in ("option", "default", "meaning", "allowed"):
             table.add_column(heading, no_wrap=heading == "option", max_width=20 if heading == "allowed" else None)
-        for option, default in options.items():
-            meaning = meanings.get(option, "")
-            table.add_row(option, _yaml(default), Text(meaning), allowed_values(name, option))
+        for option, field in options.items():
+            table.add_row(
+                option, _yaml(field.default), Text(field.description or ""), allowed_values(properties[option])
+            )
         parts += [Text(f"\nOptions, in the recipe's loss section or as loss.{next(iter(options))}=VALUE:\n"), table]
     else:
         parts.append(Text("\nNo options."))
@@ -56,43 +56,27 @@ def method_page(name: str) -> Group:
     return Group(*parts)
 
 
-def allowed_values(method: str, option: str) -> str:
-    """What an option takes, in the words with which the method itself refuses something else."""
-    hint = typing.get_type_hints(METHODS[method].__init__)[option]
-    kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if kind is not types.NoneType]
-    if bool in kinds:
+def allowed_values(schema: dict[str, Any]) -> str:
+    """Describe the values that an option allows, from the JSON schema of its field."""
+    if "anyOf" in schema:
+        return " or ".join(allowed_values(choice) for choice in schema["anyOf"])
+    if "enum" in schema:
+        return ", ".join(schema["enum"])
+    if schema["type"] == "boolean":
         return "true, false"
-    words = "any text" if str in kinds else "any number"
-    try:
-        build_loss(method, {option: "?" if str in kinds else -1}, widths=_ANY_WIDTHS, pair=ModelPair.smallest())
-    except UserError as error:
-        refusal = re.search(r"valid ones: (.+)$|must be a number (.+), got", str(error).rstrip("."))
-        if refusal:
-            words = refusal[1] or refusal[2]
-    whole = "whole, " if kinds == [int] else ""
-    return f"{whole}{words}{' or null' if type(None) in typing.get_args(hint) else ''}"
-
-
-def _entries(section: str) -> dict[str, str]:
-    """The entries of a docstring's section by name."""
-    entries: dict[str, str] = {}
-    for line in inspect.cleandoc(section).splitlines():
-        if start := re.match(r"(\w+): (.*)", line):
-            name = start[1]
-            entries[name] = start[2]
-        elif entries and line.strip():
-            entries[name] += f" {line.strip()}"
-    return entries
+    limits = [text.format(schema[name]) for name, text in _LIMITS.items() if name in schema and schema[name] < 1e30]
+    kind = {"integer": "a whole number", "number": "a number", "null": "null"}[schema["type"]]
+    return " ".join([kind, " and ".join(limits)]).strip()
 
 
 def _unwrapped(text: str) -> str:
-    """Paragraphs in one line each, for the terminal to wrap."""
+    """Write each paragraph in one line, for the terminal to wrap; formulas keep their lines."""
     return "\n\n".join(
-        paragraph if paragraph.startswith(" ") else " ".join(paragraph.split())  # formulas keep their lines
+        paragraph if paragraph.startswith(" ") else " ".join(paragraph.split())
         for paragraph in text.strip().split("\n\n")
     )
 
 
 def _yaml(value: object) -> str:
-    """A default as a recipe would write it."""
+    """Write a default as a recipe would."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -11,6 +11,12 @@ from dwakd.errors import UserError
 
 _WORDS = {
     "Input should be": "must be",
+    "a valid number": "a number",
+    "a valid integer": "a whole number",
+    "a valid boolean": "true or false",
+    "a valid string": "text",
+    "a valid dictionary": "a section with options",
+    "a valid list": "a list",
     "greater than or equal to": "at least",
     "less than or equal to": "at most",
     "greater than": "above",
@@ -18,28 +24,54 @@ _WORDS = {
 }
 
 
-class Options(BaseModel):
-    """Base class: values cannot be changed, and an unknown or invalid one raises a UserError that begins with its name."""
+class Section(BaseModel):
+    """Base class of options: values cannot be changed, and unknown names, other types and NaN are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Options(Section):
+    """Options that users create themselves: an unknown or invalid one raises a UserError that begins with its name."""
 
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise user_error(error, list(type(self).model_fields)) from None
+            raise user_error(error, type(self)) from None
 
 
-def user_error(error: ValidationError, known: list[str]) -> UserError:
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def parse(model: type[SectionT], values: Any, prefix: str = "", owner: str = "") -> SectionT:
+    """Validate values that a user wrote.
+
+    Args:
+        model: the pydantic model of the values.
+        values: the values by name.
+        prefix: what messages write before the name of an option, such as "loss.".
+        owner: what messages write after the name of an unknown option, such as " of method sft".
+
+    Raises:
+        UserError: one sentence on the first invalid value.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise user_error(error, model, prefix, owner) from None
+
+
+def user_error(error: ValidationError, model: type[BaseModel], prefix: str = "", owner: str = "") -> UserError:
     """Turn the first problem that pydantic found into one sentence that begins with the option's name."""
     problem = error.errors()[0]
-    name = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
+    names = [str(part) for part in problem["loc"] if not isinstance(part, int)]
+    name = prefix + ".".join(names)
     if problem["type"] == "extra_forbidden":
-        return unknown_option(name, name, known)
+        return unknown_option(name + owner, names[-1], list(model.model_fields))
     if problem["type"] == "missing":
         return UserError(f"{name} is missing")
     message = problem["msg"].removeprefix("Value error, ")
-    if not name:
+    if not names:
         return UserError(message)
     for theirs, ours in _WORDS.items():
         message = message.replace(theirs, ours)

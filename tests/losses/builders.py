@@ -27,6 +27,12 @@ OPTIONS = {
 }
 
 
+def smallest_pair() -> ModelPair:
+    """A pair with one token and width 1 on each side, for tests of options."""
+    head = OutputHead(torch.ones(1, 1))
+    return ModelPair(Widths(1, 1, 1, 1), (b"a",), (b"a",), head, head)
+
+
 def side(examples: list[dict[str, Tensor]], name: str, head: Tensor) -> ModelSide:
     """Pack one side of a list of examples."""
     lengths = torch.tensor([len(e[f"{name}_target"]) for e in examples])

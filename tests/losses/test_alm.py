@@ -115,5 +115,5 @@ def test_one_model_matches_itself_token_by_token():
 
 def test_unknown_weights_are_named():
     """A misspelled option must not train with the default."""
-    with pytest.raises(ValueError, match="valid ones: chunk_count, token_count"):
+    with pytest.raises(ValueError, match="'chunk_count' or 'token_count'"):
         AlmLoss(chunk_weights="mean")

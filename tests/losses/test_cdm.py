@@ -16,7 +16,7 @@ from dwakd.kernels.head_loss import head_loss
 from dwakd.losses import CdmLoss, ModelPair, Widths
 from dwakd.losses.dynamic_mapping import top_tokens, warp, warping_weights
 from tests.builders import SAMPLE_TEXTS, bpe_byte_fallback, byte_bpe
-from tests.losses.builders import WIDTHS, random_examples, random_heads, side
+from tests.losses.builders import WIDTHS, random_examples, random_heads, side, smallest_pair
 from tests.losses.test_min_ed import kl, logit_side, pair
 
 SHARES = [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -223,8 +223,8 @@ def test_blocks_hold_the_largest_logits(vocabulary, count):
 
 def test_the_smallest_pair_checks_options():
     """Options are checked before a model is loaded."""
-    CdmLoss(pair=ModelPair.smallest())
+    CdmLoss(pair=smallest_pair())
     head = OutputHead(torch.eye(2))
     CdmLoss(pair=ModelPair(Widths(2, 2, 2, 2), (b"a", b"b"), (b"c",), head, head))
-    with pytest.raises(ValueError, match="threshold must be a number between 0 and 1"):
-        CdmLoss(pair=ModelPair.smallest(), threshold=2.0)
+    with pytest.raises(ValueError, match="threshold must be at most 1"):
+        CdmLoss(pair=smallest_pair(), threshold=2.0)

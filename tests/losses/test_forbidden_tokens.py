@@ -10,7 +10,7 @@ import torch
 from dwakd.batch import OutputHead
 from dwakd.kernels import head_loss
 from dwakd.kernels.head_loss import statistics
-from dwakd.losses import METHODS, GoldLoss, KdLoss, ModelPair, build_loss
+from dwakd.losses import METHODS, GoldLoss, KdLoss, ModelPair, build_loss, method_options
 from tests.losses.builders import WIDTHS, pair_of, random_examples, random_heads, side, use_kernels
 from tests.losses.test_contract import ALL, LENGTHS
 
@@ -20,7 +20,7 @@ FORBIDDEN = ([2, 5], [1, 4, 7])
 
 def run_forbidding(name, options, dtype, *, removed):
     """The loss and gradients of heads that forbid tokens, or that never had them."""
-    same = METHODS[name].needs_same_vocabulary is True or options.get("attention") is False
+    same = method_options(name, options).needs_same_vocabulary
     sizes, forbidden = ((11, 11), (FORBIDDEN[0],) * 2) if same else ((11, 13), FORBIDDEN)
     weights = [weight.to(dtype) for weight in random_heads(vocabularies=sizes)]
     kept = [[i for i in range(size) if i not in ids] for size, ids in zip(sizes, forbidden, strict=True)]
@@ -34,7 +34,9 @@ def run_forbidding(name, options, dtype, *, removed):
     loss = build_loss(name, options, widths=WIDTHS, pair=pair).to(dtype)
     torch.manual_seed(0)
     for key, parameter in loss.named_parameters():
-        if "projectors.t2s" not in key or METHODS[name].needs_widths:  # else it comes from the heads
+        if (
+            "projectors.t2s" not in key or METHODS[name].options_type.needs_models == "widths"
+        ):  # else it comes from the heads
             torch.nn.init.normal_(parameter)
     sides = []
     for which, index in (("student", 0), ("teacher", 1)):

@@ -28,11 +28,11 @@ def sides(seed=0, same_rows=False):
     return dataclasses.replace(student, hidden=student.hidden.requires_grad_()), teacher
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].needs_teacher])
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].options_type.needs_teacher])
 def test_the_same_teacher_twice_is_one_teacher(name):
     """Whatever the shares: a second opinion that is no other must not change what is learnt, or how much."""
     loss = build(name)
-    student, teacher = sides(same_rows=loss.needs_same_vocabulary)
+    student, teacher = sides(same_rows=loss.options.needs_same_vocabulary)
     results = []
     for module, given in (
         (loss, teacher),

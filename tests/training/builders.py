@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from dwakd import METHODS, DistillConfig, DistillTrainer
+from dwakd import DistillConfig, DistillTrainer
+from dwakd.losses import method_options
 from tests.builders import bpe_byte_fallback, byte_bpe, tiny_model
 
 NOUNS = ["door", "cat", "sea", "sky", "tree", "house", "boat", "lamp"]
@@ -23,7 +24,9 @@ TOKENIZERS = byte_bpe(), bpe_byte_fallback()  # BPE: Unigram training is not det
 def trainer(output: Path, *, rows: list[dict[str, Any]] = ROWS, lora: bool = False, **options: Any) -> DistillTrainer:
     """A trainer over a Llama-shaped student and a Gemma-shaped teacher with another tokenizer."""
     student_tokenizer, teacher_tokenizer = TOKENIZERS
-    two_tokenizers = options.pop("two_tokenizers", not METHODS[options.get("method", "dwa_kd")].needs_same_vocabulary)
+    two_tokenizers = options.pop(
+        "two_tokenizers", not method_options(options.get("method", "dwa_kd")).needs_same_vocabulary
+    )
     if not two_tokenizers:
         teacher_tokenizer = student_tokenizer
     arguments = {

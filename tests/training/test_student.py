@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dwakd import METHODS, DistillConfig, DistillTrainer, UserError
+from dwakd.losses import method_options
 from dwakd.training.student import check_restorable, disable_dropout
 from tests.builders import FAMILIES, byte_bpe, tiny_model
 from tests.training.builders import ROWS, TOKENIZERS
@@ -266,7 +267,7 @@ def hidden_of_two_seeds(model) -> tuple[torch.Tensor, torch.Tensor]:
 def test_every_method_trains_in_bfloat16(tmp_path, method):
     """Autocast gives hidden states of another dtype than the head, which must neither fail nor end in NaN."""
     own = TOKENIZERS[0]
-    same = METHODS[method].needs_same_vocabulary
+    same = method_options(method).needs_same_vocabulary
     student = tiny_model("llama", len(own), seed=1)
     teacher = tiny_model("gemma2", len(own), seed=2) if same else None
     run = run_of(student, tmp_path, teacher, method=method, bf16=True, max_steps=2)

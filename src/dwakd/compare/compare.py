@@ -57,9 +57,9 @@ def compare_methods(
     for variant in variants:
         check_options(Cell(variant, seeds[0]).recipe(recipe), folder)
     _check_test_sets(recipe)
-    with_teacher = any(method_class(variant.method).needs_teacher for variant in variants)
+    with_teacher = any(method_class(variant.method).options_type.needs_teacher for variant in variants)
     if any(
-        method_class(variant.method).needs_teacher and not needs_attention(variant.method, variant.options)
+        method_class(variant.method).options_type.needs_teacher and not needs_attention(variant.method, variant.options)
         for variant in variants
     ):
         recipe = _with_teacher_cache(recipe, folder)

@@ -8,7 +8,7 @@ from typing import Any
 
 from dwakd.config import CompareSection, Recipe
 from dwakd.errors import UserError
-from dwakd.losses import METHODS, ModelPair, Widths, build_loss, method_class, method_options, needs_attention
+from dwakd.losses import METHODS, method_class, method_options, needs_attention
 
 _NO_WEIGHTS = {"entropy_weights": False, "gate": False, "teacher_weights": False}
 _NO_ALIGNMENT = {"dtw_hidden": False, "dtw_embedding": False}
@@ -84,7 +84,7 @@ def variants_of(recipe: Recipe, section: CompareSection, *, ablation: bool) -> l
     """
     for method in section.methods:
         method_class(method, "compare.methods")
-    methods = section.methods or [name for name, cls in METHODS.items() if not cls.needs_same_vocabulary]
+    methods = section.methods or [name for name in METHODS if not method_options(name).needs_same_vocabulary]
     known = dict.fromkeys([*methods, *(method for method, _ in ABLATION.values())] if ablation else methods)
     for name, options in section.options.items():
         if name not in known:
@@ -98,9 +98,8 @@ def variants_of(recipe: Recipe, section: CompareSection, *, ablation: bool) -> l
         chosen = {name: (name, given.get(name, {})) for name in methods}
     checked = [(method, options, f"compare.options.{method}") for method, options in section.options.items()]
     for method, options, prefix in [*checked, *((method, options, "loss") for method, options in chosen.values())]:
-        if method_class(method).needs_teacher and not recipe.teachers:
+        if method_options(method, options, f"{prefix}.").needs_teacher and not recipe.teachers:
             raise UserError(f"method {method} needs a teacher: add a teacher section to the recipe")
-        build_loss(method, options, widths=Widths(1, 1, 1, 1), pair=ModelPair.smallest(), section=prefix)
     return [Variant(name, method, dict(options)) for name, (method, options) in chosen.items()]
 
 
@@ -109,13 +108,10 @@ def search_of(variant: Variant) -> list[Variant]:
 
     The weight is the method's option `kd_rate`, `kd_weight` or else its first weight apart from the cross-entropy's.
     """
-    known = method_options(variant.method)
-    others = [name for name in known if name.endswith("_weight") and name != "ce_weight"]
-    weight = next((name for name in ("kd_rate", "kd_weight", *others) if name in known), None)
-    usual = 0.0
-    if weight is not None:  # read the default from the loss itself
-        loss = build_loss(variant.method, variant.options, widths=Widths(1, 1, 1, 1), pair=ModelPair.smallest())
-        usual = float(getattr(loss, weight))
+    known = method_options(variant.method, variant.options)
+    others = [name for name in type(known).model_fields if name.endswith("_weight") and name != "ce_weight"]
+    weight = next((name for name in ("kd_rate", "kd_weight", *others) if hasattr(known, name)), None)
+    usual = float(getattr(known, weight)) if weight is not None else 0.0
     found = []
     for factor in RATES:
         for share in SHARES if weight else (1.0,):

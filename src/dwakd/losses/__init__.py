@@ -1,13 +1,11 @@
 """The distillation methods. CONTRIBUTING.md says how to add one."""
 
-import inspect
-import typing
 from typing import Any
 
 from dwakd.errors import UserError
 from dwakd.losses.alm import AlmLoss
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import DistillationLoss
+from dwakd.losses.base import DistillationLoss, MethodOptions
 from dwakd.losses.cdm import CdmLoss
 from dwakd.losses.dskd import DskdLoss
 from dwakd.losses.dskd_v2 import DskdV2Loss
@@ -23,10 +21,9 @@ from dwakd.losses.several_teachers import SeveralTeachers
 from dwakd.losses.sft import SftLoss
 from dwakd.losses.sra import SraLoss
 from dwakd.losses.uld import UldLoss
-from dwakd.options import check_type
-from dwakd.validation import unknown_option
+from dwakd.validation import parse
 
-METHODS: dict[str, type[DistillationLoss]] = {
+METHODS: dict[str, type[DistillationLoss[Any]]] = {
     "sft": SftLoss,
     "kd": KdLoss,
     "uld": UldLoss,
@@ -53,6 +50,7 @@ __all__ = [
     "DwaKdV2Loss",
     "GoldLoss",
     "KdLoss",
+    "MethodOptions",
     "MinEdLoss",
     "ModelPair",
     "MultiLevelOtLoss",
@@ -69,29 +67,25 @@ __all__ = [
 ]
 
 
-def method_class(method: str, option: str = "loss.method") -> type[DistillationLoss]:
-    """Return the class of a method.
-
-    Args:
-        method: name of the method.
-        option: where the name comes from, for the message.
-
-    Raises:
-        UserError: the method is unknown. The message lists the valid names.
-    """
+def method_class(method: str, option: str = "loss.method") -> type[DistillationLoss[Any]]:
+    """Return the class of a method, or raise UserError with the valid names; `option` says where the name comes from."""
     if method not in METHODS:
         raise UserError(f"unknown method {method!r} in {option}; valid ones: {', '.join(METHODS)}")
     return METHODS[method]
 
 
-def method_options(method: str) -> dict[str, Any]:
-    """Return the options of a method with their defaults."""
-    parameters = inspect.signature(method_class(method)).parameters
-    return {
-        name: parameter.default
-        for name, parameter in parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in ("widths", "pair")
-    }
+def method_options(method: str, values: dict[str, Any] | None = None, prefix: str = "loss.") -> MethodOptions:
+    """Validate the options of a method.
+
+    Args:
+        method: name of the method.
+        values: options by name; the others have their defaults.
+        prefix: what messages write before the name of an option.
+
+    Raises:
+        UserError: the method or an option is unknown, or the value of an option is not allowed.
+    """
+    return parse(method_class(method).options_type, values or {}, prefix, f" of method {method}")
 
 
 def build_loss(
@@ -100,39 +94,21 @@ def build_loss(
     *,
     widths: Widths | None = None,
     pair: ModelPair | None = None,
-    section: str = "loss",
-) -> DistillationLoss:
-    """Build the loss of a method from its options.
-
-    Args:
-        method: name of the method.
-        options: the method's options.
-        widths: widths of the two models, for methods that need them.
-        pair: vocabularies and heads of the two models, for methods that need them.
-        section: section of the recipe that holds the options, for messages.
+) -> DistillationLoss[Any]:
+    """Build the loss of a method from its options, and from the widths or the pair of models if it needs them.
 
     Raises:
-        UserError: the method or an option is unknown, or the value of an option is not allowed.
+        UserError: as `method_options`; or the models do not fit the method.
     """
-    valid = method_options(method)
-    options = options or {}
-    hints = typing.get_type_hints(METHODS[method].__init__)
-    for name, value in options.items():
-        if name not in valid:
-            raise unknown_option(f"{section}.{name} of method {method}", name, list(valid))
-        check_type(hints[name], value, f"{section}.{name}")
-    models: dict[str, Any] = {"widths": widths} if METHODS[method].needs_widths else {}
-    if METHODS[method].needs_pair:
-        models["pair"] = pair
+    known = method_options(method, options)
+    models = {"widths": widths, "pair": pair}
+    needed = {known.needs_models: models[known.needs_models]} if known.needs_models else {}
     try:
-        return METHODS[method](**models, **options)
-    except UserError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise UserError(f"options of method {method} in {section}: {error}") from error
+        return METHODS[method](**needed, **(options or {}))
+    except ValueError as error:
+        raise UserError(f"method {method}: {error}") from error
 
 
 def needs_attention(method: str, options: dict[str, Any]) -> bool:
     """Return whether a method with these options reads `ModelSide.attention`."""
-    loss = build_loss(method, options, widths=Widths(1, 1, 1, 1), pair=ModelPair.smallest())
-    return loss.needs_attention
+    return method_options(method, options).needs_attention

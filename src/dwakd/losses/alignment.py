@@ -1,5 +1,7 @@
 """Soft-DTW divergence between two token sequences (DWA-KD, equations 17, 18 and 22 to 24)."""
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -7,6 +9,9 @@ from torch import Tensor
 from dwakd.batch import ModelSide
 from dwakd.kernels.soft_dtw import soft_dtw
 from dwakd.losses.packing import pad_rows
+
+Impl = Literal["auto", "naive", "cpu", "triton"]
+"""Kernel of Soft-DTW; "auto" takes the fastest that is available."""
 
 Pair = tuple[Float[Tensor, "s_tokens _"], Float[Tensor, "t_tokens _"]]
 Padded = Float[Tensor, "batch length _"]
@@ -32,7 +37,7 @@ def soft_dtw_divergences(
     gamma: float,
     band: Float[Tensor, "batch s_length t_length"] | None = None,
     longest: int | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> list[Float[Tensor, " batch"]]:
     """Compute the Soft-DTW divergence of each pair of sequences with cosine costs, all in one kernel call.
 
@@ -83,7 +88,7 @@ def sequence_terms(
     *,
     gamma: float,
     band: Float[Tensor, "batch s_length t_length"] | None,
-    impl: str,
+    impl: Impl,
 ) -> dict[str, Float[Tensor, ""]]:
     """Compute `soft_dtw_divergences` for named pairs, if there are any, and sum each over the batch."""
     if not pairs:

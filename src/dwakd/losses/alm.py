@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor
 
 from dwakd.align.offsets import ByteGroups, byte_groups, sum_by_group, tokens_per_group
@@ -13,23 +14,41 @@ from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, CrossEntropy, head_loss
 from dwakd.kernels.head_loss.statistics import infinite_if_forbidden, subtract_at
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import (
-    LARGEST,
-    DistillationLoss,
-    Terms,
-    check_at_least,
-    check_choice,
-    check_range,
-    constant_rows,
-    head_rows,
-)
+from dwakd.losses.base import LARGEST, DistillationLoss, MethodOptions, Terms, Weight, constant_rows, head_rows
 
 PerChunk = Float[Tensor, " chunks"]
 PerRow = Float[Tensor, " rows"]
 CHUNK_WEIGHTS = ("chunk_count", "token_count")
 
 
-class AlmLoss(DistillationLoss):
+class AlmOptions(MethodOptions):
+    """Options of `AlmLoss`."""
+
+    method: Literal["alm"] = "alm"
+    ce_weight: Weight = Field(1.0, description="Weight of the cross-entropy.")
+    alm_weight: Weight = Field(
+        100.0,
+        description="Weight of the chunk term. The gradient of f is about 1 / tau_b of that of the cross-entropy, and the "
+        "default compensates for this. The published code balances the two gradients at every step (GradMag); "
+        "this needs the gradients of all ranks and is not implemented. A port without it uses 3.",
+    )
+    chunk_temperature: Annotated[float, Field(ge=1e-3, le=LARGEST)] = Field(
+        100.0, description="Temperature tau_b. The paper uses 100."
+    )
+    epsilon: Annotated[float, Field(ge=1e-6, le=1)] = Field(
+        1e-06,
+        description="Subtracted from the log-likelihoods divided by tau_b, so that a chunk of probability 1 has a finite "
+        "gradient.",
+    )
+    chunk_weights: Literal["chunk_count", "token_count"] = Field(
+        "chunk_count",
+        description="'chunk_count' gives all chunks of an example the same weight; 'token_count' weighs them by their student "
+        "tokens, where the published code uses teacher tokens. The weights of an example sum to its student "
+        "tokens.",
+    )
+
+
+class AlmLoss(DistillationLoss[AlmOptions]):
     """Match the probabilities that both models assign to each chunk of text.
 
         L = ce_weight CE + alm_weight sum_c w_c f(l^t_c, l^s_c)
@@ -40,56 +59,26 @@ class AlmLoss(DistillationLoss):
 
     Gradient: the student's hidden states and head, through l^s. The minimum, at l^s = l^t, is above 0.
 
-    Args:
-        ce_weight: weight of the cross-entropy.
-        alm_weight: weight of the chunk term. The gradient of f is about 1 / tau_b of that of the cross-entropy, and the
-            default compensates for this. The published code balances the two gradients at every step (GradMag); this needs
-            the gradients of all ranks and is not implemented. A port without it uses 3.
-        chunk_temperature: tau_b. The paper uses 100.
-        epsilon: subtracted from the log-likelihoods divided by tau_b, so that a chunk of probability 1 has a finite gradient.
-        chunk_weights: "chunk_count" gives all chunks of an example the same weight; "token_count" weighs them by their
-            student tokens, where the published code uses teacher tokens. The weights of an example sum to its student
-            tokens.
-
-    Raises:
-        ValueError: an option is out of range or unknown.
-
     References:
         Minixhofer et al. 2025. Official code: bminixhofer/tokenkit, `alm_unconstrained`. Its debiasing of chunk ends and its
         merging of chunks by the probability of a space are not implemented.
     """
 
+    options_type = AlmOptions
     terms: ClassVar[tuple[str, ...]] = ("ce", "alm")
-
-    def __init__(
-        self,
-        *,
-        ce_weight: float = 1.0,
-        alm_weight: float = 100.0,
-        chunk_temperature: float = 100.0,
-        epsilon: float = 1e-6,
-        chunk_weights: str = "chunk_count",
-    ) -> None:
-        super().__init__()
-        check_at_least(0, ce_weight=ce_weight, alm_weight=alm_weight)
-        check_range(chunk_temperature=(chunk_temperature, 1e-3, LARGEST), epsilon=(epsilon, 1e-6, 1))
-        check_choice(chunk_weights=(chunk_weights, CHUNK_WEIGHTS))
-        self.ce_weight, self.alm_weight = ce_weight, alm_weight
-        self.chunk_temperature, self.epsilon = chunk_temperature, epsilon
-        self.chunk_weights = chunk_weights
 
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
         groups = byte_groups(student.byte_ends, student.lengths, teacher.byte_ends, teacher.lengths)
         with torch.no_grad():
             known = -head_loss([constant_rows(teacher)], CrossEntropy(teacher.target_ids), by_row=True).loss
         likelihoods = sum_by_group(known, groups.teacher, len(student.target_ids))
-        matching = ChunkMatching(self, student, groups, likelihoods)
+        matching = ChunkMatching(self.options, student, groups, likelihoods)
         output = head_loss([head_rows(student)], matching)
         ce = output.statistics["ce"]
         sums = {"ce": ce.sum(), "alm": matching.value(ce, torch.arange(len(ce), device=ce.device))}
         sums = {name: infinite_if_forbidden(value) for name, value in sums.items()}
         # the loss of `head_loss` is linear in the log-probabilities: it has the right gradient but another value
-        value = self.ce_weight * sums["ce"] + self.alm_weight * sums["alm"]
+        value = self.options.ce_weight * sums["ce"] + self.options.alm_weight * sums["alm"]
         return Terms(sums, value + output.loss - output.loss.detach())
 
 
@@ -99,7 +88,7 @@ class ChunkMatching(CrossEntropy):
     The derivative depends on the likelihoods of whole chunks, so it is computed from whole examples.
 
     Args:
-        options: the loss with its options.
+        options of the method.
         student: the student's side.
         groups: the chunks of the batch.
         teacher_likelihoods: log-likelihood of each chunk. Entries after the last chunk are unused.
@@ -107,7 +96,9 @@ class ChunkMatching(CrossEntropy):
 
     unit = "weights"
 
-    def __init__(self, options: AlmLoss, student: ModelSide, groups: ByteGroups, teacher_likelihoods: PerChunk) -> None:
+    def __init__(
+        self, options: AlmOptions, student: ModelSide, groups: ByteGroups, teacher_likelihoods: PerChunk
+    ) -> None:
         super().__init__(student.target_ids)
         self.options, self.groups = options, groups.student
         self.teacher_likelihoods = teacher_likelihoods
@@ -170,7 +161,10 @@ class ChunkMatching(CrossEntropy):
 
 
 def binary_cross_entropy(
-    teacher_likelihoods: PerChunk, student_likelihoods: PerChunk, temperature: float, epsilon: float
+    teacher_likelihoods: PerChunk,
+    student_likelihoods: PerChunk,
+    temperature: float,
+    epsilon: Annotated[float, Field(ge=1e-6, le=1)],
 ) -> PerChunk:
     """Compute the binary cross-entropy of each chunk's likelihoods to the power of 1 / temperature.
 

@@ -1,23 +1,63 @@
 """The base class of every method: it checks the two sides, calls the method and reduces its terms to one loss."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dwakd.batch import LossOutput, ModelSide
 from dwakd.kernels.head_loss import HeadRows
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.sides import require_both, require_same_lengths, require_side, require_vocabularies
+from dwakd.validation import Section, parse
 
 LARGEST = 1e30
 """Upper bound of every numeric option. The product of an option and a term stays finite in float32."""
-TEMPERATURES = (1e-3, 1e3)
-"""Allowed range of a softmax temperature. The fused kernels compute softmax(x) from exp(x / temperature), which has a
-relative error of 1e-7 x temperature."""
+
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Steps = Annotated[int, Field(ge=0, le=10**9)]
+Weight = Annotated[float, Field(ge=0, le=LARGEST)]
+Positive = Annotated[float, Field(ge=1e-6, le=LARGEST)]
+Rate = Annotated[float, Field(ge=0, le=1)]
+# The fused kernels compute softmax(x) from exp(x / temperature), which has a relative error of 1e-7 x temperature.
+Temperature = Annotated[float, Field(ge=1e-3, le=1e3)]
+
+
+class MethodOptions(Section):
+    """Base class of the options of a method. It also says what the method needs of the two models."""
+
+    needs_teacher: ClassVar[bool] = True
+    needs_models: ClassVar[Literal["widths", "pair"] | None] = None
+    """Argument of the loss's constructor besides the options: `widths` (`Widths`), `pair` (`ModelPair`), or none."""
+    needs_edit_alignment: ClassVar[bool] = False
+    """Whether the method reads `aligned_rows` of the teacher's side."""
+    compat_defaults: ClassVar[dict[str, dict[str, Any]]] = {}
+    """Defaults that an option named `compat` replaces, by its value."""
+
+    @property
+    def needs_same_vocabulary(self) -> bool:
+        """Whether student and teacher must have the same tokenizer."""
+        return False
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether the method reads `attention` of both sides."""
+        return False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_compat(cls, values: Any) -> Any:
+        if not cls.compat_defaults or not isinstance(values, dict):
+            return values
+        defaults = cls.compat_defaults.get(str(values.get("compat")), {})
+        return {**defaults, **{name: value for name, value in values.items() if value is not None}}
+
+
+OptionsT = TypeVar("OptionsT", bound=MethodOptions)
 
 
 @dataclass(frozen=True)
@@ -35,32 +75,33 @@ class Terms:
     weights: Mapping[str, float] = field(default_factory=dict)
 
 
-class DistillationLoss(nn.Module, ABC):
+class DistillationLoss(nn.Module, ABC, Generic[OptionsT]):
     """Base class of the methods. A method takes tensors and returns a scalar loss and named terms.
 
-    It never runs a model, writes logs or moves tensors to another device. The constructor takes the method's options as
-    keyword arguments and, if the method learns maps between the models, also `widths` or `pair`. The parameters of the
+    It never runs a model, writes logs or moves tensors to another device. The constructor takes the fields of `options_type`
+    as keyword arguments and, if the method learns maps between the models, also `widths` or `pair`. The parameters of the
     module (projectors) are trained together with the student.
 
     A subclass implements `compute`.
+
+    Raises:
+        UserError: an option is unknown or its value is not allowed.
     """
 
+    options_type: type[OptionsT]
     terms: ClassVar[tuple[str, ...]]
     """Names of the terms that the method can report, in addition to `loss`."""
-    needs_teacher: ClassVar[bool] = True
-    """Whether the method needs a teacher."""
-    needs_widths: ClassVar[bool] = False
-    """Whether the constructor takes `widths`, the `Widths` of the two models."""
-    needs_pair: ClassVar[bool] = False
-    """Whether the constructor takes `pair`, a `ModelPair` with the vocabularies and heads of the two models."""
-    needs_same_vocabulary: bool = False
-    """Whether student and teacher must have the same tokenizer. It may depend on an option."""
-    needs_edit_alignment: ClassVar[bool] = False
-    """Whether the method reads `aligned_rows` of the teacher's side."""
-    needs_attention: bool = False
-    """Whether the method reads `attention` of both sides. It may depend on an option."""
     vocabularies: tuple[int, int] | None = None
     """Vocabulary sizes (student, teacher) that the method was built for; None if it works with any."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options: OptionsT = parse(self.options_type, options)
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether the loss reads `attention` of both sides."""
+        return self.options.needs_attention
 
     @abstractmethod
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
@@ -96,7 +137,7 @@ class DistillationLoss(nn.Module, ABC):
             ValueError: the teacher is missing, or a side is empty, inconsistent or does not fit the method. On a GPU,
                 wrong values stop the process with a device-side assertion, because the host does not wait for them.
         """
-        if self.needs_teacher:
+        if self.options.needs_teacher:
             teacher = self.require_sides(student, teacher)
             terms = self.compute(student, teacher, teacher_scale or TeacherScale.of(teacher))
         else:
@@ -115,7 +156,7 @@ class DistillationLoss(nn.Module, ABC):
         require_both(student, teacher)
         if self.vocabularies is not None:
             require_vocabularies((student, teacher), self.vocabularies)
-        if self.needs_same_vocabulary:
+        if self.options.needs_same_vocabulary:
             require_same_lengths(student, teacher, type(self).__name__)
         return teacher
 
@@ -144,29 +185,3 @@ def constant_rows(side: ModelSide) -> HeadRows:
 def projected_rows(hidden: Tensor, side: ModelSide) -> HeadRows:
     """Hidden states projected into the space of `side`, with its head. The head receives no gradient."""
     return HeadRows(hidden, side.head.detached(), side.lengths, side.counts)
-
-
-def check_range(**options: tuple[float, float, float]) -> None:
-    """Raise ValueError for the first option (value, low, high) that lies outside its closed range.
-
-    No option may be NaN, infinite or larger than `LARGEST`.
-    """
-    for name, (value, low, high) in options.items():
-        highest, is_number = min(high, LARGEST), isinstance(value, int | float) and not isinstance(value, bool)
-        if not (is_number and low <= value <= highest):
-            bound = f"between {low:g} and {high:g}" if high <= 1 else f"at least {low:g}"
-            if high > 1 and (highest < LARGEST or (is_number and value > highest)):
-                bound += f" and at most {highest:g}"
-            raise ValueError(f"{name} must be a number {bound}, got {value!r}")
-
-
-def check_at_least(low: float, **options: float) -> None:
-    """Raise ValueError for the first option that is not a number from `low` to `LARGEST`."""
-    check_range(**{name: (value, low, LARGEST) for name, value in options.items()})
-
-
-def check_choice(**options: tuple[str, Sequence[str]]) -> None:
-    """Raise ValueError for the first option (value, choices) that is not one of its choices."""
-    for name, (value, choices) in options.items():
-        if value not in choices:
-            raise ValueError(f"unknown {name} {value!r}; valid ones: {', '.join(choices)}")

@@ -1,10 +1,11 @@
 """CDM: align tokens by spelling and entropy, and match the candidate tokens at each position (arXiv 2502.11104)."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from dwakd.batch import ModelSide
@@ -12,11 +13,13 @@ from dwakd.kernels.head_loss import Chunk, Criterion, entropy, forward_kl, head_
 from dwakd.kernels.head_loss.statistics import LOG2_E, Softmax, blocks, peak_of, pick, scratch, shifted_exp, subtract_at
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import (
-    TEMPERATURES,
+    Count,
     DistillationLoss,
+    MethodOptions,
+    Rate,
+    Temperature,
     Terms,
-    check_at_least,
-    check_range,
+    Weight,
     constant_rows,
     head_rows,
 )
@@ -28,7 +31,27 @@ MASKED = -1e4
 PerGroup = Float[Tensor, " groups"]
 
 
-class CdmLoss(DistillationLoss):
+class CdmOptions(MethodOptions):
+    """Options of `CdmLoss`."""
+
+    needs_models = "pair"
+
+    method: Literal["cdm"] = "cdm"
+    ce_weight: Weight = Field(0.9, description="Weight alpha of the cross-entropy. The published options use 0.9.")
+    kd_weight: Weight = Field(0.1, description="1 - alpha.")
+    temperature: Temperature = Field(
+        0.8,
+        description="Divides the logits of both models. There is no tau^2 factor. The published options use 0.8.",
+    )
+    top_k: Count = Field(100, description="Number of candidates of each model; at most the size of its vocabulary.")
+    threshold: Rate = Field(
+        0.3,
+        description="Candidates match if their edit distance divided by the sum of their lengths is below this value. 0 "
+        "allows exact matches only.",
+    )
+
+
+class CdmLoss(DistillationLoss[CdmOptions]):
     """Align tokens and match likely next tokens at every step, and compare the distributions over the matched tokens.
 
         L = ce_weight CE + kd_weight sum_g KL(t_g || s_g)
@@ -44,15 +67,6 @@ class CdmLoss(DistillationLoss):
 
     Args:
         pair: vocabularies and heads of the two models.
-        ce_weight: alpha. The published options use 0.9.
-        kd_weight: 1 - alpha.
-        temperature: tau, divides the logits of both models. There is no tau^2 factor. The published options use 0.8.
-        top_k: number of candidates of each model; at most the size of its vocabulary.
-        threshold: candidates match if their edit distance divided by the sum of their lengths is below this value. 0 allows
-            exact matches only.
-
-    Raises:
-        ValueError: an option is out of range.
 
     References:
         Chen et al. 2025. Their code, pppa2019/ContexualDynamicMapping, is known to us from ports only. The ports divide only
@@ -63,27 +77,13 @@ class CdmLoss(DistillationLoss):
         groups sum to its student tokens; the ports take the mean over groups and candidates.
     """
 
+    options_type = CdmOptions
     terms: ClassVar[tuple[str, ...]] = ("ce", "kd")
-    needs_pair: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        *,
-        pair: ModelPair,
-        ce_weight: float = 0.9,
-        kd_weight: float = 0.1,
-        temperature: float = 0.8,
-        top_k: int = 100,
-        threshold: float = 0.3,
-    ) -> None:
-        super().__init__()
-        check_at_least(0, ce_weight=ce_weight, kd_weight=kd_weight)
-        check_at_least(1, top_k=top_k)
-        check_range(temperature=(temperature, *TEMPERATURES), threshold=(threshold, 0, 1))
-        self.ce_weight, self.kd_weight = ce_weight, kd_weight
-        self.temperature, self.top_k = temperature, top_k
+    def __init__(self, *, pair: ModelPair, **options: Any) -> None:
+        super().__init__(**options)
         self.vocabularies = pair.vocabularies
-        self.token_map = TokenMap(pair, threshold)
+        self.token_map = TokenMap(pair, self.options.threshold)
 
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
         output = head_loss([head_rows(student), constant_rows(teacher)], MappedCandidates(self, student, teacher))
@@ -94,25 +94,25 @@ class MappedCandidates(Criterion):
     """Compute `ce` at each student token, and `kd` as a sum over groups.
 
     Args:
-        options: the loss with its options.
+        loss: the loss, with its options and its map of tokens.
         student: the student's side.
         teacher: the teacher's side.
     """
 
     unit = "examples"
 
-    def __init__(self, options: CdmLoss, student: ModelSide, teacher: ModelSide) -> None:
-        super().__init__({"ce": options.ce_weight, "kd": options.kd_weight})
-        self.options, self.targets = options, student.target_ids
+    def __init__(self, loss: CdmLoss, student: ModelSide, teacher: ModelSide) -> None:
+        super().__init__({"ce": loss.options.ce_weight, "kd": loss.options.kd_weight})
+        self.options, self.token_map, self.targets = loss.options, loss.token_map, student.target_ids
         self.lengths = [side.lengths.cpu() for side in (student, teacher)]
-        self.texts = options.token_map.read_texts((student, teacher))
+        self.texts = loss.token_map.read_texts((student, teacher))
 
     def terms(self, logits: Sequence[Tensor], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
         sides = [logits[0], logits[1].detach()]
         groups, shares = self._warp([entropy(side.detach().log_softmax(-1)) for side in sides], chunk)
         merged = [group.means(side) for group, side in zip(groups, sides, strict=True)]
         tops = [side.detach().topk(min(self.options.top_k, side.shape[1])).indices for side in merged]
-        ids, counts = self.options.token_map.pairs(*tops)
+        ids, counts = self.token_map.pairs(*tops)
         values = [side.gather(1, tokens) for side, tokens in zip(merged, ids, strict=True)]
         ce = torch.nn.functional.cross_entropy(logits[0], self.targets[chunk.rows[0]], reduction="none")
         return {"ce": ce, "kd": (shares * self._divergence(values, counts)).sum()}
@@ -132,7 +132,7 @@ class MappedCandidates(Criterion):
         kept = [group.merge(side) for group, side in zip(groups, columns, strict=True)]
         places = [group.firsts for group in groups]
         tops = [top_tokens(side, rows, self.options.top_k) for side, rows in zip(columns, places, strict=True)]
-        ids, counts = self.options.token_map.pairs(*tops)
+        ids, counts = self.token_map.pairs(*tops)
         values = [side[tokens, rows[:, None]] for side, tokens, rows in zip(columns, ids, places, strict=True)]
         leaf = values[0].requires_grad_()
         with torch.enable_grad():

@@ -1,26 +1,63 @@
 """DSKD: distil in the student's and in the teacher's space, for any two tokenizers (arXiv 2406.17328)."""
 
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import head_loss, student_space, teacher_space
 from dwakd.losses.attention import TeacherScale, cross_model_attention
 from dwakd.losses.base import (
-    TEMPERATURES,
     DistillationLoss,
+    MethodOptions,
+    Rate,
+    Temperature,
     Terms,
-    check_range,
     constant_rows,
     head_rows,
     projected_rows,
 )
-from dwakd.losses.divergences import divergence
+from dwakd.losses.divergences import DivergenceName, divergence
 from dwakd.losses.projectors import Projectors, Widths
 
 
-class DskdLoss(DistillationLoss):
+class DskdOptions(MethodOptions):
+    """Options of `DskdLoss`."""
+
+    needs_models = "widths"
+
+    method: Literal["dskd"] = "dskd"
+    attention: bool = Field(
+        True,
+        description="Whether to align the tokens by cross-model attention. Set it to false for models with the same "
+        "tokenizer; the map `query` does not exist then.",
+    )
+    kd_rate: Rate = Field(0.5, description="Weight r of the three distillation terms. The paper's scripts use 0.5.")
+    temperature: Temperature = Field(
+        2.0,
+        description="Divides the logits of both models in both divergences. There is no tau^2 factor. The paper uses 2.0.",
+    )
+    student_divergence: DivergenceName = Field(
+        "forward_kl", description="Divergence D in the student's space. The teacher's space always uses the forward KL."
+    )
+    skew: Rate = Field(0.1, description="Parameter lambda of the skewed divergences.")
+    accuracy_mask: bool | None = Field(
+        None,
+        description="Whether KD^stu includes only tokens that the projected teacher predicts correctly. Default: true with "
+        "attention and false without, as in the published code. The paper's equations do not mention the mask.",
+    )
+
+    @property
+    def needs_same_vocabulary(self) -> bool:
+        return not self.attention
+
+    @property
+    def uses_accuracy_mask(self) -> bool:
+        return self.attention if self.accuracy_mask is None else self.accuracy_mask
+
+
+class DskdLoss(DistillationLoss[DskdOptions]):
     """Project each model's hidden states into the other's space and distil through the head of that space.
 
         L = (1 - r) CE + r (CE^{t->s} + KD^stu + KD^tea)
@@ -38,17 +75,9 @@ class DskdLoss(DistillationLoss):
 
     Args:
         widths: widths of the two models.
-        attention: whether to align the tokens by cross-model attention. Set it to false for models with the same
-            tokenizer; the map `query` does not exist then.
-        kd_rate: r, the weight of the three distillation terms. The paper's scripts use 0.5.
-        temperature: divides the logits of both models in both divergences. There is no tau^2 factor. The paper uses 2.0.
-        student_divergence: D in the student's space. The teacher's space always uses the forward KL.
-        skew: lambda of the skewed divergences.
-        accuracy_mask: whether KD^stu includes only tokens that the projected teacher predicts correctly. Default: true with
-            attention and false without, as in the published code. The paper's equations do not mention the mask.
 
     Raises:
-        ValueError: an option is out of range or the divergence is unknown; in the forward pass without attention, the sides
+        ValueError: in the forward pass without attention, the sides
             have different numbers of tokens.
 
     References:
@@ -56,44 +85,28 @@ class DskdLoss(DistillationLoss):
         and padding positions; ours include response positions only.
     """
 
+    options_type = DskdOptions
     terms: ClassVar[tuple[str, ...]] = ("ce", "t2s_ce", "kd_student", "kd_teacher")
-    needs_widths: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        *,
-        widths: Widths,
-        attention: bool = True,
-        kd_rate: float = 0.5,
-        temperature: float = 2.0,
-        student_divergence: str = "forward_kl",
-        skew: float = 0.1,
-        accuracy_mask: bool | None = None,
-    ) -> None:
-        super().__init__()
-        check_range(kd_rate=(kd_rate, 0, 1), temperature=(temperature, *TEMPERATURES))
-        self.kd_rate = kd_rate
-        self.temperature = temperature
-        self.attention = attention
-        self.needs_same_vocabulary = not attention
-        self.accuracy_mask = attention if accuracy_mask is None else accuracy_mask
-        self.divergence = divergence(student_divergence, skew)
-        self.projectors = Projectors(widths, with_embedding=False, with_query=attention)
+    def __init__(self, *, widths: Widths, **options: Any) -> None:
+        super().__init__(**options)
+        self.divergence = divergence(self.options.student_divergence, self.options.skew)
+        self.projectors = Projectors(widths, with_embedding=False, with_query=self.options.attention)
 
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
         t2s_hidden, s2t_hidden = self._crossed(student, teacher, scale)
-        rate = self.kd_rate
+        rate, temperature = self.options.kd_rate, self.options.temperature
         space = student_space(self.divergence)(
             student.target_ids,
-            self.temperature,
+            temperature,
             {"ce": 1 - rate, "t2s_ce": rate, "kd_student": rate},
             divergence=self.divergence,
-            weigh=accuracy_mask if self.accuracy_mask else None,
+            weigh=accuracy_mask if self.options.uses_accuracy_mask else None,
             trust=teacher.trust,
         )
         in_student = head_loss([head_rows(student), projected_rows(t2s_hidden, student)], space)
         in_teacher = head_loss(
-            [projected_rows(s2t_hidden, teacher), constant_rows(teacher)], teacher_space(self.temperature)
+            [projected_rows(s2t_hidden, teacher), constant_rows(teacher)], teacher_space(temperature)
         )
         return Terms(in_student.terms | {"kd_teacher": in_teacher.loss}, in_student.loss, {"kd_teacher": rate})
 
@@ -102,7 +115,7 @@ class DskdLoss(DistillationLoss):
 
     def _crossed(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> tuple[Tensor, Tensor]:
         """Project the teacher's states into the student's space and the student's states into the teacher's space."""
-        if self.attention:
+        if self.options.attention:
             crossed = cross_model_attention(student, teacher, self.projectors, scale)
             return crossed.t2s_hidden, crossed.s2t_hidden
         self.projectors.require_fit(student, teacher)

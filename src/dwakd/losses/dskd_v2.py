@@ -1,19 +1,42 @@
 """DSKDv2: DSKD over exactly aligned tokens, with projectors initialised from the heads (arXiv 2504.11426)."""
 
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from dwakd.batch import ModelSide
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import TEMPERATURES, DistillationLoss, Terms, check_range
+from dwakd.losses.base import DistillationLoss, MethodOptions, Rate, Temperature, Terms
+from dwakd.losses.divergences import DivergenceName
 from dwakd.losses.divergences import divergence as named_divergence
 from dwakd.losses.exact_spaces import exact_spaces, projected_partners
 from dwakd.losses.head_maps import HeadMaps
 from dwakd.losses.pair import ModelPair
 
 
-class DskdV2Loss(DistillationLoss):
+class DskdV2Options(MethodOptions):
+    """Options of `DskdV2Loss`."""
+
+    needs_models = "pair"
+
+    method: Literal["dskd_v2"] = "dskd_v2"
+    kd_rate: Rate = Field(0.5, description="Weight r of the three distillation terms. The published scripts use 0.5.")
+    temperature: Temperature = Field(
+        2.0,
+        description="Divides the logits of both models in both divergences. There is no tau^2 factor. The published scripts "
+        "use 2.0.",
+    )
+    divergence: DivergenceName = Field("forward_kl", description="Divergence D in both spaces.")
+    skew: Rate = Field(0.1, description="Parameter lambda of the skewed divergences.")
+    agreement_mask: bool = Field(
+        True,
+        description="Whether KD^stu includes only tokens where the projected teacher predicts the same token as the teacher "
+        "itself.",
+    )
+
+
+class DskdV2Loss(DistillationLoss[DskdV2Options]):
     """Project the hidden states of exactly aligned tokens into the other model's space and distil there.
 
         L = (1 - r) CE + r (CE^{t->s} + KD^stu + KD^tea)
@@ -28,16 +51,9 @@ class DskdV2Loss(DistillationLoss):
 
     Args:
         pair: vocabularies and heads of the two models.
-        kd_rate: r, the weight of the three distillation terms. The published scripts use 0.5.
-        temperature: divides the logits of both models in both divergences. There is no tau^2 factor. The published scripts
-            use 2.0.
-        divergence: D, the divergence in both spaces.
-        skew: lambda of the skewed divergences.
-        agreement_mask: whether KD^stu includes only tokens where the projected teacher predicts the same token as the
-            teacher itself.
 
     Raises:
-        ValueError: an option is out of range, the divergence is unknown, or the vocabularies share no token.
+        ValueError: the vocabularies share no token.
 
     References:
         Zhang et al. 2025. Official code: songmzhang/DSKDv2. We differ where its result depends on the batch or the
@@ -48,24 +64,12 @@ class DskdV2Loss(DistillationLoss):
         threshold is left out, since no token exceeds the default of 1.
     """
 
+    options_type = DskdV2Options
     terms: ClassVar[tuple[str, ...]] = ("ce", "t2s_ce", "kd_student", "kd_teacher")
-    needs_pair: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        *,
-        pair: ModelPair,
-        kd_rate: float = 0.5,
-        temperature: float = 2.0,
-        divergence: str = "forward_kl",
-        skew: float = 0.1,
-        agreement_mask: bool = True,
-    ) -> None:
-        super().__init__()
-        check_range(kd_rate=(kd_rate, 0, 1), temperature=(temperature, *TEMPERATURES))
-        self.kd_rate, self.temperature = kd_rate, temperature
-        self.agreement_mask = agreement_mask
-        self.divergence = named_divergence(divergence, skew)
+    def __init__(self, *, pair: ModelPair, **options: Any) -> None:
+        super().__init__(**options)
+        self.divergence = named_divergence(self.options.divergence, self.options.skew)
         self.projectors = HeadMaps(pair)
 
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
@@ -74,12 +78,12 @@ class DskdV2Loss(DistillationLoss):
             teacher,
             self.projectors,
             divergence=self.divergence,
-            temperature=self.temperature,
-            ce_weight=1 - self.kd_rate,
-            kd_weight=self.kd_rate,
-            agreement_mask=self.agreement_mask,
+            temperature=self.options.temperature,
+            ce_weight=1 - self.options.kd_rate,
+            kd_weight=self.options.kd_rate,
+            agreement_mask=self.options.agreement_mask,
         )
-        return Terms(spaces.terms, spaces.total, {"kd_teacher": self.kd_rate})
+        return Terms(spaces.terms, spaces.total, {"kd_teacher": self.options.kd_rate})
 
     def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Tensor:
         return projected_partners(student, teacher, self.projectors)

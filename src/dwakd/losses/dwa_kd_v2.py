@@ -1,16 +1,17 @@
 """DWA-KDv2: DWA-KD's entropy weights and banded Soft-DTW on top of DSKDv2 (arXiv 2602.21669, table 6)."""
 
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 
 from dwakd.batch import ModelSide
-from dwakd.kernels.soft_dtw import IMPLS
-from dwakd.losses.alignment import sequence_terms
+from dwakd.losses.alignment import Impl, sequence_terms
 from dwakd.losses.attention import TeacherScale, band_penalty
-from dwakd.losses.base import TEMPERATURES, DistillationLoss, Terms, check_at_least, check_choice, check_range
+from dwakd.losses.base import DistillationLoss, MethodOptions, Positive, Rate, Temperature, Terms, Weight
+from dwakd.losses.divergences import DivergenceName
 from dwakd.losses.divergences import divergence as named_divergence
 from dwakd.losses.exact_spaces import ExactSpaces, exact_spaces, projected_partners
 from dwakd.losses.head_maps import HeadMaps
@@ -18,8 +19,58 @@ from dwakd.losses.packing import example_ids, positions
 from dwakd.losses.pair import ModelPair
 from dwakd.losses.sides import require_width
 
+_TOKEN_TERMS = {
+    "temperature",
+    "ce_weight",
+    "kd_weight",
+    "agreement_mask",
+    "entropy_weights",
+    "gate",
+    "teacher_weights",
+}
 
-class DwaKdV2Loss(DistillationLoss):
+
+class DwaKdV2Options(MethodOptions):
+    """Options of `DwaKdV2Loss`."""
+
+    needs_models = "pair"
+
+    method: Literal["dwa_kd_v2"] = "dwa_kd_v2"
+    ce_weight: Weight = Field(0.5, description="Weight of the cross-entropy.")
+    kd_weight: Weight = Field(0.5, description="Weight of the three terms of DSKDv2.")
+    dtw_weight: Weight = Field(0.2, description="Weight of the two Soft-DTW terms.")
+    temperature: Temperature = Field(
+        2.0, description="Divides the logits of both models in both divergences. There is no tau^2 factor."
+    )
+    divergence: DivergenceName = Field("forward_kl", description="Divergence D in both spaces.")
+    skew: Rate = Field(0.1, description="Parameter lambda of the skewed divergences.")
+    agreement_mask: bool = Field(
+        True,
+        description="Whether KD^stu includes only tokens where the projected teacher predicts the same token as the teacher "
+        "itself.",
+    )
+    entropy_weights: bool = Field(
+        True, description="Whether the weights of KD^stu include the student's entropy H(p^s_i)."
+    )
+    gate: bool = Field(
+        True,
+        description="Whether the weights of KD^stu include the projected teacher's largest probability. The only known code "
+        "does not include it.",
+    )
+    teacher_weights: bool = Field(True, description="Whether KD^tea is weighted.")
+    dtw_hidden: bool = Field(True, description="Whether to align the final hidden states.")
+    dtw_embedding: bool = Field(True, description="Whether to align the target embeddings.")
+    band: bool = Field(True, description="Whether costs outside the band are penalised.")
+    band_base: Weight = Field(5.0, description="Half the width b of the band, in tokens.")
+    band_blend: Rate = Field(
+        0.7, description="How far (alpha) the centre of the band follows the alignment instead of the diagonal."
+    )
+    band_penalty: Weight = Field(1.0, description="Penalty lambda_band, added to each cost outside the band.")
+    gamma: Positive = Field(2.0, description="Temperature of the soft minimum.")
+    impl: Impl = Field("auto", description="Kernel of Soft-DTW.")
+
+
+class DwaKdV2Loss(DistillationLoss[DwaKdV2Options]):
     """DSKDv2 with the uncertainty weights and the banded Soft-DTW terms of DWA-KD.
 
         L = ce_weight CE + kd_weight (CE^{t->s} + KD^stu + KD^tea) + dtw_weight (nDTW(h^s, P h^t) + nDTW(e^s, P e^t))
@@ -40,29 +91,9 @@ class DwaKdV2Loss(DistillationLoss):
 
     Args:
         pair: vocabularies and heads of the two models.
-        ce_weight: weight of the cross-entropy.
-        kd_weight: weight of the three terms of DSKDv2.
-        dtw_weight: weight of the two Soft-DTW terms.
-        temperature: divides the logits of both models in both divergences. There is no tau^2 factor.
-        divergence: D, the divergence in both spaces.
-        skew: lambda of the skewed divergences.
-        agreement_mask: whether KD^stu includes only tokens where the projected teacher predicts the same token as the
-            teacher itself.
-        entropy_weights: whether the weights of KD^stu include the student's entropy H(p^s_i).
-        gate: whether the weights of KD^stu include the projected teacher's largest probability. The only known code does
-            not include it.
-        teacher_weights: whether KD^tea is weighted.
-        dtw_hidden: whether to align the final hidden states.
-        dtw_embedding: whether to align the target embeddings.
-        band: whether costs outside the band are penalised.
-        band_base: b, half the width of the band, in tokens.
-        band_blend: alpha, how far the centre of the band follows the alignment instead of the diagonal.
-        band_penalty: lambda_band, added to each cost outside the band.
-        gamma: temperature of the soft minimum.
-        impl: kernel of Soft-DTW.
 
     Raises:
-        ValueError: an option is out of range or unknown, or the vocabularies share no token.
+        ValueError: the vocabularies share no token.
 
     References:
         Vu et al. 2026, table 6 and equations 7 to 25; Zhang et al. 2025 (DSKDv2). The only known code
@@ -70,53 +101,15 @@ class DwaKdV2Loss(DistillationLoss):
         puts the centre of the band outside the sequence.
     """
 
+    options_type = DwaKdV2Options
     terms: ClassVar[tuple[str, ...]] = ("ce", "t2s_ce", "kd_student", "kd_teacher", "dtw_hidden", "dtw_embedding")
-    needs_pair: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        *,
-        pair: ModelPair,
-        ce_weight: float = 0.5,
-        kd_weight: float = 0.5,
-        dtw_weight: float = 0.2,
-        temperature: float = 2.0,
-        divergence: str = "forward_kl",
-        skew: float = 0.1,
-        agreement_mask: bool = True,
-        entropy_weights: bool = True,
-        gate: bool = True,
-        teacher_weights: bool = True,
-        dtw_hidden: bool = True,
-        dtw_embedding: bool = True,
-        band: bool = True,
-        band_base: float = 5.0,
-        band_blend: float = 0.7,
-        band_penalty: float = 1.0,
-        gamma: float = 2.0,
-        impl: str = "auto",
-    ) -> None:
-        super().__init__()
-        check_at_least(0, ce_weight=ce_weight, kd_weight=kd_weight, dtw_weight=dtw_weight)
-        check_at_least(0, band_base=band_base, band_penalty=band_penalty)
-        check_at_least(1e-6, gamma=gamma)
-        check_range(temperature=(temperature, *TEMPERATURES), band_blend=(band_blend, 0, 1))
-        check_choice(impl=(impl, IMPLS))
-        self.ce_weight, self.kd_weight, self.dtw_weight = ce_weight, kd_weight, dtw_weight
-        self.temperature = temperature
-        self.divergence = named_divergence(divergence, skew)
-        self.weighting = {
-            "agreement_mask": agreement_mask,
-            "entropy_weights": entropy_weights,
-            "gate": gate,
-            "teacher_weights": teacher_weights,
-        }
-        self.dtw_hidden = dtw_hidden and dtw_weight > 0
-        self.band = {"base": band_base, "blend": band_blend, "penalty": band_penalty} if band else None
-        self.gamma, self.impl = gamma, impl
+    def __init__(self, *, pair: ModelPair, **options: Any) -> None:
+        super().__init__(**options)
+        self.divergence = named_divergence(self.options.divergence, self.options.skew)
         self.projectors = HeadMaps(pair)
         self.embedding_t2s: nn.Linear | None = None
-        if dtw_embedding and dtw_weight > 0:
+        if self.options.dtw_embedding and self.options.dtw_weight > 0:
             self.embedding_t2s = nn.Linear(pair.widths.teacher_embedding, pair.widths.student_embedding)
 
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
@@ -125,16 +118,13 @@ class DwaKdV2Loss(DistillationLoss):
             teacher,
             self.projectors,
             divergence=self.divergence,
-            temperature=self.temperature,
-            ce_weight=self.ce_weight,
-            kd_weight=self.kd_weight,
-            **self.weighting,
+            **self.options.model_dump(include=_TOKEN_TERMS),
         )
         sequences = self._alignment(student, teacher, spaces)
         return Terms(
             spaces.terms | sequences,
             spaces.total,
-            {"kd_teacher": self.kd_weight, **dict.fromkeys(sequences, self.dtw_weight)},
+            {"kd_teacher": self.options.kd_weight, **dict.fromkeys(sequences, self.options.dtw_weight)},
         )
 
     def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Tensor:
@@ -143,7 +133,8 @@ class DwaKdV2Loss(DistillationLoss):
     def _alignment(self, student: ModelSide, teacher: ModelSide, spaces: ExactSpaces) -> dict[str, Tensor]:
         """Compute the two Soft-DTW terms (DWA-KD, equations 17, 18 and 22 to 24) in one kernel call."""
         pairs = {}
-        if self.dtw_hidden:
+        options = self.options
+        if options.dtw_hidden and options.dtw_weight > 0:
             pairs["dtw_hidden"] = (student.hidden, spaces.teacher_hidden)
         if self.embedding_t2s is not None:
             maps = self.embedding_t2s
@@ -152,9 +143,16 @@ class DwaKdV2Loss(DistillationLoss):
             embeddings = teacher.target_embeddings.detach().to(self.embedding_t2s.weight.dtype)
             pairs["dtw_embedding"] = (student.target_embeddings, self.embedding_t2s(embeddings))
         band = None
-        if self.band is not None and pairs:
-            band = exact_band(spaces.partners, student.lengths, teacher.lengths, **self.band)
-        return sequence_terms(pairs, student, teacher, gamma=self.gamma, band=band, impl=self.impl)
+        if options.band and pairs:
+            band = exact_band(
+                spaces.partners,
+                student.lengths,
+                teacher.lengths,
+                base=options.band_base,
+                blend=options.band_blend,
+                penalty=options.band_penalty,
+            )
+        return sequence_terms(pairs, student, teacher, gamma=options.gamma, band=band, impl=options.impl)
 
 
 def exact_band(

@@ -1,9 +1,10 @@
 """GOLD: merge the tokens of equal text, compare shared tokens by JSD and all others by rank (TRL)."""
 
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Int
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from dwakd.align.offsets import byte_groups, tokens_per_group
@@ -11,12 +12,12 @@ from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import head_loss
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import (
-    TEMPERATURES,
     DistillationLoss,
+    MethodOptions,
+    Rate,
+    Temperature,
     Terms,
-    check_at_least,
-    check_choice,
-    check_range,
+    Weight,
     constant_rows,
     head_rows,
 )
@@ -26,7 +27,47 @@ from dwakd.losses.pair import ModelPair
 MERGES = ("bayesian", "observed")
 
 
-class GoldLoss(DistillationLoss):
+class GoldOptions(MethodOptions):
+    """Options of `GoldLoss`."""
+
+    needs_models = "pair"
+
+    method: Literal["gold"] = "gold"
+    beta: Rate = Field(
+        0.5,
+        description="Weight of the teacher in the mixture m of JSD = beta KL(t || m) + (1 - beta) KL(s || m). At 0 the "
+        "divergence is KL(t || s), at 1 it is KL(s || t).",
+    )
+    merge: Literal["bayesian", "observed"] = Field(
+        "bayesian",
+        description="'bayesian' takes the distribution of a group's last token and the probabilities of the tokens before it. "
+        "'observed', TRL's default, takes the distribution of the first token and the probabilities of those "
+        "after it.",
+    )
+    matched_weight: Weight | None = Field(
+        None,
+        description="Weight w_m of `jsd`. By default the share of the teacher's vocabulary that is matched, without tokens "
+        "that the head forbids.",
+    )
+    unmatched_weight: Weight | None = Field(
+        None, description="Weight w_u of `uld`. By default 1 - w_m. Set both weights or none."
+    )
+    temperature: Temperature = Field(
+        1.0,
+        description="Divides the logits of both models before merging. TRL uses 1, the only value at which the product of "
+        "probabilities is the probability of the group.",
+    )
+    ce_weight: Weight = Field(0.0, description="Weight of the cross-entropy. TRL uses 0.")
+    kd_weight: Weight = Field(1.0, description="Weight of the two other terms.")
+
+    @model_validator(mode="after")
+    def _both_weights_or_none(self) -> "GoldOptions":
+        if (self.matched_weight is None) != (self.unmatched_weight is None):
+            raise ValueError("matched_weight and unmatched_weight must be set together or not at all")
+        return self
+
+
+class GoldLoss(DistillationLoss[GoldOptions]):
     """Merge the tokens that cover the same text on both sides, and compare the merged distributions.
 
         L = ce_weight CE + kd_weight sum_g (w_m JSD(t_g, s_g) + w_u |sort t_g - sort s_g|_1)
@@ -41,20 +82,6 @@ class GoldLoss(DistillationLoss):
 
     Args:
         pair: vocabularies and heads of the two models.
-        beta: weight of the teacher in the mixture m of JSD = beta KL(t || m) + (1 - beta) KL(s || m). At 0 the divergence is
-            KL(t || s), at 1 it is KL(s || t).
-        merge: "bayesian" takes the distribution of a group's last token and the probabilities of the tokens before it.
-            "observed", TRL's default, takes the distribution of the first token and the probabilities of those after it.
-        matched_weight: w_m. Default: the fraction of the teacher's vocabulary that is matched. Tokens that the head forbids
-            are not included.
-        unmatched_weight: w_u. Default: 1 - w_m. Set both weights or none.
-        temperature: divides the logits of both models before merging. TRL uses 1, the only value at which the product of
-            probabilities is the probability of the group.
-        ce_weight: weight of the cross-entropy. TRL uses 0.
-        kd_weight: weight of the two other terms.
-
-    Raises:
-        ValueError: an option is out of range or unknown, or only one of w_m and w_u is set.
 
     References:
         TRL, experimental GOLD (hybrid ULD loss), for the answers of a data set. Unlike TRL, tokens match by their bytes in
@@ -63,40 +90,21 @@ class GoldLoss(DistillationLoss):
         the other side's unmatched probabilities.
     """
 
+    options_type = GoldOptions
     terms: ClassVar[tuple[str, ...]] = ("ce", "jsd", "uld")
-    needs_pair: ClassVar[bool] = True
     student_ids: Int[Tensor, " overlap"]
     teacher_ids: Int[Tensor, " overlap"]
     student_rest: Int[Tensor, " s_rest"]
     teacher_rest: Int[Tensor, " t_rest"]
 
-    def __init__(
-        self,
-        *,
-        pair: ModelPair,
-        beta: float = 0.5,
-        merge: str = "bayesian",
-        matched_weight: float | None = None,
-        unmatched_weight: float | None = None,
-        temperature: float = 1.0,
-        ce_weight: float = 0.0,
-        kd_weight: float = 1.0,
-    ) -> None:
-        super().__init__()
-        check_range(beta=(beta, 0, 1), temperature=(temperature, *TEMPERATURES))
-        check_at_least(0, ce_weight=ce_weight, kd_weight=kd_weight)
-        check_at_least(0, matched_weight=0 if matched_weight is None else matched_weight)
-        check_at_least(0, unmatched_weight=0 if unmatched_weight is None else unmatched_weight)
-        check_choice(merge=(merge, MERGES))
-        if (matched_weight is None) != (unmatched_weight is None):
-            raise ValueError("matched_weight and unmatched_weight must be set together or not at all")
-        self.beta, self.merge, self.temperature = beta, merge, temperature
-        self.ce_weight, self.kd_weight = ce_weight, kd_weight
+    def __init__(self, *, pair: ModelPair, **options: Any) -> None:
+        super().__init__(**options)
         self.vocabularies = pair.vocabularies
         self._match(pair)
         share = len(self.teacher_ids) / int(pair.teacher_head.num_possible)
-        self.matched_weight = share if matched_weight is None else matched_weight
-        self.unmatched_weight = 1 - share if unmatched_weight is None else unmatched_weight
+        matched, unmatched = self.options.matched_weight, self.options.unmatched_weight
+        self.matched_weight = share if matched is None else matched
+        self.unmatched_weight = 1 - share if unmatched is None else unmatched
 
     def _match(self, pair: ModelPair) -> None:
         sizes = pair.vocabularies
@@ -112,18 +120,18 @@ class GoldLoss(DistillationLoss):
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
         groups = byte_groups(student.byte_ends, student.lengths, teacher.byte_ends, teacher.lengths)
         criterion = MergedGroups(
-            Anchors.of(student, groups.student, groups.student_last, last=self.merge == "bayesian"),
-            Anchors.of(teacher, groups.teacher, groups.teacher_last, last=self.merge == "bayesian"),
+            Anchors.of(student, groups.student, groups.student_last, last=self.options.merge == "bayesian"),
+            Anchors.of(teacher, groups.teacher, groups.teacher_last, last=self.options.merge == "bayesian"),
             Columns(self.student_ids, self.student_rest),
             Columns(self.teacher_ids, self.teacher_rest),
             tokens_per_group(groups, student.lengths, even=True),
             {
-                "ce": self.ce_weight,
-                "jsd": self.kd_weight * self.matched_weight,
-                "uld": self.kd_weight * self.unmatched_weight,
+                "ce": self.options.ce_weight,
+                "jsd": self.options.kd_weight * self.matched_weight,
+                "uld": self.options.kd_weight * self.unmatched_weight,
             },
-            beta=self.beta,
-            temperature=self.temperature,
+            beta=self.options.beta,
+            temperature=self.options.temperature,
         )
         output = head_loss([head_rows(student), constant_rows(teacher)], criterion)
         return Terms(output.terms, output.loss)

@@ -1,10 +1,11 @@
 """KD: knowledge distillation between models with the same tokenizer, by a divergence at each token."""
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Int
+from pydantic import Field
 from torch import Tensor
 
 from dwakd.batch import ModelSide
@@ -12,18 +13,28 @@ from dwakd.kernels.head_loss import Chunk, Criterion, forward_kl, head_loss
 from dwakd.kernels.head_loss.criterion import Logits, Statistics
 from dwakd.kernels.head_loss.statistics import SoftenedPair, pick, subtract_at
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import (
-    TEMPERATURES,
-    DistillationLoss,
-    Terms,
-    check_range,
-    constant_rows,
-    head_rows,
-)
+from dwakd.losses.base import DistillationLoss, MethodOptions, Rate, Temperature, Terms, constant_rows, head_rows
+from dwakd.losses.divergences import DivergenceName
 from dwakd.losses.divergences import divergence as divergence_named
 
 
-class KdLoss(DistillationLoss):
+class KdOptions(MethodOptions):
+    """Options of `KdLoss`."""
+
+    method: Literal["kd"] = "kd"
+    kd_rate: Rate = Field(0.5, description="Weight r of the divergence.")
+    temperature: Temperature = Field(
+        2.0, description="Divides the logits of both models in D. There is no tau^2 factor."
+    )
+    divergence: DivergenceName = Field("forward_kl", description="Divergence D.")
+    skew: Rate = Field(0.1, description="Parameter lambda of the skewed divergences.")
+
+    @property
+    def needs_same_vocabulary(self) -> bool:
+        return True
+
+
+class KdLoss(DistillationLoss[KdOptions]):
     """Train the student to predict the teacher's distribution at each token, for models with the same tokenizer.
 
         L = (1 - r) CE + r sum_i D(p^t_i || p^s_i)
@@ -33,30 +44,17 @@ class KdLoss(DistillationLoss):
 
     Gradient: the student's hidden states and head, through both terms.
 
-    Args:
-        kd_rate: r, the weight of the divergence.
-        temperature: divides the logits of both models in D. There is no tau^2 factor.
-        divergence: D, one of `dwakd.losses.divergences`.
-        skew: lambda of the skewed divergences.
-
-    Raises:
-        ValueError: an option is out of range or the divergence is unknown.
-
     References:
         Hinton et al. 2015. Divergences: Gu et al. 2024, Ko et al. 2024 (DistiLLM) and Wu et al. 2024 (adaptive KL).
         The defaults are those of songmzhang/DSKD. DistiLLM itself uses temperature 1.
     """
 
+    options_type = KdOptions
     terms: ClassVar[tuple[str, ...]] = ("ce", "kd")
-    needs_same_vocabulary = True
 
-    def __init__(
-        self, *, kd_rate: float = 0.5, temperature: float = 2.0, divergence: str = "forward_kl", skew: float = 0.1
-    ) -> None:
-        super().__init__()
-        check_range(kd_rate=(kd_rate, 0, 1), temperature=(temperature, *TEMPERATURES))
-        self.kd_rate, self.temperature = kd_rate, temperature
-        self.divergence = divergence_named(divergence, skew)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.divergence = divergence_named(self.options.divergence, self.options.skew)
 
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
         by_hand = self.divergence is forward_kl and student.head.vocab_size <= teacher.head.vocab_size
@@ -64,8 +62,8 @@ class KdLoss(DistillationLoss):
             [head_rows(student), constant_rows(teacher)],
             (ForwardKlPair if by_hand else SameVocabulary)(
                 student.target_ids,
-                self.temperature,
-                {"ce": 1 - self.kd_rate, "kd": self.kd_rate},
+                self.options.temperature,
+                {"ce": 1 - self.options.kd_rate, "kd": self.options.kd_rate},
                 self.divergence,
             ),
         )

@@ -1,10 +1,11 @@
 """MinED: map the teacher's distribution to the student's tokens of least edit distance (arXiv 2401.10491)."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Int
+from pydantic import Field
 from torch import Tensor
 
 from dwakd.align.offsets import starts
@@ -22,15 +23,38 @@ from dwakd.kernels.head_loss.statistics import (
     subtract_at,
 )
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import TEMPERATURES, DistillationLoss, Terms, check_choice, check_range, head_rows
+from dwakd.losses.base import DistillationLoss, MethodOptions, Rate, Temperature, Terms, head_rows
 from dwakd.losses.packing import example_ids
 from dwakd.losses.pair import ModelPair
 
-VOCABULARY_MAPS = ("sum", "first")
 DROPPED = -1
 
 
-class MinEdLoss(DistillationLoss):
+class MinEdOptions(MethodOptions):
+    """Options of `MinEdLoss`."""
+
+    needs_models = "pair"
+    needs_edit_alignment = True
+
+    method: Literal["min_ed"] = "min_ed"
+    kd_rate: Rate = Field(0.5, description="Weight r of the second term. The published port uses 0.5.")
+    temperature: Temperature = Field(
+        2.0,
+        description="Temperature tau. Divides the logits of both models. There is no tau^2 factor. The port uses 2.0.",
+    )
+    vocabulary_map: Literal["sum", "first"] = Field(
+        "sum",
+        description="If several teacher tokens map to one student token, 'sum' adds their probabilities; 'first' keeps the "
+        "one with the lowest id and drops the others, as the port does.",
+    )
+    same_prefix: bool = Field(
+        False,
+        description="Whether both models must also have read the same bytes at an aligned position. Neither the paper nor the "
+        "port requires this.",
+    )
+
+
+class MinEdLoss(DistillationLoss[MinEdOptions]):
     """Align tokens by edit distance and train the student on the teacher's distribution, mapped to its vocabulary.
 
         L = (1 - r) CE + r sum_i KL(m_i || p^s_i),    both at temperature tau
@@ -46,15 +70,9 @@ class MinEdLoss(DistillationLoss):
     Args:
         pair: vocabularies and heads of the two models. Teacher tokens without a counterpart (special tokens, padding of the
             head, tokens that a head forbids) are left out of m.
-        kd_rate: r, the weight of the second term. The published port uses 0.5.
-        temperature: tau, divides the logits of both models. There is no tau^2 factor. The port uses 2.0.
-        vocabulary_map: if several teacher tokens map to one student token, "sum" adds their probabilities; "first" keeps
-            the one with the lowest id and drops the others, as the port does.
-        same_prefix: whether both models must also have read the same bytes at an aligned position. Neither the paper nor
-            the port requires this.
 
     Raises:
-        ValueError: an option is out of range or unknown; in the forward pass, the teacher's side has no aligned_rows.
+        ValueError: in the forward pass, the teacher's side has no aligned_rows.
 
     References:
         Wan et al. 2024 (FuseLLM). Only the alignment is used here, without the fusion of several teachers, the stored top-10
@@ -62,37 +80,26 @@ class MinEdLoss(DistillationLoss):
         in float32; ours do not.
     """
 
+    options_type = MinEdOptions
     terms: ClassVar[tuple[str, ...]] = ("ce", "kd")
-    needs_pair: ClassVar[bool] = True
-    needs_edit_alignment: ClassVar[bool] = True
     student_of: Int[Tensor, " t_vocab"]
 
-    def __init__(
-        self,
-        *,
-        pair: ModelPair,
-        kd_rate: float = 0.5,
-        temperature: float = 2.0,
-        vocabulary_map: str = "sum",
-        same_prefix: bool = False,
-    ) -> None:
-        super().__init__()
-        check_range(kd_rate=(kd_rate, 0, 1), temperature=(temperature, *TEMPERATURES))
-        check_choice(vocabulary_map=(vocabulary_map, VOCABULARY_MAPS))
-        self.kd_rate, self.temperature, self.same_prefix = kd_rate, temperature, same_prefix
+    def __init__(self, *, pair: ModelPair, **options: Any) -> None:
+        super().__init__(**options)
         self.vocabularies = pair.vocabularies
         ends = None if pair.end_tokens is None else pair.end_tokens[::-1]
         student_tokens, teacher_tokens = pair.possible_tokens()
         found = nearest_tokens(teacher_tokens, student_tokens, ends)
         student_of = torch.full((pair.teacher_head.vocab_size,), DROPPED)
         student_of[: len(found)] = found
-        if vocabulary_map == "first":
+        if self.options.vocabulary_map == "first":
             student_of = firsts_only(student_of)
         self.register_buffer("student_of", student_of, persistent=False)
 
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
-        rows, aligned = aligned_teacher_rows(student, teacher, same_prefix=self.same_prefix)
-        criterion = CarriedOver(student.target_ids, aligned, self.student_of, self.temperature, self.kd_rate)
+        rows, aligned = aligned_teacher_rows(student, teacher, same_prefix=self.options.same_prefix)
+        options = self.options
+        criterion = CarriedOver(student.target_ids, aligned, self.student_of, options.temperature, options.kd_rate)
         carried = HeadRows(teacher.hidden.detach()[rows], teacher.head.detached(), student.lengths)
         output = head_loss([head_rows(student), carried], criterion)
         return Terms(output.terms, output.loss)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from itertools import zip_longest
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -59,9 +58,3 @@ class ModelPair:
             for tokens, head in ((self.student_tokens, self.student_head), (self.teacher_tokens, self.teacher_head))
         )
         return student[: len(self.student_tokens)], teacher[: len(self.teacher_tokens)]
-
-    @classmethod
-    def smallest(cls) -> "ModelPair":
-        """Return a pair with one token and width 1 on each side, to check a method's options without models."""
-        head = OutputHead(torch.ones(1, 1))
-        return cls(Widths(1, 1, 1, 1), (b"a",), (b"a",), head, head)

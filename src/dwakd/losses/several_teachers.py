@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,7 +12,7 @@ from dwakd.batch import LossOutput, ModelSide
 from dwakd.errors import UserError
 from dwakd.kernels.head_loss import Chunk, Criterion, head_loss
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import LARGEST, TEMPERATURES, DistillationLoss, projected_rows
+from dwakd.losses.base import LARGEST, DistillationLoss, projected_rows
 
 GATES = ("confidence", "weights")
 
@@ -50,7 +51,7 @@ class SeveralTeachers(nn.Module):
 
     def __init__(
         self,
-        losses: Sequence[DistillationLoss],
+        losses: Sequence[DistillationLoss[Any]],
         weights: Sequence[float] | None = None,
         *,
         gate: str = "confidence",
@@ -69,7 +70,7 @@ class SeveralTeachers(nn.Module):
                 )
         if gate not in GATES:
             raise UserError(f"unknown teacher_gate {gate!r}; valid ones: {', '.join(GATES)}")
-        low, high = TEMPERATURES
+        low, high = 1e-3, 1e3
         if not low <= temperature <= high:
             raise UserError(
                 f"teacher_gate_temperature must be a number at least {low:g} and at most {high:g}, got {temperature!r}"
@@ -77,7 +78,7 @@ class SeveralTeachers(nn.Module):
         self.losses = nn.ModuleList(losses)
         self.shares = [weight / sum(weights) for weight in weights]
         self.gate, self.temperature = gate, temperature
-        self.needs_attention = any(loss.needs_attention for loss in losses)
+        self.needs_attention = any(loss.options.needs_attention for loss in losses)
 
     def set_step(self, step: int) -> None:
         """Set the number of finished optimiser steps for all losses."""

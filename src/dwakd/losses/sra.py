@@ -1,10 +1,11 @@
 """SRA: align the states of text spans in direction, geometry and next-token prediction (arXiv 2605.01205)."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 
 from dwakd.align.offsets import byte_groups, sum_by_group, tokens_per_group
@@ -14,7 +15,7 @@ from dwakd.kernels.head_loss.criterion import Logits, Statistics
 from dwakd.kernels.head_loss.statistics import SoftenedPair
 from dwakd.losses.alignment import unit_rows
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import TEMPERATURES, DistillationLoss, Terms, check_range, head_rows
+from dwakd.losses.base import DistillationLoss, MethodOptions, Rate, Temperature, Terms, Weight, head_rows
 from dwakd.losses.packing import example_ids, pad_rows
 from dwakd.losses.pair import ModelPair
 from dwakd.losses.sides import require_width
@@ -24,7 +25,32 @@ SPAN_WEIGHTS = ("attention", "uniform")
 LEAST_WEIGHT = 1e-30
 
 
-class SraLoss(DistillationLoss):
+class SraOptions(MethodOptions):
+    """Options of `SraLoss`."""
+
+    needs_models = "pair"
+
+    method: Literal["sra"] = "sra"
+    kd_rate: Rate = Field(
+        0.5,
+        description="Weight r of the three distillation terms. The published scripts use 0.5, and 0.4 for TinyLlama.",
+    )
+    geo_weight: Weight = Field(50.0, description="Weight of L_geo. The paper uses 50.")
+    temperature: Temperature = Field(
+        2.0, description="Divides the logits of both models in L_kd. There is no tau^2 factor. The paper uses 2."
+    )
+    span_weights: Literal["attention", "uniform"] = Field(
+        "attention",
+        description="'attention' as in the paper, or 'uniform': all tokens of a span have equal weight, and w_k is the span's "
+        "fraction of the teacher's tokens. Use 'uniform' with a teacher cache, which stores no attention.",
+    )
+
+    @property
+    def needs_attention(self) -> bool:
+        return self.span_weights == "attention"
+
+
+class SraLoss(DistillationLoss[SraOptions]):
     """Compare the hidden states of text spans that both tokenisations share.
 
         L = (1 - r) CE + r (L_span + geo_weight L_geo + L_kd)
@@ -44,14 +70,9 @@ class SraLoss(DistillationLoss):
 
     Args:
         pair: vocabularies and heads of the two models.
-        kd_rate: r, the weight of the three distillation terms. The published scripts use 0.5, and 0.4 for TinyLlama.
-        geo_weight: weight of L_geo. The paper uses 50.
-        temperature: divides the logits of both models in L_kd. There is no tau^2 factor. The paper uses 2.
-        span_weights: "attention" as in the paper, or "uniform": all tokens of a span have equal weight, and w_k is the
-            span's fraction of the teacher's tokens. Use "uniform" with a teacher cache, which stores no attention.
 
     Raises:
-        ValueError: an option is out of range or unknown, or the vocabularies share no token; in the forward pass, a side
+        ValueError: the vocabularies share no token; in the forward pass, a side
             has no attention although span_weights needs it.
 
     References:
@@ -61,29 +82,13 @@ class SraLoss(DistillationLoss):
         a sum over spans, and it matches tokens as strings.
     """
 
+    options_type = SraOptions
     terms: ClassVar[tuple[str, ...]] = ("ce", "span", "geo", "kd")
-    needs_pair: ClassVar[bool] = True
     student_ids: Int[Tensor, " overlap"]
     teacher_ids: Int[Tensor, " overlap"]
 
-    def __init__(
-        self,
-        *,
-        pair: ModelPair,
-        kd_rate: float = 0.5,
-        geo_weight: float = 50.0,
-        temperature: float = 2.0,
-        span_weights: str = "attention",
-    ) -> None:
-        super().__init__()
-        infinite = float("inf")
-        check_range(
-            kd_rate=(kd_rate, 0, 1), geo_weight=(geo_weight, 0, infinite), temperature=(temperature, *TEMPERATURES)
-        )
-        if span_weights not in SPAN_WEIGHTS:
-            raise ValueError(f"unknown span_weights {span_weights!r}; valid ones: {', '.join(SPAN_WEIGHTS)}")
-        self.needs_attention = span_weights == "attention"
-        self.kd_rate, self.geo_weight, self.temperature = kd_rate, geo_weight, temperature
+    def __init__(self, *, pair: ModelPair, **options: Any) -> None:
+        super().__init__(**options)
         self.vocabularies = pair.vocabularies
         shared = pair.shared_tokens()
         if not len(shared[0]):
@@ -106,12 +111,12 @@ class SraLoss(DistillationLoss):
 
         projected = self.projector(own.to(self.projector.weight.dtype))
         cosines = nn.functional.cosine_similarity(projected, theirs, dim=-1)
-        ce = head_loss([head_rows(student)], CrossEntropy(student.target_ids, 1 - self.kd_rate))
+        ce = head_loss([head_rows(student)], CrossEntropy(student.target_ids, 1 - self.options.kd_rate))
         sides = [
             HeadRows(own, student.head.of_tokens(self.student_ids), lengths),
             HeadRows(theirs, teacher.head.detached().of_tokens(self.teacher_ids), lengths),
         ]
-        kd = head_loss(sides, SharedKl(self.temperature, even))
+        kd = head_loss(sides, SharedKl(self.options.temperature, even))
         sums = {
             "span": (weights * (1 - cosines)).sum(),
             "geo": (student.lengths * gram_distance(own, theirs, weights, lengths)).sum(),
@@ -120,11 +125,15 @@ class SraLoss(DistillationLoss):
         return Terms(
             ce.terms | sums,
             ce.loss,
-            {"span": self.kd_rate, "geo": self.kd_rate * self.geo_weight, "kd": self.kd_rate},
+            {
+                "span": self.options.kd_rate,
+                "geo": self.options.kd_rate * self.options.geo_weight,
+                "kd": self.options.kd_rate,
+            },
         )
 
     def _row_weights(self, side: ModelSide) -> Float[Tensor, " tokens"]:
-        if not self.needs_attention:
+        if not self.options.needs_attention:
             return side.hidden.new_ones(len(side.hidden))
         if side.attention is None:
             raise ValueError(

@@ -1,10 +1,11 @@
 """ULD: compare sorted probabilities rank by rank, for any two vocabularies (arXiv 2402.12030)."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor
 
 from dwakd.batch import ModelSide
@@ -12,15 +13,7 @@ from dwakd.kernels.head_loss import Chunk, Criterion, HeadRows, head_loss
 from dwakd.kernels.head_loss.criterion import Logits, Statistics
 from dwakd.kernels.sorted_distance import sorted_distance
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import (
-    TEMPERATURES,
-    DistillationLoss,
-    Terms,
-    check_at_least,
-    check_choice,
-    check_range,
-    head_rows,
-)
+from dwakd.losses.base import DistillationLoss, MethodOptions, Temperature, Terms, Weight, head_rows
 from dwakd.losses.merged_groups import sorted_difference
 from dwakd.losses.packing import example_ids, positions
 
@@ -28,7 +21,25 @@ BLOCK = 2**21
 """Number of probabilities that are sorted at a time."""
 
 
-class UldLoss(DistillationLoss):
+class UldOptions(MethodOptions):
+    """Options of `UldLoss`."""
+
+    compat_defaults = {"dskd": {"ce_weight": 0.5, "uld_weight": 0.5}}  # noqa: RUF012
+
+    method: Literal["uld"] = "uld"
+    ce_weight: Weight = Field(1.0, description="Weight of the cross-entropy. The paper uses 1, compat dskd 0.5.")
+    uld_weight: Weight = Field(1.5, description="Weight lambda of the distance. The paper uses 1.5, compat dskd 0.5.")
+    temperature: Temperature = Field(
+        1.0, description="Divides the logits of both models in the distance. The paper and all ports use 1."
+    )
+    compat: Literal["paper", "dskd"] = Field(
+        "paper",
+        description="'paper' takes the mean over the pairs of each example and weighs examples by their student tokens. "
+        "'dskd' is the port that produced the tables of DSKD: a plain sum over the pairs.",
+    )
+
+
+class UldLoss(DistillationLoss[UldOptions]):
     """Compare the two models' sorted probabilities at each position, without matching any tokens.
 
         L = ce_weight CE + uld_weight sum_b S_b / n_b sum_{k <= n_b} sum_i |p^s_{k,(i)} - p^t_{k,(i)}|
@@ -40,46 +51,22 @@ class UldLoss(DistillationLoss):
 
     Gradient: the student's hidden states and head, through both terms. It is piecewise linear in the probabilities.
 
-    Args:
-        ce_weight: weight of the cross-entropy. Default: 1 as in the paper, or 0.5 with compat dskd.
-        uld_weight: lambda, the weight of the distance. Default: 1.5 as in the paper, or 0.5 with compat dskd.
-        temperature: divides the logits of both models in the distance. The paper and all ports use 1.
-        compat: "paper" takes the mean over the pairs of each example and weighs examples by their student tokens. "dskd"
-            is the port that produced the tables of DSKD: a plain sum over the pairs.
-
-    Raises:
-        ValueError: an option is out of range or compat is unknown.
-
     References:
         Boizard et al. 2024, equation 6. The paper gives all examples of a batch equal weight, so its value depends on how
         examples are batched. With weights by student tokens, gradient accumulation and ranks do not change the loss. The
         value for a single example is that of the paper.
     """
 
+    options_type = UldOptions
     terms: ClassVar[tuple[str, ...]] = ("ce", "uld")
 
-    def __init__(
-        self,
-        *,
-        ce_weight: float | None = None,
-        uld_weight: float | None = None,
-        temperature: float = 1.0,
-        compat: str = "paper",
-    ) -> None:
-        super().__init__()
-        check_choice(compat=(compat, ("paper", "dskd")))
-        ce, uld = (1.0, 1.5) if compat == "paper" else (0.5, 0.5)
-        self.ce_weight = ce if ce_weight is None else ce_weight
-        self.uld_weight = uld if uld_weight is None else uld_weight
-        check_at_least(0, ce_weight=self.ce_weight, uld_weight=self.uld_weight)
-        check_range(temperature=(temperature, *TEMPERATURES))
-        self.temperature, self.mean_over_pairs = temperature, compat == "paper"
-
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
-        rows, weights = paired_rows(student.lengths, teacher.lengths, len(student.target_ids), self.mean_over_pairs)
+        options = self.options
+        means = options.compat == "paper"
+        rows, weights = paired_rows(student.lengths, teacher.lengths, len(student.target_ids), means)
         opposite = HeadRows(teacher.hidden.detach()[rows], teacher.head.detached(), student.lengths)
         criterion = SortedDifference(
-            student.target_ids, weights, self.temperature, {"ce": self.ce_weight, "uld": self.uld_weight}
+            student.target_ids, weights, options.temperature, {"ce": options.ce_weight, "uld": options.uld_weight}
         )
         output = head_loss([head_rows(student), opposite], criterion)
         return Terms(output.terms, output.loss)

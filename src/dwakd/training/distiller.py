@@ -24,7 +24,7 @@ class Distiller(nn.Module):
     """For transformers.Trainer: the loss is already divided by the tokens of the whole optimiser batch."""
     _keys_to_ignore_on_save = None
 
-    def __init__(self, student: nn.Module, loss: DistillationLoss | SeveralTeachers) -> None:
+    def __init__(self, student: nn.Module, loss: DistillationLoss[Any] | SeveralTeachers) -> None:
         super().__init__()
         self.student = student
         self.loss = loss

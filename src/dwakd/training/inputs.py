@@ -131,7 +131,7 @@ def encode_source(
     if source is None:
         return [], None
     examples, pairs = ([], source) if isinstance(source, EncodedPairs) else _encode(source, encoders, args, role, name)
-    if method_class(args.method).needs_edit_alignment:
+    if method_class(args.method).options_type.needs_edit_alignment:
         align_by_spelling(pairs, *encoders)
     return examples, pairs
 

@@ -1,5 +1,7 @@
 """From the models and tokenizers at hand to the method that a configuration names."""
 
+from typing import Any
+
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -16,7 +18,7 @@ def build_method(
     student: PreTrainedModel | PeftModel,
     teachers: list[Teacher],
     encoders: tuple[TextEncoder, ...],
-) -> DistillationLoss | SeveralTeachers:
+) -> DistillationLoss[Any] | SeveralTeachers:
     """The configured method, given what it needs of the models; one for each teacher if there are several.
 
     Raises:
@@ -38,21 +40,20 @@ def _build(
     student: PreTrainedModel | PeftModel,
     teacher: Teacher,
     encoders: tuple[TextEncoder, TextEncoder],
-) -> DistillationLoss:
-    method = method_class(args.method)
+) -> DistillationLoss[Any]:
     student_encoder, teacher_encoder = encoders
     head = output_head(student).detached()
     widths = Widths(
         head.hidden_size, teacher.head.hidden_size, embedding_table(student).shape[1], teacher.embedding_size
     )
     pair = None
-    if method.needs_pair:
+    if method_class(args.method).options_type.needs_models == "pair":
         tokens = [encoder.token_bytes() for encoder in (student_encoder, teacher_encoder)]
         ends = student_encoder.end_token_id, teacher_encoder.end_token_id
         pair = ModelPair(widths, tokens[0], tokens[1], head, teacher.head, ends)
     loss = build_loss(args.method, args.loss_options, widths=widths, pair=pair)
     vocabularies = [encoder.tokenizer.get_vocab() for encoder in (student_encoder, teacher_encoder)]
-    if loss.needs_same_vocabulary and vocabularies[0] != vocabularies[1]:
+    if loss.options.needs_same_vocabulary and vocabularies[0] != vocabularies[1]:
         raise UserError(
             f"method {args.method} needs a teacher with the student's tokenizer, and theirs differ; "
             "dwa_kd and dskd with attention work across tokenizers"

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from dwakd.config import Recipe, StudentSection, TeacherSection
 from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, Example, load_examples
 from dwakd.errors import UserError
-from dwakd.losses import ModelPair, Widths, build_loss, method_class
+from dwakd.losses import method_class, method_options
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.options import check_type
 from dwakd.training.cached import CachedTeacher, refuse_attention
@@ -131,9 +131,7 @@ def recipe_examples(recipe: Recipe) -> tuple[list[Example], list[Example] | None
 
 def check_options(recipe: Recipe, output_dir: str | Path) -> tuple[DistillConfig, LoraConfig | None]:
     """The training arguments and adapter of a recipe, every option checked; reads no data and no model."""
-    method = method_class(recipe.method)
-    build_loss(recipe.method, recipe.loss_options, widths=Widths(1, 1, 1, 1), pair=ModelPair.smallest())
-    if method.needs_teacher and not recipe.teachers:
+    if method_options(recipe.method, recipe.loss_options).needs_teacher and not recipe.teachers:
         raise UserError(f"method {recipe.method} needs a teacher: add a teacher section to the recipe")
     for teacher in recipe.teachers:
         if not 0 < teacher.weight < math.inf:

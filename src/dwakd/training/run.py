@@ -37,7 +37,6 @@ def build_trainer(recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan |
         output_dir: folder of the run.
         plan: the test sets to answer after the training; a prompt that the student has no room to answer is an error.
     """
-    method = method_class(recipe.method)
     args, peft_config = check_options(recipe, output_dir)
     for section in recipe.teachers:
         if section.cache is None and section.cache_dtype is not None:
@@ -47,7 +46,11 @@ def build_trainer(recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan |
     student, student_tokenizer = load_section(recipe.student)
     if plan is not None:
         check_room(plan, student, make_encoder(student_tokenizer, args))
-    teachers = [load_section(section) for section in recipe.teachers] if method.needs_teacher else []
+    teachers = (
+        [load_section(section) for section in recipe.teachers]
+        if method_class(recipe.method).options_type.needs_teacher
+        else []
+    )
     try:
         return DistillTrainer(
             model=student,

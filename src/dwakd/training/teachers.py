@@ -34,7 +34,7 @@ def prepare_teachers(
             tokenizer, another number of tokenizers or weights than of teachers, one cache for several teachers, or a cache
             for a method that reads attention.
     """
-    if not method_class(args.method).needs_teacher:
+    if not method_class(args.method).options_type.needs_teacher:
         return []
     given: list[Any] = teachers if isinstance(teachers, list) else [] if teachers is None else [teachers]
     if not given:

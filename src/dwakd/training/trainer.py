@@ -128,9 +128,9 @@ class DistillTrainer(Trainer):
         """The student, unwrapped."""
         return self.accelerator.unwrap_model(self.model).student
 
-    def _loss(self) -> DistillationLoss | SeveralTeachers:
+    def _loss(self) -> DistillationLoss[Any] | SeveralTeachers:
         """The method, unwrapped."""
-        loss: DistillationLoss | SeveralTeachers = self.accelerator.unwrap_model(self.model).loss
+        loss: DistillationLoss[Any] | SeveralTeachers = self.accelerator.unwrap_model(self.model).loss
         return loss
 
     # The step: the teacher runs ahead of it, so that N(.) and the reduction see the whole optimiser batch.
