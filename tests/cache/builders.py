@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dwakd import DistillConfig, DistillTrainer
+from dwakd.training.cached import CachedTeacher
 from tests.builders import tiny_model
 from tests.training.builders import ROWS, TOKENIZERS
 
@@ -38,3 +39,15 @@ def trainer(output: Path, teacher: Path, *, cache: Path | None = None, **options
         processing_class=STUDENT,
         dataset_names=names,
     )
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Read every file of a cache."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def repair(folder: Path, teacher: Path) -> None:
+    """Do what `dwakd cache` does with a cache that exists."""
+    run = trainer(folder.parent / "online", teacher)
+    cached = CachedTeacher(folder, str(teacher))
+    cached.prepare(run._encoders[1], run.args, {"train": run.train_dataset, "eval": None}, repair=True)

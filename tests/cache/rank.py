@@ -1,4 +1,4 @@
-"""One rank of a run with two processes that first builds its cache; test_ranks.py starts it through torchrun."""
+"""One rank of a run with two processes that first builds its cache; test_build.py starts it through torchrun."""
 
 import os
 import sys

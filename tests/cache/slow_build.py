@@ -1,4 +1,4 @@
-"""A build that waits after each shard, so that test_integrity.py can kill it between two shards."""
+"""A build that waits after each shard, so that test_build.py can kill it between two shards."""
 
 import sys
 import time

@@ -22,11 +22,10 @@ def test_the_hub_and_a_folder_name_a_file_alike(tmp_path, monkeypatch):
     hub = SimpleNamespace(model_info=lambda *args, **kwargs: SimpleNamespace(siblings=listed))
     monkeypatch.setattr(fingerprint, "HfApi", lambda: hub)
     monkeypatch.setattr(fingerprint, "only_cached", lambda *args: False)
-    assert fingerprint._file_digests("owner/name", "owner/name", None) == [digest]
-    assert fingerprint._file_digests(str(folder), str(folder), None) == [digest]
+    assert adapter_digest("owner/name") == adapter_digest(str(folder))
     monkeypatch.setattr(fingerprint, "only_cached", lambda *args: True)
     monkeypatch.setattr(fingerprint, "snapshot_download", lambda *args, **kwargs: str(folder))
-    assert fingerprint._file_digests("owner/name", "owner/name", None) == [digest]
+    assert adapter_digest("owner/name") == adapter_digest(str(folder))
 
 
 def test_an_adapter_is_known_with_its_base_and_without(tmp_path):

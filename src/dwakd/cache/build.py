@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 from torch import nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-from dwakd.cache.files import remove_unfinished
-from dwakd.cache.index import side_key, teacher_side
-from dwakd.cache.manifest import MANIFEST, TEACHER, check_folder
-from dwakd.cache.store import MISSING, Cache, CacheRequest, human_bytes
+from dwakd.cache.manifest import MANIFEST, TEACHER, keyed_sides
+from dwakd.cache.store import MISSING, UNFINISHED, Cache, CacheRequest
 from dwakd.data.pairs import EncodedSide
 from dwakd.errors import UserError
 from dwakd.models.invariant import response_hidden
@@ -38,7 +37,6 @@ def open_or_build(folder: Path, request: CacheRequest, load: Callable[[], nn.Mod
     Raises:
         UserError: the cache was built from something else, a file is damaged, or the disk is full.
     """
-    check_folder(folder)
     teacher = None
     if (folder / MANIFEST).is_file():
         cache = Cache.open(folder)
@@ -53,18 +51,21 @@ def open_or_build(folder: Path, request: CacheRequest, load: Callable[[], nn.Mod
     if not repair:
         cache.refuse_damaged(problems)
     if problems:
-        _build(cache, request, load() if teacher is None else teacher, problems)
+        teacher = load() if teacher is None else teacher
+        with _disk_errors(folder):
+            _build(cache, request, teacher, problems)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
     if request.rank == 0:
-        remove_unfinished(folder)
+        for path in folder.glob(f".*{UNFINISHED}*"):  # temporary files of killed processes
+            path.unlink(missing_ok=True)
     return cache
 
 
 def _build(cache: Cache, request: CacheRequest, teacher: nn.Module, problems: Mapping[str, str]) -> None:
     """Build the missing and damaged files of one rank."""
-    sides = {side_key(teacher_side(row)): teacher_side(row) for pairs in request.sets.values() for row in pairs.rows}
-    if absent := sum(key not in sides for key in cache.index.keys):
+    sides = dict(keyed_sides(*request.sets.values()))
+    if absent := len(cache.index.places.keys() - sides.keys()):
         raise UserError(
             f"teacher cache {cache.folder} is incomplete and {absent} of its rows are not in this data; complete it "
             "with the data that it was started with, or name another folder in teacher.cache"
@@ -72,34 +73,25 @@ def _build(cache: Cache, request: CacheRequest, teacher: nn.Module, problems: Ma
     for name, problem in problems.items():
         if problem != MISSING:
             logger.warning("building %s of teacher cache %s again: it %s", name, cache.folder, problem)
-    own = range(request.rank, cache.num_shards, request.world_size)
-    shards = [shard for shard in own if cache.shard_path(shard).name in problems]
-    _check_space(cache, request, shards)
-    row_sides = [sides[key] for key in cache.index.keys]
-    total = sum(row_sides[row].length for shard in shards for row in cache.index.rows_of(shard))
-    with (
-        _disk_errors(cache.folder),
-        tqdm(total=total, desc="teacher cache", unit="tok", unit_scale=True, disable=not request.progress) as bar,
-    ):
-        if TEACHER in problems:
-            cache.write_teacher(embedding_table(teacher), output_head(teacher))
-        for shard in shards:
-            cache.write_shard(shard, _hidden_states(cache, shard, row_sides, teacher, bar))
-
-
-def _check_space(cache: Cache, request: CacheRequest, shards: list[int]) -> None:
-    """Show the size of the cache, and refuse to start if the disk has too little space."""
+    shards = [shard for shard in range(cache.num_shards) if cache.shard_path(shard).name in problems]
     needed = sum(cache.index.shard_lengths[shard] for shard in shards) * cache.token_bytes
-    free = shutil.disk_usage(cache.folder).free
+    free, finished = shutil.disk_usage(cache.folder).free, _finished(cache.folder)
     if needed > free:
         raise UserError(
-            f"teacher cache {cache.folder} needs {human_bytes(needed)} more, but the disk has only {human_bytes(free)} "
-            f"free ({_num_finished(cache.folder)}); free some space, or name another folder in teacher.cache"
+            f"teacher cache {cache.folder} needs {decimal(needed)} more, but the disk has only {decimal(free)} free "
+            f"({finished}); free some space, or name another folder in teacher.cache"
         )
     if request.progress:
-        process = f" by process {request.rank}" if request.world_size > 1 else ""
-        text = f"{len(shards)} shards to build{process}, {_num_finished(cache.folder)}, {human_bytes(free)} free"
-        tqdm.write(f"teacher cache {cache.folder}: {cache.describe()}; {text}", file=sys.stderr)
+        by = f" by process {request.rank}" if request.world_size > 1 else ""
+        text = f"{cache.describe()}; {len(shards)} shards to build{by}, {finished}, {decimal(free)} free"
+        tqdm.write(f"teacher cache {cache.folder}: {text}", file=sys.stderr)
+    if TEACHER in problems:
+        cache.write_teacher(embedding_table(teacher), output_head(teacher))
+    rows = [sides[key] for key in cache.index.places]
+    total = sum(rows[row].length for shard in shards for row in cache.index.rows_of(shard))
+    with tqdm(total=total, desc="teacher cache", unit="tok", unit_scale=True, disable=not request.progress) as bar:
+        for shard in shards:
+            cache.write_shard(shard, _hidden_states(cache, shard, rows, teacher, bar))
 
 
 def _hidden_states(cache: Cache, shard: int, sides: list[EncodedSide], teacher: nn.Module, bar: Any) -> torch.Tensor:
@@ -127,10 +119,10 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"teacher cache {folder} cannot be written: {error.strerror or error} ({_num_finished(folder)}); free some "
+            f"teacher cache {folder} cannot be written: {error.strerror or error} ({_finished(folder)}); free some "
             "space or correct the folder, then run the command again to continue"
         ) from error
 
 
-def _num_finished(folder: Path) -> str:
+def _finished(folder: Path) -> str:
     return f"{len(list(folder.glob('shard-*')))} shards are written and kept"

@@ -1,4 +1,4 @@
-"""Digests of what a teacher cache was built from, and the description of a difference."""
+"""Digests of what a teacher cache was built from."""
 
 import hashlib
 import json
@@ -18,8 +18,8 @@ from dwakd.models.loading import adapter_base, adapter_config
 from dwakd.models.specs import only_cached, resolve_spec
 
 _WEIGHTS = ("*.safetensors", "*.bin")
+# Fields of a model's config that do not change its hidden states. The dtype is an option of the recipe.
 _VOLATILE = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache")
-"""Fields of a model's config that do not change its hidden states. The dtype is an option of the recipe."""
 DATE = "the date for chat templates"
 """Field of a fingerprint. The date is fixed when the cache is built; every run that reads the cache uses it again."""
 
@@ -43,26 +43,15 @@ def weights_digest(spec: str, *, revision: str | None = None, trust_remote_code:
         base = weights_digest(adapter_base(settings, spec), trust_remote_code=trust_remote_code)
         return _digest([adapter_digest(spec, revision=revision), base])
     location = resolve_spec(spec)
-    local = only_cached(location, revision)
-    config = AutoConfig.from_pretrained(
-        location, revision=revision, trust_remote_code=trust_remote_code, local_files_only=local
-    ).to_diff_dict()
+    options = {"revision": revision, "local_files_only": only_cached(location, revision)}
+    config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **options).to_diff_dict()
     known = {name: value for name, value in config.items() if name not in _VOLATILE}
-    return _digest([sorted(_file_digests(location, spec, revision)), known])
+    return _digest([_file_digests(spec, revision), known])
 
 
 def adapter_digest(spec: str, *, revision: str | None = None) -> str:
     """Compute a SHA-256 of the weights and settings of an adapter, without its base model."""
-    location = resolve_spec(spec)
-    return _digest([sorted(_file_digests(location, spec, revision)), adapter_config(spec, revision)])
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Compute a SHA-256 of everything that turns text into token ids."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    for setting in ("padding", "truncation"):  # set by calls of the tokenizer
-        state.pop(setting, None)
-    return _digest(state)
+    return _digest([_file_digests(spec, revision), adapter_config(spec, revision)])
 
 
 def fingerprint(
@@ -72,8 +61,7 @@ def fingerprint(
 
     Args:
         encoder: encoder of the teacher.
-        bos: option data.bos.
-        max_length: option data.max_length.
+        bos, max_length: options of the recipe's data section.
         teacher: `weights_digest` of the teacher.
         adapter: `adapter_digest` of its adapter, if there is one.
         dtype: dtype in which the teacher computes.
@@ -81,35 +69,21 @@ def fingerprint(
     template = encoder.template
     if template == "chat":
         template = f"chat, by the tokenizer's template {_digest(encoder.tokenizer.chat_template)[:16]}"
-    date = {} if encoder.date is None else {DATE: encoder.date}
     if encoder.special_tokens_in_prompts != "parse":
         template += f", data.special_tokens_in_prompts: {encoder.special_tokens_in_prompts}"
+    tokenizer = json.loads(encoder.tokenizer.backend_tokenizer.to_str())
+    for setting in ("padding", "truncation"):  # set by calls of the tokenizer
+        tokenizer.pop(setting, None)
     return {
         "teacher": teacher,
         "teacher.adapter": adapter or "none",
         "teacher.dtype": dtype,
-        "tokenizer": tokenizer_digest(encoder.tokenizer),
+        "tokenizer": _digest(tokenizer),
         "data.template": template,
         "data.bos": bos,
         "data.max_length": str(max_length),
-        **date,
+        **({} if encoder.date is None else {DATE: encoder.date}),
     }
-
-
-def difference(
-    cached: dict[str, str], current: dict[str, str], cached_names: dict[str, str], current_names: dict[str, str]
-) -> str | None:
-    """Describe the first field of two fingerprints that differs; None if they are equal."""
-    for field, value in current.items():
-        if cached.get(field) == value:
-            continue
-        if field not in cached_names:
-            return f"{field} is {cached.get(field)!r} in the cache and {value!r} here"
-        old, new = cached_names[field], current_names[field]
-        if old == new:
-            return f"the content of the {field} {new} has changed since the cache was built"
-        return f"the {field} is {old} in the cache and {new} here, and their contents differ"
-    return None
 
 
 def file_digest(path: Path) -> str:
@@ -118,20 +92,21 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _file_digests(location: str, spec: str, revision: str | None) -> list[str]:
+def _file_digests(spec: str, revision: str | None) -> list[str]:
+    """Return the sorted SHA-256 digests of a model's weight files."""
+    location = resolve_spec(spec)
     folder = Path(location)
     if not folder.is_dir():
         if not only_cached(location, revision):
             files = HfApi().model_info(location, revision=revision, files_metadata=True).siblings or []
             for pattern in _WEIGHTS:
-                known = [item.lfs.sha256 for item in files if Path(item.rfilename).match(pattern) and item.lfs]
-                if known:
-                    return known
+                if known := [item.lfs.sha256 for item in files if Path(item.rfilename).match(pattern) and item.lfs]:
+                    return sorted(known)
         folder = Path(snapshot_download(location, revision=revision, local_files_only=True))
     for pattern in _WEIGHTS:
-        if paths := sorted(folder.glob(pattern)):
+        if paths := list(folder.glob(pattern)):
             with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-                return list(pool.map(file_digest, paths))
+                return sorted(pool.map(file_digest, paths))
     raise UserError(f"{spec} contains no weight files ({' or '.join(_WEIGHTS)}); correct the name of the model")
 
 

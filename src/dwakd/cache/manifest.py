@@ -1,41 +1,41 @@
-"""The manifest cache.json: what a cache was built from, and the checksums of its index and its teacher file."""
+"""What is written before the first shard: cache.json (what the cache was built from) and the index of its rows."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load, save
+
+from dwakd.cache.fingerprint import row_key
+from dwakd.data.pairs import EncodedPairs, EncodedRow, EncodedSide
 from dwakd.errors import UserError
 
 MANIFEST, INDEX, TEACHER = "cache.json", "index.safetensors", "teacher.safetensors"
 FORMAT = "dwakd teacher cache 3"
 DAMAGED = "does not match its checksum: it is damaged, cut short, or belongs to another cache"
+SHARD_BYTES, MIN_SHARDS = 64 << 20, 16  # several shards let ranks share the work, and a killed build loses little
+_ARRAYS = ("keys", "lengths", "shards", "offsets")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Content of cache.json.
+    """Content of cache.json."""
 
-    Args:
-        fingerprint: result of `dwakd.cache.fingerprint.fingerprint`.
-        names: names of teacher, adapter and tokenizer; used in messages only.
-        dtype: dtype of the stored hidden states, for example "float32".
-        hidden_size: size of one hidden state.
-        scale: `OutputHead.scale` of the teacher.
-        soft_cap: `OutputHead.soft_cap` of the teacher.
-        digests: SHA-256 of index.safetensors and of teacher.safetensors.
-    """
-
-    fingerprint: dict[str, str]
-    names: dict[str, str]
-    dtype: str
+    fingerprint: dict[str, str]  # result of `dwakd.cache.fingerprint.fingerprint`
+    names: dict[str, str]  # of teacher, adapter and tokenizer; used in messages only
+    dtype: str  # of the stored hidden states, for example "float32"
     hidden_size: int
-    scale: float
+    scale: float  # as in `OutputHead`, for the teacher's head
     soft_cap: float | None
-    digests: dict[str, str]
+    digests: dict[str, str]  # SHA-256 of index.safetensors and teacher.safetensors
 
     @property
     def identity(self) -> str:
@@ -57,9 +57,9 @@ class Manifest:
         data = (folder / MANIFEST).read_bytes()
         try:
             body = json.loads(data)
-            found = body["format"]
-            manifest = cls(**{item.name: body[item.name] for item in fields(cls)}) if found == FORMAT else None
-        except (ValueError, KeyError, TypeError) as error:
+            found, _ = body.pop("format"), body.pop("sha256", None)
+            manifest = cls(**body) if found == FORMAT else None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise damaged(folder, MANIFEST) from error
         if manifest is None:
             raise UserError(
@@ -71,12 +71,68 @@ class Manifest:
         return manifest
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a path that is not a folder, or a folder that contains anything but a cache.
+@dataclass(frozen=True)
+class Index:
+    """Which rows a cache contains, in the order in which they are stored. Equal rows are stored once."""
 
-    Raises:
-        UserError: names the folder.
-    """
+    keys: NDArray[np.uint8]  # bytes of the `row_key` of each row, (rows, 16)
+    lengths: NDArray[np.int64]  # number of response tokens of each row
+    shards: NDArray[np.int64]  # shard of each row
+    offsets: NDArray[np.int64]  # first position of each row within its shard
+    members: dict[str, NDArray[np.int64]]  # per data set ("train", "eval"), the indices of its rows in their source
+
+    @classmethod
+    def plan(cls, sets: Mapping[str, EncodedPairs], token_bytes: int) -> Index:
+        """Assign rows to shards of similar size, independently of the number of processes."""
+        sides = dict(keyed_sides(*sets.values()))
+        lengths = np.array([len(side.byte_ends) for side in sides.values()], dtype=np.int64)
+        ends = np.cumsum(lengths)
+        size = max(min(SHARD_BYTES // token_bytes, int(ends[-1]) // MIN_SHARDS), 1)
+        shards = np.unique((ends - 1) // size, return_inverse=True)[1].astype(np.int64)  # no shard is empty
+        starts = ends - lengths
+        offsets = starts - starts[np.searchsorted(shards, shards)]
+        keys = np.array([np.frombuffer(key, dtype=np.uint8) for key in sides])
+        members = {name: np.array([row.example_id for row in pairs.rows], dtype=int) for name, pairs in sets.items()}
+        return cls(keys, lengths, shards, offsets, members)
+
+    @cached_property
+    def places(self) -> dict[bytes, int]:
+        """Index of each row by its key."""
+        return {key.tobytes(): place for place, key in enumerate(self.keys)}
+
+    @cached_property
+    def shard_lengths(self) -> list[int]:
+        """Number of positions in each shard."""
+        return np.bincount(self.shards, weights=self.lengths).astype(int).tolist()
+
+    def rows_of(self, shard: int) -> list[int]:
+        """Return the indices of the rows in a shard."""
+        return np.flatnonzero(self.shards == shard).tolist()
+
+    def unmatched(self, pairs: EncodedPairs) -> list[EncodedRow]:
+        """Return the rows of a data set that the index does not contain."""
+        keyed = zip(pairs.rows, keyed_sides(pairs), strict=True)
+        return [row for row, (key, _) in keyed if key not in self.places]
+
+    def dump(self) -> bytes:
+        """Return the content of index.safetensors."""
+        return save({**{name: getattr(self, name) for name in _ARRAYS}, **self.members})
+
+    @classmethod
+    def load(cls, data: bytes) -> Index:
+        """Read the content of index.safetensors."""
+        arrays = load(data)
+        return cls(*map(arrays.pop, _ARRAYS), members=arrays)
+
+
+def keyed_sides(*sets: EncodedPairs) -> list[tuple[bytes, EncodedSide]]:
+    """Return the teacher's side of each row with its `row_key`."""
+    sides = [row.teachers[0] for pairs in sets for row in pairs.rows]
+    return [(row_key(side.ids, side.num_prompt), side) for side in sides]
+
+
+def check_folder(folder: Path) -> None:
+    """Raise a UserError for a path that is not a folder, or for a folder that contains anything but a cache."""
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file, so {folder} cannot be a teacher cache; correct teacher.cache")

@@ -3,51 +3,40 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from rich.filesize import decimal
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load_file, save
 from torch import Tensor
-from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
+from tqdm.contrib.concurrent import thread_map  # type: ignore[import-untyped, unused-ignore]
 
 from dwakd.batch import OutputHead
-from dwakd.cache.files import write_file
-from dwakd.cache.fingerprint import difference, file_digest
-from dwakd.cache.index import Index
-from dwakd.cache.manifest import DAMAGED, INDEX, MANIFEST, TEACHER, Manifest, damaged
+from dwakd.cache.fingerprint import file_digest
+from dwakd.cache.manifest import DAMAGED, INDEX, MANIFEST, TEACHER, Index, Manifest, damaged
 from dwakd.data.pairs import EncodedPairs
 from dwakd.errors import UserError
 
-MISSING = "is missing"
+MISSING, UNFINISHED = "is missing", ".tmp-"
 
 
 @dataclass(frozen=True)
 class CacheRequest:
-    """What a cache has to contain, and which process builds it.
+    """What a cache has to contain, and which process builds it."""
 
-    Args:
-        sets: "train" and, if there is one, "eval".
-        fingerprint: result of `dwakd.cache.fingerprint.fingerprint`.
-        names: names of teacher, adapter and tokenizer for messages.
-        dtype: dtype to store; None for the teacher's own.
-        rank: rank of this process.
-        world_size: number of processes that build.
-        progress: show progress bars and sizes.
-    """
-
-    sets: Mapping[str, EncodedPairs]
-    fingerprint: dict[str, str]
-    names: dict[str, str]
-    dtype: torch.dtype | None = None
-    rank: int = 0
-    world_size: int = 1
-    progress: bool = True
+    sets: Mapping[str, EncodedPairs]  # "train" and, if there is one, "eval"
+    fingerprint: dict[str, str]  # result of `dwakd.cache.fingerprint.fingerprint`
+    names: dict[str, str]  # of teacher, adapter and tokenizer, for messages
+    dtype: torch.dtype | None = None  # to store; None for the teacher's own
+    rank: int = 0  # of this process
+    world_size: int = 1  # number of processes that build
+    progress: bool = True  # show progress bars and sizes
 
 
 class Cache:
@@ -60,6 +49,9 @@ class Cache:
         self.folder = folder
         self.manifest = manifest
         self.index = index
+        self.dtype: torch.dtype = getattr(torch, manifest.dtype)
+        self.token_bytes = manifest.hidden_size * self.dtype.itemsize
+        self.num_shards = len(index.shard_lengths)
         self._slices: dict[int, Any] = {}
 
     @classmethod
@@ -74,51 +66,30 @@ class Cache:
             data = (folder / INDEX).read_bytes()
         except FileNotFoundError as error:
             raise damaged(folder, INDEX, MISSING) from error
-        if hashlib.sha256(data).hexdigest() != manifest.digests[INDEX]:
+        if _sha256(data) != manifest.digests[INDEX]:
             raise damaged(folder, INDEX)
-        return cls(folder, manifest, Index.from_tensors(load(data)))
+        return cls(folder, manifest, Index.load(data))
 
     @classmethod
     def create(cls, folder: Path, request: CacheRequest, table: Tensor, head: OutputHead) -> Cache:
-        """Write every file except the shards. Each rank may call this: all ranks write the same bytes."""
+        """Write index and manifest. Each rank may call this: all ranks write the same bytes."""
         dtype = request.dtype or head.weight.dtype
         index = Index.plan(request.sets, head.hidden_size * dtype.itemsize)
-        files = {INDEX: save(index.tensors()), TEACHER: _teacher_file(table, head)}
-        manifest = Manifest(
-            fingerprint=request.fingerprint,
-            names=request.names,
-            dtype=str(dtype).removeprefix("torch."),
-            hidden_size=head.hidden_size,
-            scale=head.scale,
-            soft_cap=head.soft_cap,
-            digests={name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
-        )
+        data = index.dump()
+        digests = {INDEX: _sha256(data), TEACHER: _sha256(_teacher_file(table, head))}
+        outputs = head.hidden_size, head.scale, head.soft_cap
+        manifest = Manifest(request.fingerprint, request.names, _dtype_name(dtype), *outputs, digests)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, data in {**files, MANIFEST: manifest.dump()}.items():  # a cache exists once its manifest does
-            write_file(folder / name, data)
+        write_file(folder / INDEX, data)
+        write_file(folder / MANIFEST, manifest.dump())  # a cache exists once its manifest does
         return cls(folder, manifest, index)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the stored hidden states."""
-        dtype: torch.dtype = getattr(torch, self.manifest.dtype)
-        return dtype
-
-    @property
-    def num_shards(self) -> int:
-        return len(self.index.shard_lengths)
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one hidden state."""
-        return self.manifest.hidden_size * self.dtype.itemsize
 
     def describe(self) -> str:
         """Return number of rows, number of tokens and size as text."""
         tokens = sum(self.index.shard_lengths)
         return (
             f"{len(self.index.keys):,} rows, {tokens:,} response tokens of {self.token_bytes:,} bytes: "
-            f"{human_bytes(tokens * self.token_bytes)} of {self.manifest.dtype} in {self.num_shards} shards"
+            f"{decimal(tokens * self.token_bytes)} of {self.manifest.dtype} in {self.num_shards} shards"
         )
 
     def shard_path(self, shard: int) -> Path:
@@ -126,40 +97,42 @@ class Cache:
 
     def check_source(self, request: CacheRequest) -> None:
         """Raise a UserError that names the option or the row that differs from what the cache was built from."""
-        differs = difference(self.manifest.fingerprint, request.fingerprint, self.manifest.names, request.names)
-        if request.dtype not in (None, self.dtype):
-            stored = str(request.dtype).removeprefix("torch.")
-            differs = differs or f"teacher.cache_dtype is {self.manifest.dtype!r} in the cache and {stored!r} here"
-        for role, pairs in request.sets.items():
-            differs = differs or self._unmatched(role, pairs)
-        if differs:
+        if difference := next(self._differences(request), None):
             raise UserError(
-                f"teacher cache {self.folder} was built from something else: {differs}; undo the change, or name a new "
-                "folder in teacher.cache"
+                f"teacher cache {self.folder} was built from something else: {difference}; undo the change, or name a "
+                "new folder in teacher.cache"
             )
 
-    def _unmatched(self, role: str, pairs: EncodedPairs) -> str | None:
-        """Describe the first row of a data set that the cache does not contain."""
-        rows = self.index.unmatched(pairs)
-        if not rows:
-            return None
-        first, known = rows[0], self.index.members.get(role)
-        problem = "has changed since" if known is not None and first.example_id in known else "did not exist when"
-        problem += " the cache was built" + (f" without the {role} set" if known is None else "")
-        if first.truncated:
-            problem += " (the row is cut to data.max_length; another student's tokenizer may cut it elsewhere)"
-        count = f"{len(rows)} of {len(pairs)} rows differ" if len(rows) > 1 else "only this row differs"
-        return f"row {first.example_id} (counting from 0) of {pairs.source} {problem} ({count})"
+    def _differences(self, request: CacheRequest) -> Iterator[str]:
+        names, stored = self.manifest.names, self.manifest.fingerprint
+        for field, value in request.fingerprint.items():
+            if stored.get(field) == value:
+                continue
+            if field not in names:
+                yield f"{field} is {stored.get(field)!r} in the cache and {value!r} here"
+            elif (old := names[field]) == (new := request.names[field]):
+                yield f"the content of the {field} {new} has changed since the cache was built"
+            else:
+                yield f"the {field} is {old} in the cache and {new} here, and their contents differ"
+        if request.dtype not in (None, self.dtype):
+            yield f"teacher.cache_dtype is {self.manifest.dtype!r} in the cache and {_dtype_name(request.dtype)!r} here"
+        for role, pairs in request.sets.items():
+            rows = self.index.unmatched(pairs)
+            for row in rows[:1]:
+                known = self.index.members.get(role)
+                problem = "has changed since" if known is not None and row.example_id in known else "did not exist when"
+                problem += " the cache was built" + (f" without the {role} set" if known is None else "")
+                if row.truncated:
+                    problem += " (the row is cut to data.max_length; another student's tokenizer may cut it elsewhere)"
+                count = f"{len(rows)} of {len(pairs)} rows differ" if len(rows) > 1 else "only this row differs"
+                yield f"row {row.example_id} (counting from 0) of {pairs.source} {problem} ({count})"
 
     def problems(self, rank: int = 0, world_size: int = 1, *, progress: bool = False) -> dict[str, str]:
         """Read every byte of the teacher file and of one rank's shards; return what is wrong by file name."""
         files = {TEACHER: -1} | {self.shard_path(s).name: s for s in range(rank, self.num_shards, world_size)}
-        with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-            found = tqdm(
-                pool.map(self._problem, files, files.values()),
-                "verifying the teacher cache", len(files), unit="shard", delay=2, leave=False, disable=not progress,
-            )  # fmt: skip
-            return {name: problem for name, problem in zip(files, found, strict=True) if problem}
+        bar = {"desc": "verifying the teacher cache", "unit": "shard", "delay": 2, "leave": False}
+        found = thread_map(self._problem, files, files.values(), disable=not progress, **bar)  # hashing uses all cores
+        return {name: problem for name, problem in zip(files, found, strict=True) if problem}
 
     def _problem(self, name: str, shard: int) -> str | None:
         path = self.folder / name
@@ -192,13 +165,9 @@ class Cache:
             )
 
     def write_teacher(self, table: Tensor, head: OutputHead) -> None:
-        """Write the teacher's embedding table and head again.
-
-        Raises:
-            UserError: they are not the tensors that the cache was built with.
-        """
+        """Write the teacher's embedding table and head again; raise a UserError if they have changed."""
         data = _teacher_file(table, head)
-        if hashlib.sha256(data).hexdigest() != self.manifest.digests[TEACHER]:
+        if _sha256(data) != self.manifest.digests[TEACHER]:
             raise damaged(self.folder, TEACHER, "is damaged, and the teacher's head or embeddings have changed")
         write_file(self.folder / TEACHER, data)
 
@@ -241,19 +210,36 @@ def open_complete(folder: Path, *, progress: bool = False) -> Cache:
     return cache
 
 
-def human_bytes(count: float) -> str:
-    """Format a number of bytes with a suitable unit."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file that appears complete or not at all: a temporary file, flushed to disk and renamed to `path`.
+
+    Raises:
+        OSError: the file cannot be written. A previous file at `path` is unchanged.
+    """
+    temporary = path.with_name(f".{path.name}{UNFINISHED}{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            temporary.replace(path)
+        except FileNotFoundError:  # another process finished the same cache and removed temporary files
+            if not path.is_file():
+                raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _teacher_file(table: Tensor, head: OutputHead) -> bytes:
-    tensors = {"head.weight": head.weight}
-    if head.bias is not None:
-        tensors["head.bias"] = head.bias
-    if table.data_ptr() != head.weight.data_ptr():
-        tensors["embedding"] = table
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    tied = table.data_ptr() == head.weight.data_ptr()
+    tensors = {"head.weight": head.weight, "head.bias": head.bias, "embedding": None if tied else table}
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if tensor is not None})
+
+
+def _dtype_name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -16,7 +16,7 @@ import torch
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from dwakd.cache.files import write_file
+from dwakd.cache.store import write_file
 from dwakd.config import RECIPE_FILE, Recipe
 from dwakd.errors import UserError
 from dwakd.evaluation.run import EvaluationPlan, check_room

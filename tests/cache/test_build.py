@@ -1,0 +1,148 @@
+"""An interrupted build continues, damaged files are built again, and two processes share the work."""
+
+import errno
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from dwakd import UserError
+from dwakd.cache import store
+from dwakd.cache.store import open_complete, write_file
+from tests.cache.builders import LONG, content, repair, save_teacher, trainer
+from tests.training.builders import assert_same, weights
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.8])
+def test_killed_at_any_moment_it_resumes(seconds, built, teacher, tmp_path):
+    """After kill -9 every shard is complete. The next start builds only the shards that are missing."""
+    folder = tmp_path / "cache"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.cache.slow_build", str(teacher), str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while not list(folder.glob("shard-*")):
+            assert process.poll() is None, "the build ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(seconds)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    finished = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
+    assert 0 < len(finished) < len(list(built.glob("shard-*")))
+    (folder / ".shard-00099.safetensors.tmp-1").write_bytes(b"half")
+    trainer(tmp_path / "run", teacher, cache=folder)
+    assert content(folder) == content(built)
+    assert all((folder / name).stat().st_mtime_ns == at for name, at in finished.items())
+
+
+@pytest.mark.parametrize("name", ["index.safetensors", "teacher.safetensors", "cache.json"])
+def test_repair_keeps_finished_shards(name, copied, built, teacher):
+    """The shards are what takes hours to build. A damaged small file must not cost them."""
+    path = copied / name
+    path.write_bytes(path.read_bytes()[:-1])
+    if name != "teacher.safetensors":
+        with pytest.raises(UserError, match=r"delete cache\.json and run dwakd cache"):
+            repair(copied, teacher)
+        (copied / "cache.json").unlink()
+    times = {path.name: path.stat().st_mtime_ns for path in copied.glob("shard-*")}
+    repair(copied, teacher)
+    assert content(copied) == content(built)
+    assert {path.name: path.stat().st_mtime_ns for path in copied.glob("shard-*")} == times
+
+
+def test_a_damaged_a_missing_and_a_foreign_shard(copied, built, teacher, tmp_path):
+    """Each is named. `dwakd cache` builds damaged and missing shards again; training builds missing shards only."""
+    path = copied / "shard-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(UserError, match=r"shard-00001\.safetensors .* cut short, .*; run dwakd cache"):
+        trainer(tmp_path / "run", teacher, cache=copied)
+    (copied / "shard-00003.safetensors").unlink()
+    with pytest.raises(UserError, match=r"shard-00001.*; shard-00003\.safetensors is missing; run dwakd"):
+        open_complete(copied)
+    repair(copied, teacher)
+    assert content(copied) == content(built)
+    (copied / "shard-00000.safetensors").unlink()
+    trainer(tmp_path / "run", teacher, cache=copied)
+    assert content(copied) == content(built)
+    other = save_teacher(tmp_path / "other", seed=9)
+    trainer(tmp_path / "run", other, cache=tmp_path / "foreign")
+    shutil.copy(tmp_path / "foreign" / path.name, path)
+    with pytest.raises(UserError, match=r"shard-00001\.safetensors .* belongs to another cache"):
+        trainer(tmp_path / "run", teacher, cache=copied)
+    (copied / "cache.json").unlink()
+    repair(copied, teacher)
+    assert content(copied) == content(built)
+
+
+def test_an_unfinished_cache_and_other_data(copied, teacher, tmp_path):
+    """A shard can only be built if all of its rows are in the data."""
+    (copied / "shard-00001.safetensors").unlink()
+    with pytest.raises(UserError, match="is incomplete and 12 of its rows are not in this data"):
+        trainer(tmp_path / "run", teacher, cache=copied, rows=LONG[:4])
+
+
+def test_a_full_disk(built, teacher, tmp_path, monkeypatch):
+    """Finished shards are kept, and the next start continues after them."""
+    folder = tmp_path / "cache"
+
+    def full(path, data):
+        if path.name == "shard-00003.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_file(path, data)
+
+    monkeypatch.setattr(store, "write_file", full)
+    with pytest.raises(UserError, match=r"No space left on device \(3 shards are written"):
+        trainer(tmp_path / "run", teacher, cache=folder)
+    monkeypatch.setattr(store, "write_file", write_file)
+    assert len(list(folder.glob("shard-*"))) == 3
+    assert not list(folder.glob(".*"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 4))
+    with pytest.raises(UserError, match=r"needs [\d.]+ kB more, but .* only 4 bytes free \(3 shards are written"):
+        trainer(tmp_path / "run", teacher, cache=folder)
+    monkeypatch.undo()
+    trainer(tmp_path / "run", teacher, cache=folder)
+    assert content(folder) == content(built)
+
+
+def test_two_ranks_build_half_each(tmp_path):
+    """A shard could be built twice or by no rank, or a rank could read before the other has written.
+
+    With 13 rows the ranks have different numbers of rows in the last step.
+    """
+    teacher = save_teacher(tmp_path / "teacher")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    result = subprocess.run(
+        [sys.executable, *launch, "-m", "tests.cache.rank", str(teacher), str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    built = [list(map(int, (tmp_path / f"rank-{rank}.txt").read_text().split())) for rank in (0, 1)]
+    one = trainer(tmp_path / "one", teacher, cache=tmp_path / "alone", rows=LONG[:13])
+    count = one.teachers[0].cache.num_shards
+    assert built == [list(range(0, count, 2)), list(range(1, count, 2))]
+    for path in (tmp_path / "alone").iterdir():
+        assert (tmp_path / "cache" / path.name).read_bytes() == path.read_bytes()
+    one.train()
+    assert_same(load_file(tmp_path / "weights.safetensors"), weights(one), atol=2e-4)
