@@ -8,7 +8,7 @@ from typing import Any
 
 from dwakd.config import CompareSection, Recipe
 from dwakd.errors import UserError
-from dwakd.losses import METHODS, method_class, method_options, needs_attention
+from dwakd.losses import METHODS, method_class, method_options
 
 _NO_WEIGHTS = {"entropy_weights": False, "gate": False, "teacher_weights": False}
 _NO_ALIGNMENT = {"dtw_hidden": False, "dtw_embedding": False}
@@ -34,10 +34,10 @@ class Variant:
     options: dict[str, Any]
     rate_factor: float = 1.0
 
-
-def folder_name(name: str) -> str:
-    """Return the name of a row as a valid folder name."""
-    return name.replace(" ", "_").replace("+", "plus")
+    @property
+    def folder_name(self) -> str:
+        """The name as a valid folder name."""
+        return self.name.replace(" ", "_").replace("+", "plus")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Name of the run, unique in the comparison and valid as a folder name."""
-        return f"{folder_name(self.variant.name)}-{self.seed}"
+        return f"{self.variant.folder_name}-{self.seed}"
 
     def recipe(self, recipe: Recipe) -> Recipe:
         """Return the recipe of this run."""
@@ -64,43 +64,37 @@ class Cell:
         if self.search:
             training |= {"load_best_model_at_end": False, "save_strategy": "no"}
             evaluation = dataclasses.replace(evaluation, test=[])
-        loss = {"method": self.variant.method, **self.variant.options}
         teachers = recipe.teachers
-        if needs_attention(self.variant.method, self.variant.options):  # a cache holds no attention
+        if method_options(self.variant.method, self.variant.options).needs_attention:  # a cache contains no attention
             teachers = [dataclasses.replace(teacher, cache=None, cache_dtype=None) for teacher in teachers]
-        return dataclasses.replace(
-            recipe, loss=loss, teacher=teachers or None, training=training, evaluation=evaluation, compare=None
-        )
+        loss = {"method": self.variant.method, **self.variant.options}
+        changes = {"loss": loss, "teacher": teachers or None, "training": training, "evaluation": evaluation}
+        return dataclasses.replace(recipe, compare=None, **changes)
 
 
 def variants_of(recipe: Recipe, section: CompareSection, *, ablation: bool) -> list[Variant]:
-    """Return the rows of the comparison, each with validated options.
+    """Return the rows of the comparison.
 
     The recipe's own method also gets the options of the `loss` section, unless `compare.options` sets them. In an
     ablation this applies to every row of that method.
 
     Raises:
-        UserError: a method is unknown, options belong to a method that is not compared, or an option is invalid.
+        UserError: the compare section names an unknown method, options of a method that is not compared, or an invalid
+            option.
     """
     for method in section.methods:
         method_class(method, "compare.methods")
     methods = section.methods or [name for name in METHODS if not method_options(name).needs_same_vocabulary]
-    known = dict.fromkeys([*methods, *(method for method, _ in ABLATION.values())] if ablation else methods)
+    rows = ABLATION if ablation else {name: (name, {}) for name in methods}
+    known = dict.fromkeys([*methods, *(method for method, _ in rows.values())])
     for name, options in section.options.items():
         if name not in known:
             raise UserError(f"compare.options names {name}, which is not among the compared methods {', '.join(known)}")
         if not isinstance(options, dict):
             raise UserError(f"compare.options.{name} must be options with values, got {options!r}")
+        method_options(name, options, f"compare.options.{name}.")
     given = section.options | {recipe.method: recipe.loss_options | section.options.get(recipe.method, {})}
-    if ablation:
-        chosen = {name: (method, {**given.get(method, {}), **options}) for name, (method, options) in ABLATION.items()}
-    else:
-        chosen = {name: (name, given.get(name, {})) for name in methods}
-    checked = [(method, options, f"compare.options.{method}") for method, options in section.options.items()]
-    for method, options, prefix in [*checked, *((method, options, "loss") for method, options in chosen.values())]:
-        if method_options(method, options, f"{prefix}.").needs_teacher and not recipe.teachers:
-            raise UserError(f"method {method} needs a teacher: add a teacher section to the recipe")
-    return [Variant(name, method, dict(options)) for name, (method, options) in chosen.items()]
+    return [Variant(name, method, {**given.get(method, {}), **options}) for name, (method, options) in rows.items()]
 
 
 def search_of(variant: Variant) -> list[Variant]:
@@ -111,11 +105,12 @@ def search_of(variant: Variant) -> list[Variant]:
     known = method_options(variant.method, variant.options)
     others = [name for name in type(known).model_fields if name.endswith("_weight") and name != "ce_weight"]
     weight = next((name for name in ("kd_rate", "kd_weight", *others) if hasattr(known, name)), None)
-    usual = float(getattr(known, weight)) if weight is not None else 0.0
-    found = []
-    for factor in RATES:
-        for share in SHARES if weight else (1.0,):
-            options = variant.options if weight is None else {**variant.options, weight: usual * share}
-            name = f"{variant.name}-lr{factor:.2g}" + (f"-{weight}{usual * share:g}" if weight else "")
-            found.append(dataclasses.replace(variant, name=name, options=options, rate_factor=factor))
-    return found
+    changes: dict[str, dict[str, float]] = {"": {}}
+    if weight is not None:
+        usual = float(getattr(known, weight))
+        changes = {f"-{weight}{usual * share:g}": {weight: usual * share} for share in SHARES}
+    return [
+        Variant(f"{variant.name}-lr{factor:.2g}{suffix}", variant.method, {**variant.options, **change}, factor)
+        for factor in RATES
+        for suffix, change in changes.items()
+    ]

@@ -7,17 +7,15 @@ import json
 import re
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dwakd.compare.plan import Cell
+from dwakd.compare.plan import Cell, Variant, search_of
 from dwakd.config import RECIPE_FILE, Recipe
 from dwakd.training.run_folder import RUN_FILE, check_same_recipe
 
@@ -27,7 +25,7 @@ _STEPS = re.compile(rb"(\d+)/(\d+) \[")
 
 
 class Runner:
-    """Starts `dwakd train` for each cell under a folder, several at a time if asked.
+    """Starts `dwakd train` for each cell.
 
     Args:
         recipe: the recipe from which every cell is derived.
@@ -39,8 +37,7 @@ class Runner:
         self.recipe = recipe
         self.folder = folder
         self.jobs = jobs
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._stopped = threading.Event()
+        self._processes: list[subprocess.Popen[bytes]] = []
         for name in ("recipes", "cells", "logs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
 
@@ -59,57 +56,47 @@ class Runner:
         Raises:
             UserError: a finished run was made with another recipe.
         """
+        waiting = [cell for cell in cells if not self.finished(cell)]
         for cell in cells:
             saved = self.cell_folder(cell) / RECIPE_FILE
-            if self.finished(cell) and saved.is_file():
+            if cell not in waiting and saved.is_file():
                 check_same_recipe(saved, cell.recipe(self.recipe), changeable=MOVABLE)
-        waiting = [cell for cell in cells if not self.finished(cell)]
-        failures: dict[str, str] = {}
-        seconds: list[float] = []
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, TextColumn("{task.fields[left]}"), console=Console(stderr=True)) as bar:
-            task = bar.add_task("runs", total=len(cells), completed=len(cells) - len(waiting), left="")
-            pool = ThreadPoolExecutor(self.jobs)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        times = (TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, *times, console=Console(stderr=True)) as bar, ThreadPoolExecutor(self.jobs) as pool:
+            task = bar.add_task("runs", total=len(cells), completed=len(cells) - len(waiting))
 
-            def run_one(cell: Cell) -> None:
-                if self._stopped.is_set():
-                    return
-                started = time.monotonic()
+            def run_one(cell: Cell) -> str | None:
                 reason = self._run_cell(cell, bar)
-                if reason is not None:
-                    failures[cell.name] = reason
-                seconds.append(time.monotonic() - started)
-                left = fmean(seconds) * (len(waiting) - len(seconds)) / self.jobs
-                bar.update(task, advance=1, left=f"about {left / 60:.0f} min left")
+                bar.advance(task)
+                return reason
 
             try:
-                for future in [pool.submit(run_one, cell) for cell in waiting]:
-                    future.result()
+                reasons = list(pool.map(run_one, waiting))
             except BaseException:  # Ctrl-C: stop the running cells and keep the finished ones
-                self._stopped.set()
-                for process in list(self._processes.values()):
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in self._processes:
                     process.terminate()
                 raise
-            finally:
-                pool.shutdown(cancel_futures=True)
-        return failures
+        return {cell.name: reason for cell, reason in zip(waiting, reasons, strict=True) if reason is not None}
 
     def _run_cell(self, cell: Cell, bar: Progress) -> str | None:
         """Run one cell and return the reason if it failed."""
         path = self.folder / "recipes" / f"{cell.name}.yaml"
         path.write_text(cell.recipe(self.recipe).dump(), encoding="utf-8")
         log = self.folder / "logs" / f"{cell.name}.log"
-        folder = self.cell_folder(cell)
-        task = bar.add_task(f"  {cell.name}", total=None, left="")
+        task = bar.add_task(f"  {cell.name}", total=None)
         with log.open("wb") as stream:
-            process = subprocess.Popen(train_command(path, folder), stdout=stream, stderr=subprocess.STDOUT)
-            self._processes[cell.name] = process
+            command = train_command(path, self.cell_folder(cell))
+            process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+            self._processes.append(process)
             while process.poll() is None:
-                _show_steps(log, bar, task)
+                steps = _STEPS.findall(log.read_bytes()[-2000:])
+                if steps:  # the last "12/150 [" in the log
+                    bar.update(task, completed=int(steps[-1][0]), total=int(steps[-1][1]))
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=1)
         bar.remove_task(task)
-        del self._processes[cell.name]
         return None if process.returncode == 0 else failure_reason(log, process.returncode)
 
 
@@ -117,15 +104,6 @@ def train_command(recipe: Path, folder: Path) -> list[str]:
     """Return the command that trains and evaluates a cell, or continues it if its folder exists."""
     resume = ["--resume"] if folder.exists() else []
     return [sys.executable, "-m", "dwakd", "train", str(recipe), "--output", str(folder), *resume]
-
-
-def _show_steps(log: Path, bar: Progress, task: object) -> None:
-    """Update the bar of a cell from the last "12/150 [" in its log."""
-    with log.open("rb") as stream:
-        stream.seek(max(log.stat().st_size - 2000, 0))
-        found = _STEPS.findall(stream.read())
-    if found:
-        bar.update(task, completed=int(found[-1][0]), total=int(found[-1][1]))  # type: ignore[arg-type]
 
 
 def failure_reason(log: Path, code: int) -> str:
@@ -136,11 +114,22 @@ def failure_reason(log: Path, code: int) -> str:
     return f"{last.removeprefix('error: ')} ({log})"
 
 
-def dev_loss(folder: Path) -> float:
+def search(runner: Runner, variants: list[Variant], seed: int) -> tuple[list[Variant], dict[str, str]]:
+    """Return each variant with the best learning rate and weight on the dev set, unchanged if its search failed."""
+    tried = [[Cell(item, seed, search=True) for item in search_of(variant)] for variant in variants]
+    failures = runner.run([cell for cells in tried for cell in cells])
+    chosen = []
+    for variant, cells in zip(variants, tried, strict=True):
+        done = [cell for cell in cells if runner.finished(cell)]
+        best = min(done, key=lambda cell: _dev_loss(runner.cell_folder(cell))).variant if done else variant
+        chosen.append(replace(best, name=variant.name))
+    return chosen, failures
+
+
+def _dev_loss(folder: Path) -> float:
     """Return what the search minimises: the negative best ROUGE-L on the dev set, or else the best bits per byte."""
     history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     for name, sign in (("eval_rouge_l", -1), ("eval_bits_per_byte", 1)):
-        values = [sign * entry[name] for entry in history if name in entry]
-        if values:
+        if values := [sign * entry[name] for entry in history if name in entry]:
             return min(values)
     raise AssertionError(f"{folder} was never evaluated")

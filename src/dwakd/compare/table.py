@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,32 +13,24 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from dwakd.compare.plan import folder_name
+from dwakd.compare.plan import Variant
 from dwakd.evaluation.summary import RESAMPLES
-
-
-def is_teacher(name: str) -> bool:
-    """Return whether a row is a teacher: its name is "teacher" or, with several, "teacher 2" and so on."""
-    return name.partition(" ")[0] == "teacher"
 
 
 @dataclass(frozen=True)
 class CellScores:
-    """Scores and cost of a finished run.
+    """Scores and cost of a finished run, by test set."""
 
-    Args:
-        rouge_l: sampled ROUGE-L of each row in percent, averaged over the generation seeds, by test set.
-        greedy: mean greedy ROUGE-L in percent, by test set.
-        bits_per_byte: bits per byte, by test set.
-        seconds_per_step: median time of a training step; None for a model that was not trained here.
-        peak_bytes: peak memory of the process, on the GPU if there is one.
-    """
-
-    rouge_l: dict[str, np.ndarray]
-    greedy: dict[str, float]
+    rouge_l: dict[str, np.ndarray]  # sampled ROUGE-L of each row in percent, averaged over the generation seeds
+    greedy: dict[str, float]  # mean greedy ROUGE-L in percent
     bits_per_byte: dict[str, float]
-    seconds_per_step: float | None = None
-    peak_bytes: int | None = None
+    seconds_per_step: float | None = None  # median; None for a model that was not trained here
+    peak_bytes: int | None = None  # peak memory of the process, on the GPU if there is one
+
+    @property
+    def mean(self) -> float:
+        """Unweighted mean of the sampled ROUGE-L over the test sets."""
+        return float(np.mean([rows.mean() for rows in self.rouge_l.values()]))
 
 
 def read_cell(folder: Path) -> CellScores:
@@ -62,11 +54,6 @@ def read_cell(folder: Path) -> CellScores:
     return CellScores(rouge, greedy, bits, run.get("seconds_per_step"), run.get("peak_memory_bytes"))
 
 
-def mean_score(cell: CellScores) -> float:
-    """Compute the unweighted mean of the sampled ROUGE-L over the test sets."""
-    return float(np.mean([rows.mean() for rows in cell.rouge_l.values()]))
-
-
 def paired_interval(ours: Sequence[CellScores], other: Sequence[CellScores]) -> tuple[float, float, float]:
     """Compute the difference of two variants' mean scores and its 95 % bootstrap interval.
 
@@ -74,7 +61,7 @@ def paired_interval(ours: Sequence[CellScores], other: Sequence[CellScores]) -> 
     each variant with replacement.
     """
     rng = np.random.default_rng(0)
-    difference = np.mean([mean_score(c) for c in ours]) - np.mean([mean_score(c) for c in other])
+    difference = np.mean([cell.mean for cell in ours]) - np.mean([cell.mean for cell in other])
     sets = list(ours[0].rouge_l)
     tables = [[np.stack([cell.rouge_l[name] for cell in cells]) for name in sets] for cells in (ours, other)]
     draws = np.empty(RESAMPLES)
@@ -91,33 +78,29 @@ def paired_interval(ours: Sequence[CellScores], other: Sequence[CellScores]) -> 
 
 def summarise_comparison(variants: Mapping[str, Sequence[CellScores]], failures: Mapping[str, str]) -> dict[str, Any]:
     """Return every number of the tables as JSON values; a variant without a finished run has only its reason."""
-    means = {name: float(np.mean([mean_score(cell) for cell in cells])) for name, cells in variants.items() if cells}
-    trained = {name: value for name, value in means.items() if not is_teacher(name)}
-    best = max(trained, key=lambda name: trained[name]) if trained else None
+    means = {name: [cell.mean for cell in cells] for name, cells in variants.items() if cells}
+    trained = [name for name in means if not _is_teacher(name)]
+    best = max(trained, key=lambda name: np.mean(means[name]), default=None)
     rows: dict[str, Any] = {}
     for name, cells in variants.items():
         if not cells:
-            reasons = [
-                reason
-                for cell, reason in failures.items()
-                if name == cell or folder_name(name) == cell.rpartition("-")[0]
-            ]
+            owners = (name, Variant(name, "", {}).folder_name)
+            reasons = [why for cell, why in failures.items() if cell == name or cell.rpartition("-")[0] == owners[1]]
             rows[name] = {"failed": "; ".join(dict.fromkeys(reasons)) or "not run"}
             continue
-        scores = [mean_score(cell) for cell in cells]
         rows[name] = {
             "training_seeds": len(cells),
-            "rouge_l": means[name],
-            "rouge_l_std_over_training_seeds": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
-            "sets": {key: float(np.mean([cell.rouge_l[key].mean() for cell in cells])) for key in cells[0].rouge_l},
-            "greedy_rouge_l": _mean([value for cell in cells for value in cell.greedy.values()]),
-            "bits_per_byte": _mean([value for cell in cells for value in cell.bits_per_byte.values()]),
-            "seconds_per_step": _mean([c.seconds_per_step for c in cells if c.seconds_per_step is not None]),
-            "peak_memory_bytes": max((c.peak_bytes for c in cells if c.peak_bytes is not None), default=None),
+            "rouge_l": _mean(means[name]),
+            "rouge_l_std_over_training_seeds": float(np.std(means[name], ddof=1)) if len(cells) > 1 else None,
+            "sets": {key: _mean(cell.rouge_l[key].mean() for cell in cells) for key in cells[0].rouge_l},
+            "greedy_rouge_l": _mean(value for cell in cells for value in cell.greedy.values()),
+            "bits_per_byte": _mean(value for cell in cells for value in cell.bits_per_byte.values()),
+            "seconds_per_step": _mean(cell.seconds_per_step for cell in cells),
+            "peak_memory_bytes": max((cell.peak_bytes for cell in cells if cell.peak_bytes is not None), default=None),
         }
         for label, reference in (("versus_sft", "sft"), ("versus_best", best)):
-            if not is_teacher(name) and reference not in (None, name) and variants.get(str(reference)):
-                rows[name][label] = paired_interval(cells, variants[str(reference)])
+            if name in trained and reference != name and reference in means:
+                rows[name][label] = paired_interval(cells, variants[reference])
     return {"best": best, "variants": rows, "failures": dict(failures)}
 
 
@@ -127,31 +110,25 @@ def comparison_tables(summary: Mapping[str, Any]) -> Group:
     sets = list(next(iter(rows.values()))["sets"]) if rows else []
     scores = _table("ROUGE-L, sampled, in percent", *sets, "mean ± training seeds")
     gaps = _table("Differences of means [95 % paired bootstrap over rows and seeds]", "to SFT", "to the best")
-    costs = _table(
-        "Other measures",
-        "ROUGE-L\ngreedy",
-        "bits per\nbyte",
-        "seconds\nper step",
-        "peak memory\nin GB",
-        "training\nseeds",
-    )
+    headings = ("ROUGE-L\ngreedy", "bits per\nbyte", "seconds\nper step", "peak memory\nin GB", "training\nseeds")
+    costs = _table("Other measures", *headings)
     for name, row in rows.items():
-        spread = row["rouge_l_std_over_training_seeds"]
+        spread, peak = row["rouge_l_std_over_training_seeds"], row["peak_memory_bytes"]
         mean = f"{row['rouge_l']:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
         scores.add_row(name, *(f"{row['sets'][key]:.2f}" for key in sets), mean)
-        if not is_teacher(name):
-            gaps.add_row(name, *(_gap(row.get(label)) for label in ("versus_sft", "versus_best")))
-        peak = row["peak_memory_bytes"]
-        costs.add_row(
-            name,
-            _number(row["greedy_rouge_l"], 2),
-            _number(row["bits_per_byte"], 3),
-            _number(row["seconds_per_step"], 3),
-            _number(None if peak is None else peak / 1e9, 2),
-            str(row["training_seeds"]),
-        )
+        if not _is_teacher(name):
+            found = (row.get("versus_sft"), row.get("versus_best"))
+            gaps.add_row(name, *("-" if gap is None else "{:+.2f} [{:.2f}, {:.2f}]".format(*gap) for gap in found))
+        numbers = ((row["greedy_rouge_l"], 2), (row["bits_per_byte"], 3), (row["seconds_per_step"], 3))
+        numbers = (*numbers, (None if peak is None else peak / 1e9, 2), (row["training_seeds"], 0))
+        costs.add_row(name, *("-" if value is None else f"{value:.{digits}f}" for value, digits in numbers))
     failures = [f"run {name} failed: {reason}" for name, reason in summary["failures"].items()]
     return Group(scores, "", gaps, "", costs, *failures)
+
+
+def _is_teacher(name: str) -> bool:
+    """Return whether a row is a teacher: its name is "teacher" or, with several, "teacher 2" and so on."""
+    return name.partition(" ")[0] == "teacher"
 
 
 def _table(title: str, *headings: str) -> Table:
@@ -162,14 +139,6 @@ def _table(title: str, *headings: str) -> Table:
     return table
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _gap(value: Sequence[float] | None) -> str:
-    return "-" if value is None else f"{value[0]:+.2f} [{value[1]:.2f}, {value[2]:.2f}]"

@@ -1,0 +1,50 @@
+"""Scores are read from the folders of the runs, and their differences are paired."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dwakd.compare.plan import Cell, Variant
+from dwakd.compare.table import CellScores, paired_interval, read_cell, summarise_comparison
+
+
+def scores(*values):
+    return CellScores({"test": np.array(values, dtype=float)}, {"test": 1.0}, {"test": 2.0}, 0.5, 1000)
+
+
+def test_differences_are_paired():
+    """Rows differ far more than methods do; without pairing, every interval would contain zero."""
+    easy_and_hard = [5.0, 90.0, 40.0, 70.0, 10.0, 55.0]
+    ours, other = scores(*(value + 2 for value in easy_and_hard)), scores(*easy_and_hard)
+    difference, low, high = paired_interval([ours], [other])
+    assert (difference, low, high) == pytest.approx((2.0, 2.0, 2.0))
+    summary = summarise_comparison({"sft": [other], "dwa_kd": [ours, ours], "dskd": []}, {"dskd-1": "no luck"})
+    assert summary["best"] == "dwa_kd"
+    assert summary["variants"]["dwa_kd"]["versus_sft"][0] == pytest.approx(2.0)
+    assert summary["variants"]["dskd"] == {"failed": "no luck"}
+
+
+def test_scores_are_the_means_over_generation_seeds(tmp_path):
+    """Scores are written in percent; a second factor of a hundred would give scores above 100."""
+    (tmp_path / "eval").mkdir()
+    numbers = {"greedy_rouge_l": {"mean": 12.0}, "bits_per_byte": {"value": 1.5}}
+    (tmp_path / "eval" / "test.json").write_text(json.dumps(numbers))
+    answers = [
+        {"row": row, "seed": seed, "rouge_l": 10.0 * row + (seed or 0)} for row in (1, 0) for seed in (2, 4, None)
+    ]
+    (tmp_path / "eval" / "test.answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    cell = read_cell(tmp_path)
+    assert cell.rouge_l["test"].tolist() == [3.0, 13.0]
+    assert (cell.greedy["test"], cell.bits_per_byte["test"]) == (12.0, 1.5)
+
+
+def test_reasons_of_failures_belong_to_their_rows():
+    """Names of ablation rows are not folder names, and a teacher has no seed."""
+    reasons = {Cell(Variant("dskd + dtw", "dwa_kd", {}), 2).name: "no luck", "teacher 2": "no memory"}
+    rows = summarise_comparison({"dskd + dtw": [], "teacher 2": [], "sft": []}, reasons)["variants"]
+    assert rows == {
+        "dskd + dtw": {"failed": "no luck"},
+        "teacher 2": {"failed": "no memory"},
+        "sft": {"failed": "not run"},
+    }
