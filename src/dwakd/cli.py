@@ -156,7 +156,7 @@ def similarity(
     between the cosine matrices and between the inner-product matrices of student and teacher, one value for each text.
     """
     _silence_transformers()
-    from dwakd.tools.similarity.run import compare_representations
+    from dwakd.tools.similarity import compare_representations
 
     report = compare_representations(
         students, teacher, data, rows, adapter=adapter, max_length=max_length, output=output

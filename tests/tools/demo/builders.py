@@ -2,5 +2,5 @@
 
 from dwakd.data.sources import Example
 
-Splits = tuple[list[Example], list[Example], list[Example]]
-NUM_TRAIN, NUM_HELD_OUT = 3400, 170
+Splits = tuple[list[Example], list[Example]]
+NUM_TRAIN, NUM_TEST = 3400, 340

@@ -5,12 +5,12 @@ from transformers import PreTrainedTokenizerFast
 
 from dwakd.tools.demo.corpus import make_corpus
 from dwakd.tools.demo.tokenizers import demo_tokenizers
-from tests.tools.demo.builders import NUM_HELD_OUT, NUM_TRAIN, Splits
+from tests.tools.demo.builders import NUM_TEST, NUM_TRAIN, Splits
 
 
 @pytest.fixture(scope="package")
 def splits() -> Splits:
-    return make_corpus(NUM_TRAIN, NUM_HELD_OUT, NUM_HELD_OUT, seed=3)
+    return make_corpus(NUM_TRAIN, NUM_TEST, seed=3)
 
 
 @pytest.fixture(scope="package")

@@ -7,20 +7,19 @@ import re
 import string
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 
-from dwakd.data.sources import Example
 from dwakd.errors import UserError
-from dwakd.tools.demo import lexicon
-from dwakd.tools.demo.corpus import Task, Word, check, draw_scene, is_held_out, load_tasks, make_corpus
-from tests.tools.demo.builders import NUM_HELD_OUT, NUM_TRAIN, Splits
+from dwakd.tools.demo.corpus import Task, Word, draw_scene, is_held_out, load_tasks, load_words, make_corpus
+from tests.tools.demo.builders import NUM_TEST, NUM_TRAIN, Splits
 
 FINGERPRINT = """
 import hashlib
 from dwakd.tools.demo.corpus import make_corpus
 from dwakd.tools.demo.tokenizers import demo_tokenizers
-splits = make_corpus(680, 34, 34, seed=5)
+splits = make_corpus(680, 68, seed=5)
 texts = [text for split in splits for row in split for text in (row.instruction, row.response)]
 tokenizers = [tokenizer.backend_tokenizer.to_str() for tokenizer in demo_tokenizers(texts)]
 print(hashlib.sha256(repr((splits, tokenizers)).encode()).hexdigest())
@@ -48,7 +47,7 @@ def _read_back(instruction: str) -> tuple[Task, dict[str, Word]]:
 
 def test_sizes_and_indices(splits: Splits) -> None:
     """With a wrong index, error messages about the data would name the wrong row."""
-    assert [len(split) for split in splits] == [NUM_TRAIN, NUM_HELD_OUT, NUM_HELD_OUT]
+    assert [len(split) for split in splits] == [NUM_TRAIN, NUM_TEST]
     for split in splits:
         assert [row.index for row in split] == list(range(len(split)))
 
@@ -61,19 +60,19 @@ def test_no_prompt_occurs_twice(splits: Splits) -> None:
 
 def test_test_combinations_never_occur_in_training(splits: Splits) -> None:
     """A reworded training row in the test split could be answered by looking the combination up."""
-    train, dev, test = splits
+    train, test = splits
     trained = set()
     for row in train:
         task, slots = _read_back(row.instruction)
         if all(slot in slots for slot in task.key):
             trained.add((task.kind, *(slots[slot] for slot in task.key)))
     compared = 0
-    for row in dev + test:
+    for row in test:
         task, slots = _read_back(row.instruction)
         if all(slot in slots for slot in task.key):
             compared += 1
             assert (task.kind, *(slots[slot] for slot in task.key)) not in trained, row.instruction
-    assert compared > NUM_HELD_OUT
+    assert compared > NUM_TEST / 2
     assert len(trained) > NUM_TRAIN / 2
 
 
@@ -90,7 +89,6 @@ def test_answers_are_short_and_accepted(splits: Splits) -> None:
     """A response outside its own references would score the perfect model below 100."""
     for row in (row for split in splits for row in split):
         assert row.response in row.references
-        assert check(row, row.response)
         assert all(3 <= len(reference.split()) <= 15 for reference in row.references), row
         assert len(row.instruction.split()) <= 40
         assert not re.search(r"[{}_]| {2}", " ".join([row.instruction, *row.references])), row
@@ -98,7 +96,7 @@ def test_answers_are_short_and_accepted(splits: Splits) -> None:
 
 def test_answers_depend_on_the_prompt(splits: Splits) -> None:
     """With few distinct answers, always giving the most frequent ones would beat any student."""
-    responses = [row.response for row in splits[2]]
+    responses = [row.response for row in splits[1]]
     trained = {reference for row in splits[0] for reference in row.references}
     assert len(set(responses)) > 0.9 * len(responses)
     assert sum(response not in trained for response in responses) > 0.4 * len(responses)
@@ -117,32 +115,34 @@ def test_templates_name_known_slots(task: Task) -> None:
 @pytest.mark.parametrize("seed", range(50))
 def test_scenes_are_true(seed: int) -> None:
     """Wrong sums, orders or facts would train the teacher and the students on wrong answers."""
-    scene = draw_scene(random.Random(seed))
-    number = {word: value for value, word in enumerate(lexicon.NUMBERS)}
+    scene, words = draw_scene(random.Random(seed)), load_words()
+    number = {word: value for value, word in enumerate(words["numbers"])}
     assert number[scene["left"]] + number[scene["right"]] == number[scene["total"]]
     assert number[scene["few"]] < number[scene["many"]]
-    words = [scene["word1"], scene["word2"], scene["word3"]]
-    assert scene["sorted_words"].split(", ") == sorted(words)
-    assert scene["nth"] == words[["first", "second", "third"].index(scene["ordinal"])]
-    assert lexicon.TOWNS[scene["town"]] == scene["country"]
-    assert scene["item"] in lexicon.KINDS[scene["kind"]]
-    assert scene["other"] not in lexicon.KINDS[scene["kind"]]
-    assert (scene["they"] == "she") is (scene["name"] in lexicon.WOMEN)
-    both = lexicon.OPPOSITES | {second: first for first, second in lexicon.OPPOSITES.items()}
+    three = [scene["word1"], scene["word2"], scene["word3"]]
+    assert scene["sorted_words"].split(", ") == sorted(three)
+    assert scene["nth"] == three[["first", "second", "third"].index(scene["ordinal"])]
+    assert words["towns"][scene["town"]] == scene["country"]
+    assert scene["item"] in words["kinds"][scene["kind"]]
+    assert scene["other"] not in words["kinds"][scene["kind"]]
+    assert (scene["they"] == "she") is (scene["name"] in words["women"])
+    both = words["opposites"] | {second: first for first, second in words["opposites"].items()}
     assert both[scene["adjective"]] == scene["opposite"]
     for slot in scene:
         if slot.endswith("2") and slot != "word2":
             assert scene[slot] != scene[slot[:-1]], slot
 
 
-def test_check_reads_the_content() -> None:
-    """Exact match must ignore case and spacing but not a wrong name."""
-    row = Example(0, "Where?", response="He lives in Rome.", references=("Ben lives in Rome.", "He lives in Rome."))
-    assert check(row, " ben lives  in Rome\n")
-    assert check(row, "He lives in Rome.")
-    assert not check(row, "Ben lives in Oslo.")
-    assert not check(row, "Ben lives in Rome. Ben lives in Rome.")
-    assert not check(row, "")
+def test_words_are_unambiguous() -> None:
+    """A word with two opposites, kinds or genders would make a correct answer wrong."""
+    words = load_words()
+    assert not set(words["women"]) & set(words["men"])
+    for table in (words["opposites"], words["moods"]):
+        both = [*table, *table.values()]
+        assert len(set(both)) == len(both)
+    items = [item for items in words["kinds"].values() for item in items]
+    assert len(set(items)) == len(items)
+    assert all(first[0] < second[0] for first, second in pairwise(words["words"]))
 
 
 def test_held_out_share(splits: Splits) -> None:
@@ -155,15 +155,15 @@ def test_held_out_share(splits: Splits) -> None:
 
 def test_seed_decides() -> None:
     """Two runs with different data could not be compared; two seeds with the same data would count as two."""
-    assert make_corpus(68, 34, 34, seed=1) == make_corpus(68, 34, 34, seed=1)
-    assert make_corpus(68, 34, 34, seed=1) != make_corpus(68, 34, 34, seed=2)
+    assert make_corpus(68, 34, seed=1) == make_corpus(68, 34, seed=1)
+    assert make_corpus(68, 34, seed=1) != make_corpus(68, 34, seed=2)
 
 
 def test_exhausted_corpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requesting more rows than there are would otherwise never end."""
-    monkeypatch.setattr("dwakd.tools.demo.corpus._MAX_TRIES", 50)
+    monkeypatch.setattr("dwakd.tools.demo.corpus.MAX_TRIES", 50)
     with pytest.raises(UserError, match="fewer rows"):
-        make_corpus(0, 20_000, 0, seed=0)
+        make_corpus(0, 20_000, seed=0)
 
 
 def test_same_corpus_and_tokenizers_in_every_process() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,9 @@ from rich.console import Console, Group
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
-from dwakd.evaluation.evaluate import Evaluation, evaluate_model
+from dwakd.evaluation.evaluate import evaluate_model
 from dwakd.evaluation.options import EvalOptions
 from dwakd.evaluation.report import write_evaluation
 from dwakd.folders import check_output_folder
@@ -24,7 +24,6 @@ from dwakd.tools.demo.tokenizers import demo_tokenizers
 from dwakd.training.config import DistillConfig
 from dwakd.training.trainer import DistillTrainer
 
-TEMPLATE = "{instruction}\n"
 METHODS = ("sft", "dskd", "dwa_kd")
 _SEEDS = 2**32 - 1
 """NumPy's largest seed is 2**32 - 1, and the students' models are initialised with seed + 1."""
@@ -47,15 +46,6 @@ QUICK = DemoSizes(400, 64, 8, 6, 4, 32, 32)
 """Sizes for a few steps of everything."""
 
 
-@dataclass(frozen=True)
-class DemoRow:
-    """Results of one model: a row of the table."""
-
-    evaluation: Evaluation
-    seconds_per_step: float
-    num_parameters: int
-
-
 def run_demo(output: Path | None, *, seed: int, quick: bool) -> Group:
     """Train a teacher and students, evaluate them, and return the table to print.
 
@@ -68,29 +58,31 @@ def run_demo(output: Path | None, *, seed: int, quick: bool) -> Group:
     Raises:
         UserError: the folder is not empty or is a file, or the seed is out of range.
     """
-    folder = output or _free_folder(Path("demo-run"))
+    names = itertools.chain(["demo-run"], (f"demo-run-{number}" for number in itertools.count(2)))
+    folder = output or next(path for path in map(Path, names) if not path.exists())
     check_output_folder(folder, empty=True)
     if not 0 <= seed < _SEEDS:
         raise UserError(f"--seed must be from 0 to {_SEEDS - 1}, got {seed}")
     sizes = QUICK if quick else DemoSizes()
     console = Console(stderr=True)
-    train, _, test = make_corpus(sizes.num_train, 0, sizes.num_test, seed)
+    train, test = make_corpus(sizes.num_train, sizes.num_test, seed)
     texts = [text for example in train for text in (example.instruction, example.response)]
     student_tokenizer, teacher_tokenizer = demo_tokenizers(texts)
     console.print(
         f"The corpus has {len(train):,} instructions. The teacher (vocabulary of {len(teacher_tokenizer):,}) is trained "
         f"on all of them, the students (another vocabulary of {len(student_tokenizer):,}) on {sizes.num_student_rows:,}."
     )
-    rows: dict[str, DemoRow] = {}
+    rows: dict[str, dict[str, Any]] = {}
     console.rule("teacher: sft on every row")
-    teacher = build_model(teacher_tokenizer, sizes.teacher_width, num_layers=4, tied=False, seed=seed)
-    args = training_args(folder / "teacher", "sft", seed, steps=sizes.teacher_steps, batch_size=32, rate=2e-3)
+    teacher = _model(teacher_tokenizer, sizes.teacher_width, 512, num_layers=4, tied=False, seed=seed)
+    args = _training_args(folder / "teacher", "sft", seed, steps=sizes.teacher_steps, batch_size=32, rate=2e-3)
     trainer = DistillTrainer(teacher, None, args, train, processing_class=teacher_tokenizer)
     rows["teacher"] = _train_and_evaluate(trainer, test, folder)
     for method in METHODS:
         console.rule(f"student: {method}")
-        student = build_model(student_tokenizer, sizes.student_width, num_layers=2, tied=True, seed=seed + 1)
-        args = training_args(folder / method, method, seed, steps=sizes.student_steps, batch_size=16, rate=4e-3)
+        width = sizes.student_width
+        student = _model(student_tokenizer, width, 2 * width, num_layers=2, tied=True, seed=seed + 1)
+        args = _training_args(folder / method, method, seed, steps=sizes.student_steps, batch_size=16, rate=4e-3)
         args.teacher_cache = None if method == "sft" else str(folder / "teacher-cache")
         trainer = DistillTrainer(
             student,
@@ -101,38 +93,37 @@ def run_demo(output: Path | None, *, seed: int, quick: bool) -> Group:
             teacher_processing_class=teacher_tokenizer,
         )
         rows[method] = _train_and_evaluate(trainer, test, folder)
-    _write(folder / "demo.json", rows, seed, sizes)
-    return Group(demo_table(rows, sizes), f"students: {', '.join(str(folder / method) for method in METHODS)}")
+    content = {"seed": seed, "sizes": asdict(sizes), **rows}
+    (folder / "demo.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return Group(_table(rows, sizes), f"students: {', '.join(str(folder / method) for method in METHODS)}")
 
 
-def build_model(
-    tokenizer: PreTrainedTokenizerFast, width: int, *, num_layers: int, tied: bool, seed: int
+def _model(
+    tokenizer: PreTrainedTokenizerFast, width: int, inner_width: int, *, num_layers: int, tied: bool, seed: int
 ) -> LlamaForCausalLM:
     """Build a small Llama with random weights for a tokenizer."""
     set_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=512 if num_layers > 2 else 2 * width,
-            num_hidden_layers=num_layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=256,
-            tie_word_embeddings=tied,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=inner_width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
+    return LlamaForCausalLM(config)
 
 
-def training_args(folder: Path, method: str, seed: int, *, steps: int, batch_size: int, rate: float) -> DistillConfig:
-    """Return the training arguments; models differ only in the steps, the batch size and the learning rate."""
+def _training_args(folder: Path, method: str, seed: int, *, steps: int, batch_size: int, rate: float) -> DistillConfig:
     return DistillConfig(
         output_dir=str(folder),
         method=method,
-        template=TEMPLATE,
+        template="{instruction}\n",
         max_length=128,
         max_prompt_length=96,
         max_steps=steps,
@@ -147,22 +138,32 @@ def training_args(folder: Path, method: str, seed: int, *, steps: int, batch_siz
     )
 
 
-def demo_table(rows: dict[str, DemoRow], sizes: DemoSizes) -> Table:
+def _train_and_evaluate(trainer: DistillTrainer, test: list[Example], folder: Path) -> dict[str, Any]:
+    """Return the scores of a model, its seconds per step and its number of parameters."""
+    runtime = trainer.train().metrics["train_runtime"]
+    trainer.save_model()
+    name = Path(trainer.args.output_dir).name
+    options = EvalOptions(max_new_tokens=40, batch_size=100)
+    evaluation = evaluate_model(trainer.student, trainer.student_encoder, test, options)
+    write_evaluation(evaluation, folder / f"{name}.json", folder / f"{name}.answers.jsonl")
+    cost = {"seconds_per_step": runtime / trainer.state.global_step, "parameters": trainer.student.num_parameters()}
+    return {**evaluation.to_dict(), **cost}
+
+
+def _table(rows: dict[str, dict[str, Any]], sizes: DemoSizes) -> Table:
     """Return a table with the scores and the cost of the teacher and the students."""
     table = Table(title="Held-out instructions", title_justify="left", caption_justify="left")
-    for heading in (
-        "model",
-        "size",
-        "ROUGE-L",
-        "greedy",
-        "exact",
-        "bits/byte",
-        "s/step",
-    ):
+    for heading in ("model", "size", "ROUGE-L", "greedy", "exact", "bits/byte", "s/step"):
         table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
     for name, row in rows.items():
         table.add_row(
-            name, f"{row.num_parameters / 1e6:.2f} M", *_scores(row.evaluation), f"{row.seconds_per_step:.3f}"
+            name,
+            f"{row['parameters'] / 1e6:.2f} M",
+            f"{row['rouge_l']['mean']:.1f} ± {row['rouge_l']['std']:.1f}",
+            f"{row['greedy_rouge_l']['mean']:.1f}",
+            f"{row['greedy_exact_match']['mean']:.1f}",
+            f"{row['bits_per_byte']['value']:.3f}",
+            f"{row['seconds_per_step']:.3f}",
         )
     table.caption = (
         f"ROUGE-L of answers sampled at temperature 1 (mean ± standard deviation over five generation seeds) and of "
@@ -171,42 +172,3 @@ def demo_table(rows: dict[str, DemoRow], sizes: DemoSizes) -> Table:
         "distillation needs many steps to help."
     )
     return table
-
-
-def _scores(evaluation: Evaluation) -> tuple[str, ...]:
-    sampled, greedy, exact = evaluation.rouge_l, evaluation.greedy_rouge_l, evaluation.greedy_exact_match
-    bits = evaluation.bits_per_byte
-    assert sampled is not None
-    assert greedy is not None
-    assert exact is not None
-    assert bits is not None
-    return (
-        f"{sampled.mean:.1f} ± {sampled.std or 0.0:.1f}",
-        f"{greedy.mean:.1f}",
-        f"{exact.mean:.1f}",
-        f"{bits.value:.3f}",
-    )
-
-
-def _train_and_evaluate(trainer: DistillTrainer, test: list[Example], folder: Path) -> DemoRow:
-    runtime = trainer.train().metrics["train_runtime"]
-    trainer.save_model()
-    name = Path(trainer.args.output_dir).name
-    encoder: TextEncoder = trainer.student_encoder
-    evaluation = evaluate_model(trainer.student, encoder, test, EvalOptions(max_new_tokens=40, batch_size=100))
-    write_evaluation(evaluation, folder / f"{name}.json", folder / f"{name}.answers.jsonl")
-    return DemoRow(evaluation, runtime / trainer.state.global_step, trainer.student.num_parameters())
-
-
-def _write(path: Path, rows: dict[str, DemoRow], seed: int, sizes: DemoSizes) -> None:
-    content: dict[str, Any] = {"seed": seed, "sizes": vars(sizes)}
-    for name, row in rows.items():
-        content[name] = {**row.evaluation.to_dict(), "seconds_per_step": row.seconds_per_step}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _free_folder(folder: Path) -> Path:
-    candidate, number = folder, 2
-    while candidate.exists():
-        candidate, number = folder.with_name(f"{folder.name}-{number}"), number + 1
-    return candidate

@@ -6,7 +6,7 @@ import torch
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import load_examples
 from dwakd.errors import UserError
-from dwakd.tools.similarity.similarity import cosine_structure, product_structure, structure_distances
+from dwakd.tools.similarity import box_plot, cosine_structure, product_structure, structure_distances
 from tests.builders import bpe_byte_fallback, byte_bpe, tiny_model
 
 ROWS = [
@@ -52,3 +52,8 @@ def test_matrices():
     hidden = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
     torch.testing.assert_close(cosine_structure(hidden), torch.tensor([[1.0, 0.8], [0.8, 1.0]]))
     torch.testing.assert_close(product_structure(hidden), torch.tensor([[25 / 33, 8 / 33], [8 / 12, 4 / 12]]))
+
+
+def test_box_plot():
+    """The quartiles must be drawn at their place on the scale."""
+    assert box_plot((0.0, 0.2, 0.5, 0.7, 1.0), 1.0, 11) == "──▒▒▒█▒▒───"

@@ -1,0 +1,210 @@
+"""Compare the representations of students and a teacher, whatever their tokenizers: the work of `dwakd similarity`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from dwakd.align.offsets import byte_groups
+from dwakd.data.collator import PairedCollator
+from dwakd.data.encoding import TextEncoder
+from dwakd.data.pairs import encode_pairs
+from dwakd.data.sources import TEST_SPLITS, Example, load_examples
+from dwakd.errors import UserError
+from dwakd.evaluation.generate import max_positions, pad_id_of, progress_bar
+from dwakd.evaluation.options import RowOptions
+from dwakd.evaluation.signature import data_identity, make_signature, model_identity
+from dwakd.folders import check_output_folder
+from dwakd.models.loading import load_causal_lm, load_tokenizer
+from dwakd.models.rows import check_head, evaluating, response_rows
+
+Model: TypeAlias = PreTrainedModel | PeftModel
+Structure = Float[Tensor, "spans spans"]
+PLOT_WIDTH = 36
+
+
+@dataclass(frozen=True)
+class StructureDistances:
+    """Mean absolute difference of the entries of student's and teacher's matrices, one value for each text."""
+
+    cosine: list[float] = field(default_factory=list)  # of M_cos, from 0 to 2
+    product: list[float] = field(default_factory=list)  # of M_prod, whose rows sum to 1
+    num_spans: list[int] = field(default_factory=list)  # spans that both tokenisations share
+
+
+def compare_representations(
+    students: Sequence[str],
+    teacher: str,
+    data: str,
+    rows: RowOptions,
+    *,
+    adapter: str | None = None,
+    max_length: int = 512,
+    output: Path | None = None,
+) -> Group:
+    """Compare every student with the teacher on the same responses and return box plots to print.
+
+    Args:
+        students: folders, hub ids or GGUF files; the same for `teacher`.
+        data: file or hub id of prompts with responses.
+        rows: how to read the rows and turn them into prompts.
+        adapter: a PEFT adapter to merge into the teacher.
+        output: JSON file for the signature and every value.
+
+    Raises:
+        UserError: a model or the data cannot be used, or the output file cannot be written.
+    """
+    if output is not None:
+        check_output_folder(output.parent)
+        if output.is_dir():
+            raise UserError(f"{output} is a folder: name a JSON file with --output")
+    examples = load_examples(data, split=TEST_SPLITS, **rows.reading())
+    prompts = rows.rendering(template="alpaca", bos="auto", special_tokens_in_prompts="parse")
+
+    def load(name: str, adapter: str | None = None) -> tuple[Model, TextEncoder]:
+        model = load_causal_lm(name, adapter=adapter)
+        check_head(model)
+        return model, TextEncoder(load_tokenizer(name), **prompts)
+
+    reference = load(teacher, adapter)
+    found: dict[str, StructureDistances] = {}
+    record: dict[str, Any] = {
+        "signature": make_signature(**prompts, max_length=max_length),
+        "data": data_identity(examples, data),
+        "teacher": model_identity(reference[0], teacher),
+        "students": {},
+    }
+    for name in students:
+        student = load(name)
+        found[name] = structure_distances(student, reference, examples, max_length=max_length, source=data)
+        record["students"][name] = {"model": model_identity(student[0], name), **asdict(found[name])}
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    num_texts = " or ".join(str(size) for size in dict.fromkeys(len(one.cosine) for one in found.values()))
+    return Group(
+        _table("M_cos", {name: distances.cosine for name, distances in found.items()}),
+        _table("M_prod", {name: distances.product for name, distances in found.items()}),
+        f"{num_texts} texts; a smaller distance means that a student is more similar to the teacher",
+    )
+
+
+def structure_distances(
+    student: tuple[Model, TextEncoder],
+    teacher: tuple[Model, TextEncoder],
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 8,
+    max_length: int = 512,
+    source: str = "the examples",
+) -> StructureDistances:
+    """Compute the distances of the two models' matrices over each response.
+
+    This is figure 3 of DWA-KD on spans of text instead of tokens. The final hidden states of the response are averaged
+    over the spans between byte ends that both tokenisations have, so that h_i belongs to the same text on both sides.
+    M_cos(i, j) = cos(h_i, h_j) and M_prod(i, j) = h_i.h_j / sum_k h_i.h_k. The published code feeds the student's token
+    ids to the teacher, even if the teacher has another vocabulary.
+
+    Args:
+        student: the student and its encoder, which must use the same template as the teacher's.
+        teacher: the teacher and its encoder.
+        examples: rows with a response; rows without one, or without room for it, are left out.
+        batch_size: texts in one forward pass.
+        max_length: most tokens of prompt and response on either side; the response is truncated by text.
+        source: name of the rows in error messages.
+
+    Raises:
+        UserError: no row can be used, or hidden states are NaN or infinite.
+
+    References:
+        Vu et al. 2026, section 4.4 and appendix B, where the differences are summed instead of averaged.
+    """
+    answered = [example for example in examples if example.response.strip()]
+    if not answered:
+        raise UserError(f"{source}: no row has a response to compare representations of")
+    length = min(max_length, max_positions(student[0]) or max_length, max_positions(teacher[0]) or max_length)
+    mend = "raise --max-length, if the models have more positions, or shorten its rows"
+    lengths = {"max_length": length, "max_prompt_length": length - 1, "length_option": "--max-length"}
+    names = {"invalid_rows": "skip", "source": source, "mend": mend}
+    pairs = encode_pairs(answered, student[1], teacher[1], **lengths, **names)
+    collator = PairedCollator(pad_id_of(student[1]), pad_id_of(teacher[1]))
+    loader = DataLoader(pairs, batch_size=batch_size, collate_fn=collator)
+    found = StructureDistances()
+    with progress_bar(disable=False) as bar, evaluating(student[0]), evaluating(teacher[0]), torch.no_grad():
+        for batch in bar.track(loader, description="representations"):
+            for one, other in zip(*_pooled(batch, student[0], teacher[0]), strict=True):
+                found.cosine.append(float((cosine_structure(one) - cosine_structure(other)).abs().mean()))
+                found.product.append(float((product_structure(one) - product_structure(other)).abs().mean()))
+                found.num_spans.append(len(one))
+    if not np.isfinite([*found.cosine, *found.product]).all():
+        raise UserError("the hidden states of student or teacher contain NaN or inf: check the weights of the models")
+    return found
+
+
+def cosine_structure(hidden: Float[Tensor, "spans width"]) -> Structure:
+    """Compute M_cos(i, j) = cos(h_i, h_j)."""
+    unit = torch.nn.functional.normalize(hidden, dim=-1)
+    return unit @ unit.T
+
+
+def product_structure(hidden: Float[Tensor, "spans width"]) -> Structure:
+    """Compute M_prod(i, j) = h_i.h_j / sum_k h_i.h_k."""
+    products = hidden @ hidden.T
+    return products / products.sum(-1, keepdim=True)
+
+
+def _pooled(batch: dict[str, Tensor], student: Model, teacher: Model) -> list[list[Tensor]]:
+    """Average the hidden states over every shared span of each text, for student and teacher, in float64."""
+    keys = ("input_ids", "attention_mask", "target_ids", "response_mask", "byte_ends")
+    sides = [
+        response_rows(model, *(batch[f"{name}_{key}"].to(model.device) for key in keys))
+        for name, model in (("student", student), ("teacher", teacher))
+    ]
+    ends: list[Any] = [part.cpu() for side in sides for part in (side.byte_ends, side.lengths)]
+    groups = byte_groups(*ends)
+    last = groups.student[ends[1].cumsum(0) - 1] + 1
+    per_text = torch.diff(last, prepend=last.new_zeros(1)).tolist()
+    pooled = []
+    for side, index in zip(sides, (groups.student, groups.teacher), strict=True):
+        rows = side.hidden.double().cpu()
+        sums = rows.new_zeros(int(last[-1]), rows.shape[1]).index_add(0, index, rows)
+        pooled.append(list((sums / index.bincount(minlength=len(sums))[:, None]).split(per_text)))  # type: ignore[no-untyped-call]
+    return pooled
+
+
+def _table(title: str, values: dict[str, list[float]]) -> Table:
+    """Return quartiles and a box plot for each student, on one scale from 0 to the largest 95th percentile."""
+    top = max(float(np.percentile(row, 95)) for row in values.values())
+    table = Table(box=box.HORIZONTALS, show_edge=False, title=f"distance of {title}", title_justify="left")
+    table.add_column("student", overflow="fold")
+    for heading in ("median", "quartiles"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column(f"0 to {top:.3g}: 5th percentile, quartiles, 95th", no_wrap=True)
+    for name, row in values.items():
+        points = np.percentile(row, [5, 25, 50, 75, 95]).tolist()
+        table.add_row(name, f"{points[2]:.4f}", f"{points[1]:.4f}–{points[3]:.4f}", box_plot(points, top))
+    return table
+
+
+def box_plot(points: Sequence[float], top: float, width: int = PLOT_WIDTH) -> str:
+    """Draw five ascending points as a line of characters on a scale from 0 to `top`."""
+    low, first, median, third, high = (min(round(p / top * (width - 1)), width - 1) if top else 0 for p in points)
+    line = [" "] * width
+    line[low : high + 1] = "─" * (high + 1 - low)
+    line[first : third + 1] = "▒" * (third + 1 - first)
+    line[median] = "█"
+    return "".join(line)
