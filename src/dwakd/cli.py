@@ -223,7 +223,7 @@ def shrink(
     --layers 20 -o student
     """
     _silence_transformers()
-    from dwakd.tools.shrink.run import shrink_to_folder
+    from dwakd.tools.shrink.shrink import shrink_to_folder
 
     report = shrink_to_folder(model, data, output, rows, vocab_size=vocab_size, num_layers=layers, eval_data=eval_data)
     console.print(report)

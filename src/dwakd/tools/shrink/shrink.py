@@ -1,55 +1,126 @@
-"""Make an untrained student from a pretrained model, with fewer layers and a smaller vocabulary.
+"""Make an untrained student from a pretrained model, with fewer layers and a smaller vocabulary: `dwakd shrink`.
 
 References:
     Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", arXiv 2403.03853,
     for the block influence.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from rich.progress import track
+from rich.table import Table
 from torch import Tensor, nn
 
+from dwakd.data.prompts import Prompts
+from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, load_examples
 from dwakd.errors import UserError
-from dwakd.models.loading import check_vocabulary
+from dwakd.evaluation.options import RowOptions
+from dwakd.folders import check_output_folder
+from dwakd.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
 from dwakd.models.rows import check_head, evaluating, final_hidden, model_name, output_head
+from dwakd.models.saving import save_causal_lm
 from dwakd.tools.shrink.surgery import build_student, layer_stack
 from dwakd.tools.shrink.vocabulary import old_tokens_of, train_tokenizer
 
-_INFLUENCE_TEXTS = 64
-_ROWS_PER_PRODUCT = 512
+_HELD_OUT_TEXTS = _INFLUENCE_TEXTS = 64
+_BATCH_SIZE, _ROWS_PER_PRODUCT = 8, 512
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Sizes of a model, with tied parameters counted once, and its bits per byte on the held-out texts, if any."""
+
+    vocab_size: int
+    parameters: int
+    bits_per_byte: float | None
 
 
 @dataclass(frozen=True)
 class ShrinkReport:
-    """The result of `shrink_model` in numbers.
+    """The result of `shrink_model` in numbers."""
+
+    block_influence: tuple[float, ...] | None  # of each old layer; None if all layers were kept
+    kept_layers: tuple[int, ...]  # old indices of the student's layers
+    before: Measures
+    after: Measures  # without any training
+
+
+def shrink_to_folder(
+    model: str,
+    data: str,
+    output: Path,
+    rows: RowOptions,
+    *,
+    vocab_size: int | None = None,
+    num_layers: int | None = None,
+    eval_data: str | None = None,
+) -> Table:
+    """Shrink a model on the text of a data set, save the student as a Hugging Face folder and return a report.
 
     Args:
-        block_influence: block influence of each old layer, or None if all layers were kept.
-        kept_layers: old indices of the student's layers.
-        vocab_size_before: tokens of the old tokenizer.
-        vocab_size_after: tokens of the new tokenizer; fewer than requested if there is too little text.
-        shared_tokens: tokens that are in both vocabularies.
-        parameters_before: number of parameters of the old model; tied parameters are counted once.
-        parameters_after: number of parameters of the student.
-        bits_per_byte_before: bits per byte of the old model on the held-out texts, or None if there are none.
-        bits_per_byte_after: bits per byte of the student on the same texts, before any training.
-    """
+        model: folder, hub id or GGUF file of the model.
+        data: file or hub id of the text.
+        output: folder of the student; must be empty or not exist.
+        rows: how to read the rows and turn prompts into text.
+        vocab_size: tokens of the new tokenizer; None keeps the old one.
+        num_layers: layers to keep; None keeps all.
+        eval_data: text on which bits per byte are measured. By default this is the last twentieth of `data`, which is
+            then not used to train the tokenizer or to measure the influence of layers.
 
-    block_influence: tuple[float, ...] | None
-    kept_layers: tuple[int, ...]
-    vocab_size_before: int
-    vocab_size_after: int
-    shared_tokens: int
-    parameters_before: int
-    parameters_after: int
-    bits_per_byte_before: float | None = None
-    bits_per_byte_after: float | None = None
+    Raises:
+        UserError: the folder is not empty, or the model, the data or a size cannot be used.
+    """
+    check_output_folder(output, empty=True)
+    tokenizer = load_tokenizer(model)
+    prompts = Prompts(rows.template or "plain", tokenizer)
+
+    def texts(source: str, split: Sequence[str]) -> list[str]:
+        examples = load_examples(source, split=split, **rows.reading())
+        return [prompts.render(example) + example.response for example in examples]
+
+    train = texts(data, TRAIN_SPLITS)
+    if eval_data is not None:
+        held_out = texts(eval_data, EVAL_SPLITS)
+    else:
+        cut = max(len(train) - max(len(train) // 20, 1), 1)
+        train, held_out = train[:cut], train[cut:]
+    sizes = {"num_layers": num_layers, "vocab_size": vocab_size}
+    held_out = held_out[:_HELD_OUT_TEXTS]
+    student, student_tokenizer, report = shrink_model(
+        load_causal_lm(model), tokenizer, train, held_out=held_out, **sizes
+    )
+    save_causal_lm(student, output)
+    student_tokenizer.save_pretrained(output)
+    return _table(report, output)
+
+
+def _table(report: ShrinkReport, output: Path) -> Table:
+    """Return a table of the sizes and bits per byte before and after."""
+    table = Table("", "before", "after", title=f"student in {output}", title_justify="left")
+    both = (report.before, report.after)
+    num_layers = len(report.block_influence or report.kept_layers)
+    table.add_row("layers", str(num_layers), str(len(report.kept_layers)))
+    table.add_row("vocabulary", *(f"{model.vocab_size:,}" for model in both))
+    table.add_row("parameters", *(f"{model.parameters:,}" for model in both))
+    bits = [model.bits_per_byte for model in both]
+    table.add_row("bits per byte, untrained", *("-" if value is None else f"{value:.3f}" for value in bits))
+    notes = []
+    if None in bits:
+        notes.append("bits per byte: the data has no row left to measure them on; name other text with --eval-data")
+    if report.block_influence is not None:
+        influences = enumerate(report.block_influence)
+        dropped = [f"{i} ({value:.2f})" for i, value in influences if i not in report.kept_layers]
+        notes.append(f"dropped layers, with their influence: {', '.join(dropped) or 'none'}")
+    table.caption = "\n".join(notes)
+    return table
 
 
 def shrink_model(
@@ -60,7 +131,6 @@ def shrink_model(
     num_layers: int | None = None,
     vocab_size: int | None = None,
     held_out: Sequence[str] = (),
-    progress: bool = True,
 ) -> tuple[Any, Any, ShrinkReport]:
     """Remove the layers with the smallest block influence and train a new vocabulary on `texts`.
 
@@ -72,7 +142,6 @@ def shrink_model(
         num_layers: layers to keep, at least 2; None keeps all. The first and the last layer are always kept.
         vocab_size: tokens of the new tokenizer, including special tokens; None keeps the old one.
         held_out: texts on which bits per byte are measured before and after.
-        progress: show progress bars.
 
     Returns:
         The student (in eval mode, ready for save_pretrained), its tokenizer and a report.
@@ -87,42 +156,42 @@ def shrink_model(
         raise UserError("there is no text to shrink the model on: choose a data set with text in it")
     check_head(model)
     check_vocabulary(model, tokenizer, model_name(model))
-    path, layers = layer_stack(model)
-    influence, kept = None, list(range(len(layers)))
+    kept = list(range(len(layer_stack(model)[1])))
+    influence = None
     if num_layers is not None:
-        _check_layers(num_layers, len(layers), model_name(model))
+        _check_layers(num_layers, len(kept), model_name(model))
         chosen = texts[:: max(1, len(texts) // _INFLUENCE_TEXTS)][:_INFLUENCE_TEXTS]
-        influence = block_influence(model, tokenizer, chosen, progress=progress)
-        kept = _most_influential(influence, num_layers)
+        influence = block_influence(model, tokenizer, chosen)
+        inner = sorted(kept[1:-1], key=lambda index: (-influence[index], index))
+        kept = sorted([0, kept[-1], *inner[: num_layers - 2]])
     new_tokenizer, sources = tokenizer, None
     if vocab_size is not None:
         new_tokenizer = train_tokenizer(tokenizer, texts, vocab_size)
         sources = old_tokens_of(tokenizer, new_tokenizer)
-    student = build_student(model, path, kept, sources, tokenizer, new_tokenizer)
-    before = text_bits_per_byte(model, tokenizer, held_out, progress=progress) if held_out else None
-    after = text_bits_per_byte(student, new_tokenizer, held_out, progress=progress) if held_out else None
-    report = ShrinkReport(
-        block_influence=influence,
-        kept_layers=tuple(kept),
-        vocab_size_before=len(tokenizer),
-        vocab_size_after=len(new_tokenizer),
-        shared_tokens=len(tokenizer.get_vocab().keys() & new_tokenizer.get_vocab().keys()),
-        parameters_before=sum(parameter.numel() for parameter in model.parameters()),
-        parameters_after=sum(parameter.numel() for parameter in student.parameters()),
-        bits_per_byte_before=before,
-        bits_per_byte_after=after,
-    )
-    return student, new_tokenizer, report
+    student = build_student(model, kept, sources, tokenizer, new_tokenizer)
+    measures = [
+        Measures(
+            vocab_size=len(words),
+            parameters=sum(parameter.numel() for parameter in lm.parameters()),
+            bits_per_byte=text_bits_per_byte(lm, words, held_out) if held_out else None,
+        )
+        for lm, words in ((model, tokenizer), (student, new_tokenizer))
+    ]
+    return student, new_tokenizer, ShrinkReport(influence, tuple(kept), *measures)
+
+
+def _check_layers(num_layers: int, available: int, name: str) -> None:
+    if available < 3 and num_layers != available:
+        raise UserError(
+            f"num_layers (--layers) is {num_layers}, but {name} has {available} layers and the first and the last are "
+            "always kept: leave the option out"
+        )
+    if available >= 3 and not 2 <= num_layers <= available:
+        raise UserError(f"num_layers (--layers) is {num_layers}, but must be from 2 to {available} for {name}")
 
 
 def block_influence(
-    model: Any,
-    tokenizer: Any,
-    texts: Sequence[str],
-    *,
-    batch_size: int = 8,
-    max_length: int = 512,
-    progress: bool = False,
+    model: Any, tokenizer: Any, texts: Sequence[str], *, batch_size: int = _BATCH_SIZE, max_length: int = 512
 ) -> tuple[float, ...]:
     """Compute the block influence of each layer: 1 - mean over all tokens of cos(input of the layer, its output).
 
@@ -132,8 +201,7 @@ def block_influence(
     _, layers = layer_stack(model)
     sequences = [tokenizer(text).input_ids[:max_length] for text in texts]
     totals = torch.zeros(len(layers), dtype=torch.float64)
-    num_tokens = 0
-    mask = torch.empty(0)
+    num_tokens, mask = 0, torch.empty(0)
 
     def measure(index: int, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         before = inputs[0] if inputs else named["hidden_states"]
@@ -142,14 +210,12 @@ def block_influence(
         totals[index] += cosine[mask.bool()].sum().double().cpu()
 
     hooks = [
-        layer.register_forward_hook(
-            lambda _, inputs, named, output, index=index: measure(index, inputs, named, output), with_kwargs=True
-        )
+        layer.register_forward_hook(lambda _, *seen, index=index: measure(index, *seen), with_kwargs=True)
         for index, layer in enumerate(layers)
     ]
     try:
         with evaluating(model), torch.no_grad():
-            for input_ids, mask in _batches(sequences, batch_size, model, "Block influence", progress):
+            for input_ids, mask in _batches(sequences, batch_size, model, "Block influence"):
                 final_hidden(model, input_ids, mask)
                 num_tokens += int(mask.sum())
     finally:
@@ -159,13 +225,7 @@ def block_influence(
 
 
 def text_bits_per_byte(
-    model: Any,
-    tokenizer: Any,
-    texts: Sequence[str],
-    batch_size: int = 8,
-    max_length: int = 512,
-    *,
-    progress: bool = False,
+    model: Any, tokenizer: Any, texts: Sequence[str], *, batch_size: int = _BATCH_SIZE, max_length: int = 512
 ) -> float:
     """Compute the sum of -log2 p over the tokens of the texts, divided by their UTF-8 bytes.
 
@@ -189,44 +249,23 @@ def text_bits_per_byte(
         raise UserError("there is no text to measure bits per byte on: choose texts that are not empty")
     head, nats = output_head(model).detached(), 0.0
     with evaluating(model), torch.no_grad():
-        for input_ids, mask in _batches(sequences, batch_size, model, "Bits per byte", progress):
+        for input_ids, mask in _batches(sequences, batch_size, model, "Bits per byte"):
             counted = mask[:, 1:].bool()
-            hidden = final_hidden(model, input_ids, mask)[:, :-1][counted]
-            targets = input_ids[:, 1:][counted]
-            for rows, ids in zip(
-                torch.split(hidden, _ROWS_PER_PRODUCT), torch.split(targets, _ROWS_PER_PRODUCT), strict=True
-            ):
+            hidden = final_hidden(model, input_ids, mask)[:, :-1][counted].split(_ROWS_PER_PRODUCT)
+            targets = input_ids[:, 1:][counted].split(_ROWS_PER_PRODUCT)
+            for rows, ids in zip(hidden, targets, strict=True):
                 nats += float(nn.functional.cross_entropy(head.logits(rows), ids, reduction="sum"))
     return nats / math.log(2) / num_bytes
 
 
 def _batches(
-    sequences: list[list[int]], batch_size: int, model: Any, title: str, progress: bool
+    sequences: list[list[int]], batch_size: int, model: Any, title: str
 ) -> Iterator[tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]]:
     """Yield batches of sequences of similar length as right-padded input ids and attention masks."""
     device = model.get_input_embeddings().weight.device
     ordered = sorted((sequence for sequence in sequences if sequence), key=len)
-    starts = range(0, len(ordered), batch_size)
-    for start in track(starts, description=title, disable=not progress):
+    for start in track(range(0, len(ordered), batch_size), description=title):
         rows = [torch.tensor(sequence) for sequence in ordered[start : start + batch_size]]
         input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         yield input_ids.to(device), mask.to(device)
-
-
-def _check_layers(num_layers: int, available: int, name: str) -> None:
-    if available < 3:
-        if num_layers != available:
-            raise UserError(
-                f"num_layers (--layers) is {num_layers}, but {name} has {available} layers and the first and the last "
-                "are always kept: leave the option out"
-            )
-    elif not 2 <= num_layers <= available:
-        raise UserError(f"num_layers (--layers) is {num_layers}, but must be from 2 to {available} for {name}")
-
-
-def _most_influential(influence: Sequence[float], num_layers: int) -> list[int]:
-    """Return the indices of the layers to keep, in order; these include the first and the last."""
-    last = len(influence) - 1
-    inner = sorted(range(1, last), key=lambda index: (-influence[index], index))
-    return sorted([0, last, *inner[: num_layers - 2]])

@@ -22,13 +22,12 @@ def layer_stack(model: Any) -> tuple[str, nn.ModuleList]:
 
 
 def build_student(
-    model: Any, path: str, kept: list[int], sources: list[list[int]] | None, tokenizer: Any, new_tokenizer: Any
+    model: Any, kept: list[int], sources: list[list[int]] | None, tokenizer: Any, new_tokenizer: Any
 ) -> Any:
     """Build a model of the same class from the weights of the kept layers and averaged vocabulary matrices.
 
     Args:
         model: the old model; it is not changed.
-        path: path of its layers, from `layer_stack`.
         kept: old indices of the layers to keep, in order.
         sources: old tokens of each new token, from `old_tokens_of`; None keeps the vocabulary.
         tokenizer: the old tokenizer.
@@ -37,18 +36,15 @@ def build_student(
     Raises:
         UserError: the architecture has other parts for each layer or token than this function handles.
     """
-    state = _vocabulary_renewed(model, sources) if sources is not None else dict(model.state_dict())
-    prefix = f"{path}."
+    prefix = f"{layer_stack(model)[0]}."
     renamed = {}
-    for name, tensor in state.items():
+    for name, tensor in _state(model, sources).items():
+        index, _, rest = name.removeprefix(prefix).partition(".")
         if not name.startswith(prefix):
             renamed[name] = tensor
-            continue
-        index, _, rest = name.removeprefix(prefix).partition(".")
-        if int(index) in kept:
+        elif int(index) in kept:
             renamed[f"{prefix}{kept.index(int(index))}.{rest}"] = tensor
-    config = _student_config(model.config, kept)
-    generation = copy.deepcopy(model.generation_config)
+    config, generation = _student_config(model.config, kept), copy.deepcopy(model.generation_config)
     if sources is not None:
         config.vocab_size = len(sources)
         for settings in (config, generation):
@@ -65,16 +61,16 @@ def build_student(
     return student.to(model.device).eval()
 
 
-def _vocabulary_renewed(model: Any, sources: list[list[int]]) -> dict[str, Tensor]:
-    """Return the state dict with new vocabulary entries in the input embeddings, the head and its bias."""
-    old = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
-    bias = getattr(model.get_output_embeddings(), "bias", None)
-    state = dict(model.state_dict())
+def _state(model: Any, sources: list[list[int]] | None) -> dict[str, Tensor]:
+    """Return the state dict, with new vocabulary entries in the input embeddings, the head and its bias."""
+    head, state = model.get_output_embeddings(), dict(model.state_dict())
+    if sources is None:
+        return state
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if any(parameter is matrix for matrix in old):
+        if parameter is model.get_input_embeddings().weight or parameter is head.weight:
             state[name] = averaged_rows(parameter, sources)
-        elif bias is not None and parameter is bias:
-            state[name] = averaged_rows(bias[:, None], sources)[:, 0]
+        elif parameter is getattr(head, "bias", None):
+            state[name] = averaged_rows(parameter[:, None], sources)[:, 0]
     return state
 
 
@@ -93,12 +89,11 @@ def _student_config(config: Any, kept: list[int]) -> Any:
 def _renew_token_ids(settings: Any, tokenizer: Any, new_tokenizer: Any) -> None:
     """Replace every `..._token_id` by the new id of the same token, or of the new tokenizer's own if it is gone."""
     vocab, specials = new_tokenizer.get_vocab(), tokenizer.get_added_vocab()
-    strings = {index: token for token, index in specials.items() if token in vocab}
+    new_ids = {index: vocab[token] for token, index in specials.items() if token in vocab}
     for name, value in settings.to_dict().items():
         if not name.endswith("_token_id") or value is None:
             continue
-        old = value if isinstance(value, list) else [value]
-        new = [vocab[strings[index]] for index in old if index in strings]
+        new = [new_ids[index] for index in (value if isinstance(value, list) else [value]) if index in new_ids]
         if isinstance(value, list) and new:
             setattr(settings, name, new)
         else:

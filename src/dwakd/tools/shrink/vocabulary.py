@@ -7,7 +7,7 @@ import copy
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerFast
 from dwakd.errors import UserError
 
 _BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
-_NUMBER = re.compile(r"[0-9]{2}")
 _BYTE_SCORE = -100.0  # so low that a literal "<0x0A>" in a text is never read as a byte token
 _CHARACTER_COVERAGE = 0.9995  # SentencePiece's default: rarer characters fall back to bytes
 _TRAINERS = {"BPE": trainers.BpeTrainer, "Unigram": trainers.UnigramTrainer, "WordPiece": trainers.WordPieceTrainer}
@@ -32,13 +31,9 @@ def train_tokenizer(tokenizer: Any, texts: Sequence[str], vocab_size: int) -> Pr
     occurs in the texts. Reserved and unused tokens are removed. Byte tokens are kept if the old tokenizer falls back
     to bytes. The result has fewer than `vocab_size` tokens if the texts do not contain enough.
 
-    Args:
-        tokenizer: a fast BPE, Unigram or WordPiece tokenizer.
-        texts: the training texts.
-        vocab_size: number of tokens, including special tokens.
-
     Raises:
-        UserError: the tokenizer is of another kind, or `vocab_size` is too small for the alphabet and special tokens.
+        UserError: the tokenizer is not a fast BPE, Unigram or WordPiece tokenizer, or `vocab_size` is too small for
+            the alphabet and the special tokens.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     kind = state["model"]["type"]
@@ -50,8 +45,18 @@ def train_tokenizer(tokenizer: Any, texts: Sequence[str], vocab_size: int) -> Pr
     byte_tokens = _BYTE_TOKENS if state["model"].get("byte_fallback") else []
     trained = _trained(state, kept + byte_tokens, texts, vocab_size)
     _check_size(len(trained.get_vocab()), vocab_size)
-    merged = _with_vocabulary(state, json.loads(trained.to_str())["model"], set(kept))
-    return _wrapped(tokenizer, Tokenizer.from_str(json.dumps(merged)), set(kept))
+    _renew_vocabulary(state, json.loads(trained.to_str())["model"], kept)
+    named = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    settings = ("model_max_length", "padding_side", "truncation_side", "model_input_names")
+    new = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        extra_special_tokens=[token for token in map(str, _extra_special(tokenizer)) if token in kept],
+        clean_up_tokenization_spaces=False,
+        **{name: getattr(tokenizer, name) for name in settings},
+        **named,
+    )
+    new.chat_template = tokenizer.chat_template
+    return new
 
 
 def old_tokens_of(old: Any, new: Any) -> list[list[int]]:
@@ -75,8 +80,7 @@ def averaged_rows(
     """Average the old embeddings named by `old_tokens_of`, or all of them for a token without sources."""
     flat = torch.tensor([index for source in sources for index in source], device=table.device)
     sizes = torch.tensor([len(source) for source in sources], device=table.device)
-    offsets = sizes.cumsum(0) - sizes
-    rows = torch.nn.functional.embedding_bag(flat, table.detach(), offsets, mode="mean")
+    rows = torch.nn.functional.embedding_bag(flat, table.detach(), sizes.cumsum(0) - sizes, mode="mean")
     rows[sizes == 0] = table.detach().mean(dim=0)
     return rows
 
@@ -96,17 +100,18 @@ def _pieces(token: str, model: Any, old_vocab: dict[str, int]) -> list[int]:
     return ids
 
 
-def _kept_tokens(tokenizer: Any, state: dict[str, Any], texts: Iterable[str]) -> list[str]:
+def _extra_special(tokenizer: Any) -> list[Any]:
+    return list(getattr(tokenizer, "extra_special_tokens", []))
+
+
+def _kept_tokens(tokenizer: Any, state: dict[str, Any], texts: Sequence[str]) -> list[str]:
     """Return the special tokens to keep, in the order of their old ids, the unknown token first."""
-    vocab = tokenizer.get_vocab()
-    needed = set(tokenizer.all_special_tokens) - set(getattr(tokenizer, "extra_special_tokens", []))
-    mentions = json.dumps(state["post_processor"], ensure_ascii=False) + str(tokenizer.chat_template or "")
-    candidates = {added["content"] for added in state["added_tokens"]} - needed
-    needed |= {token for token in candidates if token in mentions}
-    candidates -= needed
-    for text in texts if candidates else ():
-        needed |= {token for token in candidates if token in text}
-    model = state["model"]
+    vocab, model = tokenizer.get_vocab(), state["model"]
+    needed = set(tokenizer.all_special_tokens) - set(_extra_special(tokenizer))
+    mentions = [json.dumps(state["post_processor"], ensure_ascii=False), str(tokenizer.chat_template or "")]
+    for token in {added["content"] for added in state["added_tokens"]} - needed:
+        if any(token in text for text in (*mentions, *texts)):
+            needed.add(token)
     unknown = model["vocab"][model["unk_id"]][0] if model.get("unk_id") is not None else model.get("unk_token")
     kept = sorted(needed - {unknown}, key=lambda token: int(vocab[token]))
     return [unknown, *kept] if unknown is not None else kept
@@ -117,34 +122,29 @@ def _trained(state: dict[str, Any], fixed: list[str], texts: Sequence[str], voca
     blank = copy.deepcopy(state)
     blank.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
     model = blank["model"]
-    kind = model["type"]
+    kind, falls_back = model["type"], model.get("byte_fallback")
     options: dict[str, Any] = {"vocab_size": vocab_size, "special_tokens": fixed, "show_progress": False}
     if kind == "Unigram":
         model.update(vocab=[[fixed[0], 0.0]], unk_id=0)
         options["unk_token"] = fixed[0]
-        if model.get("byte_fallback"):  # otherwise a literal "<0x0A>" in a text could become a line feed
+        if falls_back:  # otherwise a literal "<0x0A>" in a text could become a line feed
             options["initial_alphabet"] = sorted(set("".join(_BYTE_TOKENS)))
     else:
-        model["vocab"] = {}
-        for option in ("continuing_subword_prefix", "end_of_word_suffix"):
-            if model.get(option) is not None:
-                options[option] = model[option]
-    if kind == "BPE":
-        model["merges"] = []
+        model.update({"vocab": {}, "merges": []} if kind == "BPE" else {"vocab": {}})
+        affixes = ("continuing_subword_prefix", "end_of_word_suffix")
+        options |= {name: model[name] for name in affixes if model.get(name) is not None}
     if '"ByteLevel"' in json.dumps([blank["pre_tokenizer"], blank["normalizer"]]):
         options["initial_alphabet"] = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer.from_str(json.dumps(blank))
-    splitters = _splitters(state)
-    if splitters:
+    if splitters := _splitters(state):
         existing = [tokenizer.pre_tokenizer] if tokenizer.pre_tokenizer is not None else []
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(existing + splitters)
-    if model.get("byte_fallback"):
+    if falls_back:
         texts = _without_rare_characters(texts)
-    if (
-        kind == "Unigram"
-    ):  # its trainer rejects a small vocabulary without naming the minimum; the others exceed the size
-        alphabet = _alphabet(tokenizer, texts) | set(options.get("initial_alphabet", []))
-        _check_size(len(fixed) + len(alphabet), vocab_size)
+    if kind == "Unigram":  # its trainer rejects a small vocabulary without naming the minimum; others exceed the size
+        _check_size(
+            len(fixed) + len(_alphabet(tokenizer, texts) | set(options.get("initial_alphabet", []))), vocab_size
+        )
     tokenizer.train_from_iterator(texts, _TRAINERS[kind](**options), length=len(texts))
     return tokenizer
 
@@ -173,13 +173,11 @@ def _splitters(state: dict[str, Any]) -> list[Any]:
     model = state["model"]
     cuts: list[Any] = []
     if model.get("byte_fallback"):
-        cuts += [
-            pre_tokenizers.Split(Regex("\n+"), "isolated"),
-            pre_tokenizers.Split(Regex("▁+"), "merged_with_next"),
-        ]
+        spaces = pre_tokenizers.Split(Regex("▁+"), "merged_with_next")
+        cuts += [pre_tokenizers.Split(Regex("\n+"), "isolated"), spaces]
     pieces = model["vocab"] if isinstance(model["vocab"], dict) else [piece for piece, _ in model["vocab"]]
     added = {token["content"] for token in state["added_tokens"]} | set(_BYTE_TOKENS)
-    numbers = any(_NUMBER.search(piece) for piece in pieces if piece not in added)
+    numbers = any(re.search("[0-9]{2}", piece) for piece in pieces if piece not in added)
     if not numbers and model["type"] != "WordPiece":
         cuts.append(pre_tokenizers.Digits(individual_digits=True))
     return cuts
@@ -188,33 +186,28 @@ def _splitters(state: dict[str, Any]) -> list[Any]:
 def _without_rare_characters(texts: Sequence[str]) -> list[str]:
     counts = Counter(character for text in texts for character in text)
     budget = (1 - _CHARACTER_COVERAGE) * sum(counts.values())
-    rare = []
+    rare = {}
     for character, count in sorted(counts.items(), key=lambda item: (item[1], item[0])):
         budget -= count
         if budget < 0:
             break
-        rare.append(character)
-    return [text.translate(dict.fromkeys(map(ord, rare))) for text in texts]
+        rare[ord(character)] = None
+    return [text.translate(rare) for text in texts]
 
 
-def _with_vocabulary(state: dict[str, Any], trained: dict[str, Any], kept: set[str]) -> dict[str, Any]:
-    """Combine the old pipeline with the new vocabulary and update every token id."""
-    merged = copy.deepcopy(state)
-    model = merged["model"]
+def _renew_vocabulary(state: dict[str, Any], trained: dict[str, Any], kept: list[str]) -> None:
+    """Put the new vocabulary into the old pipeline and update every token id."""
+    model = state["model"]
     if trained["type"] == "Unigram":
         model["vocab"] = [[piece, _BYTE_SCORE if piece in _BYTE_TOKENS else score] for piece, score in trained["vocab"]]
         ids = {piece: index for index, (piece, _) in enumerate(model["vocab"])}
-        if model.get("unk_id") is not None:
-            model["unk_id"] = 0
+        model["unk_id"] = None if model.get("unk_id") is None else 0
     else:
-        ids = model["vocab"] = trained["vocab"]
-        if "merges" in trained:
-            model["merges"] = trained["merges"]
-    added = [{**token, "id": ids[token["content"]]} for token in merged["added_tokens"] if token["content"] in kept]
-    merged["added_tokens"] = sorted(added, key=lambda token: int(token["id"]))
-    merged.update(truncation=None, padding=None)
-    _renew_ids(merged["post_processor"], ids)
-    return merged
+        ids = trained["vocab"]
+        model.update({name: trained[name] for name in ("vocab", "merges") if name in trained})
+    added = [{**token, "id": ids[token["content"]]} for token in state["added_tokens"] if token["content"] in kept]
+    state.update(added_tokens=sorted(added, key=lambda token: int(token["id"])), truncation=None, padding=None)
+    _renew_ids(state["post_processor"], ids)
 
 
 def _renew_ids(post_processor: Any, ids: dict[str, int]) -> None:
@@ -225,24 +218,6 @@ def _renew_ids(post_processor: Any, ids: dict[str, int]) -> None:
         _renew_ids(inner, ids)
     for special in (post_processor.get("special_tokens") or {}).values():
         special["ids"] = [ids[token] for token in special["tokens"]]
-    for name in ("cls", "sep"):
-        if name in post_processor:
-            token = post_processor[name][0]
-            post_processor[name] = [token, ids[token]]
-
-
-def _wrapped(old: Any, backend: Tokenizer, kept: set[str]) -> PreTrainedTokenizerFast:
-    named = {name: str(token) for name, token in old.special_tokens_map.items() if isinstance(token, str)}
-    extra = [str(token) for token in getattr(old, "extra_special_tokens", []) if str(token) in kept]
-    new = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        extra_special_tokens=extra,
-        model_max_length=old.model_max_length,
-        padding_side=old.padding_side,
-        truncation_side=old.truncation_side,
-        model_input_names=old.model_input_names,
-        clean_up_tokenization_spaces=False,
-        **named,
-    )
-    new.chat_template = old.chat_template
-    return new
+    for name in {"cls", "sep"} & post_processor.keys():
+        token = post_processor[name][0]
+        post_processor[name] = [token, ids[token]]
