@@ -25,8 +25,7 @@ from dwakd.training.config import DistillConfig
 from dwakd.training.trainer import DistillTrainer
 
 METHODS = ("sft", "dskd", "dwa_kd")
-_SEEDS = 2**32 - 1
-"""NumPy's largest seed is 2**32 - 1, and the students' models are initialised with seed + 1."""
+_SEEDS = 2**32 - 1  # NumPy's largest seed is 2**32 - 1, and the students' models are initialised with seed + 1
 
 
 @dataclass(frozen=True)
@@ -66,68 +65,55 @@ def run_demo(output: Path | None, *, seed: int, quick: bool) -> Group:
     sizes = QUICK if quick else DemoSizes()
     console = Console(stderr=True)
     train, test = make_corpus(sizes.num_train, sizes.num_test, seed)
-    texts = [text for example in train for text in (example.instruction, example.response)]
-    student_tokenizer, teacher_tokenizer = demo_tokenizers(texts)
+    tokenizers = demo_tokenizers([text for example in train for text in (example.instruction, example.response)])
     console.print(
-        f"The corpus has {len(train):,} instructions. The teacher (vocabulary of {len(teacher_tokenizer):,}) is trained "
-        f"on all of them, the students (another vocabulary of {len(student_tokenizer):,}) on {sizes.num_student_rows:,}."
+        f"The corpus has {len(train):,} instructions. The teacher (vocabulary of {len(tokenizers[1]):,}) is trained "
+        f"on all of them, the students (another vocabulary of {len(tokenizers[0]):,}) on {sizes.num_student_rows:,}."
     )
     rows: dict[str, dict[str, Any]] = {}
-    console.rule("teacher: sft on every row")
-    teacher = _model(teacher_tokenizer, sizes.teacher_width, 512, num_layers=4, tied=False, seed=seed)
-    args = _training_args(folder / "teacher", "sft", seed, steps=sizes.teacher_steps, batch_size=32, rate=2e-3)
-    trainer = DistillTrainer(teacher, None, args, train, processing_class=teacher_tokenizer)
-    rows["teacher"] = _train_and_evaluate(trainer, test, folder)
-    for method in METHODS:
-        console.rule(f"student: {method}")
-        width = sizes.student_width
-        student = _model(student_tokenizer, width, 2 * width, num_layers=2, tied=True, seed=seed + 1)
-        args = _training_args(folder / method, method, seed, steps=sizes.student_steps, batch_size=16, rate=4e-3)
-        args.teacher_cache = None if method == "sft" else str(folder / "teacher-cache")
-        trainer = DistillTrainer(
-            student,
-            str(folder / "teacher"),
-            args,
-            train[: sizes.num_student_rows],
-            processing_class=student_tokenizer,
-            teacher_processing_class=teacher_tokenizer,
-        )
-        rows[method] = _train_and_evaluate(trainer, test, folder)
+    for name in ("teacher", *METHODS):
+        console.rule("teacher: sft on every row" if name == "teacher" else f"student: {name}")
+        rows[name] = _train_and_evaluate(_trainer(name, folder, sizes, train, tokenizers, seed), test, folder)
     content = {"seed": seed, "sizes": asdict(sizes), **rows}
     (folder / "demo.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return Group(_table(rows, sizes), f"students: {', '.join(str(folder / method) for method in METHODS)}")
 
 
-def _model(
-    tokenizer: PreTrainedTokenizerFast, width: int, inner_width: int, *, num_layers: int, tied: bool, seed: int
-) -> LlamaForCausalLM:
-    """Build a small Llama with random weights for a tokenizer."""
-    set_seed(seed)
+def _trainer(
+    name: str,
+    folder: Path,
+    sizes: DemoSizes,
+    train: list[Example],
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
+    seed: int,
+) -> DistillTrainer:
+    """Return the trainer of the teacher or of a student that is named after its method."""
+    large = name == "teacher"
+    tokenizer = tokenizers[large]
+    width = sizes.teacher_width if large else sizes.student_width
+    steps = sizes.teacher_steps if large else sizes.student_steps
+    rate = 2e-3 if large else 4e-3
+    set_seed(seed if large else seed + 1)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
-        intermediate_size=inner_width,
-        num_hidden_layers=num_layers,
+        intermediate_size=512 if large else 2 * width,
+        num_hidden_layers=4 if large else 2,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=256,
-        tie_word_embeddings=tied,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=not large,
+        **{f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")},
     )
-    return LlamaForCausalLM(config)
-
-
-def _training_args(folder: Path, method: str, seed: int, *, steps: int, batch_size: int, rate: float) -> DistillConfig:
-    return DistillConfig(
-        output_dir=str(folder),
-        method=method,
+    args = DistillConfig(
+        output_dir=str(folder / name),
+        method="sft" if large else name,
+        teacher_cache=None if large or name == "sft" else str(folder / "teacher-cache"),
         template="{instruction}\n",
         max_length=128,
         max_prompt_length=96,
         max_steps=steps,
-        per_device_train_batch_size=batch_size,
+        per_device_train_batch_size=32 if large else 16,
         learning_rate=rate,
         projector_learning_rate=rate,
         warmup_steps=math.ceil(0.05 * steps),
@@ -136,6 +122,11 @@ def _training_args(folder: Path, method: str, seed: int, *, steps: int, batch_si
         data_seed=seed,
         use_cpu=True,
     )
+    student = LlamaForCausalLM(config)
+    if large:
+        return DistillTrainer(student, None, args, train, processing_class=tokenizer)
+    names = {"processing_class": tokenizer, "teacher_processing_class": tokenizers[1]}
+    return DistillTrainer(student, str(folder / "teacher"), args, train[: sizes.num_student_rows], **names)
 
 
 def _train_and_evaluate(trainer: DistillTrainer, test: list[Example], folder: Path) -> dict[str, Any]:

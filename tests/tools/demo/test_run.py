@@ -1,0 +1,30 @@
+"""The demo runs from the corpus to the table."""
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dwakd.errors import UserError
+from dwakd.tools.demo.run import METHODS, QUICK, run_demo
+
+
+def test_every_model_is_trained_evaluated_and_saved(tmp_path):
+    """The demo is the first command that a new user tries."""
+    folder = tmp_path / "demo"
+    run_demo(folder, seed=1, quick=True)
+    content = json.loads((folder / "demo.json").read_text())
+    for name in ("teacher", *METHODS):
+        assert content[name]["num_examples"] == QUICK.num_test
+        assert content[name]["bits_per_byte"]["value"] > 0
+        model, tokenizer = (kind.from_pretrained(folder / name) for kind in (AutoModelForCausalLM, AutoTokenizer))
+        assert model.config.vocab_size == len(tokenizer)
+    with pytest.raises(UserError, match="is not empty"):
+        run_demo(folder, seed=1, quick=True)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32 - 1])
+def test_seeds_out_of_range(tmp_path, seed):
+    """Otherwise the error would come from NumPy, after the teacher was trained."""
+    with pytest.raises(UserError, match="--seed"):
+        run_demo(tmp_path / "demo", seed=seed, quick=True)
