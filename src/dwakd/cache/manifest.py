@@ -49,11 +49,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """Read and verify cache.json.
-
-        Raises:
-            UserError: the file is damaged, or the cache has another format.
-        """
+        """Read cache.json; raise a UserError if it is damaged or of another format."""
         data = (folder / MANIFEST).read_bytes()
         try:
             body = json.loads(data)
@@ -136,9 +132,8 @@ def check_folder(folder: Path) -> None:
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file, so {folder} cannot be a teacher cache; correct teacher.cache")
-    if (folder / MANIFEST).is_file() or not folder.is_dir():
-        return
-    for path in folder.iterdir():
+    is_other = folder.is_dir() and not (folder / MANIFEST).is_file()
+    for path in folder.iterdir() if is_other else ():
         if not path.name.removeprefix(".").startswith((MANIFEST, INDEX, TEACHER, "shard-")):
             raise UserError(
                 f"{folder} is not empty and not a teacher cache (it contains {path.name} but no {MANIFEST}); name "

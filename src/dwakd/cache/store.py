@@ -56,11 +56,7 @@ class Cache:
 
     @classmethod
     def open(cls, folder: Path) -> Cache:
-        """Open a cache, finished or not. Only the manifest and the index are read and verified.
-
-        Raises:
-            UserError: the manifest or the index is damaged.
-        """
+        """Open a cache, finished or not. Only the manifest and the index are read; a UserError is raised if one is damaged."""
         manifest = Manifest.load(folder)
         try:
             data = (folder / INDEX).read_bytes()
@@ -75,12 +71,11 @@ class Cache:
         """Write index and manifest. Each rank may call this: all ranks write the same bytes."""
         dtype = request.dtype or head.weight.dtype
         index = Index.plan(request.sets, head.hidden_size * dtype.itemsize)
-        data = index.dump()
-        digests = {INDEX: _sha256(data), TEACHER: _sha256(_teacher_file(table, head))}
+        digests = {INDEX: _sha256(index.dump()), TEACHER: _sha256(_teacher_file(table, head))}
         outputs = head.hidden_size, head.scale, head.soft_cap
         manifest = Manifest(request.fingerprint, request.names, _dtype_name(dtype), *outputs, digests)
         folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / INDEX, data)
+        write_file(folder / INDEX, index.dump())
         write_file(folder / MANIFEST, manifest.dump())  # a cache exists once its manifest does
         return cls(folder, manifest, index)
 
@@ -198,11 +193,7 @@ class Cache:
 
 
 def open_complete(folder: Path, *, progress: bool = False) -> Cache:
-    """Open a cache and verify every byte of every file.
-
-    Raises:
-        UserError: the folder contains no cache, or names the files that are missing or damaged.
-    """
+    """Open a cache and verify every byte; raise a UserError that names the files that are missing or damaged."""
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} is not a teacher cache (no {MANIFEST}); build one with dwakd cache and a recipe")
     cache = Cache.open(folder)
@@ -211,11 +202,7 @@ def open_complete(folder: Path, *, progress: bool = False) -> Cache:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file that appears complete or not at all: a temporary file, flushed to disk and renamed to `path`.
-
-    Raises:
-        OSError: the file cannot be written. A previous file at `path` is unchanged.
-    """
+    """Write a temporary file, flush it to disk and rename it to `path`, which therefore appears complete or not at all."""
     temporary = path.with_name(f".{path.name}{UNFINISHED}{os.getpid()}")
     try:
         with temporary.open("wb") as file:

@@ -27,7 +27,7 @@ def compare_methods(
     """Run every run that is not finished, write all numbers to comparison.json and return the tables.
 
     Args:
-        recipe: the recipe; its `compare` section names methods, training seeds and options of each method.
+        recipe: its `compare` section names methods, training seeds and options of each method.
         folder: folder of the comparison. If it contains an unfinished one, that one is continued.
         ablation: compare the rows of the paper's table 3 instead of methods.
         lr_sweep: first choose the learning rate and the weight of distillation of every row on the dev set.
