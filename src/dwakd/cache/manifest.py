@@ -118,7 +118,7 @@ class Index:
     def load(cls, data: bytes) -> Index:
         """Read the content of index.safetensors."""
         arrays = load(data)
-        return cls(*map(arrays.pop, _ARRAYS), members=arrays)
+        return cls(**{name: arrays.pop(name) for name in _ARRAYS}, members=arrays)
 
 
 def keyed_sides(*sets: EncodedPairs) -> list[tuple[bytes, EncodedSide]]:

@@ -68,8 +68,8 @@ class Cell:
         if method_options(self.variant.method, self.variant.options).needs_attention:  # a cache contains no attention
             teachers = [dataclasses.replace(teacher, cache=None, cache_dtype=None) for teacher in teachers]
         loss = {"method": self.variant.method, **self.variant.options}
-        changes = {"loss": loss, "teacher": teachers or None, "training": training, "evaluation": evaluation}
-        return dataclasses.replace(recipe, compare=None, **changes)
+        cell = dataclasses.replace(recipe, loss=loss, teacher=teachers or None, compare=None)
+        return dataclasses.replace(cell, training=training, evaluation=evaluation)
 
 
 def variants_of(recipe: Recipe, section: CompareSection, *, ablation: bool) -> list[Variant]:

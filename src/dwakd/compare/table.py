@@ -119,9 +119,10 @@ def comparison_tables(summary: Mapping[str, Any]) -> Group:
         if not _is_teacher(name):
             found = (row.get("versus_sft"), row.get("versus_best"))
             gaps.add_row(name, *("-" if gap is None else "{:+.2f} [{:.2f}, {:.2f}]".format(*gap) for gap in found))
-        numbers = ((row["greedy_rouge_l"], 2), (row["bits_per_byte"], 3), (row["seconds_per_step"], 3))
-        numbers = (*numbers, (None if peak is None else peak / 1e9, 2), (row["training_seeds"], 0))
-        costs.add_row(name, *("-" if value is None else f"{value:.{digits}f}" for value, digits in numbers))
+        numbers = [row[key] for key in ("greedy_rouge_l", "bits_per_byte", "seconds_per_step")]
+        numbers += [None if peak is None else peak / 1e9, row["training_seeds"]]
+        shown = zip(numbers, (2, 3, 3, 2, 0), strict=True)
+        costs.add_row(name, *("-" if value is None else f"{value:.{digits}f}" for value, digits in shown))
     failures = [f"run {name} failed: {reason}" for name, reason in summary["failures"].items()]
     return Group(scores, "", gaps, "", costs, *failures)
 

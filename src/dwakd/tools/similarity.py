@@ -138,9 +138,9 @@ def structure_distances(
         raise UserError(f"{source}: no row has a response to compare representations of")
     length = min(max_length, max_positions(student[0]) or max_length, max_positions(teacher[0]) or max_length)
     mend = "raise --max-length, if the models have more positions, or shorten its rows"
-    lengths = {"max_length": length, "max_prompt_length": length - 1, "length_option": "--max-length"}
-    names = {"invalid_rows": "skip", "source": source, "mend": mend}
-    pairs = encode_pairs(answered, student[1], teacher[1], **lengths, **names)
+    options: dict[str, Any] = {"max_length": length, "max_prompt_length": length - 1, "length_option": "--max-length"}
+    options |= {"invalid_rows": "skip", "source": source, "mend": mend}
+    pairs = encode_pairs(answered, student[1], teacher[1], **options)
     collator = PairedCollator(pad_id_of(student[1]), pad_id_of(teacher[1]))
     loader = DataLoader(pairs, batch_size=batch_size, collate_fn=collator)
     found = StructureDistances()

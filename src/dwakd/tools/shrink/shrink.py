@@ -63,15 +63,14 @@ def shrink_to_folder(
     num_layers: int | None = None,
     eval_data: str | None = None,
 ) -> Table:
-    """Shrink a model on the text of a data set, save the student as a Hugging Face folder and return a report.
+    """Shrink a model with `shrink_model`, save the student as a Hugging Face folder and return a report.
 
     Args:
         model: folder, hub id or GGUF file of the model.
         data: file or hub id of the text.
         output: folder of the student; must be empty or not exist.
         rows: how to read the rows and turn prompts into text.
-        vocab_size: tokens of the new tokenizer; None keeps the old one.
-        num_layers: layers to keep; None keeps all.
+        vocab_size: as in `shrink_model`, and so is `num_layers`.
         eval_data: text on which bits per byte are measured. By default this is the last twentieth of `data`, which is
             then not used to train the tokenizer or to measure the influence of layers.
 
@@ -93,10 +92,8 @@ def shrink_to_folder(
         cut = max(len(train) - max(len(train) // 20, 1), 1)
         train, held_out = train[:cut], train[cut:]
     sizes = {"num_layers": num_layers, "vocab_size": vocab_size}
-    held_out = held_out[:_HELD_OUT_TEXTS]
-    student, student_tokenizer, report = shrink_model(
-        load_causal_lm(model), tokenizer, train, held_out=held_out, **sizes
-    )
+    original, held_out = load_causal_lm(model), held_out[:_HELD_OUT_TEXTS]
+    student, student_tokenizer, report = shrink_model(original, tokenizer, train, held_out=held_out, **sizes)
     save_causal_lm(student, output)
     student_tokenizer.save_pretrained(output)
     return _table(report, output)
@@ -251,8 +248,8 @@ def text_bits_per_byte(
     with evaluating(model), torch.no_grad():
         for input_ids, mask in _batches(sequences, batch_size, model, "Bits per byte"):
             counted = mask[:, 1:].bool()
-            hidden = final_hidden(model, input_ids, mask)[:, :-1][counted].split(_ROWS_PER_PRODUCT)
-            targets = input_ids[:, 1:][counted].split(_ROWS_PER_PRODUCT)
+            hidden = torch.split(final_hidden(model, input_ids, mask)[:, :-1][counted], _ROWS_PER_PRODUCT)
+            targets = torch.split(input_ids[:, 1:][counted], _ROWS_PER_PRODUCT)
             for rows, ids in zip(hidden, targets, strict=True):
                 nats += float(nn.functional.cross_entropy(head.logits(rows), ids, reduction="sum"))
     return nats / math.log(2) / num_bytes

@@ -63,14 +63,16 @@ def build_student(
 
 def _state(model: Any, sources: list[list[int]] | None) -> dict[str, Tensor]:
     """Return the state dict, with new vocabulary entries in the input embeddings, the head and its bias."""
-    head, state = model.get_output_embeddings(), dict(model.state_dict())
+    state = dict(model.state_dict())
     if sources is None:
         return state
+    head = model.get_output_embeddings()
+    bias = getattr(head, "bias", None)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter is model.get_input_embeddings().weight or parameter is head.weight:
             state[name] = averaged_rows(parameter, sources)
-        elif parameter is getattr(head, "bias", None):
-            state[name] = averaged_rows(parameter[:, None], sources)[:, 0]
+        elif bias is not None and parameter is bias:
+            state[name] = averaged_rows(bias[:, None], sources)[:, 0]
     return state
 
 

@@ -186,7 +186,7 @@ def _splitters(state: dict[str, Any]) -> list[Any]:
 def _without_rare_characters(texts: Sequence[str]) -> list[str]:
     counts = Counter(character for text in texts for character in text)
     budget = (1 - _CHARACTER_COVERAGE) * sum(counts.values())
-    rare = {}
+    rare: dict[int, None] = {}
     for character, count in sorted(counts.items(), key=lambda item: (item[1], item[0])):
         budget -= count
         if budget < 0:
