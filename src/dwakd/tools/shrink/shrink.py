@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ from dwakd.tools.shrink.surgery import build_student, layer_stack
 from dwakd.tools.shrink.vocabulary import old_tokens_of, train_tokenizer
 
 _HELD_OUT_TEXTS = _INFLUENCE_TEXTS = 64
-_BATCH_SIZE, _ROWS_PER_PRODUCT = 8, 512
 
 
 @dataclass(frozen=True)
@@ -187,43 +186,36 @@ def _check_layers(num_layers: int, available: int, name: str) -> None:
         raise UserError(f"num_layers (--layers) is {num_layers}, but must be from 2 to {available} for {name}")
 
 
-def block_influence(
-    model: Any, tokenizer: Any, texts: Sequence[str], *, batch_size: int = _BATCH_SIZE, max_length: int = 512
-) -> tuple[float, ...]:
+@torch.no_grad()
+def block_influence(model: Any, tokenizer: Any, texts: Sequence[str], *, max_length: int = 512) -> tuple[float, ...]:
     """Compute the block influence of each layer: 1 - mean over all tokens of cos(input of the layer, its output).
 
-    The value is between 0 and 2. Near 0, the layer hardly changes the direction of the hidden states. Padding is
-    left out.
+    The value is between 0 and 2. Near 0, the layer hardly changes the direction of the hidden states.
     """
     _, layers = layer_stack(model)
-    sequences = [tokenizer(text).input_ids[:max_length] for text in texts]
     totals = torch.zeros(len(layers), dtype=torch.float64)
-    num_tokens, mask = 0, torch.empty(0)
 
     def measure(index: int, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         before = inputs[0] if inputs else named["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
         cosine = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
-        totals[index] += cosine[mask.bool()].sum().double().cpu()
+        totals[index] += cosine.sum().double().cpu()
 
     hooks = [
         layer.register_forward_hook(lambda _, *seen, index=index: measure(index, *seen), with_kwargs=True)
         for index, layer in enumerate(layers)
     ]
+    sequences = [tokenizer(text).input_ids[:max_length] for text in texts]
     try:
-        with evaluating(model), torch.no_grad():
-            for input_ids, mask in _batches(sequences, batch_size, model, "Block influence"):
-                final_hidden(model, input_ids, mask)
-                num_tokens += int(mask.sum())
+        num_tokens = sum(len(ids) for ids, _ in _hidden_states(model, sequences, "Block influence"))
     finally:
         for hook in hooks:
             hook.remove()
     return tuple((1 - totals / num_tokens).tolist())
 
 
-def text_bits_per_byte(
-    model: Any, tokenizer: Any, texts: Sequence[str], *, batch_size: int = _BATCH_SIZE, max_length: int = 512
-) -> float:
+@torch.no_grad()
+def text_bits_per_byte(model: Any, tokenizer: Any, texts: Sequence[str], *, max_length: int = 512) -> float:
     """Compute the sum of -log2 p over the tokens of the texts, divided by their UTF-8 bytes.
 
     The value can be compared between tokenizers. Each text follows the beginning-of-sequence token, or the
@@ -237,32 +229,23 @@ def text_bits_per_byte(
     sequences, num_bytes = [], 0
     for text in texts:
         encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = encoding.input_ids[: max_length - 1]
-        if ids:
+        if ids := encoding.input_ids[: max_length - 1]:
             end = len(text) if len(ids) == len(encoding.input_ids) else encoding.offset_mapping[len(ids) - 1][1]
             num_bytes += len(text[:end].encode())
             sequences.append([start, *ids])
     if not num_bytes:
         raise UserError("there is no text to measure bits per byte on: choose texts that are not empty")
-    head, nats = output_head(model).detached(), 0.0
-    with evaluating(model), torch.no_grad():
-        for input_ids, mask in _batches(sequences, batch_size, model, "Bits per byte"):
-            counted = mask[:, 1:].bool()
-            hidden = torch.split(final_hidden(model, input_ids, mask)[:, :-1][counted], _ROWS_PER_PRODUCT)
-            targets = torch.split(input_ids[:, 1:][counted], _ROWS_PER_PRODUCT)
-            for rows, ids in zip(hidden, targets, strict=True):
-                nats += float(nn.functional.cross_entropy(head.logits(rows), ids, reduction="sum"))
+    head, nats = output_head(model), 0.0
+    for ids, hidden in _hidden_states(model, sequences, "Bits per byte"):
+        nats += float(nn.functional.cross_entropy(head.logits(hidden[:-1]), ids[1:], reduction="sum"))
     return nats / math.log(2) / num_bytes
 
 
-def _batches(
-    sequences: list[list[int]], batch_size: int, model: Any, title: str
-) -> Iterator[tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]]:
-    """Yield batches of sequences of similar length as right-padded input ids and attention masks."""
-    device = model.get_input_embeddings().weight.device
-    ordered = sorted((sequence for sequence in sequences if sequence), key=len)
-    for start in track(range(0, len(ordered), batch_size), description=title):
-        rows = [torch.tensor(sequence) for sequence in ordered[start : start + batch_size]]
-        input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        yield input_ids.to(device), mask.to(device)
+def _hidden_states(
+    model: Any, sequences: list[list[int]], title: str
+) -> Iterator[tuple[Int[Tensor, " length"], Float[Tensor, "length hidden"]]]:
+    """Yield the token ids and the final hidden states of each sequence. Each runs by itself, without padding."""
+    with evaluating(model):
+        for sequence in track([sequence for sequence in sequences if sequence], description=title):
+            ids = torch.tensor([sequence], device=model.get_input_embeddings().weight.device)
+            yield ids[0], final_hidden(model, ids, torch.ones_like(ids))[0]
