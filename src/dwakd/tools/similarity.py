@@ -16,21 +16,20 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from dwakd.align.offsets import byte_groups
-from dwakd.data.collator import PairedCollator
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.pairs import encode_pairs
+from dwakd.data.pairs import EncodedRow, encode_pairs
 from dwakd.data.sources import TEST_SPLITS, Example, load_examples
 from dwakd.errors import UserError
-from dwakd.evaluation.generate import max_positions, pad_id_of, progress_bar
+from dwakd.evaluation.generate import max_positions, progress_bar
 from dwakd.evaluation.options import RowOptions
 from dwakd.evaluation.signature import data_identity, make_signature, model_identity
 from dwakd.folders import check_output_folder
+from dwakd.models.invariant import response_hidden
 from dwakd.models.loading import load_causal_lm, load_tokenizer
-from dwakd.models.rows import check_head, evaluating, response_rows
+from dwakd.models.rows import check_head, evaluating
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 Structure = Float[Tensor, "spans spans"]
@@ -108,7 +107,6 @@ def structure_distances(
     teacher: tuple[Model, TextEncoder],
     examples: Sequence[Example],
     *,
-    batch_size: int = 8,
     max_length: int = 512,
     source: str = "the examples",
 ) -> StructureDistances:
@@ -123,7 +121,6 @@ def structure_distances(
         student: the student and its encoder, which must use the same template as the teacher's.
         teacher: the teacher and its encoder.
         examples: rows with a response; rows without one, or without room for it, are left out.
-        batch_size: texts in one forward pass.
         max_length: most tokens of prompt and response on either side; the response is truncated by text.
         source: name of the rows in error messages.
 
@@ -141,15 +138,13 @@ def structure_distances(
     options: dict[str, Any] = {"max_length": length, "max_prompt_length": length - 1, "length_option": "--max-length"}
     options |= {"invalid_rows": "skip", "source": source, "mend": mend}
     pairs = encode_pairs(answered, student[1], teacher[1], **options)
-    collator = PairedCollator(pad_id_of(student[1]), pad_id_of(teacher[1]))
-    loader = DataLoader(pairs, batch_size=batch_size, collate_fn=collator)
-    found = StructureDistances()
-    with progress_bar(disable=False) as bar, evaluating(student[0]), evaluating(teacher[0]), torch.no_grad():
-        for batch in bar.track(loader, description="representations"):
-            for one, other in zip(*_pooled(batch, student[0], teacher[0]), strict=True):
-                found.cosine.append(float((cosine_structure(one) - cosine_structure(other)).abs().mean()))
-                found.product.append(float((product_structure(one) - product_structure(other)).abs().mean()))
-                found.num_spans.append(len(one))
+    found, models = StructureDistances(), (student[0], teacher[0])
+    with progress_bar(disable=False) as bar, evaluating(student[0]), evaluating(teacher[0]):
+        for row in bar.track(pairs.rows, description="representations"):
+            one, other = _pooled(row, models)
+            found.cosine.append(float((cosine_structure(one) - cosine_structure(other)).abs().mean()))
+            found.product.append(float((product_structure(one) - product_structure(other)).abs().mean()))
+            found.num_spans.append(len(one))
     if not np.isfinite([*found.cosine, *found.product]).all():
         raise UserError("the hidden states of student or teacher contain NaN or inf: check the weights of the models")
     return found
@@ -167,22 +162,18 @@ def product_structure(hidden: Float[Tensor, "spans width"]) -> Structure:
     return products / products.sum(-1, keepdim=True)
 
 
-def _pooled(batch: dict[str, Tensor], student: Model, teacher: Model) -> list[list[Tensor]]:
-    """Average the hidden states over every shared span of each text, for student and teacher, in float64."""
-    keys = ("input_ids", "attention_mask", "target_ids", "response_mask", "byte_ends")
-    sides = [
-        response_rows(model, *(batch[f"{name}_{key}"].to(model.device) for key in keys))
-        for name, model in (("student", student), ("teacher", teacher))
-    ]
-    ends: list[Any] = [part.cpu() for side in sides for part in (side.byte_ends, side.lengths)]
-    groups = byte_groups(*ends)
-    last = groups.student[ends[1].cumsum(0) - 1] + 1
-    per_text = torch.diff(last, prepend=last.new_zeros(1)).tolist()
+def _pooled(row: EncodedRow, models: tuple[Model, Model]) -> list[Float[Tensor, "spans width"]]:
+    """Average the hidden states over every span that both tokenisations share, for student and teacher, in float64."""
+    sides = (row.student, row.teachers[0])
+    counts = [len(side.byte_ends) for side in sides]
+    ends = [torch.from_numpy(side.byte_ends).long() for side in sides]
+    groups = byte_groups(ends[0], torch.tensor(counts[:1]), ends[1], torch.tensor(counts[1:]))
     pooled = []
-    for side, index in zip(sides, (groups.student, groups.teacher), strict=True):
-        rows = side.hidden.double().cpu()
-        sums = rows.new_zeros(int(last[-1]), rows.shape[1]).index_add(0, index, rows)
-        pooled.append(list((sums / index.bincount(minlength=len(sums))[:, None]).split(per_text)))  # type: ignore[no-untyped-call]
+    for model, side, count, index in zip(models, sides, counts, (groups.student, groups.teacher), strict=True):
+        ids = torch.from_numpy(side.ids[:-1]).long().to(model.device)
+        hidden = response_hidden(model, [ids], [count])[0].double().cpu()
+        sums = hidden.new_zeros(int(index[-1]) + 1, hidden.shape[1]).index_add(0, index, hidden)
+        pooled.append(sums / index.bincount()[:, None])
     return pooled
 
 
