@@ -107,11 +107,12 @@ def test_train_eval_and_resume(workspace, tmp_path, monkeypatch, capsys):
 
 def test_test_sets_are_read_once(workspace, tmp_path, monkeypatch, capsys):
     """A second reading could see a file that was changed during the training: other rows than those that were checked."""
-    from dwakd.evaluation import sets
+    from dwakd.evaluation.run import load_examples as load
 
     read = []
-    load = sets.load_examples
-    monkeypatch.setattr(sets, "load_examples", lambda source, **options: read.append(source) or load(source, **options))
+    monkeypatch.setattr(
+        "dwakd.evaluation.run.load_examples", lambda source, **options: read.append(source) or load(source, **options)
+    )
     data = str(workspace / "data.jsonl")
     extra = [f"evaluation.test=[{data}]", "evaluation.limit=1", "evaluation.seeds=1", "evaluation.max_new_tokens=2"]
     arguments = ["train", workspace / "recipe.yaml", *extra, "loss.method=sft", "-o", tmp_path / "run"]

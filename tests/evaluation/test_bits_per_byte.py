@@ -58,7 +58,7 @@ def test_batches_and_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     model, encoder = tiny_model("gpt2", VOCAB), TextEncoder(byte_bpe(), "plain")
     one = bits_per_byte(model, encoder, EXAMPLES, batch_size=1)
     assert bits_per_byte(model, encoder, EXAMPLES[::-1], batch_size=3).bits == pytest.approx(one.bits, rel=1e-6)
-    monkeypatch.setattr("dwakd.evaluation.bits_per_byte._LOGITS_AT_ONCE", 3 * VOCAB)
+    monkeypatch.setattr("dwakd.evaluation.bits_per_byte.LOGITS_AT_ONCE", 3 * VOCAB)
     assert bits_per_byte(model, encoder, EXAMPLES, batch_size=3).bits == pytest.approx(one.bits, rel=1e-6)
 
 

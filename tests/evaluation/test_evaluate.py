@@ -15,13 +15,11 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
 from dwakd.evaluation.bits_per_byte import bits_per_byte
-from dwakd.evaluation.evaluate import Evaluation, evaluate_model
+from dwakd.evaluation.evaluate import Evaluation, data_identity, evaluate_model, model_identity
 from dwakd.evaluation.generate import generate_answers
+from dwakd.evaluation.metrics import exact_match, rouge_l, summarise
 from dwakd.evaluation.options import EvalOptions, GenerationOptions
 from dwakd.evaluation.report import evaluation_table, write_evaluation
-from dwakd.evaluation.rouge import exact_match, rouge_l
-from dwakd.evaluation.signature import data_identity, model_identity
-from dwakd.evaluation.summary import summarise
 from tests.builders import byte_bpe, tiny_model
 
 EXAMPLES = [

@@ -10,9 +10,8 @@ from transformers import GenerationConfig
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
-from dwakd.evaluation.generate import generate_answers, plan_batches
+from dwakd.evaluation.generate import SeededSampling, generate_answers, plan_batches, streams
 from dwakd.evaluation.options import DecodingOptions, GenerationOptions
-from dwakd.evaluation.sampling import SeededSampling, streams
 from tests.builders import FAMILIES, byte_bpe, tiny_model
 
 VOCAB = 420  # wider than the tokenizer, as Qwen's heads are

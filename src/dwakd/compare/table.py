@@ -14,7 +14,7 @@ from rich.console import Group
 from rich.table import Table
 
 from dwakd.compare.plan import Variant
-from dwakd.evaluation.summary import RESAMPLES
+from dwakd.evaluation.metrics import RESAMPLES
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from peft import PeftModel
-from torch import Tensor
 from torch.utils.data import DataLoader, Subset
-from transformers import PreTrainedModel
 
 from dwakd.batch import ModelSide
 from dwakd.data.collator import PairedCollator
@@ -17,13 +14,14 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import encode_pairs
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
-from dwakd.evaluation.generate import max_positions, pad_id_of, progress_bar
+from dwakd.evaluation.generate import Model, max_positions, pad_id_of, progress_bar
 from dwakd.models.rows import evaluating, response_rows
 
 logger = logging.getLogger(__name__)
 
-_LOGITS_AT_ONCE = 2**24
+LOGITS_AT_ONCE = 2**24
 """The head is applied to slices of about this many logits (64 MB in float32)."""
+_INPUTS = ("input_ids", "attention_mask", "target_ids", "response_mask", "byte_ends")
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class BitsPerByte:
 
 
 def bits_per_byte(
-    model: PreTrainedModel | PeftModel,
+    model: Model,
     encoder: TextEncoder,
     examples: Sequence[Example],
     *,
@@ -57,9 +55,9 @@ def bits_per_byte(
 ) -> BitsPerByte:
     """Compute the bits of every response, given its prompt, per UTF-8 byte of the responses.
 
-    The text is tokenised by the encoder, and the softmax is over all outputs of the head, including those without a
-    token. A response is cut by text as in training. Rows without a response, and rows whose prompt leaves no room for
-    one, are left out and are not in `num_examples`; a warning reports the latter.
+    The softmax is over all outputs of the head, including those without a token. A response is cut by text as in
+    training. Rows without a response, and rows whose prompt leaves no room for one, are left out and are not in
+    `num_examples`; a warning reports the latter.
 
     Args:
         model: the model, with or without an adapter.
@@ -94,13 +92,13 @@ def bits_per_byte(
     loader = DataLoader(alike, batch_size=batch_size, collate_fn=PairedCollator(pad_id_of(encoder)))
     with evaluating(model), torch.no_grad(), progress_bar(disable=not progress) as bar:
         for batch in bar.track(loader, description="bits per byte"):
-            side = _rows(model, batch)
+            side = response_rows(model, *(batch[f"student_{name}"].to(model.device) for name in _INPUTS))
             bits += _bits(side)
-            num_bytes += _response_bytes(side)
+            num_bytes += int(side.byte_ends[side.lengths.cumsum(0) - 1].sum())  # the ends of the last tokens
     return BitsPerByte(bits / num_bytes, bits, num_bytes, len(pairs), pairs.num_truncated)
 
 
-def length_limit(model: PreTrainedModel | PeftModel, max_length: int) -> int:
+def length_limit(model: Model, max_length: int) -> int:
     """Return `max_length`, or the model's positions if those are fewer."""
     return min(max_length, max_positions(model) or max_length)
 
@@ -112,22 +110,11 @@ def measurable(encoder: TextEncoder, examples: Sequence[Example], max_length: in
     return [example for example, prompt in zip(answered, prompts, strict=True) if len(prompt) < max_length]
 
 
-def _rows(model: PreTrainedModel | PeftModel, batch: dict[str, Tensor]) -> ModelSide:
-    names = ("input_ids", "attention_mask", "target_ids", "response_mask", "byte_ends")
-    return response_rows(model, *(batch[f"student_{name}"].to(model.device) for name in names))
-
-
 def _bits(side: ModelSide) -> float:
     """Sum the bits of all target tokens in float64."""
-    rows = max(1, _LOGITS_AT_ONCE // side.head.vocab_size)
+    rows = max(1, LOGITS_AT_ONCE // side.head.vocab_size)
     nats = 0.0
-    for start in range(0, len(side.target_ids), rows):
-        logits = side.head.logits(side.hidden[start : start + rows])
-        losses = torch.nn.functional.cross_entropy(logits, side.target_ids[start : start + rows], reduction="none")
+    for hidden, targets in zip(side.hidden.split(rows), side.target_ids.split(rows), strict=True):
+        losses = torch.nn.functional.cross_entropy(side.head.logits(hidden), targets, reduction="none")
         nats += losses.cpu().double().sum().item()
     return nats / math.log(2)
-
-
-def _response_bytes(side: ModelSide) -> int:
-    """Return the bytes of all responses: the sum of the ends of their last tokens."""
-    return int(side.byte_ends[side.lengths.cumsum(0) - 1].sum())

@@ -1,44 +1,37 @@
-"""Generate sampled or greedy answers in batches; the batch size does not change an answer."""
+"""Generate sampled or greedy answers in batches, so that the batch size does not change an answer.
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+`torch.multinomial` draws all rows of a batch from one global stream of random numbers. Here, row `i` has its own stream
+for a seed `s`, with one uniform number for each token, and a token is the inverse of the cumulative distribution at
+that number. Apart from rounding in padded forward passes, an answer depends only on the model, its prompt, `s` and `i`.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
+from functools import partial
+from itertools import groupby, takewhile
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from peft import PeftModel
 from rich import progress as bars
 from rich.console import Console
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, PreTrainedModel, TopPLogitsWarper
 
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
 from dwakd.evaluation.options import DecodingOptions, GenerationOptions
-from dwakd.evaluation.sampling import SeededSampling, streams
 from dwakd.models.rows import evaluating
 
-
-@dataclass(frozen=True)
-class PromptBatch:
-    """Prompts that are answered together.
-
-    Args:
-        rows: positions of the prompts in the list of examples.
-        prompts: token ids of each prompt, unpadded.
-        max_new_tokens: most tokens of each answer.
-    """
-
-    rows: list[int]
-    prompts: list[list[int]]
-    max_new_tokens: int
+Model: TypeAlias = PreTrainedModel | PeftModel
 
 
 def generate_answers(
-    model: PreTrainedModel | PeftModel,
+    model: Model,
     encoder: TextEncoder,
     examples: Sequence[Example],
     options: GenerationOptions,
@@ -47,40 +40,50 @@ def generate_answers(
 ) -> list[str]:
     """Generate one answer for each example, in the order of the examples.
 
-    The model's own generation settings (temperature, top-p, top-k, repetition penalty, length ...) are ignored. With
-    the default options every token is drawn from the model's full distribution. An answer ends at any of the
-    encoder's end tokens, or after min(max_new_tokens, the model's positions minus the tokens of its prompt) tokens.
-
-    Args:
-        model: the model, with or without an adapter.
-        encoder: turns rows into prompts and answers into text.
-        examples: the rows to answer.
-        options: the seed and how to decode. Every row has its own stream of random numbers.
-        progress: show a progress bar on standard error.
+    The model's own generation settings (temperature, top-p, repetition penalty, length ...) are ignored. An answer
+    ends at any of the encoder's end tokens, or after min(max_new_tokens, the model's positions minus the tokens of its
+    prompt) tokens.
 
     Raises:
         UserError: a prompt has no tokens, or fills all the model's positions.
     """
-    batches = plan_batches(model, encoder, examples, options)
-    with progress_bar(disable=not progress) as bar:
-        task = bar.add_task("answers", total=len(batches))
-        return answer_batches(model, encoder, batches, options, on_batch=lambda: bar.advance(task))
+    return answer_passes(model, encoder, examples, [options], progress=progress)[0]
+
+
+def answer_passes(
+    model: Model, encoder: TextEncoder, examples: Sequence[Example], passes: list[GenerationOptions], *, progress: bool
+) -> list[list[str]]:
+    """Return `generate_answers` of each pass; the passes differ only in their seeds and share a progress bar."""
+    batches = plan_batches(model, encoder, examples, passes[0])
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    answers = [[""] * len(examples) for _ in passes]
+    work = [(texts, options, batch) for texts, options in zip(answers, passes, strict=True) for batch in batches]
+    with evaluating(model), progress_bar(disable=not progress) as bar:
+        for texts, options, batch in bar.track(work, description="answers"):
+            for row, text in zip(batch.rows, _answer(base, encoder, batch, options), strict=True):
+                texts[row] = text
+    return answers
+
+
+class PromptBatch(NamedTuple):
+    """Prompts that are answered together, without padding; `rows` are their positions in the list of examples."""
+
+    rows: list[int]
+    prompts: list[list[int]]
+    max_new_tokens: int
 
 
 def plan_batches(
-    model: PreTrainedModel | PeftModel,
-    encoder: TextEncoder,
-    examples: Sequence[Example],
-    options: DecodingOptions,
+    model: Model, encoder: TextEncoder, examples: Sequence[Example], options: DecodingOptions
 ) -> list[PromptBatch]:
     """Group prompts of similar length, the longest first; the prompts of a batch have the same limit of new tokens."""
-    positions = max_positions(model)
     prompts = answerable_prompts(model, encoder, examples)
+    positions = max_positions(model)
     most = options.max_new_tokens
     limits = [most if positions is None else min(most, positions - len(ids)) for ids in prompts]
     order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
     batches = []
-    for limit, group in groupby(order, key=lambda row: limits[row]):
+    for limit, group in groupby(order, key=limits.__getitem__):
         rows = list(group)
         for start in range(0, len(rows), options.batch_size):
             chosen = rows[start : start + options.batch_size]
@@ -89,15 +92,9 @@ def plan_batches(
 
 
 def answerable_prompts(
-    model: PreTrainedModel | PeftModel, encoder: TextEncoder, examples: Sequence[Example], source: str = "the examples"
+    model: Model, encoder: TextEncoder, examples: Sequence[Example], source: str = "the examples"
 ) -> list[list[int]]:
-    """Return the token ids of every prompt, unpadded.
-
-    Args:
-        model: the model that is to answer.
-        encoder: turns rows into prompts.
-        examples: the rows.
-        source: name of the rows in error messages.
+    """Return the token ids of every prompt, without padding; `source` names the rows in error messages.
 
     Raises:
         UserError: a prompt has no tokens, or fills all the model's positions.
@@ -116,24 +113,67 @@ def answerable_prompts(
     return prompts
 
 
-def answer_batches(
-    model: PreTrainedModel | PeftModel,
-    encoder: TextEncoder,
-    batches: Sequence[PromptBatch],
-    options: GenerationOptions,
-    *,
-    on_batch: Callable[[], None] = lambda: None,
-) -> list[str]:
-    """Answer the batches of `plan_batches`, in the order of its examples; `on_batch` is called after each batch."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    answers: dict[int, str] = {}
-    with evaluating(model):
-        for batch in batches:
-            sampler = _sampler(batch, options, base.device)
-            for row, ids in zip(batch.rows, _continue(base, encoder, batch, sampler), strict=True):
-                answers[row] = _decode(encoder, ids)
-            on_batch()
-    return [answers[row] for row in sorted(answers)]
+def _answer(model: PreTrainedModel, encoder: TextEncoder, batch: PromptBatch, options: GenerationOptions) -> list[str]:
+    prompts = [torch.tensor(ids) for ids in batch.prompts]
+    pad_id, ends = pad_id_of(encoder), encoder.end_token_ids
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    input_ids, mask = pad(prompts, padding_value=pad_id), pad([torch.ones_like(ids) for ids in prompts])
+    length = input_ids.shape[1]
+    sampler = []
+    if options.seed is not None:
+        uniforms = streams(options.seed, batch.rows, batch.max_new_tokens, model.device)
+        sampler = [SeededSampling(uniforms, length, options.temperature, options.top_p)]
+    config = GenerationConfig(
+        do_sample=False,  # the sampler, if any, has left one token possible
+        max_new_tokens=batch.max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=pad_id,
+        use_cache=True,
+    )
+    saved, model.generation_config = model.generation_config, config  # `generate` reads the unset values from the model
+    try:
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=config,
+            logits_processor=sampler,
+        )
+    finally:
+        model.generation_config = saved
+    new_ids = [list(takewhile(lambda id: id not in ends, ids)) for ids in output[:, length:].tolist()]
+    decode = partial(encoder.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [decode(ids).strip() for ids in new_ids]
+
+
+def streams(seed: int, rows: Sequence[int], steps: int, device: torch.device) -> Float[Tensor, "batch steps"]:
+    """Draw `steps` uniform numbers in [0, 1) for each row; more steps only append numbers."""
+    numbers = np.stack([np.random.default_rng((seed, row)).random(steps) for row in rows])
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    return torch.from_numpy(numbers).to(dtype).to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class SeededSampling:
+    """Logits processor that leaves only the token which the row's next uniform number selects."""
+
+    uniforms: Float[Tensor, "batch steps"]
+    """One number in [0, 1) for each row and new token."""
+    prompt_length: int
+    temperature: float
+    top_p: float
+
+    def __call__(
+        self, input_ids: Int[Tensor, "batch length"], scores: Float[Tensor, "batch vocab"]
+    ) -> Float[Tensor, "batch vocab"]:
+        """Return 0 for the chosen token and minus infinity for the others; `scores` are the next token's logits."""
+        scores = scores / self.temperature
+        if self.top_p < 1:
+            scores = TopPLogitsWarper(self.top_p)(input_ids, scores)
+        cumulative = torch.softmax(scores.to(self.uniforms.dtype), dim=-1).cumsum(dim=-1)
+        threshold = self.uniforms[:, input_ids.shape[1] - self.prompt_length, None] * cumulative[:, -1:]
+        # the first token whose cumulative probability exceeds the threshold, so never a token of probability 0
+        chosen = torch.searchsorted(cumulative, threshold, right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
 def progress_bar(*, disable: bool) -> bars.Progress:
@@ -152,62 +192,3 @@ def pad_id_of(encoder: TextEncoder) -> int:
 def max_positions(model: Any) -> int | None:
     """Return how many positions the model has embeddings or rotations for, or None if it has no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def _sampler(batch: PromptBatch, options: GenerationOptions, device: torch.device) -> SeededSampling | None:
-    if options.seed is None:
-        return None
-    uniforms = streams(options.seed, batch.rows, batch.max_new_tokens, device)
-    return SeededSampling(uniforms, max(map(len, batch.prompts)), options.temperature, options.top_p)
-
-
-def _continue(
-    model: PreTrainedModel, encoder: TextEncoder, batch: PromptBatch, sampler: SeededSampling | None
-) -> list[list[int]]:
-    """Return the new token ids of each prompt; shorter answers are padded to the length of the longest."""
-    input_ids, attention_mask = _pad_left(batch.prompts, pad_id_of(encoder))
-    config = GenerationConfig(
-        do_sample=False,  # the sampler, if any, has left one token possible
-        max_new_tokens=batch.max_new_tokens,
-        eos_token_id=encoder.end_token_ids,
-        pad_token_id=pad_id_of(encoder),
-        use_cache=True,
-    )
-    with _only_settings(model, config):
-        output = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            generation_config=config,
-            logits_processor=[] if sampler is None else [sampler],
-        )
-    new_ids: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
-    return new_ids
-
-
-@contextmanager
-def _only_settings(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Replace the model's generation settings for a while, since `generate` takes what `config` leaves unset from them."""
-    saved = model.generation_config
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = saved
-
-
-def _pad_left(
-    prompts: Sequence[Sequence[int]], pad_id: int
-) -> tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]:
-    length = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), length), pad_id)
-    attention_mask = torch.zeros((len(prompts), length), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, length - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[row, length - len(prompt) :] = 1
-    return input_ids, attention_mask
-
-
-def _decode(encoder: TextEncoder, ids: Sequence[int]) -> str:
-    end = next((place for place, token in enumerate(ids) if token in encoder.end_token_ids), len(ids))
-    decode: Callable[..., str] = encoder.tokenizer.decode
-    return decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()

@@ -27,7 +27,7 @@ class GenerationOptions(DecodingOptions):
 
 
 class EvalOptions(DecodingOptions):
-    """Options of `evaluate_model`."""
+    """Options of `evaluate_model`. The defaults are the protocol of DSKD and DWA-KD, with a greedy pass in addition."""
 
     seeds: Count = Field(5, description="Number of sampling seeds: 10, 20, 30 and so on.")
     do_sample: bool = Field(True, description="Report sampled answers, once for each seed.")
@@ -37,13 +37,13 @@ class EvalOptions(DecodingOptions):
     @model_validator(mode="after")
     def _has_a_pass(self) -> EvalOptions:
         if not (self.do_sample or self.greedy):
-            raise ValueError("there is no pass to make: set do_sample or greedy")
+            raise ValueError("do_sample and greedy are both false, so there are no answers: set one of them to true")
         return self
 
     def passes(self) -> list[GenerationOptions]:
         """Return the options of each pass over the rows: one for each seed, then the greedy one."""
-        shared = {name: getattr(self, name) for name in DecodingOptions.model_fields}
-        seeds = [10 * (index + 1) for index in range(self.seeds)] if self.do_sample else []
+        shared = self.model_dump(include=set(DecodingOptions.model_fields))
+        seeds = range(10, 10 * self.seeds + 1, 10) if self.do_sample else ()
         return [GenerationOptions(seed=seed, **shared) for seed in (*seeds, *([None] if self.greedy else []))]
 
 
@@ -54,13 +54,9 @@ class RowOptions(Options):
     response: str | None = Field(None, description="Column of the response or the references.")
     input: str | None = Field(None, description="Column of the optional input.")
     limit: int | None = Field(None, ge=1, description="Only the first rows of each set.")
-    template: str | None = Field(
-        None, description="How a row becomes a prompt: alpaca, chat, plain or a format string."
-    )
+    template: str | None = Field(None, description="alpaca, chat, plain or a format string that renders the prompt.")
     bos: str | None = Field(None, description="Beginning of a text: auto or never.")
-    special_tokens_in_prompts: str | None = Field(
-        None, description="Special tokens spelled out in prompts: parse or text."
-    )
+    special_tokens_in_prompts: str | None = Field(None, description="Special tokens in prompts: parse or text.")
 
     def reading(self) -> dict[str, Any]:
         """Return the keyword arguments for `load_examples`."""
@@ -70,7 +66,3 @@ class RowOptions(Options):
         """Return the keyword arguments for `TextEncoder`, with these defaults where an option is None."""
         given = self.model_dump(include={"template", "bos", "special_tokens_in_prompts"}, exclude_none=True)
         return {**defaults, **given}
-
-
-DEFAULT_EVALUATION = EvalOptions()
-"""The protocol of DSKD and DWA-KD: five sampling seeds at temperature 1, at most 256 new tokens."""

@@ -1,7 +1,7 @@
 """Write evaluations to disk and show them as a table."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -12,10 +12,15 @@ from rich.table import Table
 
 from dwakd.errors import UserError
 from dwakd.evaluation.evaluate import Evaluation
-from dwakd.evaluation.signature import differences, shown
-from dwakd.evaluation.summary import Summary
 
-_OF_ONE_SET = ("data", "references")
+_COLUMNS = (
+    ("ROUGE-L\nsampled", "rouge_l", "mean", 2),
+    ("ROUGE-L\ngreedy", "greedy_rouge_l", "mean", 2),
+    ("exact\nsampled", "exact_match", "mean", 2),
+    ("exact\ngreedy", "greedy_exact_match", "mean", 2),
+    ("bits per\nbyte", "bits_per_byte", "value", 3),
+)
+"""Heading, field of `Evaluation`, attribute of this field, and digits after the decimal point."""
 
 
 def write_evaluation(evaluation: Evaluation, json_path: str | Path, answers_path: str | Path | None = None) -> None:
@@ -23,11 +28,6 @@ def write_evaluation(evaluation: Evaluation, json_path: str | Path, answers_path
 
     A line of the answers has the row, seed (null if greedy), prompt, answer, references and scores. Each file is
     written atomically, and folders are created as needed.
-
-    Args:
-        evaluation: the result of `evaluate_model`.
-        json_path: file of the numbers.
-        answers_path: file of the answers.
 
     Raises:
         UserError: a number is NaN or infinite.
@@ -39,9 +39,13 @@ def write_evaluation(evaluation: Evaluation, json_path: str | Path, answers_path
         raise UserError(
             f"{json_path} was not written, because the metrics contain NaN or inf: check the model's weights"
         ) from None
-    if answers_path is not None:
-        _write_atomically(answers_path, "\n".join(lines))
-    _write_atomically(json_path, numbers)
+    for path, text in ((answers_path, "\n".join(lines)), (json_path, numbers)):
+        if path is not None:
+            target = Path(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f"{target.name}.partial")
+            partial.write_text(text + "\n", encoding="utf-8")
+            partial.replace(target)
 
 
 def check_overwrite(json_path: Path, signature: Mapping[str, Any]) -> None:
@@ -53,15 +57,32 @@ def check_overwrite(json_path: Path, signature: Mapping[str, Any]) -> None:
     if not json_path.exists():
         return
     try:
-        old = json.loads(json_path.read_text(encoding="utf-8"))["signature"]
-        found = differences(old, signature)
+        before, now = (_flat(json.loads(json_path.read_text(encoding="utf-8"))["signature"]), _flat(signature))
     except (ValueError, KeyError, TypeError, AttributeError):
-        found = ["the file is not an evaluation"]
-    if found:
+        before, now = {"signature": "missing"}, {}
+    changed = [name for name in before | now if before.get(name) != now.get(name)]
+    if changed:
+        found = (f"{name} {_shown(before.get(name))} before, {_shown(now.get(name))} now" for name in changed)
         raise UserError(
             f"{json_path} holds other results ({'; '.join(found)}): choose another folder with --output, or replace "
             "them with --overwrite"
         )
+
+
+def _flat(signature: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a signature without the names of model and data, which may differ."""
+    flat: dict[str, Any] = {}
+    for key, value in signature.items():
+        inner = value if isinstance(value, dict) else {"": value}
+        flat |= {f"{key} {name}".strip(): item for name, item in inner.items() if name not in ("name", "revision")}
+    return flat
+
+
+def _shown(value: Any) -> str:
+    """Format a value of a signature as one line of text."""
+    if isinstance(value, dict):
+        return " ".join(f"{key} {item}" for key, item in value.items() if item is not None)
+    return "/".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
 
 
 def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:
@@ -72,77 +93,53 @@ def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:
     table = Table(box=box.HORIZONTALS, show_edge=False, padding=(0, 1, 0, 0), caption_justify="left")
     table.title, table.title_justify = "ROUGE-L and exact match in percent", "left"
     table.add_column("test set", overflow="fold")
-    for heading in (
-        "ROUGE-L\nsampled",
-        "95 %\ninterval",
-        "ROUGE-L\ngreedy",
-        "exact\nsampled",
-        "exact\ngreedy",
-        "bits per\nbyte",
-    ):
+    first, *others = (heading for heading, *_ in _COLUMNS)
+    for heading in (first, "95 %\ninterval", *others):
         table.add_column(heading, justify="right", no_wrap=True)
+    columns: list[list[float]] = [[] for _ in _COLUMNS]
     for name, evaluation in rows.items():
+        numbers = [getattr(getattr(evaluation, field), attribute, None) for _, field, attribute, _ in _COLUMNS]
+        for column, number in zip(columns, numbers, strict=True):
+            column += [] if number is None else [number]
+        sampled, *cells = _cells(numbers)
+        if evaluation.rouge_l is not None and evaluation.rouge_l.std is not None:
+            sampled += f" ± {evaluation.rouge_l.std:.2f}"
         rouge = evaluation.rouge_l or evaluation.greedy_rouge_l
         interval = "-" if rouge is None else f"{rouge.interval[0]:.1f}–{rouge.interval[1]:.1f}"
-        std = None if evaluation.rouge_l is None else evaluation.rouge_l.std
-        table.add_row(name, *_cells(_numbers(evaluation), interval, std))
-    columns = [
-        [value for value in column if value is not None] for column in zip(*map(_numbers, rows.values()), strict=True)
-    ]
+        table.add_row(name, sampled, interval, *cells)
     if (most := max(map(len, columns))) > 1:
         table.add_section()
-        table.add_row(f"mean of {most} sets", *_cells([fmean(column) if column else None for column in columns], ""))
-    table.caption = "\n".join([*_notes(rows), *_signatures(rows)])
+        sampled, *cells = _cells([fmean(column) if column else None for column in columns])
+        table.add_row(f"mean of {most} sets", sampled, "", *cells)
+    table.caption = "\n".join([*(f"{name}: {_note(one)}" for name, one in rows.items()), *_signatures(rows)])
     return table
 
 
-def _numbers(evaluation: Evaluation) -> list[float | None]:
-    """Return sampled and greedy ROUGE-L, sampled and greedy exact match, and bits per byte."""
-    names = ("rouge_l", "greedy_rouge_l", "exact_match", "greedy_exact_match")
-    summaries: list[Summary | None] = [getattr(evaluation, name) for name in names]
+def _cells(numbers: list[float | None]) -> list[str]:
+    digits = (column[-1] for column in _COLUMNS)
+    return ["-" if value is None else f"{value:.{count}f}" for value, count in zip(numbers, digits, strict=True)]
+
+
+def _note(evaluation: Evaluation) -> str:
+    """Say how many rows a set has, and why a number is missing or covers fewer rows."""
+    notes = [f"{evaluation.num_examples} rows"]
     bits = evaluation.bits_per_byte
-    return [*(None if item is None else item.mean for item in summaries), None if bits is None else bits.value]
-
-
-def _cells(numbers: Sequence[float | None], interval: str, std: float | None = None) -> list[str]:
-    sampled, *scores = ("-" if value is None else f"{value:.2f}" for value in numbers[:-1])
-    bits = "-" if numbers[-1] is None else f"{numbers[-1]:.3f}"
-    return [sampled if std is None else f"{sampled} ± {std:.2f}", interval, *scores, bits]
-
-
-def _notes(rows: Mapping[str, Evaluation]) -> list[str]:
-    """Return one line for each set: its rows, and why a number is missing or covers fewer rows."""
-    lines = []
-    for name, evaluation in rows.items():
-        notes = [f"{evaluation.num_examples} rows"]
-        bits = evaluation.bits_per_byte
-        if evaluation.signature["references"] == "none":
-            notes.append("no references: answers without scores (or name their column with --response)")
-        elif bits is None:
-            notes.append("bits per byte: no row has a response that fits")
-        else:
-            if bits.num_examples < evaluation.num_examples:
-                notes.append(f"bits per byte of {bits.num_examples} rows")
-            if bits.num_truncated:
-                notes.append(f"bits per byte: {bits.num_truncated} responses cut")
-        lines.append(f"{name}: {'; '.join(notes)}")
-    return lines
+    if evaluation.signature["references"] == "none":
+        notes.append("no references: answers without scores (or name their column with --response)")
+    elif bits is None:
+        notes.append("bits per byte: no row has a response that fits")
+    else:
+        if bits.num_examples < evaluation.num_examples:
+            notes.append(f"bits per byte of {bits.num_examples} rows")
+        if bits.num_truncated:
+            notes.append(f"bits per byte: {bits.num_truncated} responses cut")
+    return "; ".join(notes)
 
 
 def _signatures(rows: Mapping[str, Evaluation]) -> list[str]:
     """Return the signature apart from the set itself, in one line for each group of sets that share it."""
     lines: dict[str, list[str]] = {}
-    for name, evaluation in rows.items():
-        parts = (f"{key} {shown(value)}" for key, value in evaluation.signature.items() if key not in _OF_ONE_SET)
+    for name, one in rows.items():
+        parts = (f"{key} {_shown(value)}" for key, value in one.signature.items() if key not in ("data", "references"))
         lines.setdefault(", ".join(parts), []).append(name)
-    if len(lines) == 1:
-        return list(lines)
-    return [f"{', '.join(names)}: {line}" for line, names in lines.items()]
-
-
-def _write_atomically(path: str | Path, text: str) -> None:
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(target)
+    return list(lines) if len(lines) == 1 else [f"{', '.join(names)}: {line}" for line, names in lines.items()]

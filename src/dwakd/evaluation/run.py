@@ -1,36 +1,52 @@
-"""Evaluate models on test sets, write scores to disk and show a table: the work of `dwakd eval`."""
+"""Read test sets, evaluate models on them, write scores to disk and show a table: the work of `dwakd eval`."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Group
 from rich.text import Text
 
 from dwakd.config import RECIPE_FILE, Recipe, read_saved_recipe
 from dwakd.data.encoding import TextEncoder
+from dwakd.data.sources import SUFFIXES, TEST_SPLITS, Example, load_examples
 from dwakd.errors import UserError
-from dwakd.evaluation.evaluate import Evaluation, evaluate_model, evaluation_signature
+from dwakd.evaluation.evaluate import data_identity, evaluate_model, evaluation_signature, model_identity
 from dwakd.evaluation.generate import answerable_prompts
+from dwakd.evaluation.metrics import has_reference
 from dwakd.evaluation.options import EvalOptions, RowOptions
 from dwakd.evaluation.report import check_overwrite, evaluation_table, write_evaluation
-from dwakd.evaluation.sets import EvaluationSet, read_test_sets
-from dwakd.evaluation.signature import data_identity, model_identity
 from dwakd.folders import check_output_folder
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.models.rows import check_head
 
 
 @dataclass(frozen=True)
-class EvaluationPlan:
-    """What to evaluate, read and validated before a model is loaded.
+class EvaluationSet:
+    """A test set.
 
     Args:
-        sets: the test sets with their rows.
-        options: options of the evaluation of each set.
+        name: short, unique among the sets evaluated together, and valid as a file name.
+        source: the name that the user gave.
+        examples: the rows; either all of them have references or a response, or none has (see `scored`).
     """
+
+    name: str
+    source: str
+    examples: list[Example]
+
+    @property
+    def scored(self) -> bool:
+        """Whether there are references or responses that answers can be compared with."""
+        return has_reference(self.examples[0])
+
+
+class EvaluationPlan(NamedTuple):
+    """What to evaluate, read and validated before a model is loaded."""
 
     sets: list[EvaluationSet]
     options: EvalOptions
@@ -49,6 +65,41 @@ def plan_evaluation(recipe: Recipe) -> EvaluationPlan:
     except UserError as error:
         raise UserError(f"evaluation.{error}") from error
     return EvaluationPlan(read_test_sets(section.test, rows), options)
+
+
+def read_test_sets(data: Sequence[str], rows: RowOptions) -> list[EvaluationSet]:
+    """Read and check the test sets of these files and hub ids, in this order; needs no model.
+
+    A set without a response or references in any row is answered without scores.
+
+    Raises:
+        UserError: a set is named twice, cannot be read, or has references in some rows only.
+    """
+    sets: list[EvaluationSet] = []
+    for source in data:
+        if any(other.source == source for other in sets):
+            raise UserError(f"the test set {source} is named twice: name it once")
+        examples = load_examples(source, split=TEST_SPLITS, need_response=False, **rows.reading())
+        lacking = [example.index for example in examples if not has_reference(example)]
+        if 0 < len(lacking) < len(examples):
+            raise UserError(
+                f"{source}: {len(lacking)} of {len(examples)} rows have no response and no references, the first is "
+                f"row {lacking[0]} (counting from 0): add references to these rows or remove them"
+            )
+        sets.append(EvaluationSet(_free_name(source, [other.name for other in sets]), source, examples))
+    return sets
+
+
+def _free_name(source: str, taken: Sequence[str]) -> str:
+    """Name a set by its folder and file: p3/test.jsonl becomes p3-test, or p3-test-2 if that name is taken."""
+    path = Path(source)
+    last = path.stem if path.suffix.lower() in SUFFIXES else path.name
+    parts = [part for part in (*path.parts[-2:-1], last) if part not in ("/", ".", "..", "~")]
+    name = re.sub(r"[^\w.]+", "-", "-".join(parts)).strip("-") or "test"
+    used, candidate, number = {other.casefold() for other in taken}, name, 2
+    while candidate.casefold() in used:  # some file systems ignore the case of letters
+        candidate, number = f"{name}-{number}", number + 1
+    return candidate
 
 
 def check_room(plan: EvaluationPlan, model: Any, encoder: TextEncoder) -> None:
@@ -87,8 +138,8 @@ def evaluate_sets(
         UserError: the model or the data cannot be used, or there are other results in the output folder.
     """
     recipe = Path(model) / RECIPE_FILE
-    mend = "restore it, or remove it and give --template and --bos"
-    saved = read_saved_recipe(recipe, mend=mend)["data"] if recipe.is_file() else {}
+    fix = "restore it, or remove it and give --template and --bos"
+    saved = read_saved_recipe(recipe, mend=fix)["data"] if recipe.is_file() else {}
     folder = output or (Path(model) / "eval" if Path(model).is_dir() else Path("eval") / Path(model).name)
     check_output_folder(folder)
     plan = EvaluationPlan(read_test_sets(data, rows), options)
@@ -109,14 +160,15 @@ def _evaluate_all(
     plan: EvaluationPlan, model: Any, encoder: TextEncoder, folder: Path, name: str, *, overwrite: bool
 ) -> Group:
     weights = model_identity(model, name)
-    identities = [{"model": weights, "data": data_identity(item.examples, item.source)} for item in plan.sets]
-    if not overwrite:
-        for item, identity in zip(plan.sets, identities, strict=True):
-            signature = evaluation_signature(model, encoder, item.examples, plan.options, identity=identity)
-            check_overwrite(folder / f"{item.name}.json", signature)
-    rows: dict[str, Evaluation] = {}
-    for item, identity in zip(plan.sets, identities, strict=True):
-        rows[item.name] = evaluate_model(model, encoder, item.examples, plan.options, identity=identity)
-        write_evaluation(rows[item.name], folder / f"{item.name}.json", folder / f"{item.name}.answers.jsonl")
+    signatures, rows = {}, {}
+    for item in plan.sets:
+        data = data_identity(item.examples, item.source)
+        signatures[item.name] = evaluation_signature(model, encoder, item.examples, plan.options, weights, data)
+        if not overwrite:
+            check_overwrite(folder / f"{item.name}.json", signatures[item.name])
+    for item in plan.sets:
+        result = evaluate_model(model, encoder, item.examples, plan.options, signature=signatures[item.name])
+        write_evaluation(result, folder / f"{item.name}.json", folder / f"{item.name}.answers.jsonl")
+        rows[item.name] = result
     where = Text(f"answers and scores with their signature: {folder}", no_wrap=True, overflow="ignore")
     return Group(evaluation_table(rows), where)

@@ -25,7 +25,7 @@ from dwakd.data.sources import TEST_SPLITS, Example, load_examples
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import max_positions, progress_bar
 from dwakd.evaluation.options import RowOptions
-from dwakd.evaluation.signature import data_identity, make_signature, model_identity
+from dwakd.evaluation.evaluate import data_identity, make_signature, model_identity
 from dwakd.folders import check_output_folder
 from dwakd.models.invariant import response_hidden
 from dwakd.models.loading import load_causal_lm, load_tokenizer

@@ -1,0 +1,112 @@
+"""Score answers by ROUGE-L and exact match, in percent, and summarise scores over seeds and examples."""
+
+import re
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rouge_score.rouge_scorer import RougeScorer
+
+from dwakd.data.sources import Example
+from dwakd.errors import UserError
+
+RESAMPLES = 2000
+"""Number of bootstrap resamples for an interval."""
+_SCORER = RougeScorer(["rougeL"], use_stemmer=True)
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def rouge_l(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """Compute the ROUGE-L of each answer: F1 of the longest common subsequence of words with its best reference, x 100.
+
+    This is google's `rouge_score` with its Porter stemmer and its own tokenizer, whose words consist of a-z and 0-9.
+    The tokenizer drops every other character, so text in another script scores 0 (see `is_scorable`).
+
+    References:
+        Lin 2004, ROUGE. The protocol is that of DSKD (arXiv 2406.17328) and DWA-KD (arXiv 2602.21669).
+
+    Examples:
+        >>> [round(score, 4) for score in rouge_l(["the cats are running"], [["the cat is running fast"]])]
+        [66.6667]
+    """
+    pairs = zip(answers, references, strict=True)
+    return [100 * float(_SCORER.score_multi(texts, answer)["rougeL"].fmeasure) for answer, texts in pairs]
+
+
+def exact_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """Return 100 for each answer that equals one of its references after normalisation, and 0 for the others.
+
+    Normalisation makes text lower case, removes ASCII punctuation, replaces runs of white space by one space and
+    strips the ends. It keeps articles, which SQuAD's normalisation removes, and the punctuation of other scripts.
+
+    Examples:
+        >>> exact_match(["The Nile."], [["Amazon", "the  nile"]])
+        [100.0]
+    """
+
+    def normalised(text: str) -> str:
+        return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
+
+    pairs = zip(answers, references, strict=True)
+    return [100.0 if normalised(answer) in map(normalised, texts) else 0.0 for answer, texts in pairs]
+
+
+def references_of(example: Example) -> tuple[str, ...]:
+    """Return the texts that an answer is compared with: the references of the row, or else its response.
+
+    Raises:
+        UserError: the row has neither.
+    """
+    if not has_reference(example):
+        raise UserError(f"row {example.index} (counting from 0) has no response and no references: add one")
+    return example.references or (example.response,)
+
+
+def has_reference(example: Example) -> bool:
+    """Return whether the row has a reference or a response to compare an answer with."""
+    return any(text.strip() for text in example.references or (example.response,))
+
+
+def is_scorable(references: Sequence[str]) -> bool:
+    """Return whether ROUGE-L can be above 0, because some reference has a letter a-z or a digit."""
+    return any(re.search("[a-z0-9]", text.lower()) for text in references)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Summary of a metric over a test set, in the unit of the metric.
+
+    Args:
+        mean: mean over the seeds of the mean over the examples.
+        std: sample standard deviation of the seeds' means; None for a single pass.
+        n: number of examples.
+        interval: 95 % bootstrap interval of the mean over the examples, whose scores are their means over the seeds.
+    """
+
+    mean: float
+    std: float | None
+    n: int
+    interval: tuple[float, float]
+
+
+def summarise(scores: Sequence[Sequence[float]]) -> Summary:
+    """Summarise `scores[seed][example]`.
+
+    `std` shows how much the mean varies with the sampling seed on this test set. `interval` shows how much it would
+    vary with another test set of the same kind. The bootstrap has a fixed seed, so the interval is reproducible.
+
+    Raises:
+        UserError: there are no scores, or the seeds have different numbers of examples.
+    """
+    sizes = [len(row) for row in scores]
+    if len(set(sizes)) != 1 or not all(sizes):
+        raise UserError(f"scores must have the same number of examples, at least one, for every seed, got {sizes}")
+    table = np.asarray(scores, dtype=np.float64)
+    values = table.mean(axis=0)
+    rng = np.random.default_rng(0)
+    # one resample at a time needs the memory of one test set only
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    std = float(table.mean(axis=1).std(ddof=1)) if len(table) > 1 else None
+    return Summary(float(table.mean()), std, len(values), (float(low), float(high)))
