@@ -1,25 +1,34 @@
-"""Output folders, checked before anything runs for hours."""
+"""The folder of reusable files, and a check of output folders before anything runs for hours."""
 
+import os
 import tempfile
 from pathlib import Path
 
 from dwakd.errors import UserError
 
+CACHE_VARIABLE = "DWAKD_CACHE"
+
+
+def cache_folder() -> Path:
+    """Return the folder of files that can be created again: `$DWAKD_CACHE`, or `~/.cache/dwakd`."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "dwakd").expanduser()
+
 
 def check_output_folder(folder: Path, *, empty: bool = False) -> None:
-    """Refuse a folder that cannot be made or written, or that is or lies under a file; with `empty` also a filled one.
+    """Check that files can be written into a folder, which need not exist yet.
 
     Raises:
-        UserError: as said; names --output.
+        UserError: the folder cannot be created or written, the path or a parent is a file, or `empty` is set and the
+            folder is not empty; the message names --output.
     """
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file, so {folder} cannot be the output folder; choose another with --output")
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     try:
-        tempfile.TemporaryDirectory(dir=there).cleanup()
+        tempfile.TemporaryDirectory(dir=existing).cleanup()
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{folder} cannot be written ({there}: {reason}); choose another with --output") from error
+        raise UserError(f"{folder} cannot be written ({existing}: {reason}); choose another with --output") from error
     if empty and folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"output folder {folder} is not empty; choose another with --output")

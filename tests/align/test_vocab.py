@@ -10,7 +10,7 @@ from rapidfuzz.distance import Levenshtein
 from dwakd.align import vocab
 from dwakd.align.vocab import exact_overlap, nearest_tokens, token_text
 from dwakd.data.encoding import TextEncoder
-from dwakd.paths import CACHE_VARIABLE
+from dwakd.folders import CACHE_VARIABLE
 from tests.builders import bpe_byte_fallback, byte_bpe, unigram_byte_fallback
 
 

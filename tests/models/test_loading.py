@@ -1,12 +1,10 @@
 """Loading: every kind of spec, safe defaults, one sentence for each mistake."""
 
-import importlib
 import json
 
 import pytest
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import RepositoryNotFoundError
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
@@ -139,80 +137,6 @@ def test_remote_code_is_not_run_unless_asked_for(folder, tmp_path):
     with pytest.raises(UserError):
         load_causal_lm(str(folder))
     assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("load", [load_tokenizer, load_causal_lm])
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("./none", "./none does not exist"),
-        ("/no/such/folder", "/no/such/folder does not exist"),
-        ("~/no-such-folder-of-dwakd", "does not exist"),
-        ("runs/a/student", "runs/a/student does not exist"),
-        ("here/student", "here/student does not exist"),
-        ("student/", "student/ does not exist"),
-        ("", "is empty"),
-        ("a.gguf", "write gguf:a.gguf"),
-        ("gguf:none.gguf", "none.gguf does not exist"),
-        ("package:torch", "write package:NAME/FILE"),
-        ("package:no_such_package/m.gguf", "package no_such_package"),
-        ("package:holder/none.gguf", "inner/m.gguf"),
-        ("package:holder/../a.gguf", "../a.gguf"),
-        ("here", "here"),
-        ("owner/model", "owner/model from the Hugging Face Hub"),
-    ],
-)
-def test_each_bad_spec_gets_one_sentence(load, spec, message, tmp_path, monkeypatch):
-    """The place and the mend, not a hub traceback for a mistyped path."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "here").mkdir()
-    (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    (tmp_path / "holder" / "inner").mkdir(parents=True)
-    (tmp_path / "holder" / "__init__.py").touch()
-    (tmp_path / "holder" / "inner" / "m.gguf").touch()
-    monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(UserError) as caught:
-        load(spec)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_unknown_hub_model_is_told_apart_from_a_missing_network(monkeypatch):
-    """Someone online with a typing error should not be told to connect."""
-    error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
-
-    def unknown(*_, **__):
-        raise error
-
-    monkeypatch.setattr(HfApi, "model_info", unknown)
-    with pytest.raises(UserError, match=r"owner/modle .*Hub"):
-        load_causal_lm("owner/modle")
-
-
-def test_file_of_a_package_is_found_without_importing_it(folder, tmp_path, monkeypatch):
-    """Importing a model package may start a server or fail for want of its dependencies."""
-    package = tmp_path / "site" / "some_models"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("raise RuntimeError('imported')")
-    folder.rename(package / "tiny")
-    info = tmp_path / "site" / "Some_Dist-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: Some-Dist\nVersion: 1.0\n")
-    (info / "top_level.txt").write_text("some_models\n")
-    monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    importlib.invalidate_caches()
-    for name in ("some_models", "some-dist", "Some_Dist"):
-        assert load_causal_lm(f"package:{name}/tiny").num_parameters() > 0
-
-
-def test_a_folder_has_no_revision(tmp_path):
-    """The recipe would say that the run began at v1.0 of a model while it began at whatever lies in the folder."""
-    tokenizer = byte_bpe()
-    tiny_model("llama", len(tokenizer)).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    for load in (load_causal_lm, load_tokenizer):
-        with pytest.raises(UserError, match=rf"{tmp_path} .*revision v1\.0"):
-            load(str(tmp_path), revision="v1.0")
 
 
 def test_settings_take_the_tokenizer_s_special_tokens():

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-from dwakd.paths import cache_folder
+from dwakd.folders import cache_folder
 
 Tokens = Sequence[bytes | None]
 Ids = npt.NDArray[np.int64]

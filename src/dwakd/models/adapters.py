@@ -1,7 +1,7 @@
 """Merge a PEFT adapter into the weights of its model and verify that the logits stay the same."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,18 +20,11 @@ _TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 3e-2}
 
 
 def merge_adapter(adapted: PeftModel, name: str) -> Any:
-    """Merge an adapter into the weights of its model and return the model.
+    """Merge an adapter into the weights of its model, in place, and return the model in eval mode, without PEFT layers.
 
-    The model is merged in place, in eval mode. If input embeddings and output head share one matrix and the adapter
-    changes only one of them, the head first gets its own copy of the matrix. The logits of a few tokens are compared
-    before and after merging.
-
-    Args:
-        adapted: model with its adapter. Do not use this object afterwards.
-        name: name of the adapter for error messages.
-
-    Returns:
-        The model without PEFT layers.
+    If input embeddings and output head share one matrix and the adapter changes only one of them, the head first gets
+    its own copy of the matrix. The logits of a few tokens are compared before and after merging. `name` is the name of
+    the adapter in error messages.
 
     Raises:
         UserError: the adapter cannot be merged, or the merged model gives other logits.
@@ -42,14 +35,14 @@ def merge_adapter(adapted: PeftModel, name: str) -> Any:
     adapted.eval()
     lm = adapted.get_base_model()
     head = _plain(lm.get_output_embeddings())
-    if any(shared.weight is head.weight for shared in _conflicts(adapted)) and _says_tied(lm):
+    tied = any(getattr(config, "tie_word_embeddings", False) for config in (lm.config, lm.config.get_text_config()))
+    if tied and any(weight is head.weight for _, _, weight in _conflicts(adapted)):
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
         _declare_untied(lm)
-    if conflict := next(_conflicts(adapted), None):
+    for changed, other, _ in _conflicts(adapted):
         raise UserError(
-            f"adapter {name} cannot be merged: it changes {conflict.changed}, which shares its weight with "
-            f"{conflict.other}, but does not change {conflict.other} in the same way; train the adapter without "
-            f"{conflict.changed} in target_modules"
+            f"adapter {name} cannot be merged: it changes {changed}, which shares its weight with {other}, but does not "
+            f"change {other} in the same way; train the adapter without {changed} in target_modules"
         )
     layers = [_short(path) for path, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)]
     input_ids = _input_ids(adapted)
@@ -66,16 +59,11 @@ def merge_adapter(adapted: PeftModel, name: str) -> Any:
     return model
 
 
-class _Conflict(NamedTuple):
-    changed: str
-    """Path of a module that the adapter changes."""
-    other: str
-    """Path of a module that shares the weight but is not changed in the same way."""
-    weight: nn.Parameter
+def _conflicts(adapted: PeftModel) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Find shared weights for which merging would also change a module that the adapter does not change.
 
-
-def _conflicts(adapted: PeftModel) -> Iterator[_Conflict]:
-    """Yield shared weights for which merging would also change a module that the adapter does not change."""
+    Yields the path of the module that the adapter changes, the path of the other module, and the weight.
+    """
     users: dict[nn.Parameter, dict[nn.Module | None, str]] = {}
     layers: dict[str, tuple[str, nn.Module] | None] = {}
     for path, module in adapted.named_modules(remove_duplicate=False):
@@ -91,7 +79,7 @@ def _conflicts(adapted: PeftModel) -> Iterator[_Conflict]:
     for weight, found in users.items():
         changed = [path for layer, path in found.items() if layer is not None]
         if changed and len(found) > 1:
-            yield _Conflict(changed[0], next(path for path in found.values() if path != changed[0]), weight)
+            yield changed[0], next(path for path in found.values() if path != changed[0]), weight
 
 
 def _short(path: str) -> str:
@@ -107,10 +95,6 @@ def _plain(module: Any) -> Any:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _says_tied(lm: Any) -> bool:
-    return any(getattr(config, "tie_word_embeddings", False) for config in (lm.config, lm.config.get_text_config()))
-
-
 def _declare_untied(lm: Any) -> None:
     """Set tie_word_embeddings to false, because loading the saved model would otherwise tie the two matrices again."""
     for config in (lm.config, lm.config.get_text_config()):
@@ -122,14 +106,10 @@ def _input_ids(adapted: PeftModel) -> Int[Tensor, "1 length"]:
     lm = adapted.get_base_model()
     weight = _plain(lm.get_input_embeddings()).weight
     ids = Probe(lm.config, len(weight), weight.device).input_ids[:1]
-    trained = [
-        token
-        for module in adapted.modules()
-        if isinstance(module, TrainableTokensLayer)
-        for tokens in module.token_indices.values()
-        for token in tokens[:_TRAINED_TOKENS]
-    ]
-    ids[0, : len(trained)] = ids.new_tensor(trained)[: ids.shape[1]]
+    layers = [module for module in adapted.modules() if isinstance(module, TrainableTokensLayer)]
+    groups = [tokens[:_TRAINED_TOKENS] for layer in layers for tokens in layer.token_indices.values()]
+    trained = ids.new_tensor([token for tokens in groups for token in tokens])[: ids.shape[1]]
+    ids[0, : len(trained)] = trained
     return ids
 
 

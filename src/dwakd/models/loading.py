@@ -13,24 +13,19 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import find_adapter_config_file
 
-from dwakd.errors import UserError
+from dwakd.errors import UserError, reason_of
 from dwakd.models.adapters import merge_adapter
 from dwakd.models.specs import only_cached, resolve_spec
 
-_LOADING_ERRORS = (
-    *(OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, AttributeError),
-    *(SafetensorError, UserWarning),
-)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
 
 
 def load_tokenizer(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
-    """Load the tokenizer of a model.
+    """Load the tokenizer of a model: a fast one with an end-of-sequence and a pad token.
 
     For a PEFT adapter without a tokenizer, the tokenizer of its base model is loaded. If the tokenizer has no pad token,
     its end-of-sequence token is used for padding.
@@ -40,27 +35,20 @@ def load_tokenizer(spec: str, *, trust_remote_code: bool = False, revision: str 
         trust_remote_code: run the Python code of a hub repository. Set it only if you have read that code.
         revision: branch, tag or commit of a hub id.
 
-    Returns:
-        A fast tokenizer with an end-of-sequence and a pad token.
-
     Raises:
         UserError: the tokenizer cannot be loaded, has no fast version or has no end-of-sequence token.
     """
     location = resolve_spec(spec)
     if Path(location).is_dir() and not any((Path(location) / name).exists() for name in _TOKENIZER_FILES):
-        adapter = _adapter_config(location, revision)
+        adapter = adapter_config(location, revision)
         if adapter is None:
             raise UserError(
                 f"{spec} contains no tokenizer (no tokenizer.json); give the folder or hub id of the tokenizer"
             )
         return load_tokenizer(adapter_base(adapter, spec), trust_remote_code=trust_remote_code)
-    local = only_cached(location, revision)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            location, trust_remote_code=trust_remote_code, revision=revision, local_files_only=local
-        )
-    except _LOADING_ERRORS as error:
-        raise _cannot_load("tokenizer", spec, error) from error
+    options = {"revision": revision, "local_files_only": only_cached(location, revision)}
+    with _loading("tokenizer", spec):
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
             f"the tokenizer of {spec} has no fast version, which is required for text offsets; use a tokenizer with a "
@@ -97,18 +85,15 @@ def load_causal_lm(
         UserError: the model cannot be loaded, is not a causal language model or lacks weights.
     """
     location = resolve_spec(spec)
-    own_adapter = _adapter_config(location, revision)
+    own_adapter = adapter_config(location, revision)
     if own_adapter is None:
-        _refuse_named_adapters(location, spec)
-        model = _pretrained(location, spec, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
+        model = _pretrained(location, spec, dtype, revision=revision, trust_remote_code=trust_remote_code)
     else:
-        base = adapter_base(own_adapter, spec)
-        model = load_causal_lm(base, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = load_causal_lm(adapter_base(own_adapter, spec), dtype=dtype, trust_remote_code=trust_remote_code)
         model = _merged(model, location, spec, revision)
     if adapter is not None:
         folder = resolve_spec(adapter)
-        if _adapter_config(folder, None) is None:
-            _refuse_named_adapters(folder, adapter)
+        if adapter_config(folder) is None:
             raise UserError(
                 f"{adapter} is not a PEFT adapter (no adapter_config.json); give the folder or hub id of an adapter"
             )
@@ -146,48 +131,29 @@ def align_special_tokens(model: Any, tokenizer: Any) -> None:
             setattr(settings, name, [token, *kept] if several and kept else token)
 
 
-@contextlib.contextmanager
-def quiet_peft() -> Iterator[None]:
-    """Hide the warning that PEFT causes by reading a deprecated attribute of transformers models."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        yield
-
-
 def adapter_config(spec: str, revision: str | None = None) -> dict[str, Any] | None:
-    """Read the adapter_config.json of a PEFT adapter. Return None if the spec is a model and not an adapter."""
-    return _adapter_config(resolve_spec(spec), revision)
+    """Read the adapter_config.json of a PEFT adapter. Return None if the spec is a model and not an adapter.
 
-
-def _adapter_config(location: str, revision: str | None) -> dict[str, Any] | None:
-    """Read the adapter_config.json of a folder or hub id. Return None if there is none."""
-    local = only_cached(location, revision)
-    try:
-        found = find_adapter_config_file(location, revision=revision, local_files_only=local)
-        return None if found is None else dict(json.loads(Path(found).read_text(encoding="utf-8")))
-    except _LOADING_ERRORS as error:
-        raise _cannot_load("adapter", location, error) from error
-
-
-def _refuse_named_adapters(location: str, spec: str) -> None:
-    """Raise a UserError for a folder whose subfolders contain adapters.
-
-    PEFT saves an adapter in a subfolder if its name is not `default`.
+    Raises:
+        UserError: the file cannot be read, or the folder contains adapters in subfolders only, where PEFT saves those
+            whose name is not `default`.
     """
-    folder = Path(location)
-    nested = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
-    if nested and not (folder / "config.json").exists():
+    location = resolve_spec(spec)
+    local = only_cached(location, revision)
+    with _loading("adapter", location):
+        found = find_adapter_config_file(location, revision=revision, local_files_only=local)
+        if found is not None:
+            return dict(json.loads(Path(found).read_text(encoding="utf-8")))
+    nested = sorted(path.parent.name for path in Path(location).glob("*/adapter_config.json"))
+    if nested and not (Path(location) / "config.json").exists():
         raise UserError(
             f"{spec} contains adapters only in subfolders; give one of these subfolders: {', '.join(nested)}"
         )
+    return None
 
 
 def adapter_base(adapter: dict[str, Any], spec: str) -> str:
-    """Return the spec of the base model that an adapter's settings name.
-
-    Args:
-        adapter: content of adapter_config.json.
-        spec: spec of the adapter, for error messages.
+    """Return the spec of the base model that the adapter_config.json of the adapter `spec` names.
 
     Raises:
         UserError: the settings name no base model, or one that does not exist.
@@ -205,14 +171,24 @@ def adapter_base(adapter: dict[str, Any], spec: str) -> str:
     return str(base)
 
 
-def _pretrained(location: str, spec: str, **options: Any) -> Any:
-    options["local_files_only"] = only_cached(location, options["revision"])
-    # transformers' search for adapters has its own option
-    options["adapter_kwargs"] = {"local_files_only": options["local_files_only"]}
-    try:
-        model, loading = _model_class(location, options).from_pretrained(location, output_loading_info=True, **options)
-    except _LOADING_ERRORS as error:
-        raise _cannot_load("model", spec, error) from error
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Hide the warning that PEFT causes by reading a deprecated attribute of transformers models."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
+
+
+def _pretrained(location: str, spec: str, dtype: torch.dtype, **options: Any) -> Any:
+    local = {"local_files_only": only_cached(location, options["revision"])}
+    with _loading("model", spec):
+        config = AutoConfig.from_pretrained(location, **options, **local)
+        # AutoModelForCausalLM does not support every causal class that a config names (for example Emu3's)
+        known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()).intersection(config.architectures or ())
+        auto = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map") or not known
+        model_class = AutoModelForCausalLM if auto else getattr(transformers, known.pop())
+        options |= {**local, "adapter_kwargs": local}  # transformers' search for adapters has its own options
+        model, loading = model_class.from_pretrained(location, dtype=dtype, output_loading_info=True, **options)
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
             f"the checkpoint of {spec} lacks {len(missing)} weights of {type(model).__name__} (first: {missing[0]}); "
@@ -221,37 +197,25 @@ def _pretrained(location: str, spec: str, **options: Any) -> Any:
     return model
 
 
-def _model_class(location: str, options: dict[str, Any]) -> Any:
-    """Return the class that loads a model.
-
-    This is `AutoModelForCausalLM`, or the causal class that the config names if `AutoModelForCausalLM` does not support
-    the config (as for Emu3's language model).
-    """
-    names = ("revision", "trust_remote_code", "local_files_only")
-    config = AutoConfig.from_pretrained(location, **{name: options[name] for name in names})
-    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()).intersection(config.architectures or ())
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map") or not known:
-        return AutoModelForCausalLM
-    return getattr(transformers, known.pop())
-
-
 def _merged(model: Any, location: str, spec: str, revision: str | None) -> Any:
     """Merge an adapter into the model. Raise a UserError if weights of the adapter are missing."""
+    with _loading("adapter", spec), quiet_peft():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        return merge_adapter(PeftModel.from_pretrained(model, location, revision=revision), spec)
+
+
+@contextlib.contextmanager
+def _loading(what: str, spec: str) -> Iterator[None]:
+    """Turn any exception into a UserError; each type of model, tokenizer and adapter raises its own."""
     try:
-        with quiet_peft():
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            return merge_adapter(PeftModel.from_pretrained(model, location, revision=revision), spec)
+        yield
     except UserError:
         raise
-    except Exception as error:  # each type of adapter raises its own exceptions
-        raise _cannot_load("adapter", spec, error) from error
-
-
-def _cannot_load(what: str, spec: str, error: BaseException) -> UserError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
-    if Path(spec).expanduser().exists() or spec.startswith(("gguf:", "package:")):
-        return UserError(f"could not load the {what} of {spec}: {reason}")
-    return UserError(
-        f"could not load the {what} of {spec} from the Hugging Face Hub ({reason}); check the name and the network, or give "
-        "an existing folder"
-    )
+    except Exception as error:
+        problem = f"could not load the {what} of {spec}"
+        if Path(spec).expanduser().exists() or spec.startswith(("gguf:", "package:")):
+            raise UserError(f"{problem}: {reason_of(error)}") from error
+        raise UserError(
+            f"{problem} from the Hugging Face Hub ({reason_of(error)}); check the name and the network, or give an "
+            "existing folder"
+        ) from error

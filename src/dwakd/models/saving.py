@@ -19,18 +19,13 @@ SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical
 
 
 def save_causal_lm(model: Any, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Save a model in the format of transformers, or an adapter in the format of PEFT.
+    """Save a model in the format of transformers, or an adapter in the format of PEFT, into one folder.
 
-    An adapter is saved in the folder itself. PEFT would save an adapter whose name is not "default" in a subfolder. If
-    transformers refuses to save the settings, the weights are saved nevertheless.
-
-    Args:
-        model: the model.
-        folder: folder to save to. It is created if it does not exist.
-        state_dict: tensors to save instead of the model's own.
+    PEFT would save an adapter whose name is not "default" in a subfolder. If transformers refuses to save the generation
+    settings, a warning says so. Tensors in `state_dict` are saved instead of the model's own.
 
     Raises:
-        UserError: the config cannot be saved. The weights are in the folder.
+        UserError: the config cannot be saved. The weights are in the folder nevertheless.
     """
     folder = Path(folder)
     if isinstance(model, PeftModel):
@@ -48,13 +43,11 @@ def save_causal_lm(model: Any, folder: str | Path, state_dict: dict[str, Tensor]
     except OSError:
         raise
     except Exception as error:  # validators of configs raise exceptions of their own types
-        if state_dict is None:
-            save_model(model, str(folder / "model.safetensors"))
-        else:
-            save_file(state_dict, folder / "model.safetensors")
+        file = folder / "model.safetensors"
+        save_model(model, str(file)) if state_dict is None else save_file(state_dict, file)
         raise UserError(
             f"the config of the model cannot be saved ({' '.join(str(error).split())}); correct the config and save it next "
-            f"to the weights, which are in {folder / 'model.safetensors'}"
+            f"to the weights, which are in {file}"
         ) from error
     finally:
         model.generation_config = settings
@@ -64,9 +57,8 @@ def save_causal_lm(model: Any, folder: str | Path, state_dict: dict[str, Tensor]
     except OSError:
         raise
     except Exception as error:  # generation settings may contain any value
-        logger.warning(
-            "saved the model in %s without its generation settings: %s", folder, " ".join(str(error).split())
-        )
+        reason = " ".join(str(error).split())
+        logger.warning("saved the model in %s without its generation settings: %s", folder, reason)
 
 
 def remove_unused_sampling(model: PreTrainedModel) -> None:
@@ -74,10 +66,9 @@ def remove_unused_sampling(model: PreTrainedModel) -> None:
 
     A warning names the settings that were reset.
     """
-    settings = model.generation_config
+    settings, default = model.generation_config, GenerationConfig()
     if settings is None or settings.do_sample:
         return
-    default = GenerationConfig()
     unused = [name for name in SAMPLING_SETTINGS if getattr(settings, name, None) not in (None, getattr(default, name))]
     for name in unused:
         setattr(settings, name, getattr(default, name))

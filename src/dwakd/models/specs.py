@@ -1,4 +1,4 @@
-"""Find the model that a spec names.
+"""Find the model that a spec names, and convert GGUF files into safetensors folders.
 
 A *spec* is one of
 
@@ -9,18 +9,27 @@ A *spec* is one of
 """
 
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import re
+import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
+import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
-from dwakd.errors import UserError
-from dwakd.models.gguf import convert_gguf
+from dwakd.errors import UserError, reason_of
+from dwakd.folders import cache_folder
+from dwakd.models.saving import save_causal_lm
 
 _HUB_SECONDS = 10.0
+_CONVERSION = b"dwakd gguf conversion 1"
 
 
 def resolve_spec(spec: str) -> str:
@@ -31,7 +40,7 @@ def resolve_spec(spec: str) -> str:
     """
     if spec.startswith("package:"):
         path = _package_file(spec)
-        return str(path) if path.is_dir() else str(convert_gguf(path))
+        return str(path if path.is_dir() else convert_gguf(path))
     if spec.startswith("gguf:"):
         return str(convert_gguf(Path(spec.removeprefix("gguf:")).expanduser()))
     if not spec.strip():
@@ -42,26 +51,25 @@ def resolve_spec(spec: str) -> str:
     if path.is_file():
         fix = f"write gguf:{spec}" if path.suffix == ".gguf" else "give the folder of the model"
         raise UserError(f"{spec} is a file, but a model is a folder; {fix}")
-    if _looks_local(spec):
+    # a hub id is `name` or `owner/name`, where `owner` is not an existing folder
+    parts = spec.split("/")
+    looks_local = spec.startswith((".", "~")) or "\\" in spec or len(parts) > 2 or "" in parts
+    if looks_local or (len(parts) == 2 and Path(parts[0]).is_dir()):
         raise UserError(
             f"{spec} does not exist; give a folder, a hub id such as owner/name, gguf:PATH or package:NAME/FILE"
         )
     return spec
 
 
-def _looks_local(spec: str) -> bool:
-    """Return whether a spec is a path. A hub id is `name` or `owner/name`, where `owner` is not an existing folder."""
-    parts = spec.split("/")
-    if spec.startswith((".", "~")) or "\\" in spec or len(parts) > 2 or "" in parts:
-        return True
-    return len(parts) == 2 and Path(parts[0]).is_dir()
-
-
 def _package_file(spec: str) -> Path:
+    """Find a file or folder of an installed package by its import name or distribution name, without importing it."""
     name, _, inner = spec.removeprefix("package:").partition("/")
     if not name or not inner:
         raise UserError(f"{spec} is incomplete; write package:NAME/FILE")
-    folders = _package_folders(name)
+    distributions = importlib.metadata.packages_distributions()
+    imports = [package for package, owners in distributions.items() if _plain(name) in map(_plain, owners)]
+    found = [importlib.util.find_spec(package) for package in ([name] if name.isidentifier() else []) + imports]
+    folders = [Path(folder) for item in found if item for folder in item.submodule_search_locations or ()]
     if not folders:
         raise UserError(f"{spec}: package {name} is not installed; install it with pip, or correct the name")
     for folder in folders:
@@ -69,67 +77,112 @@ def _package_file(spec: str) -> Path:
         if path.exists() and path.resolve().is_relative_to(folder.resolve()):
             return path
     held = sorted({str(path.relative_to(folder)) for folder in folders for path in folder.rglob("*.gguf")})
-    fix = (
-        f"give one of its GGUF files: {', '.join(held)}"
-        if held
-        else "it contains no GGUF files, so use another package"
-    )
+    fix = f"give one of its GGUF files: {', '.join(held)}" if held else "it has no GGUF files, so use another package"
     raise UserError(f"{spec}: package {name} has no file {inner}; {fix}")
 
 
-def _package_folders(name: str) -> list[Path]:
-    """Find the folders of an installed package by its import name or distribution name, without importing it."""
+def _plain(name: str) -> str:
+    """Normalise the name of a distribution."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
-    def plain(text: str) -> str:
-        return re.sub(r"[-_.]+", "-", text).lower()
 
-    distributions = importlib.metadata.packages_distributions()
-    imports = [package for package, owners in distributions.items() if plain(name) in map(plain, owners)]
-    if name.isidentifier():
-        imports.insert(0, name)
-    folders: list[Path] = []
-    for package in imports:
-        found = importlib.util.find_spec(package)
-        if found is not None and found.submodule_search_locations is not None:
-            folders += [Path(folder) for folder in found.submodule_search_locations]
-    return folders
+def convert_gguf(path: Path) -> Path:
+    """Convert a GGUF file into a folder with float32 safetensors and a tokenizer, and return the folder.
+
+    Transformers would take tens of seconds for each reading of the file. The folder is
+    `<cache>/models/<stem>-<digest of the content>`. It is written on the first call and renamed into place once complete,
+    so several processes may convert the same file at the same time.
+
+    Raises:
+        UserError: the file does not exist, is not a GGUF file, lacks weights, or has an architecture or tokenizer that
+            transformers cannot read; or the package gguf is not installed.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist or is not a file; gguf: requires the path of a GGUF file")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(
+                f"{path} is not a GGUF file, which begins with the bytes GGUF; give the path of a GGUF file"
+            )
+        file.seek(0)
+        digest = hashlib.file_digest(file, lambda: hashlib.sha256(_CONVERSION)).hexdigest()
+    folder = cache_folder() / "models" / f"{path.stem}-{digest[:16]}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _convert(path, unfinished)
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # otherwise another process has written the same content first
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _convert(path: Path, folder: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"{path} requires the package gguf; install it with pip install 'dwakd[gguf]'")
+    transformers_logging.get_logger(__name__).warning("converting %s to safetensors; later runs reuse the result", path)
+    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model, loading = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # a damaged file can fail anywhere in the reader
+        raise UserError(
+            f"{path} cannot be converted ({reason_of(error)}); use a GGUF file of an architecture that transformers "
+            "supports"
+        ) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"{path} lacks {len(missing)} weights of its architecture (first: {missing[0]}); use a complete GGUF file"
+        )
+    save_causal_lm(_unquantised(model), folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _unquantised(model: Any) -> Any:
+    """Return a model with the same weights whose config has no quantisation, with which it could not be saved."""
+    values = model.config.to_dict()
+    for name in ("quantization_config", "_model_name_or_path"):
+        values.pop(name, None)
+    with torch.device("meta"):
+        plain = type(model)(type(model.config).from_dict(values))
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain
 
 
 @functools.cache
 def only_cached(location: str, revision: str | None) -> bool:
     """Return whether a model must be read from the local cache of the hub, because the hub cannot be reached.
 
-    One request without retries is sent for each location and revision. Transformers would wait a minute for every file.
-
-    Args:
-        location: folder or hub id. For a folder, no request is sent and the result is False.
-        revision: branch, tag or commit of a hub id.
+    One request without retries is sent for each hub id and revision. Transformers would wait a minute for every file.
+    For a folder, no request is sent and the result is False.
 
     Raises:
         UserError: the model or revision does not exist on the hub, the model is gated, or a folder is given with a
             revision.
     """
     if Path(location).is_dir():
-        if revision is not None:
-            raise UserError(
-                f"{location} is a folder, and folders have no revisions (got revision {revision}); remove the revision, or "
-                "give the hub id of the model"
-            )
-        return False
+        if revision is None:
+            return False
+        raise UserError(
+            f"{location} is a folder, and folders have no revisions (got revision {revision}); remove the revision, or "
+            "give the hub id of the model"
+        )
     try:
         HfApi().model_info(location, revision=revision, timeout=_HUB_SECONDS)
-    except GatedRepoError as error:
-        raise UserError(
-            f"{location} is gated on the Hugging Face Hub; request access there and log in with hf auth login"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UserError(
-            f"{location} has no revision {revision} on the Hugging Face Hub; correct the revision"
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(
-            f"{location} is neither an existing folder nor a public model on the Hugging Face Hub; correct the name"
-        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        problem = "is neither an existing folder nor a public model on the Hugging Face Hub; correct the name"
+        if isinstance(error, GatedRepoError):
+            problem = "is gated on the Hugging Face Hub; request access there and log in with hf auth login"
+        elif isinstance(error, RevisionNotFoundError):
+            problem = f"has no revision {revision} on the Hugging Face Hub; correct the revision"
+        raise UserError(f"{location} {problem}") from error
     except Exception:  # without a network the HTTP client may raise any exception
         return True
     return False

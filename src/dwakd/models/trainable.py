@@ -14,41 +14,30 @@ _LOSS_SETTINGS = {"output_router_logits": "false", "z_loss_coefficient": "0"}
 
 
 def check_training(model: Any, *, gradient_checkpointing: bool) -> None:
-    """Raise an error if a student cannot be trained with the given options.
-
-    Args:
-        model: a causal language model that passes `check_head`.
-        gradient_checkpointing: whether training uses gradient checkpointing.
+    """Raise an error if a student that passes `check_head` cannot be trained with the given options.
 
     Raises:
         UserError: the model does not support gradient checkpointing, or its config adds a loss that distillation would
             ignore.
     """
-    if gradient_checkpointing and not _has_checkpointing(model):
-        raise UserError(
-            f"{model_name(model)} does not support gradient checkpointing; set training.gradient_checkpointing=false"
-        )
+    name = model_name(model)
+    supported = getattr(model, "supports_gradient_checkpointing", False)
+    if gradient_checkpointing and not (
+        supported and any(hasattr(module, "gradient_checkpointing") for module in model.modules())
+    ):
+        raise UserError(f"{name} does not support gradient checkpointing; set training.gradient_checkpointing=false")
     settings = model.config.get_text_config().to_dict()
-    switches = [f"{name}={off}" for name, off in _LOSS_SETTINGS.items() if settings.get(name)]
+    switches = [f"{setting}={off}" for setting, off in _LOSS_SETTINGS.items() if settings.get(setting)]
     added = _adds_loss(model)
     if added or (added is None and switches):
         raise UserError(
-            f"{model_name(model)} adds a loss of its own (such as router balancing) to the cross-entropy of its tokens, "
-            f"which distillation ignores; set {' and '.join(switches) or 'the coefficient of this loss to 0'} in its config"
+            f"{name} adds a loss of its own (such as router balancing) to the cross-entropy of its tokens, which "
+            f"distillation ignores; set {' and '.join(switches) or 'the coefficient of this loss to 0'} in its config"
         )
 
 
-def _has_checkpointing(model: Any) -> bool:
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        return False
-    return any(hasattr(module, "gradient_checkpointing") for module in model.modules())
-
-
 def _adds_loss(model: nn.Module) -> bool | None:
-    """Return whether a model's own training loss differs from the cross-entropy of its tokens.
-
-    The result is None if the model computes no loss.
-    """
+    """Return whether a model's own loss differs from the cross-entropy of its tokens; None if it computes no loss."""
     table = embedding_table(model)
     ids = Probe(model.config, min(len(table), output_head(model).vocab_size), table.device).input_ids
     try:

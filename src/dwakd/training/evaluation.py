@@ -17,8 +17,8 @@ from transformers.trainer_utils import denumpify_detensorize
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import generate_answers
-from dwakd.evaluation.options import GenerationOptions
 from dwakd.evaluation.metrics import references_of, rouge_l
+from dwakd.evaluation.options import GenerationOptions
 from dwakd.losses import method_class
 from dwakd.training.config import DistillConfig
 from dwakd.training.sampler import cut_repeats

@@ -1,17 +1,22 @@
-"""GGUF: converted once, exactly, into a folder that behaves like any other."""
+"""Specs: each kind is found or refused in one sentence; GGUF is converted once, exactly, into a plain folder."""
 
+import importlib
 import importlib.util
 import json
 
 import gguf
 import pytest
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dwakd.errors import UserError
-from dwakd.models import gguf as conversion
+from dwakd.folders import CACHE_VARIABLE
+from dwakd.models import specs
 from dwakd.models.loading import load_causal_lm, load_tokenizer
-from dwakd.paths import CACHE_VARIABLE
+from dwakd.models.saving import save_causal_lm
+from dwakd.models.specs import convert_gguf
 from tests.builders import CHAT_TEMPLATE, SAMPLE_TEXTS, byte_bpe, tiny_model
 
 HEADS, KEY_HEADS = 4, 2
@@ -60,6 +65,15 @@ def write_gguf(path, model, tokenizer, *, architecture="llama", skip=()):
 
 
 @pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError("no network in the tests")
+
+    monkeypatch.setattr(HfApi, "model_info", unreachable)
+    specs.only_cached.cache_clear()
+
+
+@pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     return tmp_path / "cache" / "models"
@@ -104,13 +118,13 @@ def test_the_folder_is_a_plain_checkpoint_that_can_be_saved_again(tmp_path, cach
 def test_converted_once_and_again_when_the_content_changes(tmp_path, cache, model, tokenizer, monkeypatch):
     """Half a minute on every start; and a stale folder would be another model than the file."""
     path = write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
-    first = conversion.convert_gguf(path)
+    first = convert_gguf(path)
     with monkeypatch.context() as patch:
-        patch.setattr(conversion, "_convert", lambda *_: pytest.fail("converted twice"))
-        assert conversion.convert_gguf(path) == first
+        patch.setattr(specs, "save_causal_lm", lambda *_: pytest.fail("converted twice"))
+        assert convert_gguf(path) == first
     path.unlink()
     write_gguf(path, tiny_model("llama", len(tokenizer), seed=1), tokenizer)
-    assert conversion.convert_gguf(path) != first
+    assert convert_gguf(path) != first
 
 
 def test_without_the_package_the_error_names_the_extra(tmp_path, cache, model, tokenizer, monkeypatch):
@@ -119,7 +133,7 @@ def test_without_the_package_the_error_names_the_extra(tmp_path, cache, model, t
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gguf" else find(name, *rest))
     with pytest.raises(UserError, match=r"tiny\.gguf .*dwakd\[gguf\]"):
-        conversion.convert_gguf(path)
+        convert_gguf(path)
     assert list(cache.iterdir()) == []
 
 
@@ -131,25 +145,24 @@ def test_a_failed_conversion_leaves_nothing_behind(tmp_path, cache, model, token
         (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(conversion, "_convert", broken)
+    monkeypatch.setattr(specs, "save_causal_lm", broken)
     with pytest.raises(KeyboardInterrupt):
-        conversion.convert_gguf(path)
+        convert_gguf(path)
     assert list(cache.iterdir()) == []
 
 
 def test_a_second_process_that_converts_at_once_wins_or_loses_quietly(tmp_path, cache, model, tokenizer, monkeypatch):
     """Two ranks start together."""
     path = write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
-    convert = conversion._convert
 
-    def raced(source, folder):
-        convert(source, folder)
+    def raced(model, folder):
+        save_causal_lm(model, folder)
         with monkeypatch.context() as patch:
-            patch.setattr(conversion, "_convert", convert)
-            conversion.convert_gguf(path)
+            patch.setattr(specs, "save_causal_lm", save_causal_lm)
+            convert_gguf(path)
 
-    monkeypatch.setattr(conversion, "_convert", raced)
-    folder = conversion.convert_gguf(path)
+    monkeypatch.setattr(specs, "save_causal_lm", raced)
+    folder = convert_gguf(path)
     assert list(cache.iterdir()) == [folder]
 
 
@@ -171,3 +184,77 @@ def test_each_bad_file_gets_one_sentence(tmp_path, cache, model, tokenizer):
     with pytest.raises(UserError, match=r"part\.gguf .*1 .*up_proj"):
         load_causal_lm(f"gguf:{tmp_path}/part.gguf")
     assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_causal_lm])
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("./none", "./none does not exist"),
+        ("/no/such/folder", "/no/such/folder does not exist"),
+        ("~/no-such-folder-of-dwakd", "does not exist"),
+        ("runs/a/student", "runs/a/student does not exist"),
+        ("here/student", "here/student does not exist"),
+        ("student/", "student/ does not exist"),
+        ("", "is empty"),
+        ("a.gguf", "write gguf:a.gguf"),
+        ("gguf:none.gguf", "none.gguf does not exist"),
+        ("package:torch", "write package:NAME/FILE"),
+        ("package:no_such_package/m.gguf", "package no_such_package"),
+        ("package:holder/none.gguf", "inner/m.gguf"),
+        ("package:holder/../a.gguf", "../a.gguf"),
+        ("here", "here"),
+        ("owner/model", "owner/model from the Hugging Face Hub"),
+    ],
+)
+def test_each_bad_spec_gets_one_sentence(load, spec, message, tmp_path, monkeypatch):
+    """The place and the mend, not a hub traceback for a mistyped path."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    (tmp_path / "holder" / "inner").mkdir(parents=True)
+    (tmp_path / "holder" / "__init__.py").touch()
+    (tmp_path / "holder" / "inner" / "m.gguf").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError) as caught:
+        load(spec)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_hub_model_is_told_apart_from_a_missing_network(monkeypatch):
+    """Someone online with a typing error should not be told to connect."""
+    error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
+
+    def unknown(*_, **__):
+        raise error
+
+    monkeypatch.setattr(HfApi, "model_info", unknown)
+    with pytest.raises(UserError, match=r"owner/modle .*Hub"):
+        load_causal_lm("owner/modle")
+
+
+def test_file_of_a_package_is_found_without_importing_it(tmp_path, monkeypatch):
+    """Importing a model package may start a server or fail for want of its dependencies."""
+    package = tmp_path / "site" / "some_models"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    tiny_model("llama").save_pretrained(package / "tiny")
+    info = tmp_path / "site" / "Some_Dist-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: Some-Dist\nVersion: 1.0\n")
+    (info / "top_level.txt").write_text("some_models\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    importlib.invalidate_caches()
+    for name in ("some_models", "some-dist", "Some_Dist"):
+        assert load_causal_lm(f"package:{name}/tiny").num_parameters() > 0
+
+
+def test_a_folder_has_no_revision(tmp_path):
+    """The recipe would say that the run began at v1.0 of a model while it began at whatever lies in the folder."""
+    tokenizer = byte_bpe()
+    tiny_model("llama", len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for load in (load_causal_lm, load_tokenizer):
+        with pytest.raises(UserError, match=rf"{tmp_path} .*revision v1\.0"):
+            load(str(tmp_path), revision="v1.0")
