@@ -8,18 +8,8 @@ from importlib import metadata
 from pathlib import Path
 
 PACKAGES = (
-    "dwakd",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "peft",
-    "accelerate",
-    "datasets",
-    "huggingface_hub",
-    "safetensors",
-    "numpy",
-    "numba",
-    "triton",
+    *("dwakd", "torch", "transformers", "tokenizers", "peft", "accelerate", "datasets"),
+    *("huggingface_hub", "safetensors", "numpy", "numba", "triton"),
 )
 
 
@@ -38,25 +28,26 @@ def describe_environment() -> str:
     says why.
     """
     lines = {package: version_of(package) for package in PACKAGES}
-    lines |= {"Python": platform.python_version(), "platform": platform.platform(), "CPU": cpu_model(), "GPU": _gpus()}
+    lines |= {"Python": platform.python_version(), "platform": platform.platform(), "CPU": _cpu(), "GPU": _gpus()}
     return "\n".join(f"- {name}: {value}" for name, value in lines.items())
 
 
-def cpu_model() -> str:
-    """Return the name of the processor, or its architecture where the system does not tell the name."""
+def _cpu() -> str:
+    """Return the name of the processor, or its architecture if the system does not provide the name."""
     if platform.system() == "Darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or platform.machine()
-    names = Path("/proc/cpuinfo")
-    lines = names.read_text(encoding="utf-8").splitlines() if names.is_file() else []
-    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return found[0] if found else platform.processor() or platform.machine()
+        found = [subprocess.run(command, capture_output=True, text=True, check=False).stdout]
+    else:
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+        found = [line.partition(":")[2] for line in lines if line.startswith("model name")]
+    return "".join(found[:1]).strip() or platform.processor() or platform.machine()
 
 
 def _gpus() -> str:
     try:
         import torch
-    except Exception as error:  # a broken installation is what many reports are about
+    except Exception as error:  # many bug reports are about a broken installation
         return f"unknown, because torch could not be imported ({type(error).__name__}: {error})"
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]

@@ -32,9 +32,9 @@ class BitsPerByte:
         value: bits / bytes over the whole set, so that a long response has more weight than a short one.
         bits: minus log2 of the probability of all response tokens, including the end-of-sequence tokens.
         bytes: UTF-8 bytes of the responses; an end-of-sequence token has none.
-        num_examples: number of scored responses.
-        num_truncated: number of scored responses that were cut to fit `max_length`. Two tokenizers cut at different
-            places, so their values are strictly comparable only where both numbers are 0.
+        num_examples: scored responses.
+        num_truncated: scored responses that were cut to fit `max_length`. Two tokenizers cut at different places, so
+            their values are strictly comparable only where both numbers are 0.
     """
 
     value: float
@@ -61,7 +61,7 @@ def bits_per_byte(
 
     Args:
         model: the model, with or without an adapter.
-        encoder: tokenises prompts and responses.
+        encoder: the tokenizer of the model with its template.
         examples: the rows.
         batch_size: examples in one forward pass; changes the speed, not the value.
         max_length: most tokens of prompt and response together; the model's positions if those are fewer.

@@ -82,7 +82,7 @@ def evaluate_model(
             response if there are none. Bits per byte are those of the response. If no row has any of these, the
             answers are reported without scores.
         options: seeds, decoding and lengths; the protocol by default.
-        signature: the signature, if the caller has computed it.
+        signature: result of `evaluation_signature`, if the caller has computed it already.
         progress: show progress bars on standard error.
 
     Raises:
@@ -142,7 +142,10 @@ def evaluation_signature(
     weights: dict[str, Any] | None = None,
     data: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the signature of an evaluation; `weights` and `data` are the identities, by default those without names."""
+    """Return everything that the result of `evaluate_model` depends on.
+
+    `weights` and `data` are results of `model_identity` and `data_identity`, if the caller has computed them already.
+    """
     special = encoder.special_tokens_in_prompts
     return {
         "model": weights or model_identity(model),

@@ -23,11 +23,10 @@ _COLUMNS = (
 """Heading, field of `Evaluation`, attribute of this field, and digits after the decimal point."""
 
 
-def write_evaluation(evaluation: Evaluation, json_path: str | Path, answers_path: str | Path | None = None) -> None:
-    """Write the numbers and their signature as JSON and, if a path is given, the answers as jsonl.
+def write_evaluation(evaluation: Evaluation, json_path: Path, answers_path: Path) -> None:
+    """Write the numbers and their signature as JSON and the answers as jsonl; each file appears complete or not at all.
 
-    A line of the answers has the row, seed (null if greedy), prompt, answer, references and scores. Each file is
-    written atomically, and folders are created as needed.
+    A line of the answers has the row, seed (null if greedy), prompt, answer, references and scores.
 
     Raises:
         UserError: a number is NaN or infinite.
@@ -40,12 +39,10 @@ def write_evaluation(evaluation: Evaluation, json_path: str | Path, answers_path
             f"{json_path} was not written, because the metrics contain NaN or inf: check the model's weights"
         ) from None
     for path, text in ((answers_path, "\n".join(lines)), (json_path, numbers)):
-        if path is not None:
-            target = Path(path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f"{target.name}.partial")
-            partial.write_text(text + "\n", encoding="utf-8")
-            partial.replace(target)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(path)
 
 
 def check_overwrite(json_path: Path, signature: Mapping[str, Any]) -> None:
@@ -56,17 +53,16 @@ def check_overwrite(json_path: Path, signature: Mapping[str, Any]) -> None:
     """
     if not json_path.exists():
         return
+    fix = "choose another folder with --output, or replace it with --overwrite"
     try:
-        before, now = (_flat(json.loads(json_path.read_text(encoding="utf-8"))["signature"]), _flat(signature))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        before, now = {"signature": "missing"}, {}
+        before = _flat(json.loads(json_path.read_text(encoding="utf-8"))["signature"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{json_path} is not an evaluation: {fix}") from error
+    now = _flat(signature)
     changed = [name for name in before | now if before.get(name) != now.get(name)]
     if changed:
         found = (f"{name} {_shown(before.get(name))} before, {_shown(now.get(name))} now" for name in changed)
-        raise UserError(
-            f"{json_path} holds other results ({'; '.join(found)}): choose another folder with --output, or replace "
-            "them with --overwrite"
-        )
+        raise UserError(f"{json_path} holds other results ({'; '.join(found)}): {fix}")
 
 
 def _flat(signature: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,7 +82,7 @@ def _shown(value: Any) -> str:
 
 
 def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:
-    """Return a table with a row for each test set, their unweighted mean, notes and the signature.
+    """Return a table with a row for each test set, their unweighted mean, notes and the signature that they share.
 
     The table fits into 80 columns. The mean of a column is over the sets that have the number.
     """
@@ -111,7 +107,10 @@ def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:
         table.add_section()
         sampled, *cells = _cells([fmean(column) if column else None for column in columns])
         table.add_row(f"mean of {most} sets", sampled, "", *cells)
-    table.caption = "\n".join([*(f"{name}: {_note(one)}" for name, one in rows.items()), *_signatures(rows)])
+    notes = [f"{name}: {_note(evaluation)}" for name, evaluation in rows.items()]
+    signature = next(iter(rows.values())).signature  # of all sets, apart from the set itself
+    parts = (f"{key} {_shown(value)}" for key, value in signature.items() if key not in ("data", "references"))
+    table.caption = "\n".join([*notes, ", ".join(parts)])
     return table
 
 
@@ -134,12 +133,3 @@ def _note(evaluation: Evaluation) -> str:
         if bits.num_truncated:
             notes.append(f"bits per byte: {bits.num_truncated} responses cut")
     return "; ".join(notes)
-
-
-def _signatures(rows: Mapping[str, Evaluation]) -> list[str]:
-    """Return the signature apart from the set itself, in one line for each group of sets that share it."""
-    lines: dict[str, list[str]] = {}
-    for name, one in rows.items():
-        parts = (f"{key} {_shown(value)}" for key, value in one.signature.items() if key not in ("data", "references"))
-        lines.setdefault(", ".join(parts), []).append(name)
-    return list(lines) if len(lines) == 1 else [f"{', '.join(names)}: {line}" for line, names in lines.items()]

@@ -27,15 +27,10 @@ from dwakd.models.rows import check_head
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """A test set.
-
-    Args:
-        name: short, unique among the sets evaluated together, and valid as a file name.
-        source: the name that the user gave.
-        examples: the rows; either all of them have references or a response, or none has (see `scored`).
-    """
+    """A test set. Either all of its rows have references or a response, or none has (see `scored`)."""
 
     name: str
+    """Unique among the sets evaluated together, and valid as a file name."""
     source: str
     examples: list[Example]
 
@@ -124,12 +119,12 @@ def evaluate_sets(
 ) -> Group:
     """Evaluate a model on test sets, write SET.json and SET.answers.jsonl, and return the table to print.
 
+    The options template, bos and special_tokens_in_prompts of `rows` are by default those of the recipe in the model's
+    folder, if there is one.
+
     Args:
         model: folder, hub id or GGUF file of the model.
         data: files or hub ids of the test sets.
-        rows: how to read the rows and turn them into prompts. The defaults of template, bos and
-            special_tokens_in_prompts are those of the recipe in the model's folder, if there is one.
-        options: options of the evaluation.
         adapter: a PEFT adapter to merge into the model.
         output: folder of the results; eval/ in the model's folder by default.
         overwrite: replace results of the same name with another signature, which are otherwise an error.

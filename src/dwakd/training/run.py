@@ -21,11 +21,10 @@ from dwakd.config import RECIPE_FILE, Recipe
 from dwakd.errors import UserError
 from dwakd.evaluation.run import EvaluationPlan, check_room
 from dwakd.losses import method_class
-from dwakd.training.card import write_card
 from dwakd.training.checkpoint import load_student
 from dwakd.training.inputs import make_encoder
 from dwakd.training.recipe import check_options, load_section, recipe_examples
-from dwakd.training.run_folder import RUN_FILE, alone_in, check_output, has_steps_left, is_finished
+from dwakd.training.run_folder import RUN_FILE, alone_in, check_output, has_steps_left, is_finished, write_card
 from dwakd.training.trainer import DistillTrainer
 
 

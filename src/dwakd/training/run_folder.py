@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, how far the run came, and that one process alone trains into it."""
+"""The folder of a run: which run it contains, how far the run got, its lock, and the model card of the student."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
@@ -23,64 +24,58 @@ logger = logging.getLogger(__name__)
 
 RUN_FILE = "dwakd-run.json"
 LOCK_FILE = ".lock"
-LENGTH = re.compile(r"training\.(max_steps|num_train_epochs)$")
-CHANGEABLE = re.compile(rf"evaluation\.|training\.disable_tqdm$|{LENGTH.pattern}")
+_LENGTH = re.compile(r"training\.(max_steps|num_train_epochs)$")
+_CHANGEABLE = re.compile(rf"evaluation\.|training\.disable_tqdm$|{_LENGTH.pattern}")
 """Options that may differ when a run is resumed."""
-CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 def check_output(folder: Path, *, resume: bool, recipe: Recipe) -> str | None:
-    """The checkpoint to resume from, or None for a fresh folder.
+    """Return the checkpoint from which to resume, or None if the run starts from the beginning.
 
     Raises:
-        UserError: the folder already holds a run and `resume` is off, or holds another recipe's run.
+        UserError: the folder contains other files, the run of another recipe, or a run although `resume` is not set.
     """
-    if os.environ.get("RANK", "0") != "0":  # the first rank speaks for all, before it writes anything
+    if os.environ.get("RANK", "0") != "0":  # the first rank checks for all, before it writes anything
         return last_checkpoint(folder) if resume and folder.exists() else None
     check_output_folder(folder)
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    started = any(RECIPE_FILE not in name for name in names - {LOCK_FILE})
-    if not started:  # a run that broke before its first checkpoint leaves its recipe at the most
-        return None
+    if all(RECIPE_FILE in name for name in names - {LOCK_FILE}):
+        return None  # a run that failed before its first checkpoint leaves at most its recipe
     saved = folder / RECIPE_FILE
     if not saved.is_file():
         raise UserError(f"output folder {folder} is not empty and holds no run of dwakd; choose another with --output")
     if not resume:
         raise UserError(
-            f"output folder {folder} already holds a run; choose another with --output, or --resume to go on with it"
+            f"output folder {folder} already holds a run; choose another with --output, or continue it with --resume"
         )
-    check_same_recipe(saved, recipe, changeable=CHANGEABLE)
+    check_same_recipe(saved, recipe, changeable=_CHANGEABLE)
     return last_checkpoint(folder)
 
 
 def check_same_recipe(saved: Path, recipe: Recipe, *, changeable: re.Pattern[str]) -> None:
-    """Refuse a run's folder whose saved recipe differs in more than options that match `changeable`.
+    """Check that the saved recipe of a run differs only in options whose dotted names match `changeable`.
 
     Raises:
-        UserError: it holds another run, of which it says which option differs; or the saved recipe is damaged.
+        UserError: another option differs, or the saved recipe is damaged.
     """
-    for name, (was, is_now) in changed_options(saved, recipe).items():
+    for name, (before, now) in _changed_options(saved, recipe).items():
         if not changeable.match(name):
             raise UserError(
-                f"output folder {saved.parent} holds another run: {name} is {was} there and {is_now} here; choose "
+                f"output folder {saved.parent} holds another run: {name} is {before} there and {now} here; choose "
                 "another with --output"
             )
 
 
-def changed_options(saved: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
-    """The options in which a saved recipe differs, by dotted name, with their values there and here.
-
-    Raises:
-        UserError: the saved recipe is damaged.
-    """
+def _changed_options(saved: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Return the values of all options that differ, in the saved recipe and in the given one, by dotted name."""
     before = _flat(read_saved_recipe(saved, mend="restore it, or choose another folder with --output"))
     now = _flat(parse_yaml(recipe.dump()))
-    both = {name: (before.get(name, "unset"), now.get(name, "unset")) for name in sorted(before.keys() | now.keys())}
-    return {name: (was, is_now) for name, (was, is_now) in both.items() if was != is_now}
+    both = {name: (before.get(name, "unset"), now.get(name, "unset")) for name in sorted(before | now)}
+    return {name: values for name, values in both.items() if values[0] != values[1]}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every option by its dotted name; of several teachers, those of the second begin with teacher.2."""
+    """Return every option by its dotted name; those of the second of several teachers begin with teacher.2."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -90,31 +85,33 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that is whole; one cut off in the writing is passed over with a warning."""
+    """Return the newest complete checkpoint; a warning names each newer one that is incomplete."""
     needed = (TRAINER_STATE_NAME, "optimizer.pt", "scheduler.pt", LOSS_STATE)
-    steps = {int(path.name.split("-")[1]): path for path in folder.iterdir() if CHECKPOINT.fullmatch(path.name)}
+    steps = {
+        int(path.name.split("-")[1]): path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)
+    }
     for step in sorted(steps, reverse=True):
         fault = checkpoint_fault(steps[step], needed)
         if fault is None:
             return str(steps[step])
-        logger.warning("%s is not whole and is passed over: its %s", steps[step], fault)
+        logger.warning("skipping incomplete checkpoint %s: its %s", steps[step], fault)
     if steps:
-        logger.warning("no checkpoint in %s is whole: training starts from the beginning", folder)
+        logger.warning("%s has no complete checkpoint, so training starts from the beginning", folder)
     return None
 
 
 def is_finished(folder: Path, recipe: Recipe) -> bool:
-    """Whether the run in a folder came to its end, and is to be no longer now."""
+    """Return whether the run in a folder is finished and the recipe does not change its length."""
     if not (folder / RUN_FILE).is_file():
         return False
     if not ends_well(folder / TRAINER_STATE_NAME):
-        logger.warning("%s is damaged, and the run counts as unfinished", folder / TRAINER_STATE_NAME)
+        logger.warning("%s is damaged, so the run is treated as unfinished", folder / TRAINER_STATE_NAME)
         return False
-    return not any(LENGTH.match(name) for name in changed_options(folder / RECIPE_FILE, recipe))
+    return not any(map(_LENGTH.match, _changed_options(folder / RECIPE_FILE, recipe)))
 
 
 def has_steps_left(checkpoint: str | None, recipe: Recipe) -> bool:
-    """Whether a run goes on beyond a checkpoint, where `max_steps` says so.
+    """Return whether training continues after a checkpoint, as far as `max_steps` determines it.
 
     Raises:
         UserError: the checkpoint is beyond `max_steps`.
@@ -122,21 +119,21 @@ def has_steps_left(checkpoint: str | None, recipe: Recipe) -> bool:
     limit = recipe.training.get("max_steps", -1)
     if checkpoint is None or limit <= 0:
         return True
-    done = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
+    done: int = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
     if done > limit:
         raise UserError(
             f"{checkpoint} is of step {done}, beyond training.max_steps {limit}: raise it, or choose another folder with "
             "--output"
         )
-    return bool(done < limit)
+    return done < limit
 
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run's folder, made if it isn't there.
+    """Create the folder of a run and lock it against other processes inside a `with` block.
 
     Raises:
-        UserError: another process trains into it.
+        UserError: another process trains in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK_FILE, timeout=0)
@@ -149,7 +146,29 @@ def alone_in(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (folder / LOCK_FILE).unlink(
-            missing_ok=True
-        )  # while it is held: who opened it meanwhile sees that it has no name
+        # deleted before the release: a process that has opened the file in the meantime detects that it was deleted
+        (folder / LOCK_FILE).unlink(missing_ok=True)
         lock.release()
+
+
+def write_card(recipe: Recipe, folder: Path) -> None:
+    """Write README.md: from what and how the student was made, and how to load it."""
+    teachers = "`, `".join(teacher.model for teacher in recipe.teachers) or "none"
+    header = {"library_name": "transformers", "tags": ["dwakd", "knowledge-distillation", recipe.method]}
+    if recipe.student.peft:
+        header |= {"library_name": "peft", "base_model": recipe.student.model}
+    loader = "AutoPeftModelForCausalLM" if recipe.student.peft else "AutoModelForCausalLM"
+    text = f"""---
+{yaml.safe_dump(header, sort_keys=False)}---
+# {folder.name}
+
+Student `{recipe.student.model}`, teacher `{teachers}`, method `{recipe.method}`, data `{recipe.data.train}`, prompts by
+the template `{recipe.data.template!r}`. This folder also contains the whole recipe and the versions of all packages.
+
+```python
+from {header["library_name"]} import {loader}
+
+model = {loader}.from_pretrained("{folder.name}")
+```
+"""
+    (folder / "README.md").write_text(text, encoding="utf-8")
