@@ -297,15 +297,6 @@ def test_a_damaged_recipe_of_a_run_is_named(content, reason, workspace, tmp_path
     assert "give --template" in one_sentence(err)
 
 
-def test_a_recipe_that_was_never_finished_is_no_run(workspace, tmp_path):
-    """The recipe is written under another name first; a run killed in between must start again."""
-    from dwakd.config import load_recipe
-    from dwakd.training.run_folder import check_output
-
-    (tmp_path / ".dwakd-recipe.yaml.tmp-1").write_text("student:")
-    assert check_output(tmp_path, resume=False, recipe=load_recipe(workspace / "recipe.yaml")) is None
-
-
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that nobody can write")
 def test_folders_that_cannot_be_written_are_refused(workspace, monkeypatch, capsys):
     """Before models are loaded; `similarity` looked for the place of its file after all the work."""

@@ -10,9 +10,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from dwakd import METHODS, DistillConfig, DistillTrainer, UserError
-from dwakd.training.checkpoint import LOSS_STATE, checkpoint_fault
+from dwakd.training.checkpoint import checkpoint_fault
 from dwakd.training.inputs import checked_args
-from dwakd.training.run_folder import last_checkpoint
 from tests.builders import FAMILIES, byte_bpe, tiny_model
 from tests.training.builders import ROWS, assert_same, trainer, weights
 
@@ -79,33 +78,6 @@ def test_resumed_run_ends_with_the_same_student(tmp_path, lora, order):
     assert resumed.state.global_step == 6
     assert resumed.model.loss.gamma == whole.model.loss.gamma == pytest.approx(2.0 - 1.5 * 5 / 6)
     assert_same(weights(resumed), weights(whole))
-
-
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, lora, caplog):
-    """A full disk or a machine that goes down cuts a file short, and the checkpoint before it is as good as ever."""
-    run = trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, lora=lora)
-    run.train()
-    (tmp_path / "checkpoint-foo").mkdir()
-    newest = tmp_path / "checkpoint-2"
-    assert last_checkpoint(tmp_path) == str(newest)
-    weights_file = "adapter_model.safetensors" if lora else "model.safetensors"
-    torch_files = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
-    for name in (weights_file, LOSS_STATE, *torch_files, "trainer_state.json"):
-        whole = (newest / name).read_bytes()
-        (newest / name).write_bytes(whole[:-10])
-        assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
-        assert f"its {name} is damaged" in caplog.text
-        (newest / name).unlink()
-        if name != "rng_state.pth":
-            assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
-        (newest / name).write_bytes(whole)
-    assert last_checkpoint(tmp_path) == str(newest)
-    assert "from the beginning" not in caplog.text
-    for step in (1, 2):
-        (tmp_path / f"checkpoint-{step}" / weights_file).unlink()
-    assert last_checkpoint(tmp_path) is None
-    assert "from the beginning" in caplog.text
 
 
 def test_a_shard_of_the_weights_that_is_missing_shows(tmp_path):

@@ -42,22 +42,15 @@ def load_tokenizer(spec: str, *, trust_remote_code: bool = False, revision: str 
     if Path(location).is_dir() and not any((Path(location) / name).exists() for name in _TOKENIZER_FILES):
         adapter = adapter_config(location, revision)
         if adapter is None:
-            raise UserError(
-                f"{spec} contains no tokenizer (no tokenizer.json); give the folder or hub id of the tokenizer"
-            )
+            raise UserError(f"{spec} contains no tokenizer.json; give the folder or hub id of the tokenizer")
         return load_tokenizer(adapter_base(adapter, spec), trust_remote_code=trust_remote_code)
     options = {"revision": revision, "local_files_only": only_cached(location, revision)}
     with _loading("tokenizer", spec):
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
     if not getattr(tokenizer, "is_fast", False):
-        raise UserError(
-            f"the tokenizer of {spec} has no fast version, which is required for text offsets; use a tokenizer with a "
-            "tokenizer.json"
-        )
+        raise UserError(f"the tokenizer of {spec} is slow and has no text offsets; use one with a tokenizer.json")
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"the tokenizer of {spec} has no end-of-sequence token; set eos_token in its tokenizer_config.json"
-        )
+        raise UserError(f"the tokenizer of {spec} has no end-of-sequence token; set eos_token in tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -94,9 +87,7 @@ def load_causal_lm(
     if adapter is not None:
         folder = resolve_spec(adapter)
         if adapter_config(folder) is None:
-            raise UserError(
-                f"{adapter} is not a PEFT adapter (no adapter_config.json); give the folder or hub id of an adapter"
-            )
+            raise UserError(f"{adapter} has no adapter_config.json; give the folder or hub id of a PEFT adapter")
         model = _merged(model, folder, adapter, None)
     return model.eval()
 
@@ -109,8 +100,7 @@ def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(
-            f"the tokenizer of {name} has {len(tokenizer)} tokens but its model has only {rows} embeddings; use the "
-            "tokenizer that belongs to the model"
+            f"the tokenizer of {name} has {len(tokenizer)} tokens, but the model has {rows} embeddings; use its own tokenizer"
         )
 
 
@@ -135,8 +125,7 @@ def adapter_config(spec: str, revision: str | None = None) -> dict[str, Any] | N
     """Read the adapter_config.json of a PEFT adapter. Return None if the spec is a model and not an adapter.
 
     Raises:
-        UserError: the file cannot be read, or the folder contains adapters in subfolders only, where PEFT saves those
-            whose name is not `default`.
+        UserError: the file cannot be read, or there are adapters in subfolders only, as PEFT saves those with a name.
     """
     location = resolve_spec(spec)
     local = only_cached(location, revision)
@@ -146,9 +135,7 @@ def adapter_config(spec: str, revision: str | None = None) -> dict[str, Any] | N
             return dict(json.loads(Path(found).read_text(encoding="utf-8")))
     nested = sorted(path.parent.name for path in Path(location).glob("*/adapter_config.json"))
     if nested and not (Path(location) / "config.json").exists():
-        raise UserError(
-            f"{spec} contains adapters only in subfolders; give one of these subfolders: {', '.join(nested)}"
-        )
+        raise UserError(f"{spec} contains adapters in subfolders only; give one of these: {', '.join(nested)}")
     return None
 
 
@@ -212,10 +199,7 @@ def _loading(what: str, spec: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        problem = f"could not load the {what} of {spec}"
+        source, fix = " from the Hugging Face Hub", "; check the name and the network, or give an existing folder"
         if Path(spec).expanduser().exists() or spec.startswith(("gguf:", "package:")):
-            raise UserError(f"{problem}: {reason_of(error)}") from error
-        raise UserError(
-            f"{problem} from the Hugging Face Hub ({reason_of(error)}); check the name and the network, or give an "
-            "existing folder"
-        ) from error
+            source = fix = ""
+        raise UserError(f"could not load the {what} of {spec}{source} ({reason_of(error)}){fix}") from error

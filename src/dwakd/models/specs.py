@@ -55,9 +55,7 @@ def resolve_spec(spec: str) -> str:
     parts = spec.split("/")
     looks_local = spec.startswith((".", "~")) or "\\" in spec or len(parts) > 2 or "" in parts
     if looks_local or (len(parts) == 2 and Path(parts[0]).is_dir()):
-        raise UserError(
-            f"{spec} does not exist; give a folder, a hub id such as owner/name, gguf:PATH or package:NAME/FILE"
-        )
+        raise UserError(f"{spec} does not exist; give a folder, a hub id, gguf:PATH or package:NAME/FILE")
     return spec
 
 
@@ -101,9 +99,7 @@ def convert_gguf(path: Path) -> Path:
         raise UserError(f"{path} does not exist or is not a file; gguf: requires the path of a GGUF file")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise UserError(
-                f"{path} is not a GGUF file, which begins with the bytes GGUF; give the path of a GGUF file"
-            )
+            raise UserError(f"{path} is not a GGUF file, which would begin with GGUF; give the path of a GGUF file")
         file.seek(0)
         digest = hashlib.file_digest(file, lambda: hashlib.sha256(_CONVERSION)).hexdigest()
     folder = cache_folder() / "models" / f"{path.stem}-{digest[:16]}"
@@ -131,14 +127,10 @@ def _convert(path: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         model, loading = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # a damaged file can fail anywhere in the reader
-        raise UserError(
-            f"{path} cannot be converted ({reason_of(error)}); use a GGUF file of an architecture that transformers "
-            "supports"
-        ) from error
+        fix = "use a GGUF file of an architecture that transformers supports"
+        raise UserError(f"{path} cannot be converted ({reason_of(error)}); {fix}") from error
     if missing := sorted(loading["missing_keys"]):
-        raise UserError(
-            f"{path} lacks {len(missing)} weights of its architecture (first: {missing[0]}); use a complete GGUF file"
-        )
+        raise UserError(f"{path} lacks {len(missing)} weights (first: {missing[0]}); use a complete GGUF file")
     save_causal_lm(_unquantised(model), folder)
     tokenizer.save_pretrained(folder)
 
@@ -171,8 +163,7 @@ def only_cached(location: str, revision: str | None) -> bool:
         if revision is None:
             return False
         raise UserError(
-            f"{location} is a folder, and folders have no revisions (got revision {revision}); remove the revision, or "
-            "give the hub id of the model"
+            f"{location} is a folder, which has no revision {revision}; remove the revision or give a hub id"
         )
     try:
         HfApi().model_info(location, revision=revision, timeout=_HUB_SECONDS)

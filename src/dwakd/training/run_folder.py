@@ -45,9 +45,7 @@ def check_output(folder: Path, *, resume: bool, recipe: Recipe) -> str | None:
     if not saved.is_file():
         raise UserError(f"output folder {folder} is not empty and holds no run of dwakd; choose another with --output")
     if not resume:
-        raise UserError(
-            f"output folder {folder} already holds a run; choose another with --output, or continue it with --resume"
-        )
+        raise UserError(f"output folder {folder} already holds a run; choose another with --output, or set --resume")
     check_same_recipe(saved, recipe, changeable=_CHANGEABLE)
     return last_checkpoint(folder)
 
@@ -80,22 +78,20 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             value = value[0] if len(value) == 1 else {str(k): item for k, item in enumerate(value, start=1)}
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 
 
 def last_checkpoint(folder: Path) -> str | None:
     """Return the newest complete checkpoint; a warning names each newer one that is incomplete."""
     needed = (TRAINER_STATE_NAME, "optimizer.pt", "scheduler.pt", LOSS_STATE)
-    steps = {
-        int(path.name.split("-")[1]): path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)
-    }
-    for step in sorted(steps, reverse=True):
-        fault = checkpoint_fault(steps[step], needed)
+    found = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
+    for path in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        fault = checkpoint_fault(path, needed)
         if fault is None:
-            return str(steps[step])
-        logger.warning("skipping incomplete checkpoint %s: its %s", steps[step], fault)
-    if steps:
+            return str(path)
+        logger.warning("skipping incomplete checkpoint %s: its %s", path, fault)
+    if found:
         logger.warning("%s has no complete checkpoint, so training starts from the beginning", folder)
     return None
 
@@ -121,10 +117,7 @@ def has_steps_left(checkpoint: str | None, recipe: Recipe) -> bool:
         return True
     done: int = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
     if done > limit:
-        raise UserError(
-            f"{checkpoint} is of step {done}, beyond training.max_steps {limit}: raise it, or choose another folder with "
-            "--output"
-        )
+        raise UserError(f"{checkpoint} is of step {done}, beyond training.max_steps {limit}: raise it or set --output")
     return done < limit
 
 
@@ -140,9 +133,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(
-            f"another process is training into {folder}: wait for it, or choose another with --output"
-        ) from None
+        raise UserError(f"another process is training into {folder}: wait for it, or set --output") from None
     try:
         yield
     finally:

@@ -1,0 +1,116 @@
+"""What `dwakd eval` writes and shows."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dwakd.data.encoding import TextEncoder
+from dwakd.data.sources import Example
+from dwakd.errors import UserError
+from dwakd.evaluation.evaluate import Evaluation, evaluate_model
+from dwakd.evaluation.options import EvalOptions
+from dwakd.evaluation.report import evaluation_table, write_evaluation
+from tests.builders import byte_bpe, tiny_model
+
+EXAMPLES = [
+    Example(4, "Name three colours.", response="Red, green and blue.", references=("Red, green and blue.", "e")),
+    Example(5, "Привет!", response="a 1"),
+]
+
+
+def evaluated(examples: list[Example], seeds: int) -> Evaluation:
+    """The evaluation of a random model with short answers."""
+    options = EvalOptions(max_new_tokens=12, seeds=seeds)
+    return evaluate_model(tiny_model("llama", 400), TextEncoder(byte_bpe(), "plain"), examples, options, progress=False)
+
+
+@pytest.fixture(scope="module")
+def evaluation() -> Evaluation:
+    return evaluated(EXAMPLES, seeds=2)
+
+
+def test_files_carry_signature_and_answers(evaluation: Evaluation, tmp_path: Path) -> None:
+    """A number without the way it was got cannot be compared with anyone else's."""
+    json_path, answers_path = tmp_path / "new" / "eval.json", tmp_path / "new" / "answers.jsonl"
+    write_evaluation(evaluation, json_path, answers_path)
+    written = json.loads(json_path.read_text(encoding="utf-8"))
+    assert written["rouge_l"]["n"] == 2
+    assert written["num_examples"] == 2
+    signature = written["signature"]
+    assert signature["seeds"] == [10, 20]
+    assert (signature["temperature"], signature["top_p"], signature["max_new_tokens"]) == (1.0, 1.0, 12)
+    assert (signature["stemmer"], signature["references"], signature["template"]) == (True, "best", "plain")
+    assert set(signature["versions"]) == {"dwakd", "rouge-score", "torch", "transformers"}
+    lines = [json.loads(line) for line in answers_path.read_text(encoding="utf-8").splitlines()]
+    assert [(line["row"], line["seed"]) for line in lines] == [
+        (4, 10),
+        (5, 10),
+        (4, 20),
+        (5, 20),
+        (4, None),
+        (5, None),
+    ]
+    assert lines[1]["prompt"] == "Привет!\n"
+    assert lines[0]["references"] == ["Red, green and blue.", "e"]
+    assert lines[0]["rouge_l"] == evaluation.answers[0].rouge_l
+    assert sorted(path.name for path in json_path.parent.iterdir()) == ["answers.jsonl", "eval.json"]
+
+
+def shown(rows: dict[str, Evaluation], width: int = 80) -> str:
+    console = Console(width=width, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(evaluation_table(rows))
+    return capture.get()
+
+
+def test_table_shows_spread_mean_and_signature(evaluation: Evaluation) -> None:
+    """A table is what gets copied into a report: it must say how its numbers were got."""
+    assert evaluation.rouge_l is not None
+    assert evaluation.bits_per_byte is not None
+    other = replace(evaluation, rouge_l=replace(evaluation.rouge_l, mean=evaluation.rouge_l.mean + 10))
+    text = shown({"dolly": evaluation, "p3": other}, 500)
+    assert f"{evaluation.rouge_l.mean:.2f} ± {evaluation.rouge_l.std:.2f}" in text
+    assert text.count("seeds 10/20") == 1
+    (mean,) = (line.split() for line in text.splitlines() if "mean of 2 sets" in line)
+    assert mean[4] == f"{evaluation.rouge_l.mean + 5:.2f}", "unweighted mean over the sets"
+    assert mean[-1] == f"{evaluation.bits_per_byte.value:.3f}"
+
+
+def test_table_fits_80_columns(evaluation: Evaluation) -> None:
+    """Numbers that wrap inside their cells cannot be read."""
+    assert evaluation.rouge_l is not None
+    wide = replace(evaluation.rouge_l, mean=98.76, std=2.34, interval=(97.6, 99.9))
+    wide = replace(evaluation, rouge_l=wide, exact_match=wide, greedy_exact_match=wide)
+    lines = shown({"self_instruct-test": wide, "vicuna-questions": wide}).splitlines()
+    assert any("self_instruct-test" in line and "98.76 ± 2.34" in line and "97.6–99.9" in line for line in lines)
+    assert any("vicuna-questions" in line and "98.76 ± 2.34" in line for line in lines)
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_set_without_references_is_answered_without_scores(tmp_path: Path) -> None:
+    """The questions of Vicuna are for a judge: their answers are what is wanted, and a score of 0 would be false."""
+    rows = [Example(0, "How?"), Example(1, "Why?")]
+    evaluation = evaluated(rows, seeds=1)
+    write_evaluation(evaluation, tmp_path / "x.json", tmp_path / "x.answers.jsonl")
+    written = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
+    assert (written["rouge_l"], written["greedy_exact_match"], written["bits_per_byte"]) == (None, None, None)
+    assert written["signature"]["references"] == "none"
+    answers = [json.loads(line) for line in (tmp_path / "x.answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(line["row"], line["rouge_l"]) for line in answers] == [(0, None), (1, None), (0, None), (1, None)]
+    text = shown({"vicuna": evaluation})
+    assert next(line for line in text.splitlines() if line.strip().startswith("vicuna")).split()[1:] == ["-"] * 6
+    assert "no references: answers without scores" in text
+    assert "mean of" not in text
+
+
+def test_scores_that_are_not_finite_are_not_written(evaluation: Evaluation, tmp_path: Path) -> None:
+    """NaN is no JSON, and a model whose weights are NaN has no score."""
+    assert evaluation.rouge_l is not None
+    broken = replace(evaluation, rouge_l=replace(evaluation.rouge_l, mean=float("nan")))
+    with pytest.raises(UserError, match=r"x\.json .*NaN"):
+        write_evaluation(broken, tmp_path / "x.json", tmp_path / "x.answers.jsonl")
+    assert list(tmp_path.iterdir()) == []

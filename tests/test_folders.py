@@ -1,0 +1,31 @@
+"""Output folders are checked before hours of work."""
+
+from pathlib import Path
+
+import pytest
+
+from dwakd.errors import UserError
+from dwakd.folders import CACHE_VARIABLE, cache_folder, check_output_folder
+
+
+def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
+    """Home folders of clusters are small."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.setenv(CACHE_VARIABLE, "~/x")
+    assert cache_folder() == Path.home() / "x"
+    monkeypatch.delenv(CACHE_VARIABLE)
+    assert cache_folder() == Path.home() / ".cache" / "dwakd"
+
+
+def test_folders_that_cannot_hold_results_are_refused(tmp_path):
+    """The mistake would show only when the results are written."""
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(UserError, match=rf"{tmp_path}/file is a file.*--output"):
+            check_output_folder(folder)
+    check_output_folder(tmp_path / "new" / "folder", empty=True)
+    assert not (tmp_path / "new").exists(), "a check creates nothing"
+    check_output_folder(tmp_path)
+    with pytest.raises(UserError, match="not empty"):
+        check_output_folder(tmp_path, empty=True)

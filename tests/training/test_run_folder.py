@@ -1,0 +1,125 @@
+"""The folder of a run: it is never mixed with another run, and resumed from the newest complete checkpoint."""
+
+import json
+import re
+
+import pytest
+
+from dwakd.config import recipe_from_dict
+from dwakd.errors import UserError
+from dwakd.training.checkpoint import LOSS_STATE
+from dwakd.training.run_folder import (
+    RUN_FILE,
+    alone_in,
+    check_output,
+    check_same_recipe,
+    has_steps_left,
+    is_finished,
+    last_checkpoint,
+    write_card,
+)
+from tests.training.builders import trainer
+
+
+def recipe_of(**sections):
+    """A recipe for a tiny run."""
+    return recipe_from_dict({"student": {"model": "x"}, "data": {"train": "rows.jsonl"}, **sections})
+
+
+def save_run(folder, recipe, step=3):
+    """A finished run of a recipe, with the state of its trainer."""
+    folder.mkdir()
+    (folder / "dwakd-recipe.yaml").write_text(recipe.dump())
+    (folder / RUN_FILE).write_text("{}")
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+
+
+def test_a_recipe_that_was_never_finished_is_no_run(tmp_path):
+    """The recipe is written under another name first; a run killed in between must start again."""
+    (tmp_path / ".dwakd-recipe.yaml.tmp-1").write_text("student:")
+    assert check_output(tmp_path, resume=False, recipe=recipe_of()) is None
+
+
+def test_a_folder_with_anything_else_is_refused(tmp_path):
+    """A run would overwrite files that it did not make."""
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match=rf"{tmp_path} is not empty"):
+        check_output(tmp_path, resume=False, recipe=recipe_of())
+    save_run(tmp_path / "run", recipe_of())
+    with pytest.raises(UserError, match="--resume"):
+        check_output(tmp_path / "run", resume=False, recipe=recipe_of())
+    assert check_output(tmp_path / "run", resume=True, recipe=recipe_of()) is None
+
+
+def test_the_option_that_differs_is_named(tmp_path):
+    """Two runs in one folder would share checkpoints; with several teachers, the second is teacher.2."""
+    teachers = [{"model": "a"}, {"model": "b"}]
+    save_run(tmp_path / "run", recipe_of(teacher=teachers))
+    saved, never = tmp_path / "run" / "dwakd-recipe.yaml", re.compile("$^")
+    check_same_recipe(saved, recipe_of(teacher=teachers), changeable=never)
+    other = recipe_of(teacher=[teachers[0], {"model": "c"}])
+    with pytest.raises(UserError, match=r"teacher\.2\.model is b there and c here"):
+        check_same_recipe(saved, other, changeable=never)
+    check_same_recipe(saved, other, changeable=re.compile(r"teacher\."))
+    longer = recipe_of(teacher=teachers, training={"max_steps": 9}, evaluation={"seeds": 1})
+    assert check_output(tmp_path / "run", resume=True, recipe=longer) is None
+
+
+def test_a_finished_run_continues_only_if_it_becomes_longer(tmp_path):
+    """A second start of a finished run must not train again, and one with more steps must."""
+    save_run(tmp_path / "run", recipe_of())
+    assert is_finished(tmp_path / "run", recipe_of())
+    assert not is_finished(tmp_path / "run", recipe_of(training={"max_steps": 9}))
+    checkpoint = str(tmp_path / "run")
+    assert has_steps_left(checkpoint, recipe_of())
+    assert has_steps_left(checkpoint, recipe_of(training={"max_steps": 4}))
+    assert not has_steps_left(checkpoint, recipe_of(training={"max_steps": 3}))
+    with pytest.raises(UserError, match=r"step 3.*max_steps 2"):
+        has_steps_left(checkpoint, recipe_of(training={"max_steps": 2}))
+    (tmp_path / "run" / "trainer_state.json").write_text("{")
+    assert not is_finished(tmp_path / "run", recipe_of())
+
+
+def test_one_process_trains_in_a_folder(tmp_path):
+    """Two runs would overwrite each other's checkpoints."""
+    folder = tmp_path / "run"
+    with alone_in(folder), pytest.raises(UserError, match=str(folder)), alone_in(folder):
+        pass
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("peft", [None, {"r": 4}])
+def test_the_card_says_how_to_load_the_student(peft, tmp_path):
+    """An adapter that is loaded as a model fails."""
+    write_card(recipe_of(student={"model": "base", "peft": peft}, teacher={"model": "big"}), tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert ("AutoPeftModelForCausalLM.from_pretrained" in card) == (peft is not None)
+    assert ("base_model: base" in card) == (peft is not None)
+    assert "teacher `big`" in card
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, lora, caplog):
+    """A full disk or a machine that goes down cuts a file short, and the checkpoint before it is as good as ever."""
+    run = trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, lora=lora)
+    run.train()
+    (tmp_path / "checkpoint-foo").mkdir()
+    newest = tmp_path / "checkpoint-2"
+    assert last_checkpoint(tmp_path) == str(newest)
+    weights_file = "adapter_model.safetensors" if lora else "model.safetensors"
+    torch_files = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+    for name in (weights_file, LOSS_STATE, *torch_files, "trainer_state.json"):
+        whole = (newest / name).read_bytes()
+        (newest / name).write_bytes(whole[:-10])
+        assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+        assert f"its {name} is damaged" in caplog.text
+        (newest / name).unlink()
+        if name != "rng_state.pth":
+            assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+        (newest / name).write_bytes(whole)
+    assert last_checkpoint(tmp_path) == str(newest)
+    assert "from the beginning" not in caplog.text
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}" / weights_file).unlink()
+    assert last_checkpoint(tmp_path) is None
+    assert "from the beginning" in caplog.text
