@@ -26,22 +26,17 @@ _INPUTS = ("input_ids", "attention_mask", "target_ids", "response_mask", "byte_e
 
 @dataclass(frozen=True)
 class BitsPerByte:
-    """Likelihood of the responses given their prompts.
-
-    Args:
-        value: bits / bytes over the whole set, so that a long response has more weight than a short one.
-        bits: minus log2 of the probability of all response tokens, including the end-of-sequence tokens.
-        bytes: UTF-8 bytes of the responses; an end-of-sequence token has none.
-        num_examples: scored responses.
-        num_truncated: scored responses that were cut to fit `max_length`. Two tokenizers cut at different places, so
-            their values are strictly comparable only where both numbers are 0.
-    """
+    """Likelihood of the responses given their prompts, over a whole set: long responses have more weight."""
 
     value: float
+    """bits / bytes"""
     bits: float
+    """Minus log2 of the probability of all response tokens, including the end-of-sequence tokens."""
     bytes: int
+    """UTF-8 bytes of the responses; an end-of-sequence token has none."""
     num_examples: int
     num_truncated: int
+    """Responses that were cut. Two tokenizers cut at different places: compare their values only if both are 0."""
 
 
 def bits_per_byte(
@@ -60,12 +55,8 @@ def bits_per_byte(
     `num_examples`; a warning reports the latter.
 
     Args:
-        model: the model, with or without an adapter.
-        encoder: the tokenizer of the model with its template.
-        examples: the rows.
         batch_size: examples in one forward pass; changes the speed, not the value.
         max_length: most tokens of prompt and response together; the model's positions if those are fewer.
-        progress: show a progress bar on standard error.
 
     Raises:
         UserError: no row has a response that fits.
@@ -75,9 +66,8 @@ def bits_per_byte(
     if not scored:
         raise UserError(f"bits per byte needs a row with a response and a prompt below {max_length} tokens")
     if left_out := sum(bool(example.response.strip()) for example in examples) - len(scored):
-        logger.warning(
-            "bits per byte leaves out %d of %d rows: their prompts fill %d tokens", left_out, len(examples), max_length
-        )
+        reason = f"their prompts fill {max_length} tokens"
+        logger.warning("bits per byte leaves out %d of %d rows: %s", left_out, len(examples), reason)
     pairs = encode_pairs(
         scored,
         encoder,
@@ -114,7 +104,7 @@ def _bits(side: ModelSide) -> float:
     """Sum the bits of all target tokens in float64."""
     rows = max(1, LOGITS_AT_ONCE // side.head.vocab_size)
     nats = 0.0
-    for hidden, targets in zip(side.hidden.split(rows), side.target_ids.split(rows), strict=True):
+    for hidden, targets in zip(torch.split(side.hidden, rows), torch.split(side.target_ids, rows), strict=True):
         losses = torch.nn.functional.cross_entropy(side.head.logits(hidden), targets, reduction="none")
         nats += losses.cpu().double().sum().item()
     return nats / math.log(2)

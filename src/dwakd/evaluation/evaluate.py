@@ -77,11 +77,11 @@ def evaluate_model(
 
     Args:
         model: the model, with or without an adapter.
-        encoder: turns rows into prompts and answers into text.
+        encoder: its tokenizer and template.
         examples: rows with a response, references or both. Answers are compared with the references, or with the
             response if there are none. Bits per byte are those of the response. If no row has any of these, the
             answers are reported without scores.
-        options: seeds, decoding and lengths; the protocol by default.
+        options: by default, those of the protocol.
         signature: result of `evaluation_signature`, if the caller has computed it already.
         progress: show progress bars on standard error.
 
@@ -95,12 +95,8 @@ def evaluate_model(
     scored = any(map(metrics.has_reference, examples))
     references = [metrics.references_of(example) if scored else () for example in examples]
     if scored and (count := sum(not metrics.is_scorable(texts) for texts in references)):
-        logger.warning(
-            "ROUGE-L is 0 for %d of %d rows whatever the answer, because their references contain no letter a-z and no "
-            "digit, and rouge_score ignores all other characters",
-            count,
-            len(references),
-        )
+        reason = "rouge_score reads only letters a-z and digits, which their references do not contain"
+        logger.warning("ROUGE-L is 0 for %d of %d rows whatever the answer: %s", count, len(references), reason)
     answers: list[Answer] = []
     passes = options.passes()
     for one, texts in zip(passes, answer_passes(model, encoder, examples, passes, progress=progress), strict=True):

@@ -106,10 +106,10 @@ def answerable_prompts(
         if not prompt:
             raise UserError(f"{row}: the prompt has no tokens: give it an instruction or use another template")
         if positions is not None and len(prompt) >= positions:
-            raise UserError(
-                f"{row}: its prompt of {len(prompt)} tokens leaves no room for an answer in the model's {positions} "
-                "positions: shorten or remove it"
+            size = (
+                f"its prompt of {len(prompt)} tokens leaves no room for an answer in the model's {positions} positions"
             )
+            raise UserError(f"{row}: {size}: shorten or remove it")
     return prompts
 
 

@@ -75,19 +75,14 @@ def is_scorable(references: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class Summary:
-    """Summary of a metric over a test set, in the unit of the metric.
-
-    Args:
-        mean: mean over the seeds of the mean over the examples.
-        std: sample standard deviation of the seeds' means; None for a single pass.
-        n: number of examples.
-        interval: 95 % bootstrap interval of the mean over the examples, whose scores are their means over the seeds.
-    """
+    """Summary of a metric over `n` examples, in the unit of the metric."""
 
     mean: float
     std: float | None
+    """Sample standard deviation of the seeds' means; None for a single pass."""
     n: int
     interval: tuple[float, float]
+    """95 % bootstrap interval of the mean over the examples, whose scores are their means over the seeds."""
 
 
 def summarise(scores: Sequence[Sequence[float]]) -> Summary:

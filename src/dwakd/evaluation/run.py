@@ -78,8 +78,8 @@ def read_test_sets(data: Sequence[str], rows: RowOptions) -> list[EvaluationSet]
         lacking = [example.index for example in examples if not has_reference(example)]
         if 0 < len(lacking) < len(examples):
             raise UserError(
-                f"{source}: {len(lacking)} of {len(examples)} rows have no response and no references, the first is "
-                f"row {lacking[0]} (counting from 0): add references to these rows or remove them"
+                f"{source}: {len(lacking)} of {len(examples)} rows have no response and no references, for example row "
+                f"{lacking[0]} (counting from 0): add references to these rows or remove them"
             )
         sets.append(EvaluationSet(_free_name(source, [other.name for other in sets]), source, examples))
     return sets
@@ -98,11 +98,7 @@ def _free_name(source: str, taken: Sequence[str]) -> str:
 
 
 def check_room(plan: EvaluationPlan, model: Any, encoder: TextEncoder) -> None:
-    """Check that the model has room to answer every prompt of the test sets; called before the training.
-
-    Raises:
-        UserError: a prompt is empty or too long; the message names the set and the row.
-    """
+    """Raise a UserError that names set and row if a prompt is empty or leaves the model no room for an answer."""
     for item in plan.sets:
         answerable_prompts(model, encoder, item.examples, item.source)
 
@@ -123,8 +119,8 @@ def evaluate_sets(
     folder, if there is one.
 
     Args:
-        model: folder, hub id or GGUF file of the model.
-        data: files or hub ids of the test sets.
+        model: folder, hub id or GGUF file.
+        data: files or hub ids.
         adapter: a PEFT adapter to merge into the model.
         output: folder of the results; eval/ in the model's folder by default.
         overwrite: replace results of the same name with another signature, which are otherwise an error.

@@ -93,10 +93,7 @@ def load_causal_lm(
 
 
 def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
-    """Raise a UserError if the tokenizer has more tokens than the model has embeddings.
-
-    An embedding table that is larger than the tokenizer, as Qwen's, is accepted.
-    """
+    """Raise a UserError if the tokenizer has more tokens than the model has embeddings; fewer, as Qwen's, are accepted."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(
@@ -107,8 +104,7 @@ def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
 def align_special_tokens(model: Any, tokenizer: Any) -> None:
     """Copy the tokenizer's special tokens into the model's config and generation config.
 
-    Generation would not stop at an end-of-sequence token that these lack. The end-of-sequence token is added to those of
-    the generation config. Beginning-of-sequence and pad token are replaced.
+    The end-of-sequence token is added to those of the generation config, so that generation stops at it.
     """
     for settings in (model.config.get_text_config(), model.generation_config):
         for name in ("eos_token_id", "bos_token_id", "pad_token_id"):

@@ -150,14 +150,12 @@ def _unquantised(model: Any) -> Any:
 
 @functools.cache
 def only_cached(location: str, revision: str | None) -> bool:
-    """Return whether a model must be read from the local cache of the hub, because the hub cannot be reached.
+    """Return whether a hub id must be read from the local cache of the hub, because the hub cannot be reached.
 
     One request without retries is sent for each hub id and revision. Transformers would wait a minute for every file.
-    For a folder, no request is sent and the result is False.
 
     Raises:
-        UserError: the model or revision does not exist on the hub, the model is gated, or a folder is given with a
-            revision.
+        UserError: the model or revision does not exist on the hub, the model is gated, or a folder has a revision.
     """
     if Path(location).is_dir():
         if revision is None:
