@@ -24,7 +24,7 @@ def test_the_version_is_that_of_the_installed_package(monkeypatch, capsys):
 
 
 def test_env_lists_every_version_and_the_hardware(monkeypatch, capsys):
-    """One list item a line, never wrapped, so that the text can be pasted into an issue as it is."""
+    """The text has one list item per line, so that it can be pasted into an issue."""
     lines = dict(line.removeprefix("- ").split(": ", 1) for line in run(monkeypatch, capsys, "env").splitlines())
     assert list(lines) == [*PACKAGES, "Python", "platform", "CPU", "GPU"]
     assert lines["torch"] == metadata.version("torch")
@@ -32,7 +32,7 @@ def test_env_lists_every_version_and_the_hardware(monkeypatch, capsys):
 
 
 def test_a_missing_package_and_a_broken_torch_are_part_of_the_report(monkeypatch):
-    """A report about a broken installation is needed most, so it must not fail itself."""
+    """The report must not fail in a broken installation, for which it is needed most."""
     assert version_of("dwakd-is-never-called-this") == "not installed"
     monkeypatch.setitem(sys.modules, "torch", None)
     assert "torch could not be imported" in describe_environment()

@@ -1,4 +1,4 @@
-"""Errors of other libraries within a sentence."""
+"""Errors of other libraries are quoted within a sentence."""
 
 import pytest
 
@@ -10,5 +10,5 @@ from dwakd.errors import reason_of
     [(ValueError("bad value.\nand more"), "bad value"), (KeyError(), "KeyError"), (OSError("  \n"), "OSError")],
 )
 def test_the_reason_is_one_line(error, reason):
-    """Messages of transformers are paragraphs, and some exceptions have none."""
+    """Messages of transformers have several lines, and some exceptions have no message."""
     assert reason_of(error) == reason

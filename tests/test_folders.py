@@ -9,7 +9,7 @@ from dwakd.folders import CACHE_VARIABLE, cache_folder, check_output_folder
 
 
 def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
-    """Home folders of clusters are small."""
+    """Home folders of clusters are often too small for models."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     assert cache_folder() == tmp_path
     monkeypatch.setenv(CACHE_VARIABLE, "~/x")
@@ -19,7 +19,7 @@ def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
 
 
 def test_folders_that_cannot_hold_results_are_refused(tmp_path):
-    """The mistake would show only when the results are written."""
+    """Without the check, the error would occur only when the results are written."""
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "deeper"):
         with pytest.raises(UserError, match=rf"{tmp_path}/file is a file.*--output"):

@@ -1,4 +1,4 @@
-"""Bits per byte against sums by hand."""
+"""Bits per byte equal sums that are computed by hand."""
 
 import logging
 import math
@@ -24,7 +24,7 @@ TOKENIZERS = {"byte_bpe": byte_bpe, "bpe_byte_fallback": bpe_byte_fallback, "wor
 
 
 def bits_by_hand(model: Any, encoder: TextEncoder, example: Example) -> float:
-    """Row by row from the model's own logits, with no mask and no padding."""
+    """Compute the bits of one row from the model's own logits, without mask and padding."""
     prompt = encoder.prompt_ids(example)
     response = [*encoder.response_ids(example.response)[0], encoder.end_token_id]
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_equals_the_sum_by_hand(family: str, kind: str) -> None:
 
 
 def test_uniform_model() -> None:
-    """A model that knows nothing pays log2 of its vocabulary per token, the end token included."""
+    """A model with equal logits needs log2 of its vocabulary for each token, including the end token."""
     model, encoder = tiny_model("llama", VOCAB), TextEncoder(byte_bpe(), "plain")
     torch.nn.init.zeros_(model.get_output_embeddings().weight)
     num_tokens = sum(len(encoder.response_ids(example.response)[0]) + 1 for example in EXAMPLES)
@@ -63,7 +63,7 @@ def test_batches_and_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_truncated_responses_are_counted() -> None:
-    """A cut response has fewer bytes; dividing by all of them would flatter the model with the coarser cut."""
+    """A truncated response has fewer bytes. Dividing by the bytes of the whole response would give too small a value."""
     model, encoder = tiny_model("gpt2", VOCAB), TextEncoder(byte_bpe(), "plain")
     prompt = len(encoder.prompt_ids(EXAMPLES[0]))
     result = bits_per_byte(model, encoder, EXAMPLES[:1], max_length=prompt + 4)
@@ -73,7 +73,7 @@ def test_truncated_responses_are_counted() -> None:
 
 
 def test_rows_without_a_response_are_left_out() -> None:
-    """Rows with references only have no text whose likelihood could be asked for."""
+    """A row that has only references has no response whose likelihood could be computed."""
     model, encoder = tiny_model("gpt2", VOCAB), TextEncoder(byte_bpe(), "plain")
     asked = Example(3, "Hello?", references=("Hi", "Hello"))
     assert bits_per_byte(model, encoder, [*EXAMPLES, asked]).num_examples == 3
@@ -82,7 +82,7 @@ def test_rows_without_a_response_are_left_out() -> None:
 
 
 def test_model_is_left_as_it_was() -> None:
-    """Evaluation during training must neither switch dropout off for good nor leave gradients."""
+    """Evaluation during training must not switch dropout off permanently."""
     model, encoder = tiny_model("gpt2", VOCAB, resid_pdrop=0.5), TextEncoder(byte_bpe(), "plain")
     value = bits_per_byte(model, encoder, EXAMPLES).value
     assert bits_per_byte(model.train(), encoder, EXAMPLES).value == value, "no dropout in an evaluation"
@@ -91,7 +91,7 @@ def test_model_is_left_as_it_was() -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
 def test_a_model_with_few_positions_cuts_like_max_length(family: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A response beyond the model's positions is an IndexError in GPT-2 and nonsense in Llama."""
+    """A response beyond the model's positions raises IndexError in GPT-2 and gives wrong values in Llama."""
     positions = 48
     encoder = TextEncoder(byte_bpe(), "plain")
     model = tiny_model(family, VOCAB, **{"n_positions" if family == "gpt2" else "max_position_embeddings": positions})

@@ -24,7 +24,7 @@ EXAMPLES = [
 
 
 def evaluated(model: Any, encoder: TextEncoder, examples: list[Example], **options: Any) -> Evaluation:
-    """The evaluation with short answers, without progress bars."""
+    """Evaluate with short answers and without progress bars."""
     return evaluate_model(model, encoder, examples, EvalOptions(**{"max_new_tokens": 12, **options}), progress=False)
 
 
@@ -39,7 +39,7 @@ def evaluation(encoder: TextEncoder) -> Evaluation:
 
 
 def test_numbers_are_those_of_the_parts(evaluation: Evaluation, encoder: TextEncoder) -> None:
-    """Answers scored against another row's references, or seeds mixed up, would go unnoticed in the mean."""
+    """If answers were scored against the references of other rows, the mean alone would not show it."""
     model, references = tiny_model("llama", 400), [EXAMPLES[0].references, ("a 1",)]
     *sampled, greedy = (
         generate_answers(model, encoder, EXAMPLES, GenerationOptions(seed=seed, max_new_tokens=12), progress=False)
@@ -53,7 +53,7 @@ def test_numbers_are_those_of_the_parts(evaluation: Evaluation, encoder: TextEnc
 
 
 def test_passes_can_be_left_out(encoder: TextEncoder) -> None:
-    """A greedy-only dev evaluation must not report a sampled score, nor bits where there is no response."""
+    """An evaluation with greedy answers only must not report sampled scores, nor bits per byte without a response."""
     asked = [Example(0, "Hi", references=("Hello",))]
     model = tiny_model("llama", 400)
     only_greedy = evaluated(model, encoder, asked, do_sample=False)
@@ -65,7 +65,7 @@ def test_passes_can_be_left_out(encoder: TextEncoder) -> None:
 
 
 def test_a_prompt_without_room_shows_first(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bits per byte of a large set take minutes, and leave such a row out with a warning only."""
+    """Bits per byte take minutes on a large set and only warn of such a row, so prompts are checked before."""
     monkeypatch.setattr("dwakd.evaluation.evaluate.bits_per_byte", lambda *_, **__: pytest.fail("computed first"))
     small = tiny_model("llama", 400, max_position_embeddings=len(encoder.prompt_ids(EXAMPLES[0])))
     with pytest.raises(UserError, match=r"row 4 \(counting from 0\): its prompt"):
@@ -73,7 +73,7 @@ def test_a_prompt_without_room_shows_first(encoder: TextEncoder, monkeypatch: py
 
 
 def test_unscorable_references_are_told(encoder: TextEncoder, caplog: pytest.LogCaptureFixture) -> None:
-    """On Russian or Chinese data every student has ROUGE-L 0: the user must hear why."""
+    """On Russian or Chinese data every student has ROUGE-L 0; a warning must explain it."""
     rows = [Example(0, "Hi", response="Привет"), Example(1, "Hi", response="ok")]
     with caplog.at_level(logging.WARNING, logger="dwakd.evaluation.evaluate"):
         evaluated(tiny_model("llama", 400), encoder, rows, do_sample=False)
@@ -81,7 +81,7 @@ def test_unscorable_references_are_told(encoder: TextEncoder, caplog: pytest.Log
 
 
 def test_signature_names_model_and_data(encoder: TextEncoder) -> None:
-    """Without digests the scores of two checkpoints in one folder, or of an edited test set, look comparable."""
+    """Without digests, scores of two checkpoints or of two versions of a test set would look comparable."""
     model = tiny_model("llama", 400)
     identity = model_identity(model, "runs/a")
     assert identity["name"] == "runs/a"

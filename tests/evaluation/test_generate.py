@@ -1,4 +1,4 @@
-"""Answers must be those of the model, whatever shares the batch and whatever its generation settings say."""
+"""Answers depend on the model and the options only, not on the batch or the model's own generation settings."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ EXAMPLES = [
 
 
 def answers_of(model: Any, encoder: TextEncoder, examples: list[Example], **options: Any) -> list[str]:
-    """Short answers without a progress bar."""
+    """Generate short answers without a progress bar."""
     chosen = GenerationOptions(**{"max_new_tokens": 8, **options})
     return generate_answers(model, encoder, examples, chosen, progress=False)
 
@@ -46,7 +46,7 @@ def encoder() -> EndsAt:
 
 
 def greedy_ids(model: Any, encoder: TextEncoder, example: Example, steps: int) -> list[int]:
-    """The likeliest tokens one by one: no batch, no padding, no cache."""
+    """Choose the likeliest tokens one by one, without batch, padding and cache."""
     prompt = encoder.prompt_ids(example)
     ids: list[int] = []
     with torch.no_grad():
@@ -64,7 +64,7 @@ def greedy_by_hand(model: Any, encoder: TextEncoder, example: Example, steps: in
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batched_greedy_answers_equal_single_ones(family: str, encoder: TextEncoder) -> None:
-    """Wrong padding side, mask or positions would score a student below what it learnt."""
+    """A wrong padding side, mask or position would lower the score of a student."""
     model = tiny_model(family, VOCAB, tie_word_embeddings=False)
     answers = answers_of(model, encoder, EXAMPLES, seed=None, batch_size=5)
     assert answers == [greedy_by_hand(model, encoder, example, 8) for example in EXAMPLES]
@@ -72,7 +72,7 @@ def test_batched_greedy_answers_equal_single_ones(family: str, encoder: TextEnco
 
 
 def test_sampled_answers_do_not_depend_on_the_batch(encoder: TextEncoder) -> None:
-    """Otherwise another batch size, or a subset of the test set, gives another ROUGE-L under the same seed."""
+    """Otherwise the ROUGE-L of a seed would depend on the batch size and on the other rows."""
     model = tiny_model("llama", VOCAB)
     state = torch.get_rng_state()
     answers = answers_of(model, encoder, EXAMPLES, seed=10, batch_size=5)
@@ -85,7 +85,7 @@ def test_sampled_answers_do_not_depend_on_the_batch(encoder: TextEncoder) -> Non
 
 
 def test_saved_generation_settings_do_not_leak(encoder: TextEncoder) -> None:
-    """Qwen's saved repetition penalty and top-p of 0.8 would flatter a teacher that students are compared with."""
+    """Qwen's saved repetition penalty and top-p of 0.8 would raise the scores of a teacher, but not of its students."""
     model = tiny_model("gpt2", VOCAB)
     clean = [answers_of(model, encoder, EXAMPLES, seed=seed) for seed in (3, None)]
     saved = GenerationConfig(
@@ -98,7 +98,7 @@ def test_saved_generation_settings_do_not_leak(encoder: TextEncoder) -> None:
 
 
 def test_answers_end_at_every_end_token(encoder: EndsAt) -> None:
-    """A chat student that ends its turn would be scored with the turns it invents afterwards."""
+    """Otherwise an answer would include the text that a chat model generates after the end of its turn."""
     model = tiny_model("llama", VOCAB)
     ids = [greedy_ids(model, encoder, example, 8) for example in EXAMPLES]
     encoder.extra = (ids[1][3],)
@@ -113,7 +113,7 @@ def test_answers_end_at_every_end_token(encoder: EndsAt) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
 def test_answers_stay_within_the_positions(family: str, encoder: TextEncoder) -> None:
-    """Learned positions end: one token too many is an index error after hours of evaluation."""
+    """With learned positions, one token too many raises IndexError after hours of evaluation."""
     positions = {"gpt2": "n_positions"}.get(family, "max_position_embeddings")
     lengths = [len(encoder.prompt_ids(example)) for example in EXAMPLES]
     model = tiny_model(family, VOCAB, **{positions: max(lengths) + 2})
@@ -130,7 +130,7 @@ def test_answers_stay_within_the_positions(family: str, encoder: TextEncoder) ->
 
 
 def test_batches_hold_every_row_once(encoder: TextEncoder) -> None:
-    """A row lost between batches would shift every later answer to another reference."""
+    """If a batch lost a row, the answers after it would be compared with the references of other rows."""
     batches = plan_batches(
         tiny_model("gpt2", VOCAB), encoder, EXAMPLES, DecodingOptions(max_new_tokens=8, batch_size=2)
     )
@@ -140,10 +140,7 @@ def test_batches_hold_every_row_once(encoder: TextEncoder) -> None:
 
 
 def test_modes_are_put_back(encoder: TextEncoder) -> None:
-    """A dev evaluation would switch dropout off for the rest of training, or on where it had been frozen.
-
-    And with dropout during the evaluation itself, the best checkpoint would be picked by chance.
-    """
+    """Evaluation must run without dropout and then restore the train or eval mode of every module."""
     model = tiny_model("gpt2", VOCAB, resid_pdrop=0.5)
     answers = answers_of(model, encoder, EXAMPLES[:1], seed=0)
     model.train()
@@ -156,7 +153,7 @@ def test_modes_are_put_back(encoder: TextEncoder) -> None:
 
 
 def test_adapters_take_part(encoder: TextEncoder) -> None:
-    """A LoRA student evaluated without its adapter shows the untrained model's score."""
+    """A LoRA student that is evaluated without its adapter has the scores of the untrained model."""
     plain = tiny_model("llama", VOCAB)
     untrained = answers_of(plain, encoder, EXAMPLES, seed=1)
     torch.manual_seed(0)
@@ -167,7 +164,7 @@ def test_adapters_take_part(encoder: TextEncoder) -> None:
 
 
 def draw(logits: list[float], temperature: float = 1.0, top_p: float = 1.0, rows: int = 20_000) -> torch.Tensor:
-    """Frequencies of the tokens that `rows` rows with their own streams choose."""
+    """Return how often each token is chosen by `rows` rows with their own streams."""
     sampler = SeededSampling(streams(10, range(rows), 1, torch.device("cpu")), 3, temperature, top_p)
     scores = torch.tensor(logits).expand(rows, -1)
     chosen = sampler(torch.zeros(rows, 3, dtype=torch.long), scores)
@@ -176,7 +173,7 @@ def draw(logits: list[float], temperature: float = 1.0, top_p: float = 1.0, rows
 
 
 def test_sampling_follows_the_distribution() -> None:
-    """A sampler that is off by one token or ignores the temperature gives plausible text and wrong scores."""
+    """A sampler that is off by one token or ignores the temperature would give wrong scores but plausible text."""
     probabilities = torch.tensor([0.0, 0.5, 0.3, 0.0, 0.15, 0.05, 0.0])
     logits = probabilities.log()
     at_one, at_two, nucleus = draw(logits.tolist()), draw(logits.tolist(), 2.0), draw(logits.tolist(), top_p=0.75)
@@ -188,7 +185,7 @@ def test_sampling_follows_the_distribution() -> None:
 
 
 def test_streams_are_reproducible_and_extend() -> None:
-    """Allowing longer answers must not change the ones that end early."""
+    """A higher limit of tokens must not change the answers that end before the lower limit."""
     device = torch.device("cpu")
     short, long = streams(10, [3, 7], 5, device), streams(10, [3, 7], 9, device)
     assert torch.equal(long[:, :5], short)

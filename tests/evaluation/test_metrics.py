@@ -9,29 +9,29 @@ from dwakd.evaluation.metrics import exact_match, is_scorable, references_of, ro
 
 
 def test_stemmed_vector() -> None:
-    """Without the stemmer this pair has 44.4, and no number could be compared with a published one."""
+    """Without the stemmer this pair has 44.4, and scores could not be compared with published ones."""
     assert rouge_l(["the cats are running"], [["the cat is running fast"]]) == [pytest.approx(66.6667, abs=1e-4)]
 
 
 def test_f_measure_by_hand() -> None:
-    """Precision and recall would rank long and short answers differently: LCS 2 of 3 and of 5 words."""
+    """The longest common subsequence has 2 words, of 3 in the answer and 5 in the reference."""
     assert rouge_l(["a b c"], [["a x b y z"]]) == [pytest.approx(100 * 2 * (2 / 3) * (2 / 5) / (2 / 3 + 2 / 5))]
 
 
 def test_best_reference_counts() -> None:
-    """Taking the first or the mean would punish S-NI, where a third of the rows have several references."""
+    """The first reference or the mean would give lower scores on S-NI, where a third of the rows have several."""
     scores = rouge_l(["red green", "blue"], [["yellow", "red green", "red"], ["blue sky", "grey"]])
     assert scores == [pytest.approx(100.0), pytest.approx(200 / 3)]
 
 
 def test_nothing_to_compare_scores_zero() -> None:
-    """An empty answer must lower the mean, not stop the evaluation or count as a match."""
+    """An empty answer has the score 0; it must not raise an error or match an empty reference."""
     assert rouge_l(["", "  ", "...", "word"], [["a word"], ["a word"], ["a word"], ["..."]]) == [0, 0, 0, 0]
     assert exact_match(["", "word"], [["a word"], [""]]) == [0, 0]
 
 
 def test_other_scripts_are_not_scored() -> None:
-    """The protocol's tokenizer keeps a-z and 0-9; a different one would give incomparable numbers unasked."""
+    """The tokenizer of the protocol keeps a-z and 0-9 only; another one would give scores that are not comparable."""
     assert rouge_l(["Ответ 12", "Ответ"], [["Ответ 12"], ["Ответ"]]) == [pytest.approx(100.0), 0.0]
     assert is_scorable(["Ответ", "Ответ 12"])
     assert not is_scorable(["Ответ", "答案。"])
@@ -47,18 +47,18 @@ def test_other_scripts_are_not_scored() -> None:
     ],
 )
 def test_exact_match_normalises(answer: str, reference: str, score: float) -> None:
-    """Case, ASCII punctuation and spacing are no mistakes; a missing article is one."""
+    """Case, ASCII punctuation and spaces are ignored; articles are not."""
     assert exact_match([answer], [["other", reference]]) == [score]
 
 
 def test_every_answer_needs_its_references() -> None:
-    """A list that is one short would pair answers with the wrong rows."""
+    """If lists of different lengths were accepted, answers would be compared with the references of other rows."""
     with pytest.raises(ValueError, match="shorter"):
         rouge_l(["a", "b"], [["a"]])
 
 
 def test_references_of_a_row() -> None:
-    """A row without anything to compare with would silently score 0."""
+    """A row without response and references is an error; otherwise its score would be 0."""
     assert references_of(Example(0, "q", response="one")) == ("one",)
     assert references_of(Example(0, "q", response="one", references=("one", "two"))) == ("one", "two")
     with pytest.raises(UserError, match="row 7"):
@@ -66,7 +66,7 @@ def test_references_of_a_row() -> None:
 
 
 def test_summary_by_hand() -> None:
-    """The spread is that of the seeds' means; that of single scores would hide how stable the mean is."""
+    """The standard deviation is that of the seeds' means, not that of single scores."""
     summary = summarise([[0.0, 10.0], [20.0, 30.0], [10.0, 20.0]])
     assert summary.mean == pytest.approx(15.0)
     assert summary.std == pytest.approx(10.0)
@@ -75,12 +75,12 @@ def test_summary_by_hand() -> None:
 
 
 def test_one_pass_has_no_spread() -> None:
-    """A greedy pass must not claim a spread of 0."""
+    """The standard deviation of a single pass is unknown, not 0."""
     assert summarise([[1.0, 2.0, 3.0]]).std is None
 
 
 def test_interval_has_the_right_width() -> None:
-    """Too narrow an interval declares a chance difference a success: 1.96 standard errors on either side."""
+    """The interval extends about 1.96 standard errors to each side."""
     values = np.random.default_rng(1).normal(40.0, 10.0, size=400)
     low, high = summarise([values.tolist()]).interval
     error = values.std() / 20
@@ -89,19 +89,19 @@ def test_interval_has_the_right_width() -> None:
 
 
 def test_interval_averages_the_seeds_first() -> None:
-    """Treating seeds as examples would shrink the interval by more seeds, with no more test data."""
+    """If seeds were treated as examples, more seeds would give a narrower interval without more test data."""
     values = np.random.default_rng(2).normal(40.0, 10.0, size=100).tolist()
     assert summarise([values] * 5).interval == pytest.approx(summarise([values]).interval)
 
 
 def test_same_scores_same_interval() -> None:
-    """Two reports of one evaluation must not differ."""
+    """Two summaries of the same scores must be equal."""
     scores = [np.random.default_rng(3).random(50).tolist()]
     assert summarise(scores) == summarise(scores)
 
 
 @pytest.mark.parametrize("scores", [[], [[]], [[1.0], [1.0, 2.0]]])
 def test_uneven_scores_are_refused(scores: list[list[float]]) -> None:
-    """A mean over ragged seeds would weigh rows unevenly, one over nothing is NaN."""
+    """The mean would give rows unequal weights, or be NaN without scores."""
     with pytest.raises(UserError, match="every seed"):
         summarise(scores)

@@ -30,26 +30,26 @@ INVALID: list[tuple[type[Options], dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("options", "values", "name"), INVALID)
 def test_values_out_of_range_are_refused(options: type[Options], values: dict[str, Any], name: str) -> None:
-    """Otherwise the message comes from deep inside torch, and names no option."""
+    """Otherwise torch would raise an error that does not name the option."""
     with pytest.raises(UserError, match=rf"^{name} ") as caught:
         options(**values)
     assert len(str(caught.value).splitlines()) == 1
 
 
 def test_unknown_options_are_refused_with_the_nearest_name() -> None:
-    """A misspelt option that is ignored gives scores by other settings than those asked for."""
+    """If a misspelt option were ignored, the scores would be made with its default."""
     with pytest.raises(UserError, match=r"max_new_token;.* max_new_tokens"):
         EvalOptions(max_new_token=3)
 
 
 def test_options_cannot_be_changed() -> None:
-    """A change would skip the validation, and the signature would not be that of the answers."""
+    """A changed value would not be validated, and the signature could differ from the options of the answers."""
     with pytest.raises(ValidationError):
         EvalOptions().seeds = 0  # type: ignore[misc]
 
 
 def test_passes() -> None:
-    """The published seeds are 10 to 50; without any pass there is nothing to report."""
+    """The published seeds are 10 to 50, and at least one pass is required."""
     seeds = [generation.seed for generation in EvalOptions().passes()]
     assert seeds == [10, 20, 30, 40, 50, None]
     (only,) = EvalOptions(do_sample=False, temperature=0.5, max_new_tokens=3).passes()
@@ -59,7 +59,7 @@ def test_passes() -> None:
 
 
 def test_only_what_is_given_changes_how_rows_are_read() -> None:
-    """A template of None that reached the encoder would replace the one a model was trained with."""
+    """Options that are not given keep the values that the model was trained with."""
     rows = RowOptions(bos="never", limit=3)
     assert rows.rendering(template="plain", bos="auto") == {"template": "plain", "bos": "never"}
     assert rows.reading() == {"prompt": None, "response": None, "input": None, "limit": 3}

@@ -34,7 +34,7 @@ def evaluation() -> Evaluation:
 
 
 def test_files_carry_signature_and_answers(evaluation: Evaluation, tmp_path: Path) -> None:
-    """A number without the way it was got cannot be compared with anyone else's."""
+    """Scores can be compared only if the options and versions that produced them are known."""
     json_path, answers_path = tmp_path / "new" / "eval.json", tmp_path / "new" / "answers.jsonl"
     write_evaluation(evaluation, json_path, answers_path)
     written = json.loads(json_path.read_text(encoding="utf-8"))
@@ -68,7 +68,7 @@ def shown(rows: dict[str, Evaluation], width: int = 80) -> str:
 
 
 def test_table_shows_spread_mean_and_signature(evaluation: Evaluation) -> None:
-    """A table is what gets copied into a report: it must say how its numbers were got."""
+    """Tables are copied into reports, so they must state how their numbers were computed."""
     assert evaluation.rouge_l is not None
     assert evaluation.bits_per_byte is not None
     other = replace(evaluation, rouge_l=replace(evaluation.rouge_l, mean=evaluation.rouge_l.mean + 10))
@@ -81,7 +81,7 @@ def test_table_shows_spread_mean_and_signature(evaluation: Evaluation) -> None:
 
 
 def test_table_fits_80_columns(evaluation: Evaluation) -> None:
-    """Numbers that wrap inside their cells cannot be read."""
+    """Numbers must not wrap within their cells in a terminal of 80 columns."""
     assert evaluation.rouge_l is not None
     wide = replace(evaluation.rouge_l, mean=98.76, std=2.34, interval=(97.6, 99.9))
     wide = replace(evaluation, rouge_l=wide, exact_match=wide, greedy_exact_match=wide)
@@ -92,7 +92,7 @@ def test_table_fits_80_columns(evaluation: Evaluation) -> None:
 
 
 def test_a_set_without_references_is_answered_without_scores(tmp_path: Path) -> None:
-    """The questions of Vicuna are for a judge: their answers are what is wanted, and a score of 0 would be false."""
+    """Vicuna's questions have no references; their answers are needed for a judge, and scores of 0 would be wrong."""
     rows = [Example(0, "How?"), Example(1, "Why?")]
     evaluation = evaluated(rows, seeds=1)
     write_evaluation(evaluation, tmp_path / "x.json", tmp_path / "x.answers.jsonl")
@@ -108,7 +108,7 @@ def test_a_set_without_references_is_answered_without_scores(tmp_path: Path) -> 
 
 
 def test_scores_that_are_not_finite_are_not_written(evaluation: Evaluation, tmp_path: Path) -> None:
-    """NaN is no JSON, and a model whose weights are NaN has no score."""
+    """JSON has no NaN, which is the score of a model with NaN weights."""
     assert evaluation.rouge_l is not None
     broken = replace(evaluation, rouge_l=replace(evaluation.rouge_l, mean=float("nan")))
     with pytest.raises(UserError, match=r"x\.json .*NaN"):

@@ -49,7 +49,7 @@ def read(paths: list[str]) -> list[EvaluationSet]:
 
 
 def test_names_are_unique_and_readable(tmp_path: Path) -> None:
-    """Two sets of one name would overwrite each other's answers: half of the results would be the other set's."""
+    """Sets with the same name would overwrite each other's answers."""
     paths = [write(tmp_path / folder / "p3" / "test.jsonl", SCORED) for folder in ("a", "b")]
     paths += [write(tmp_path / "dolly" / "Test.jsonl", SCORED), write(tmp_path / "c" / "P3" / "test.jsonl", SCORED)]
     names = [item.name for item in read(paths)]
@@ -59,7 +59,7 @@ def test_names_are_unique_and_readable(tmp_path: Path) -> None:
 
 
 def test_splits_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test set without a split `test` is evaluated on `validation`, never on the rows trained on."""
+    """A data set without a split `test` is evaluated on `validation`, never on its training rows."""
     splits = {name: datasets.Dataset.from_list(SCORED * n) for n, name in enumerate(("train", "validation", "test"), 1)}
     monkeypatch.setattr(
         "dwakd.data.sources.datasets.load_dataset", lambda *_, split: splits[split] if split else splits
@@ -74,7 +74,7 @@ def test_splits_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_questions_without_answers_are_a_set_of_their_own(tmp_path: Path) -> None:
-    """Vicuna's questions have no references; but a set where some rows lack theirs has a mistake in it."""
+    """A set without any references is accepted; a set in which only some rows have references is an error."""
     questions = [{"instruction": "How?"}, {"instruction": "Why?"}]
     (item,) = read([write(tmp_path / "questions.jsonl", questions)])
     assert not item.scored
@@ -85,7 +85,7 @@ def test_questions_without_answers_are_a_set_of_their_own(tmp_path: Path) -> Non
 
 
 def test_other_results_are_kept_unless_they_may_be_replaced(tmp_path: Path) -> None:
-    """Scores by other options under the same file name would be lost without a word."""
+    """Results with other options and the same file name are replaced only with --overwrite."""
     tokenizer = byte_bpe()
     for part in (tiny_model("llama", len(tokenizer)), tokenizer):
         part.save_pretrained(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Merging adapters: the merged model must compute what model and adapter computed, also after it was saved."""
+"""A merged model gives the logits of the model with its adapter, also after it was saved and loaded."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def lora(*targets, **options):
 
 
 def adapted(model, config):
-    """The model with an adapter whose every weight is random."""
+    """Add an adapter with random weights to the model."""
     with quiet_peft(), torch.random.fork_rng():
         torch.manual_seed(1)
         wrapped = get_peft_model(model, config)
@@ -69,7 +69,7 @@ def logits(model):
     ids=lambda config: type(config).__name__,
 )
 def test_adapters_of_vocabulary_matrices_merge_and_survive_saving(family, config, tmp_path):
-    """Merged into a matrix that head and embeddings share, the teacher's logits are wrong by their own size."""
+    """If a matrix is shared by head and embeddings, merging into both would give completely different logits."""
     model = adapted(tiny_model(family), config)
     expected = logits(model)
     merged = merge_adapter(model, "some/adapter")
@@ -79,7 +79,7 @@ def test_adapters_of_vocabulary_matrices_merge_and_survive_saving(family, config
 
 
 def test_a_tied_model_stays_tied_if_its_matrix_is_not_adapted():
-    """An untied head costs memory, and a student of a quarter more weights."""
+    """An unnecessary copy of the head would need memory and make the student larger."""
     merged = merge_adapter(adapted(tiny_model("qwen2"), lora("q_proj")), "some/adapter")
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     assert merged.config.tie_word_embeddings
@@ -100,7 +100,7 @@ def one_block(model):
 @pytest.mark.parametrize("share", [one_matrix, one_module, one_block])
 @pytest.mark.parametrize("config", [lora("up_proj"), lora("q_proj"), lora("q_proj", modules_to_save=["up_proj"])])
 def test_layers_that_share_weights_give_the_same_logits_or_are_refused(share, config):
-    """Each layer's change would be added to the matrix of all."""
+    """Otherwise the changes of all layers would be added to the shared matrix."""
     model = tiny_model("llama")
     share(model)
     model = adapted(model, config)
@@ -113,13 +113,13 @@ def test_layers_that_share_weights_give_the_same_logits_or_are_refused(share, co
 
 
 def test_shared_blocks_of_an_architecture_are_refused():
-    """Zamba 2 runs one block at several depths, each of which gets an adapter of its own."""
+    """Zamba 2 uses one block at several depths, and each depth gets its own adapter."""
     with pytest.raises(UserError, match=r"some/adapter .*shared_transformer"):
         merge_adapter(adapted(small_model("zamba2"), lora("q_proj")), "some/adapter")
 
 
 def test_shared_norms_are_refused():
-    """Not only matrices are shared."""
+    """Norms can be shared, too."""
     model = tiny_model("llama")
     model.model.layers[0].input_layernorm.weight = model.model.norm.weight
     config = LNTuningConfig(target_modules=["input_layernorm"], task_type="CAUSAL_LM")
@@ -130,14 +130,14 @@ def test_shared_norms_are_refused():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_rounding_of_half_precision_passes(dtype, use_dora):
-    """Merged weights are rounded once more; that is no reason to refuse a teacher."""
+    """Merged weights are rounded once more, which must not be treated as an error."""
     model = adapted(tiny_model("llama", num_hidden_layers=8).to(dtype), lora("q_proj", "up_proj", use_dora=use_dora))
     assert merge_adapter(model, "some/adapter").dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_merge_that_changes_the_logits_is_refused(dtype, monkeypatch):
-    """Whatever PEFT's next kind of adapter does when it is merged."""
+    """The logits are compared, so that new types of adapters are covered as well."""
     model = adapted(tiny_model("llama").to(dtype), lora("q_proj"))
     monkeypatch.setattr(type(model.base_model), "merge_and_unload", lambda tuner: tuner.unload())
     with pytest.raises(UserError, match=r"some/adapter .*self_attn\.q_proj"):
@@ -145,7 +145,7 @@ def test_a_merge_that_changes_the_logits_is_refused(dtype, monkeypatch):
 
 
 def test_rows_of_trained_tokens_are_compared(monkeypatch):
-    """Random tokens of a large vocabulary would not show that those are wrong for which the adapter was trained."""
+    """Random tokens of a large vocabulary rarely include the few whose embeddings the adapter has trained."""
     model = adapted(
         tiny_model("llama", 5000), TrainableTokensConfig(token_indices=[4321], target_modules=["embed_tokens"])
     )
@@ -155,7 +155,7 @@ def test_rows_of_trained_tokens_are_compared(monkeypatch):
 
 
 def test_learned_prompts_are_refused():
-    """They change no weight: merging them gives the untuned base."""
+    """Learned prompts change no weights, so merging them would give the base model."""
     with pytest.raises(UserError, match=r"some/adapter .*PROMPT_TUNING"):
         merge_adapter(
             get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
@@ -164,7 +164,7 @@ def test_learned_prompts_are_refused():
 
 
 def test_forbidden_tokens_hide_no_difference(monkeypatch):
-    """A bias of -inf on padding rows makes the difference NaN, and a huge one makes it look small."""
+    """A bias of -inf would make the difference NaN, and a very large one would make it look small."""
     model = tiny_model("phi")
     with torch.no_grad():
         model.lm_head.bias[290:] = -torch.inf

@@ -1,4 +1,4 @@
-"""Loading: every kind of spec, safe defaults, one sentence for each mistake."""
+"""Models, adapters and tokenizers are loaded with safe defaults, and each error is one sentence."""
 
 import json
 
@@ -37,7 +37,7 @@ def folder(tmp_path):
 
 
 def save_adapter(folder, target, base=None, targets=("q_proj", "up_proj")):
-    """A LoRA adapter with a change that shows; returns the logits of base and adapter together."""
+    """Save a LoRA adapter with a visible effect and return the logits of the base model with it."""
     adapted = get_peft_model(load_causal_lm(str(folder)), LoraConfig(r=4, target_modules=list(targets)))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -52,7 +52,7 @@ def save_adapter(folder, target, base=None, targets=("q_proj", "up_proj")):
 
 
 def test_folder(folder):
-    """The plain case: same logits, eval mode, float32 whatever was stored."""
+    """A model is loaded in eval mode and float32 and gives the same logits."""
     model = load_causal_lm(str(folder))
     assert not model.training
     assert model.dtype == torch.float32
@@ -63,14 +63,14 @@ def test_folder(folder):
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "gemma2", "gemma3", "opt_projected", "gpt_neox", "phi"])
 def test_every_family_survives_saving_and_loading(family, tmp_path):
-    """Weights that a checkpoint lacks are refused, so tied heads must not count as lacking."""
+    """Missing weights are an error, but tied heads, which are not stored, are not missing."""
     model = tiny_model(family)
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(load_causal_lm(str(tmp_path))(IDS).logits, model(IDS).logits)
 
 
 def test_adapter_folder_and_adapter_argument_merge(folder, tmp_path):
-    """A teacher whose adapter is left out is its untuned base, and nothing would say so."""
+    """If the adapter were ignored, the base model would be used as the teacher without a warning."""
     expected = save_adapter(folder, tmp_path / "adapter")
     for model in (
         load_causal_lm(str(tmp_path / "adapter")),
@@ -84,7 +84,7 @@ def test_adapter_folder_and_adapter_argument_merge(folder, tmp_path):
 
 
 def test_adapter_mistakes(folder, tmp_path):
-    """An adapter that does not fit, or whose base is gone, must not load as something else."""
+    """An adapter that does not fit, or whose base model does not exist, is an error."""
     save_adapter(folder, tmp_path / "lost", base=str(tmp_path / "gone"))
     with pytest.raises(UserError, match=r"base_model_name_or_path"):
         load_causal_lm(str(tmp_path / "lost"))
@@ -96,7 +96,7 @@ def test_adapter_mistakes(folder, tmp_path):
 
 
 def test_missing_pad_token_becomes_eos(tmp_path):
-    """GPT-2 and Llama have none; padding would fail in the first batch."""
+    """GPT-2 and Llama have no pad token, so padding would fail in the first batch."""
     bare = byte_bpe()
     bare.pad_token = None
     bare.save_pretrained(tmp_path)
@@ -105,14 +105,14 @@ def test_missing_pad_token_becomes_eos(tmp_path):
 
 
 def test_tokenizer_without_end_of_sequence_is_refused(tmp_path):
-    """A student that never sees an end would never learn to stop."""
+    """Without an end-of-sequence token a student does not learn to end its answers."""
     PreTrainedTokenizerFast(tokenizer_object=byte_bpe().backend_tokenizer).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="eos_token"):
         load_tokenizer(str(tmp_path))
 
 
 def test_tokenizer_larger_than_the_embedding_table_is_refused():
-    """Its ids would index past the table in the middle of an epoch; a wider table is normal."""
+    """Its ids would raise IndexError during training; a larger embedding table is accepted."""
     tokenizer = unigram_byte_fallback()
     check_vocabulary(tiny_model("llama", 512), tokenizer, "x")
     with pytest.raises(UserError, match=rf"x .*{len(tokenizer)} .*300"):
@@ -120,7 +120,7 @@ def test_tokenizer_larger_than_the_embedding_table_is_refused():
 
 
 def test_checkpoint_with_missing_weights_is_refused(folder):
-    """transformers fills them with noise and only warns."""
+    """transformers initialises missing weights randomly and only warns."""
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -140,7 +140,7 @@ def test_remote_code_is_not_run_unless_asked_for(folder, tmp_path):
 
 
 def test_settings_take_the_tokenizer_s_special_tokens():
-    """A generation config without the tokenizer's end token lets answers run on to the limit."""
+    """Without the tokenizer's end token in the generation config, answers continue to the limit."""
     tokenizer = unigram_byte_fallback()  # <s> is 1, </s> 2 and padding
     model = tiny_model("llama", len(tokenizer))
     model.generation_config.eos_token_id = [7, 1]
@@ -153,7 +153,7 @@ def test_settings_take_the_tokenizer_s_special_tokens():
 
 
 def test_merging_an_adapter_is_quiet(folder, tmp_path, recwarn):
-    """A deprecation inside PEFT is nothing that a user can mend, and drowns what is."""
+    """A user cannot fix a deprecation inside PEFT, so its warning is hidden."""
     save_adapter(folder, tmp_path / "adapter")
     recwarn.clear()
     load_causal_lm(str(tmp_path / "adapter"))
@@ -161,14 +161,14 @@ def test_merging_an_adapter_is_quiet(folder, tmp_path, recwarn):
 
 
 def test_a_causal_class_that_auto_classes_do_not_know_is_read_back(tmp_path):
-    """Emu3's language model saves a config for which transformers names no causal class: a finished student is lost."""
+    """AutoModelForCausalLM cannot load Emu3's language model, so a saved student could not be used."""
     model = small_model("emu3")
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(load_causal_lm(str(tmp_path))(IDS).logits, model(IDS).logits)
 
 
 def test_a_folder_of_named_adapters_is_refused_by_their_names(folder, tmp_path):
-    """PEFT saves an adapter that is not named default in a folder of its own."""
+    """PEFT saves an adapter that is not named default in a subfolder."""
     save_adapter(folder, tmp_path / "all" / "poems")
     expected = load_causal_lm(str(tmp_path / "all" / "poems"))(IDS).logits
     torch.testing.assert_close(
@@ -181,7 +181,7 @@ def test_a_folder_of_named_adapters_is_refused_by_their_names(folder, tmp_path):
 
 
 def test_an_adapter_on_the_head_of_a_tied_teacher_gives_its_own_logits(tmp_path):
-    """Head and embeddings share a matrix; a merge into it changes both, and the teacher's logits by their own size."""
+    """Head and embeddings share a matrix, and merging into it would change both."""
     tiny_model("qwen2", 400).save_pretrained(tmp_path / "model")
     expected = save_adapter(tmp_path / "model", tmp_path / "adapter", targets=["q_proj", "lm_head"])
     for model in (
@@ -193,7 +193,7 @@ def test_an_adapter_on_the_head_of_a_tied_teacher_gives_its_own_logits(tmp_path)
 
 @pytest.mark.parametrize("content", ["[1]", '{"peft_type": "UNKNOWN"}', "{"])
 def test_an_adapter_config_that_cannot_be_read_is_refused(content, folder, tmp_path):
-    """Each parser has its own exceptions."""
+    """Every exception of a parser becomes a UserError that names the folder."""
     (tmp_path / "adapter_config.json").write_text(content)
     with pytest.raises(UserError, match=str(tmp_path)):
         load_causal_lm(str(folder), adapter=str(tmp_path))

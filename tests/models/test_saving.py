@@ -1,4 +1,4 @@
-"""Saving: weights are never lost, and settings that mean nothing are reset."""
+"""Weights are always saved, and settings that have no effect are reset."""
 
 import logging
 
@@ -19,7 +19,7 @@ def logits(model) -> torch.Tensor:
 
 
 def test_settings_never_cost_the_weights(tmp_path, caplog):
-    """A setting that a callback changes during training must not cost the finished run."""
+    """An invalid setting, for example from a callback, must not prevent the weights from being saved."""
     student = tiny_model("llama")
     student.generation_config.max_new_tokens = -1
     with caplog.at_level(logging.WARNING):
@@ -49,7 +49,7 @@ def test_unused_sampling_settings_are_reset_with_a_warning(tmp_path, caplog):
 
 
 def test_an_adapter_is_saved_in_the_folder_itself(tmp_path):
-    """PEFT saves an adapter that is not called "default" in a subfolder, where nothing looks for it."""
+    """PEFT saves an adapter that is not named "default" in a subfolder, where loading does not find it."""
     for name in ("default", "colours"):
         student = get_peft_model(tiny_model("llama"), LoraConfig(r=2, task_type="CAUSAL_LM"), name)
         save_causal_lm(student, tmp_path / name)

@@ -1,4 +1,4 @@
-"""Specs: each kind is found or refused in one sentence; GGUF is converted once, exactly, into a plain folder."""
+"""Specs are resolved or refused in one sentence, and a GGUF file is converted exactly and only once."""
 
 import importlib
 import importlib.util
@@ -23,12 +23,12 @@ HEADS, KEY_HEADS = 4, 2
 
 
 def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """llama.cpp's order of the rotary dimensions of query and key."""
+    """Reorder the rotary dimensions of query and key as llama.cpp does."""
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 def write_gguf(path, model, tokenizer, *, architecture="llama", skip=()):
-    """A real GGUF file of a Llama and a GPT-2 kind of tokenizer, float32."""
+    """Write a float32 GGUF file of a Llama model and a byte-level BPE tokenizer."""
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(config.max_position_embeddings)
@@ -90,7 +90,7 @@ def model(tokenizer):
 
 
 def test_conversion_keeps_logits_and_text(tmp_path, model, tokenizer):
-    """A lost permutation or norm would make a teacher that talks nonsense."""
+    """A missing permutation or norm would give a teacher that generates nonsense."""
     spec = f"gguf:{write_gguf(tmp_path / 'tiny.gguf', model, tokenizer)}"
     loaded, read = load_causal_lm(spec), load_tokenizer(spec)
     input_ids = torch.arange(20).view(2, 10)
@@ -105,7 +105,7 @@ def test_conversion_keeps_logits_and_text(tmp_path, model, tokenizer):
 
 
 def test_the_folder_is_a_plain_checkpoint_that_can_be_saved_again(tmp_path, cache, model, tokenizer):
-    """transformers' own GGUF model refuses save_pretrained: a student made of it could never be kept."""
+    """save_pretrained fails for the model that transformers reads from a GGUF file."""
     spec = f"gguf:{write_gguf(tmp_path / 'tiny.gguf', model, tokenizer)}"
     load_causal_lm(spec).save_pretrained(tmp_path / "again")
     (folder,) = cache.iterdir()
@@ -116,7 +116,7 @@ def test_the_folder_is_a_plain_checkpoint_that_can_be_saved_again(tmp_path, cach
 
 
 def test_converted_once_and_again_when_the_content_changes(tmp_path, cache, model, tokenizer, monkeypatch):
-    """Half a minute on every start; and a stale folder would be another model than the file."""
+    """The conversion takes half a minute, and a file with new content must be converted again."""
     path = write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
     first = convert_gguf(path)
     with monkeypatch.context() as patch:
@@ -138,7 +138,7 @@ def test_without_the_package_the_error_names_the_extra(tmp_path, cache, model, t
 
 
 def test_a_failed_conversion_leaves_nothing_behind(tmp_path, cache, model, tokenizer, monkeypatch):
-    """A half-written folder would be taken for the model by the next run."""
+    """The next run would use an incomplete folder as the model."""
     path = write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
 
     def broken(_, folder):
@@ -152,7 +152,7 @@ def test_a_failed_conversion_leaves_nothing_behind(tmp_path, cache, model, token
 
 
 def test_a_second_process_that_converts_at_once_wins_or_loses_quietly(tmp_path, cache, model, tokenizer, monkeypatch):
-    """Two ranks start together."""
+    """Several ranks may convert the same file at the same time."""
     path = write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
 
     def raced(model, folder):
@@ -167,7 +167,7 @@ def test_a_second_process_that_converts_at_once_wins_or_loses_quietly(tmp_path, 
 
 
 def test_each_bad_file_gets_one_sentence(tmp_path, cache, model, tokenizer):
-    """Bad input ends with a sentence, not with a traceback out of a binary reader."""
+    """A damaged or incomplete file is an error of one sentence that names the file."""
     with pytest.raises(UserError, match=r"none\.gguf"):
         load_causal_lm(f"gguf:{tmp_path}/none.gguf")
     (tmp_path / "text.gguf").write_text("not a model")
@@ -208,7 +208,7 @@ def test_each_bad_file_gets_one_sentence(tmp_path, cache, model, tokenizer):
     ],
 )
 def test_each_bad_spec_gets_one_sentence(load, spec, message, tmp_path, monkeypatch):
-    """The place and the mend, not a hub traceback for a mistyped path."""
+    """A mistyped path is an error of one sentence that names the path, not a traceback of the hub client."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
@@ -223,7 +223,7 @@ def test_each_bad_spec_gets_one_sentence(load, spec, message, tmp_path, monkeypa
 
 
 def test_unknown_hub_model_is_told_apart_from_a_missing_network(monkeypatch):
-    """Someone online with a typing error should not be told to connect."""
+    """A wrong name must not be reported as a problem of the network."""
     error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
 
     def unknown(*_, **__):
@@ -235,7 +235,7 @@ def test_unknown_hub_model_is_told_apart_from_a_missing_network(monkeypatch):
 
 
 def test_file_of_a_package_is_found_without_importing_it(tmp_path, monkeypatch):
-    """Importing a model package may start a server or fail for want of its dependencies."""
+    """Importing a package may have side effects or fail because dependencies are missing."""
     package = tmp_path / "site" / "some_models"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
@@ -251,7 +251,7 @@ def test_file_of_a_package_is_found_without_importing_it(tmp_path, monkeypatch):
 
 
 def test_a_folder_has_no_revision(tmp_path):
-    """The recipe would say that the run began at v1.0 of a model while it began at whatever lies in the folder."""
+    """A revision of a folder would be recorded in the recipe without being used."""
     tokenizer = byte_bpe()
     tiny_model("llama", len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

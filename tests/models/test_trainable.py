@@ -1,4 +1,4 @@
-"""What a student's own config or the options ask of its training is done or refused, never dropped."""
+"""A student whose config asks for something that distillation does not do is refused."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ ROUTED = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "phimoe", "granitemoe", 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model_type", ROUTED)
 def test_a_router_balancing_loss_is_refused(model_type, dtype):
-    """Only the backbone runs, so that the routers would drift to a few experts without a word."""
+    """Distillation would ignore the balancing loss, and the routers would choose few experts."""
     model = small_model(model_type).to(dtype)
     check_training(model, gradient_checkpointing=False)
     model.config.output_router_logits = True
@@ -25,7 +25,7 @@ def test_a_router_balancing_loss_is_refused(model_type, dtype):
 
 
 def test_a_router_balancing_loss_of_a_composite_model_is_refused():
-    """Its setting is that of its text part."""
+    """The setting of a composite model is that of its text config."""
     model = small_model("qwen3_5_moe")
     model.config.get_text_config().output_router_logits = True
     with pytest.raises(UserError, match="output_router_logits=false"):
@@ -33,14 +33,14 @@ def test_a_router_balancing_loss_of_a_composite_model_is_refused():
 
 
 def test_router_logits_without_a_loss_are_accepted():
-    """A coefficient of 0 adds nothing, and DeepSeek's router has no such loss."""
+    """A coefficient of 0 adds no loss, and DeepSeek's router has none."""
     model = small_model("mixtral", output_router_logits=True, router_aux_loss_coef=0.0)
     check_training(model, gradient_checkpointing=False)
     check_training(small_model("deepseek_v3", output_router_logits=True), gradient_checkpointing=False)
 
 
 def test_other_losses_of_a_model_are_refused():
-    """Bamba's z-loss has a setting of its own, and a subclass may add anything."""
+    """Bamba's z-loss has its own setting, and a subclass may add any loss."""
     with pytest.raises(UserError, match="z_loss_coefficient=0"):
         check_training(small_model("bamba", z_loss_coefficient=1e-3), gradient_checkpointing=False)
     model = tiny_model("llama")
@@ -52,7 +52,7 @@ def test_other_losses_of_a_model_are_refused():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_plain_models_are_accepted(family):
-    """Logits that are scaled or capped are still those of a plain loss."""
+    """Scaled or capped logits do not add a loss."""
     check_training(tiny_model(family), gradient_checkpointing=True)
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: it is never mixed with another run, and resumed from the newest complete checkpoint."""
+"""Runs are never mixed in one folder, and a run is resumed from its newest complete checkpoint."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def test_a_recipe_that_was_never_finished_is_no_run(tmp_path):
 
 
 def test_a_folder_with_anything_else_is_refused(tmp_path):
-    """A run would overwrite files that it did not make."""
+    """A run would overwrite the files of the user."""
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(UserError, match=rf"{tmp_path} is not empty"):
         check_output(tmp_path, resume=False, recipe=recipe_of())
@@ -52,7 +52,7 @@ def test_a_folder_with_anything_else_is_refused(tmp_path):
 
 
 def test_the_option_that_differs_is_named(tmp_path):
-    """Two runs in one folder would share checkpoints; with several teachers, the second is teacher.2."""
+    """Two recipes in one folder would share checkpoints; the second of several teachers is teacher.2."""
     teachers = [{"model": "a"}, {"model": "b"}]
     save_run(tmp_path / "run", recipe_of(teacher=teachers))
     saved, never = tmp_path / "run" / "dwakd-recipe.yaml", re.compile("$^")
@@ -66,7 +66,7 @@ def test_the_option_that_differs_is_named(tmp_path):
 
 
 def test_a_finished_run_continues_only_if_it_becomes_longer(tmp_path):
-    """A second start of a finished run must not train again, and one with more steps must."""
+    """A finished run is trained again only if the recipe has more steps."""
     save_run(tmp_path / "run", recipe_of())
     assert is_finished(tmp_path / "run", recipe_of())
     assert not is_finished(tmp_path / "run", recipe_of(training={"max_steps": 9}))
@@ -90,7 +90,7 @@ def test_one_process_trains_in_a_folder(tmp_path):
 
 @pytest.mark.parametrize("peft", [None, {"r": 4}])
 def test_the_card_says_how_to_load_the_student(peft, tmp_path):
-    """An adapter that is loaded as a model fails."""
+    """An adapter must be loaded with another class than a model."""
     write_card(recipe_of(student={"model": "base", "peft": peft}, teacher={"model": "big"}), tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert ("AutoPeftModelForCausalLM.from_pretrained" in card) == (peft is not None)
@@ -100,7 +100,7 @@ def test_the_card_says_how_to_load_the_student(peft, tmp_path):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, lora, caplog):
-    """A full disk or a machine that goes down cuts a file short, and the checkpoint before it is as good as ever."""
+    """If a full disk or a crash truncates a file, the checkpoint before it can still be used."""
     run = trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, lora=lora)
     run.train()
     (tmp_path / "checkpoint-foo").mkdir()
