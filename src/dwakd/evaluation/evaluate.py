@@ -16,7 +16,7 @@ from dwakd.data.sources import Example
 from dwakd.errors import UserError
 from dwakd.evaluation import metrics
 from dwakd.evaluation.bits_per_byte import BitsPerByte, bits_per_byte, length_limit, measurable
-from dwakd.evaluation.generate import Model, answer_passes
+from dwakd.evaluation.generate import Model, answer_passes, answerable_prompts
 from dwakd.evaluation.options import EvalOptions
 
 logger = logging.getLogger(__name__)
@@ -97,6 +97,11 @@ def evaluate_model(
     if scored and (count := sum(not metrics.is_scorable(texts) for texts in references)):
         reason = "rouge_score reads only letters a-z and digits, which their references do not contain"
         logger.warning("ROUGE-L is 0 for %d of %d rows whatever the answer: %s", count, len(references), reason)
+    answerable_prompts(model, encoder, examples)  # raises before anything is computed
+    max_length = length_limit(model, options.max_length)
+    likelihood = None
+    if measurable(encoder, examples, max_length):
+        likelihood = bits_per_byte(model, encoder, examples, max_length=max_length, progress=progress)
     answers: list[Answer] = []
     passes = options.passes()
     for one, texts in zip(passes, answer_passes(model, encoder, examples, passes, progress=progress), strict=True):
@@ -113,10 +118,6 @@ def evaluate_model(
         table = [[getattr(answer, metric) for answer in answers if answer.seed == seed] for seed in seeds]
         return metrics.summarise(table) if scored and table else None
 
-    max_length = length_limit(model, options.max_length)
-    likelihood = None
-    if measurable(encoder, examples, max_length):
-        likelihood = bits_per_byte(model, encoder, examples, max_length=max_length, progress=progress)
     return Evaluation(
         rouge_l=summary("rouge_l", greedy=False),
         exact_match=summary("exact_match", greedy=False),
