@@ -23,9 +23,9 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedRow, encode_pairs
 from dwakd.data.sources import TEST_SPLITS, Example, load_examples
 from dwakd.errors import UserError
+from dwakd.evaluation.evaluate import data_identity, make_signature, model_identity
 from dwakd.evaluation.generate import max_positions, progress_bar
 from dwakd.evaluation.options import RowOptions
-from dwakd.evaluation.evaluate import data_identity, make_signature, model_identity
 from dwakd.folders import check_output_folder
 from dwakd.models.invariant import response_hidden
 from dwakd.models.loading import load_causal_lm, load_tokenizer
