@@ -251,7 +251,7 @@ def test_float32_accuracy(gamma: float, size: tuple[int, int]) -> None:
     cost = torch.rand(3, *size) * 2
     value, grad = value_and_grad(cost.double(), gamma, impl="cpu")
     value32, grad32 = value_and_grad(cost, gamma, impl="cpu")
-    torch.testing.assert_close(value32.double(), value, rtol=3e-7, atol=1e-6)
+    torch.testing.assert_close(value32.double(), value, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(grad32.double(), grad, rtol=0, atol=1e-6)
 
 
@@ -402,8 +402,8 @@ def test_mistakes_are_named(change: dict[str, object], message: str) -> None:
 def test_auto_falls_back_once_and_says_why(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Without numba training runs, slower; the user reads the reason once, not once a step."""
     monkeypatch.setitem(sys.modules, "numba", None)
-    for name in ("cpu", "cpu_fast", "cpu_exact"):
-        monkeypatch.delitem(sys.modules, f"{room.__name__}.{name}", raising=False)
+    monkeypatch.delitem(sys.modules, f"{room.__name__}.cpu", raising=False)
+    monkeypatch.delitem(sys.modules, "dwakd.kernels.compiled", raising=False)
     is_usable.cache_clear()
     room._kernel.cache_clear()
     try:

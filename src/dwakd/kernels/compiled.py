@@ -12,15 +12,14 @@ import torch
 logger = logging.getLogger(__name__)
 
 
-def compiled_by_numba(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled_by_numba(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """Compile a function with numba.njit; cache the result on disk if a cache folder is writable."""
-    options = {"nogil": True, "error_model": "numpy"}
+    options |= {"nogil": True, "error_model": "numpy"}
     try:
         compiled: Callable[..., Any] = numba.njit(cache=True, **options)(function)
     except RuntimeError as error:  # numba: "no locator available"
-        logger.info(
-            "numba compiles %s again in each process, because it cannot write a cache: %s", function.__name__, error
-        )
+        message = "numba compiles %s again in each process, because it cannot write a cache: %s"
+        logger.info(message, function.__name__, error)
         compiled = numba.njit(**options)(function)
     return compiled
 

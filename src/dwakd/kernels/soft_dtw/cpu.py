@@ -1,25 +1,49 @@
 """Compute Soft-DTW on the CPU with numba, in parallel over the batch.
 
-The gradient of an example is computed together with its value, while the weights of the soft minimum are still in the
-processor's cache. Only one number per cell is stored for the backward pass.
+The gradient of an example is computed together with its value. Only one number per cell is stored for backward.
+
+Moderate float32 costs take the fast path, one anti-diagonal after the other, in loops that LLVM vectorises. It stores
+differences of the accumulated cost R between neighbours, in units of gamma: the step down into a cell,
+R[i, j] - R[i - 1, j], by row, and the step right, R[i, j] - R[i, j - 1], by column. R grows along a path, but these
+differences stay small enough for float32. Other costs take the exact path, one cell at a time in float64.
+
+The loops over a diagonal use few arrays and unsigned indices. Otherwise LLVM would give up on excluding that the arrays
+overlap, or handle negative indices, and would not vectorise. All compiled functions are in one file, because numba's
+cache on disk detects changes of the compiled file only. `no_type_check` prevents the tests' shape checker from wrapping
+them.
 """
 
+import functools
 import itertools
+import math
+from typing import no_type_check
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int
+from numpy import float32, uint64
 from torch import Tensor
 
-from dwakd.kernels.compiled import share
-from dwakd.kernels.soft_dtw.cpu_exact import solve_exact
-from dwakd.kernels.soft_dtw.cpu_fast import solve_fast
+from dwakd.kernels.compiled import compiled_by_numba, share
 
-Counts = npt.NDArray[np.int64]
+fused = functools.partial(compiled_by_numba, fastmath={"contract"})  # allows fused multiply-add instructions
 
 _CELLS_PER_THREAD = 100_000  # about half a millisecond; with less work, a second thread saves no time
 _CELLS_PER_SPAN = 20_000
+_PAD = 16  # the length of a diagonal is rounded up to a multiple of this, so that all its cells fill vectors
+_LIMIT = 4.0  # largest cost, in units of gamma; with larger ones, rounding errors in the gradient reach 1e-6
+_LEAST_FLOW = 1e-30  # smaller gradients become 0, because denormal numbers slow down later matrix products
+_FAR = float32(1e9)  # distance of the row and the column before the first, in units of gamma
+_ZERO, _ONE, _TWO, _NEXT = float32(0), float32(1), float32(2), uint64(1)
+_FLOOR, _LOG2_E, _ROUND = float32(-87), float32(1.4426950408889634), float32(1.5 * 2**23)
+_LN2_HIGH, _LN2_LOW = float32(0.693359375), float32(-2.12194440e-4)
+# exp(r) for |r| <= ln 2 / 2 after Cephes' expf, without the two leading terms 1 + r
+_E2, _E3, _E4 = float32(5.0000001201e-1), float32(1.6666665459e-1), float32(4.1665795894e-2)
+_E5, _E6, _E7 = float32(8.3334519073e-3), float32(1.3981999507e-3), float32(1.9875691500e-4)
+# 2 artanh(z) / z in z^2 for 0 <= z <= 1 / 2: a Chebyshev fit with a relative error of 2e-8
+_A0, _A1, _A2 = float32(2.0), float32(0.6666779575976), float32(0.3994882271805)
+_A3, _A4, _A5 = float32(0.2940806106697), float32(0.1620839772365), float32(0.3675323923349)
 
 
 def solve(
@@ -35,24 +59,233 @@ def solve(
     """
     lengths = [side.long().contiguous().numpy() for side in (x_lengths, y_lengths)]
     value, grad = cost.new_empty(len(cost)), cost.new_empty(cost.shape if keep else (0, 0, 0))
-    is_fast = cost.dtype == torch.float32
-    is_open = np.empty(len(cost), bool) if is_fast else np.ones(len(cost), bool)
+    is_open = np.ones(len(cost), bool)
     arguments = [cost.detach().contiguous().numpy(), *lengths, gamma, keep, value.numpy(), grad.numpy(), is_open]
 
     def compute(first: int, last: int) -> None:
-        if not is_fast or solve_fast(*arguments, first, last):
-            solve_exact(*arguments, first, last)
+        if cost.dtype == torch.float32:
+            _solve_fast(*arguments, first, last)
+        if is_open[first:last].any():
+            _solve_exact(*arguments, first, last)
 
     num_threads = min(torch.get_num_threads(), cost.numel() // _CELLS_PER_THREAD)
-    if num_threads > 1:
-        share(compute, _spans(lengths[0] * lengths[1]), num_threads)
-    else:
-        compute(0, len(cost))
+    share(compute, _spans(lengths[0] * lengths[1]) if num_threads > 1 else [(0, len(cost))], num_threads)
     return value, grad
 
 
-def _spans(num_cells: Counts) -> list[tuple[int, int]]:
+def _spans(num_cells: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
     """Divide the examples into ranges of about _CELLS_PER_SPAN cells; a larger example has a range of its own."""
     parts = num_cells.cumsum() // _CELLS_PER_SPAN
-    ends = [*(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(num_cells)]
-    return list(itertools.pairwise([0, *ends]))
+    return list(itertools.pairwise([0, *(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(num_cells)]))
+
+
+@fused
+@no_type_check
+def _exp(x):
+    """Compute exp(x) = 2^k exp(r) for x <= 0, within 1e-7 (relative); 1 at 0, 0 from -87 down."""
+    y = max(x, _FLOOR)
+    shifted = float32(y * _LOG2_E + _ROUND)  # rounds to an integer and stores it in the low bits
+    k = shifted - _ROUND
+    r = y - k * _LN2_HIGH - k * _LN2_LOW
+    p = ((((_E7 * r + _E6) * r + _E5) * r + _E4) * r + _E3) * r + _E2
+    p = float32(p * (r * r) + r + _ONE)
+    bits = p.view(np.int32) + (shifted.view(np.int32) << np.int32(23))
+    return np.int32(bits).view(float32) if y > _FLOOR else _ZERO
+
+
+@fused
+@no_type_check
+def _forward_diagonal(downs, i, rights, j, weights, above, count):
+    """Compute the cells of a diagonal.
+
+    `downs[i ...]` contains the steps down into the cells on the left, `rights[j ...]` the steps right into the cells
+    above; both are overwritten by the steps into the cells themselves. `weights[above ...]` contains the costs and is
+    overwritten by the weights of the predecessors above. Those on the left follow, `count` places later. The third
+    weight is 1 minus these two.
+    """
+    i, j, above, count = uint64(i), uint64(j), uint64(above), uint64(count)
+    beside = above + count
+    for t in range(count):
+        # accumulated costs above and on the left, minus that at the corner; then these two and 0 in order
+        up, left, cost = rights[j + t], downs[i + t], weights[above + t]
+        low, high = min(up, left), max(up, left)
+        lowest, middle, highest = min(low, _ZERO), max(low, min(high, _ZERO)), max(high, _ZERO)
+        second, third = _exp(lowest - middle), _exp(lowest - highest)
+        rest = second + third
+        first = _ONE / (_ONE + rest)
+        second, third = second * first, third * first
+        weights[above + t] = first if up == lowest else (second if up == middle else third)
+        weights[beside + t] = first if left == lowest else (second if left == middle else third)
+        z = rest / (rest + _TWO)  # log(1 + rest) = 2 artanh(z)
+        s = z * z
+        step = cost - (((((_A5 * s + _A4) * s + _A3) * s + _A2) * s + _A1) * s + _A0) * z
+        downs[i + t] = step + (lowest - up)
+        rights[j + t] = step + (lowest - left)
+
+
+@fused
+@no_type_check
+def _forward_fast(cells, n, m, width, inverse, keep, weights):
+    """Return the cost at the end, in units of gamma, and the end of the weights, stored for all cells if `keep`."""
+    # rows in order and columns in reverse, so that a diagonal runs forward through both
+    downs, rights = np.zeros(n + _PAD, float32), np.zeros(m + _PAD, float32)
+    downs[0] = rights[m - 1] = _FAR
+    start, total, stride = _PAD, 0.0, uint64(width - 1)
+    for i in range(n):
+        total += cells[i * width] * inverse
+    inverse = float32(inverse)
+    for k in range(n + m - 1):
+        first, end = max(0, k - m + 1), min(n, k + 1)
+        padded = (end - first + _PAD - 1) // _PAD * _PAD
+        at, column = uint64(first * width + k - first), m - 1 - k + first
+        for t in range(uint64(start), uint64(start + end - first)):
+            weights[t] = cells[at] * inverse
+            at += stride
+        if 0 < k < n:
+            downs[k] = 0.0
+        _forward_diagonal(downs, first, rights, column, weights, start, padded)
+        if k >= n:
+            total += rights[column + end - first - 1]
+        if keep:
+            start += 2 * padded
+    return total, start
+
+
+@fused
+@no_type_check
+def _backward_diagonal(flows, now, before, earlier, weights, above, beside, count):
+    """Add the flows (gradients) of a diagonal to those of the previous one, and write those into the corners.
+
+    `flows[now ...]`, `flows[before ...]` and `flows[earlier ...]` are the flows of three consecutive diagonals, each
+    from the same row on. They are in float64, and the corner gets the remainder, so almost no flow is lost.
+    """
+    now, before, earlier = uint64(now), uint64(before), uint64(earlier)
+    above, beside = uint64(above), uint64(beside)
+    for t in range(uint64(count)):
+        below = flows[now + t + _NEXT]
+        upwards = below * weights[above + t + _NEXT]
+        flows[earlier + t] = below - upwards - below * weights[beside + t + _NEXT]
+        arriving = flows[before + t] + upwards + flows[now + t] * weights[beside + t]
+        flows[before + t] = arriving if arriving > _LEAST_FLOW else 0.0
+
+
+@fused
+@no_type_check
+def _backward_fast(cells, n, m, width, weights, start):
+    """Write the gradients to `cells`: the probability that a path, drawn by the weights, passes through each.
+
+    `start` is the end of the weights.
+    """
+    size, stride = n + _PAD + 2, uint64(width - 1)
+    # rows before the first of a diagonal are not written as k decreases, so they are 0
+    flows = np.zeros(3 * size)
+    now, before, earlier = 0, size, 2 * size
+    flows[n - 1] = 1.0  # every path ends in the last cell
+    for k in range(n + m - 2, -1, -1):
+        first, end = max(0, k - m + 1), min(n, k + 1)
+        plane = (end - first + _PAD - 1) // _PAD * _PAD
+        start -= 2 * plane
+        at = uint64(first * width + k - first)
+        for t in range(uint64(now + first), uint64(now + end)):
+            cells[at] = flows[t]
+            at += stride
+        row = max(0, k - m)  # the first of the previous diagonal
+        count = (min(n, k) - row + _PAD - 1) // _PAD * _PAD
+        above = start + row - first
+        _backward_diagonal(flows, now + row, before + row, earlier + row, weights, above, above + plane, count)
+        now, before, earlier = before, earlier, now
+
+
+@compiled_by_numba
+@no_type_check
+def _are_within(cost, row, n, m, limit):
+    """Return whether the absolute value of all costs of the example is at most `limit`; False if one is NaN."""
+    for i in range(n):
+        num_within = 0
+        for j in range(m):  # LLVM vectorises a count, but not a maximum
+            num_within += abs(cost[row, i, j]) <= limit
+        if num_within < m:
+            return False
+    return True
+
+
+@compiled_by_numba
+@no_type_check
+def _solve_fast(cost, x_lengths, y_lengths, gamma, keep, value, grad, is_open, first_row, last_row):
+    """Compute examples first_row to last_row - 1, except those with large costs, which remain open."""
+    width, size = cost.shape[2], 0
+    limit = float32(min(_LIMIT * gamma, 1e38))
+    for row in range(first_row, last_row):
+        n, m = x_lengths[row], y_lengths[row]
+        size = max(size, 2 * (min(n, m) + _PAD) * (n + m - 1 if keep else 1))
+    weights = np.zeros(size + 4 * _PAD, float32)  # flows of 0 are multiplied by weights up to _PAD before or after
+    for row in range(first_row, last_row):
+        n, m = x_lengths[row], y_lengths[row]
+        is_open[row] = not _are_within(cost, row, n, m, limit)
+        if is_open[row]:
+            continue
+        reached, used = _forward_fast(cost[row].reshape(-1), n, m, width, 1.0 / gamma, keep, weights)
+        value[row] = reached * gamma
+        if keep:
+            grad[row, n:] = 0.0
+            grad[row, :n, m:] = 0.0
+            _backward_fast(grad[row].reshape(-1), n, m, width, weights, used)
+
+
+@compiled_by_numba
+@no_type_check
+def _forward_exact(cost, n, m, gamma, weights):
+    """Return the cost at the end, and store the weights of each cell's predecessors: above, left, above left."""
+    row = np.full(m + 1, np.inf)  # accumulated costs of the row above, overwritten by those of this row
+    row[0] = 0.0  # the corner before the first cell
+    for i in range(n):
+        corner, left = row[0], np.inf
+        row[0] = np.inf
+        for j in range(m):
+            up = row[j + 1]
+            lowest = min(up, left, corner)
+            finite = min(lowest, 1e300)  # if all three are unreachable, exponents are -inf, not NaN
+            a = math.exp((finite - up) / gamma)
+            b = math.exp((finite - left) / gamma)
+            c = math.exp((finite - corner) / gamma)
+            rest = min(a, b) + min(max(a, b), c)
+            weights[i, j, 0], weights[i, j, 1], weights[i, j, 2] = a / (1 + rest), b / (1 + rest), c / (1 + rest)
+            left = cost[i, j] + (lowest - gamma * math.log1p(rest))
+            row[j + 1], corner = left, up
+    return row[m]
+
+
+@compiled_by_numba
+@no_type_check
+def _backward_exact(grad, n, m, weights):
+    """Compute the gradients as `_backward_fast` does."""
+    downwards, corners = np.zeros(m), np.zeros(m)  # probabilities that arrive from the row below
+    for i in range(n - 1, -1, -1):
+        sideways, corner = 0.0, 0.0
+        if i == n - 1:
+            sideways = 1.0  # every path ends in the last cell
+        for j in range(m - 1, -1, -1):
+            arriving = downwards[j] + sideways + corners[j]
+            grad[i, j] = arriving
+            downwards[j], sideways = arriving * weights[i, j, 0], arriving * weights[i, j, 1]
+            corners[j], corner = corner, arriving * weights[i, j, 2]
+
+
+@compiled_by_numba
+@no_type_check
+def _solve_exact(cost, x_lengths, y_lengths, gamma, keep, value, grad, is_open, first_row, last_row):
+    """Compute the examples first_row to last_row - 1 that are open."""
+    for row in range(first_row, last_row):
+        if not is_open[row]:
+            continue
+        n, m = x_lengths[row], y_lengths[row]
+        value[row] = np.nan
+        if keep:
+            grad[row] = 0.0
+        if (cost[row, :n, :m] > -np.inf).all():
+            weights = np.empty((n, m, 3))
+            value[row] = _forward_exact(cost[row], n, m, gamma, weights)
+            if keep and value[row] < np.inf:
+                _backward_exact(grad[row], n, m, weights)
+        elif keep:
+            grad[row, :n, :m] = np.nan
