@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dwakd.kernels import soft_dtw
-from dwakd.kernels.usable import is_usable
+from dwakd.kernels.dispatch import is_usable
 
-room = importlib.import_module("dwakd.kernels.soft_dtw")  # the module: `dwakd.kernels.soft_dtw` is the function
 IMPLS = ("naive", "cpu")
 EXAMPLE = torch.tensor([[[0.0, 1.0, 2.0], [1.0, 0.0, 1.0]]], dtype=torch.float64)
 
@@ -402,10 +401,9 @@ def test_mistakes_are_named(change: dict[str, object], message: str) -> None:
 def test_auto_falls_back_once_and_says_why(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Without numba training runs, slower; the user reads the reason once, not once a step."""
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, f"{room.__name__}.cpu", raising=False)
+    monkeypatch.delitem(sys.modules, "dwakd.kernels.soft_dtw.cpu", raising=False)
     monkeypatch.delitem(sys.modules, "dwakd.kernels.compiled", raising=False)
     is_usable.cache_clear()
-    room._kernel.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             for _ in range(2):
@@ -416,15 +414,15 @@ def test_auto_falls_back_once_and_says_why(monkeypatch: pytest.MonkeyPatch, capl
             soft_dtw(EXAMPLE, 1.0, impl="cpu")
     finally:
         is_usable.cache_clear()
-        room._kernel.cache_clear()
 
 
 def test_auto_takes_the_compiled_kernel() -> None:
     """Otherwise every run would be many times slower without a word."""
-    assert room._resolve("auto", torch.device("cpu")) == "cpu"
-    assert room._resolve("auto", torch.device("meta")) == "naive"
-    with pytest.raises(ValueError, match="cuda"):
-        room._resolve("cpu", torch.device("cuda"))
+    cost = torch.rand(2, 30, 40)
+    assert torch.equal(soft_dtw(cost, 1.0), soft_dtw(cost, 1.0, impl="cpu"))
+    assert not torch.equal(soft_dtw(cost, 1.0), soft_dtw(cost, 1.0, impl="naive"))
+    with pytest.raises(ValueError, match=r"'cpu' .*meta"):
+        soft_dtw(cost.to("meta"), 1.0, impl="cpu")
 
 
 def test_the_gradient_holds_no_denormal_numbers():

@@ -9,7 +9,6 @@ import torch
 
 from dwakd.batch import OutputHead
 from dwakd.kernels import head_loss
-from dwakd.kernels.head_loss import statistics
 from dwakd.losses import METHODS, GoldLoss, KdLoss, ModelPair, build_loss, method_options
 from tests.losses.builders import WIDTHS, pair_of, random_examples, random_heads, side, use_kernels
 from tests.losses.test_contract import ALL, LENGTHS
@@ -69,9 +68,8 @@ def test_forbidden_tokens_are_as_if_they_were_not_there(name, options, impl, mon
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_forbidden_tokens_in_the_compiled_kernels(name, monkeypatch):
-    """They run on large vocabularies alone unless told otherwise."""
-    monkeypatch.setattr(statistics, "COMPILED_FROM", 1)
+def test_forbidden_tokens_in_float32(name):
+    """The compiled kernels compute float32 only."""
     expected = run_forbidding(name, {}, torch.float32, removed=True)
     got = run_forbidding(name, {}, torch.float32, removed=False)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-3)

@@ -27,8 +27,5 @@ def require(holds: Bool[Tensor, ""], message: str, found: Callable[[], object]) 
 def require_targets(name: str, targets: Int[Tensor, " tokens"], vocab_size: int) -> None:
     """Raise ValueError unless all targets are token ids of the vocabulary; see `require` for GPUs."""
     valid = (targets >= 0) & (targets < vocab_size)
-    require(
-        valid.all(),
-        f"{name} must be token ids from 0 to {vocab_size - 1} (remove the positions that are labelled -100)",
-        lambda: int(targets[~valid][0]),
-    )
+    message = f"{name} must be token ids from 0 to {vocab_size - 1} (remove the positions that are labelled -100)"
+    require(valid.all(), message, lambda: int(targets[~valid][0]))

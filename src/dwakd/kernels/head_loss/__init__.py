@@ -3,16 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from dwakd.kernels.checks import require_targets
-from dwakd.kernels.head_loss.criterion import Chunk, Criterion
-from dwakd.kernels.head_loss.cross_entropy import CrossEntropy
+from dwakd.kernels.dispatch import resolve
+from dwakd.kernels.head_loss.criterion import Chunk, Criterion, CrossEntropy, HeadRows, Statistics, WithPrediction
 from dwakd.kernels.head_loss.dual_space import ForwardKlSpace, StudentSpace, student_space, teacher_space
-from dwakd.kernels.head_loss.engine import ChunkedHeadLoss, ChunkedRun, HeadRows
-from dwakd.kernels.head_loss.naive import head_loss_naive
-from dwakd.kernels.head_loss.prediction import WithPrediction
+from dwakd.kernels.head_loss.engine import ChunkedHeadLoss, ChunkedRun
 from dwakd.kernels.head_loss.statistics import entropy, forward_kl
 
 __all__ = [
@@ -32,7 +31,6 @@ __all__ = [
     "teacher_space",
 ]
 
-IMPLS = ("auto", "naive", "chunked")
 BUDGET_BYTES = 128 * 2**20
 """Default memory for logits. On CPUs, half or twice this value changes the time of DWA-KD's loss by 3 %."""
 
@@ -49,7 +47,7 @@ class HeadLoss:
 
     loss: Float[Tensor, "..."]
     terms: dict[str, Tensor]
-    statistics: dict[str, Tensor]
+    statistics: Statistics
 
 
 def head_loss(
@@ -93,8 +91,7 @@ def head_loss(
         >>> head.weight.grad.shape
         torch.Size([50, 8])
     """
-    if impl not in IMPLS:
-        raise ValueError(f"head_loss: unknown impl {impl!r}; valid are {', '.join(map(repr, IMPLS))}")
+    impl = resolve("head_loss", impl, {"chunked": None})
     budget = BUDGET_BYTES if budget is None else budget
     if budget < 1:
         raise ValueError(f"head_loss: budget must be at least 1 byte, got {budget}")
@@ -108,12 +105,22 @@ def head_loss(
     if by_row and any(side.head.weight.requires_grad for side in sides):
         raise ValueError("head_loss: by_row requires heads without gradient: use head.detached()")
     if impl == "naive":
-        return HeadLoss(*head_loss_naive(sides, criterion, by_row=by_row))
-    return _chunked(sides, criterion, budget, by_row=by_row)
-
-
-def _chunked(sides: Sequence[HeadRows], criterion: Criterion, budget: int, *, by_row: bool) -> HeadLoss:
+        return _naive(sides, criterion, by_row=by_row)
     run = ChunkedRun(sides, criterion, budget, by_row=by_row)
-    loss, *constants = ChunkedHeadLoss.apply(run, *run.inputs())  # type: ignore[no-untyped-call]
-    terms = dict(zip(run.term_names, constants, strict=False))
+    loss, *constants = ChunkedHeadLoss.apply(run, *run.inputs)  # type: ignore[no-untyped-call]
+    terms = dict(zip(criterion.rates, constants, strict=False))
     return HeadLoss(loss, terms, dict(zip(run.statistic_names, constants[len(terms) :], strict=True)))
+
+
+def _naive(sides: Sequence[HeadRows], criterion: Criterion, *, by_row: bool) -> HeadLoss:
+    """Compute the loss in plain torch over all tokens at once, with autograd: the specification of the engine."""
+    logits = [side.head.logits(side.hidden) for side in sides]
+    chunk = Chunk(tuple(slice(0, len(side.hidden)) for side in sides), slice(0, len(sides[0].lengths)))
+    with torch.no_grad():
+        statistics = criterion.statistics([side.detach() for side in logits], chunk)
+        weights = criterion.weights(statistics, sides[0].lengths)
+    terms = criterion.terms(logits, chunk, weights)
+    if not by_row:
+        terms = {name: value.sum() for name, value in terms.items()}
+    loss = torch.stack([criterion.rates[name] * value for name, value in terms.items()]).sum(0)
+    return HeadLoss(loss, {name: value.detach() for name, value in terms.items()}, statistics)

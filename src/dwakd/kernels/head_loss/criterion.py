@@ -3,13 +3,34 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dwakd.batch import OutputHead
+from dwakd.kernels.head_loss.statistics import blocks, most_probable, peak_of, pick, shifted_exp, subtract_at
+
 Logits = Float[Tensor, "_ _"]
 Statistics = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """Hidden states of one side and the output head that turns them into logits.
+
+    Args:
+        hidden: hidden states of all examples, packed; carries gradient unless detached.
+        head: the output head; its weight and bias carry gradient unless it is `detached()`.
+        lengths: number of tokens of each example.
+        counts: the same numbers on the host; without them, a criterion that needs whole examples waits for the device.
+    """
+
+    hidden: Float[Tensor, "tokens hidden"]
+    head: OutputHead
+    lengths: Int[Tensor, " batch"]
+    counts: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,9 +110,79 @@ class Criterion(ABC):
             total = torch.stack([self.rates[name] * value.sum() for name, value in terms.items()]).sum()
         learned = [index for index, need in enumerate(needs) if need]
         if learned:
-            gradients = torch.autograd.grad(
-                total, [leaves[index] for index in learned], allow_unused=True, materialize_grads=True
-            )
+            inputs = [leaves[index] for index in learned]
+            gradients = torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)
             for index, gradient in zip(learned, gradients, strict=True):
                 logits[index].copy_(gradient)
         return {name: value.detach() for name, value in terms.items()}
+
+
+class CrossEntropy(Criterion):
+    """Cross-entropy of one side in nats, with a hand-written gradient: the term `ce` is -log p(target).
+
+    Args:
+        targets: token id of each position.
+        rate: factor of the term in the loss.
+    """
+
+    def __init__(self, targets: Int[Tensor, " tokens"], rate: float = 1.0) -> None:
+        super().__init__({"ce": rate})
+        self.targets = targets
+
+    def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
+        log_probs = logits[0].log_softmax(-1)
+        return {"ce": torch.nn.functional.nll_loss(log_probs, self.targets[chunk.rows[0]], reduction="none")}
+
+    def observe(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
+        columns = logits[0].t()
+        peak, chosen = peak_of(columns), pick(columns, self.targets[chunk.rows[0]])
+        total = torch.zeros_like(peak)
+        for block in blocks(columns):
+            total += shifted_exp(columns[block], peak).sum(0)
+        return {"total": total, "ce": total.log() + peak - chosen}
+
+    def differentiate(
+        self,
+        logits: Sequence[Logits],
+        chunk: Chunk,
+        statistics: Statistics,
+        weights: Tensor | None,
+        needs: Sequence[bool],
+    ) -> dict[str, Tensor]:
+        if needs[0]:
+            columns = logits[0].t()
+            columns.mul_(self.rates["ce"] / statistics["total"])
+            subtract_at(columns, self.targets[chunk.rows[0]], torch.full_like(statistics["ce"], self.rates["ce"]))
+        return {"ce": statistics["ce"]}
+
+
+class WithPrediction(Criterion):
+    """Add the statistic `prediction`, the most probable token of a side, to another criterion.
+
+    Args:
+        criterion: the criterion to extend.
+        side: index of the side to predict.
+    """
+
+    def __init__(self, criterion: Criterion, side: int) -> None:
+        super().__init__(criterion.rates)
+        self.unit, self.criterion, self.side = criterion.unit, criterion, side
+
+    def targets_by_side(self) -> dict[int, Tensor]:
+        return self.criterion.targets_by_side()
+
+    def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
+        return self.criterion.terms(logits, chunk, weights)
+
+    def statistics(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
+        return self.criterion.statistics(logits, chunk) | {"prediction": logits[self.side].argmax(-1)}
+
+    def observe(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
+        prediction = most_probable(logits[self.side].t())
+        return self.criterion.observe(logits, chunk) | {"prediction": prediction}
+
+    def weights(self, statistics: Statistics, lengths: Int[Tensor, " batch"] | None) -> Float[Tensor, " tokens"] | None:
+        return self.criterion.weights(statistics, lengths)
+
+    def differentiate(self, *arguments: Any, **keywords: Any) -> dict[str, Tensor]:
+        return self.criterion.differentiate(*arguments, **keywords)

@@ -21,7 +21,7 @@ class StudentSpace(Criterion):
     its own cross-entropy.
 
     The statistics, at temperature 1, are `entropy` = H(p^s), `gate` = max p^{t->s}, `right` (whether the most probable
-    projected token is its target) and, if such weights are given, `projected_weight`.
+    projected token is its target) and `projected_weight`.
 
     Args:
         targets: token id of each position.
@@ -52,7 +52,9 @@ class StudentSpace(Criterion):
         self.unit = "weights" if whole_examples else "rows"
         self.targets, self.temperature = targets, temperature
         self.projected_targets = targets if projected_targets is None else projected_targets
-        self.projected_weights, self.trust = projected_weights, trust
+        ones = torch.ones_like(targets, dtype=torch.bool)  # True is 1 in products of any dtype
+        self.projected_weights = ones if projected_weights is None else projected_weights
+        self.trust = ones if trust is None else trust
         self.divergence, self.weigh = divergence, weigh
 
     def targets_by_side(self) -> dict[int, Tensor]:
@@ -65,20 +67,16 @@ class StudentSpace(Criterion):
             for side, targets in zip(logits, (self.targets, self.projected_targets), strict=True)
         ]
         softened = [(side / self.temperature).log_softmax(-1) for side in (projected.detach(), own)]
-        kd = self.divergence(*softened)
         return {
             "ce": cross_entropies[0],
-            "t2s_ce": cross_entropies[1] * self._projected_weights(chunk),
-            "kd_student": kd * self._trusted(weights, chunk),
+            "t2s_ce": cross_entropies[1] * self.projected_weights[chunk.rows[1]],
+            "kd_student": self.divergence(*softened) * self._trusted(weights, chunk),
         }
 
-    def _trusted(self, weights: Tensor | None, chunk: Chunk) -> Tensor | float:
+    def _trusted(self, weights: Tensor | None, chunk: Chunk) -> Tensor:
         """Return the factor of each token's divergence."""
-        trust = 1.0 if self.trust is None else self.trust[chunk.rows[1]]
+        trust = self.trust[chunk.rows[1]]
         return trust if weights is None else weights * trust
-
-    def _projected_weights(self, chunk: Chunk) -> Tensor | float:
-        return 1.0 if self.projected_weights is None else self.projected_weights[chunk.rows[1]]
 
     def statistics(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
         if self.weigh is None:
@@ -86,10 +84,8 @@ class StudentSpace(Criterion):
         own, projected = (side.log_softmax(-1) for side in logits)
         peak = projected.amax(-1)
         chosen = projected.gather(-1, self.projected_targets[chunk.rows[1]][:, None]).squeeze(-1)
-        return {"entropy": entropy(own), "gate": peak.exp(), "right": chosen == peak, **self._known(chunk)}
-
-    def _known(self, chunk: Chunk) -> Statistics:
-        return {} if self.projected_weights is None else {"projected_weight": self.projected_weights[chunk.rows[1]]}
+        given = self.projected_weights[chunk.rows[1]]
+        return {"entropy": entropy(own), "gate": peak.exp(), "right": chosen == peak, "projected_weight": given}
 
     def weights(self, statistics: Statistics, lengths: Int[Tensor, " batch"] | None) -> Tensor | None:
         return None if self.weigh is None else self.weigh(statistics, lengths)
@@ -114,7 +110,7 @@ class ForwardKlSpace(StudentSpace):
             "own_soft_total": mine.soft_total,
             "projected_total": theirs.total,
             "projected_soft_total": theirs.soft_total,
-            **self._known(chunk),
+            "projected_weight": self.projected_weights[chunk.rows[1]],
         }
 
     def differentiate(
@@ -125,24 +121,27 @@ class ForwardKlSpace(StudentSpace):
         weights: Tensor | None,
         needs: Sequence[bool],
     ) -> dict[str, Tensor]:
-        kl = statistics["kl"]
-        weights = torch.ones_like(kl) * self._trusted(weights, chunk)
+        trusted = torch.ones_like(statistics["kl"]) * self._trusted(weights, chunk)
+        projected_weights = self.projected_weights[chunk.rows[1]]
         if any(needs):
-            self._overwrite(logits, chunk, statistics, weights)
-        t2s_ce = statistics["t2s_ce"] * self._projected_weights(chunk)
-        return {"ce": statistics["ce"], "t2s_ce": t2s_ce, "kd_student": weights * kl}
-
-    def _overwrite(self, logits: Sequence[Logits], chunk: Chunk, statistics: Statistics, weights: Tensor) -> None:
-        own, projected = (side.t() for side in logits)
-        pair, rates = SoftenedPair(self.temperature), self.rates
-        kd = weights * (rates["kd_student"] / self.temperature)
-        own_soft, projected_soft = kd / statistics["own_soft_total"], kd / statistics["projected_soft_total"]
-        own_rate = torch.full_like(weights, rates["ce"])
-        projected_rate = torch.full_like(weights, rates["t2s_ce"]) * self._projected_weights(chunk)
-        own_share, projected_share = own_rate / statistics["own_total"], projected_rate / statistics["projected_total"]
-        pair.differentiate(own, projected, (own_soft, projected_soft, own_share, projected_share))
-        subtract_at(own, self.targets[chunk.rows[0]], own_rate)
-        subtract_at(projected, self.projected_targets[chunk.rows[1]], projected_rate)
+            own, projected = (side.t() for side in logits)
+            kd = trusted * (self.rates["kd_student"] / self.temperature)
+            own_rate = torch.full_like(statistics["kl"], self.rates["ce"])
+            projected_rate = torch.full_like(own_rate, self.rates["t2s_ce"]) * projected_weights
+            shares = (
+                kd / statistics["own_soft_total"],
+                kd / statistics["projected_soft_total"],
+                own_rate / statistics["own_total"],
+                projected_rate / statistics["projected_total"],
+            )
+            SoftenedPair(self.temperature).differentiate(own, projected, shares)
+            subtract_at(own, self.targets[chunk.rows[0]], own_rate)
+            subtract_at(projected, self.projected_targets[chunk.rows[1]], projected_rate)
+        return {
+            "ce": statistics["ce"],
+            "t2s_ce": statistics["t2s_ce"] * projected_weights,
+            "kd_student": trusted * statistics["kl"],
+        }
 
 
 class TeacherSpace(Criterion):

@@ -1,38 +1,16 @@
 """Compute logits, criterion and gradients for a few tokens at a time, all in the forward pass."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dwakd.batch import OutputHead
-from dwakd.kernels.head_loss.criterion import Chunk, Criterion, Statistics
+from dwakd.kernels.head_loss.criterion import Chunk, Criterion, HeadRows, Statistics
 from dwakd.kernels.head_loss.plan import Group, plan_examples, plan_rows
 from dwakd.kernels.head_loss.products import HeadProducts
 from dwakd.kernels.head_loss.statistics import infinite_if_forbidden
-
-
-@dataclass(frozen=True)
-class HeadRows:
-    """Hidden states of one side and the output head that turns them into logits.
-
-    Args:
-        hidden: hidden states of all examples, packed; carries gradient unless detached.
-        head: the output head; its weight and bias carry gradient unless it is `detached()`.
-        lengths: number of tokens of each example.
-        counts: the same numbers on the host; without them, a criterion that needs whole examples waits for the device.
-    """
-
-    hidden: Float[Tensor, "tokens hidden"]
-    head: OutputHead
-    lengths: Int[Tensor, " batch"]
-    counts: tuple[int, ...] | None = None
 
 
 class ChunkedRun:
@@ -49,26 +27,20 @@ class ChunkedRun:
 
     def __init__(self, sides: Sequence[HeadRows], criterion: Criterion, budget: int, *, by_row: bool) -> None:
         self.sides, self.criterion, self.by_row = sides, criterion, by_row
-        self.dtype = torch.promote_types(sides[0].head.weight.dtype, torch.float32)
-        self.with_gradient = torch.is_grad_enabled()
-        self.learns_hidden = [self._learns(side.hidden) for side in sides]
-        self.needs = [
-            any(self._learns(tensor) for tensor in (side.hidden, side.head.weight, side.head.bias)) for side in sides
-        ]
+        heads = [side.head for side in sides]
+        self.dtype = torch.promote_types(heads[0].weight.dtype, torch.float32)
+        # hidden states of all sides, then the heads' weights, then their biases; their gradients in the same order
+        self.inputs = [*(side.hidden for side in sides), *(h.weight for h in heads), *(h.bias for h in heads)]
+        with_gradient = torch.is_grad_enabled()
+        self.learns = [with_gradient and tensor is not None and tensor.requires_grad for tensor in self.inputs]
+        self.gradients: list[Tensor | None] = [
+            torch.zeros_like(side.hidden) if learns else None for side, learns in zip(sides, self.learns, strict=False)
+        ] + [None] * (2 * len(sides))
+        self.needs = [any(self.learns[index :: len(sides)]) for index in range(len(sides))]
         self.groups = self._plan(budget)
         self.products = self._products()
-        self.hidden_gradients = [
-            torch.zeros_like(side.hidden) if learns else None
-            for side, learns in zip(sides, self.learns_hidden, strict=True)
-        ]
-        self.weight_gradients: list[Tensor | None] = [None] * len(sides)
-        self.bias_gradients: list[Tensor | None] = [None] * len(sides)
         self.collected: list[tuple[dict[str, Tensor], Statistics]] = []
-        self.term_names: tuple[str, ...] = ()
         self.statistic_names: tuple[str, ...] = ()
-
-    def _learns(self, tensor: Tensor | None) -> bool:
-        return self.with_gradient and tensor is not None and tensor.requires_grad
 
     def _plan(self, budget: int) -> list[Group]:
         widths = [HeadProducts.row_bytes(side.head) for side in self.sides]
@@ -84,23 +56,15 @@ class ChunkedRun:
         shared: dict[tuple[Any, ...], list[int]] = {}
         for index in sorted(range(len(self.sides)), key=lambda index: not self.needs[index]):
             head = self.sides[index].head
-            places = [
-                None if part is None else (part.data_ptr(), part.shape, part.stride())
-                for part in (head.weight, head.bias)
-            ]
-            shared.setdefault((*places, head.scale, head.soft_cap), []).append(index)
+            parts = [None if p is None else (p.data_ptr(), p.shape, p.stride()) for p in (head.weight, head.bias)]
+            shared.setdefault((*parts, head.scale, head.soft_cap), []).append(index)
         chunks = [chunk for group in self.groups for chunk in group.chunks]
-        return [
-            (
-                indices,
-                HeadProducts(
-                    self.sides[indices[0]].head.detached(),
-                    max((sum(_length(chunk.rows[i]) for i in indices) for chunk in chunks), default=0),
-                    with_gradient=any(self.needs),
-                ),
-            )
-            for indices in shared.values()
-        ]
+        products = []
+        for indices in shared.values():
+            rows = max((sum(_length(chunk.rows[i]) for i in indices) for chunk in chunks), default=0)
+            head = self.sides[indices[0]].head.detached()
+            products.append((indices, HeadProducts(head, rows, with_gradient=any(self.needs))))
+        return products
 
     def run(self) -> tuple[Tensor, dict[str, Tensor], Statistics]:
         """Return the loss and its terms (one value per token with `by_row`), and the statistics of all tokens."""
@@ -108,33 +72,31 @@ class ChunkedRun:
             self._run_group(group)
         zero = self.sides[0].hidden.new_zeros(0 if self.by_row else (), dtype=self.dtype)
         terms = dict.fromkeys(self.criterion.rates, zero)
-        statistics: Statistics = {}
         if self.collected:
             for name in terms:
                 values = [values[name] for values, _ in self.collected]
                 terms[name] = torch.cat(values) if self.by_row else torch.stack([v.sum() for v in values]).sum()
-            statistics = {
-                name: torch.cat([statistics[name] for _, statistics in self.collected]) for name in self.collected[0][1]
-            }
         total = torch.stack([rate * terms[name] for name, rate in self.criterion.rates.items()]).sum(0)
-        return total, terms, statistics
+        return total, terms, _concatenated([statistics for _, statistics in self.collected])
 
     def _run_group(self, group: Group) -> None:
         criterion = self.criterion
         lengths = None if group.examples is None else self.sides[0].lengths[group.examples]
-        if len(group.chunks) == 1:
-            (chunk,) = group.chunks
-            logits = self._logits(chunk)
-            statistics = criterion.observe(logits, chunk)
-            self._finish(logits, chunk, statistics, criterion.weights(statistics, lengths))
-            return
-        seen = [criterion.observe(self._logits(chunk), chunk) for chunk in group.chunks]
-        weights = criterion.weights({name: torch.cat([s[name] for s in seen]) for name in seen[0]}, lengths)
-        start = group.chunks[0].rows[0].start
+        seen = []
         for chunk in group.chunks:
             logits = self._logits(chunk)
-            own = slice(chunk.rows[0].start - start, chunk.rows[0].stop - start)
-            self._finish(logits, chunk, criterion.observe(logits, chunk), None if weights is None else weights[own])
+            seen.append(criterion.observe(logits, chunk))
+        weights = criterion.weights(_concatenated(seen), lengths)
+        start = group.chunks[0].rows[0].start
+        for chunk, statistics in zip(group.chunks, seen, strict=True):
+            if len(group.chunks) > 1:  # the buffers contain the last chunk
+                logits = self._logits(chunk)
+                statistics = criterion.observe(logits, chunk)
+            own = None if weights is None else weights[chunk.rows[0].start - start : chunk.rows[0].stop - start]
+            terms = criterion.differentiate(logits, chunk, statistics, own, self.needs)
+            self.collected.append(({name: infinite_if_forbidden(value) for name, value in terms.items()}, statistics))
+            for indices, products in self.products:
+                self._pull_back([index for index in indices if self.needs[index]], products, chunk)
 
     def _logits(self, chunk: Chunk) -> list[Tensor]:
         found: dict[int, Tensor] = {}
@@ -143,60 +105,38 @@ class ChunkedRun:
             found |= dict(zip(indices, products.logits(rows), strict=True))
         return [found[index] for index in range(len(self.sides))]
 
-    def _finish(self, logits: list[Tensor], chunk: Chunk, statistics: Statistics, weights: Tensor | None) -> None:
-        terms = self.criterion.differentiate(logits, chunk, statistics, weights, self.needs)
-        self.collected.append(({name: infinite_if_forbidden(value) for name, value in terms.items()}, statistics))
-        for indices, products in self.products:
-            learned = [index for index in indices if self.needs[index]]
-            if learned:
-                self._pull_back(learned, products, chunk)
-
     def _pull_back(self, learned: list[int], products: HeadProducts, chunk: Chunk) -> None:
         """Compute the hidden states' gradients in one product for all sides, and the head's gradient for each side."""
+        if not learned:
+            return
         sizes = [_length(chunk.rows[index]) for index in learned]
-        gradient, rows = products.pull_back(slice(0, sum(sizes)))
-        weight, scale = products.head.weight, products.head.scale
-        if any(self.learns_hidden[index] for index in learned):
-            pulled = torch.mm(gradient.t(), weight)
-            if scale != 1.0:
-                pulled.mul_(scale)
+        gradient, rows = products.pull_back(sum(sizes))
+        if any(self.learns[index] for index in learned):
+            pulled = torch.mm(gradient.t(), products.head.weight)
+            if products.head.scale != 1.0:
+                pulled.mul_(products.head.scale)
             for index, part in zip(learned, torch.split(pulled, sizes), strict=True):
-                kept = self.hidden_gradients[index]
+                kept = self.gradients[index]
                 if kept is not None:
                     kept[chunk.rows[index]] = part.to(kept.dtype)
-        for index, columns, own in zip(
-            learned, torch.split(gradient, sizes, dim=1), torch.split(rows, sizes), strict=True
-        ):
-            self._add_head_gradients(index, columns, own, scale)
+        parts = torch.split(gradient, sizes, dim=1), torch.split(rows, sizes)
+        for index, columns, own in zip(learned, *parts, strict=True):
+            self._add_head_gradients(index, columns, own, products.head.scale)
 
     def _add_head_gradients(self, index: int, columns: Tensor, rows: Tensor, scale: float) -> None:
         """Add one chunk's gradients of the head's weight and bias, in float32 or better."""
-        head = self.sides[index].head
-        if self._learns(head.weight):
-            kept = self.weight_gradients[index]
+        weight, bias = index + len(self.sides), index + 2 * len(self.sides)
+        if self.learns[weight]:
+            kept = self.gradients[weight]
             if kept is None:
-                self.weight_gradients[index] = torch.mm(columns, rows).to(self.dtype)
+                self.gradients[weight] = torch.mm(columns, rows).to(self.dtype)
             elif kept.dtype == columns.dtype:
                 kept.addmm_(columns, rows)
             else:
                 kept.add_(torch.mm(columns, rows))
-        if self._learns(head.bias):
-            added = columns.sum(1, dtype=self.dtype) * scale
-            kept = self.bias_gradients[index]
-            self.bias_gradients[index] = added if kept is None else kept.add_(added)
-
-    def gradients(self) -> list[Tensor | None]:
-        """Return the gradient of each of `inputs`, or None for inputs that require no gradient."""
-        found = [*self.hidden_gradients, *self.weight_gradients, *self.bias_gradients]
-        return [
-            torch.zeros_like(tensor) if gradient is None and tensor is not None and self._learns(tensor) else gradient
-            for tensor, gradient in zip(self.inputs(), found, strict=True)
-        ]
-
-    def inputs(self) -> list[Tensor | None]:
-        """Return the hidden states of all sides, then the heads' weights, then their biases."""
-        heads = [side.head for side in self.sides]
-        return [*(side.hidden for side in self.sides), *(head.weight for head in heads), *(head.bias for head in heads)]
+        if self.learns[bias]:
+            added, kept = columns.sum(1, dtype=self.dtype) * scale, self.gradients[bias]
+            self.gradients[bias] = added if kept is None else kept.add_(added)
 
 
 class ChunkedHeadLoss(torch.autograd.Function):
@@ -206,9 +146,14 @@ class ChunkedHeadLoss(torch.autograd.Function):
     def forward(ctx: Any, run: ChunkedRun, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         with torch.autocast(run.sides[0].hidden.device.type, enabled=False):
             total, terms, statistics = run.run()
-        ctx.save_for_backward(*run.gradients())
+        ctx.save_for_backward(
+            *(
+                torch.zeros_like(tensor) if gradient is None and tensor is not None and learns else gradient
+                for tensor, gradient, learns in zip(inputs, run.gradients, run.learns, strict=True)
+            )
+        )
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
-        run.term_names, run.statistic_names = tuple(terms), tuple(statistics)
+        run.statistic_names = tuple(statistics)
         constants = tuple(
             value.clone() if value is total else value for value in (*terms.values(), *statistics.values())
         )
@@ -223,6 +168,10 @@ class ChunkedHeadLoss(torch.autograd.Function):
             None if gradient is None else (gradient * factor).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
+
+
+def _concatenated(parts: Sequence[Statistics]) -> Statistics:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
 def _length(rows: slice) -> int:

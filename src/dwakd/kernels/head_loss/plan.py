@@ -34,28 +34,29 @@ def plan_examples(
         divisible: whether an example may be divided; the sides then have the same lengths.
     """
     groups: list[Group] = []
-    starts = [0] * len(lengths)
-    ends = [0] * len(lengths)
+    starts = ends = [0] * len(lengths)
     first, held = 0, 0
+
+    def finish(stop: int) -> None:
+        """Make the examples from `first` to `stop` - 1 a group of one chunk."""
+        nonlocal starts, first, held
+        if first < stop:
+            chunk = Chunk(tuple(map(slice, starts, ends)), slice(first, stop))
+            groups.append(Group((chunk,), chunk.examples))
+        starts, first, held = ends, stop, 0
+
     for example, counts in enumerate(zip(*lengths, strict=True)):
         size = sum(count * width for count, width in zip(counts, row_bytes, strict=True))
-        if held + size > budget and first < example:
-            groups.append(_whole(starts, ends, first, example))
-            starts, first, held = list(ends), example, 0
+        if held + size > budget:
+            finish(example)
         ends = [end + count for end, count in zip(ends, counts, strict=True)]
         held += size
         if divisible and size > budget:
             parts = _even(starts[0], ends[0], len(lengths), sum(row_bytes), budget)
-            groups.append(Group(tuple(parts), slice(first, example + 1)))
-            starts, first, held = list(ends), example + 1, 0
-    if first < len(lengths[0]):
-        groups.append(_whole(starts, ends, first, len(lengths[0])))
+            groups.append(Group(tuple(parts), slice(example, example + 1)))
+            starts, first, held = ends, example + 1, 0
+    finish(len(lengths[0]))
     return groups
-
-
-def _whole(starts: Sequence[int], ends: Sequence[int], first: int, stop: int) -> Group:
-    examples = slice(first, stop)
-    return Group((Chunk(tuple(map(slice, starts, ends)), examples),), examples)
 
 
 def _even(start: int, stop: int, num_sides: int, row_bytes: int, budget: int) -> list[Chunk]:

@@ -60,22 +60,19 @@ class HeadProducts:
             self.filled.add_((head.bias.to(self.dtype) * head.scale)[:, None])
             self.filled.clamp_(min=forbidden_logit(self.dtype))
         if head.soft_cap is not None:
-            self._cap(head.soft_cap)
+            self.filled.div_(head.soft_cap).tanh_()
+            if self.slope_buffer is not None:
+                self.slope = self.slope_buffer[: self.filled.numel()].view_as(self.filled)
+                torch.mul(self.filled, self.filled, out=self.slope).neg_().add_(1.0)
+            self.filled.mul_(head.soft_cap)
         return [columns.t() for columns in torch.split(self.filled, [*lengths, rest], dim=1)[:-1]]
 
-    def _cap(self, soft_cap: float) -> None:
-        self.filled.div_(soft_cap).tanh_()
+    def pull_back(self, count: int) -> tuple[Float[Tensor, "vocab _"], Float[Tensor, "_ hidden"]]:
+        """Return the gradient of the logits before the soft cap for the first `count` tokens, and their scaled states."""
+        gradient = self.filled[:, :count]
         if self.slope_buffer is not None:
-            self.slope = self.slope_buffer[: self.filled.numel()].view_as(self.filled)
-            torch.mul(self.filled, self.filled, out=self.slope).neg_().add_(1.0)
-        self.filled.mul_(soft_cap)
-
-    def pull_back(self, columns: slice) -> tuple[Float[Tensor, "vocab _"], Float[Tensor, "_ hidden"]]:
-        """Return the gradient of the logits before the soft cap in these columns, and their hidden states."""
-        gradient = self.filled[:, columns]
-        if self.slope_buffer is not None:
-            gradient.mul_(self.slope[:, columns])
-        return gradient.to(self.head.weight.dtype), self.scaled[columns]
+            gradient.mul_(self.slope[:, :count])
+        return gradient.to(self.head.weight.dtype), self.scaled[:count]
 
 
 def _aligned(rows: int) -> int:

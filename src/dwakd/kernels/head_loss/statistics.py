@@ -1,16 +1,12 @@
-"""Compute statistics of next-token distributions, in plain torch or in one pass that overwrites the logits."""
+"""Compute statistics of next-token distributions, and softened divergences that overwrite the logits."""
 
-import importlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-
-from dwakd.kernels.usable import is_usable
 
 LogProbs = Float[Tensor, "tokens vocab"]
 Columns = Float[Tensor, "vocab tokens"]
@@ -19,8 +15,6 @@ PerToken = Float[Tensor, " tokens"]
 CPU_BLOCK, DEVICE_BLOCK = 2**18, 2**22
 """Number of logits per block. On a CPU, a block's temporaries fit into the cache. On other devices, a block is large
 enough to hide kernel launches and small enough to need little memory."""
-COMPILED_FROM = 2**17
-"""Number of logits per side from which compiled kernels are used; below, loading numba takes longer than it saves."""
 LOG2_E = math.log2(math.e)
 
 
@@ -77,6 +71,19 @@ def peak_of(logits: Columns) -> PerToken:
     for part in rest:
         torch.maximum(running[: len(part)], part, out=running[: len(part)])
     return running.amax(0)
+
+
+def most_probable(logits: Columns) -> Int[Tensor, " tokens"]:
+    """Return the first token id of the largest logit in each column; takes a third of the time of `argmax` on CPUs.
+
+    The block with the largest logit is found first, and the token only in that block.
+    """
+    parts = list(blocks(logits))
+    peaks = torch.stack([logits[part].amax(0) for part in parts])
+    first = peaks.argmax(0) * parts[0].stop
+    ids = first + torch.arange(parts[0].stop, device=logits.device)[:, None]
+    found = logits.gather(0, ids.clamp(max=len(logits) - 1))  # repeats of the last token come after it
+    return first + found.argmax(0)
 
 
 def raise_to(base: Columns, power: float, out: Columns) -> Columns:
@@ -161,31 +168,7 @@ class SoftenedPair:
             totals_of: the sides whose `total` is computed.
         """
         own, other = Softmax(peak_of(learned)), Softmax(peak_of(target))
-        if self._is_compiled(learned, target):
-            sums = cpu_module().observe(learned, target, torch.stack([own.peak, other.peak]), self.base)
-            own.total, own.soft_total, own.energy, other.total, other.soft_total, other.energy, cross = sums
-        else:
-            cross = self._sweep(learned, target, own, other, entropy_of, totals_of)
-        own.energy = own.energy * (self.base / LOG2_E)
-        other.energy = other.energy * (self.base / LOG2_E)
-        kl = cross * (self.soft / LOG2_E) / other.soft_total - other.soft_total.log() + own.soft_total.log()
-        return own, other, kl
-
-    def _is_compiled(self, *sides: Columns) -> bool:
-        """Return whether the compiled kernel supports these sides; both passes give the same answer."""
-        return self.soft == 1.0 and self.base in (1.0, 2.0) and is_compiled(*sides)
-
-    def _sweep(
-        self,
-        learned: Columns,
-        target: Columns,
-        own: Softmax,
-        other: Softmax,
-        entropy_of: Columns | None,
-        totals_of: tuple[Columns, ...],
-    ) -> PerToken:
-        """Overwrite the logits, add to the sums, and return `cross`: sum of softened target x (other_x - own_x)."""
-        cross = torch.zeros_like(own.peak)
+        cross = torch.zeros_like(own.peak)  # sum of softened target x (other_x - own_x)
         work = scratch(learned, 3)
         for block in blocks(learned):
             own_x, other_x, powers = (buffer[: block.stop - block.start] for buffer in work)
@@ -198,7 +181,10 @@ class SoftenedPair:
                 side.soft_total += (kept if self.soft == 1.0 else raise_to(kept, self.soft, powers)).sum(0)
             softened = target[block] if self.soft == 1.0 else powers  # those of the target, which was computed last
             cross += other_x.sub_(own_x).mul_(softened).sum(0)
-        return cross
+        own.energy = own.energy * (self.base / LOG2_E)
+        other.energy = other.energy * (self.base / LOG2_E)
+        kl = cross * (self.soft / LOG2_E) / other.soft_total - other.soft_total.log() + own.soft_total.log()
+        return own, other, kl
 
     def differentiate(self, learned: Columns, target: Columns, shares: Sequence[PerToken]) -> None:
         """Overwrite the result of `observe` with the gradient.
@@ -206,9 +192,6 @@ class SoftenedPair:
         learned <- shares[0] x softened(learned) - shares[1] x softened(target). With four shares, learned also gets
         + shares[2] x its exp(x), and target <- shares[3] x its exp(x).
         """
-        if self._is_compiled(learned, target):
-            cpu_module().gradient(learned, target, torch.stack(list(shares)), self.base)
-            return
         (work,) = scratch(learned, 1)
         for block in blocks(learned):
             mine, theirs = learned[block], target[block]
@@ -227,14 +210,3 @@ class SoftenedPair:
             return torch.mul(kept, own_share, out=out).addcmul_(other, other_share, value=-1)
         raise_to(kept, self.soft, out).mul_(own_share)
         return out.addcmul_(torch.pow(other, self.soft), other_share, value=-1)
-
-
-def is_compiled(*sides: Columns) -> bool:
-    """Return whether the compiled kernels can be used: large float32 logits on a CPU, and numba can be imported."""
-    fits = sides[0].numel() >= COMPILED_FROM
-    fits &= all(s.device.type == "cpu" and s.dtype == torch.float32 and s.stride(1) == 1 for s in sides)
-    return fits and is_usable("dwakd.kernels.head_loss.cpu", "numba", "head_loss runs in plain torch, slower")
-
-
-def cpu_module() -> ModuleType:
-    return importlib.import_module("dwakd.kernels.head_loss.cpu")  # on demand: loading numba takes half a second

@@ -1,7 +1,5 @@
 """Compute Soft-DTW of a ragged batch with one differentiable function and several kernels."""
 
-import functools
-import importlib
 import math
 import os
 from collections.abc import Callable
@@ -12,10 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dwakd.kernels.usable import is_usable
+from dwakd.kernels.dispatch import module_of, resolve
 
 IMPLS = ("auto", "naive", "cpu", "triton")
-_NEEDS = {"cpu": "numba", "triton": "triton"}
 
 
 def soft_dtw(
@@ -64,17 +61,24 @@ def soft_dtw(
     gamma = float(gamma)
     if not 0 < gamma < math.inf:
         raise ValueError(f"soft_dtw: gamma must be positive and finite, got {gamma}")
+    is_interpreted = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"  # by tests
+    has_triton = cost.device.type == "cuda" or is_interpreted
+    unmet = {
+        "cpu": None if cost.device.type == "cpu" else f"tensors on the CPU, got one on {cost.device}",
+        "triton": None if has_triton else f"tensors on a GPU, got one on {cost.device}",
+    }
+    solve = module_of("soft_dtw", resolve("soft_dtw", impl, unmet)).solve
     x_lengths = _checked_lengths("x_lengths", x_lengths, cost, 1)
     y_lengths = _checked_lengths("y_lengths", y_lengths, cost, 2)
-    chosen = _resolve(impl, cost.device)
     cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
     if len(cost) == 0:
         return cost.sum(dim=(1, 2))
-    solve = _kernel(chosen)
+    value: Tensor
     if torch.is_grad_enabled() and cost.requires_grad:
-        value: Tensor = _SoftDtw.apply(solve, cost, gamma, x_lengths, y_lengths)  # type: ignore[no-untyped-call]
+        value = _SoftDtw.apply(solve, cost, gamma, x_lengths, y_lengths)  # type: ignore[no-untyped-call]
         return value
-    return solve(cost, gamma, x_lengths, y_lengths, keep=False)[0]
+    value, _ = solve(cost, gamma, x_lengths, y_lengths, keep=False)
+    return value
 
 
 class _SoftDtw(torch.autograd.Function):
@@ -94,31 +98,6 @@ class _SoftDtw(torch.autograd.Function):
     def backward(ctx: Any, grad_value: Tensor) -> tuple[None, Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
         return None, grad * grad_value[:, None, None], None, None, None
-
-
-def _resolve(impl: str, device: torch.device) -> str:
-    """Return the name of the kernel to run."""
-    if impl not in IMPLS:
-        raise ValueError(f"soft_dtw: unknown impl {impl!r}; valid are {', '.join(map(repr, IMPLS))}")
-    if impl == "cpu" and device.type != "cpu":
-        raise ValueError(f"soft_dtw: impl 'cpu' requires tensors on the CPU, got one on {device}: use impl='auto'")
-    if impl == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"soft_dtw: impl 'triton' requires tensors on a GPU, got one on {device}: use impl='auto'")
-    if impl == "auto":
-        compiled = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
-        return compiled if compiled and _is_usable(compiled) else "naive"
-    return impl
-
-
-def _is_usable(impl: str) -> bool:
-    return is_usable(f"{__name__}.{impl}", _NEEDS[impl], "soft_dtw runs in plain torch, several times slower")
-
-
-@functools.cache
-def _kernel(impl: str) -> Callable[..., Any]:
-    """Return `solve` of a kernel's module, imported on demand because loading numba takes half a second."""
-    solve: Callable[..., Any] = importlib.import_module(f"{__name__}.{impl}").solve
-    return solve
 
 
 def _checked_lengths(name: str, lengths: Int[Tensor, " batch"] | None, cost: Tensor, dim: int) -> Int[Tensor, " batch"]:

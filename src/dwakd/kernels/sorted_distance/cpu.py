@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dwakd.kernels.compiled import compiled_by_numba, share
 
-DIGIT = 11
-BUCKETS = 2**DIGIT
+BUCKETS = 2**11
+SHIFTS = (32, 43, 54)  # first bit of each digit in a key
 
 
 def sorted_distance_cpu(
@@ -35,56 +35,35 @@ def sorted_distance_cpu(
     return distance, slope
 
 
-@no_type_check
 @compiled_by_numba
-def _starts(bits, starts):
-    """Compute the start of each bucket of each digit."""
-    starts[:] = 0
-    for bit in bits:
-        starts[0, bit & (BUCKETS - 1)] += 1
-        starts[1, (bit >> DIGIT) & (BUCKETS - 1)] += 1
-        starts[2, bit >> (2 * DIGIT)] += 1
-    for digit in range(3):
-        total = 0
-        for bucket in range(BUCKETS):
-            count = starts[digit, bucket]
-            starts[digit, bucket] = total
-            total += count
-
-
 @no_type_check
+def _sort(keys, work):
+    """Sort keys in ascending order of their upper halves, in stable passes by one digit each; return the result."""
+    for shift in SHIFTS:
+        starts = np.zeros(BUCKETS + 1, np.int64)
+        for key in keys:
+            starts[((key >> np.uint64(shift)) & np.uint64(BUCKETS - 1)) + np.uint64(1)] += 1
+        starts = starts.cumsum()
+        for key in keys:
+            bucket = (key >> np.uint64(shift)) & np.uint64(BUCKETS - 1)
+            work[starts[bucket]] = key
+            starts[bucket] += 1
+        keys, work = work, keys
+    return keys
+
+
 @compiled_by_numba
-def _pass(source, result, starts, shift):
-    """Run one stable pass of the radix sort, by the bits of `source` from `shift` on."""
-    for key in source:
-        bucket = (key >> np.uint64(shift)) & np.uint64(BUCKETS - 1)
-        result[starts[bucket]] = key
-        starts[bucket] += 1
-
-
 @no_type_check
-@compiled_by_numba
-def _sort(bits, starts, first, second):
-    """Sort in ascending order into `first`: bits of the values in the upper half, their positions in the lower."""
-    _starts(bits, starts)
-    for place in range(bits.shape[0]):
-        second[place] = (np.uint64(bits[place]) << np.uint64(32)) | np.uint64(place)
-    _pass(second, first, starts[0], 32)
-    _pass(first, second, starts[1], 32 + DIGIT)
-    _pass(second, first, starts[2], 32 + 2 * DIGIT)
-
-
-@no_type_check
-@compiled_by_numba
 def _compiled(learned_bits, opposite, distance, slope):
-    starts = np.empty((3, BUCKETS), np.int32)
     width, other = learned_bits.shape[1], opposite.shape[1]
-    ranked, work = np.empty(width, np.uint64), np.empty(width, np.uint64)
-    # the upper half of a key is the value; which half comes first depends on the machine's byte order
+    keys, work = np.empty(width, np.uint64), np.empty(width, np.uint64)
+    # a key is the value in the upper half and its position in the lower; their order depends on the machine's bytes
     half = np.int64(np.array([1], np.uint64).view(np.uint32)[0])
-    values = ranked.view(np.float32)[half::2]
     for row in range(learned_bits.shape[0]):
-        _sort(learned_bits[row], starts, ranked, work)
+        for place in range(width):
+            keys[place] = (np.uint64(learned_bits[row, place]) << np.uint64(32)) | np.uint64(place)
+        ranked = _sort(keys, work)
+        values = ranked.view(np.float32)[half::2]
         q, total = opposite[row], 0.0
         for rank in range(1, width + 1):
             value = values[width - rank]

@@ -13,18 +13,7 @@ from dwakd.kernels.head_loss import (
     head_loss,
     teacher_space,
 )
-from dwakd.kernels.head_loss.prediction import most_probable
 from dwakd.losses.divergences import DIVERGENCES
-
-
-@pytest.mark.parametrize("shape", [(1, 3), (255, 1), (1000, 7), (300, 0), (5000, 30), (4096, 33), (131072, 1)])
-def test_most_probable_row(shape):
-    """A prediction from the wrong block is a wrong label; of equal logits the first is taken, on every way."""
-    torch.manual_seed(0)
-    logits = torch.randn(shape).mul(3).round()
-    assert torch.equal(most_probable(logits), logits.argmax(0))
-    beside = torch.cat([torch.randn(shape), logits], 1)[:, shape[1] :]
-    assert torch.equal(most_probable(beside), logits.argmax(0))
 
 
 def rows(count, *, learns, vocab=300):
