@@ -16,16 +16,14 @@ from dwakd.kernels.head_loss import (
     Chunk,
     Criterion,
     CrossEntropy,
-    ForwardKlSpace,
     HeadRows,
-    StudentSpace,
     WithPrediction,
     head_loss,
     teacher_space,
 )
 from dwakd.kernels.head_loss import products as head_products
-from dwakd.kernels.head_loss.engine import ChunkedRun
-from dwakd.kernels.head_loss.plan import plan_examples, plan_rows
+from dwakd.kernels.head_loss.dual_space import ForwardKlSpace, StudentSpace
+from dwakd.kernels.head_loss.engine import ChunkedRun, plan_examples, plan_rows
 from dwakd.losses.divergences import DIVERGENCES
 from dwakd.losses.weights import student_weights
 

@@ -5,14 +5,13 @@ import torch
 
 from dwakd.batch import OutputHead
 from dwakd.kernels.head_loss import (
-    ForwardKlSpace,
     HeadRows,
-    StudentSpace,
     WithPrediction,
     forward_kl,
     head_loss,
     teacher_space,
 )
+from dwakd.kernels.head_loss.dual_space import ForwardKlSpace, StudentSpace
 from dwakd.losses.divergences import DIVERGENCES
 
 

@@ -1,6 +1,5 @@
 """Compile CPU kernels with numba and run them on several threads."""
 
-import functools
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,10 +26,9 @@ def compiled_by_numba(function: Callable[..., Any], **options: Any) -> Callable[
 def share(compute: Callable[[int, int], object], spans: list[tuple[int, int]], num_threads: int | None = None) -> None:
     """Call `compute` for all spans on several threads; by default as many threads as torch uses.
 
-    The calling thread computes one span after the other, and helper threads take spans from the same list. A helper
-    that has not started when the list is empty is cancelled, so a busy processor or a forked process without threads
-    causes no delay. The helpers are Python threads, because the kernels release the GIL and numba's own thread pool
-    would be a second OpenMP runtime beside torch's.
+    The calling thread and its helpers take spans from the same list. The helpers are new Python threads in each call:
+    the kernels release the GIL, numba's own threads would be a second OpenMP runtime beside torch's, and threads that
+    are kept do not exist in forked processes.
     """
     num_helpers = min(torch.get_num_threads() if num_threads is None else num_threads, len(spans)) - 1
     rest = iter(spans)
@@ -39,13 +37,8 @@ def share(compute: Callable[[int, int], object], spans: list[tuple[int, int]], n
         for first, last in rest:
             compute(first, last)
 
-    helpers = [_pool(num_helpers).submit(work) for _ in range(num_helpers)]
-    work()
+    with ThreadPoolExecutor(max(num_helpers, 1)) as pool:  # starts no thread before the first submission
+        helpers = [pool.submit(work) for _ in range(num_helpers)]
+        work()
     for helper in helpers:
-        if not helper.cancel():  # it has started
-            helper.result()
-
-
-@functools.cache
-def _pool(num_helpers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(num_helpers, thread_name_prefix="kernel")
+        helper.result()

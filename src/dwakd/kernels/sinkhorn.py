@@ -1,12 +1,11 @@
 """Compute Sinkhorn transport costs of a ragged batch with one differentiable function and two implementations."""
 
 import math
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from dwakd.kernels.dispatch import resolve
 
@@ -27,7 +26,7 @@ def sinkhorn(
     to 1 / y_length. At the end, the sums of the columns are exact and those of the rows nearly so.
 
     Args:
-        cost: pairwise costs; carries gradient through all iterations, without double backward. Cells beyond an
+        cost: pairwise costs; carries gradient through all iterations. Cells beyond an
             example's lengths may have any value, including NaN, and get zero gradient. Half precision is computed in
             float32.
         regularisation: in units of cost. Towards 0, the plan approaches the optimal one if there are enough iterations.
@@ -82,59 +81,27 @@ def _naive(
 def _batched(
     cost: Float[Tensor, "batch n m"], regularisation: float, iterations: int, x_lengths: Lengths, y_lengths: Lengths
 ) -> Float[Tensor, " batch"]:
-    """Compute the costs of all examples at once."""
+    """Compute the costs of all examples at once.
+
+    K is -C / regularisation, a and b are the marginals, and the plan is exp(K + f + g). From g = 0, the iterations
+    compute f = log a - logsumexp_j(K + g) and g = log b - logsumexp_i(K + f) in turn.
+    """
     log_a = _log_marginal(x_lengths.to(cost.device), cost.shape[1], cost.dtype)
     log_b = _log_marginal(y_lengths.to(cost.device), cost.shape[2], cost.dtype)
-    inside = log_a.isfinite()[:, :, None] & log_b.isfinite()[:, None, :]
-    value: Tensor = _Sinkhorn.apply(  # type: ignore[no-untyped-call]
-        cost.masked_fill(~inside, 0.0), regularisation, iterations, log_a, log_b
-    )
-    return value
+    cost = cost.masked_fill(log_a.isinf()[:, :, None] | log_b.isinf()[:, None, :], 0.0)
+    kernel, g = -cost / regularisation, torch.where(log_b.isinf(), log_b, 0.0)
+
+    def iterate(kernel: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        f = log_a - (kernel + g[:, None, :]).logsumexp(2)
+        return f, log_b - (kernel + f[:, :, None]).logsumexp(1)
+
+    for _ in range(iterations):  # recomputed in the backward pass, so that only the vectors g are stored
+        f, g = checkpoint(iterate, kernel, g, use_reentrant=False, preserve_rng_state=False)
+    plan = (kernel + f[:, :, None] + g[:, None, :]).exp()
+    return (plan * cost).sum((1, 2))
 
 
 def _log_marginal(lengths: Lengths, size: int, dtype: torch.dtype) -> Float[Tensor, "batch size"]:
     """Return log(1 / length) within an example and -inf beyond its length."""
     outside = torch.arange(size, device=lengths.device) >= lengths[:, None]
     return (-lengths.to(dtype).log())[:, None].expand(-1, size).masked_fill(outside, -torch.inf)
-
-
-class _Sinkhorn(torch.autograd.Function):
-    """Compute f = log a - logsumexp_j(K + g) and g = log b - logsumexp_i(K + f) in turn, from g = 0.
-
-    K is -C / regularisation, a and b are the marginals, and the plan is exp(K + f + g).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, cost: Tensor, regularisation: float, iterations: int, log_a: Tensor, log_b: Tensor) -> Tensor:
-        kernel = -cost / regularisation
-        # before their marginal is added, the vectors are finite beyond the lengths
-        g = torch.where(log_b.isfinite(), 0.0, log_b)
-        history = []
-        for _ in range(iterations):
-            u = -(kernel + g[:, None, :]).logsumexp(2)
-            f = u + log_a
-            v = -(kernel + f[:, :, None]).logsumexp(1)
-            history.append((u, f, g, v))
-            g = v + log_b
-        plan = (kernel + f[:, :, None] + g[:, None, :]).exp()
-        ctx.save_for_backward(cost, plan, *(vector for step in history for vector in step))
-        ctx.regularisation = regularisation
-        return (plan * cost).sum((1, 2))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor, None, None, None, None]:
-        cost, plan, *vectors = ctx.saved_tensors
-        kernel = -cost / ctx.regularisation
-        flow = plan * cost  # d value / d (K + f + g)
-        grad_kernel, grad_f, grad_g = flow.clone(), flow.sum(2), flow.sum(1)
-        for step in range(len(vectors) - 4, -1, -4):
-            u, f, g, v = vectors[step : step + 4]
-            share = (kernel + f[:, :, None] + v[:, None, :]).exp_().mul_(grad_g[:, None, :])
-            grad_kernel.sub_(share)
-            grad_f = grad_f - share.sum(2)
-            share = (kernel + g[:, None, :] + u[:, :, None]).exp_().mul_(grad_f[:, :, None])
-            grad_kernel.sub_(share)
-            grad_g, grad_f = -share.sum(1), torch.zeros_like(grad_f)
-        grad_cost = plan - grad_kernel / ctx.regularisation
-        return grad_cost * grad_value[:, None, None], None, None, None, None

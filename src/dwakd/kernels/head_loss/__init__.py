@@ -10,7 +10,7 @@ from torch import Tensor
 from dwakd.kernels.checks import require_targets
 from dwakd.kernels.dispatch import resolve
 from dwakd.kernels.head_loss.criterion import Chunk, Criterion, CrossEntropy, HeadRows, Statistics, WithPrediction
-from dwakd.kernels.head_loss.dual_space import ForwardKlSpace, StudentSpace, student_space, teacher_space
+from dwakd.kernels.head_loss.dual_space import student_space, teacher_space
 from dwakd.kernels.head_loss.engine import ChunkedHeadLoss, ChunkedRun
 from dwakd.kernels.head_loss.statistics import entropy, forward_kl
 
@@ -19,10 +19,8 @@ __all__ = [
     "Chunk",
     "Criterion",
     "CrossEntropy",
-    "ForwardKlSpace",
     "HeadLoss",
     "HeadRows",
-    "StudentSpace",
     "WithPrediction",
     "entropy",
     "forward_kl",
@@ -60,9 +58,8 @@ def head_loss(
 ) -> HeadLoss:
     """Compute a criterion's loss over all tokens of a batch; the memory for logits does not grow with the batch.
 
-    The forward pass computes the gradient chunk by chunk and stores it for the backward pass. The stored gradient is as
-    large as the hidden states and, if a head is trained, its weight. It is computed only if an input requires
-    gradient. Sides with the same head share its matrix products. Double backward is not supported.
+    The forward pass computes the gradient chunk by chunk and stores it for the backward pass, for those inputs that
+    require it. Sides with the same head share its matrix products. Double backward is not supported.
 
     Args:
         sides: one or more sides, the student before the teacher. Gradient reaches their hidden states and heads unless
@@ -73,8 +70,7 @@ def head_loss(
             "chunked".
         budget: most bytes of logits in memory; `BUDGET_BYTES` by default. A criterion without a hand-written gradient
             also needs autograd's temporaries, which are several times as large. A single token may exceed the budget,
-            and so may a single example if the criterion needs whole examples. An example above the budget whose
-            tokens are weighted together needs one more matrix product per side.
+            and so may a single example if the criterion needs whole examples.
 
     Raises:
         ValueError: `impl` is unknown, `budget` is not positive, the sides have different numbers of tokens, `by_row` is

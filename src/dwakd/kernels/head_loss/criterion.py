@@ -13,6 +13,7 @@ from dwakd.batch import OutputHead
 from dwakd.kernels.head_loss.statistics import blocks, most_probable, peak_of, pick, shifted_exp, subtract_at
 
 Logits = Float[Tensor, "_ _"]
+Sides = Sequence[Logits]
 Statistics = dict[str, Tensor]
 
 
@@ -35,12 +36,7 @@ class HeadRows:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens that are computed together.
-
-    Args:
-        rows: range of tokens of each side in the packed batch.
-        examples: the examples that consist of these tokens; None if an example may be divided into several chunks.
-    """
+    """Tokens that are computed together: their range in each side, and the examples if all of these are whole."""
 
     rows: tuple[slice, ...]
     examples: slice | None = None
@@ -77,31 +73,23 @@ class Criterion(ABC):
         return {0: self.targets} if hasattr(self, "targets") else {}
 
     @abstractmethod
-    def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
+    def terms(self, logits: Sides, chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
         """Compute each term, per token or summed, differentiable in the logits; `weights` are constants per token."""
 
-    def statistics(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
+    def statistics(self, logits: Sides, chunk: Chunk) -> Statistics:
         """Compute the values per token that `weights` needs; they carry no gradient."""
         return {}
 
     def weights(self, statistics: Statistics, lengths: Int[Tensor, " batch"] | None) -> Float[Tensor, " tokens"] | None:
-        """Compute one constant weight per token.
-
-        Unless `unit` is "rows", the statistics are those of whole examples with these lengths.
-        """
+        """Compute one constant weight per token, unless `unit` is "rows" from whole examples of these lengths."""
         return None
 
-    def observe(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
+    def observe(self, logits: Sides, chunk: Chunk) -> Statistics:
         """Compute the statistics; may overwrite the logits with the input of `differentiate`."""
         return self.statistics(logits, chunk)
 
     def differentiate(
-        self,
-        logits: Sequence[Logits],
-        chunk: Chunk,
-        statistics: Statistics,
-        weights: Tensor | None,
-        needs: Sequence[bool],
+        self, logits: Sides, chunk: Chunk, statistics: Statistics, weights: Tensor | None, needs: Sequence[bool]
     ) -> dict[str, Tensor]:
         """Return the terms, and overwrite the logits of each side in `needs` with d (sum of rate x term) / d logits."""
         leaves = [side.detach().requires_grad_(need) for side, need in zip(logits, needs, strict=True)]
@@ -118,22 +106,17 @@ class Criterion(ABC):
 
 
 class CrossEntropy(Criterion):
-    """Cross-entropy of one side in nats, with a hand-written gradient: the term `ce` is -log p(target).
-
-    Args:
-        targets: token id of each position.
-        rate: factor of the term in the loss.
-    """
+    """Cross-entropy of one side in nats, with a hand-written gradient: the term `ce` is -log p(target)."""
 
     def __init__(self, targets: Int[Tensor, " tokens"], rate: float = 1.0) -> None:
         super().__init__({"ce": rate})
         self.targets = targets
 
-    def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
+    def terms(self, logits: Sides, chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
         log_probs = logits[0].log_softmax(-1)
         return {"ce": torch.nn.functional.nll_loss(log_probs, self.targets[chunk.rows[0]], reduction="none")}
 
-    def observe(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
+    def observe(self, logits: Sides, chunk: Chunk) -> Statistics:
         columns = logits[0].t()
         peak, chosen = peak_of(columns), pick(columns, self.targets[chunk.rows[0]])
         total = torch.zeros_like(peak)
@@ -142,12 +125,7 @@ class CrossEntropy(Criterion):
         return {"total": total, "ce": total.log() + peak - chosen}
 
     def differentiate(
-        self,
-        logits: Sequence[Logits],
-        chunk: Chunk,
-        statistics: Statistics,
-        weights: Tensor | None,
-        needs: Sequence[bool],
+        self, logits: Sides, chunk: Chunk, statistics: Statistics, weights: Tensor | None, needs: Sequence[bool]
     ) -> dict[str, Tensor]:
         if needs[0]:
             columns = logits[0].t()
@@ -157,12 +135,7 @@ class CrossEntropy(Criterion):
 
 
 class WithPrediction(Criterion):
-    """Add the statistic `prediction`, the most probable token of a side, to another criterion.
-
-    Args:
-        criterion: the criterion to extend.
-        side: index of the side to predict.
-    """
+    """Add the statistic `prediction`, the most probable token of one side, to another criterion."""
 
     def __init__(self, criterion: Criterion, side: int) -> None:
         super().__init__(criterion.rates)
@@ -171,13 +144,13 @@ class WithPrediction(Criterion):
     def targets_by_side(self) -> dict[int, Tensor]:
         return self.criterion.targets_by_side()
 
-    def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
+    def terms(self, logits: Sides, chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
         return self.criterion.terms(logits, chunk, weights)
 
-    def statistics(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
+    def statistics(self, logits: Sides, chunk: Chunk) -> Statistics:
         return self.criterion.statistics(logits, chunk) | {"prediction": logits[self.side].argmax(-1)}
 
-    def observe(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
+    def observe(self, logits: Sides, chunk: Chunk) -> Statistics:
         prediction = most_probable(logits[self.side].t())
         return self.criterion.observe(logits, chunk) | {"prediction": prediction}
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dwakd.kernels.head_loss.criterion import Chunk, Criterion, Logits, Statistics
+from dwakd.kernels.head_loss.criterion import Chunk, Criterion, Sides, Statistics
 from dwakd.kernels.head_loss.statistics import SoftenedPair, entropy, forward_kl, pick, subtract_at
 
 Weigh = Callable[[Statistics, Any], Float[Tensor, " tokens"]]
@@ -60,25 +60,19 @@ class StudentSpace(Criterion):
     def targets_by_side(self) -> dict[int, Tensor]:
         return {0: self.targets, 1: self.projected_targets}
 
-    def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
+    def terms(self, logits: Sides, chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
         own, projected = logits
+        rows = chunk.rows[0]
         cross_entropies = [
-            torch.nn.functional.nll_loss(side.log_softmax(-1), targets[chunk.rows[0]], reduction="none")
+            torch.nn.functional.nll_loss(side.log_softmax(-1), targets[rows], reduction="none")
             for side, targets in zip(logits, (self.targets, self.projected_targets), strict=True)
         ]
         softened = [(side / self.temperature).log_softmax(-1) for side in (projected.detach(), own)]
-        return {
-            "ce": cross_entropies[0],
-            "t2s_ce": cross_entropies[1] * self.projected_weights[chunk.rows[1]],
-            "kd_student": self.divergence(*softened) * self._trusted(weights, chunk),
-        }
+        trusted = self.trust[rows] if weights is None else weights * self.trust[rows]
+        t2s_ce = cross_entropies[1] * self.projected_weights[rows]
+        return {"ce": cross_entropies[0], "t2s_ce": t2s_ce, "kd_student": self.divergence(*softened) * trusted}
 
-    def _trusted(self, weights: Tensor | None, chunk: Chunk) -> Tensor:
-        """Return the factor of each token's divergence."""
-        trust = self.trust[chunk.rows[1]]
-        return trust if weights is None else weights * trust
-
-    def statistics(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
+    def statistics(self, logits: Sides, chunk: Chunk) -> Statistics:
         if self.weigh is None:
             return {}
         own, projected = (side.log_softmax(-1) for side in logits)
@@ -94,7 +88,7 @@ class StudentSpace(Criterion):
 class ForwardKlSpace(StudentSpace):
     """`StudentSpace` with D = KL(p^{t->s} || p^s) and a hand-written gradient: the default of DWA-KD and DSKD."""
 
-    def observe(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
+    def observe(self, logits: Sides, chunk: Chunk) -> Statistics:
         own, projected = (side.t() for side in logits)
         chosen = pick(own, self.targets[chunk.rows[0]]), pick(projected, self.projected_targets[chunk.rows[1]])
         pair = SoftenedPair(self.temperature)
@@ -114,34 +108,23 @@ class ForwardKlSpace(StudentSpace):
         }
 
     def differentiate(
-        self,
-        logits: Sequence[Logits],
-        chunk: Chunk,
-        statistics: Statistics,
-        weights: Tensor | None,
-        needs: Sequence[bool],
+        self, logits: Sides, chunk: Chunk, statistics: Statistics, weights: Tensor | None, needs: Sequence[bool]
     ) -> dict[str, Tensor]:
-        trusted = torch.ones_like(statistics["kl"]) * self._trusted(weights, chunk)
-        projected_weights = self.projected_weights[chunk.rows[1]]
+        rows, kl = chunk.rows[0], statistics["kl"]
+        trusted = torch.ones_like(kl) * self.trust[rows]
+        trusted = trusted if weights is None else weights * trusted
         if any(needs):
             own, projected = (side.t() for side in logits)
             kd = trusted * (self.rates["kd_student"] / self.temperature)
-            own_rate = torch.full_like(statistics["kl"], self.rates["ce"])
-            projected_rate = torch.full_like(own_rate, self.rates["t2s_ce"]) * projected_weights
-            shares = (
-                kd / statistics["own_soft_total"],
-                kd / statistics["projected_soft_total"],
-                own_rate / statistics["own_total"],
-                projected_rate / statistics["projected_total"],
-            )
+            own_rate = torch.full_like(kl, self.rates["ce"])
+            projected_rate = torch.full_like(kl, self.rates["t2s_ce"]) * self.projected_weights[rows]
+            factors = {"own_soft": kd, "projected_soft": kd, "own": own_rate, "projected": projected_rate}
+            shares = [factor / statistics[f"{name}_total"] for name, factor in factors.items()]
             SoftenedPair(self.temperature).differentiate(own, projected, shares)
-            subtract_at(own, self.targets[chunk.rows[0]], own_rate)
-            subtract_at(projected, self.projected_targets[chunk.rows[1]], projected_rate)
-        return {
-            "ce": statistics["ce"],
-            "t2s_ce": statistics["t2s_ce"] * projected_weights,
-            "kd_student": trusted * statistics["kl"],
-        }
+            subtract_at(own, self.targets[rows], own_rate)
+            subtract_at(projected, self.projected_targets[rows], projected_rate)
+        t2s_ce = statistics["t2s_ce"] * self.projected_weights[rows]
+        return {"ce": statistics["ce"], "t2s_ce": t2s_ce, "kd_student": trusted * kl}
 
 
 class TeacherSpace(Criterion):
@@ -158,35 +141,26 @@ class TeacherSpace(Criterion):
         super().__init__({"kd_teacher": 1.0})
         self.temperature, self.divergence = temperature, divergence
 
-    def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
+    def terms(self, logits: Sides, chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
         projected, own = ((side / self.temperature).log_softmax(-1) for side in logits)
         return {"kd_teacher": self.divergence(own.detach(), projected)}
 
-    def statistics(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
+    def statistics(self, logits: Sides, chunk: Chunk) -> Statistics:
         return {"entropy": entropy(logits[1].log_softmax(-1))}
 
 
 class ForwardKlTeacherSpace(TeacherSpace):
     """`TeacherSpace` with D = KL(p^t || p^{s->t}) and a hand-written gradient."""
 
-    def observe(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
+    def observe(self, logits: Sides, chunk: Chunk) -> Statistics:
         projected, own = (side.t() for side in logits)
         pair = SoftenedPair(self.temperature)
         learned, target, kl = pair.observe(projected, own, entropy_of=own, totals_of=(own,))
-        return {
-            "entropy": target.entropy(),
-            "kl": kl,
-            "projected_soft_total": learned.soft_total,
-            "own_soft_total": target.soft_total,
-        }
+        totals = {"projected_soft_total": learned.soft_total, "own_soft_total": target.soft_total}
+        return {"entropy": target.entropy(), "kl": kl, **totals}
 
     def differentiate(
-        self,
-        logits: Sequence[Logits],
-        chunk: Chunk,
-        statistics: Statistics,
-        weights: Tensor | None,
-        needs: Sequence[bool],
+        self, logits: Sides, chunk: Chunk, statistics: Statistics, weights: Tensor | None, needs: Sequence[bool]
     ) -> dict[str, Tensor]:
         if needs[0]:
             projected, own = (side.t() for side in logits)

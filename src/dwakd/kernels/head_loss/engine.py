@@ -1,6 +1,8 @@
 """Compute logits, criterion and gradients for a few tokens at a time, all in the forward pass."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -8,21 +10,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dwakd.kernels.head_loss.criterion import Chunk, Criterion, HeadRows, Statistics
-from dwakd.kernels.head_loss.plan import Group, plan_examples, plan_rows
 from dwakd.kernels.head_loss.products import HeadProducts
 from dwakd.kernels.head_loss.statistics import infinite_if_forbidden
 
 
+@dataclass(frozen=True)
+class Group:
+    """Chunks that are weighted together. With more than one, a separate pass computes their statistics."""
+
+    chunks: tuple[Chunk, ...]
+    examples: slice | None = None
+
+
 class ChunkedRun:
-    """Evaluate a criterion once over a batch.
+    """Evaluate a criterion once over a batch; unless gradients are disabled, also differentiate it.
 
-    The run also computes the gradients of all inputs that require them, unless gradients are disabled.
-
-    Args:
-        sides: the sides of the batch.
-        criterion: computes the terms from the logits.
-        budget: most bytes of logits in memory.
-        by_row: return one value per token instead of a sum.
+    The arguments are those of `dwakd.kernels.head_loss.head_loss`.
     """
 
     def __init__(self, sides: Sequence[HeadRows], criterion: Criterion, budget: int, *, by_row: bool) -> None:
@@ -72,10 +75,9 @@ class ChunkedRun:
             self._run_group(group)
         zero = self.sides[0].hidden.new_zeros(0 if self.by_row else (), dtype=self.dtype)
         terms = dict.fromkeys(self.criterion.rates, zero)
-        if self.collected:
-            for name in terms:
-                values = [values[name] for values, _ in self.collected]
-                terms[name] = torch.cat(values) if self.by_row else torch.stack([v.sum() for v in values]).sum()
+        for name in terms if self.collected else ():
+            values = [values[name] for values, _ in self.collected]
+            terms[name] = torch.cat(values) if self.by_row else torch.stack([v.sum() for v in values]).sum()
         total = torch.stack([rate * terms[name] for name, rate in self.criterion.rates.items()]).sum(0)
         return total, terms, _concatenated([statistics for _, statistics in self.collected])
 
@@ -177,3 +179,50 @@ def _concatenated(parts: Sequence[Statistics]) -> Statistics:
 def _length(rows: slice) -> int:
     length: int = rows.stop - rows.start
     return length
+
+
+def plan_rows(num_rows: int, num_sides: int, row_bytes: int, budget: int) -> list[Group]:
+    """Divide the batch into chunks of nearly equal size; an example may be divided."""
+    return [Group((chunk,)) for chunk in _even(0, num_rows, num_sides, row_bytes, budget)]
+
+
+def plan_examples(
+    lengths: Sequence[Sequence[int]], row_bytes: Sequence[int], budget: int, *, divisible: bool
+) -> list[Group]:
+    """Divide the batch into chunks of whole examples; `lengths` and `row_bytes` are given for each side.
+
+    An example above the budget becomes a group of several chunks if `divisible`, which requires sides of the same
+    lengths, else a single chunk.
+    """
+    groups: list[Group] = []
+    starts = ends = [0] * len(lengths)
+    first, held = 0, 0
+
+    def finish(stop: int) -> None:
+        """Make the examples from `first` to `stop` - 1 a group of one chunk."""
+        nonlocal starts, first, held
+        if first < stop:
+            chunk = Chunk(tuple(map(slice, starts, ends)), slice(first, stop))
+            groups.append(Group((chunk,), chunk.examples))
+        starts, first, held = ends, stop, 0
+
+    for example, counts in enumerate(zip(*lengths, strict=True)):
+        size = sum(count * width for count, width in zip(counts, row_bytes, strict=True))
+        if held + size > budget:
+            finish(example)
+        ends = [end + count for end, count in zip(ends, counts, strict=True)]
+        held += size
+        if divisible and size > budget:
+            parts = _even(starts[0], ends[0], len(lengths), sum(row_bytes), budget)
+            groups.append(Group(tuple(parts), slice(example, example + 1)))
+            starts, first, held = ends, example + 1, 0
+    finish(len(lengths[0]))
+    return groups
+
+
+def _even(start: int, stop: int, num_sides: int, row_bytes: int, budget: int) -> list[Chunk]:
+    """Divide a range into equal chunks; a small last chunk would have slow matrix products."""
+    per_chunk = max(budget // row_bytes, 1)
+    count = -(-(stop - start) // per_chunk)
+    bounds = [start + (stop - start) * index // count for index in range(count + 1)] if count else [start]
+    return [Chunk((slice(a, b),) * num_sides) for a, b in pairwise(bounds)]

@@ -20,11 +20,7 @@ class HeadProducts:
 
     The buffer has the shape (vocab, tokens). On CPUs, `weight @ hidden.T` takes two thirds of the time of
     `hidden @ weight.T`. The tokens of several sides form one product, and a block of the vocabulary is contiguous.
-
-    Args:
-        head: the shared head.
-        rows: number of tokens in the largest chunk, over all sides.
-        with_gradient: whether `pull_back` will be called.
+    `rows` is the number of tokens in the largest chunk, over all sides.
     """
 
     def __init__(self, head: OutputHead, rows: int, *, with_gradient: bool) -> None:

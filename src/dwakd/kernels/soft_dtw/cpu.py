@@ -58,18 +58,11 @@ def solve(
     One thread computes each example in a fixed order, so the result does not depend on the number of threads.
     """
     lengths = [side.long().contiguous().numpy() for side in (x_lengths, y_lengths)]
-    value, grad = cost.new_empty(len(cost)), cost.new_empty(cost.shape if keep else (0, 0, 0))
-    is_open = np.ones(len(cost), bool)
-    arguments = [cost.detach().contiguous().numpy(), *lengths, gamma, keep, value.numpy(), grad.numpy(), is_open]
-
-    def compute(first: int, last: int) -> None:
-        if cost.dtype == torch.float32:
-            _solve_fast(*arguments, first, last)
-        if is_open[first:last].any():
-            _solve_exact(*arguments, first, last)
-
+    value, grad = cost.new_empty(len(cost)), cost.new_zeros(cost.shape if keep else (0, 0, 0))
+    arguments = cost.detach().contiguous().numpy(), *lengths, gamma, keep, value.numpy(), grad.numpy()
     num_threads = min(torch.get_num_threads(), cost.numel() // _CELLS_PER_THREAD)
-    share(compute, _spans(lengths[0] * lengths[1]) if num_threads > 1 else [(0, len(cost))], num_threads)
+    spans = _spans(lengths[0] * lengths[1]) if num_threads > 1 else [(0, len(cost))]
+    share(lambda first, last: _solve(*arguments, first, last), spans, num_threads)
     return value, grad
 
 
@@ -211,29 +204,6 @@ def _are_within(cost, row, n, m, limit):
 
 @compiled_by_numba
 @no_type_check
-def _solve_fast(cost, x_lengths, y_lengths, gamma, keep, value, grad, is_open, first_row, last_row):
-    """Compute examples first_row to last_row - 1, except those with large costs, which remain open."""
-    width, size = cost.shape[2], 0
-    limit = float32(min(_LIMIT * gamma, 1e38))
-    for row in range(first_row, last_row):
-        n, m = x_lengths[row], y_lengths[row]
-        size = max(size, 2 * (min(n, m) + _PAD) * (n + m - 1 if keep else 1))
-    weights = np.zeros(size + 4 * _PAD, float32)  # flows of 0 are multiplied by weights up to _PAD before or after
-    for row in range(first_row, last_row):
-        n, m = x_lengths[row], y_lengths[row]
-        is_open[row] = not _are_within(cost, row, n, m, limit)
-        if is_open[row]:
-            continue
-        reached, used = _forward_fast(cost[row].reshape(-1), n, m, width, 1.0 / gamma, keep, weights)
-        value[row] = reached * gamma
-        if keep:
-            grad[row, n:] = 0.0
-            grad[row, :n, m:] = 0.0
-            _backward_fast(grad[row].reshape(-1), n, m, width, weights, used)
-
-
-@compiled_by_numba
-@no_type_check
 def _forward_exact(cost, n, m, gamma, weights):
     """Return the cost at the end, and store the weights of each cell's predecessors: above, left, above left."""
     row = np.full(m + 1, np.inf)  # accumulated costs of the row above, overwritten by those of this row
@@ -273,19 +243,27 @@ def _backward_exact(grad, n, m, weights):
 
 @compiled_by_numba
 @no_type_check
-def _solve_exact(cost, x_lengths, y_lengths, gamma, keep, value, grad, is_open, first_row, last_row):
-    """Compute the examples first_row to last_row - 1 that are open."""
+def _solve(cost, x_lengths, y_lengths, gamma, keep, value, grad, first_row, last_row):
+    """Compute the values of examples first_row to last_row - 1 and, if `keep`, overwrite gradients of 0."""
+    width, size = cost.shape[2], 0
+    limit = float32(min(_LIMIT * gamma, 1e38)) if cost.itemsize == 4 else float32(-1)
     for row in range(first_row, last_row):
-        if not is_open[row]:
-            continue
         n, m = x_lengths[row], y_lengths[row]
-        value[row] = np.nan
-        if keep:
-            grad[row] = 0.0
-        if (cost[row, :n, :m] > -np.inf).all():
-            weights = np.empty((n, m, 3))
-            value[row] = _forward_exact(cost[row], n, m, gamma, weights)
+        size = max(size, 2 * (min(n, m) + _PAD) * (n + m - 1 if keep else 1))
+    weights = np.zeros(size + 4 * _PAD, float32)  # flows of 0 are multiplied by weights up to _PAD before or after
+    for row in range(first_row, last_row):
+        n, m = x_lengths[row], y_lengths[row]
+        if _are_within(cost, row, n, m, limit):
+            reached, used = _forward_fast(cost[row].reshape(-1), n, m, width, 1.0 / gamma, keep, weights)
+            value[row] = reached * gamma
+            if keep:
+                _backward_fast(grad[row].reshape(-1), n, m, width, weights, used)
+        elif (cost[row, :n, :m] > -np.inf).all():
+            exact_weights = np.empty((n, m, 3))
+            value[row] = _forward_exact(cost[row], n, m, gamma, exact_weights)
             if keep and value[row] < np.inf:
-                _backward_exact(grad[row], n, m, weights)
-        elif keep:
-            grad[row, :n, :m] = np.nan
+                _backward_exact(grad[row], n, m, exact_weights)
+        else:
+            value[row] = np.nan
+            if keep:
+                grad[row, :n, :m] = np.nan

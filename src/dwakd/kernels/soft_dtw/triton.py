@@ -54,18 +54,14 @@ def _forward(
         first, end = tl.maximum(0, k - m + 1), tl.minimum(n, k + 1)
         from_row = tl.maximum(first, tl.minimum(low_1, low_2 + 1)) * tl.minimum(k, 1)
         to_row = tl.minimum(end, tl.maximum(tl.maximum(high_1, high_2) + 1, 1 - k))
-        now, last, before = (
-            reached + k % 3 * num_rows,
-            reached + (k + 2) % 3 * num_rows,
-            reached + (k + 1) % 3 * num_rows,
-        )
+        now, last = reached + k % 3 * num_rows, reached + (k + 2) % 3 * num_rows
+        before = reached + (k + 1) % 3 * num_rows
         low, high = empty, empty - _NOWHERE
         for top in range(from_row, to_row, block):
             i = top + lanes
             inside = i < to_row
-            here = tl.load(cost + i.to(tl.int64) * stride_row + (k - i) * stride_column, mask=inside, other=0.0).to(
-                tl.float64
-            )
+            cell = cost + i.to(tl.int64) * stride_row + (k - i) * stride_column
+            here = tl.load(cell, mask=inside, other=0.0).to(tl.float64)
             bad += tl.where(here > float("-inf"), 0, 1)
             up = tl.load(last + i - 1, mask=inside & (i > low_1) & (i <= high_1), other=float("inf"))
             left = tl.load(last + i, mask=inside & (i >= low_1) & (i < high_1), other=float("inf"))
@@ -73,11 +69,8 @@ def _forward(
             corner = tl.where(i + k == 0, 0.0, corner)
             lowest = tl.minimum(tl.minimum(up, left), corner)
             finite = tl.minimum(lowest, 1e300)  # if all three are unreachable, exponents are -inf, not NaN
-            a, b, c = (
-                tl.exp((finite - up).to(kind)),
-                tl.exp((finite - left).to(kind)),
-                tl.exp((finite - corner).to(kind)),
-            )
+            a, b = tl.exp((finite - up).to(kind)), tl.exp((finite - left).to(kind))
+            c = tl.exp((finite - corner).to(kind))
             total = a + b + c
             soft = lowest - tl.log(tl.maximum(total, 1.0)).to(tl.float64)
             sum_here = here * inverse_gamma + soft
@@ -130,11 +123,8 @@ def _backward(
         cells = tl.minimum(n, k + 1) - first
         start_0 -= 3 * cells
         low, high = tl.load(ranges + 2 * k), tl.load(ranges + 2 * k + 1)
-        now, after, after_next = (
-            flows + k % 3 * num_rows,
-            flows + (k + 1) % 3 * num_rows,
-            flows + (k + 2) % 3 * num_rows,
-        )
+        now, after = flows + k % 3 * num_rows, flows + (k + 1) % 3 * num_rows
+        after_next = flows + (k + 2) % 3 * num_rows
         for top in range(low, high, block):
             i = top + lanes
             inside = i < high
@@ -142,16 +132,13 @@ def _backward(
             beside = inside & (i >= low_1) & (i < high_1)
             across = inside & (i + 1 >= low_2) & (i + 1 < high_2)
             place = weights + start_1 + (i - first_1)
-            flow = tl.load(after + i + 1, mask=below, other=0.0) * tl.load(place + 1, mask=below, other=0.0).to(
-                tl.float64
-            )
-            flow += tl.load(after + i, mask=beside, other=0.0) * tl.load(place + cells_1, mask=beside, other=0.0).to(
-                tl.float64
-            )
+            share = tl.load(place + 1, mask=below, other=0.0).to(tl.float64)
+            flow = tl.load(after + i + 1, mask=below, other=0.0) * share
+            share = tl.load(place + cells_1, mask=beside, other=0.0).to(tl.float64)
+            flow += tl.load(after + i, mask=beside, other=0.0) * share
             place = weights + start_2 + (i - first_2) + 1 + 2 * cells_2
-            flow += tl.load(after_next + i + 1, mask=across, other=0.0) * tl.load(place, mask=across, other=0.0).to(
-                tl.float64
-            )
+            share = tl.load(place, mask=across, other=0.0).to(tl.float64)
+            flow += tl.load(after_next + i + 1, mask=across, other=0.0) * share
             flow = tl.where((step == 0) & (i == n - 1), source, flow)
             tl.store(now + i, flow, mask=inside)
             tl.store(grad + i.to(tl.int64) * num_columns + (k - i), flow.to(grad.dtype.element_ty), mask=inside)

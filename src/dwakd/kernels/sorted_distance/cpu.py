@@ -21,7 +21,7 @@ SHIFTS = (32, 43, 54)  # first bit of each digit in a key
 def sorted_distance_cpu(
     learned: Float[Tensor, "rows vocab"], target: Float[Tensor, "rows other_vocab"]
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows vocab"]]:
-    """Compute sorted distances of float32 tensors; see `dwakd.kernels.sorted_distance` for arguments and results."""
+    """Compute sorted distances of float32 tensors, as `dwakd.kernels.sorted_distance.sorted_distance` does."""
     learned = learned.contiguous()
     distance, slope = learned.new_empty(len(learned)), torch.empty_like(learned)
     bits, opposite, total, sign = (tensor.numpy() for tensor in (learned.view(torch.int32), target, distance, slope))
