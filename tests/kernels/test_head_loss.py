@@ -360,15 +360,16 @@ def test_plans_cover_every_row_once():
     """A row left out or counted twice shifts the loss by less than noise."""
     for budget in (1, 7, 30, 10**6):
         groups = plan_rows(23, 2, 3, budget)
-        assert [r for g in groups for c in g.chunks for r in range(*c.rows[1].indices(99))] == list(range(23))
+        assert [r for (chunk,) in groups for r in range(*chunk.rows[1].indices(99))] == list(range(23))
         for divisible in (True, False):
             lengths = [[3, 0, 9, 1, 0], [3, 0, 9, 1, 0]] if divisible else [[3, 0, 9, 1, 0], [1, 4, 2, 0, 0]]
             groups = plan_examples(lengths, [2, 2], budget, divisible=divisible)
-            chunks = [chunk for group in groups for chunk in group.chunks]
+            chunks = [chunk for group in groups for chunk in group]
             for side in (0, 1):
                 covered = [row for chunk in chunks for row in range(*chunk.rows[side].indices(99))]
                 assert covered == list(range(sum(lengths[side])))
-            assert [e for g in groups for e in range(*g.examples.indices(99))] == list(range(5))
+            assert [e for group in groups for e in range(*group[0].examples.indices(99))] == list(range(5))
+            assert all(chunk.examples == group[0].examples for group in groups for chunk in group)
             if divisible and budget >= 4:
                 assert all(4 * (chunk.rows[0].stop - chunk.rows[0].start) <= budget for chunk in chunks)
 

@@ -65,7 +65,7 @@ def test_forbidden_tokens_add_nothing(temperature):
     pair, sides = SoftenedPair(temperature), pair_of_sides(101, 9)
     for side in sides:
         side[99:] = torch.finfo(torch.float32).min / 16
-    expected = observed(pair, [side[:99].clone() for side in sides])
+    expected = observed(pair, tuple(side[:99].clone() for side in sides))
     torch.testing.assert_close(observed(pair, sides), expected)
     assert all(side[99:].abs().max() == 0 for side in sides)
 

@@ -10,12 +10,8 @@ from torch import Tensor
 def require(holds: Bool[Tensor, ""], message: str, found: Callable[[], object]) -> None:
     """Raise ValueError unless `holds` is true. On a GPU, a device-side assertion fails with the message instead.
 
-    The host does not wait for the GPU.
-
-    Args:
-        holds: the condition, on the device of the validated tensor.
-        message: which values are allowed.
-        found: returns the invalid value for the message. Called only where reading `holds` does not stop the host.
+    The host does not wait for the GPU. `message` says which values are allowed, and `found` returns the invalid one. It
+    is called only where this does not stop the host.
     """
     try:
         torch._assert_async(holds, message)

@@ -17,8 +17,7 @@ def compiled_by_numba(function: Callable[..., Any], **options: Any) -> Callable[
     try:
         compiled: Callable[..., Any] = numba.njit(cache=True, **options)(function)
     except RuntimeError as error:  # numba: "no locator available"
-        message = "numba compiles %s again in each process, because it cannot write a cache: %s"
-        logger.info(message, function.__name__, error)
+        logger.info("each process compiles %s again, as numba cannot write a cache: %s", function.__name__, error)
         compiled = numba.njit(**options)(function)
     return compiled
 

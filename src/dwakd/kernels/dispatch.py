@@ -8,8 +8,7 @@ from types import ModuleType
 
 logger = logging.getLogger(__name__)
 
-COMPILED_BY = {"cpu": "numba", "triton": "triton"}
-"""The package that compiles the kernels of this implementation."""
+COMPILED_BY = {"cpu": "numba", "triton": "triton"}  # package, by implementation
 
 
 def resolve(kernel: str, impl: str, unmet: Mapping[str, str | None]) -> str:

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dwakd.kernels.dispatch import resolve
 
+Costs = Float[Tensor, "batch n m"]
 Lengths = Int[Tensor, " batch"]
 
 
@@ -51,10 +52,8 @@ def sinkhorn(
         9.08e-05
     """
     if not 0 < regularisation < math.inf or iterations < 1:
-        raise ValueError(
-            "sinkhorn: regularisation and iterations must be positive and finite, "
-            f"got {regularisation} and {iterations}"
-        )
+        found = f"{regularisation} and {iterations}"
+        raise ValueError(f"sinkhorn: regularisation and iterations must be positive and finite, got {found}")
     solve = _naive if resolve("sinkhorn", impl, {"batched": None}) == "naive" else _batched
     batch, n, m = cost.shape
     cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
@@ -64,7 +63,7 @@ def sinkhorn(
 
 
 def _naive(
-    cost: Float[Tensor, "batch n m"], regularisation: float, iterations: int, x_lengths: Lengths, y_lengths: Lengths
+    cost: Costs, regularisation: float, iterations: int, x_lengths: Lengths, y_lengths: Lengths
 ) -> Float[Tensor, " batch"]:
     """Compute the costs in plain torch, example by example: the specification of `_batched`."""
     values = []
@@ -79,7 +78,7 @@ def _naive(
 
 
 def _batched(
-    cost: Float[Tensor, "batch n m"], regularisation: float, iterations: int, x_lengths: Lengths, y_lengths: Lengths
+    cost: Costs, regularisation: float, iterations: int, x_lengths: Lengths, y_lengths: Lengths
 ) -> Float[Tensor, " batch"]:
     """Compute the costs of all examples at once.
 

@@ -35,12 +35,9 @@ BUDGET_BYTES = 128 * 2**20
 
 @dataclass(frozen=True)
 class HeadLoss:
-    """The result of `head_loss`.
+    """The result of `head_loss`: `loss` is the sum of rate x term and carries gradient.
 
-    Args:
-        loss: the sum of rate x term; carries gradient. One value per token with `by_row`, else a scalar.
-        terms: each term without its rate, of the same shape as `loss`; detached.
-        statistics: the criterion's statistics of all tokens; detached.
+    `terms` and `statistics` are detached. With `by_row`, `loss` and each term have one value per token.
     """
 
     loss: Float[Tensor, "..."]

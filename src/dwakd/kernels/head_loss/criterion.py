@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from dwakd.batch import OutputHead
 from dwakd.kernels.head_loss.statistics import blocks, most_probable, peak_of, pick, shifted_exp, subtract_at
@@ -36,7 +37,7 @@ class HeadRows:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens that are computed together: their range in each side, and the examples if all of these are whole."""
+    """Tokens that are computed together: their range in each side and, unless `Criterion.unit` is "rows", examples."""
 
     rows: tuple[slice, ...]
     examples: slice | None = None
@@ -51,10 +52,7 @@ class Criterion(ABC):
     and in place. `terms` then remains as the specification.
 
     If a bias of -inf forbids a token, its logit is -inf in plain torch and `forbidden_logit` in chunks. A term that
-    uses this logit is infinite.
-
-    Args:
-        rates: factor of each term in the loss, by the name of the term.
+    uses this logit is infinite. `rates` are the factors of the terms in the loss, by name.
     """
 
     unit: str = "rows"
@@ -113,8 +111,7 @@ class CrossEntropy(Criterion):
         self.targets = targets
 
     def terms(self, logits: Sides, chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
-        log_probs = logits[0].log_softmax(-1)
-        return {"ce": torch.nn.functional.nll_loss(log_probs, self.targets[chunk.rows[0]], reduction="none")}
+        return {"ce": cross_entropy(logits[0], self.targets[chunk.rows[0]], reduction="none")}
 
     def observe(self, logits: Sides, chunk: Chunk) -> Statistics:
         columns = logits[0].t()

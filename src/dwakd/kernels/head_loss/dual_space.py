@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from dwakd.kernels.head_loss.criterion import Chunk, Criterion, Sides, Statistics
 from dwakd.kernels.head_loss.statistics import SoftenedPair, entropy, forward_kl, pick, subtract_at
@@ -27,7 +28,7 @@ class StudentSpace(Criterion):
         targets: token id of each position.
         temperature: divides the logits of both sides in D.
         rates: factor of each term in the loss.
-        divergence: D as a function of log-probabilities (target, learned), per token.
+        divergence: D of each token, as a function of log-probabilities (target, learned).
         weigh: computes the weights from the statistics and the lengths; the weights are 1 by default.
         whole_examples: whether `weigh` needs whole examples.
         projected_targets: targets of the projected side in `t2s_ce` and `right`; the student's targets by default.
@@ -61,16 +62,12 @@ class StudentSpace(Criterion):
         return {0: self.targets, 1: self.projected_targets}
 
     def terms(self, logits: Sides, chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
-        own, projected = logits
-        rows = chunk.rows[0]
-        cross_entropies = [
-            torch.nn.functional.nll_loss(side.log_softmax(-1), targets[rows], reduction="none")
-            for side, targets in zip(logits, (self.targets, self.projected_targets), strict=True)
-        ]
+        rows, (own, projected) = chunk.rows[0], logits
+        ce = cross_entropy(own, self.targets[rows], reduction="none")
+        t2s_ce = cross_entropy(projected, self.projected_targets[rows], reduction="none")
         softened = [(side / self.temperature).log_softmax(-1) for side in (projected.detach(), own)]
-        trusted = self.trust[rows] if weights is None else weights * self.trust[rows]
-        t2s_ce = cross_entropies[1] * self.projected_weights[rows]
-        return {"ce": cross_entropies[0], "t2s_ce": t2s_ce, "kd_student": self.divergence(*softened) * trusted}
+        kd = self.divergence(*softened) * (self.trust[rows] if weights is None else weights * self.trust[rows])
+        return {"ce": ce, "t2s_ce": t2s_ce * self.projected_weights[rows], "kd_student": kd}
 
     def statistics(self, logits: Sides, chunk: Chunk) -> Statistics:
         if self.weigh is None:
@@ -130,11 +127,7 @@ class ForwardKlSpace(StudentSpace):
 class TeacherSpace(Criterion):
     """Compute the term `kd_teacher` = D(p^t || p^{s->t}) from the logits of the projected student and of the teacher.
 
-    The only statistic is `entropy` = H(p^t) at temperature 1.
-
-    Args:
-        temperature: divides the logits of both sides.
-        divergence: D as a function of log-probabilities (target, learned), per token.
+    The only statistic is `entropy` = H(p^t) at temperature 1. For the arguments, see `StudentSpace`.
     """
 
     def __init__(self, temperature: float, divergence: Callable[[Tensor, Tensor], Tensor] = forward_kl) -> None:

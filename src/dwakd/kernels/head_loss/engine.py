@@ -1,7 +1,6 @@
 """Compute logits, criterion and gradients for a few tokens at a time, all in the forward pass."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -13,13 +12,8 @@ from dwakd.kernels.head_loss.criterion import Chunk, Criterion, HeadRows, Statis
 from dwakd.kernels.head_loss.products import HeadProducts
 from dwakd.kernels.head_loss.statistics import infinite_if_forbidden
 
-
-@dataclass(frozen=True)
-class Group:
-    """Chunks that are weighted together. With more than one, a separate pass computes their statistics."""
-
-    chunks: tuple[Chunk, ...]
-    examples: slice | None = None
+Group = list[Chunk]
+"""Chunks that are weighted together. With more than one, a separate pass computes their statistics."""
 
 
 class ChunkedRun:
@@ -61,7 +55,7 @@ class ChunkedRun:
             head = self.sides[index].head
             parts = [None if p is None else (p.data_ptr(), p.shape, p.stride()) for p in (head.weight, head.bias)]
             shared.setdefault((*parts, head.scale, head.soft_cap), []).append(index)
-        chunks = [chunk for group in self.groups for chunk in group.chunks]
+        chunks = [chunk for group in self.groups for chunk in group]
         products = []
         for indices in shared.values():
             rows = max((sum(_length(chunk.rows[i]) for i in indices) for chunk in chunks), default=0)
@@ -82,16 +76,16 @@ class ChunkedRun:
         return total, terms, _concatenated([statistics for _, statistics in self.collected])
 
     def _run_group(self, group: Group) -> None:
-        criterion = self.criterion
-        lengths = None if group.examples is None else self.sides[0].lengths[group.examples]
+        criterion, first = self.criterion, group[0]
+        lengths = None if first.examples is None else self.sides[0].lengths[first.examples]
         seen = []
-        for chunk in group.chunks:
+        for chunk in group:
             logits = self._logits(chunk)
             seen.append(criterion.observe(logits, chunk))
         weights = criterion.weights(_concatenated(seen), lengths)
-        start = group.chunks[0].rows[0].start
-        for chunk, statistics in zip(group.chunks, seen, strict=True):
-            if len(group.chunks) > 1:  # the buffers contain the last chunk
+        start = first.rows[0].start
+        for chunk, statistics in zip(group, seen, strict=True):
+            if len(group) > 1:  # the buffers contain the last chunk
                 logits = self._logits(chunk)
                 statistics = criterion.observe(logits, chunk)
             own = None if weights is None else weights[chunk.rows[0].start - start : chunk.rows[0].stop - start]
@@ -130,12 +124,11 @@ class ChunkedRun:
         weight, bias = index + len(self.sides), index + 2 * len(self.sides)
         if self.learns[weight]:
             kept = self.gradients[weight]
-            if kept is None:
-                self.gradients[weight] = torch.mm(columns, rows).to(self.dtype)
-            elif kept.dtype == columns.dtype:
+            if kept is not None and kept.dtype == columns.dtype:
                 kept.addmm_(columns, rows)
             else:
-                kept.add_(torch.mm(columns, rows))
+                added = torch.mm(columns, rows)
+                self.gradients[weight] = added.to(self.dtype) if kept is None else kept.add_(added)
         if self.learns[bias]:
             added, kept = columns.sum(1, dtype=self.dtype) * scale, self.gradients[bias]
             self.gradients[bias] = added if kept is None else kept.add_(added)
@@ -156,9 +149,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
         )
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
         run.statistic_names = tuple(statistics)
-        constants = tuple(
-            value.clone() if value is total else value for value in (*terms.values(), *statistics.values())
-        )
+        constants = [v.clone() if v is total else v for v in (*terms.values(), *statistics.values())]
         ctx.mark_non_differentiable(*constants)
         return total, *constants
 
@@ -183,7 +174,7 @@ def _length(rows: slice) -> int:
 
 def plan_rows(num_rows: int, num_sides: int, row_bytes: int, budget: int) -> list[Group]:
     """Divide the batch into chunks of nearly equal size; an example may be divided."""
-    return [Group((chunk,)) for chunk in _even(0, num_rows, num_sides, row_bytes, budget)]
+    return [[chunk] for chunk in _even(slice(0, num_rows), None, num_sides, row_bytes, budget)]
 
 
 def plan_examples(
@@ -202,8 +193,7 @@ def plan_examples(
         """Make the examples from `first` to `stop` - 1 a group of one chunk."""
         nonlocal starts, first, held
         if first < stop:
-            chunk = Chunk(tuple(map(slice, starts, ends)), slice(first, stop))
-            groups.append(Group((chunk,), chunk.examples))
+            groups.append([Chunk(tuple(map(slice, starts, ends)), slice(first, stop))])
         starts, first, held = ends, stop, 0
 
     for example, counts in enumerate(zip(*lengths, strict=True)):
@@ -213,16 +203,15 @@ def plan_examples(
         ends = [end + count for end, count in zip(ends, counts, strict=True)]
         held += size
         if divisible and size > budget:
-            parts = _even(starts[0], ends[0], len(lengths), sum(row_bytes), budget)
-            groups.append(Group(tuple(parts), slice(example, example + 1)))
+            own, rows = slice(example, example + 1), slice(starts[0], ends[0])
+            groups.append(_even(rows, own, len(lengths), sum(row_bytes), budget))
             starts, first, held = ends, example + 1, 0
     finish(len(lengths[0]))
     return groups
 
 
-def _even(start: int, stop: int, num_sides: int, row_bytes: int, budget: int) -> list[Chunk]:
+def _even(rows: slice, examples: slice | None, num_sides: int, row_bytes: int, budget: int) -> Group:
     """Divide a range into equal chunks; a small last chunk would have slow matrix products."""
-    per_chunk = max(budget // row_bytes, 1)
-    count = -(-(stop - start) // per_chunk)
-    bounds = [start + (stop - start) * index // count for index in range(count + 1)] if count else [start]
-    return [Chunk((slice(a, b),) * num_sides) for a, b in pairwise(bounds)]
+    count = -(-_length(rows) // max(budget // row_bytes, 1))
+    bounds = [rows.start + _length(rows) * index // max(count, 1) for index in range(count + 1)]
+    return [Chunk((slice(a, b),) * num_sides, examples) for a, b in pairwise(bounds)]

@@ -26,7 +26,7 @@ class HeadProducts:
     def __init__(self, head: OutputHead, rows: int, *, with_gradient: bool) -> None:
         self.head = head
         self.dtype = torch.promote_types(head.weight.dtype, torch.float32)
-        self.buffer = _room(_aligned(rows) * head.vocab_size, self.dtype, head.weight.device)
+        self.buffer = _room((rows + -rows % ALIGNED) * head.vocab_size, self.dtype, head.weight.device)
         keep_slope = head.soft_cap is not None and with_gradient
         self.slope_buffer = torch.empty_like(self.buffer) if keep_slope else None
 
@@ -41,7 +41,7 @@ class HeadProducts:
         """Compute the logits of each side; they are views of the buffer, and the next call overwrites them."""
         head = self.head
         lengths = [len(rows) for rows in hidden]
-        rest = _aligned(sum(lengths)) - sum(lengths)
+        rest = -sum(lengths) % ALIGNED
         self.scaled = torch.cat(
             [*(rows.to(head.weight.dtype) for rows in hidden), head.weight.new_zeros(rest, head.weight.shape[1])]
         )
@@ -69,10 +69,6 @@ class HeadProducts:
         if self.slope_buffer is not None:
             gradient.mul_(self.slope[:, :count])
         return gradient.to(self.head.weight.dtype), self.scaled[:count]
-
-
-def _aligned(rows: int) -> int:
-    return -(-rows // ALIGNED) * ALIGNED
 
 
 def _room(size: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " size"]:

@@ -107,12 +107,9 @@ def subtract_at(gradient: Columns, targets: Tensor, amount: PerToken) -> None:
 
 
 class Softmax:
-    """Largest logit of one side, and sums over its vocabulary, where x = logit - peak.
+    """Largest logit of one side, and sums over its vocabulary.
 
-    Attributes:
-        total: sum of exp(x).
-        soft_total: sum of exp(x / temperature).
-        energy: sum of exp(x) x.
+    With x = logit - peak, `total` is the sum of exp(x), `soft_total` of exp(x / temperature) and `energy` of exp(x) x.
     """
 
     def __init__(self, peak: PerToken) -> None:
@@ -141,11 +138,7 @@ class SoftenedPair:
     ) -> tuple[Softmax, Softmax, PerToken]:
         """Overwrite the logits of both sides; return their sums and KL(target || learned) per token.
 
-        Args:
-            learned: logits of the distribution that is trained.
-            target: logits of the distribution that it is compared with.
-            entropy_of: the side whose `energy` is computed; it must be one of `totals_of`.
-            totals_of: the sides whose `total` is computed.
+        `total` is computed for the sides in `totals_of` only, and `energy` for `entropy_of`, which must be one of them.
         """
         own, other = Softmax(peak_of(learned)), Softmax(peak_of(target))
         cross = torch.zeros_like(own.peak)  # sum of softened target x (other_x - own_x)

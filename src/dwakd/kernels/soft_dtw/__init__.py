@@ -82,7 +82,7 @@ def soft_dtw(
 
 
 class _SoftDtw(torch.autograd.Function):
-    """Store the gradient that the kernels compute together with the value: one number per cell, at the lowest cost."""
+    """Store the gradient, which the kernels compute together with the value."""
 
     @staticmethod
     def forward(
@@ -109,7 +109,6 @@ def _checked_lengths(name: str, lengths: Int[Tensor, " batch"] | None, cost: Ten
     if lengths.device.type != "cuda":  # on a GPU, the check would make the host wait
         for row, length in enumerate(lengths.tolist()):
             if not 1 <= length <= longest:
-                raise ValueError(
-                    f"soft_dtw: {name}[{row}] must be from 1 to {longest}, the size of the cost, got {length}"
-                )
+                allowed = f"from 1 to {longest}, the size of the cost"
+                raise ValueError(f"soft_dtw: {name}[{row}] must be {allowed}, got {length}")
     return lengths.to(cost.device)

@@ -1,25 +1,20 @@
-"""Compute Soft-DTW on the CPU with numba, in parallel over the batch.
-
-The gradient of an example is computed together with its value. Only one number per cell is stored for backward.
+"""Compute Soft-DTW on the CPU with numba, in parallel over the batch, and each gradient together with its value.
 
 Moderate float32 costs take the fast path, one anti-diagonal after the other, in loops that LLVM vectorises. It stores
 differences of the accumulated cost R between neighbours, in units of gamma: the step down into a cell,
 R[i, j] - R[i - 1, j], by row, and the step right, R[i, j] - R[i, j - 1], by column. R grows along a path, but these
 differences stay small enough for float32. Other costs take the exact path, one cell at a time in float64.
 
-The loops over a diagonal use few arrays and unsigned indices. Otherwise LLVM would give up on excluding that the arrays
-overlap, or handle negative indices, and would not vectorise. All compiled functions are in one file, because numba's
-cache on disk detects changes of the compiled file only. `no_type_check` prevents the tests' shape checker from wrapping
-them.
+LLVM vectorises a loop only if it uses few arrays, which it must prove not to overlap, and unsigned indices. All
+compiled functions are in one file, because numba's cache on disk detects changes of the compiled file only.
+`no_type_check` prevents the tests' shape checker from wrapping them.
 """
 
 import functools
-import itertools
 import math
 from typing import no_type_check
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int
 from numpy import float32, uint64
@@ -30,7 +25,6 @@ from dwakd.kernels.compiled import compiled_by_numba, share
 fused = functools.partial(compiled_by_numba, fastmath={"contract"})  # allows fused multiply-add instructions
 
 _CELLS_PER_THREAD = 100_000  # about half a millisecond; with less work, a second thread saves no time
-_CELLS_PER_SPAN = 20_000
 _PAD = 16  # the length of a diagonal is rounded up to a multiple of this, so that all its cells fill vectors
 _LIMIT = 4.0  # largest cost, in units of gamma; with larger ones, rounding errors in the gradient reach 1e-6
 _LEAST_FLOW = 1e-30  # smaller gradients become 0, because denormal numbers slow down later matrix products
@@ -53,23 +47,14 @@ def solve(
     y_lengths: Int[Tensor, " batch"],
     keep: bool,
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "..."]]:
-    """Compute the values and, if `keep` is true, their gradients (else an empty tensor).
-
-    One thread computes each example in a fixed order, so the result does not depend on the number of threads.
-    """
+    """Compute the values and, if `keep`, their gradients (else an empty tensor); equal for any number of threads."""
     lengths = [side.long().contiguous().numpy() for side in (x_lengths, y_lengths)]
     value, grad = cost.new_empty(len(cost)), cost.new_zeros(cost.shape if keep else (0, 0, 0))
     arguments = cost.detach().contiguous().numpy(), *lengths, gamma, keep, value.numpy(), grad.numpy()
     num_threads = min(torch.get_num_threads(), cost.numel() // _CELLS_PER_THREAD)
-    spans = _spans(lengths[0] * lengths[1]) if num_threads > 1 else [(0, len(cost))]
+    spans = [(row, row + 1) for row in range(len(cost))] if num_threads > 1 else [(0, len(cost))]
     share(lambda first, last: _solve(*arguments, first, last), spans, num_threads)
     return value, grad
-
-
-def _spans(num_cells: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Divide the examples into ranges of about _CELLS_PER_SPAN cells; a larger example has a range of its own."""
-    parts = num_cells.cumsum() // _CELLS_PER_SPAN
-    return list(itertools.pairwise([0, *(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(num_cells)]))
 
 
 @fused
@@ -165,10 +150,7 @@ def _backward_diagonal(flows, now, before, earlier, weights, above, beside, coun
 @fused
 @no_type_check
 def _backward_fast(cells, n, m, width, weights, start):
-    """Write the gradients to `cells`: the probability that a path, drawn by the weights, passes through each.
-
-    `start` is the end of the weights.
-    """
+    """Write the probability that a path, drawn by the weights, passes through each cell; `start` is their end."""
     size, stride = n + _PAD + 2, uint64(width - 1)
     # rows before the first of a diagonal are not written as k decreases, so they are 0
     flows = np.zeros(3 * size)
@@ -228,7 +210,7 @@ def _forward_exact(cost, n, m, gamma, weights):
 @compiled_by_numba
 @no_type_check
 def _backward_exact(grad, n, m, weights):
-    """Compute the gradients as `_backward_fast` does."""
+    """Compute the same as `_backward_fast` does."""
     downwards, corners = np.zeros(m), np.zeros(m)  # probabilities that arrive from the row below
     for i in range(n - 1, -1, -1):
         sideways, corner = 0.0, 0.0

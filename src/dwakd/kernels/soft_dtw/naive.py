@@ -4,11 +4,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+Costs = Float[Tensor, "batch n m"]
 Lengths = Int[Tensor, " batch"]
 
 
 def solve(
-    cost: Float[Tensor, "batch n m"], gamma: float, x_lengths: Lengths, y_lengths: Lengths, keep: bool
+    cost: Costs, gamma: float, x_lengths: Lengths, y_lengths: Lengths, keep: bool
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "..."]]:
     """Compute the values and, if `keep` is true, their gradients (else an empty tensor).
 
@@ -34,9 +35,7 @@ def solve(
     return value, share.masked_fill(none, 0.0).to(cost.dtype)
 
 
-def _log_costs(
-    cost: Float[Tensor, "batch n m"], gamma: float, x_lengths: Lengths, y_lengths: Lengths
-) -> Float[Tensor, "batch n m"]:
+def _log_costs(cost: Costs, gamma: float, x_lengths: Lengths, y_lengths: Lengths) -> Costs:
     """Return -cost / gamma; -inf outside the lengths, and NaN for a cost of -inf."""
     _, n, m = cost.shape
     rows, columns = torch.arange(n, device=cost.device), torch.arange(m, device=cost.device)
@@ -45,7 +44,7 @@ def _log_costs(
     return scaled.masked_fill(scaled.isposinf(), torch.nan).masked_fill(outside, -torch.inf)
 
 
-def _log_sums(log_costs: Float[Tensor, "batch n m"]) -> Float[Tensor, "batch n m"]:
+def _log_sums(log_costs: Costs) -> Costs:
     """Compute for each cell the log of the sum of exp(log costs) over all paths that end before it."""
     batch, n, m = log_costs.shape
     sums = torch.empty_like(log_costs)
@@ -64,7 +63,7 @@ def _log_sums(log_costs: Float[Tensor, "batch n m"]) -> Float[Tensor, "batch n m
     return sums
 
 
-def _turned(cost: Float[Tensor, "batch n m"], x_lengths: Lengths, y_lengths: Lengths) -> Float[Tensor, "batch n m"]:
+def _turned(cost: Costs, x_lengths: Lengths, y_lengths: Lengths) -> Costs:
     """Rotate each example's table by 180 degrees, so that its last cell becomes the first; -inf outside the lengths."""
     batch, n, m = cost.shape
     examples = torch.arange(batch, device=cost.device)[:, None, None]

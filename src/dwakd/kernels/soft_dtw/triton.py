@@ -1,11 +1,9 @@
 """Compute Soft-DTW on GPUs with Triton: one program per example computes its anti-diagonals, in blocks of rows.
 
-Accumulated costs and flows (gradients) of the two previous diagonals are stored in float64, in units of gamma.
-Exponentials and weights have the dtype of the costs. Cells at both ends of a diagonal that no path of finite cost
-reaches are skipped, so a hard band (+inf outside) takes time for the cells inside only. The three weights of the cells
-are stored diagonal by diagonal. They need 12 bytes per cell and are freed once the gradient is computed.
-
-`no_type_check` prevents the tests' shape checker from wrapping the functions that Triton compiles.
+Accumulated costs and flows (gradients) are in float64, in units of gamma. Exponentials and weights have the dtype of
+the costs. Cells at both ends of a diagonal that no path of finite cost reaches are skipped, so a hard band (+inf
+outside) takes time for the cells inside only. The three weights of each cell are stored diagonal by diagonal, and freed
+once the gradient is computed. `no_type_check` prevents the tests' shape checker from wrapping compiled functions.
 """
 
 from typing import Any, no_type_check

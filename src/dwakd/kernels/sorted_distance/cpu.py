@@ -57,16 +57,13 @@ def _sort(keys, work):
 def _compiled(learned_bits, opposite, distance, slope):
     width, other = learned_bits.shape[1], opposite.shape[1]
     keys, work = np.empty(width, np.uint64), np.empty(width, np.uint64)
-    # a key is the value in the upper half and its position in the lower; their order depends on the machine's bytes
-    half = np.int64(np.array([1], np.uint64).view(np.uint32)[0])
     for row in range(learned_bits.shape[0]):
         for place in range(width):
             keys[place] = (np.uint64(learned_bits[row, place]) << np.uint64(32)) | np.uint64(place)
         ranked = _sort(keys, work)
-        values = ranked.view(np.float32)[half::2]
         q, total = opposite[row], 0.0
         for rank in range(1, width + 1):
-            value = values[width - rank]
+            value = np.uint32(ranked[width - rank] >> np.uint64(32)).view(np.float32)
             gap = value - q[other - rank] if rank <= other else value
             slope[row, ranked[width - rank] & np.uint64(0xFFFFFFFF)] = np.float32(gap > 0) - np.float32(gap < 0)
             total += abs(gap)
