@@ -27,9 +27,8 @@ def sinkhorn(
     to 1 / y_length. At the end, the sums of the columns are exact and those of the rows nearly so.
 
     Args:
-        cost: pairwise costs; carries gradient through all iterations. Cells beyond an
-            example's lengths may have any value, including NaN, and get zero gradient. Half precision is computed in
-            float32.
+        cost: pairwise costs; carries gradient through all iterations. Cells beyond an example's lengths may have any
+            value, including NaN, and get zero gradient. Half precision is computed in float32.
         regularisation: in units of cost. Towards 0, the plan approaches the optimal one if there are enough iterations.
         iterations: number of scalings of rows and columns; at least 1.
         x_lengths: rows per example, 1 to n; all n when None.

@@ -71,8 +71,7 @@ def head_loss(
 
     Raises:
         ValueError: `impl` is unknown, `budget` is not positive, the sides have different numbers of tokens, `by_row` is
-            set and a head requires gradient, or a target is not a token id (for example -100). On a GPU, an invalid
-            target causes a device-side assertion instead.
+            set and a head requires gradient, or a target is not a token id (on a GPU, a device-side assertion fails).
 
     Examples:
         >>> import torch

@@ -182,8 +182,7 @@ def plan_examples(
 ) -> list[Group]:
     """Divide the batch into chunks of whole examples; `lengths` and `row_bytes` are given for each side.
 
-    An example above the budget becomes a group of several chunks if `divisible`, which requires sides of the same
-    lengths, else a single chunk.
+    If `divisible`, which requires sides of equal lengths, an example above the budget becomes several chunks.
     """
     groups: list[Group] = []
     starts = ends = [0] * len(lengths)

@@ -49,7 +49,7 @@ def solve(
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "..."]]:
     """Compute the values and, if `keep`, their gradients (else an empty tensor); equal for any number of threads."""
     lengths = [side.long().contiguous().numpy() for side in (x_lengths, y_lengths)]
-    value, grad = cost.new_empty(len(cost)), cost.new_zeros(cost.shape if keep else (0, 0, 0))
+    value, grad = cost.new_empty(len(cost)), cost.new_empty(cost.shape if keep else (0, 0, 0))
     arguments = cost.detach().contiguous().numpy(), *lengths, gamma, keep, value.numpy(), grad.numpy()
     num_threads = min(torch.get_num_threads(), cost.numel() // _CELLS_PER_THREAD)
     spans = [(row, row + 1) for row in range(len(cost))] if num_threads > 1 else [(0, len(cost))]
@@ -78,8 +78,7 @@ def _forward_diagonal(downs, i, rights, j, weights, above, count):
 
     `downs[i ...]` contains the steps down into the cells on the left, `rights[j ...]` the steps right into the cells
     above; both are overwritten by the steps into the cells themselves. `weights[above ...]` contains the costs and is
-    overwritten by the weights of the predecessors above. Those on the left follow, `count` places later. The third
-    weight is 1 minus these two.
+    overwritten by the weights of the predecessors above; those on the left follow. The third weight is the rest to 1.
     """
     i, j, above, count = uint64(i), uint64(j), uint64(above), uint64(count)
     beside = above + count
@@ -226,7 +225,7 @@ def _backward_exact(grad, n, m, weights):
 @compiled_by_numba
 @no_type_check
 def _solve(cost, x_lengths, y_lengths, gamma, keep, value, grad, first_row, last_row):
-    """Compute the values of examples first_row to last_row - 1 and, if `keep`, overwrite gradients of 0."""
+    """Compute the values of examples first_row to last_row - 1 and, if `keep`, the gradients."""
     width, size = cost.shape[2], 0
     limit = float32(min(_LIMIT * gamma, 1e38)) if cost.itemsize == 4 else float32(-1)
     for row in range(first_row, last_row):
@@ -235,6 +234,9 @@ def _solve(cost, x_lengths, y_lengths, gamma, keep, value, grad, first_row, last
     weights = np.zeros(size + 4 * _PAD, float32)  # flows of 0 are multiplied by weights up to _PAD before or after
     for row in range(first_row, last_row):
         n, m = x_lengths[row], y_lengths[row]
+        if keep:
+            grad[row, n:] = 0.0
+            grad[row, :n, m:] = 0.0
         if _are_within(cost, row, n, m, limit):
             reached, used = _forward_fast(cost[row].reshape(-1), n, m, width, 1.0 / gamma, keep, weights)
             value[row] = reached * gamma
@@ -245,6 +247,8 @@ def _solve(cost, x_lengths, y_lengths, gamma, keep, value, grad, first_row, last
             value[row] = _forward_exact(cost[row], n, m, gamma, exact_weights)
             if keep and value[row] < np.inf:
                 _backward_exact(grad[row], n, m, exact_weights)
+            elif keep:
+                grad[row] = 0.0
         else:
             value[row] = np.nan
             if keep:
