@@ -3,12 +3,13 @@
 import random
 
 import numpy as np
-import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rapidfuzz.distance import Levenshtein
+from safetensors.numpy import load_file, save_file
 
-from dwakd.align import vocab
-from dwakd.align.vocab import exact_overlap, nearest_tokens, token_text
+from dwakd.align.vocab import NONE, CandidateMatcher, exact_overlap, nearest_tokens, token_text
 from dwakd.data.encoding import TextEncoder
 from dwakd.folders import CACHE_VARIABLE
 from tests.builders import bpe_byte_fallback, byte_bpe, unigram_byte_fallback
@@ -72,14 +73,15 @@ def test_byte_pieces_pair_with_byte_pieces():
 def test_large_maps_are_kept(monkeypatch, tmp_path):
     """A minute of matching at the start of every run of a comparison."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(vocab, "_PAIRS_WORTH_KEEPING", 1)
-    source, target = random_tokens(50, 1), random_tokens(40, 2)
+    source, target = ([b"%d%c" % (n, letter) for n in range(4000)] for letter in b"ab")
     expected = nearest_tokens(source, target)
     (path,) = tmp_path.rglob("*.safetensors")
-    monkeypatch.setattr(vocab, "_nearest_ids", lambda *_: pytest.fail("worked out again"))
-    assert torch.equal(nearest_tokens(source, target, (0, 3))[1:], expected[1:])
-    assert torch.equal(nearest_tokens(source, target), expected)
     assert list(tmp_path.rglob("*")) == [path.parent, path]
+    assert torch.equal(nearest_tokens(source, target), expected)
+    save_file({"nearest": load_file(path)["nearest"] + 1}, path)  # to see that the file is read
+    assert torch.equal(nearest_tokens(source, target, (0, 3))[1:], expected[1:] + 1)
+    nearest_tokens(source[:50], target[:40])
+    assert list(tmp_path.rglob("*.safetensors")) == [path]
 
 
 def test_an_end_token_that_spells_something_is_the_end_alone():
@@ -88,3 +90,50 @@ def test_an_end_token_that_spells_something_is_the_end_alone():
     assert (mine.tolist(), theirs.tolist()) == ([0, 1], [1, 0])
     mine, theirs = exact_overlap((b"a", b"<e>", b"b"), (b"<e>", b"a", None), (1, 2))
     assert (mine.tolist(), theirs.tolist()) == ([0, 1], [1, 2])
+
+
+TEXTS = [
+    "hello",
+    "hell",
+    "shell",
+    "yellow",
+    "",
+    "word",
+    "wordy",
+    "你好",
+    "你好吗",
+    "0",
+    "00",
+    "000",
+    "-" * 70,
+    "-" * 64,
+    None,
+]
+
+
+def nearest(text, others, threshold):
+    """The first of least distance below the threshold, as its place."""
+    best, place = threshold, None
+    for index, other in enumerate(others):
+        if text is not None and other is not None:
+            ratio = Levenshtein.distance(text, other) / max(len(text) + len(other), 1)
+            if ratio < best:
+                best, place = ratio, index
+    return place
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.sampled_from([0.0, 0.1, 0.3, 0.6, 1.0]))
+def test_each_candidate_gets_the_nearest_of_its_place(data, threshold):
+    """Bounds skip most distances; one that is too tight would drop the nearest."""
+    vocabularies = [data.draw(st.permutations(TEXTS)) for _ in range(2)]
+    tops = [
+        np.array([data.draw(st.permutations(range(len(TEXTS))))[:size] for _ in range(2)], np.int64) for size in (7, 9)
+    ]
+    found = CandidateMatcher(*vocabularies, threshold)(*tops)
+    for place in range(2):
+        texts = [[words[index] for index in top[place]] for words, top in zip(vocabularies, tops, strict=True)]
+        for side, other in ((0, 1), (1, 0)):
+            expected = [nearest(text, texts[side], threshold) for text in texts[other]]
+            ids = [NONE if index is None else tops[side][place, index] for index in expected]
+            assert found[side][place].tolist() == ids

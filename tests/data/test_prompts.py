@@ -1,12 +1,23 @@
 """Prompt texts and end tokens, per template and per model."""
 
+from typing import Any
+
 import pytest
 
-from dwakd.data.prompts import end_token_id, render_prompt
+from dwakd.data.prompts import Prompts
 from dwakd.data.rows import Example
 from dwakd.errors import UserError
 from tests.builders import byte_bpe
 from tests.data.chat import chatml, gemma_like
+
+
+def render_prompt(example: Example, template: str, tokenizer: Any) -> str:
+    return Prompts(template, tokenizer).render(example)
+
+
+def end_token_id(tokenizer: Any, template: str) -> int:
+    return Prompts(template, tokenizer).end_token_id()
+
 
 PLAIN = Example(0, "Add.", response="3")
 WITH_INPUT = Example(0, "Add.", "1 2", "3")

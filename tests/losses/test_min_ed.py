@@ -9,9 +9,8 @@ import torch
 from dwakd.batch import ModelSide, OutputHead
 from dwakd.data.collator import NO_TOKEN, PairedCollator
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.pairs import encode_pairs
+from dwakd.data.pairs import align_by_spelling, encode_pairs
 from dwakd.data.rows import Example
-from dwakd.data.spelling import align_by_spelling
 from dwakd.losses import MinEdLoss, ModelPair, Widths
 from tests.builders import SAMPLE_TEXTS, bpe_byte_fallback, byte_bpe, unigram_byte_fallback
 from tests.training.builders import trainer

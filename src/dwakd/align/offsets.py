@@ -23,8 +23,8 @@ class ByteGroups:
     Args:
         student: the group of each student token.
         teacher: the group of each teacher token.
-        student_last: True for each student token that is the last of its group.
-        teacher_last: True for each teacher token that is the last of its group.
+        student_last: whether a student token is the last of its group.
+        teacher_last: whether a teacher token is the last of its group.
     """
 
     student: Int[Tensor, " s_tokens"]
@@ -49,8 +49,8 @@ def byte_groups(
     Args:
         student_ends: `ModelSide.byte_ends` of the student.
         student_lengths: number of student tokens of each example, at least 1.
-        teacher_ends: `ModelSide.byte_ends` of the teacher.
-        teacher_lengths: number of teacher tokens of each example, at least 1.
+        teacher_ends: the same as `student_ends`, of the teacher.
+        teacher_lengths: the same as `student_lengths`, of the teacher.
     """
     student_keys, teacher_keys = _keys(student_ends, student_lengths), _keys(teacher_ends, teacher_lengths)
     student_last = _shared(student_keys, student_ends, teacher_keys, teacher_ends)
@@ -72,11 +72,7 @@ def exact_rows(
     paired at equal offsets, the last with the last. Pairs are one-to-one, in order, within one example, and do not
     change when student and teacher are swapped. The device is not synchronised.
 
-    Args:
-        student_ends: `ModelSide.byte_ends` of the student.
-        student_lengths: number of student tokens of each example.
-        teacher_ends: `ModelSide.byte_ends` of the teacher.
-        teacher_lengths: number of teacher tokens of each example.
+    The arguments are those of `byte_groups`, except that an example may be empty.
 
     Returns:
         The index of the teacher token in the packed batch for each student token, or -1.
@@ -166,9 +162,7 @@ def tokens_per_group(
     size = len(groups.student)
     if not even:
         return sum_by_group(torch.ones_like(groups.student, dtype=torch.float32), groups.student, size)
-    example = torch.searchsorted(
-        student_lengths.cumsum(0), torch.arange(size, device=student_lengths.device), right=True
-    )
+    example = _examples(student_lengths, size)
     last = groups.student_last.float()
     share = student_lengths / sum_by_group(last, example, len(student_lengths))
     return sum_by_group(last * share[example], groups.student, size)

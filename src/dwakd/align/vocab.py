@@ -1,31 +1,30 @@
 """Match the tokens of two vocabularies that spell the same bytes or have the most similar spelling."""
 
 import hashlib
-import os
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from jaxtyping import Int
+from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
+from tqdm.auto import trange
 
 from dwakd.folders import cache_folder
 
 Tokens = Sequence[bytes | None]
-Ids = npt.NDArray[np.int64]
+Ids = NDArray[np.int64]
 
-_FORMAT = b"dwakd nearest tokens 1"
+NONE = -1
+"""Id of a token without a match."""
 _PAIRS_WORTH_KEEPING = 10**7
-_CHUNK = 512
+_CHUNK = 256
 
 
 def exact_overlap(
@@ -40,7 +39,7 @@ def exact_overlap(
 
     Args:
         student_tokens: bytes of each student token by id; None for special tokens.
-        teacher_tokens: bytes of each teacher token by id; None for special tokens.
+        teacher_tokens: the same for the teacher.
         end_tokens: end-of-sequence ids (student, teacher), which are paired with each other.
 
     Returns:
@@ -48,17 +47,19 @@ def exact_overlap(
     """
     if tuple(student_tokens) == tuple(teacher_tokens):
         return torch.arange(len(student_tokens)), torch.arange(len(teacher_tokens))
-    mine, theirs = _by_spelling(student_tokens), _by_spelling(teacher_tokens)
-    if end_tokens is not None:
-        for side, tokens, end in ((mine, student_tokens, end_tokens[0]), (theirs, teacher_tokens, end_tokens[1])):
-            spelling = tokens[end]
-            if spelling is not None:  # the end token is paired as such, not by its spelling
-                side[spelling].remove(end)
-            side[None] = [end]
+    sides = []
+    for tokens, end in zip((student_tokens, teacher_tokens), end_tokens or (None, None), strict=True):
+        ids: dict[bytes | None, list[int]] = defaultdict(list)
+        for index, token in enumerate(tokens):
+            if index == end:  # paired as the end token, not by its spelling
+                ids[None].append(index)
+            elif token is not None:
+                ids[token].append(index)
+        sides.append(ids)
     pairs = [
         pair
-        for spelling, ids in mine.items()
-        for pair in zip(reversed(ids), reversed(theirs.get(spelling, [])), strict=False)
+        for spelling, ids in sides[0].items()
+        for pair in zip(reversed(ids), reversed(sides[1].get(spelling, [])), strict=False)
     ]
     student_ids, teacher_ids = torch.tensor(sorted(pairs), dtype=torch.long).reshape(-1, 2).unbind(1)
     return student_ids, teacher_ids
@@ -76,26 +77,30 @@ def nearest_tokens(
 
     Args:
         source_tokens: bytes of each source token by id; None for special tokens.
-        target_tokens: bytes of each target token by id; None for special tokens. At least one must not be special.
+        target_tokens: the same for the target. At least one token must not be special.
         end_tokens: end-of-sequence ids (source, target), which are mapped to each other.
 
     Returns:
-        The target id for each source token, or -1 for special tokens.
+        The target id for each source token, or `NONE` for special tokens.
     """
-    if tuple(source_tokens) == tuple(target_tokens):
+    source_tokens, target_tokens = tuple(source_tokens), tuple(target_tokens)
+    if source_tokens == target_tokens:
         return torch.arange(len(source_tokens))
-    size = len(source_tokens) * len(target_tokens)
-    path = None if size < _PAIRS_WORTH_KEEPING else _cache_path(source_tokens, target_tokens)
-    if path is not None and path.is_file():
-        found = load_file(path)["nearest"]
+    digest = hashlib.sha256(repr((source_tokens, target_tokens)).encode()).hexdigest()[:32]
+    path = cache_folder() / "vocabularies" / f"{digest}.safetensors"
+    is_kept = len(source_tokens) * len(target_tokens) >= _PAIRS_WORTH_KEEPING
+    if is_kept and path.is_file():
+        ids: Ids = load_file(path)["nearest"]
     else:
-        found = _nearest_ids(source_tokens, target_tokens)
-        if path is not None:
-            _write_atomically(path, found)
-    result = torch.from_numpy(found)
+        ids = _nearest_ids(source_tokens, target_tokens)
+        if is_kept:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with NamedTemporaryFile(dir=path.parent, delete=False) as file:  # other processes may write it as well
+                save_file({"nearest": ids}, file.name)
+            Path(file.name).replace(path)
     if end_tokens is not None:
-        result[end_tokens[0]] = end_tokens[1]
-    return result
+        ids[end_tokens[0]] = end_tokens[1]
+    return torch.from_numpy(ids)
 
 
 def token_text(token: bytes) -> str:
@@ -103,79 +108,61 @@ def token_text(token: bytes) -> str:
     return token.decode("utf-8", "surrogateescape")
 
 
-def _by_spelling(tokens: Tokens) -> dict[bytes | None, list[int]]:
-    ids: dict[bytes | None, list[int]] = defaultdict(list)
-    for index, token in enumerate(tokens):
-        if token is not None:
-            ids[token].append(index)
-    return ids
-
-
 def _nearest_ids(source_tokens: Tokens, target_tokens: Tokens) -> Ids:
-    ids = np.full(len(source_tokens), -1, np.int64)
-    for target, source in zip(*(side.tolist() for side in exact_overlap(target_tokens, source_tokens)), strict=True):
-        ids[source] = target
-    spelled = {spelling: index for spelling, (*_, index) in _by_spelling(target_tokens).items()}
-    texts: dict[str, list[int]] = defaultdict(list)
-    for source, token in enumerate(source_tokens):
-        if token is not None and ids[source] < 0:
-            if token in spelled:
-                ids[source] = spelled[token]
-            else:
-                texts[token_text(token)].append(source)
-    targets = [index for index, token in enumerate(target_tokens) if token is not None]
-    chosen = _nearest_texts(list(texts), [token_text(target_tokens[index] or b"") for index in targets])
-    for target, sources in zip(chosen.tolist(), texts.values(), strict=True):
-        ids[sources] = targets[target]
+    unknown = -2
+    target_of: dict[bytes | None, int] = {token: index for index, token in enumerate(target_tokens)} | {None: NONE}
+    ids = np.array([target_of.get(token, unknown) for token in source_tokens], np.int64)
+    matched, counterparts = exact_overlap(source_tokens, target_tokens)
+    ids[matched.numpy()] = counterparts.numpy()
+    sources = np.flatnonzero(ids == unknown)
+    targets = np.array([index for index, token in enumerate(target_tokens) if token is not None])
+    texts = [token_text(target_tokens[index] or b"") for index in targets]
+    for first in trange(0, len(sources), _CHUNK, desc="matching vocabularies", delay=2, leave=False):
+        chunk = sources[first : first + _CHUNK]
+        queries = [token_text(source_tokens[index] or b"") for index in chunk]
+        distances = cdist(queries, texts, scorer=Levenshtein.distance, dtype=np.uint16, workers=-1)
+        ids[chunk] = targets[distances.argmin(1)]
     return ids
 
 
-def _nearest_texts(queries: list[str], texts: list[str]) -> Ids:
-    """Find the index of the first text of least distance for each query. No query may equal a text."""
-    from dwakd.align import nearest as compiled  # imported late, because numba takes half a second to load
+class CandidateMatcher:
+    """Find, for each candidate token of one model, the nearest candidate of the other model at the same position.
 
-    chosen = np.zeros(len(queries), np.int64)
-    long = [index for index, query in enumerate(queries) if not 0 < len(query) <= compiled.WORD]
-    if long:
-        chosen[long] = cdist([queries[index] for index in long], texts, scorer=Levenshtein.distance).argmin(1)
-    short = [index for index, query in enumerate(queries) if 0 < len(query) <= compiled.WORD]
-    if not short:
-        return chosen
-    (query_codes, query_bounds), (text_codes, text_bounds) = (
-        compiled.codes(strings) for strings in ([queries[index] for index in short], texts)
-    )
-    query_codes, text_codes = compiled.rank_codes(query_codes, text_codes)
-    num_codes = int(max(query_codes.max(), text_codes.max(initial=0))) + 1
-    arguments = (
-        query_codes, query_bounds, compiled.bags(query_codes, query_bounds),
-        text_codes, text_bounds, compiled.bags(text_codes, text_bounds), num_codes,
-    )  # fmt: skip
-    out = np.zeros(len(short), np.int64)
-    firsts = range(0, len(short), _CHUNK)
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=len(short), desc="matching vocabularies", unit="token", delay=2, leave=False) as progress,
-    ):
-        for _ in pool.map(
-            lambda first: compiled.nearest(*arguments, first, min(first + _CHUNK, len(short)), out), firsts
-        ):
-            progress.update(_CHUNK)
-    chosen[short] = out
-    return chosen
+    The normalised distance is the edit distance divided by the sum of both lengths.
 
+    Args:
+        student_texts: text of each student token by id; None for tokens that must stay unmatched.
+        teacher_texts: text of each teacher token by id, in the same form.
+        threshold: tokens are matched only if their normalised distance is below this number.
+    """
 
-def _cache_path(source_tokens: Tokens, target_tokens: Tokens) -> Path:
-    digest = hashlib.sha256(_FORMAT)
-    for tokens in (source_tokens, target_tokens):
-        digest.update(len(tokens).to_bytes(8, "big"))
-        for token in tokens:
-            digest.update(b"\xff" if token is None else len(token).to_bytes(4, "big") + token)
-    return cache_folder() / "vocabularies" / f"{digest.hexdigest()[:32]}.safetensors"
+    def __init__(
+        self, student_texts: Sequence[str | None], teacher_texts: Sequence[str | None], threshold: float
+    ) -> None:
+        self.is_open = [np.array([text is not None for text in texts]) for texts in (student_texts, teacher_texts)]
+        self.texts = [np.array([text or "" for text in texts], object) for texts in (student_texts, teacher_texts)]
+        self.lengths = [np.array([len(text) for text in texts]) for texts in self.texts]
+        self.threshold = threshold
 
+    def __call__(self, student: Ids, teacher: Ids) -> tuple[Ids, Ids]:
+        """Match the candidates at each position. The first of several equally near candidates is taken.
 
-def _write_atomically(path: Path, ids: Ids) -> None:
-    """Write the file atomically, so that several processes can write it at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        save_file({"nearest": ids}, file.name)
-    Path(file.name).replace(path)
+        Args:
+            student: token ids of the student's candidates, (positions, candidates).
+            teacher: token ids of the teacher's candidates, (positions, candidates).
+
+        Returns:
+            The student token for each candidate of the teacher, and the teacher token for each candidate of the
+            student; `NONE` for a candidate without a match.
+        """
+        student_for, teacher_for = np.full_like(teacher, NONE), np.full_like(student, NONE)
+        s_open, t_open = self.is_open[0][student], self.is_open[1][teacher]
+        for place in np.flatnonzero(s_open.any(1) & t_open.any(1)):
+            s_ids, t_ids = student[place, s_open[place]], teacher[place, t_open[place]]
+            s_texts, t_texts = self.texts[0][s_ids].tolist(), self.texts[1][t_ids].tolist()
+            distances = cdist(s_texts, t_texts, scorer=Levenshtein.distance, dtype=np.uint16)
+            ratios = distances / (self.lengths[0][s_ids][:, None] + self.lengths[1][t_ids]).clip(1)
+            is_near = ratios < self.threshold
+            student_for[place, t_open[place]] = np.where(is_near.any(0), s_ids[ratios.argmin(0)], NONE)
+            teacher_for[place, s_open[place]] = np.where(is_near.any(1), t_ids[ratios.argmin(1)], NONE)
+        return student_for, teacher_for

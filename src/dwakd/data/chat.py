@@ -3,21 +3,21 @@
 import html
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from itertools import takewhile
 from types import SimpleNamespace
 from typing import Any
 
 from transformers.utils import chat_template_utils as clock
 
 from dwakd.data.rows import Example
-from dwakd.data.turns import THOUGHTS, parse_arguments, texts_to_show
+from dwakd.data.turns import THOUGHTS, Turn, parse_arguments, texts_to_show
 from dwakd.errors import UserError
 
 _MARK = "zyxanswerxyz"
 _QUESTION = [{"role": "user", "content": "question"}]
-_Turns = list[dict[str, Any]]
 
 
 class ChatTemplate:
@@ -45,12 +45,11 @@ class ChatTemplate:
             )
         self.prints_date = "strftime_now" in str(tokenizer.chat_template)
         self.date = date or clock.datetime.now().date().isoformat()
-        self._adds_space = _adds_space(tokenizer)
-        asked = self._render(_QUESTION, {}, None, generation=True)
-        before, self.tail = self._around_answer(_QUESTION, {}, None)
-        shared = next(
-            (n for n, (a, b) in enumerate(zip(asked, before, strict=False)) if a != b), min(len(asked), len(before))
-        )
+        ids = tokenizer("a", add_special_tokens=False)["input_ids"]
+        self._adds_space = bool(ids) and str(tokenizer.convert_ids_to_tokens(ids[0])).startswith("▁")  # SentencePiece
+        asked = self._render(_QUESTION, {}, "", generation=True)
+        before, self.tail = self._around_answer(_QUESTION, {}, "")
+        shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(asked, before, strict=False))))
         self._cut, self._header = asked[shared:], before[shared:]
 
     def prompt(self, example: Example) -> str:
@@ -59,127 +58,107 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses the row, omits a part of it, or changes its answer.
         """
-        given, options, row = example.turns, example.options or {}, example.index
+        turns, options, place = example.turns, example.options or {}, f"{example.place}: "
         parsed: list[dict[str, Any]] = []
-        turns: _Turns = parse_arguments(given, parsed)
-        asked = self._try(options, turns, generation=True)
+        with_objects = parse_arguments(turns, parsed)
+        asked = self._try(with_objects, options)
         if asked is None or any(str(each) in asked for each in parsed if each):  # it expects JSON strings
-            turns, asked = given, self._render(given, options, row, generation=True)
-        self._check_shown(turns, options, asked, row)
-        prompt = self._before_answer(turns, options, row, asked, example.response)
+            asked = self._render(turns, options, place, generation=True)
+        else:
+            turns = with_objects
+        self._check_shown(turns, options, asked, place)
+        prompt = self._before_answer(turns, options, place, asked, example.response)
         if self._adds_space and prompt != asked and prompt.endswith(" "):
             return prompt[:-1]  # the tokens of the answer begin with this space
         return prompt
 
-    def _before_answer(self, turns: _Turns, options: dict[str, Any], row: int, asked: str, answer: str) -> str:
-        full, adjusted = "", self._adjusted(asked)
+    def _before_answer(self, turns: list[Turn], options: dict[str, Any], place: str, asked: str, answer: str) -> str:
+        # The generation prompt with the usual header of an answer; None if it does not end in the usual way.
+        adjusted = asked.removesuffix(self._cut) + self._header if asked.endswith(self._cut) else None
+        full = ""
         if answer.strip():
-            full = self._render([*turns, {"role": "assistant", "content": answer}], options, row)
+            full = self._render([*turns, {"role": "assistant", "content": answer}], options, place)
             for start in (asked, adjusted):
                 if start is not None and _continues(full, start, answer, self.tail):
                     return start
-        before, tail = self._around_answer(turns, options, row)
+        before, tail = self._around_answer(turns, options, place)
         start = _locate(full, asked, before, tail, answer) if full else before
         if start is None:
             raise UserError(
-                f"{_name(row)}: the chat template of {self.name} changes the answer, so that the model would be "
+                f"{place}the chat template of {self.name} changes the answer, so that the model would be "
                 "trained on a text that the template does not write: correct that row, or use data.template: alpaca"
             )
         if adjusted is None or start.startswith(asked) or asked.startswith(start):
             return start
         return adjusted  # the template renders earlier turns differently before an answer; use them as in generation
 
-    def _adjusted(self, asked: str) -> str | None:
-        """Replace the end of a generation prompt by the text before a plain answer; None if the end is not the usual."""
-        if not asked.endswith(self._cut):
-            return None
-        return asked.removesuffix(self._cut) + self._header
-
-    def _around_answer(self, turns: _Turns, options: dict[str, Any], row: int | None) -> tuple[str, str]:
-        text = self._render([*turns, {"role": "assistant", "content": _MARK}], options, row)
-        if text.count(_MARK) != 1:
+    def _around_answer(self, turns: list[Turn], options: dict[str, Any], place: str) -> tuple[str, str]:
+        before, *tails = self._render([*turns, {"role": "assistant", "content": _MARK}], options, place).split(_MARK)
+        if len(tails) != 1:
             raise UserError(
                 f"the chat template of {self.name} does not write an assistant's answer unchanged: correct the "
                 "chat_template in its tokenizer_config.json, or use data.template: alpaca"
             )
-        before, tail = text.split(_MARK)
-        return before, tail
+        return before, tails[0]
 
-    def _check_shown(self, turns: _Turns, options: dict[str, Any], asked: str, row: int) -> None:
+    def _check_shown(self, turns: list[Turn], options: dict[str, Any], asked: str, place: str) -> None:
         """Refuse a row with a text that occurs less often in the prompt than in the row.
 
         Templates drop the reasoning of earlier turns, so it only has to be shown while its turn is the last one.
-
-        Raises:
-            UserError: the template omits a text.
         """
-        parts = list(texts_to_show(turns, options))
-        whole = _joined(parts)
+        parts = texts_to_show(turns, options)
+
+        def required(num_turns: int) -> str:
+            return "\0".join(text for n, key, text in parts if n < num_turns and key not in THOUGHTS)
+
+        whole = required(len(turns))
         for n, key, text in parts:
-            if key not in THOUGHTS:
-                shown = _occurs(text, asked, whole.count(text))
-            else:
-                alone = self._try(options, turns[: n + 1]) or ""
-                until = _joined(part for part in parts if part[0] <= n)
-                shown = any(_occurs(text, a, b.count(text) + 1) for a, b in ((asked, whole), (alone, until)))
+            shown = _occurs(text, asked, whole.count(text) + (key in THOUGHTS))
+            if key in THOUGHTS and not shown:
+                alone = self._try(turns[: n + 1], options, generation=False) or ""
+                shown = _occurs(text, alone, required(n + 1).count(text) + 1)
             if not shown:
-                place = f" of turn {n} (role {turns[n]['role']!r}, counting from 0)" if n >= 0 else ""
+                which = f" of turn {n} (role {turns[n]['role']!r}, counting from 0)" if n >= 0 else ""
                 raise UserError(
-                    f"{_name(row)}: the chat template of {self.name} omits {key!r}{place} or a part of it "
+                    f"{place}the chat template of {self.name} omits {key!r}{which} or a part of it "
                     f"({text!r:.80}): remove it from the data, or use a model whose chat template shows it"
                 )
 
-    def _try(self, options: dict[str, Any], turns: _Turns, *, generation: bool = False) -> str | None:
+    def _try(self, turns: list[Turn], options: dict[str, Any], *, generation: bool = True) -> str | None:
         try:
-            return self._render(turns, options, None, generation=generation)
+            return self._render(turns, options, "", generation=generation)
         except UserError:
             return None
 
-    def _render(self, turns: _Turns, options: dict[str, Any], row: int | None, *, generation: bool = False) -> str:
+    def _render(self, turns: list[Turn], options: dict[str, Any], place: str, *, generation: bool = False) -> str:
+        apply = self.tokenizer.apply_chat_template
         try:
             with _fixed_clock(self.date if self.prints_date else None):
-                text = str(
-                    self.tokenizer.apply_chat_template(
-                        turns, tokenize=False, add_generation_prompt=generation, **options
-                    )
-                )
+                text = str(apply(turns, tokenize=False, add_generation_prompt=generation, **options))
             text.encode()
         except Exception as error:  # templates raise any type: jinja2's TemplateError, TypeError, ...
-            prefix, what = ("", "a simple question and answer") if row is None else (f"{_name(row)}: ", "the row")
+            what = "a simple question and answer" if not place else "the row"
             raise UserError(
-                f"{prefix}the chat template of {self.name} refuses {what}: {error}; "
+                f"{place}the chat template of {self.name} refuses {what}: {error}; "
                 "change the roles of that row's messages, or use data.template: alpaca"
             ) from error
         return text
 
 
-def _name(row: int) -> str:
-    return f"row {row} (counting from 0)"
-
-
-def _joined(parts: Iterable[tuple[int, str, str]]) -> str:
-    """Join all texts that every prompt must contain."""
-    return "\0".join(text for _, key, text in parts if key not in THOUGHTS)
-
-
-def _occurs(text: str, rendered: str, times: int = 1) -> bool:
-    """Return whether a prompt contains a text this often, literally or escaped as in JSON, Python or HTML strings."""
-    if rendered.count(text) >= times:
-        return True
-    spellings = {
-        text,
-        repr(text)[1:-1],
-        html.escape(text),
-        html.escape(text).replace("&#x27;", "&#39;").replace("&quot;", "&#34;"),
-    }
-    for written in (json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]):
-        spellings |= {written, re.sub("[<>&']", lambda found: f"\\u{ord(found[0]):04x}", written)}
-    return sum(map(rendered.count, spellings)) >= times
-
-
 def tokenizer_name(tokenizer: Any) -> str:
     """Return the name of a tokenizer for messages."""
     return str(tokenizer.name_or_path or type(tokenizer).__name__)
+
+
+def _occurs(text: str, rendered: str, times: int) -> bool:
+    """Return whether a prompt contains a text this often, literally or escaped as in JSON, Python or HTML strings."""
+    if rendered.count(text) >= times:
+        return True
+    escaped = html.escape(text)
+    spellings = {text, repr(text)[1:-1], escaped, escaped.replace("&#x27;", "&#39;").replace("&quot;", "&#34;")}
+    for written in (json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]):
+        spellings |= {written, re.sub("[<>&']", lambda found: f"\\u{ord(found[0]):04x}", written)}
+    return sum(map(rendered.count, spellings)) >= times
 
 
 def _continues(full: str, start: str, answer: str, tail: str) -> bool:
@@ -213,12 +192,6 @@ def _locate(full: str, asked: str, before: str, tail: str, answer: str) -> str |
         return None
     opened = asked.removeprefix(before).strip() if asked.startswith(before) else ""
     return asked if opened and not thought.startswith(opened) else before  # reasoning that the template omits
-
-
-def _adds_space(tokenizer: Any) -> bool:
-    """Return whether the tokens of any text begin with a space that the text does not have (SentencePiece)."""
-    ids = tokenizer("a", add_special_tokens=False)["input_ids"]
-    return bool(ids) and str(tokenizer.convert_ids_to_tokens(ids[0])).startswith("▁")
 
 
 @contextmanager

@@ -1,19 +1,21 @@
 """Encode prompts and responses with one tokenizer, and compute where each token ends in the bytes of the response."""
 
-from collections.abc import Iterable, Sequence
+import copy
+import dataclasses
+import re
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 
-from dwakd.data import special_tokens
 from dwakd.data.chat import tokenizer_name
 from dwakd.data.prompts import Prompts
-from dwakd.data.rows import Example
+from dwakd.data.rows import Example, check_choice
 from dwakd.data.token_bytes import TokenBytes, byte_ends
 from dwakd.errors import UserError
-
-BOS_CHOICES = ("auto", "never")
 
 
 class TextEncoder:
@@ -47,21 +49,16 @@ class TextEncoder:
                 f"the tokenizer of {tokenizer_name(tokenizer)} is a slow tokenizer without offsets: "
                 "convert it to a fast tokenizer (tokenizer.json)"
             )
-        if bos not in BOS_CHOICES:
-            raise UserError(f"data.bos {bos!r} is unknown: use {' or '.join(BOS_CHOICES)}")
-        if special_tokens_in_prompts not in special_tokens.CHOICES:
-            raise UserError(
-                f"data.special_tokens_in_prompts {special_tokens_in_prompts!r} is unknown: "
-                f"use {' or '.join(special_tokens.CHOICES)}"
-            )
+        check_choice("data.bos", bos, ("auto", "never"))
+        check_choice("data.special_tokens_in_prompts", special_tokens_in_prompts, ("parse", "text"))
         self.tokenizer = tokenizer
         self.template = template
+        self.special_tokens_in_prompts = special_tokens_in_prompts
         self._prompts = Prompts(template, tokenizer, date)
         self.end_token_id = self._prompts.end_token_id()
         self._bos_ids = _leading_ids(tokenizer) if bos == "auto" and template != "chat" else []
-        self._piece_bytes = TokenBytes(tokenizer)
-        as_text = special_tokens_in_prompts == "text"
-        self._special_as_text = special_tokens.SpecialTokensAsText(self._prompts) if as_text else None
+        self._token_bytes = TokenBytes(tokenizer)
+        self._special_as_text = _SpecialTokensAsText(self._prompts)
 
     @property
     def date(self) -> str | None:
@@ -79,22 +76,14 @@ class TextEncoder:
         eos = self.tokenizer.eos_token_id
         return [self.end_token_id] if eos in (None, self.end_token_id) else [self.end_token_id, int(eos)]
 
-    @property
-    def special_tokens_in_prompts(self) -> str:
-        """The value of the option `special_tokens_in_prompts`: `parse` or `text`."""
-        return "parse" if self._special_as_text is None else "text"
-
     def token_bytes(self) -> tuple[bytes | None, ...]:
         """Return the bytes that each token of the vocabulary spells, by id; None for special and unused tokens.
 
         The space markers of SentencePiece and of byte-level BPE both become the byte of a space.
         """
-        special = set(self.tokenizer.all_special_ids)
         known = set(self.tokenizer.get_vocab().values())
-        return tuple(
-            self._piece_bytes[index] if index in known and index not in special else None
-            for index in range(max(known) + 1)
-        )
+        spelled = known - set(self.tokenizer.all_special_ids)
+        return tuple(self._token_bytes[index] if index in spelled else None for index in range(max(known) + 1))
 
     def prompt_text(self, example: Example) -> str:
         """Render the text that the model reads before its answer."""
@@ -106,12 +95,10 @@ class TextEncoder:
 
     def prompt_ids_batch(self, examples: Sequence[Example]) -> list[list[int]]:
         """Compute `prompt_ids` of several rows at once."""
-        as_text = self._special_as_text
-        if as_text is None:
+        if self.special_tokens_in_prompts == "parse":
             encoded = _encode(self.tokenizer, map(self.prompt_text, examples), special=True)["input_ids"]
         else:
-            encoded = _encode(as_text.tokenizer, map(as_text.render, examples), special=False)["input_ids"]
-            encoded = map(as_text.restore, encoded, examples)
+            encoded = self._special_as_text.encode(examples)
         return [[*self._bos_ids, *ids] for ids in encoded]
 
     def response_ids(self, text: str) -> tuple[list[int], list[int]]:
@@ -144,9 +131,79 @@ class TextEncoder:
         finally:
             backend.post_processor = processor
         return [
-            (ids, byte_ends(text, [self._piece_bytes[token_id] for token_id in ids], encoding.offsets))
+            (ids, byte_ends(text, [self._token_bytes[token_id] for token_id in ids], encoding.offsets))
             for text, ids, encoding in zip(texts, encoded["input_ids"], encoded.encodings, strict=True)
         ]
+
+
+class _SpecialTokensAsText:
+    """Tokenise prompts so that only the template can write special tokens.
+
+    Before the template is applied, special tokens in the row are replaced by placeholders. All special tokens of the
+    rendered prompt then come from the template. They are replaced by aliases, and the placeholders by the original
+    text. A copy of the tokenizer has the aliases as added tokens and reads special tokens as text.
+    """
+
+    def __init__(self, prompts: Prompts) -> None:
+        self._prompts = prompts
+        self._tokens = {
+            token.content: token for token in prompts.tokenizer.added_tokens_decoder.values() if token.special
+        }
+        longest_first = sorted(self._tokens, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        nonce = secrets.token_hex(8)  # random, so that no row contains an alias or a placeholder
+        self._aliases = {content: f"\ufdd0{n}a{nonce}\ufdd1" for n, content in enumerate(self._tokens)}
+        self._placeholders = {content: f"\ufdd0{n}p{nonce}\ufdd1" for n, content in enumerate(self._tokens)}
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        """The copy of the tokenizer that has the aliases as added tokens."""
+        copied = copy.deepcopy(self._prompts.tokenizer)
+        options = {
+            content: {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word")}
+            for content, token in self._tokens.items()
+        }
+        copied.add_tokens(
+            [AddedToken(alias, normalized=False, **options[content]) for content, alias in self._aliases.items()]
+        )
+        return copied
+
+    def encode(self, examples: Sequence[Example]) -> list[list[int]]:
+        """Tokenise the prompts of rows; refuse a tokenizer that reads special tokens even in plain text (Unigram)."""
+        to_id, original = self._tokenizer.convert_tokens_to_ids, self._prompts.tokenizer
+        special = {to_id(alias): to_id(content) for content, alias in self._aliases.items()}
+        forbidden = {to_id(content): content for content in self._tokens if content != original.unk_token}
+        encoded = _encode(self._tokenizer, map(self._render, examples), special=False)["input_ids"]
+        for ids, example in zip(encoded, examples, strict=True):
+            found = next((forbidden[token_id] for token_id in ids if token_id in forbidden), None)
+            if found is not None:
+                raise UserError(
+                    f"{example.place}: the tokenizer of {tokenizer_name(original)} reads {found!r} as a special token "
+                    "even in plain text: remove it from that row or set data.special_tokens_in_prompts: parse"
+                )
+        return [[special.get(token_id, token_id) for token_id in ids] for ids in encoded]
+
+    def _render(self, example: Example) -> str:
+        """Render the prompt of a row with the template's special tokens replaced by aliases."""
+        hidden = _map_strings(
+            dataclasses.asdict(example),
+            lambda text: self._pattern.sub(lambda found: self._placeholders[found[0]], text),
+        )
+        text = self._pattern.sub(lambda found: self._aliases[found[0]], self._prompts.render(Example(**hidden)))
+        for content, placeholder in self._placeholders.items():
+            text = text.replace(placeholder, content)
+        return text
+
+
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """Apply `change` to every string inside a value, except the keys of dicts."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _map_strings(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_strings(item, change) for item in value)
+    return value
 
 
 def _encode(tokenizer: Any, texts: Iterable[str], *, special: bool) -> Any:
@@ -168,6 +225,5 @@ def _leading_ids(tokenizer: Any) -> list[int]:
     if processor is None:
         return []
     unused = 2**32 - 1  # larger than any vocabulary
-    text = Tokenizer(WordLevel({"text": unused}, unk_token="text")).encode("text")
-    ids: list[int] = processor.process(text).ids
+    ids: list[int] = processor.process(Tokenizer(WordLevel({"text": unused}, unk_token="text")).encode("text")).ids
     return ids[: ids.index(unused)]

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
+from tqdm.auto import tqdm, trange
 
+from dwakd.align.vocab import nearest_tokens, token_text
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.rows import Example
-from dwakd.data.sources import check_invalid_rows
+from dwakd.data.rows import INVALID_ROWS, Example, check_choice
 from dwakd.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -24,6 +24,8 @@ EMPTY_RESPONSE = "response empty"
 NOTHING_SUPERVISED = "no response token left"
 REFUSED = "refused by the template"
 _CHUNK = 256
+_Response = tuple[list[int], list[int]]
+"""Token ids and byte ends of a response; see `TextEncoder.response_ids`."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class EncodedSide:
         num_prompt: number of tokens of the prompt.
         byte_ends: end of each token after the prompt in the UTF-8 bytes of the (truncated) response, or a negative
             number in text that normalisation changed; see `TextEncoder.response_ids`.
-        aligned_rows: set on a teacher's side if the method needs it; see `ModelSide`.
+        aligned_rows: set on a teacher's side if the method needs it; see `align_by_spelling`.
     """
 
     ids: NDArray[np.int32]
@@ -51,15 +53,15 @@ class EncodedSide:
     def features(self, prefix: str) -> dict[str, list[Any]]:
         """Return the fields of this side for a feature dict. Input position i predicts target i."""
         num_unsupervised = self.num_prompt - 1
-        aligned = {}
-        if self.aligned_rows is not None:
-            aligned = {f"{prefix}_aligned_rows": self.aligned_rows.tolist()}
-        return aligned | {
+        features = {
             f"{prefix}_input_ids": self.ids[:-1].tolist(),
             f"{prefix}_target_ids": self.ids[1:].tolist(),
             f"{prefix}_response_mask": [False] * num_unsupervised + [True] * len(self.byte_ends),
             f"{prefix}_byte_ends": [0] * num_unsupervised + self.byte_ends.tolist(),
         }
+        if self.aligned_rows is not None:
+            features[f"{prefix}_aligned_rows"] = self.aligned_rows.tolist()
+        return features
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class EncodedRow:
         return () if self.teacher is None else (self.teacher, *self.others)
 
 
+@dataclass(eq=False)
 class EncodedPairs(torch.utils.data.Dataset[dict[str, Any]]):
     """Data set of encoded rows. Its items are dicts of lists for `dwakd.data.collator.PairedCollator`.
 
@@ -90,17 +93,10 @@ class EncodedPairs(torch.utils.data.Dataset[dict[str, Any]]):
         source: name of the data set in messages.
     """
 
-    def __init__(
-        self,
-        rows: Sequence[EncodedRow],
-        report: dict[str, list[int]],
-        num_truncated: int = 0,
-        source: str = "the data set passed in",
-    ) -> None:
-        self.rows = list(rows)
-        self.report = report
-        self.num_truncated = num_truncated
-        self.source = source
+    rows: list[EncodedRow]
+    report: dict[str, list[int]]
+    num_truncated: int = 0
+    source: str = "the data set passed in"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -117,24 +113,12 @@ class EncodedPairs(torch.utils.data.Dataset[dict[str, Any]]):
     def of_teacher(self, index: int) -> "EncodedPairs":
         """Return the same rows with only one of several teachers."""
         rows = [dataclasses.replace(row, teacher=row.teachers[index], others=()) for row in self.rows]
-        return EncodedPairs(rows, self.report, self.num_truncated, self.source)
+        return dataclasses.replace(self, rows=rows)
 
     @property
     def student_lengths(self) -> list[int]:
         """Number of tokens that the student reads in each row, used to group rows of similar length."""
         return [row.student.length for row in self.rows]
-
-
-@dataclass
-class _Draft:
-    """A row during encoding: prompt ids, response ids and byte ends per side, student first, or the error message."""
-
-    example: Example
-    text: str
-    prompts: list[list[int]] = dataclasses.field(default_factory=list)
-    responses: list[tuple[list[int], list[int]]] = dataclasses.field(default_factory=list)
-    truncated: bool = False
-    refusal: str = ""
 
 
 def encode_pairs(
@@ -166,135 +150,151 @@ def encode_pairs(
         mend: the fix to name in the message if no row can be used.
         length_option: name of the option that sets `max_length`, for the warning of truncation; None for no warning.
 
-    Returns:
-        The encoded rows in order. Their `report` lists the skipped rows by reason.
-
     Raises:
         UserError: a row is invalid (see `invalid_rows`), no row can be used, or no room is left for a response.
     """
-    check_invalid_rows(invalid_rows)
+    check_choice("data.invalid_rows", invalid_rows, INVALID_ROWS)
     if not 1 <= max_prompt_length < max_length:
         raise UserError(
             f"data.max_prompt_length={max_prompt_length} must be at least 1 and below "
             f"data.max_length={max_length}, which includes the response: change one of them"
         )
     sides = [student, *teachers]
-    rows: list[EncodedRow] = []
-    report: dict[str, list[int]] = {}
+    pairs = EncodedPairs([], {}, source=source)
     first_error: dict[str, str] = {}
-    num_truncated = 0
-    for draft in _draft(examples, sides, f"tokenising {source}"):
-        reason, detail = _find_error(draft, max_prompt_length)
-        if reason is None:
-            _truncate(draft, sides, max_length)
-            if all(ids for ids, _ in draft.responses):
-                rows.append(_finish(draft, sides))
-                num_truncated += draft.truncated
-                continue
-            reason = NOTHING_SUPERVISED
-        report.setdefault(reason, []).append(draft.example.index)
-        first_error.setdefault(reason, f"{source}, row {draft.example.index} (counting from 0): {detail}")
-    _check_report(report, first_error, len(examples), len(rows), invalid_rows, source, mend)
-    if num_truncated and length_option:
+    for start in trange(0, len(examples), _CHUNK, desc=f"tokenising {source}", delay=2, leave=False):
+        for example, prompts, responses in _tokenise(examples[start : start + _CHUNK], sides):
+            invalid = _find_error(example, prompts, max_prompt_length)
+            row = None if invalid else _encode_row(example, prompts, responses, sides, max_length)
+            if row is None:
+                reason, detail = invalid or (NOTHING_SUPERVISED, "")
+                pairs.report.setdefault(reason, []).append(example.index)
+                first_error.setdefault(reason, f"{source}, {example.place}: {detail}")
+            else:
+                pairs.rows.append(row)
+                pairs.num_truncated += row.truncated
+    _check_report(pairs, first_error, invalid_rows, mend)
+    if pairs.num_truncated and length_option:
         logger.warning(
             "%s: %d of %d responses were truncated to fit %s=%d tokens and have no end token; raise %s",
-            *(source, num_truncated, len(rows), length_option, max_length, length_option),
+            *(source, pairs.num_truncated, len(pairs), length_option, max_length, length_option),
         )
-    return EncodedPairs(rows, report, num_truncated, source)
+    return pairs
 
 
-def _draft(examples: Sequence[Example], sides: list[TextEncoder], title: str) -> Iterator[_Draft]:
-    with tqdm(total=len(examples), desc=title, unit="row", delay=2, leave=False) as progress:
-        for start in range(0, len(examples), _CHUNK):
-            chunk = examples[start : start + _CHUNK]
-            yield from _encode_chunk(chunk, sides)
-            progress.update(len(chunk))
-
-
-def _encode_chunk(chunk: Sequence[Example], sides: list[TextEncoder]) -> list[_Draft]:
-    """Encode rows together, or one by one if the template refuses one of them."""
+def _tokenise(
+    chunk: Sequence[Example], sides: list[TextEncoder]
+) -> Iterator[tuple[Example, Sequence[list[int]] | UserError, Sequence[_Response]]]:
+    """Yield the prompt ids, or the template's refusal, and the response of every side, student first."""
     try:
         prompts = [side.prompt_ids_batch(chunk) for side in sides]
         responses = [side.response_ids_batch([example.response for example in chunk]) for side in sides]
     except UserError as error:
         if len(chunk) == 1:
-            return [_Draft(chunk[0], chunk[0].response, refusal=str(error))]
-        return [draft for example in chunk for draft in _encode_chunk([example], sides)]
-    rows = zip(chunk, zip(*prompts, strict=True), zip(*responses, strict=True), strict=True)
-    return [_Draft(example, example.response, list(ids), list(answers)) for example, ids, answers in rows]
+            yield chunk[0], error, ()
+        else:
+            for example in chunk:
+                yield from _tokenise([example], sides)
+    else:
+        yield from zip(chunk, zip(*prompts, strict=True), zip(*responses, strict=True), strict=True)
 
 
-def _find_error(draft: _Draft, max_prompt_length: int) -> tuple[str | None, str]:
-    """Return the reason why a row is invalid, or None, and the text for the message."""
-    if draft.refusal:
-        return REFUSED, draft.refusal.removeprefix(f"row {draft.example.index} (counting from 0): ")
-    names = ["student", "teacher", *(f"teacher {k}" for k in range(2, len(draft.prompts)))]
-    for whose, ids in zip(names, draft.prompts, strict=False):
+def _find_error(
+    example: Example, prompts: Sequence[list[int]] | UserError, max_prompt_length: int
+) -> tuple[str, str] | None:
+    """Return the reason why a row is invalid and the text for the message; None if the row is valid."""
+    if isinstance(prompts, UserError):
+        return REFUSED, str(prompts).removeprefix(f"{example.place}: ")
+    for k, ids in enumerate(prompts):
+        whose = "student" if k == 0 else "teacher" if k == 1 else f"teacher {k}"
         if len(ids) > max_prompt_length:
-            return PROMPT_TOO_LONG, (
-                f"the prompt has {len(ids)} tokens for the {whose}, above data.max_prompt_length={max_prompt_length}"
-            )
+            limit = f"data.max_prompt_length={max_prompt_length}"
+            return PROMPT_TOO_LONG, f"the prompt has {len(ids)} tokens for the {whose}, above {limit}"
         if not ids:
             return EMPTY_PROMPT, f"the prompt has no token for the {whose}"
-    if not draft.text.strip():
-        return EMPTY_RESPONSE, "the response is empty"
-    return None, ""
+    return None if example.response.strip() else (EMPTY_RESPONSE, "the response is empty")
 
 
-def _truncate(draft: _Draft, sides: list[TextEncoder], max_length: int) -> None:
-    """Truncate the response text until it fits on every side, unless it already fits with its end token."""
-    if all(len(p) + len(r[0]) + 1 <= max_length for p, r in zip(draft.prompts, draft.responses, strict=True)):
-        return
-    draft.truncated = True
-    rooms = [max_length - len(prompt) for prompt in draft.prompts]
-    while True:
-        fitting = [
-            max(0, *ends[:room]) if len(ids) > room else None  # the last end that is not negative
-            for room, (ids, ends) in zip(rooms, draft.responses, strict=True)
-        ]
-        cuts = [end for end in fitting if end is not None]
-        if not cuts:
-            return
-        shorter = draft.text.encode()[: min(cuts)].decode(errors="ignore")
-        draft.text = shorter if len(shorter) < len(draft.text) else draft.text[:-1]
-        draft.responses = [side.response_ids(draft.text) for side in sides]
-
-
-def _finish(draft: _Draft, sides: list[TextEncoder]) -> EncodedRow:
+def _encode_row(
+    example: Example,
+    prompts: Sequence[list[int]],
+    responses: Sequence[_Response],
+    sides: list[TextEncoder],
+    max_length: int,
+) -> EncodedRow | None:
+    """Truncate the response until it fits on every side, unless it fits with its end token; None if nothing is left."""
+    text, rooms = example.response, [max_length - len(prompt) for prompt in prompts]
+    truncated = any(len(ids) >= room for (ids, _), room in zip(responses, rooms, strict=True))
+    while cuts := [
+        max(0, *ends[:room])  # the last end that is not negative
+        for (ids, ends), room in zip(responses, rooms, strict=True)
+        if len(ids) > room
+    ]:
+        shorter = text.encode()[: min(cuts)].decode(errors="ignore")
+        text = shorter if len(shorter) < len(text) else text[:-1]
+        responses = [side.response_ids(text) for side in sides]
+    if not all(ids for ids, _ in responses):
+        return None
     encoded = []
-    for side, prompt, (ids, ends) in zip(sides, draft.prompts, draft.responses, strict=True):
-        last = [] if draft.truncated else [side.end_token_id]
-        encoded.append(
-            EncodedSide(
-                ids=np.array([*prompt, *ids, *last], dtype=np.int32),
-                num_prompt=len(prompt),
-                byte_ends=np.array([*ends, *([len(draft.text.encode())] * len(last))], dtype=np.int32),
-            )
-        )
+    for side, prompt, (ids, ends) in zip(sides, prompts, responses, strict=True):
+        last = [] if truncated else [side.end_token_id]
+        byte_ends = np.array([*ends, *([len(text.encode())] * len(last))], dtype=np.int32)
+        encoded.append(EncodedSide(np.array([*prompt, *ids, *last], dtype=np.int32), len(prompt), byte_ends))
     own, *teachers = encoded
-    teacher, others = teachers[0] if teachers else None, tuple(teachers[1:])
-    return EncodedRow(draft.example.index, draft.text, own, teacher, others, draft.truncated)
+    return EncodedRow(
+        example.index, text, own, teachers[0] if teachers else None, tuple(teachers[1:]), truncated=truncated
+    )
 
 
-def _check_report(
-    report: dict[str, list[int]],
-    first_error: dict[str, str],
-    num_examples: int,
-    num_kept: int,
-    invalid_rows: str,
-    source: str,
-    mend: str,
-) -> None:
-    fixes = {PROMPT_TOO_LONG: "raise data.max_prompt_length or ", EMPTY_RESPONSE: "correct the data or "}
-    counts = ", ".join(f"{reason}: {len(rows)}" for reason, rows in report.items())
-    for reason, rows in report.items():
+def _check_report(pairs: EncodedPairs, first_error: dict[str, str], invalid_rows: str, mend: str) -> None:
+    fixes = {PROMPT_TOO_LONG: "raise data.max_prompt_length or "}
+    num_skipped = sum(map(len, pairs.report.values()))
+    num_rows = len(pairs) + num_skipped
+    counts = ", ".join(f"{reason}: {len(rows)}" for reason, rows in pairs.report.items())
+    for reason, rows in pairs.report.items():
         if invalid_rows == "error" and reason != NOTHING_SUPERVISED:
             raise UserError(
-                f"{first_error[reason]} ({len(rows)} of {num_examples} rows have this error); "
+                f"{first_error[reason]} ({len(rows)} of {num_rows} rows have this error); "
                 f"{fixes.get(reason, 'correct the data or ')}set data.invalid_rows: skip"
             )
-    if num_kept == 0:
+    if not len(pairs):
         fix = first_error.get(REFUSED, mend)
-        raise UserError(f"{source}: none of its {num_examples} rows can be used ({counts or 'no rows found'}); {fix}")
-    if report:
-        logger.warning("%s: skipping %d of %d rows (%s)", source, num_examples - num_kept, num_examples, counts)
+        raise UserError(f"{pairs.source}: none of its {num_rows} rows can be used ({counts or 'no rows found'}); {fix}")
+    if num_skipped:
+        logger.warning("%s: skipping %d of %d rows (%s)", pairs.source, num_skipped, num_rows, counts)
+
+
+def align_by_spelling(pairs: EncodedPairs, student: TextEncoder, *teachers: TextEncoder) -> None:
+    """Set the `aligned_rows` of every teacher's side of `pairs` (MinED). Do nothing if all are already set.
+
+    Dynamic time warping aligns the tokens that the models *read* at response positions, without their spaces. These
+    start with the last token of the prompt and do not include the end token. A student token is aligned if the path
+    pairs it with exactly one teacher token and `nearest_tokens` maps that token to the student's. Several student
+    tokens may be aligned with the same teacher token; -1 marks a student token without one.
+
+    Args:
+        pairs: encoded rows with all sides, changed in place.
+        student: the student's encoder, which encoded the rows.
+        teachers: the teachers' encoders, in the order of the sides.
+    """
+    if all(side.aligned_rows is not None for row in pairs.rows for side in row.teachers):
+        return
+    from dwakd.align.edit_distance import edit_costs, one_to_one_rows  # numba loads slowly
+
+    tables = [encoder.token_bytes() for encoder in (student, *teachers)]
+    own_spelled, *spelled = (
+        ["\0" if token is None else token_text(token).replace(" ", "") for token in tokens] for tokens in tables
+    )
+    student_of = [
+        nearest_tokens(tokens, tables[0], (teacher.end_token_id, student.end_token_id)).numpy()
+        for tokens, teacher in zip(tables[1:], teachers, strict=True)
+    ]
+    for index, row in enumerate(tqdm(pairs.rows, desc="aligning tokens", unit="row", delay=2, leave=False)):
+        own = row.student.ids[row.student.num_prompt - 1 : -1]
+        sides = []
+        for side, spellings, nearest in zip(row.teachers, spelled, student_of, strict=True):
+            other = side.ids[side.num_prompt - 1 : -1]
+            rows = one_to_one_rows(edit_costs([own_spelled[i] for i in own], [spellings[i] for i in other]))
+            accepted = (rows >= 0) & (nearest[other[np.maximum(rows, 0)]] == own)
+            sides.append(dataclasses.replace(side, aligned_rows=np.where(accepted, rows, -1).astype(np.int32)))
+        pairs.rows[index] = dataclasses.replace(row, teacher=sides[0], others=tuple(sides[1:]))

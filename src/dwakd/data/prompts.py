@@ -17,25 +17,21 @@ from dwakd.data.rows import Example
 from dwakd.data.turns import content_keys, structured
 from dwakd.errors import UserError
 
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-ALPACA_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
+_TEMPLATES = {  # without and with an input
+    "alpaca": (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\n{instruction}\n\n### Response:\n",
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request."
+        "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+    ),
+    "plain": ("{instruction}\n", "{instruction}\n{input}\n"),
+}
 TEMPLATES = ("alpaca", "chat", "plain")
-PLACEHOLDERS = ("instruction", "input")
 
 
 def check_template(template: str) -> None:
-    """Check that a string is the name of a template or a valid format string.
-
-    Raises:
-        UserError: the name is unknown, the braces do not match, or a placeholder is unknown or missing.
+    """Refuse a string that is neither the name of a template nor a format string with the right placeholders.
 
     Examples:
         >>> check_template("Q: {instruction}\\nA: ")
@@ -46,26 +42,23 @@ def check_template(template: str) -> None:
     """
     if template in TEMPLATES:
         return
+    what = f"data.template {template!r}"
     try:
         fields = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
-        raise UserError(
-            f"data.template {template!r} is not a valid format string ({error}): write literal braces twice"
-        ) from error
+        raise UserError(f"{what} is not a valid format string ({error}): write literal braces twice") from error
     if not fields:
-        raise UserError(
-            f"data.template {template!r} is unknown: use {', '.join(TEMPLATES)}, "
-            "or a format string with {instruction} and {input}"
-        )
+        names = ", ".join(TEMPLATES)
+        raise UserError(f"{what} is unknown: use {names}, or a format string with {{instruction}} and {{input}}")
     for name, spec, conversion in fields:
-        if name not in PLACEHOLDERS or spec or conversion:
+        if name not in ("instruction", "input") or spec or conversion:
             shown = (name or "") + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
             raise UserError(
-                f"data.template {template!r} has the unknown placeholder {{{shown}}}: "
+                f"{what} has the unknown placeholder {{{shown}}}: "
                 "use {instruction} and {input}, and write literal braces twice"
             )
     if all(name != "instruction" for name, _, _ in fields):
-        raise UserError(f"data.template {template!r} lacks the placeholder {{instruction}}: add it")
+        raise UserError(f"{what} lacks the placeholder {{instruction}}: add it")
 
 
 class Prompts:
@@ -87,30 +80,25 @@ class Prompts:
         self.chat = ChatTemplate(tokenizer, date) if template == "chat" else None
 
     def render(self, example: Example) -> str:
-        """Render the prompt of a row, without its response.
-
-        Raises:
-            UserError: the chat template refuses the row, or the row has parts that the template cannot show.
-        """
+        """Render the prompt of a row, without its response; refuse a row with parts that the template cannot show."""
         if self.chat is not None:
             return self.chat.prompt(example)
-        _check_plain(example)
-        instruction, template = _with_history(example), self.template
-        if template == "alpaca":
-            template = ALPACA_WITH_INPUT if example.input else ALPACA_WITHOUT_INPUT
-        elif template == "plain":
-            template = "{instruction}\n{input}\n" if example.input else "{instruction}\n"
-        return template.format(instruction=instruction, input=example.input)
+        hidden = [f"{key!r} of turn {n}" for n, turn in enumerate(example.turns) for key in content_keys(turn)]
+        hidden += map(repr, structured(example.options or {}))
+        if hidden:
+            raise UserError(
+                f"{example.place}: the row has {hidden[0]}, which only a chat template can show: "
+                "use data.template: chat, or remove it"
+            )
+        variants = _TEMPLATES.get(self.template, (self.template, self.template))
+        return variants[bool(example.input)].format(instruction=_with_history(example), input=example.input)
 
     def end_token_id(self) -> int:
         """Return the id of the token that the model is trained to write at the end of a response.
 
         For `chat` this is the special token that the template writes directly after the assistant's text
         (`<|im_end|>`, `<end_of_turn>`, ...). If it writes none there, and for every other template, it is the
-        end-of-sequence token.
-
-        Raises:
-            UserError: the tokenizer has no end-of-sequence token.
+        end-of-sequence token. A tokenizer without one is refused.
         """
         tokenizer = self.tokenizer
         if self.chat is not None:
@@ -125,34 +113,9 @@ class Prompts:
         return int(tokenizer.eos_token_id)
 
 
-def render_prompt(example: Example, template: str, tokenizer: Any) -> str:
-    """Render the prompt of a single row; see `Prompts.render`."""
-    return Prompts(template, tokenizer).render(example)
-
-
-def end_token_id(tokenizer: Any, template: str) -> int:
-    """Return the id of the token that ends a response; see `Prompts.end_token_id`."""
-    return Prompts(template, tokenizer).end_token_id()
-
-
-def _check_plain(example: Example) -> None:
-    """Refuse a row with parts that only a chat template can show."""
-    keys = [(key, f" of turn {n}") for n, turn in enumerate(example.turns) for key in content_keys(turn)]
-    keys += [(key, "") for key in structured(example.options or {})]
-    for key, place in keys:
-        raise UserError(
-            f"row {example.index} (counting from 0): the row has {key!r}{place}, which only a chat template can show: "
-            "use data.template: chat, or remove it"
-        )
-
-
 def _with_history(example: Example) -> str:
-    *earlier, last = [
-        (
-            turn["role"],
-            turn["content"] if turn["role"] == "system" else f"{turn['role'].capitalize()}: {turn['content']}",
-        )
-        for turn in (*example.history, {**(example.turn or {"role": "user"}), "content": example.instruction})
-    ]
-    led = any(role != "system" for role, _ in earlier)
-    return "\n\n".join([*(text for _, text in earlier), last[1] if led else example.instruction])
+    turns = [*example.history, {**(example.turn or {"role": "user"}), "content": example.instruction}]
+    labels = ["" if turn["role"] == "system" else f"{turn['role'].capitalize()}: " for turn in turns]
+    if not any(labels[:-1]):
+        labels[-1] = ""
+    return "\n\n".join(label + turn["content"] for label, turn in zip(labels, turns, strict=True))

@@ -5,8 +5,10 @@ For data sets with several splits, on the Hub or in a dict, the split depends on
 """
 
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,14 @@ from typing import Any
 import datasets
 import huggingface_hub
 
-from dwakd.data.files import SUFFIXES, PlacedRow, Select, Unusable, find_unusable, guarded, numbered, read_file
-from dwakd.data.rows import Columns, Example, read_example, resolve_columns
+from dwakd.data.files import SUFFIXES, PlacedRow, Select, explained, numbered, read_file
+from dwakd.data.rows import INVALID_ROWS, Columns, Example, check_choice, check_row
 from dwakd.errors import UserError
 
-__all__ = ["EVAL_SPLITS", "INVALID_ROWS", "SUFFIXES", "TEST_SPLITS", "TRAIN_SPLITS", "Example", "load_examples"]
+__all__ = ["EVAL_SPLITS", "SUFFIXES", "TEST_SPLITS", "TRAIN_SPLITS", "Example", "load_examples"]
 
 logger = logging.getLogger(__name__)
 
-INVALID_ROWS = ("error", "skip")
 _VALIDATION = ("validation", "valid", "val", "dev", "eval")
 TRAIN_SPLITS = ("train",)
 """Names of the split for training. The first that exists is read."""
@@ -30,23 +31,11 @@ EVAL_SPLITS = (*_VALIDATION, "test")
 """Names of the split for evaluation during training. The first that exists is read."""
 TEST_SPLITS = ("test", *_VALIDATION)
 """Names of the split for evaluation after training. The first that exists is read."""
-_FOREIGN_SUFFIXES = (
-    ".txt",
-    ".tsv",
-    ".xml",
-    ".yaml",
-    ".yml",
-    ".arrow",
-    ".gz",
-    ".zip",
-    ".zst",
-    ".xlsx",
-    ".ndjson",
-    ".pkl",
+_FILE = re.compile(
+    r"(?:(?P<repo>[\w-][\w.-]*/[\w.-]+):)?(?P<file>.+\.(?:json|jsonl|csv|parquet))"
+    r"(?:@(?:train)?\[(?P<start>\d{0,18}):(?P<stop>\d{0,18})\])?",
+    re.IGNORECASE | re.DOTALL,
 )
-_SUFFIX, _ROWS = r"\.(?:json|jsonl|csv|parquet)", r"@(?:train)?\[(?P<start>\d{0,18}):(?P<stop>\d{0,18})\]"
-_HUB_FILE = re.compile(rf"(?P<repo>[\w-][\w.-]*/[\w.-]+):(?P<file>[^@:]+{_SUFFIX})(?:{_ROWS})?")
-_LOCAL_ROWS = re.compile(rf"(?P<file>.+{_SUFFIX}){_ROWS}", re.IGNORECASE)
 
 
 def load_examples(
@@ -95,25 +84,24 @@ def load_examples(
     """
     if limit is not None and limit < 1:
         raise UserError(f"data.limit must be at least 1, got {limit}")
-    check_invalid_rows(invalid_rows)
+    check_choice("data.invalid_rows", invalid_rows, INVALID_ROWS)
     name = name or (str(source) if isinstance(source, str | Path) else "the data set passed in")
-    options: dict[str, Any] = {"prompt": prompt, "response": response, "input": input, "need_response": need_response}
-
-    def select(names: Sequence[str]) -> list[str]:
-        return list(resolve_columns(names, name, **options).used)
-
-    placed = list(islice(_open(source, split, name, select), limit))
+    find_columns = partial(
+        Columns.find, source=name, prompt=prompt, response=response, input=input, need_response=need_response
+    )
+    with explained(f"{name:.500}: cannot be read"):
+        placed = list(islice(_open(source, split, name, lambda names: find_columns(names).used), limit))
     if not placed:
         raise UserError(f"{name} is empty: use a data set with at least one row")
     available = dict.fromkeys(str(key) for _, row in placed if isinstance(row, Mapping) for key in row)
     if not available:
-        raise _unreadable(*placed[0])
-    columns = resolve_columns(available, name, **options)
+        check_row(placed[0][1], placed[0][0])
+    columns = find_columns(available)
     examples: list[Example] = []
     errors: list[UserError] = []
     for index, (where, row) in enumerate(placed):
         try:
-            examples.append(_read_row(row, columns, index, where, need_response))
+            examples.append(columns.read(row, index, where))
         except UserError as error:
             if invalid_rows == "error":
                 raise
@@ -128,125 +116,62 @@ def load_examples(
     return examples
 
 
-def check_invalid_rows(invalid_rows: str) -> None:
-    """Check the value of the option `data.invalid_rows`.
-
-    Raises:
-        UserError: the value is not one of `INVALID_ROWS`.
-    """
-    if invalid_rows not in INVALID_ROWS:
-        raise UserError(f"data.invalid_rows {invalid_rows!r} is unknown: use {' or '.join(INVALID_ROWS)}")
-
-
-def _read_row(row: Any, columns: Columns, index: int, where: str, need_response: bool) -> Example:
-    if not isinstance(row, Mapping):
-        raise _unreadable(where, row)
-    try:
-        for column in columns.used:
-            if (reason := find_unusable(row.get(column))) is not None:
-                raise UserError(f"{where}: {column!r} contains {reason}: correct or remove that row")
-        return read_example(row, columns, index=index, where=where, need_response=need_response)
-    except (RecursionError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{where}: a value is nested too deeply or a number is too long: correct or remove that row"
-        ) from error
-
-
-def _unreadable(where: str, row: Any) -> UserError:
-    """Return the error for a row without named columns."""
-    if isinstance(row, Unusable):
-        return UserError(f"{where}: this row is {row.reason}: correct or remove that row")
-    if isinstance(row, Mapping):
-        return UserError(f"{where}: this row has no columns: correct or remove that row")
-    rows_in_one = isinstance(row, list) and bool(row) and isinstance(row[0], Mapping)
-    fix = "use the suffix .json if the file is one list" if rows_in_one else "correct or remove that row"
-    try:
-        shown = f" {row!r:.40}"
-    except (RecursionError, ValueError):
-        shown = ""
-    return UserError(f"{where}: expected an object with named columns, got {type(row).__name__}{shown}: {fix}")
-
-
 def _open(source: Any, split: str | Sequence[str], name: str, select: Select) -> Iterator[PlacedRow]:
     """Read the rows of a source with their places. Only the columns that `select` returns are read where possible."""
-    if isinstance(source, str) and (found := _HUB_FILE.fullmatch(source)):
-        return _read_hub_file(**found.groupdict(), name=name, select=select)
-    if isinstance(source, str) and (found := _LOCAL_ROWS.fullmatch(source)):
-        return read_file(Path(found["file"]), name, select, found["start"], found["stop"])
-    if isinstance(source, str | Path) and _is_local(source):
+    if isinstance(source, str) and (found := _FILE.fullmatch(source)):
+        path = _download(found["repo"], found["file"]) if found["repo"] else found["file"]
+        return read_file(Path(path), name, select, found["start"], found["stop"])
+    if isinstance(source, Path) or (isinstance(source, str) and _is_path(source)):
         return read_file(Path(source), name, select)
     if isinstance(source, str):
-        source = _load_from_hub(source, split)
+        place, _, own_split = source.partition("@")
+        split = own_split or split
+        source = _load_from_hub(place, split)
     if isinstance(source, Mapping):
-        return _open(source[_choose_split(source, split, name, "pass one of them")], split, name, select)
+        return _open(source[_choose_split(source, split, name)], split, name, select)
     if isinstance(source, datasets.Dataset | datasets.IterableDataset):
-        return guarded(_read_data_set(source, name, select), f"{name}: cannot be read")
-    if isinstance(source, Sequence):
-        return numbered(source, name)
-    raise UserError(
-        f"cannot read rows from {type(source).__name__}: use a Hub id, a file, a datasets.Dataset or a list of dicts"
-    )
+        source = source.with_format(None)
+        if source.column_names:  # columns that are not read may be slow or impossible to decode
+            source = source.select_columns(select(source.column_names))
+    elif not isinstance(source, Sequence):
+        found_type = type(source).__name__
+        raise UserError(
+            f"cannot read rows from {found_type}: use a Hub id, a file, a datasets.Dataset or a list of dicts"
+        )
+    return numbered(source, name)
 
 
-def _choose_split(splits: Mapping[Any, Any], split: str | Sequence[str], name: str, fix: str) -> str:
+def _choose_split(splits: Mapping[Any, Any], split: str | Sequence[str], name: str) -> str:
     wanted = [split] if isinstance(split, str) else split
     found = next((each for each in wanted if each in splits), None)
     if found is None:
-        names = ", ".join(map(str, splits)) or "none"
-        raise UserError(f"{name} has no split {' or '.join(map(repr, wanted))}: its splits are {names}; {fix}")
+        raise UserError(
+            f"{name} has no split {' or '.join(map(repr, wanted))}: its splits are "
+            f"{', '.join(map(str, splits)) or 'none'}; use one of them, on the Hub as in NAME@SPLIT"
+        )
     if found != wanted[0]:
         logger.warning("%s has no split %r; using its split %r instead", name, wanted[0], found)
     return found
 
 
-def _read_data_set(rows: datasets.Dataset | datasets.IterableDataset, name: str, select: Select) -> Iterator[PlacedRow]:
-    rows = rows.with_format(None)
-    if rows.column_names:
-        rows = rows.select_columns(select(rows.column_names))  # others may be slow or impossible to decode
-    yield from numbered(rows, name)
+def _is_path(source: str) -> bool:
+    """Return whether a string has the form of a path or exists. Other strings are Hub ids."""
+    looks = source.startswith((".", "~")) or "\\" in source or source.count("/") > 1
+    return looks or Path(source).is_absolute() or os.path.exists(source)  # noqa: PTH110, Path.exists refuses names that are too long
 
 
-def _is_local(source: str | Path) -> bool:
-    """Return whether a source is a path: it has the form of one or exists. Other strings are Hub ids."""
-    looks = isinstance(source, Path) or source.startswith((".", "~")) or "\\" in source or source.count("/") > 1
-    path = Path(source)
-    try:
-        return looks or path.is_absolute() or path.suffix.lower() in (*SUFFIXES, *_FOREIGN_SUFFIXES) or path.exists()
-    except OSError:  # a name that is too long, a folder without permission
-        return True
+def _download(repo: str, file: str) -> str:
+    """Download a file of the Hub, because `datasets` cannot read columns that mix strings and lists."""
+    with explained(f"could not load the file {file} of the data set {repo} from the Hugging Face Hub"):
+        return huggingface_hub.hf_hub_download(repo, file, repo_type="dataset")
 
 
-def _read_hub_file(
-    repo: str, file: str, start: str | None, stop: str | None, name: str, select: Select
-) -> Iterator[PlacedRow]:
-    """Read a file of the Hub like a local file, because `datasets` cannot read columns that mix strings and lists."""
-    try:
-        path = huggingface_hub.hf_hub_download(repo, file, repo_type="dataset")
-    except Exception as error:  # the Hub and the network raise a dozen unrelated types
-        raise UserError(
-            f"could not load the file {file} of the data set {repo} from the Hugging Face Hub: {_first_line(error)}"
-        ) from error
-    return read_file(Path(path), name, select, start, stop)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _load_from_hub(source: str, split: str | Sequence[str]) -> Any:
-    """Load a split of a data set from the Hub; of several names, load the first that exists."""
-    place, _, own_split = source.partition("@")
+def _load_from_hub(place: str, split: str | Sequence[str]) -> Any:
+    """Load a split of a data set from the Hub, or all splits if several names are possible."""
     path, _, config = place.partition(":")
-    only = own_split or (split if isinstance(split, str) else None)
-    try:
-        loaded = datasets.load_dataset(path, config or None, split=only)
-    except Exception as error:  # the Hub, the network and the builders raise a dozen unrelated types
-        raise UserError(
-            f"could not load the data set {source!r} (split {only or split[0]!r}) from the Hugging Face Hub, and no "
-            f"such file exists: {_first_line(error)}"
-        ) from error
-    if isinstance(loaded, Mapping):
-        return loaded[_choose_split(loaded, split, source, f"add one, as in {place}@{next(iter(loaded))}")]
-    return loaded
+    only = split if isinstance(split, str) else None
+    shown = only or split[0]
+    with explained(
+        f"could not load {place[:500]!r} (split {shown!r}) from the Hugging Face Hub, and no such file exists"
+    ):
+        return datasets.load_dataset(path, config or None, split=only)

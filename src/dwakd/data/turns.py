@@ -1,51 +1,41 @@
 """Read and check the turns of a conversation. Keys other than role and content are kept for the chat template."""
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from dwakd.data.files import find_unusable, parse_json
 from dwakd.errors import UserError
 
+Turn = dict[str, Any]
+
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 _FLAGS = frozenset({"weight", "loss", "train", "training"})
 """Keys of an assistant turn that select whether the model is trained on it (OpenAI, ms-swift, axolotl)."""
-_METADATA = frozenset(
-    {
-        *("id", "uuid", "index", "hash", "message_id", "parent_id", "turn_id", "turn_identifier"),
-        *("tool_call_id", "request_id", "session_id", "openai_id"),
-        *("timestamp", "time", "date", "created", "created_at", "updated_at", "model", "model_name", "source", "url"),
-        *("language", "lang", "country", "state", "header", "hashed_ip"),
-        *("temperature", "top_p", "tokens", "num_tokens", "token_count", "token_counter"),
-        *("score", "rating", "toxic", "redacted"),
-    }
-)
+_METADATA = frozenset({
+    "id", "uuid", "index", "hash", "message_id", "parent_id", "turn_id", "turn_identifier", "tool_call_id",
+    "request_id", "session_id", "openai_id", "timestamp", "time", "date", "created", "created_at", "updated_at",
+    "model", "model_name", "source", "url", "language", "lang", "country", "state", "header", "hashed_ip",
+    "temperature", "top_p", "tokens", "num_tokens", "token_count", "token_counter", "score", "rating", "toxic",
+    "redacted",
+})  # fmt: skip
 """Keys of a turn that the model does not have to see. Chat templates omit them on purpose, even the id of a tool call."""
 THOUGHTS = frozenset({"reasoning_content", "reasoning", "thinking"})
 """Keys of an assistant turn that contain the model's reasoning before its answer."""
-_RESERVED = frozenset(
-    {
-        *("conversation", "messages", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt"),
-        *("continue_final_message", "padding", "truncation", "max_length", "tokenizer_kwargs"),
-        "sanitize_control_tokens",
-    }
-)
+_RESERVED = frozenset({
+    "conversation", "messages", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt",
+    "continue_final_message", "padding", "truncation", "max_length", "tokenizer_kwargs", "sanitize_control_tokens",
+})  # fmt: skip
 """Arguments of `apply_chat_template` that a row must not set. Names that start with `return_` are reserved too."""
 
 
-def read_turns(conversation: list[Any], where: str, column: str) -> list[dict[str, Any]]:
-    """Read the turns of a conversation. Each has `role`, `content` and those of its other keys that are not empty.
-
-    Raises:
-        UserError: a turn is malformed. The message names the row, the column and the turn.
-    """
+def read_turns(conversation: list[Any], where: str, column: str) -> list[Turn]:
+    """Read the turns of a conversation. Each has `role`, `content` and those of its other keys that are not empty."""
     turns = []
     for n, turn in enumerate(conversation):
         what = f"{where}: {column!r}[{n}]"
         if not isinstance(turn, Mapping):
-            raise UserError(
-                f"{what} must be an object with role and content, got {type(turn).__name__}: correct or remove that row"
-            )
+            raise row_error(f"{what} must be an object with role and content, got {type(turn).__name__}")
         role_key, text_key = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
         role = checked_text(turn.get(role_key), f"{what} {role_key}")
         kept = {key: value for key, value in _filled(turn).items() if key not in (role_key, text_key)}
@@ -65,81 +55,63 @@ def read_options(row: Mapping[str, Any], columns: Collection[str], where: str, c
         where: place of the row, as messages name it.
         conversation: True if the prompt of the row is a conversation. In other rows, columns named `tools` and
             `documents` are ignored unless they contain objects.
-
-    Raises:
-        UserError: a column has a value of a wrong type, or sets a reserved argument of `apply_chat_template`.
     """
     options: dict[str, Any] = {}
     for name in ("chat_template_kwargs", "documents", "tools"):
+        is_kwargs = name == "chat_template_kwargs"
         value = _without_nulls(row.get(name)) if name in columns else None
-        strict = conversation or name == "chat_template_kwargs"
         if isinstance(value, str) and value:
-            try:
-                value = parse_json(value)
-            except (ValueError, RecursionError) as error:
-                if not strict:
-                    continue
-                raise UserError(
-                    f"{where}: {name!r} is a string that is not valid JSON ({error}): correct it"
-                ) from error
-            if (reason := find_unusable(value)) is not None:
-                raise UserError(f"{where}: {name!r} contains {reason}: correct or remove that row")
-        if name == "chat_template_kwargs" and isinstance(value, Mapping):
+            value = _parsed(value)
+        if (reason := find_unusable(value)) is not None:
+            raise row_error(f"{where}: {name!r} contains {reason}")
+        if is_kwargs and isinstance(value, Mapping):
             options |= _filled(value)
-            if taken := [key for key in options if key in _RESERVED or str(key).startswith("return_")]:
-                raise UserError(
-                    f"{where}: {name!r} must not set {taken[0]!r}: remove it (tools and documents have columns of their own)"
-                )
-        elif name != "chat_template_kwargs" and is_conversation(value):
+        elif not is_kwargs and is_conversation(value):
             options[name] = value
-        elif value and strict:
-            kind = "an object" if name == "chat_template_kwargs" else "a list of objects"
-            raise UserError(f"{where}: {name!r} must be {kind}, got {value!r:.40}: correct or remove it")
+        elif value and (is_kwargs or conversation):
+            kind = "an object" if is_kwargs else "a list of objects"
+            raise row_error(f"{where}: {name!r} must be {kind} or its JSON, got {value!r:.40}")
+        taken = [key for key in options if key in _RESERVED or str(key).startswith("return_")]
+        if is_kwargs and taken:
+            raise row_error(f"{where}: {name!r} must not set {taken[0]!r} (tools and documents have their own columns)")
     return options
 
 
-def check_answer(turn: Mapping[str, Any], what: str, need_response: bool) -> None:
-    """Refuse an answer that has other parts than text, or a weight other than 1.
-
-    Raises:
-        UserError: the turn has such a part or weight.
-    """
+def check_answer(turn: Turn, what: str, need_response: bool) -> None:
+    """Refuse an answer that is not the assistant's or has other parts than text, or a weight other than 1."""
+    if turn["role"] != "assistant":
+        raise row_error(f"{what} must be an assistant turn, got a turn of role {turn['role']!r}")
     for flag in _FLAGS & set(turn):
         if need_response and turn[flag] != 1:
-            raise UserError(
-                f"{what} has {flag} {turn[flag]!r}, but every answer is trained with weight 1: remove that row"
-            )
+            raise row_error(f"{what} has {flag} {turn[flag]!r}, but every answer is trained with weight 1")
     if keys := content_keys(turn):
-        raise UserError(
-            f"{what} has {keys[0]!r}, but only the text of an answer is trained: move it into the content or remove it"
-        )
+        raise row_error(f"{what} has {keys[0]!r}, but only the text in the content of an answer is trained")
 
 
-def content_keys(turn: Mapping[str, Any]) -> list[str]:
+def content_keys(turn: Turn) -> list[str]:
     """Return the keys of a turn, other than role and content, that the model has to see."""
-    named = (
-        () if turn["role"] in ("user", "assistant", "system") else ("name",)
-    )  # the call already contains a tool's name
-    return [key for key in turn if key not in (_METADATA | _FLAGS) and key not in ("role", "content", *named)]
+    ignored = {"role", "content", *_METADATA, *_FLAGS}
+    if turn["role"] not in ("user", "assistant", "system"):
+        ignored.add("name")  # the call already contains a tool's name
+    return [key for key in turn if key not in ignored]
 
 
-def texts_to_show(turns: list[dict[str, Any]], options: Mapping[str, Any]) -> Iterator[tuple[int, str, str]]:
-    """Yield every text and number that a prompt must contain, with the index of its turn (-1 for options) and its key.
+def texts_to_show(turns: list[Turn], options: Mapping[str, Any]) -> list[tuple[int, str, str]]:
+    """Collect every text and number that a prompt must contain, with the index of its turn (-1 for options) and its key.
 
     Types, identifiers and metadata are not among them, nor are switches of a template, nor is text between <think> and
     </think> in an assistant's content, because templates remove it.
     """
+    found = []
     for n, turn in enumerate(turns):
-        content = turn["content"]
-        if turn["role"] == "assistant" and "</think>" in content:
-            opened = "" if "<think>" in content.split("</think>")[0] else "<think>"
-            yield from _stripped(n, "content", re.split(r"<think>.*?</think>", opened + content, flags=re.DOTALL))
-        else:
-            yield from _stripped(n, "content", [content])
-        for key in content_keys(turn):
-            yield from _stripped(n, key, _texts(turn[key]))
-    for key, value in structured(options).items():
-        yield from _stripped(-1, key, _texts(value))
+        texts = [turn["content"]]
+        if turn["role"] == "assistant" and "</think>" in turn["content"]:
+            opened = "" if "<think>" in turn["content"].split("</think>")[0] else "<think>"
+            texts = re.split(r"<think>.*?</think>", opened + turn["content"], flags=re.DOTALL)
+        found += [(n, "content", text) for text in texts]
+        found += [(n, key, text) for key in content_keys(turn) for text in _texts(turn[key])]
+    found += [(-1, key, text) for key, value in structured(options).items() for text in _texts(value)]
+    return [(n, key, text.strip()) for n, key, text in found if text.strip()]
 
 
 def structured(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,26 +120,48 @@ def structured(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_arguments(value: Any, parsed: list[dict[str, Any]]) -> Any:
-    """Copy a value with every JSON string under the key `arguments` parsed into an object.
-
-    Args:
-        value: turns, or any part of them.
-        parsed: list to which the parsed objects are appended.
-    """
+    """Copy (part of) turns with every JSON string under a key `arguments` parsed; append these objects to `parsed`."""
     if isinstance(value, list):
         return [parse_arguments(item, parsed) for item in value]
     if not isinstance(value, Mapping):
         return value
     read = {key: parse_arguments(item, parsed) for key, item in value.items()}
-    if isinstance(arguments := value.get("arguments"), str):
-        try:
-            found = parse_json(arguments)
-        except (ValueError, RecursionError):
-            return read
+    if isinstance(value.get("arguments"), str):
+        found = _parsed(value["arguments"])
         if isinstance(found, dict) and find_unusable(found) is None:
             read["arguments"] = found
             parsed.append(found)
     return read
+
+
+def is_conversation(value: Any) -> bool:
+    """Return whether a value is a list of turns."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+
+
+def checked_text(value: Any, what: str) -> str:
+    """Return a value that must be a string of valid Unicode; the message of an error begins with `what`."""
+    if not isinstance(value, str):
+        kind = "null" if value is None else f"{type(value).__name__} {value!r:.40}"
+        raise row_error(f"{what} must be a string, got {kind}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise row_error(f"{what} is not valid Unicode text ({error.reason})") from error
+    return value
+
+
+def row_error(problem: str) -> UserError:
+    """Return the error for a row that the user has to correct."""
+    return UserError(f"{problem}: correct or remove that row")
+
+
+def _parsed(text: str) -> Any:
+    """Parse a JSON text; return the text itself if it is not valid JSON."""
+    try:
+        return parse_json(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _texts(value: Any, arguments: bool = False) -> Iterator[str]:
@@ -180,31 +174,6 @@ def _texts(value: Any, arguments: bool = False) -> Iterator[str]:
             yield from _texts(item, arguments)
     elif value is not None and not isinstance(value, bool):
         yield str(value)
-
-
-def _stripped(n: int, key: str, texts: Iterable[str]) -> Iterator[tuple[int, str, str]]:
-    return ((n, key, text.strip()) for text in texts if text.strip())
-
-
-def is_conversation(value: Any) -> bool:
-    """Return whether a value is a list of turns."""
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
-
-
-def checked_text(value: Any, what: str) -> str:
-    """Return a value that must be a string of valid Unicode.
-
-    Raises:
-        UserError: the value is not such a string. The message begins with `what`.
-    """
-    if not isinstance(value, str):
-        kind = "null" if value is None else f"{type(value).__name__} {value!r:.40}"
-        raise UserError(f"{what} must be a string, got {kind}: correct or remove that row")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{what} is not valid Unicode text ({error.reason}): correct or remove that row") from error
-    return value
 
 
 def _joined(content: Any) -> Any:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dwakd.align.vocab import token_text
+from dwakd.align.vocab import CandidateMatcher, token_text
 from dwakd.batch import ModelSide
 from dwakd.losses.packing import example_ids
 from dwakd.losses.pair import ModelPair
@@ -35,8 +35,6 @@ class TokenMap(nn.Module):
 
     def __init__(self, pair: ModelPair, threshold: float) -> None:
         super().__init__()
-        from dwakd.align.candidates import CandidateMatcher  # numba takes half a second: only when it is used
-
         student_ids, teacher_ids = pair.shared_tokens()
         possible = pair.possible_tokens()
         unmatched, self.spelled = [], []

@@ -9,9 +9,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.pairs import REFUSED, EncodedPairs, encode_pairs
+from dwakd.data.pairs import REFUSED, EncodedPairs, align_by_spelling, encode_pairs
 from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, Example, load_examples
-from dwakd.data.spelling import align_by_spelling
 from dwakd.errors import UserError
 from dwakd.losses import method_class
 from dwakd.models.loading import align_special_tokens, check_vocabulary, load_causal_lm, load_tokenizer, quiet_peft
