@@ -169,14 +169,9 @@ def _continues(full: str, start: str, answer: str, tail: str) -> bool:
 
 
 def _locate(full: str, asked: str, before: str, tail: str, answer: str) -> str | None:
-    """Find the text before the answer in a rendered conversation; None if the template changes the answer.
+    """Find the text before the answer in the rendered conversation `full`; None if the template changes the answer.
 
-    Args:
-        full: the rendered conversation with the answer.
-        asked: the rendered conversation without the answer and with the generation prompt.
-        before: the text before an answer of plain text.
-        tail: the text after an answer of plain text.
-        answer: the answer of the row.
+    `asked` ends with the generation prompt; `before` and `tail` are the texts around an answer of plain text.
     """
     for start in (asked, before):
         if _continues(full, start, answer, tail):

@@ -5,7 +5,7 @@ import dataclasses
 import re
 import secrets
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
@@ -107,9 +107,6 @@ class TextEncoder:
         Special tokens that the text spells out are read as text, so that "</s>" in an answer does not end it. (Unigram
         tokenizers that list "</s>" among their pieces still read it as a special token.)
 
-        Args:
-            text: the response; the empty text has no tokens.
-
         Returns:
             The ids, and the end of each token in the UTF-8 bytes of `text`. The last end is the length of the text in
             bytes, and ends never decrease, except for the negative numbers described below. With byte-level BPE and
@@ -139,16 +136,15 @@ class TextEncoder:
 class _SpecialTokensAsText:
     """Tokenise prompts so that only the template can write special tokens.
 
-    Before the template is applied, special tokens in the row are replaced by placeholders. All special tokens of the
-    rendered prompt then come from the template. They are replaced by aliases, and the placeholders by the original
-    text. A copy of the tokenizer has the aliases as added tokens and reads special tokens as text.
+    Before the template is applied, special tokens in the row are replaced by placeholders. The special tokens of the
+    rendered prompt then come from the template. They are replaced by aliases, which a copy of the tokenizer has as
+    added tokens, and the placeholders by the original text, which this copy reads as plain text.
     """
 
     def __init__(self, prompts: Prompts) -> None:
         self._prompts = prompts
-        self._tokens = {
-            token.content: token for token in prompts.tokenizer.added_tokens_decoder.values() if token.special
-        }
+        added = prompts.tokenizer.added_tokens_decoder.values()
+        self._tokens = {token.content: token for token in added if token.special}
         longest_first = sorted(self._tokens, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         nonce = secrets.token_hex(8)  # random, so that no row contains an alias or a placeholder
@@ -159,13 +155,9 @@ class _SpecialTokensAsText:
     def _tokenizer(self) -> Any:
         """The copy of the tokenizer that has the aliases as added tokens."""
         copied = copy.deepcopy(self._prompts.tokenizer)
-        options = {
-            content: {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word")}
-            for content, token in self._tokens.items()
-        }
-        copied.add_tokens(
-            [AddedToken(alias, normalized=False, **options[content]) for content, alias in self._aliases.items()]
-        )
+        for token in self._tokens.values():
+            sides = {"lstrip": token.lstrip, "rstrip": token.rstrip, "single_word": token.single_word}
+            copied.add_tokens(AddedToken(self._aliases[token.content], normalized=False, **sides))
         return copied
 
     def encode(self, examples: Sequence[Example]) -> list[list[int]]:
@@ -185,10 +177,8 @@ class _SpecialTokensAsText:
 
     def _render(self, example: Example) -> str:
         """Render the prompt of a row with the template's special tokens replaced by aliases."""
-        hidden = _map_strings(
-            dataclasses.asdict(example),
-            lambda text: self._pattern.sub(lambda found: self._placeholders[found[0]], text),
-        )
+        hide = partial(self._pattern.sub, lambda found: self._placeholders[found[0]])
+        hidden = _map_strings(dataclasses.asdict(example), hide)
         text = self._pattern.sub(lambda found: self._aliases[found[0]], self._prompts.render(Example(**hidden)))
         for content, placeholder in self._placeholders.items():
             text = text.replace(placeholder, content)
@@ -207,14 +197,13 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _encode(tokenizer: Any, texts: Iterable[str], *, special: bool) -> Any:
+    split = not special
     return tokenizer(
         list(texts),
         add_special_tokens=False,
         padding=False,
         truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        split_special_tokens=not special,
+        split_special_tokens=split,
         verbose=False,
     )
 

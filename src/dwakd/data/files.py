@@ -33,17 +33,10 @@ class Unusable:
 def read_file(
     path: Path, name: str, select: Select, start: str | None = None, stop: str | None = None
 ) -> Iterator[PlacedRow]:
-    """Read the rows of a file one by one.
+    """Read the rows of a file one by one, from index `start` to before `stop` (strings of digits).
 
-    Args:
-        path: path of the file.
-        name: name of the file in messages.
-        select: selects the columns to read. Only parquet files make use of it; from other files all columns are read.
-        start: index of the first row to read, as a string of digits.
-        stop: index of the row to stop before, as a string of digits.
-
-    Raises:
-        UserError: the suffix is not supported or the content cannot be parsed. Other errors are not converted.
+    `name` is the name of the file in messages. `select` is used for parquet files only; from others all columns are
+    read. Use it inside `explained`: errors of the file system and of pyarrow are not converted here.
     """
     with path.expanduser().open("rb") as file:
         if path.suffix.lower() not in _READERS:

@@ -26,6 +26,8 @@ REFUSED = "refused by the template"
 _CHUNK = 256
 _Response = tuple[list[int], list[int]]
 """Token ids and byte ends of a response; see `TextEncoder.response_ids`."""
+_Invalid = tuple[str, str]
+"""The reason why a row cannot be used, and the text for the message."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,7 @@ class EncodedSide:
     Args:
         ids: token ids of the prompt, of the response and, unless the response was truncated, of the end token.
         num_prompt: number of tokens of the prompt.
-        byte_ends: end of each token after the prompt in the UTF-8 bytes of the (truncated) response, or a negative
-            number in text that normalisation changed; see `TextEncoder.response_ids`.
+        byte_ends: end of each token after the prompt; see `TextEncoder.response_ids`.
         aligned_rows: set on a teacher's side if the method needs it; see `align_by_spelling`.
     """
 
@@ -141,7 +142,7 @@ def encode_pairs(
     Args:
         examples: rows with responses.
         student: the student's encoder.
-        teachers: the teachers' encoders. Without any (SFT), items have no teacher fields.
+        teachers: the teachers' encoders; none for SFT.
         max_length: maximum number of tokens per side: prompt, response and end token (512 in the paper's code).
         max_prompt_length: maximum number of tokens of a prompt per side (256 in the paper's code).
         invalid_rows: `error` refuses a prompt that is too long or has no token, an empty response, and a row that a
@@ -164,15 +165,18 @@ def encode_pairs(
     first_error: dict[str, str] = {}
     for start in trange(0, len(examples), _CHUNK, desc=f"tokenising {source}", delay=2, leave=False):
         for example, prompts, responses in _tokenise(examples[start : start + _CHUNK], sides):
-            invalid = _find_error(example, prompts, max_prompt_length)
-            row = None if invalid else _encode_row(example, prompts, responses, sides, max_length)
-            if row is None:
-                reason, detail = invalid or (NOTHING_SUPERVISED, "")
-                pairs.report.setdefault(reason, []).append(example.index)
-                first_error.setdefault(reason, f"{source}, {example.place}: {detail}")
+            if isinstance(prompts, UserError):
+                row: EncodedRow | _Invalid = REFUSED, str(prompts).removeprefix(f"{example.place}: ")
             else:
+                row = _find_error(example, prompts, max_prompt_length) or _encode_row(
+                    example, prompts, responses, sides, max_length
+                )
+            if isinstance(row, EncodedRow):
                 pairs.rows.append(row)
                 pairs.num_truncated += row.truncated
+            else:
+                pairs.report.setdefault(row[0], []).append(example.index)
+                first_error.setdefault(row[0], f"{source}, {example.place}: {row[1]}")
     _check_report(pairs, first_error, invalid_rows, mend)
     if pairs.num_truncated and length_option:
         logger.warning(
@@ -199,12 +203,7 @@ def _tokenise(
         yield from zip(chunk, zip(*prompts, strict=True), zip(*responses, strict=True), strict=True)
 
 
-def _find_error(
-    example: Example, prompts: Sequence[list[int]] | UserError, max_prompt_length: int
-) -> tuple[str, str] | None:
-    """Return the reason why a row is invalid and the text for the message; None if the row is valid."""
-    if isinstance(prompts, UserError):
-        return REFUSED, str(prompts).removeprefix(f"{example.place}: ")
+def _find_error(example: Example, prompts: Sequence[list[int]], max_prompt_length: int) -> _Invalid | None:
     for k, ids in enumerate(prompts):
         whose = "student" if k == 0 else "teacher" if k == 1 else f"teacher {k}"
         if len(ids) > max_prompt_length:
@@ -221,8 +220,8 @@ def _encode_row(
     responses: Sequence[_Response],
     sides: list[TextEncoder],
     max_length: int,
-) -> EncodedRow | None:
-    """Truncate the response until it fits on every side, unless it fits with its end token; None if nothing is left."""
+) -> EncodedRow | _Invalid:
+    """Truncate the response until it fits on every side, unless it fits with its end token."""
     text, rooms = example.response, [max_length - len(prompt) for prompt in prompts]
     truncated = any(len(ids) >= room for (ids, _), room in zip(responses, rooms, strict=True))
     while cuts := [
@@ -234,16 +233,14 @@ def _encode_row(
         text = shorter if len(shorter) < len(text) else text[:-1]
         responses = [side.response_ids(text) for side in sides]
     if not all(ids for ids, _ in responses):
-        return None
+        return NOTHING_SUPERVISED, ""
     encoded = []
     for side, prompt, (ids, ends) in zip(sides, prompts, responses, strict=True):
         last = [] if truncated else [side.end_token_id]
         byte_ends = np.array([*ends, *([len(text.encode())] * len(last))], dtype=np.int32)
         encoded.append(EncodedSide(np.array([*prompt, *ids, *last], dtype=np.int32), len(prompt), byte_ends))
-    own, *teachers = encoded
-    return EncodedRow(
-        example.index, text, own, teachers[0] if teachers else None, tuple(teachers[1:]), truncated=truncated
-    )
+    teacher = encoded[1] if len(encoded) > 1 else None
+    return EncodedRow(example.index, text, encoded[0], teacher, tuple(encoded[2:]), truncated)
 
 
 def _check_report(pairs: EncodedPairs, first_error: dict[str, str], invalid_rows: str, mend: str) -> None:
@@ -272,10 +269,6 @@ def align_by_spelling(pairs: EncodedPairs, student: TextEncoder, *teachers: Text
     pairs it with exactly one teacher token and `nearest_tokens` maps that token to the student's. Several student
     tokens may be aligned with the same teacher token; -1 marks a student token without one.
 
-    Args:
-        pairs: encoded rows with all sides, changed in place.
-        student: the student's encoder, which encoded the rows.
-        teachers: the teachers' encoders, in the order of the sides.
     """
     if all(side.aligned_rows is not None for row in pairs.rows for side in row.teachers):
         return

@@ -152,8 +152,8 @@ class Columns:
     def _read_texts(self, row: Mapping[str, Any], where: str) -> tuple[list[Turn], str, tuple[str, ...]]:
         """Read the turns before the answer, the further context and the acceptable answers."""
         turns = self._read_prompt(row, where)
-        input, response = row.get(self.input or "") or "", self.response
-        checked_text(input, f"{where}: {self.input!r}")
+        input, response = row.get(self.input or ""), self.response
+        input = "" if input is None or self.input is None else checked_text(input, f"{where}: {self.input!r}")
         if self.optional and not (_asks(turns) and row.get(response or "")):
             response = None
         value = row.get(response or "")

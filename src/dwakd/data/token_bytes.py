@@ -13,12 +13,9 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenBytes(dict[int, bytes]):
-    """The bytes that each token spells, by token id, computed on first access.
+    """The bytes that each token of a fast tokenizer spells, by token id, computed on first access.
 
     The byte alphabet, byte pieces, space markers and affixes (`##`, `</w>`) are read from the tokenizer's components.
-
-    Args:
-        tokenizer: a fast tokenizer of transformers.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -36,9 +33,8 @@ class TokenBytes(dict[int, bytes]):
         self._suffix = getattr(model, "end_of_word_suffix", None) or kinds.get("BPEDecoder", {}).get("suffix", "")
 
     def __missing__(self, token_id: int) -> bytes:
-        value = self._spell(token_id)
-        self[token_id] = value
-        return value
+        self[token_id] = spelled = self._spell(token_id)
+        return spelled
 
     def _spell(self, token_id: int) -> bytes:
         if token_id in self._added:
@@ -128,8 +124,7 @@ def _marks(start: int, text: str, pieces: Sequence[bytes]) -> list[int]:
     """Compute the ends of the tokens of a part that normalisation changed. Only the end of the last token is known.
 
     Each inner token gets a negative number, computed from the place of the part, its normalised bytes and the number
-    of these bytes up to the end of the token. Two tokenizers get the same number if they changed the same text to the
-    same bytes and split these at the same place.
+    of these bytes up to the end of the token.
     """
     spelled, stop = b"".join(pieces), start + len(text.encode())
     marks = [
@@ -155,12 +150,7 @@ def _parts(component: Any) -> Iterator[dict[str, Any]]:
 
 
 def _space_marks(written: Iterable[dict[str, Any]], read: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """Yield the strings that represent a space in tokens.
-
-    Args:
-        written: settings of the normaliser and the pre-tokenizer, which replace spaces by these strings.
-        read: settings of the decoder, which replaces these strings by spaces.
-    """
+    """Yield the strings by which `written` (normaliser, pre-tokenizer) replace spaces, or which `read` (decoder) do."""
     for part in (*written, *read):
         if part["type"] == "Metaspace":
             yield part["replacement"]
@@ -174,6 +164,6 @@ def _space_marks(written: Iterable[dict[str, Any]], read: Iterable[dict[str, Any
 
 def _byte_level_alphabet() -> dict[str, int]:
     """Return the byte for each printable character of GPT-2's byte alphabet."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     rest = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(rest)}

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from dwakd.data.files import find_unusable, parse_json
 from dwakd.errors import UserError
@@ -134,7 +134,7 @@ def parse_arguments(value: Any, parsed: list[dict[str, Any]]) -> Any:
     return read
 
 
-def is_conversation(value: Any) -> bool:
+def is_conversation(value: Any) -> TypeGuard[list[Any]]:
     """Return whether a value is a list of turns."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
 
