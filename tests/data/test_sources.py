@@ -59,7 +59,7 @@ def test_objects_in_memory_are_read_like_files() -> None:
     assert load_examples(table.with_format("numpy")) == expected
     assert load_examples(datasets.DatasetDict(test=table), split="test") == expected
     assert load_examples(table, limit=2) == expected[:2]
-    assert "no split 'train'" in error_of(datasets.DatasetDict(test=table))
+    assert "no split 'train': its splits are test" in error_of(datasets.DatasetDict(test=table))
     assert "cannot read rows from int" in error_of(3)
 
 

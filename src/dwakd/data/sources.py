@@ -123,12 +123,13 @@ def _open(source: Any, split: str | Sequence[str], name: str, select: Select) ->
         return read_file(Path(path), name, select, found["start"], found["stop"])
     if isinstance(source, Path) or (isinstance(source, str) and _is_path(source)):
         return read_file(Path(source), name, select)
+    place = ""
     if isinstance(source, str):
         place, _, own_split = source.partition("@")
         split = own_split or split
         source = _load_from_hub(place, split)
     if isinstance(source, Mapping):
-        return _open(source[_choose_split(source, split, name)], split, name, select)
+        return _open(source[_choose_split(source, split, name, place)], split, name, select)
     if isinstance(source, datasets.Dataset | datasets.IterableDataset):
         source = source.with_format(None)
         if source.column_names:  # columns that are not read may be slow or impossible to decode
@@ -141,13 +142,15 @@ def _open(source: Any, split: str | Sequence[str], name: str, select: Select) ->
     return numbered(source, name)
 
 
-def _choose_split(splits: Mapping[Any, Any], split: str | Sequence[str], name: str) -> str:
+def _choose_split(splits: Mapping[Any, Any], split: str | Sequence[str], name: str, place: str) -> str:
     wanted = [split] if isinstance(split, str) else split
     found = next((each for each in wanted if each in splits), None)
     if found is None:
+        names = [str(each) for each in splits] or ["none"]
+        example = f", as in {place}@{names[0]}" if place else ""
         raise UserError(
-            f"{name} has no split {' or '.join(map(repr, wanted))}: its splits are "
-            f"{', '.join(map(str, splits)) or 'none'}; use one of them, on the Hub as in NAME@SPLIT"
+            f"{name} has no split {' or '.join(map(repr, wanted))}: its splits are {', '.join(names)}; "
+            f"pass one of them{example}"
         )
     if found != wanted[0]:
         logger.warning("%s has no split %r; using its split %r instead", name, wanted[0], found)

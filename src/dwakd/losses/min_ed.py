@@ -191,7 +191,7 @@ def aligned_teacher_rows(
     """Find the aligned teacher position in the packed batch for each student position, and whether there is one."""
     if teacher.aligned_rows is None:
         raise ValueError(
-            "min_ed needs aligned_rows on the teacher's side; compute them with data.spelling.align_by_spelling"
+            "min_ed needs aligned_rows on the teacher's side; compute them with data.pairs.align_by_spelling"
         )
     within, count = teacher.aligned_rows, len(student.target_ids)
     if len(within) != count:
