@@ -7,10 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dwakd.data.collator import collate
     from dwakd.data.sources import load_examples
     from dwakd.errors import UserError
     from dwakd.losses import METHODS, DskdLoss, DskdV2Loss, DwaKdLoss, DwaKdV2Loss, SftLoss
     from dwakd.models.loading import load_causal_lm, load_tokenizer
+    from dwakd.models.sides import encode_rows, model_widths, paired_sides
     from dwakd.training.config import DistillConfig
     from dwakd.training.trainer import DistillTrainer
 
@@ -24,9 +26,13 @@ _HOMES = {
     "DwaKdV2Loss": "dwakd.losses",
     "SftLoss": "dwakd.losses",
     "UserError": "dwakd.errors",
+    "collate": "dwakd.data.collator",
+    "encode_rows": "dwakd.models.sides",
     "load_causal_lm": "dwakd.models.loading",
     "load_examples": "dwakd.data.sources",
     "load_tokenizer": "dwakd.models.loading",
+    "model_widths": "dwakd.models.sides",
+    "paired_sides": "dwakd.models.sides",
 }
 
 __all__ = [
@@ -39,9 +45,13 @@ __all__ = [
     "DwaKdV2Loss",
     "SftLoss",
     "UserError",
+    "collate",
+    "encode_rows",
     "load_causal_lm",
     "load_examples",
     "load_tokenizer",
+    "model_widths",
+    "paired_sides",
 ]
 
 

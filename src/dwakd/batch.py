@@ -1,12 +1,13 @@
-"""Inputs and outputs of a loss: the response positions of a batch, concatenated over its examples.
+"""A batch of token ids, and the inputs and outputs of a loss: response positions, concatenated over the examples.
 
-Axes: `batch` is the number of examples, `tokens` the number of response positions of all examples, one example after
-the other, `hidden` the width of the final hidden states, `embedding` the width of the input embeddings, and `vocab`
-the number of logits of the head. The prefixes `s_` and `t_` mean student and teacher where both occur. A response
-position is a position whose *predicted* token belongs to the response, the end-of-sequence token included.
+Axes: `batch` is the number of examples, `length` the padded number of tokens of an example, `tokens` the number of
+response positions of all examples, one example after the other, `hidden` the width of the final hidden states,
+`embedding` the width of the input embeddings, and `vocab` the number of logits of the head. The prefixes `s_` and `t_`
+mean student and teacher where both occur. A response position is a position whose *predicted* token belongs to the
+response, the end-of-sequence token included.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -79,6 +80,92 @@ class OutputHead:
 
 
 @dataclass(frozen=True)
+class TokenBatch:
+    """Token ids of a batch for one model, padded on the right.
+
+    Args:
+        input_ids: token that the model reads at each position.
+        attention_mask: 1 for tokens, 0 for padding.
+        target_ids: token to predict at each position.
+        response_mask: True at response positions, which are the last positions of each example.
+        byte_ends: see `ModelSide`; 0 outside the response.
+        num_tokens: number of tokens of each example. With `num_rows`, it need not be read from a GPU.
+        num_rows: number of response positions of each example.
+        aligned_rows: see `ModelSide`.
+        cache_places: index of each example in the cache of its teacher, if the teacher has one.
+    """
+
+    input_ids: Int[Tensor, "batch length"]
+    attention_mask: Int[Tensor, "batch length"]
+    target_ids: Int[Tensor, "batch length"]
+    response_mask: Bool[Tensor, "batch length"]
+    byte_ends: Int[Tensor, "batch length"]
+    num_tokens: tuple[int, ...]
+    num_rows: tuple[int, ...]
+    aligned_rows: Int[Tensor, " s_tokens"] | None = None
+    cache_places: tuple[int, ...] | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "TokenBatch":
+        """Apply a function to each tensor."""
+        tensors = {name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenBatch":
+        """Return these tokens on a device."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def first(self, count: int, num_student_rows: int) -> "TokenBatch":
+        """Return the first examples, whose student has this number of response positions."""
+        fields = {name: value[:count] for name, value in vars(self).items() if value is not None}
+        if self.aligned_rows is not None:
+            fields["aligned_rows"] = self.aligned_rows[:num_student_rows]
+        return replace(self, **fields)
+
+
+@dataclass(frozen=True)
+class PairedBatch:
+    """The same examples for the student and for each teacher. `dwakd.data.collator.collate` makes it, and nothing changes it.
+
+    Args:
+        student: tokens of the student.
+        teachers: tokens of each teacher.
+        example_ids: index in the data set of each example.
+        weight: weight in the optimiser batch: 1, or 0 if the examples only repeat those of other batches.
+    """
+
+    student: TokenBatch
+    teachers: tuple[TokenBatch, ...]
+    example_ids: tuple[int, ...]
+    weight: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.example_ids)
+
+    def __iter__(self) -> Iterator[TokenBatch]:
+        """Iterate over the models, student first. (`transformers.Trainer` tests for "input_ids" in a batch.)"""
+        return iter((self.student, *self.teachers))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "PairedBatch":
+        """Apply a function to each tensor."""
+        student, *teachers = (tokens.map(function) for tokens in self)
+        return replace(self, student=student, teachers=tuple(teachers))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PairedBatch":
+        """Return this batch on a device. Data loaders of accelerate call it."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "PairedBatch":
+        """Return this batch in page-locked memory. Data loaders of torch call it."""
+        return self.map(torch.Tensor.pin_memory)
+
+    def first(self, count: int) -> "PairedBatch":
+        """Return the first examples of this batch."""
+        num_student_rows = sum(self.student.num_rows[:count])
+        student, *teachers = (tokens.first(count, num_student_rows) for tokens in self)
+        return replace(self, student=student, teachers=tuple(teachers), example_ids=self.example_ids[:count])
+
+
+@dataclass(frozen=True)
 class ModelSide:
     """What one model, the student or a teacher, computed for a batch.
 
@@ -97,6 +184,7 @@ class ModelSide:
         trust: per-token gate weight divided by this teacher's mixture weight. Set on the sides of several teachers.
         attention: attention of the last position of the sequence to each response position in the last layer, summed
             over the heads. Constant. Set if the method needs it.
+        num_rows: `lengths` as Python integers, so that they need not be read from a GPU.
     """
 
     hidden: Float[Tensor, "tokens hidden"]
@@ -109,17 +197,12 @@ class ModelSide:
     aligned_rows: Int[Tensor, " s_tokens"] | None = None
     trust: Float[Tensor, " s_tokens"] | None = None
     attention: Float[Tensor, " tokens"] | None = None
+    num_rows: tuple[int, ...] | None = None
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        """`lengths` as Python integers, set by `with_counts` or copied once from the device, which synchronises it."""
-        return tuple(self.lengths.tolist())
-
-    def with_counts(self, counts: Sequence[int] | None) -> "ModelSide":
-        """Set `counts` to the values of `lengths` unless they are None, and return this side."""
-        if counts is not None:
-            vars(self)["counts"] = tuple(counts)
-        return self
+        """`num_rows`, or else `lengths` copied once from the device, which synchronises it."""
+        return tuple(self.lengths.tolist()) if self.num_rows is None else self.num_rows
 
 
 @dataclass(frozen=True)

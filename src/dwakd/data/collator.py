@@ -4,75 +4,50 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
-from dwakd.errors import UserError
+from dwakd.batch import PairedBatch, TokenBatch
 
-NO_TOKEN = -2
-"""Padding value of `teacher_aligned_rows`, in which -1 marks an unmatched student token."""
-
-
-class PairedCollator:
-    """Collate items of `EncodedPairs` into a batch with padding on the right.
-
-    Args:
-        student_pad_id: padding of the student's input and target ids. It is masked, so any valid id can be used.
-        teacher_pad_id: padding of the teacher's ids; None if there is no teacher.
-        pad_to_multiple_of: round the lengths of both sides up to a multiple of this number.
-
-    Returns:
-        A call returns a dict with `example_ids (batch,)` and, with the prefixes `student_` and `teacher_`, `input_ids`,
-        `attention_mask`, `target_ids`, `byte_ends` (long) and `response_mask` (bool), each (batch, length).
-        Position i predicts target i. `response_mask` is True where this target is a supervised response token, the end
-        token included; `byte_ends` is 0 elsewhere. The lists `num_tokens` and `num_rows` contain the number of True
-        values of `attention_mask` and `response_mask` of each example, so that they need not be read from a GPU.
-        `teacher_aligned_rows`, if the rows have it, is (batch, student response tokens), padded with `NO_TOKEN`.
-    """
-
-    def __init__(self, student_pad_id: int, teacher_pad_id: int | None = None, *, pad_to_multiple_of: int = 1) -> None:
-        assert pad_to_multiple_of >= 1
-        self.pad_ids = {"student": student_pad_id, "teacher": teacher_pad_id}
-        self.pad_to_multiple_of = pad_to_multiple_of
-
-    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = {"example_ids": torch.tensor([feature["example_id"] for feature in features])}
-        for side, pad_id in self.pad_ids.items():
-            if f"{side}_input_ids" in features[0]:
-                if pad_id is None:
-                    raise UserError("the rows have a teacher side: give PairedCollator a teacher_pad_id")
-                batch |= self._pad_side(features, side, pad_id)
-        return batch
-
-    def _pad_side(self, features: Sequence[dict[str, Any]], side: str, pad_id: int) -> dict[str, Any]:
-        lengths = [len(feature[f"{side}_input_ids"]) for feature in features]
-        width = -(-max(lengths) // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        fills: dict[str, Any] = {"input_ids": pad_id, "target_ids": pad_id, "response_mask": False, "byte_ends": 0}
-        padded: dict[str, Any] = {
-            f"{side}_{field}": torch.tensor(
-                [row + [fill] * (width - len(row)) for row in (feature[f"{side}_{field}"] for feature in features)]
-            )
-            for field, fill in fills.items()
-        }
-        padded[f"{side}_attention_mask"] = torch.tensor([[1] * n + [0] * (width - n) for n in lengths])
-        padded[f"{side}_num_tokens"] = lengths
-        if f"{side}_aligned_rows" in features[0]:
-            rows = [torch.tensor(feature[f"{side}_aligned_rows"]) for feature in features]
-            padded[f"{side}_aligned_rows"] = pad_sequence(rows, batch_first=True, padding_value=NO_TOKEN)
-        padded[f"{side}_num_rows"] = [sum(feature[f"{side}_response_mask"]) for feature in features]
-        return padded
+FindPlace = Callable[[dict[str, Any]], int]
+"""Find the index of a row in the cache of a teacher, given the row's features for this teacher."""
 
 
-class SeveralCollators:
-    """Collate a batch for several teachers: the batch of the first, with those of the others in the list `others`.
+def collate(features: Sequence[dict[str, Any]], find_places: Sequence[FindPlace | None] = ()) -> PairedBatch:
+    """Collate items of `EncodedPairs` into one batch.
+
+    Rows are padded on the right with token 0. Padding is masked, so any token is correct.
 
     Args:
-        collators: one collator per teacher.
+        features: the items.
+        find_places: for each teacher, the function that sets `TokenBatch.cache_places`, or None without a cache.
     """
+    others = [[feature["others"][k] for feature in features] for k in range(len(features[0].get("others", ())))]
+    sides = [features, *others] if "teacher_input_ids" in features[0] else []
+    return PairedBatch(
+        student=_pad(features, "student"),
+        teachers=tuple(
+            _pad(side, "teacher", find) for side, find in zip(sides, find_places or [None] * len(sides), strict=True)
+        ),
+        example_ids=tuple(feature["example_id"] for feature in features),
+    )
 
-    def __init__(self, collators: Sequence[Callable[[list[dict[str, Any]]], dict[str, Any]]]) -> None:
-        self.collators = list(collators)
 
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        first, *rest = self.collators
-        others = [collate([feature["others"][k] for feature in features]) for k, collate in enumerate(rest)]
-        return {**first(features), "others": others}
+def _pad(features: Sequence[dict[str, Any]], side: str, find: FindPlace | None = None) -> TokenBatch:
+    num_tokens = tuple(len(feature[f"{side}_input_ids"]) for feature in features)
+    width = max(num_tokens)
+
+    def padded(field: str) -> torch.Tensor:
+        rows = (feature[f"{side}_{field}"] for feature in features)
+        return torch.tensor([row + [0] * (width - len(row)) for row in rows])
+
+    aligned = [index for feature in features for index in feature.get(f"{side}_aligned_rows", ())]
+    return TokenBatch(
+        input_ids=padded("input_ids"),
+        attention_mask=torch.tensor([[1] * count + [0] * (width - count) for count in num_tokens]),
+        target_ids=padded("target_ids"),
+        response_mask=padded("response_mask").bool(),
+        byte_ends=padded("byte_ends"),
+        num_tokens=num_tokens,
+        num_rows=tuple(sum(feature[f"{side}_response_mask"]) for feature in features),
+        aligned_rows=torch.tensor(aligned) if aligned else None,
+        cache_places=None if find is None else tuple(map(find, features)),
+    )

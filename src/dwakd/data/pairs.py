@@ -83,7 +83,7 @@ class EncodedRow:
 
 @dataclass(eq=False)
 class EncodedPairs(torch.utils.data.Dataset[dict[str, Any]]):
-    """Data set of encoded rows. Its items are dicts of lists for `dwakd.data.collator.PairedCollator`.
+    """Data set of encoded rows. Its items are dicts of lists for `dwakd.data.collator.collate`.
 
     With several teachers, the list `others` of an item contains one dict for each teacher after the first.
 

@@ -9,19 +9,18 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from dwakd.batch import ModelSide
-from dwakd.data.collator import PairedCollator
+from dwakd.data.collator import collate
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import encode_pairs
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
-from dwakd.evaluation.generate import Model, max_positions, pad_id_of, progress_bar
-from dwakd.models.rows import evaluating, response_rows
+from dwakd.evaluation.generate import Model, max_positions, progress_bar
+from dwakd.models.rows import evaluating, response_side
 
 logger = logging.getLogger(__name__)
 
 LOGITS_AT_ONCE = 2**24
 """The head is applied to slices of about this many logits (64 MB in float32)."""
-_INPUTS = ("input_ids", "attention_mask", "target_ids", "response_mask", "byte_ends")
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,10 @@ def bits_per_byte(
     lengths = pairs.student_lengths
     alike = Subset(pairs, sorted(range(len(pairs)), key=lambda row: -lengths[row]))
     bits, num_bytes = 0.0, 0
-    loader = DataLoader(alike, batch_size=batch_size, collate_fn=PairedCollator(pad_id_of(encoder)))
+    loader = DataLoader(alike, batch_size=batch_size, collate_fn=collate)
     with evaluating(model), torch.no_grad(), progress_bar(disable=not progress) as bar:
         for batch in bar.track(loader, description="bits per byte"):
-            side = response_rows(model, *(batch[f"student_{name}"].to(model.device) for name in _INPUTS))
+            side = response_side(model, batch.to(model.device).student)
             bits += _bits(side)
             num_bytes += int(side.byte_ends[side.lengths.cumsum(0) - 1].sum())  # the ends of the last tokens
     return BitsPerByte(bits / num_bytes, bits, num_bytes, len(pairs), pairs.num_truncated)

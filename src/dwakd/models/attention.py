@@ -25,10 +25,7 @@ class LastLayer:
     def row(self, last: Int[Tensor, " batch"]) -> Float[Tensor, "batch length"]:
         """Compute the attention weights of the position `last` of each sequence, summed over the heads.
 
-        The weights are computed without gradient and without dropout, in float32 or float64.
-
-        Args:
-            last: index of the last token of each sequence.
+        The weights are constants in float32 or float64, without dropout.
 
         Raises:
             UserError: the model does not use transformers' attention functions, or adds unsupported terms to the scores.
@@ -57,13 +54,7 @@ class LastLayer:
 
 @contextlib.contextmanager
 def last_layer(config: PretrainedConfig) -> Iterator[LastLayer]:
-    """Record queries and keys of the last attention call while the model runs.
-
-    The model's attention function is wrapped inside the `with` block; its results do not change.
-
-    Args:
-        config: config of the model's text part.
-    """
+    """Record queries and keys of the last attention call of a model, given its text config, inside a `with` block."""
     name, noted = config._attn_implementation, LastLayer()
     usual = ALL_ATTENTION_FUNCTIONS.get(name)
 

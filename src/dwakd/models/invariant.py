@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from dwakd.batch import TokenBatch
 from dwakd.models.rows import final_states
 
 _GROUP_TOKENS = 128
@@ -13,18 +15,23 @@ _WIDTHS = (32, 48, 64)
 """Lengths to which short sequences are padded. Longer sequences run alone, without padding."""
 
 
-def response_hidden(model: nn.Module, sequences: Sequence[Tensor], num_rows: Sequence[int]) -> list[Tensor]:
-    """Compute the hidden states of `response_states`, without attention."""
-    return [hidden for hidden, _ in response_states(model, sequences, num_rows, attention=False)]
+def teacher_states(
+    model: nn.Module, tokens: TokenBatch, *, attention: bool = False
+) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, " tokens"] | None]:
+    """Compute `response_states` of a batch, concatenated over its examples."""
+    sequences = [ids[:length] for ids, length in zip(tokens.input_ids, tokens.num_tokens, strict=True)]
+    found = response_states(model, sequences, tokens.num_rows, attention=attention)
+    weights = [weights for _, weights in found if weights is not None]
+    return torch.cat([hidden for hidden, _ in found]), torch.cat(weights) if weights else None
 
 
 def response_states(
-    model: nn.Module, sequences: Sequence[Tensor], num_rows: Sequence[int], *, attention: bool
+    model: nn.Module, sequences: Sequence[Tensor], num_rows: Sequence[int], *, attention: bool = False
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Compute final hidden states of the last positions of each sequence, and the attention to these positions.
 
-    On a CPU, the shape in which a sequence runs depends only on its own length: a long sequence runs alone, a short one
-    is padded to a fixed width in a group of fixed size. In other shapes, attention and matrix products round differently
+    On a CPU, the result for a sequence is the same to the last bit whatever the other sequences are, because the shape in
+    which a sequence runs depends only on its own length. In other shapes, attention and matrix products round differently
     (by 1e-6 in float32). On an accelerator, all sequences run in one padded batch. No gradient is computed.
 
     Args:
@@ -41,7 +48,7 @@ def response_states(
     for members, size, width in _groups(model, lengths):
         ids = sequences[0].new_zeros(size, width)
         seen = torch.zeros_like(ids)
-        seen[:, 0] = 1  # keep one position unmasked in rows that no sequence fills
+        seen[:, 0] = 1  # rows that no sequence fills have one token
         for place, member in enumerate(members):
             ids[place, : lengths[member]] = sequences[member]
             seen[place, : lengths[member]] = 1
@@ -65,5 +72,4 @@ def _groups(model: nn.Module, lengths: list[int]) -> list[tuple[list[int], int, 
         size = _GROUP_TOKENS // width
         groups += [(fitting[i : i + size], size, min(width, positions)) for i in range(0, len(fitting), size)]
         below = width
-    groups += [([member], 1, length) for member, length in enumerate(lengths) if length > below]
-    return groups
+    return groups + [([member], 1, length) for member, length in enumerate(lengths) if length > below]

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dwakd.batch import OutputHead
 from dwakd.errors import UserError
 
 _BEYOND = 1e6
@@ -32,17 +33,14 @@ class Probe:
         length = min(_LENGTH, positions) if isinstance(positions, int) and positions > 0 else _LENGTH
         self.kept = (length, max(1, length * _MIDDLE // _LENGTH), 1)
         """Number of leading tokens of each sequence that are the same in both batches."""
-        ids = _plain_ids(vocab_size, _special_ids(config.to_dict()), 6 * length).view(2, 3, length)
+        order = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(0)).tolist()
+        special = _special_ids(config.to_dict())
+        plain = [token for token in order if token not in special] or order
+        ids = torch.tensor((plain * (6 * length // len(plain) + 1))[: 6 * length]).view(2, 3, length)
         for row, count in enumerate(self.kept):
             ids[1, row, :count] = ids[0, row, :count]
         self.input_ids: Int[Tensor, "batch length"] = ids[0].to(device)
         self.changed_ids: Int[Tensor, "batch length"] = ids[1].to(device)
-
-
-def _plain_ids(vocab_size: int, special: set[int], count: int) -> Int[Tensor, " tokens"]:
-    order = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(0)).tolist()
-    plain = [token for token in order if token not in special] or order
-    return torch.tensor((plain * (count // len(plain) + 1))[:count])
 
 
 def _special_ids(settings: dict[Any, Any]) -> set[int]:
@@ -60,9 +58,7 @@ def relative_difference(found: Float[Tensor, "..."], expected: Float[Tensor, "..
     """Compute the root mean square of the difference, divided by the root mean square of `expected`.
 
     Values whose magnitude exceeds a million in both tensors are ignored, because heads use such logits to forbid tokens.
-
-    Returns:
-        The relative difference, or NaN if a tensor contains NaN.
+    The result is NaN if a tensor contains NaN.
     """
     both_beyond = (found.abs() > _BEYOND) & (expected.abs() > _BEYOND)
     expected = expected.double().masked_fill(both_beyond, 0.0)
@@ -70,25 +66,32 @@ def relative_difference(found: Float[Tensor, "..."], expected: Float[Tensor, "..
     return float(difference / expected.square().mean().sqrt().clamp_min(1e-30))
 
 
-def head_tolerance(dtype: torch.dtype) -> float:
-    """Return the largest `head_difference` that rounding explains in this dtype."""
-    return {torch.float64: 1e-8, torch.float32: 1e-4}.get(dtype, 3e-2)
-
-
-def head_difference(ours: Float[Tensor, "tokens vocab"], expected: Float[Tensor, "tokens vocab"]) -> float:
-    """Compute the largest difference between two sets of logits, relative to the size of the logits of a vocab entry.
+def check_logits(logits: Float[Tensor, "..."], hidden: Float[Tensor, "..."], head: OutputHead, name: str) -> None:
+    """Raise an error if a model's logits are not those of its output head.
 
     Each vocab entry has its own scale (1 + its largest absolute logit), so that a very negative bias of one entry does
     not hide differences in others. Logits of -inf, which forbid tokens, must agree.
 
-    Args:
-        ours: logits of `OutputHead.logits`.
-        expected: logits of the model.
+    Raises:
+        UserError: the logits differ by more than rounding explains, or are NaN. The message names the model.
     """
-    expected = expected.to(ours.dtype)
-    difference = torch.where(ours == expected, 0.0, (ours - expected).abs())
+    if hidden.shape[-1] != head.hidden_size or logits.shape != (*hidden.shape[:2], head.vocab_size):
+        raise UserError(
+            f"{name} cannot be used: its output head maps {head.hidden_size} values to {head.vocab_size} logits, but its "
+            f"hidden states have the shape {tuple(hidden.shape)} and its logits {tuple(logits.shape)}; use another model"
+        )
+    if logits.isnan().any():
+        raise UserError(f"{name} cannot be used: its logits are NaN; check its weights")
+    ours = head.logits(hidden.flatten(0, 1))
+    expected = logits.flatten(0, 1).to(ours.dtype)
+    differences = torch.where(ours == expected, 0.0, (ours - expected).abs())
     scale = expected.abs().masked_fill(expected.isinf(), 0.0).amax(0)
-    return float((difference / (1 + scale)).max())
+    difference = float((differences / (1 + scale)).max())
+    if not difference <= {torch.float64: 1e-8, torch.float32: 1e-4}.get(head.weight.dtype, 3e-2):
+        raise UserError(
+            f"{name} cannot be used: its logits are not its output head applied to its final hidden states (largest "
+            f"difference {difference:.3g}, relative to the logits), so its architecture is not supported; use another model"
+        )
 
 
 def check_causal(

@@ -4,7 +4,7 @@ Only the backbone runs over the whole batch. No product with the vocabulary is c
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from dwakd.batch import ModelSide, OutputHead
+from dwakd.batch import ModelSide, OutputHead, TokenBatch
 from dwakd.errors import UserError
 from dwakd.models.attention import last_layer
-from dwakd.models.probe import Probe, check_causal, head_difference, head_tolerance
+from dwakd.models.probe import Probe, check_causal, check_logits
 
 # Prefix of the model type, config field, exponent: logits are multiplied by the field to the power of the exponent.
 _LOGIT_SCALES = (
@@ -43,21 +43,19 @@ def embedding_table(model: nn.Module) -> Float[Tensor, "vocab embedding"]:
 
 
 def output_head(model: nn.Module) -> OutputHead:
-    """Return the model's LM head with the bias, scale and soft cap of its architecture.
-
-    Gradient flows into weight and bias.
+    """Return the model's LM head with the bias, scale and soft cap of its architecture, all with gradient.
 
     Raises:
         UserError: the model has no head, or the head is adapted by LoRA.
     """
     module = _plain_module("get_output_embeddings", "output head", model)
     config = _causal_lm(model).config.get_text_config()
-    caps = [cap for cap in (getattr(config, field, None) for field in _SOFT_CAPS) if cap is not None]
+    cap = next((cap for cap in (getattr(config, field, None) for field in _SOFT_CAPS) if cap is not None), None)
     return OutputHead(
         weight=module.weight,
         bias=getattr(module, "bias", None),
         scale=_logit_scale(config),
-        soft_cap=float(caps[0]) if caps else None,
+        soft_cap=None if cap is None else float(cap),
     )
 
 
@@ -76,29 +74,17 @@ def check_head(model: nn.Module) -> None:
         raise UserError(f"{name} has weights on the meta device (offloaded or not loaded); load the model into memory")
     table, head = embedding_table(model), output_head(model)
     config = _causal_lm(model).config
-    if config.is_encoder_decoder:
-        raise UserError(
-            f"{name} is not causal: it is an encoder-decoder, whose encoder reads all tokens; use a decoder-only model"
-        )
-    if config.model_type == "reformer":  # the probe's sequences are too short to show it
-        raise UserError(
-            f"{name} is not causal: Reformer's hashed attention sorts all tokens of a sequence; use another model"
-        )
+    reads_ahead = {
+        "it is an encoder-decoder, whose encoder reads all tokens": config.is_encoder_decoder,
+        # the probe's sequences are too short to show it
+        "Reformer's hashed attention sorts all tokens of a sequence": config.model_type == "reformer",
+    }
+    for reason, holds in reads_ahead.items():
+        if holds:
+            raise UserError(f"{name} is not causal: {reason}; use a decoder-only model")
     probe = Probe(config, min(len(table), head.vocab_size), table.device)
     logits, hidden, changed = _probed(model, probe)
-    if hidden.shape[-1] != head.hidden_size or logits.shape != (*hidden.shape[:2], head.vocab_size):
-        raise UserError(
-            f"{name} cannot be used: its output head maps {head.hidden_size} values to {head.vocab_size} logits, but its "
-            f"hidden states have the shape {tuple(hidden.shape)} and its logits {tuple(logits.shape)}; use another model"
-        )
-    if logits.isnan().any():
-        raise UserError(f"{name} cannot be used: its logits are NaN; check its weights")
-    difference = head_difference(head.detached().logits(hidden.flatten(0, 1)), logits.flatten(0, 1))
-    if not difference <= head_tolerance(head.weight.dtype):
-        raise UserError(
-            f"{name} cannot be used: its logits are not its output head applied to its final hidden states (largest "
-            f"difference {difference:.3g}, relative to the logits), so its architecture is not supported; use another model"
-        )
+    check_logits(logits, hidden, head.detached(), name)
     check_causal(hidden, changed, probe.kept, name)
 
 
@@ -162,66 +148,62 @@ def final_states(
     """Compute `final_hidden` and, if `attention` is true, `ModelSide.attention` of every position (otherwise None)."""
     if not attention:
         return final_hidden(model, input_ids, attention_mask), None
-    with last_layer(_causal_lm(model).config.get_text_config()) as noted:
+    with last_layer(_causal_lm(model).config.get_text_config()) as recorded:
         hidden = final_hidden(model, input_ids, attention_mask)
-    return hidden, noted.row(attention_mask.sum(1) - 1)
+    return hidden, recorded.row(attention_mask.sum(1) - 1)
 
 
-def response_rows(
-    model: nn.Module,
-    input_ids: Int[Tensor, "batch length"],
-    attention_mask: Int[Tensor, "batch length"] | Bool[Tensor, "batch length"],
-    target_ids: Int[Tensor, "batch length"],
-    response_mask: Bool[Tensor, "batch length"],
-    byte_ends: Int[Tensor, "batch length"],
-    *,
-    attention: bool = False,
-    num_rows: Sequence[int] | None = None,
-) -> ModelSide:
-    """Run the backbone and select the positions where `response_mask` is True, in the order of the batch.
+def response_side(model: nn.Module, tokens: TokenBatch, *, attention: bool = False) -> ModelSide:
+    """Run a model that is trained, and select the response positions of the batch.
 
-    Gradient reaches the model through `hidden` and `target_embeddings`. `input_embeddings` are constants.
+    Gradient reaches the model through `hidden`, `target_embeddings` and `head`.
 
     Args:
-        model: as in `final_hidden`.
-        input_ids: token read at each position, padded on the right.
-        attention_mask: 1 for tokens, 0 for padding.
-        target_ids: token predicted at each position.
-        response_mask: True where the predicted token is a supervised token of the response.
-        byte_ends: byte offset in the response at which the predicted token ends.
+        model: as in `final_hidden`, on the device of the batch.
+        tokens: the model's tokens.
         attention: whether to compute `ModelSide.attention`.
-        num_rows: number of True values in `response_mask` for each example. Without it, the host waits for the device.
-
-    Returns:
-        The model's side of the batch.
     """
-    hidden, weights = final_states(model, input_ids, attention_mask, attention=attention)
-    table = embedding_table(model)
-    rows = true_places(response_mask, num_rows)
-    targets = target_ids.flatten()[rows]
+    hidden, weights = final_states(model, tokens.input_ids, tokens.attention_mask, attention=attention)
+    places = response_places(tokens)
+    weights = None if weights is None else weights.flatten()[places]
+    return select_side(tokens, hidden.flatten(0, 1)[places], weights, embedding_table(model), output_head(model))
+
+
+def select_side(
+    tokens: TokenBatch,
+    hidden: Float[Tensor, "tokens hidden"],
+    attention: Float[Tensor, " tokens"] | None,
+    table: Float[Tensor, "vocab embedding"],
+    head: OutputHead,
+) -> ModelSide:
+    """Combine hidden states and attention of the response positions with their tokens.
+
+    Args:
+        tokens: the model's tokens.
+        hidden: final hidden states of the response positions, one example after the other.
+        attention: see `ModelSide`.
+        table: the model's input-embedding table; detached for a teacher.
+        head: the model's head; detached for a teacher.
+    """
+    places = response_places(tokens)
+    targets = tokens.target_ids.flatten()[places]
     return ModelSide(
-        hidden=hidden.flatten(0, 1)[rows],
-        input_embeddings=table.detach()[input_ids.flatten()[rows]],
+        hidden=hidden,
+        input_embeddings=table.detach()[tokens.input_ids.flatten()[places]],
         target_embeddings=nn.functional.embedding(targets, table),
         target_ids=targets,
-        lengths=response_mask.sum(dim=1),
-        byte_ends=byte_ends.flatten()[rows],
-        head=output_head(model),
-        attention=None if weights is None else weights.flatten()[rows],
-    ).with_counts(num_rows)
+        lengths=tokens.response_mask.sum(dim=1),
+        byte_ends=tokens.byte_ends.flatten()[places],
+        head=head,
+        aligned_rows=tokens.aligned_rows,
+        attention=attention,
+        num_rows=tokens.num_rows,
+    )
 
 
-def true_places(mask: Bool[Tensor, "batch length"], counts: Sequence[int] | None) -> Int[Tensor, " tokens"]:
-    """Return the indices of the True values of the flattened mask, in order.
-
-    Args:
-        mask: the mask.
-        counts: number of True values for each example. Without it, the host waits for the device.
-    """
-    flat = mask.flatten()
-    if counts is None:
-        return flat.nonzero().squeeze(1)
-    return flat.logical_not().byte().argsort(stable=True)[: sum(counts)]
+def response_places(tokens: TokenBatch) -> Int[Tensor, " tokens"]:
+    """Return the indices of the response positions in the flattened batch, without waiting for the device."""
+    return tokens.response_mask.flatten().logical_not().byte().argsort(stable=True)[: sum(tokens.num_rows)]
 
 
 def model_name(model: nn.Module) -> str:

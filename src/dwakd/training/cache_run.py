@@ -34,8 +34,9 @@ def cache_recipe(recipe: Recipe, folder: str | Path | None = None, *, check: boo
         )
     folders = [folder or section.cache for section in recipe.teachers]
     if not any(folders):
-        where = "or with --output" if len(folders) == 1 else "for at least one of the teachers"
-        raise UserError(f"teacher.cache is missing: name the folder of the cache in the recipe, {where}")
+        raise UserError(
+            "teacher.cache is missing: name the folder of a teacher's cache in the recipe (or with --output)"
+        )
     args = training_config(recipe, "unused")
     train, evaluation = recipe_examples(recipe)
     teachers = [
@@ -76,8 +77,7 @@ def cache_command(path: Path, overrides: list[str], folder: Path | None, *, chec
         if recipe.compare is None:  # a comparison builds the cache for its other methods
             refuse_attention(recipe.method, recipe.loss_options)
         caches = cache_recipe(recipe, folder, check=check)
-    lines = []
-    for cache in caches:
-        result = "is complete" if check else f"is ready; train from it with teacher.cache: {cache.folder}"
-        lines.append(f"teacher cache {cache.folder} ({cache.describe()}) {result}")
-    return "\n".join(lines)
+    result = "is complete" if check else "is ready; train from it with teacher.cache: {}"
+    return "\n".join(
+        f"teacher cache {cache.folder} ({cache.describe()}) {result.format(cache.folder)}" for cache in caches
+    )

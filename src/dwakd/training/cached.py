@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dwakd.batch import OutputHead
+from dwakd.batch import TokenBatch
 from dwakd.cache.build import open_or_build
 from dwakd.cache.fingerprint import DATE, adapter_digest, fingerprint, row_key, weights_digest
 from dwakd.cache.manifest import MANIFEST, Manifest, check_folder
 from dwakd.cache.store import Cache, CacheRequest, open_complete
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.pairs import EncodedPairs
 from dwakd.errors import UserError
 from dwakd.losses import needs_attention
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.training.config import DistillConfig
 from dwakd.training.inputs import load_pair
-from dwakd.training.teacher import Collator, Teacher
+from dwakd.training.teacher import Sets, Teacher
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -70,9 +70,7 @@ class CachedTeacher(Teacher):
         self._options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.tokenizer = tokenizer or load_tokenizer(model, **self._options)
         self.cache: Cache
-        """The open cache, available after `prepare`."""
-        self._table: Tensor
-        self._head: OutputHead
+        """The open cache, available after `prepare`, like `head` and `table`."""
 
     @property
     def date(self) -> str | None:
@@ -80,24 +78,10 @@ class CachedTeacher(Teacher):
         built = (self.folder / MANIFEST).is_file()
         return Manifest.load(self.folder).fingerprint.get(DATE) if built else None
 
-    @property
-    def head(self) -> OutputHead:
-        return self._head
-
-    @property
-    def table(self) -> Float[Tensor, "vocab embedding"]:
-        return self._table
-
-    def prepare(
-        self, encoder: TextEncoder, args: DistillConfig, sets: dict[str, EncodedPairs | None], *, repair: bool = False
-    ) -> None:
+    def prepare(self, encoder: TextEncoder, args: DistillConfig, sets: Sets, *, repair: bool = False) -> None:
         """Build or verify the cache of these data sets, then load the teacher's head and embedding table.
 
-        Args:
-            encoder: encoder of the teacher.
-            args: device, ranks and truncation.
-            sets: encoded data sets, "train" and "eval".
-            repair: build damaged files again instead of refusing them.
+        With `repair`, damaged files are built again instead of refused.
 
         Raises:
             UserError: see `dwakd.cache.build.open_or_build`.
@@ -106,15 +90,16 @@ class CachedTeacher(Teacher):
         request = self._request(encoder, args, sets)
         self.cache = open_or_build(self.folder, request, lambda: self._load(args), repair=repair)
         gc.collect()  # frees the teacher's layers, if they were loaded
-        self._table, self._head = self.cache.teacher()
+        self.table, self.head = self.cache.teacher()
+        self.find_place = partial(find_place, self.cache)
 
-    def check(self, encoder: TextEncoder, args: DistillConfig, sets: dict[str, EncodedPairs | None]) -> Cache:
+    def check(self, encoder: TextEncoder, args: DistillConfig, sets: Sets) -> Cache:
         """Verify every byte of the cache, and that it was built from these data sets; raise UserError otherwise."""
         cache = open_complete(self.folder, progress=not args.disable_tqdm)
         cache.check_source(self._request(encoder, args, sets))
         return cache
 
-    def _request(self, encoder: TextEncoder, args: DistillConfig, sets: dict[str, EncodedPairs | None]) -> CacheRequest:
+    def _request(self, encoder: TextEncoder, args: DistillConfig, sets: Sets) -> CacheRequest:
         return CacheRequest(
             sets={role: pairs for role, pairs in sets.items() if pairs is not None},
             fingerprint=fingerprint(
@@ -134,20 +119,28 @@ class CachedTeacher(Teacher):
 
     def _load(self, args: DistillConfig) -> nn.Module:
         model = load_causal_lm(self.name, adapter=self.adapter, dtype=self.dtype, **self._options)
-        model, _ = load_pair(model, self.tokenizer, args, "teacher_processing_class")
-        return model.to(args.device)
+        return load_pair(model, self.tokenizer, args, "teacher_processing_class")[0].to(args.device)
 
-    def collator(self, collate: Collator) -> Collator:
-        return CachingCollator(collate, self.cache)
-
-    def states(self, batch: dict[str, Any]) -> tuple[Float[Tensor, "tokens hidden"], None]:
-        device = batch["teacher_input_ids"].device
+    def states(self, tokens: TokenBatch) -> tuple[Float[Tensor, "tokens hidden"], None]:
+        device = tokens.input_ids.device
         if self.table.device != device:
             tied = self.table is self.head.weight
-            self._head = self.head.to(device)
-            self._table = self.head.weight if tied else self.table.to(device)
-        places = batch["teacher_places"][: len(batch["teacher_input_ids"])]
-        return self.cache.read(places).to(device, self.head.weight.dtype, non_blocking=True), None
+            self.head = self.head.to(device)
+            self.table = self.head.weight if tied else self.table.to(device)
+        assert tokens.cache_places is not None
+        return self.cache.read(tokens.cache_places).to(device, self.head.weight.dtype, non_blocking=True), None
+
+
+def find_place(cache: Cache, features: dict[str, Any]) -> int:
+    """Return the index of a row in the cache, given its features for the teacher; raise UserError if it has none."""
+    ids = [*features["teacher_input_ids"], features["teacher_target_ids"][-1]]
+    place = cache.index.places.get(row_key(ids, len(ids) - sum(features["teacher_response_mask"])))
+    if place is None:
+        raise UserError(
+            f"teacher cache {cache.folder} does not contain row {features['example_id']} (counting from 0) of the data set "
+            "to evaluate; give this data set as eval_dataset when the cache is built"
+        )
+    return place
 
 
 def refuse_attention(method: str, options: dict[str, Any]) -> None:
@@ -157,24 +150,3 @@ def refuse_attention(method: str, options: dict[str, Any]) -> None:
             f"method {method} reads the teacher's attention, which a cache does not contain; set "
             "loss.span_weights=uniform, or train without teacher.cache"
         )
-
-
-class CachingCollator:
-    """Collate a batch and add the index of each row in the cache as `teacher_places`."""
-
-    def __init__(self, collate: Collator, cache: Cache) -> None:
-        self.collate = collate
-        self.cache = cache
-
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self.collate(features), "teacher_places": [self._place(feature) for feature in features]}
-
-    def _place(self, feature: dict[str, Any]) -> int:
-        ids = [*feature["teacher_input_ids"], feature["teacher_target_ids"][-1]]
-        place = self.cache.index.places.get(row_key(ids, len(ids) - sum(feature["teacher_response_mask"])))
-        if place is None:
-            raise UserError(
-                f"teacher cache {self.cache.folder} does not contain row {feature['example_id']} (counting from 0) of "
-                "the data set to evaluate; give this data set as eval_dataset when the cache is built"
-            )
-        return place

@@ -1,4 +1,4 @@
-"""What a person at the keyboard sees during training."""
+"""Callbacks of every run: the epoch of the sampler, the time of steps, and the progress bar."""
 
 import time
 from typing import Any
@@ -6,22 +6,17 @@ from typing import Any
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
 
-class EpochAndTerms(TrainerCallback):
-    """Prepares a run for its other callbacks, passes the epoch to the sampler, and measures the time of steps.
+class RunCallback(TrainerCallback):
+    """Prepare a run for its other callbacks, pass the epoch to the sampler, and measure the time of steps.
 
-    The callbacks after it receive the student as `model`, because the module of student and loss has no `generate`. The sums
-    of terms start with the run. A resumed data loader does not pass the epoch to the sampler.
-
-    `seconds` holds the time of each optimiser step from its first batch on, the teacher's forward included, without
-    logging, evaluation and saving.
+    The callbacks after it receive the student as `model`, because the module of student and loss has no `generate`. A
+    resumed data loader does not pass the epoch to the sampler.
     """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.seconds: list[float] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.trainer.step_started)
+        """Time of each optimiser step from its first batch on, without logging, evaluation and saving."""
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.callback_handler.model = self.trainer.student
@@ -30,16 +25,19 @@ class EpochAndTerms(TrainerCallback):
         self.trainer.callback_handler.model = self.trainer.student
         self.trainer.reset_terms()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.finite.check_gradients()
-
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.length_sampler is not None:
             self.trainer.length_sampler.set_epoch(int(state.epoch or 0))
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.finite.check_gradients()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self.trainer.step_started)
+
 
 class TermsProgressCallback(ProgressCallback):
-    """A progress bar that carries the latest terms beside it instead of printing a line for each step."""
+    """A progress bar that shows the latest terms instead of printing a line for each step."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or self.training_bar is None or not logs:

@@ -1,4 +1,4 @@
-"""Loading student and method from a checkpoint, and finding checkpoints that are incomplete."""
+"""Load student and loss from a checkpoint, and find checkpoints that are incomplete."""
 
 import json
 import zipfile
@@ -17,7 +17,7 @@ LOSS_STATE = "distillation.safetensors"
 
 
 def load_student(student: Any, folder: str | Path) -> None:
-    """Load the weights (or the adapter) of a saved student, in place; each parameter keeps its own dtype."""
+    """Load the weights (or the adapter) of a saved student in place. Each parameter keeps its own dtype."""
     if isinstance(student, PeftModel):
         (adapter,) = student.peft_config
         set_peft_model_state_dict(student, load_peft_weights(str(folder), device="cpu"), adapter_name=adapter)
@@ -27,23 +27,21 @@ def load_student(student: Any, folder: str | Path) -> None:
 
 
 def widest_dtype(model: nn.Module) -> torch.dtype:
-    """The narrowest dtype that holds every floating-point parameter of a model exactly."""
+    """Return the narrowest dtype that holds every floating-point parameter of a model exactly."""
     dtypes = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
     return reduce(torch.promote_types, dtypes)
 
 
 def load_checkpoint(student: nn.Module, loss: nn.Module, folder: str | Path) -> None:
-    """Load the weights of student and method from a checkpoint, in place."""
+    """Load the weights of student and loss from a checkpoint in place."""
     load_student(student, folder)
     loss.load_state_dict(load_file(Path(folder) / LOSS_STATE))
 
 
 def checkpoint_fault(folder: Path, needed: Sequence[str]) -> str | None:
-    """What is wrong with a checkpoint: a file that is missing or cut short; None if nothing shows without reading all.
+    """Return which file of a checkpoint is missing or damaged, or None. Weights are not read completely.
 
-    Args:
-        folder: of the checkpoint.
-        needed: names of files that must be there beside the student's weights (or its adapter's).
+    `needed` are the names of files that a checkpoint contains beside the weights of the student or its adapter.
     """
     missing = [name for name in needed if not (folder / name).is_file()]
     weights = {path.name for path in folder.glob("*.safetensors")} - set(needed)
@@ -56,7 +54,7 @@ def checkpoint_fault(folder: Path, needed: Sequence[str]) -> str | None:
 
 
 def ends_well(path: Path) -> bool:
-    """Whether a file is there and can be opened, if of a kind in a checkpoint; every cut shows, a flipped byte need not."""
+    """Return whether a file exists and is complete. This finds truncated files of all types in a checkpoint."""
     try:
         if path.suffix in (".pt", ".pth"):
             return zipfile.is_zipfile(path)

@@ -1,23 +1,22 @@
-"""Student and loss in one module, so that wrappers reduce the gradients of both and checkpoints hold both."""
+"""Student and loss in one module, so that wrappers reduce the gradients of both and checkpoints contain both."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dwakd.batch import LossOutput, ModelSide
-from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import DistillationLoss
-from dwakd.losses.several_teachers import SeveralTeachers
-from dwakd.training.teacher import side_rows
+from dwakd.batch import LossOutput, ModelSide, TokenBatch
+from dwakd.losses import DistillationLoss, SeveralTeachers, TeacherScale
+from dwakd.models.rows import response_side
 
 
 class Distiller(nn.Module):
-    """Runs the student on a batch and the loss on its response rows.
+    """Run the student on a batch, and the loss on its response positions.
 
     Args:
         student: a causal language model of transformers, or a PEFT model around one.
-        loss: the method, or several; its parameters (projectors) train with the student.
+        loss: the method, or several. Its parameters (projectors) are trained with the student.
     """
 
     accepts_loss_kwargs = True
@@ -28,42 +27,38 @@ class Distiller(nn.Module):
         super().__init__()
         self.student = student
         self.loss = loss
+        self.get_input_embeddings = student.get_input_embeddings  # for neftune_noise_alpha
+        self.gradient_checkpointing_enable = student.gradient_checkpointing_enable
 
     @property
     def config(self) -> Any:
+        """The student's config."""
         return self.student.config
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The student's, for `TrainingArguments.neftune_noise_alpha`."""
-        return self.student.get_input_embeddings()  # type: ignore[operator]
-
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Delegated to the student, for `TrainingArguments.gradient_checkpointing`."""
-        self.student.gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
 
     def forward(
         self,
-        batch: dict[str, Any],
-        teacher: ModelSide | list[ModelSide] | None = None,
+        student: TokenBatch,
+        teachers: Sequence[ModelSide] = (),
+        teacher_scales: Sequence[TeacherScale] = (),
         num_tokens: Tensor | float | None = None,
-        teacher_scale: TeacherScale | list[TeacherScale] | None = None,
     ) -> dict[str, Any]:
-        """The loss of a collated batch as {"loss": scalar with gradient, "terms": {name: detached scalar}}.
+        """Compute the loss of a batch as {"loss": scalar with gradient, "terms": {name: detached scalar}}.
 
         Args:
-            batch: what `PairedCollator` returns.
-            teacher: the teacher's rows of the same batch; a list of several teachers'.
+            student: the student's tokens.
+            teachers: the side of each teacher.
+            teacher_scales: statistics of each teacher over the whole optimiser batch. Default: those of this batch.
             num_tokens: see `DistillationLoss.forward`.
-            teacher_scale: see `DistillationLoss.forward`.
         """
-        student = side_rows(self.student, batch, "student", attention=self.loss.needs_attention)
-        output = self._loss(student, teacher, num_tokens, teacher_scale)
+        side = response_side(self.student, student, attention=self.loss.needs_attention)
+        output = self._loss(side, teachers, teacher_scales, num_tokens)
         return {"loss": output.loss, "terms": output.terms}
 
     # The kernels bring their own compiled code; `torch_compile` is for the student.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _loss(self, student: ModelSide, *arguments: Any) -> LossOutput:
-        teacher, num_tokens, teacher_scale = arguments
+    def _loss(self, student: ModelSide, teachers: Any, scales: Any, num_tokens: Any) -> LossOutput:
+        if not isinstance(self.loss, SeveralTeachers):
+            teachers, scales = (next(iter(values), None) for values in (teachers, scales))
         with torch.autocast(student.hidden.device.type, enabled=False):
-            output: LossOutput = self.loss(student, teacher, num_tokens=num_tokens, teacher_scale=teacher_scale)
+            output: LossOutput = self.loss(student, teachers, num_tokens=num_tokens, teacher_scale=scales or None)
         return output

@@ -8,12 +8,14 @@ from torch import Tensor
 
 from dwakd.errors import UserError
 
+_FIX = "lower training.learning_rate, or set training.warmup_steps"
+
 
 class FiniteCheck:
-    """Ends a run when a training loss or a trained weight is NaN or infinite, or when the student gets no gradient.
+    """End a run when a training loss or a trained weight is NaN or infinite, or when the student gets no gradient.
 
-    On a CPU a loss is checked at once. On an accelerator its value is copied to the host without waiting and is checked when
-    the copy has arrived: usually one step later, and always in `finish`.
+    On a CPU, a loss is checked at once. On an accelerator, its value is copied to the host without waiting and is checked
+    when the copy has arrived: usually one step later, and always in `finish`.
 
     Args:
         trainer: gives the model, the state of the run, and the callbacks that close progress bars and trackers.
@@ -34,14 +36,12 @@ class FiniteCheck:
         self._copies.append((self.trainer.state.global_step + 1, loss.detach().to("cpu", non_blocking=True), event))
         if event is not None:
             event.record()
-        while self._copies and self._first_arrived():
-            self._check_first()
+        self._check_arrived(wait=False)
 
     def check_gradients(self) -> None:
         """Refuse a run whose student has had no gradient other than zero by its third step, or its last if that is earlier.
 
-        Called after the gradients are clipped. Once a gradient is found, nothing is checked. Gradients that are sharded over
-        processes are not checked.
+        Called after the gradients are clipped. Gradients that are sharded over processes are not checked.
 
         Raises:
             UserError: names the options that can cause it.
@@ -53,8 +53,7 @@ class FiniteCheck:
         self._has_gradient = any(bool(gradient.any()) for gradient in gradients if gradient is not None)
         step = trainer.state.global_step + 1
         if not self._has_gradient and step >= min(3, trainer.state.max_steps):
-            trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
-            raise UserError(
+            self._fail(
                 f"every gradient of the student is zero at step {step}, so nothing is trained: check the weights in loss, "
                 "training.max_grad_norm, and lora_alpha and lora_dropout in student.peft"
             )
@@ -67,25 +66,24 @@ class FiniteCheck:
         Raises:
             UserError: a loss or a parameter is NaN or infinite; names the step.
         """
-        while self._copies:
-            event = self._copies[0][2]
-            if event is not None:
-                event.synchronize()
-            self._check_first()
+        self._check_arrived(wait=True)
         trained = (parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad)
         if any(bool((tensor.isnan() | tensor.isposinf()).any()) for tensor in trained):
-            self._fail(f"the weights contain NaN or inf after step {self.trainer.state.global_step} and are not saved")
+            step = self.trainer.state.global_step
+            self._fail(f"the weights contain NaN or inf after step {step} and are not saved: {_FIX}")
 
-    def _first_arrived(self) -> bool:
-        event = self._copies[0][2]
-        return event is None or bool(event.query())
+    def _check_arrived(self, *, wait: bool) -> None:
+        while self._copies:
+            step, loss, event = self._copies[0]
+            if event is not None and wait:
+                event.synchronize()
+            elif event is not None and not event.query():
+                return
+            self._copies.popleft()
+            if not loss.isfinite():
+                self._fail(f"the loss is {loss.item()} at step {step}: {_FIX}")
 
-    def _check_first(self) -> None:
-        step, loss, _ = self._copies.popleft()
-        if not loss.isfinite():
-            self._fail(f"the loss is {loss.item()} at step {step}")
-
-    def _fail(self, what: str) -> NoReturn:
+    def _fail(self, message: str) -> NoReturn:
         self._copies.clear()
         self.trainer.callback_handler.on_train_end(self.trainer.args, self.trainer.state, self.trainer.control)
-        raise UserError(f"{what}: lower training.learning_rate, or set training.warmup_steps")
+        raise UserError(message)

@@ -1,4 +1,4 @@
-"""The groups of the optimiser: the maps between the models have a learning rate of their own."""
+"""The parameter groups of the optimiser: the maps between the models have a learning rate of their own."""
 
 from typing import Any
 
@@ -11,29 +11,24 @@ from dwakd.training.config import DistillConfig
 
 
 def parameter_groups(distiller: nn.Module, decayed: set[str], args: DistillConfig) -> list[dict[str, Any]]:
-    """The trainable parameters of student and loss, each with and without weight decay (`decayed`, by name)."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    """Group the trainable parameters of student and loss. Those named in `decayed` get weight decay."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in distiller.named_parameters():
         if parameter.requires_grad:
-            own = "student" not in name.split(".")[:2]  # a wrapper may put one word before
-            groups.setdefault((own, name in decayed), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "weight_decay": args.weight_decay if decay else 0.0,
-            "lr": args.projector_learning_rate if own else args.learning_rate,
-        }
-        for (own, decay), parameters in groups.items()
-    ]
+            of_student = "student" in name.split(".")[:2]  # a wrapper may add one word in front
+            rate = args.learning_rate if of_student else args.projector_learning_rate
+            decay = args.weight_decay if name in decayed else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
 
 
 def check_optimizer(args: DistillConfig) -> None:
-    """Build optimiser and schedule for a module of one number: what they refuse would show only when training begins.
+    """Build optimiser and schedule for one number, to find wrong options before the models are loaded.
 
     Raises:
-        UserError: a package that isn't installed, or options that the optimiser or the schedule refuses.
+        UserError: a package is not installed, or the optimiser or the schedule refuses its options.
     """
-    if args.deepspeed:  # its own file says what they are
+    if args.deepspeed:  # its own file defines them
         return
     weight = nn.Parameter(torch.zeros(1, 1))
     steps = max(args.max_steps, 1)
@@ -42,12 +37,7 @@ def check_optimizer(args: DistillConfig) -> None:
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, nn.ParameterList([weight]))
         optimizer = optimizer_class([weight], **options)
         option = "lr_scheduler_type"
-        get_scheduler(
-            args.lr_scheduler_type,
-            optimizer=optimizer,
-            num_warmup_steps=args.get_warmup_steps(steps),
-            num_training_steps=steps,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-        )
-    except Exception as error:  # a dozen packages raise what they like
+        warmup, own = args.get_warmup_steps(steps), args.lr_scheduler_kwargs
+        get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, scheduler_specific_kwargs=own)
+    except Exception as error:  # many packages raise exceptions of their own types
         raise UserError(f"training.{option}: {' '.join(str(error).split())}") from error

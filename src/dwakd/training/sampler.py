@@ -1,28 +1,29 @@
-"""Which rows make a step: batches of like length, and no row twice where ranks share the last step."""
+"""Choose the rows of each step: batches of similar length, and no row twice where ranks share the last step."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from accelerate.state import GradientState
-from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import TrainingArguments
 
+from dwakd.batch import PairedBatch
+
 BLOCK_STEPS = 50
-"""Rows are sorted within this many steps: enough to save the padding, few enough to keep the mixture."""
+"""Number of steps within which rows are sorted: enough to save most padding, few enough to keep the mixture of rows."""
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Shuffles rows, sorts them by length within blocks of fifty steps, and shuffles the steps.
+    """Shuffle rows, sort them by length within blocks of fifty steps, and shuffle the steps.
 
-    transformers' own draws from the global random state, so that a resumed epoch would be another one, and leaves
-    every block sorted, so that each ends on the shortest rows.
+    The sampler of transformers draws from the global random state, so that a resumed epoch would have another order, and
+    leaves every block sorted, so that each ends with the shortest rows.
 
     Args:
-        lengths: tokens per row.
-        step_size: rows of one optimiser step over accumulation and ranks: split differently, the steps stay the same.
-        seed: of the order.
+        lengths: number of tokens of each row.
+        step_size: rows of one optimiser step, over accumulation and ranks. The steps do not depend on how it is split.
+        seed: seed of the order.
     """
 
     def __init__(self, lengths: Sequence[int], step_size: int, seed: int) -> None:
@@ -35,7 +36,7 @@ class LengthGroupedSampler(Sampler[int]):
         return len(self.lengths)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called before each epoch; another epoch is another order."""
+        """Set the epoch, on which the order depends. Called before each epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -52,17 +53,13 @@ class LengthGroupedSampler(Sampler[int]):
         yield from order[full:]
 
 
-def cut_repeats(batches: list[dict[str, Any]], state: GradientState, args: TrainingArguments) -> None:
-    """Cut the rows with which accelerate fills up the ranks' last batches; a batch of nothing else has share 0."""
-    for batch in batches:
-        batch["share"] = 1.0
+def cut_repeats(batches: list[PairedBatch], state: GradientState, args: TrainingArguments) -> list[PairedBatch]:
+    """Remove the rows with which accelerate fills the ranks' last batches.
+
+    A batch without other rows keeps one row and has weight 0, because all ranks must take part in each step.
+    """
     if args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
-        return
-    last = batches[-1]
-    size = len(last["example_ids"])
-    kept = min(max(state.remainder - args.process_index * size, 0), size)
-    last["share"] = float(kept > 0)
-    for part in (last, *last.get("others", ())):
-        for name, value in part.items():
-            if isinstance(value, Tensor):
-                part[name] = value[: max(kept, 1)]
+        return batches
+    *others, last = batches
+    kept = min(max(state.remainder - args.process_index * len(last), 0), len(last))
+    return [*others, dataclasses.replace(last.first(max(kept, 1)), weight=float(kept > 0))]

@@ -1,10 +1,10 @@
-"""Checks of a student before the first step: it can be trained, and its saved folder will hold the same model."""
+"""Checks of a student before the first step: it can be trained, and its saved folder will contain the same model."""
 
 import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -22,38 +22,21 @@ from dwakd.training.checkpoint import widest_dtype
 
 
 def check_student(student: nn.Module) -> None:
-    """Run `check_trainable` and `check_restorable`.
-
-    Raises:
-        UserError: as these.
-    """
-    check_trainable(student)
-    check_restorable(student)
-
-
-def check_trainable(student: nn.Module) -> None:
-    """Refuse a student of which no parameter requires gradients.
-
-    Raises:
-        UserError: all of its parameters are frozen.
-    """
+    """Refuse a student without trainable parameters, and one that `check_restorable` refuses."""
     if not any(parameter.requires_grad for parameter in student.parameters()):
         hint = " (for a saved adapter: PeftModel.from_pretrained(..., is_trainable=True))"
         raise UserError(
             f"no parameter of the student {model_name(student)} requires gradients, so training would not change it: "
             f"set requires_grad on what should be trained{hint if isinstance(student, PeftModel) else ''}"
         )
+    check_restorable(student)
 
 
 def check_separate(student: nn.Module, teacher: nn.Module) -> None:
-    """Refuse a teacher that shares parameters with the student, because the teacher's parameters are frozen.
-
-    Raises:
-        UserError: names the first parameter that both have.
-    """
-    theirs = {_storage(parameter) for parameter in teacher.parameters()}
+    """Refuse a teacher that shares parameters with the student, because the teacher's parameters are frozen."""
+    shared = {_storage(parameter) for parameter in teacher.parameters()}
     for name, parameter in student.named_parameters():
-        if _storage(parameter) in theirs:
+        if _storage(parameter) in shared:
             raise UserError(
                 f"student and teacher share the parameter {name}, and the teacher is frozen: load the teacher separately"
             )
@@ -76,8 +59,11 @@ def check_restorable(student: nn.Module) -> None:
             f"the student {model_name(student)} has an adapter from add_adapter, whose base model would not be saved: "
             "give the model without it and the adapter as peft_config, or a peft.PeftModel"
         )
-    elif isinstance(student, PreTrainedModel) and not (is_deepspeed_zero3_enabled() or _is_split(student)):
-        _check_same(student, *_restored(student, _saved_config(student)))
+    elif isinstance(student, PreTrainedModel):
+        # a model that is quantized or lies on several devices cannot be rebuilt from its tensors
+        is_quantized = getattr(student, "hf_quantizer", None) is not None
+        if not (is_deepspeed_zero3_enabled() or is_quantized or len({p.device for p in student.parameters()}) > 1):
+            _check_same(student, _restored(student, _saved_config(student)))
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -109,19 +95,13 @@ def _storage(parameter: torch.Tensor) -> tuple[str, int]:
     return str(parameter.device), parameter.untyped_storage().data_ptr() or id(parameter)
 
 
-def _is_split(student: PreTrainedModel) -> bool:
-    """Whether the student is quantized or lies on several devices; neither can be rebuilt from its tensors."""
-    return getattr(student, "hf_quantizer", None) is not None or len({p.device for p in student.parameters()}) > 1
-
-
 def _check_adapter(student: PeftModel) -> None:
     if len(student.peft_config) > 1:
         raise UserError(
             f"the student has several adapters ({', '.join(student.peft_config)}), of which one can be saved: merge the "
             "others into its base model or delete them"
         )
-    (adapter,) = student.peft_config
-    config = student.peft_config[adapter]
+    ((adapter, config),) = student.peft_config.items()
     if str(getattr(config, "init_lora_weights", "")).startswith("pissa_niter"):
         raise UserError(
             "peft_config: init_lora_weights=pissa_niter_... changes the base model by random numbers that are not saved: use "
@@ -142,36 +122,29 @@ def _check_adapter(student: PeftModel) -> None:
 
 
 def _saved_config(student: PreTrainedModel) -> PretrainedConfig:
-    """The config as it is read back from the files that would be saved."""
+    """Return the config as it is read back from the files that would be saved."""
     remove_unused_sampling(student)
+    what = "settings of the student {} cannot be saved"
     with tempfile.TemporaryDirectory() as folder:
         try:
             if student.can_generate():
                 student.generation_config.save_pretrained(folder)
             student.config.save_pretrained(folder)
-        except Exception as error:  # validators raise their own types
-            raise UserError(
-                f"the settings of the student {model_name(student)} cannot be saved: {' '.join(str(error).split())}"
-            ) from error
-        try:
+            what = "config of the student {} cannot be read again after it is saved"
             return type(student.config).from_pretrained(folder)
-        except Exception as error:
-            raise UserError(
-                f"the config of the student {model_name(student)} cannot be read again after it is saved: "
-                f"{' '.join(str(error).split())}"
-            ) from error
+        except Exception as error:  # validators raise exceptions of their own types
+            raise UserError(f"the {what.format(model_name(student))}: {' '.join(str(error).split())}") from error
 
 
-def _restored(student: PreTrainedModel, config: PretrainedConfig) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model that its saved folder would give, and transformers' report of loading it."""
+def _restored(student: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
+    """Return the model that the saved folder of the student would give, if its tensors fit this config."""
+    name = model_name(student)
     try:
         tensors = remove_tied_weights_from_state_dict(dict(student.state_dict()), student)
-        tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # loading may change them in place
+        tensors = {key: tensor.clone() for key, tensor in tensors.items()}  # loading may change them in place
     except RuntimeError as error:
-        raise UserError(
-            f"the student {model_name(student)} shares tensors that its architecture does not share, so it cannot be "
-            f"saved: {str(error).splitlines()[0]}"
-        ) from error
+        shared = f"the student {name} shares tensors that its architecture does not share, so it cannot be saved"
+        raise UserError(f"{shared}: {str(error).splitlines()[0]}") from error
     known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     model_class: Any = known if isinstance(known, type) else type(student)
     with _quiet_transformers():
@@ -186,31 +159,33 @@ def _restored(student: PreTrainedModel, config: PretrainedConfig) -> tuple[PreTr
                 output_loading_info=True,
             )
         except Exception as error:
-            raise UserError(
-                f"the student {model_name(student)} cannot be loaded again after it is saved: "
-                f"{' '.join(str(error).split())}"
-            ) from error
-    return model, loading
-
-
-def _check_same(student: PreTrainedModel, restored: PreTrainedModel, loading: dict[str, Any]) -> None:
+            reason = " ".join(str(error).split())
+            raise UserError(f"the student {name} cannot be loaded again after it is saved: {reason}") from error
     what = {
         "missing_keys": "describes {}, which the model does not save",
         "unexpected_keys": "does not describe {}",
         "mismatched_keys": "describes {} in another shape",
     }
-    ignored = {name for name, _ in student.named_buffers()}  # loading passes over buffers that are not in the config
+    ignored = {key for key, _ in student.named_buffers()}  # loading passes over buffers that are not in the config
     for report, words in what.items():
         if keys := sorted({key if isinstance(key, str) else key[0] for key in loading[report]} - ignored):
             more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
-            raise UserError(
-                f"the student {model_name(student)} would be another model when its saved folder is loaded, because its "
-                f"config {words.format(keys[0] + more)}: correct the model or its config"
-            )
+            _refuse_other(name, f"its config {words.format(keys[0] + more)}")
+    return model
+
+
+def _check_same(student: PreTrainedModel, restored: PreTrainedModel) -> None:
+    """Refuse a student whose logits differ from those of the restored model, which is changed."""
     dtypes = {name: parameter.dtype for name, parameter in student.named_parameters()}
     for name, parameter in restored.named_parameters():
         parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
-    _copy_rounded_buffers(student, restored)
+    buffers = dict(student.named_buffers())
+    for name, buffer in restored.named_buffers():  # student.to(torch.bfloat16) rounds rotary frequencies
+        own = buffers.get(name)
+        if own is None or own.shape != buffer.shape or not own.is_floating_point():
+            continue
+        if torch.allclose(own.detach().to(buffer).float(), buffer.float(), rtol=1e-2, atol=1e-6):
+            buffer.data = own.detach().clone()
     vocab_size = student.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(16, device=student.device) * 7 % vocab_size).view(2, 8)
     with torch.no_grad(), evaluating(student), evaluating(restored.to(student.device)):
@@ -219,26 +194,19 @@ def _check_same(student: PreTrainedModel, restored: PreTrainedModel, loading: di
     tolerance = 1e-4 if widest_dtype(student).itemsize >= 4 and len(set(dtypes.values())) == 1 else 3e-2
     difference = float((expected - found).abs().max())
     if not difference <= tolerance * (1 + float(expected.abs().max())):
-        raise UserError(
-            f"the student {model_name(student)} would be another model when its saved folder is loaded: logits differ by "
-            f"{difference:.3g}, so its config does not describe all of it; correct the model or its config"
-        )
+        _refuse_other(model_name(student), f"its config does not describe all of it: logits differ by {difference:.3g}")
 
 
-def _copy_rounded_buffers(student: nn.Module, restored: nn.Module) -> None:
-    """Give the restored model those buffers that differ by rounding: `student.to(torch.bfloat16)` rounds rotary frequencies."""
-    buffers = dict(student.named_buffers())
-    for name, buffer in restored.named_buffers():
-        own = buffers.get(name)
-        if own is not None and own.shape == buffer.shape and own.is_floating_point():
-            rounded = own.detach().to(buffer)
-            if torch.allclose(rounded.float(), buffer.float(), rtol=1e-2, atol=1e-6):
-                buffer.data = own.detach().clone()
+def _refuse_other(name: str, reason: str) -> NoReturn:
+    raise UserError(
+        f"the student {name} would be another model when its saved folder is loaded, because {reason}; correct the model "
+        "or its config"
+    )
 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bars and no loading reports."""
+    """Turn off progress bars and loading reports of transformers."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

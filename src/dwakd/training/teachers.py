@@ -1,24 +1,30 @@
-"""The teachers that a trainer is given: loaded, checked, and run ahead of the step."""
+"""Load and check the teachers of a trainer, and run them on the batches of an optimiser step."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dwakd.batch import ModelSide
-from dwakd.data.collator import PairedCollator, SeveralCollators
+from dwakd.batch import ModelSide, PairedBatch
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.pairs import EncodedPairs
 from dwakd.errors import UserError
 from dwakd.losses import TeacherScale, method_class
 from dwakd.training.cached import CachedTeacher, refuse_attention
 from dwakd.training.config import DistillConfig
 from dwakd.training.inputs import Model, load_pair, make_encoder
 from dwakd.training.student import check_separate
-from dwakd.training.teacher import OnlineTeacher, Teacher
+from dwakd.training.teacher import OnlineTeacher, Sets, Teacher
 
 AnyTeacher: TypeAlias = str | Model | Teacher
+
+
+class MicroBatch(NamedTuple):
+    """A batch, and for each teacher its side of the batch and its statistics over the whole optimiser batch."""
+
+    batch: PairedBatch
+    sides: tuple[ModelSide, ...] = ()
+    scales: tuple[TeacherScale, ...] = ()
 
 
 def prepare_teachers(
@@ -27,28 +33,29 @@ def prepare_teachers(
     tokenizers: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None,
     args: DistillConfig,
 ) -> list[tuple[Teacher, TextEncoder]]:
-    """Each teacher with its encoder; none for a method that needs none.
+    """Return each teacher with its encoder; an empty list if the method needs no teacher.
 
     Raises:
-        UserError: no teacher where one is needed, a teacher that shares parameters with the student, a teacher without a
-            tokenizer, another number of tokenizers or weights than of teachers, one cache for several teachers, or a cache
-            for a method that reads attention.
+        UserError: there is no teacher, a teacher shares parameters with the student or has no tokenizer, the numbers of
+            teachers, tokenizers and weights differ, or a cache is given for several teachers or a method that reads
+            attention.
     """
     if not method_class(args.method).options_type.needs_teacher:
         return []
     given: list[Any] = teachers if isinstance(teachers, list) else [] if teachers is None else [teachers]
     if not given:
         raise UserError(f"method {args.method} needs a teacher: give teacher_model (recipe: teacher.model)")
-    beside = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(given)
-    if len(beside) != len(given) or (len(given) > 1 and isinstance(tokenizers, PreTrainedTokenizerBase)):
-        raise UserError(f"teacher_processing_class must be a list of {len(given)} tokenizers, one for each teacher")
-    if args.teacher_weights is not None and len(args.teacher_weights) != len(given):
-        raise UserError(f"teacher_weights must be a list of {len(given)} numbers, one for each teacher")
+    own = tokenizers if isinstance(tokenizers, list) else [tokenizers]
+    if tokenizers is None:
+        own = [None] * len(given)
+    for name, values in (("teacher_processing_class", own), ("teacher_weights", args.teacher_weights)):
+        if values is not None and len(values) != len(given):
+            raise UserError(f"{name} must be a list of {len(given)} entries, one for each teacher, got {len(values)}")
     if args.teacher_cache is not None and len(given) > 1:
         raise UserError(
-            "teacher_cache is for one teacher: give each of several as a dwakd.training.cached.CachedTeacher"
+            "teacher_cache is for one teacher: give several as a list of dwakd.training.cached.CachedTeacher"
         )
-    return [_prepare(student, teacher, tokenizer, args) for teacher, tokenizer in zip(given, beside, strict=True)]
+    return [_prepare(student, teacher, tokenizer, args) for teacher, tokenizer in zip(given, own, strict=True)]
 
 
 def _prepare(
@@ -67,56 +74,35 @@ def _prepare(
         check_separate(student, teacher.model)
     tokenizer = tokenizer or teacher.tokenizer
     if tokenizer is None:
-        raise UserError("teacher_processing_class is missing: give the teacher's tokenizer beside it")
+        raise UserError("teacher_processing_class is missing: a loaded teacher needs its tokenizer")
     return teacher, make_encoder(tokenizer, args, teacher.date)
 
 
-def tell_teachers(
-    teachers: list[tuple[Teacher, TextEncoder]], args: DistillConfig, sets: dict[str, EncodedPairs | None]
-) -> None:
-    """Tell each teacher what will be asked of it, `Teacher.prepare`."""
+def tell_teachers(teachers: list[tuple[Teacher, TextEncoder]], args: DistillConfig, sets: Sets) -> None:
+    """Call `Teacher.prepare` of each teacher with its own encoding of the data sets."""
     for index, (teacher, encoder) in enumerate(teachers):
         own = {role: None if pairs is None else pairs.of_teacher(index) for role, pairs in sets.items()}
         teacher.prepare(encoder, args, own)
 
 
-def batch_collator(encoders: Sequence[TextEncoder], teachers: Sequence[Teacher]) -> Callable[..., dict[str, Any]]:
-    """What makes batches of pairs, given the encoders of the student and of each teacher."""
-    student, *others = (encoder.tokenizer.pad_token_id for encoder in encoders)
-    collators = [teacher.collator(PairedCollator(student, pad)) for teacher, pad in zip(teachers, others, strict=True)]
-    if len(collators) > 1:
-        return SeveralCollators(collators)
-    return collators[0] if collators else PairedCollator(student)
-
-
-def attach_rows(
-    batches: list[dict[str, Any]], teachers: Sequence[Teacher], gather: Callable[[Tensor], Tensor] | None
-) -> None:
-    """Attach the teachers' rows to each batch, and of each one set of moments over all of them and all ranks.
+def run_teachers(
+    batches: Sequence[PairedBatch], teachers: Sequence[Teacher], gather: Callable[[Tensor], Tensor] | None
+) -> list[MicroBatch]:
+    """Compute the teachers' sides of the micro-batches of one optimiser step, and their statistics over all of them.
 
     Args:
-        batches: micro-batches of one optimiser step.
+        batches: the micro-batches of this rank.
         teachers: none, one or several.
-        gather: from all ranks, if there are several.
+        gather: function that concatenates the tensors of all ranks, if there are several.
     """
-    if not teachers:
-        return
-    rows = [
-        [teacher.rows(part) for teacher, part in zip(teachers, [batch, *batch.get("others", [])], strict=True)]
-        for batch in batches
-    ]
-    shares = [batch["share"] for batch in batches]
-    scales = [_scale(list(sides), shares, gather) for sides in zip(*rows, strict=True)]
-    alone = len(teachers) == 1
-    for batch, sides in zip(batches, rows, strict=True):
-        batch["teacher"], batch["teacher_scale"] = (sides[0], scales[0]) if alone else (sides, scales)
-
-
-def _scale(sides: list[ModelSide], shares: list[float], gather: Callable[[Tensor], Tensor] | None) -> TeacherScale:
-    """Of one teacher's rows of an optimiser batch."""
-    scale = TeacherScale.merge(
-        [TeacherScale(TeacherScale.of(side).moments * share) for side, share in zip(sides, shares, strict=True)]
-    )
-    if gather is None:
-        return scale
-    return TeacherScale.merge([TeacherScale(part) for part in gather(scale.moments[None])])
+    sides = [tuple(map(Teacher.side, teachers, batch.teachers)) for batch in batches]
+    scales = []
+    for own in zip(*sides, strict=True):
+        weighted = [
+            TeacherScale(TeacherScale.of(side).moments * batch.weight) for side, batch in zip(own, batches, strict=True)
+        ]
+        scale = TeacherScale.merge(weighted)
+        if gather is not None:
+            scale = TeacherScale.merge([TeacherScale(part) for part in gather(scale.moments[None])])
+        scales.append(scale)
+    return [MicroBatch(batch, own, tuple(scales)) for batch, own in zip(batches, sides, strict=True)]

@@ -1,9 +1,10 @@
-"""A thin transformers.Trainer: exact reduction, the teacher ahead of the step, a rate of their own for projectors."""
+"""A thin `transformers.Trainer`: exact reduction, teachers that run before the step, and projectors with their own rate."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,22 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
+from dwakd.batch import PairedBatch
+from dwakd.data.collator import collate
 from dwakd.data.pairs import EncodedPairs
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import answerable_prompts
-from dwakd.losses import DistillationLoss, SeveralTeachers
 from dwakd.models.saving import save_causal_lm
-from dwakd.training.callbacks import EpochAndTerms, TermsProgressCallback
+from dwakd.training.callbacks import RunCallback, TermsProgressCallback
 from dwakd.training.checkpoint import LOSS_STATE, load_checkpoint
 from dwakd.training.config import DistillConfig
 from dwakd.training.distiller import Distiller
-from dwakd.training.evaluation import check_best_metric, eval_terms, generated_metrics
+from dwakd.training.evaluation import check_best_metric, generated_metrics, mean_terms
 from dwakd.training.finite import FiniteCheck
 from dwakd.training.inputs import (
     Source,
@@ -40,30 +43,30 @@ from dwakd.training.optimizer import parameter_groups
 from dwakd.training.sampler import LengthGroupedSampler, cut_repeats
 from dwakd.training.student import disable_dropout
 from dwakd.training.teacher import Teacher
-from dwakd.training.teachers import AnyTeacher, attach_rows, batch_collator, prepare_teachers, tell_teachers
+from dwakd.training.teachers import AnyTeacher, MicroBatch, prepare_teachers, run_teachers, tell_teachers
 
 
 class DistillTrainer(Trainer):
-    """Distils a teacher into a student whose tokenizer may differ.
+    """Distil a teacher into a student whose tokenizer may differ.
 
     Args:
-        model: the student: a model, or anything `load_causal_lm` takes.
-        teacher_model: likewise; not needed by `sft`. A `Teacher` is taken as it is. A list makes several teachers, of
-            which `args` gives weights and gate.
-        args: a `DistillConfig`; its `method` and `loss_options` say what is computed.
+        model: the student: a model, or a name or folder for `load_causal_lm`.
+        teacher_model: the teacher, given like the student or as a `Teacher`. A list gives several teachers, whose weights
+            and gate are in `args`. Not needed by `sft`.
+        args: options, among them `method` and `loss_options`, which select the loss.
         train_dataset: a hub id, a file, a `datasets.Dataset`, a list of rows or examples, or encoded pairs.
-        eval_dataset: likewise; of a dict of splits, `validation` or else `test` is read (and `train` to train on).
-        processing_class: the student's tokenizer; loaded with a student given by name.
-        teacher_processing_class: the teacher's; loaded with a teacher given by name. A list for several.
+        eval_dataset: the same. Of a dict of splits, `validation` or else `test` is read (and `train` to train on).
+        processing_class: the student's tokenizer. It is loaded with a student given by name.
+        teacher_processing_class: the teacher's tokenizer, loaded with a teacher given by name. A list for several.
         peft_config: trains adapters on the student instead of its weights.
-        callbacks: of transformers.
+        callbacks: callbacks of transformers.
         compute_metrics: takes an EvalPrediction whose predictions are the generated answers and whose label_ids are the
-            references, both lists; implies generation during evaluation.
-        optimizers: an optimiser and a schedule in place of the configured ones.
-        dataset_names: what messages call the data sets "train" and "eval"; their source by default.
+            references, both lists. It implies generation during evaluation.
+        optimizers: an optimiser and a schedule to use instead of the configured ones.
+        dataset_names: names of the data sets "train" and "eval" in messages. Default: their source.
 
     Raises:
-        UserError: anything in models, data or options that a user can mend.
+        UserError: something in models, data or options is wrong.
     """
 
     def __init__(
@@ -107,11 +110,11 @@ class DistillTrainer(Trainer):
         self.length_sampler: LengthGroupedSampler | None = None
         self._term_sums: dict[str, Tensor] = {}
         self._term_steps = 0
-        self.clock = EpochAndTerms(self)
+        self.clock = RunCallback(self)
         super().__init__(
             model=Distiller(model, loss),
             args=args,
-            data_collator=batch_collator(self._encoders, self.teachers),
+            data_collator=partial(collate, find_places=[teacher.find_place for teacher in self.teachers]),
             train_dataset=train_pairs,
             eval_dataset=eval_pairs,
             processing_class=processing_class,
@@ -126,81 +129,73 @@ class DistillTrainer(Trainer):
     @property
     def student(self) -> PreTrainedModel | PeftModel:
         """The student, unwrapped."""
-        return self.accelerator.unwrap_model(self.model).student
+        return self._distiller.student
 
-    def _loss(self) -> DistillationLoss[Any] | SeveralTeachers:
-        """The method, unwrapped."""
-        loss: DistillationLoss[Any] | SeveralTeachers = self.accelerator.unwrap_model(self.model).loss
-        return loss
+    @property
+    def _distiller(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
 
-    # The step: the teacher runs ahead of it, so that N(.) and the reduction see the whole optimiser batch.
+    # One step. The teachers run first, so that N(.) and the reduction are computed over the whole optimiser batch.
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Any]], Tensor | None]:
+        self, epoch_iterator: Iterator[PairedBatch], num_batches: int, device: torch.device
+    ) -> tuple[list[MicroBatch], Tensor | None]:
         self.step_started = time.perf_counter()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        cut_repeats(batches, self.accelerator.gradient_state, self.args)
-        num_tokens = sum(batch["share"] * batch["student_response_mask"].sum() for batch in batches).to(device)
+        micro_batches = self._micro_batches(batches)
+        count = sum(batch.weight * sum(batch.student.num_rows) for batch, _, _ in micro_batches)
+        num_tokens = torch.tensor(count, device=device)
         if self.args.world_size > 1:
             num_tokens = self.accelerator.gather(num_tokens).sum()
-        batches = [self._prepare_input(batch) for batch in batches]
-        self.attach_teachers(batches)
-        self._loss().set_step(self.state.global_step)
-        return batches, num_tokens
+        self._distiller.loss.set_step(self.state.global_step)
+        return micro_batches, num_tokens
 
-    def attach_teachers(self, batches: list[dict[str, Any]]) -> None:
-        """See `dwakd.training.teachers.attach_rows`; of an optimiser batch over all ranks."""
-        attach_rows(batches, self.teachers, self.accelerator.gather if self.args.world_size > 1 else None)
+    def _micro_batches(self, batches: list[PairedBatch]) -> list[MicroBatch]:
+        batches = cut_repeats(batches, self.accelerator.gradient_state, self.args)
+        batches = [batch.to(self.args.device) for batch in batches]
+        return run_teachers(batches, self.teachers, self.accelerator.gather if self.args.world_size > 1 else None)
 
-    @staticmethod
-    def forward_inputs(inputs: dict[str, Any], num_tokens: Tensor | float | None) -> tuple[Any, ...]:
-        """What `Distiller.forward` takes, from a batch with the teacher attached."""
-        batch = {name: value for name, value in inputs.items() if name.startswith("student_")}
-        return batch, inputs.get("teacher"), num_tokens, inputs.get("teacher_scale")
+    def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
+        return inputs
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: MicroBatch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        output = model(*self.forward_inputs(inputs, num_items_in_batch))
-        if model.training:
-            self.finite.add(output["loss"])
-            for name, value in output["terms"].items():
-                self._term_sums[name] = self._term_sums.get(name, 0.0) + inputs["share"] * value
-        # Wrappers average gradients over ranks; the division by the global number of tokens wants their sum.
-        loss = output["loss"] * self.accelerator.num_processes * inputs["share"]
+        batch, sides, scales = inputs
+        output = model(batch.student, sides, scales, num_items_in_batch)
+        self.finite.add(output["loss"])
+        for name, value in output["terms"].items():
+            self._term_sums[name] = self._term_sums.get(name, 0.0) + batch.weight * value
+        # Wrappers average gradients over ranks; the division by the global number of tokens requires their sum.
+        loss = output["loss"] * self.accelerator.num_processes * batch.weight
         return (loss, output) if return_outputs else loss
 
     def reset_terms(self) -> None:
-        """Forget the sums of terms; the next log averages from here."""
+        """Start new sums of terms. The next log contains means from this step on."""
         self._term_sums, self._term_steps = {}, self.state.global_step
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of every term over the optimiser steps since the last log."""
+        """Add the mean of every term over the optimiser steps since the last log."""
         if "loss" in logs and self._term_sums:
             steps = max(self.state.global_step - self._term_steps, 1)
-            sums = torch.stack(list(self._term_sums.values()))
-            sums = self.accelerator.reduce(sums, "sum") / steps
+            sums = self.accelerator.reduce(torch.stack(list(self._term_sums.values())), "sum") / steps
             logs |= dict(zip(self._term_sums, sums.tolist(), strict=True))
             self.reset_terms()
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; raises UserError if a loss or a parameter becomes NaN or infinite."""
+        """Train as in transformers; raise UserError if a loss or a parameter becomes NaN or infinite."""
+        if self.train_dataset is None:
+            raise UserError("there is nothing to train on: give train_dataset")
         output = super().train(*args, **kwargs)
         self.finite.finish()
         return output
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        if self.train_dataset is None:
-            raise UserError("there is nothing to train on: give train_dataset")
-        return super().get_train_dataloader()
 
     def _get_train_sampler(self, train_dataset: EncodedPairs | None = None) -> Sampler[int] | None:
         dataset = train_dataset or self.train_dataset
@@ -211,19 +206,8 @@ class DistillTrainer(Trainer):
         self.length_sampler = LengthGroupedSampler(dataset.student_lengths, step_size, seed)
         return self.length_sampler
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Every row of it, whatever `dataloader_drop_last` says of training."""
-        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.args.dataloader_drop_last = drop
-
-    def _get_eval_sampler(self, eval_dataset: EncodedPairs) -> Sampler[int] | None:
-        return SequentialSampler(eval_dataset) if self.args.world_size == 1 else None
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over the student at `learning_rate` and over the loss's own maps at `projector_learning_rate`."""
+        """Create AdamW with `learning_rate` for the student and `projector_learning_rate` for the loss's own maps."""
         if self.optimizer is None:  # type: ignore[has-type]
             module = model or self.model
             decayed = set(self.get_decay_parameter_names(module))
@@ -237,22 +221,32 @@ class DistillTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Every term in nats per student response token over the whole set, bits per byte, and ROUGE-L if asked.
+        """Compute every term in nats per student response token over the whole set, bits per byte, and ROUGE-L if asked.
 
-        N(.) is taken over one batch at a time, so the terms of distillation depend a little on
-        `per_device_eval_batch_size`; `ce`, `bits_per_byte` and `rouge_l` do not.
+        N(.) is computed for each batch, so the terms of distillation depend a little on `per_device_eval_batch_size`.
+        `ce`, `bits_per_byte` and `rouge_l` do not.
 
         Args:
-            eval_dataset: as in the constructor; its `eval_dataset` if None, which alone is answered for ROUGE-L.
-            ignore_keys: unused, of transformers.
-            metric_key_prefix: goes before every metric's name.
+            eval_dataset: as in the constructor. Default: the constructor's, the only one that is answered for ROUGE-L.
+            ignore_keys: unused.
+            metric_key_prefix: prefix of every metric's name.
         """
+        pairs = self.eval_dataset
         if eval_dataset is not None:
-            _, eval_dataset = encode_source(eval_dataset, self._encoders, self.args, "eval")
+            _, pairs = encode_source(eval_dataset, self._encoders, self.args, "eval")
+        if pairs is None:
+            raise UserError("there is nothing to evaluate on: give eval_dataset")
+        size, workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
         with torch.random.fork_rng():  # a run must not depend on how often it is evaluated
-            metrics = eval_terms(self, self.get_eval_dataloader(eval_dataset))
+            loader = DataLoader(pairs, size, collate_fn=self.data_collator, num_workers=workers)
+            progress = tqdm(
+                self.accelerator.prepare(loader), "evaluating", delay=2, leave=False, disable=self.args.disable_tqdm
+            )
+            batches = (self._micro_batches([batch])[0] for batch in progress)
+            metrics = mean_terms(self._distiller, batches, self.accelerator.reduce)
             if eval_dataset is None and (self.args.eval_rouge_l or self.metrics_function):
-                metrics |= generated_metrics(self, self._eval_examples)
+                own = self.student, self.student_encoder, self._eval_examples, self.args, self.metrics_function
+                metrics |= generated_metrics(*own)
         prefix = f"{metric_key_prefix}_"
         metrics = {prefix + name.removeprefix(prefix): value for name, value in metrics.items()}
         self.log(dict(metrics))
@@ -261,16 +255,16 @@ class DistillTrainer(Trainer):
         return metrics
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Not offered: a batch's logits are never whole here. See `dwakd.evaluation.generate.generate_answers`."""
+        """Not supported, because the logits of a batch are never computed as a whole."""
         raise UserError("DistillTrainer has no predict; use dwakd.evaluation.generate.generate_answers for answers")
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         try:
             super().init_hf_repo(token, private)
-        except Exception as error:  # the hub and the network raise a dozen unrelated types
+        except Exception as error:  # the hub and the network raise many unrelated types
             raise UserError(f"push_to_hub: {' '.join(str(error).split())}") from error
 
-    # Saving: the student as transformers saves it; what only training needs goes into checkpoints alone.
+    # The student is saved as transformers saves it. What only training needs is saved in checkpoints alone.
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         self.finite.finish()
@@ -285,16 +279,16 @@ class DistillTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if _internal_call and self.args.should_save:
-            save_file(self._loss().state_dict(), Path(output_dir or self.args.output_dir) / LOSS_STATE)
+            save_file(self._distiller.loss.state_dict(), Path(output_dir or self.args.output_dir) / LOSS_STATE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            load_checkpoint(self.student, self._loss(), resume_from_checkpoint)
+            load_checkpoint(self.student, self._distiller.loss, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
-            load_checkpoint(self.student, self._loss(), self.state.best_model_checkpoint)
+            load_checkpoint(self.student, self._distiller.loss, self.state.best_model_checkpoint)

@@ -1,0 +1,71 @@
+"""Encode rows for two models and run both on a batch, for training loops other than `DistillTrainer`."""
+
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from dwakd.batch import ModelSide, PairedBatch
+from dwakd.data.encoding import TextEncoder
+from dwakd.data.pairs import EncodedPairs, encode_pairs
+from dwakd.data.sources import load_examples
+from dwakd.losses import Widths
+from dwakd.models.invariant import teacher_states
+from dwakd.models.rows import embedding_table, evaluating, output_head, response_side, select_side
+
+Model = PreTrainedModel | PeftModel
+
+
+def encode_rows(
+    rows: Any,
+    student_tokenizer: Any,
+    teacher_tokenizer: Any,
+    *,
+    template: str = "alpaca",
+    max_length: int = 512,
+    max_prompt_length: int = 256,
+) -> EncodedPairs:
+    """Encode prompts and responses with the tokenizers of student and teacher.
+
+    The result is a torch data set. Batches of its items, made by `dwakd.collate`, are the input of `paired_sides`.
+
+    Args:
+        rows: a list of rows with prompt and response, a `datasets.Dataset`, or another source of `load_examples`.
+        student_tokenizer: a fast tokenizer of transformers.
+        teacher_tokenizer: a fast tokenizer of transformers.
+        template: `alpaca`, `chat`, `plain`, or a format string with {instruction} and {input}.
+        max_length: maximum number of tokens of prompt and response. Longer responses are truncated.
+        max_prompt_length: maximum number of tokens of the prompt.
+
+    Raises:
+        UserError: a row is invalid, or a tokenizer cannot be used.
+    """
+    encoders = [TextEncoder(tokenizer, template) for tokenizer in (student_tokenizer, teacher_tokenizer)]
+    lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
+    return encode_pairs(load_examples(rows, name="rows"), *encoders, **lengths, source="rows")
+
+
+def paired_sides(
+    student: Model, teacher: Model, batch: PairedBatch, *, attention: bool = False
+) -> tuple[ModelSide, ModelSide]:
+    """Run student and teacher on a batch. The two sides are the input of every loss.
+
+    The student runs in its current mode and its side carries gradient. The teacher runs in eval mode without gradient.
+
+    Args:
+        student: the student, on the device of the batch.
+        teacher: the teacher, on the device of the batch.
+        batch: a batch of `dwakd.collate`.
+        attention: whether the loss reads attention (its `needs_attention`).
+    """
+    (tokens,) = batch.teachers
+    with evaluating(teacher):
+        states = teacher_states(teacher, tokens, attention=attention)
+    teacher_side = select_side(tokens, *states, embedding_table(teacher).detach(), output_head(teacher).detached())
+    return response_side(student, batch.student, attention=attention), teacher_side
+
+
+def model_widths(student: Model, teacher: Model) -> Widths:
+    """Return the widths of two models, which losses with projectors need."""
+    hidden = (output_head(model).hidden_size for model in (student, teacher))
+    return Widths(*hidden, *(embedding_table(model).shape[1] for model in (student, teacher)))
