@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,17 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.workload import Sizes, add_options, build_student, build_teacher, sizes_of, write
-from dwakd.batch import ModelSide
+from dwakd.batch import ModelSide, TokenBatch
 from dwakd.cache.build import open_or_build
 from dwakd.cache.store import Cache, CacheRequest
-from dwakd.data.collator import PairedCollator
+from dwakd.data.collator import collate
 from dwakd.data.pairs import EncodedPairs, EncodedRow, EncodedSide
 from dwakd.losses import Widths, build_loss
 from dwakd.losses.attention import TeacherScale
-from dwakd.models.rows import embedding_table, output_head
-from dwakd.training.cached import CachingCollator
+from dwakd.models.rows import embedding_table, output_head, response_side
+from dwakd.training.cached import find_place
 from dwakd.training.distiller import Distiller
-from dwakd.training.teacher import OnlineTeacher, Teacher, side_rows
+from dwakd.training.teacher import OnlineTeacher, Teacher
 
 NAMES = ("sft", "online", "cached", "dwa_kd_loss", "sft_loss")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -51,13 +52,15 @@ class ReadTeacher(Teacher):
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
-        self._table, self._head = cache.teacher()
+        self.table, self.head = cache.teacher()
+        self.find_place = partial(find_place, cache)
 
-    head = property(lambda self: self._head)
-    table = property(lambda self: self._table)
+    def prepare(self, *arguments: Any) -> None:
+        return
 
-    def states(self, batch: dict[str, Any]) -> tuple[Tensor, None]:
-        return self.cache.read(batch["teacher_places"]).to(self._head.weight.dtype), None
+    def states(self, tokens: TokenBatch) -> tuple[Tensor, None]:
+        assert tokens.cache_places is not None
+        return self.cache.read(tokens.cache_places).to(self.head.weight.dtype), None
 
 
 def build_rows(sizes: Sizes, count: int) -> EncodedPairs:
@@ -81,8 +84,7 @@ class Contest:
         self.sizes = sizes
         self.pairs = pairs
         self.teachers: dict[str, Teacher] = {"online": online, "cached": cached}
-        self.collate = PairedCollator(0, 0)
-        self.caching = CachingCollator(self.collate, cached.cache)
+        self.caching = partial(collate, find_places=[cached.find_place])
         self.widths = Widths(sizes.student_hidden, sizes.teacher_hidden, sizes.student_hidden, sizes.teacher_hidden)
 
     def step(self, name: str) -> Callable[[], Any]:
@@ -93,17 +95,13 @@ class Contest:
         method = "sft" if name == "sft" else "dwa_kd"
         distiller = Distiller(student, build_loss(method, widths=self.widths))
         optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-4, fused=True)  # as the trainer does
-        collate = self.caching if name == "cached" else self.collate
+        collate_rows = self.caching if name == "cached" else collate
         features = self._features()
 
         def step() -> None:
-            batch = collate(next(features))
-            teacher, scale = None, None
-            if name in self.teachers:
-                teacher = self.teachers[name].rows(batch)
-                scale = TeacherScale.of(teacher)
-            tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
-            distiller(tensors, teacher, None, scale)["loss"].backward()
+            batch = collate_rows(next(features))
+            sides = [self.teachers[name].side(*batch.teachers)] if name in self.teachers else []
+            distiller(batch.student, sides, [TeacherScale.of(side) for side in sides])["loss"].backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -121,7 +119,7 @@ class Contest:
             sides = []
             for _ in range(4):
                 batch = self.caching(next(features))
-                sides.append((side_rows(student, batch, "student"), self.teachers["cached"].rows(batch)))
+                sides.append((response_side(student, batch.student), self.teachers["cached"].side(*batch.teachers)))
         turns = itertools.cycle(sides)
 
         def step() -> None:

@@ -10,11 +10,12 @@ from transformers import PreTrainedModel
 
 from benchmarks import plain, trl_peer
 from benchmarks.workload import Sizes, build_batch, build_student, build_teacher, build_tokens
+from dwakd.batch import TokenBatch
 from dwakd.losses import METHODS, DistillationLoss, ModelPair, Widths, build_loss, method_options
 from dwakd.losses.projectors import Projectors
-from dwakd.models.rows import output_head
+from dwakd.models.rows import output_head, response_side
 from dwakd.training.distiller import Distiller
-from dwakd.training.teacher import OnlineTeacher, side_rows
+from dwakd.training.teacher import OnlineTeacher
 
 Step = Callable[[], Tensor | None]
 CORE = (
@@ -94,11 +95,11 @@ class Contest:
         distiller = Distiller(student, self.loss(name.removesuffix("_cached").removesuffix("_head"), student))
         teacher = OnlineTeacher(self.teacher.model)
         teacher.with_attention = distiller.loss.needs_attention
-        given = teacher.rows(self.batch) if name.endswith("_cached") else None
+        given = teacher.side(*self.batch.teachers) if name.endswith("_cached") else None
 
         def loss() -> Tensor:
-            rows = None if name == "sft" else given or teacher.rows(self.batch)
-            value: Tensor = distiller(self.batch, rows)["loss"]
+            rows = None if name == "sft" else given or teacher.side(*self.batch.teachers)
+            value: Tensor = distiller(self.batch.student, [] if rows is None else [rows])["loss"]
             if name == "sft_head":
                 assert rows is not None
                 with torch.no_grad():
@@ -109,9 +110,9 @@ class Contest:
 
     def _loss_alone(self, method: str) -> Step:
         model = build_student(self.sizes)
-        loss, teacher = self.loss(method, model), self.teacher.rows(self.batch)
+        loss, teacher = self.loss(method, model), self.teacher.side(*self.batch.teachers)
         with torch.no_grad():
-            rows = side_rows(model, self.batch, "student")
+            rows = response_side(model, self.batch.student)
         student = dataclasses.replace(
             rows,
             hidden=rows.hidden.detach().requires_grad_(),
@@ -127,8 +128,7 @@ class Contest:
             return self._optimised(models[0], lambda: trl_peer.step_loss(criterion, models, self.batch))
         with torch.no_grad():
             own, theirs = (
-                trl_peer.hidden_window(model, self.batch, side)
-                for model, side in zip(models, ("student", "teacher"), strict=True)
+                trl_peer.hidden_window(model, tokens) for model, tokens in zip(models, self.batch, strict=True)
             )
         own.requires_grad_()
         return _differentiated(
@@ -139,21 +139,20 @@ class Contest:
     def _products(self, *, models: bool) -> Step:
         student = build_student(self.sizes)
         teacher = self.teacher.model
-        mask, t_mask = (self.batch[f"{side}_response_mask"] for side in ("student", "teacher"))
+        mask, t_mask = (tokens.response_mask for tokens in self.batch)
         weight, t_weight = (m.get_output_embeddings().weight.detach() for m in (student, teacher))
         ones = torch.ones(int(mask.sum()), weight.shape[1])
         t_ones = torch.ones(int(t_mask.sum()), t_weight.shape[1])
 
-        def body(model: PreTrainedModel, side: str) -> Tensor:
-            ids, attention = self.batch[f"{side}_input_ids"], self.batch[f"{side}_attention_mask"]
-            return model.base_model(ids, attention_mask=attention).last_hidden_state
+        def body(model: PreTrainedModel, tokens: TokenBatch) -> Tensor:
+            return model.base_model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
 
         def step() -> None:
             if models:
-                body(student, "student")[mask].backward(ones)
+                body(student, self.batch.student)[mask].backward(ones)
                 student.zero_grad(set_to_none=True)
                 with torch.no_grad():
-                    body(teacher, "teacher")
+                    body(teacher, *self.batch.teachers)
             for rows, head, trains in ((ones, weight, True), (t_ones, t_weight, False)):
                 for side in ("own", "projected"):
                     logits = torch.mm(head, rows.t())

@@ -14,61 +14,60 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 from transformers import PreTrainedModel
 
+from dwakd.batch import PairedBatch, TokenBatch
 from dwakd.kernels import soft_dtw
 from dwakd.losses.projectors import Projectors
 
 TEMPERATURE, TEACHER_TEMPERATURE = 2.0, 1.0
-Batch = dict[str, Tensor]
 
 
-def sft_all_positions(student: PreTrainedModel, batch: Batch) -> Tensor:
+def sft_all_positions(student: PreTrainedModel, batch: PairedBatch) -> Tensor:
     """Compute the cross-entropy from the logits of all positions; other positions than the response are masked."""
-    logits = student(batch["student_input_ids"], attention_mask=batch["student_attention_mask"]).logits
-    mask = batch["student_response_mask"]
-    targets = batch["student_target_ids"].masked_fill(~mask, -100)
+    logits = student(batch.student.input_ids, attention_mask=batch.student.attention_mask).logits
+    mask = batch.student.response_mask
+    targets = batch.student.target_ids.masked_fill(~mask, -100)
     return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum") / mask.sum()
 
 
-def sft_response(student: PreTrainedModel, batch: Batch) -> Tensor:
+def sft_response(student: PreTrainedModel, batch: PairedBatch) -> Tensor:
     """Compute the cross-entropy from the logits of the response tokens."""
-    mask = batch["student_response_mask"]
-    hidden = student.base_model(
-        batch["student_input_ids"], attention_mask=batch["student_attention_mask"]
-    ).last_hidden_state[mask]
-    return cross_entropy(student.get_output_embeddings()(hidden), batch["student_target_ids"][mask])
+    mask = batch.student.response_mask
+    hidden = student.base_model(batch.student.input_ids, attention_mask=batch.student.attention_mask).last_hidden_state[
+        mask
+    ]
+    return cross_entropy(student.get_output_embeddings()(hidden), batch.student.target_ids[mask])
 
 
-def published_dskd(student: PreTrainedModel, teacher: PreTrainedModel, projectors: Projectors, batch: Batch) -> Tensor:
+def published_dskd(
+    student: PreTrainedModel, teacher: PreTrainedModel, projectors: Projectors, batch: PairedBatch
+) -> Tensor:
     """Compute DSKD with cross-model attention over all positions, as in the published code."""
     return _published(student, teacher, projectors, batch, weighted=False)
 
 
 def published_dwa_kd(
-    student: PreTrainedModel, teacher: PreTrainedModel, projectors: Projectors, batch: Batch
+    student: PreTrainedModel, teacher: PreTrainedModel, projectors: Projectors, batch: PairedBatch
 ) -> Tensor:
     """Compute DWA-KD over all positions, with its weights and six Soft-DTW calls for each example."""
     return _published(student, teacher, projectors, batch, weighted=True)
 
 
-def _forward(model: PreTrainedModel, batch: Batch, side: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(model: PreTrainedModel, tokens: TokenBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return logits, final hidden states, and the embeddings of the input tokens and of the target tokens."""
-    output = model(
-        batch[f"{side}_input_ids"], attention_mask=batch[f"{side}_attention_mask"], output_hidden_states=True
-    )
+    output = model(tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True)
     table = model.get_input_embeddings().weight
-    targets = batch[f"{side}_target_ids"].masked_fill(~batch[f"{side}_response_mask"], 0)
-    return output.logits, output.hidden_states[-1], table[batch[f"{side}_input_ids"]], table[targets]
+    targets = tokens.target_ids.masked_fill(~tokens.response_mask, 0)
+    return output.logits, output.hidden_states[-1], table[tokens.input_ids], table[targets]
 
 
 def _published(
-    student: PreTrainedModel, teacher: PreTrainedModel, projectors: Projectors, batch: Batch, *, weighted: bool
+    student: PreTrainedModel, teacher: PreTrainedModel, projectors: Projectors, batch: PairedBatch, *, weighted: bool
 ) -> Tensor:
-    s_mask, t_mask, targets = (
-        batch[f"{n}"] for n in ("student_response_mask", "teacher_response_mask", "student_target_ids")
-    )
-    logits, hidden, read, predicted = _forward(student, batch, "student")
+    s_mask, t_mask = (tokens.response_mask for tokens in batch)
+    targets = batch.student.target_ids
+    logits, hidden, read, predicted = _forward(student, batch.student)
     with torch.no_grad():
-        t_logits, t_hidden, t_read, t_predicted = _forward(teacher, batch, "teacher")
+        t_logits, t_hidden, t_read, t_predicted = _forward(teacher, batch.teachers[0])
 
     query = projectors.query(torch.cat([read, predicted], -1).detach())
     key = torch.cat([t_read, t_predicted], -1)
@@ -100,7 +99,7 @@ def _published(
     logged = (
         (right * s_mask).sum(),
         ((logits.argmax(-1) == targets) * s_mask).sum(),
-        ((s2t_logits.argmax(-1) == batch["teacher_target_ids"]) * t_mask).sum(),
+        ((s2t_logits.argmax(-1) == batch.teachers[0].target_ids) * t_mask).sum(),
     )
     [value.item() for value in logged]
     return loss / s_mask.sum()
@@ -153,18 +152,18 @@ def _alignment(pairs: tuple[tuple[Tensor, Tensor], ...], attention: Tensor, s_ma
     return total
 
 
-def response_dskd(student: PreTrainedModel, teacher: PreTrainedModel, projectors: Projectors, batch: Batch) -> Tensor:
+def response_dskd(
+    student: PreTrainedModel, teacher: PreTrainedModel, projectors: Projectors, batch: PairedBatch
+) -> Tensor:
     """Compute DSKD for the response tokens only, which shows how much this selection saves."""
-    s_mask, t_mask = batch["student_response_mask"], batch["teacher_response_mask"]
-    hidden = student.base_model(
-        batch["student_input_ids"], attention_mask=batch["student_attention_mask"]
-    ).last_hidden_state
+    s_mask, t_mask = batch.student.response_mask, batch.teachers[0].response_mask
+    hidden = student.base_model(batch.student.input_ids, attention_mask=batch.student.attention_mask).last_hidden_state
     table, t_table = (model.get_input_embeddings().weight.detach() for model in (student, teacher))
-    read, predicted = table[batch["student_input_ids"]], table[batch["student_target_ids"]]
-    t_read, t_predicted = t_table[batch["teacher_input_ids"]], t_table[batch["teacher_target_ids"]]
+    read, predicted = table[batch.student.input_ids], table[batch.student.target_ids]
+    t_read, t_predicted = t_table[batch.teachers[0].input_ids], t_table[batch.teachers[0].target_ids]
     with torch.no_grad():
         t_hidden = teacher.base_model(
-            batch["teacher_input_ids"], attention_mask=batch["teacher_attention_mask"]
+            batch.teachers[0].input_ids, attention_mask=batch.teachers[0].attention_mask
         ).last_hidden_state
     query = projectors.query(torch.cat([read, predicted], -1))
     key = torch.cat([t_read, t_predicted], -1)
@@ -172,7 +171,7 @@ def response_dskd(student: PreTrainedModel, teacher: PreTrainedModel, projectors
     value = projectors.t2s(t_hidden / t_hidden[t_mask].std() + t_predicted / t_predicted[t_mask].std())
     scores = query @ key.transpose(1, 2) / math.sqrt(key.shape[-1])
     scores = scores.masked_fill(~(s_mask[:, :, None] & t_mask[:, None, :]), -1e5)
-    targets = batch["student_target_ids"][s_mask]
+    targets = batch.student.target_ids[s_mask]
     head, t_head = student.get_output_embeddings().weight, teacher.get_output_embeddings().weight
     logits = hidden[s_mask] @ head.T
     t2s_logits = (scores.softmax(-1) @ value)[s_mask] @ head.detach().T

@@ -16,8 +16,8 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from benchmarks.workload import Sizes, build_tokens
+from dwakd.batch import PairedBatch, TokenBatch
 
-Batch = dict[str, Tensor]
 OPTIONS: dict[str, dict[str, Any]] = {
     "uld": {"use_extended_uld": False, "uld_crossentropy_weight": 1.0, "uld_distillation_weight": 1.5},
     "gold": {"uld_use_hybrid_loss": True},
@@ -59,35 +59,35 @@ def response_columns(mask: Tensor) -> slice:
     return slice(int(columns[0]), int(columns[-1]) + 1)
 
 
-def hidden_window(model: PreTrainedModel, batch: Batch, side: str) -> Tensor:
+def hidden_window(model: PreTrainedModel, tokens: TokenBatch) -> Tensor:
     """Return the final hidden states of the response positions, plus one because the first position has no label."""
-    hidden = model.base_model(
-        batch[f"{side}_input_ids"], attention_mask=batch[f"{side}_attention_mask"]
-    ).last_hidden_state
-    return pad(hidden[:, response_columns(batch[f"{side}_response_mask"])], (0, 0, 0, 1))
+    hidden = model.base_model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+    return pad(hidden[:, response_columns(tokens.response_mask)], (0, 0, 0, 1))
 
 
 def loss_of_windows(
     loss: Callable[..., Tensor],
     windows: tuple[Tensor, Tensor],
     models: tuple[PreTrainedModel, PreTrainedModel],
-    batch: Batch,
+    batch: PairedBatch,
 ) -> Tensor:
     """Compute the loss from the results of `hidden_window` for student and teacher."""
     logits = [model.get_output_embeddings()(window) for model, window in zip(models, windows, strict=True)]
     labels, ends = [], []
-    for side in ("student", "teacher"):
-        mask = batch[f"{side}_response_mask"]
+    for tokens in batch:
+        mask = tokens.response_mask
         columns = response_columns(mask)
         # the logits at one position predict the label at the next
-        labels.append(pad(batch[f"{side}_target_ids"].masked_fill(~mask, -100)[:, columns], (1, 0), value=-100))
-        ends.append(pad(batch[f"{side}_byte_ends"][:, columns], (1, 0))[..., None].expand(-1, -1, 2))
+        labels.append(pad(tokens.target_ids.masked_fill(~mask, -100)[:, columns], (1, 0), value=-100))
+        ends.append(pad(tokens.byte_ends[:, columns], (1, 0))[..., None].expand(-1, -1, 2))
     return loss(*logits, *labels, *(side.clamp_min(0) for side in labels), *ends)
 
 
-def step_loss(loss: Callable[..., Tensor], models: tuple[PreTrainedModel, PreTrainedModel], batch: Batch) -> Tensor:
+def step_loss(
+    loss: Callable[..., Tensor], models: tuple[PreTrainedModel, PreTrainedModel], batch: PairedBatch
+) -> Tensor:
     """Compute the loss of a batch, including the forward passes of both models."""
     student, teacher = models
     with torch.no_grad():
-        teacher_window = hidden_window(teacher, batch, "teacher")
-    return loss_of_windows(loss, (hidden_window(student, batch, "student"), teacher_window), models, batch)
+        teacher_window = hidden_window(teacher, batch.teachers[0])
+    return loss_of_windows(loss, (hidden_window(student, batch.student), teacher_window), models, batch)

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from dwakd.data.collator import NO_TOKEN
+from dwakd.batch import PairedBatch, TokenBatch
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -108,7 +108,7 @@ def build_teacher(sizes: Sizes) -> PreTrainedModel:
     return teacher.eval().requires_grad_(False)
 
 
-def build_batch(sizes: Sizes) -> dict[str, Tensor]:
+def build_batch(sizes: Sizes) -> PairedBatch:
     """Build a batch as the collator does, with responses of `response` tokens plus or minus 20 percent."""
     generator = torch.Generator().manual_seed(sizes.seed)
     batch: dict[str, Tensor] = {}
@@ -127,10 +127,18 @@ def build_batch(sizes: Sizes) -> dict[str, Tensor]:
             f"{side}_attention_mask": (place < end).long(),
             f"{side}_response_mask": (place >= start) & (place < end),
         }
-    own, theirs = (batch[f"{side}_response_mask"].sum(1, keepdim=True) for side in ("student", "teacher"))
-    place = torch.arange(int(own.max())).expand(sizes.batch, -1)
-    aligned = place.masked_fill(place >= theirs, -1).masked_fill(place >= own, NO_TOKEN)
-    return batch | _byte_ends(batch, generator) | {"teacher_aligned_rows": aligned}
+    batch |= _byte_ends(batch, generator)
+    own, theirs = (batch[f"{side}_response_mask"].sum(1).tolist() for side in ("student", "teacher"))
+    aligned = [place if place < theirs[n] else -1 for n in range(sizes.batch) for place in range(own[n])]
+    student, teacher = (_tokens(batch, side) for side in ("student", "teacher"))
+    teacher = dataclasses.replace(teacher, aligned_rows=torch.tensor(aligned))
+    return PairedBatch(student, (teacher,), tuple(range(sizes.batch)))
+
+
+def _tokens(batch: dict[str, Tensor], side: str) -> TokenBatch:
+    num_tokens, num_rows = (batch[f"{side}_{name}_mask"].sum(1).tolist() for name in ("attention", "response"))
+    tensors = {name.removeprefix(f"{side}_"): value for name, value in batch.items() if name.startswith(side)}
+    return TokenBatch(**tensors, num_tokens=tuple(num_tokens), num_rows=tuple(num_rows))
 
 
 def _byte_ends(batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:

@@ -12,8 +12,9 @@ from benchmarks import cache, plain, step, tables, trl_peer
 from benchmarks.contest import CORE, OURS, Contest, able
 from benchmarks.workload import Sizes, build_student
 
+from dwakd.batch import PairedBatch
 from dwakd.losses import build_loss
-from dwakd.training.teacher import side_rows
+from dwakd.models.rows import response_side
 
 SMALL = ["--batch=2", "--length=24", "--response=8", "--student-vocab=90", "--teacher-vocab=110"]
 SMALL += ["--student-hidden=64", "--teacher-hidden=64", "--student-layers=1", "--teacher-layers=1"]
@@ -23,7 +24,7 @@ SIZES = Sizes(2, 24, 8, 90, 64, 1, 110, 64, 1)
 def test_plain_steps_are_our_losses():
     """A plain reading that computes something cheaper would make us look slow, a dearer one fast."""
     contest, student = Contest(SIZES), build_student(SIZES)
-    rows, teacher = side_rows(student, contest.batch, "student"), contest.teacher.rows(contest.batch)
+    rows, teacher = response_side(student, contest.batch.student), contest.teacher.side(*contest.batch.teachers)
     dskd = build_loss("dskd", widths=contest.widths)
     value = plain.response_dskd(student, contest.teacher.model, dskd.projectors, contest.batch)
     torch.testing.assert_close(value, dskd(rows, teacher).loss, rtol=1e-4, atol=1e-5)
@@ -36,11 +37,13 @@ def test_published_dwa_kd_without_prompt_and_padding(monkeypatch):
     """Where every position is a response position the published structure and ours are the same method."""
     sizes = Sizes(2, 8, 8, 90, 64, 1, 110, 64, 1)
     contest, student = Contest(sizes), build_student(sizes)
-    for side in ("student", "teacher"):
-        contest.batch[f"{side}_response_mask"][:] = True
-        contest.batch[f"{side}_attention_mask"][:] = 1
+    for tokens in contest.batch:
+        tokens.response_mask[:], tokens.attention_mask[:] = True, 1
+    whole = {"num_tokens": (8, 8), "num_rows": (8, 8)}
+    sides = [dataclasses.replace(tokens, **whole) for tokens in contest.batch]
+    contest.batch = PairedBatch(sides[0], (sides[1],), (0, 1))
     loss = build_loss("dwa_kd", widths=contest.widths)
-    rows, teacher = side_rows(student, contest.batch, "student"), contest.teacher.rows(contest.batch)
+    rows, teacher = response_side(student, contest.batch.student), contest.teacher.side(*contest.batch.teachers)
     value = plain.published_dwa_kd(student, contest.teacher.model, loss.projectors, contest.batch)
     torch.testing.assert_close(value, loss(rows, teacher).loss, rtol=1e-4, atol=1e-5)
 
@@ -52,7 +55,7 @@ def test_trl_computes_our_losses(method):
         pytest.skip(reason)
     sizes = dataclasses.replace(SIZES, batch=1, length=60, response=40)
     contest, student = Contest(sizes), build_student(sizes)
-    rows, teacher = side_rows(student, contest.batch, "student"), contest.teacher.rows(contest.batch)
+    rows, teacher = response_side(student, contest.batch.student), contest.teacher.side(*contest.batch.teachers)
     expected = contest.loss(method, student)(rows, teacher).loss
     criterion = trl_peer.criterion(method, sizes)
     value = trl_peer.step_loss(criterion, (student, contest.teacher.model), contest.batch)

@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dwakd.data.collator import PairedCollator
+from dwakd.batch import PairedBatch
+from dwakd.data.collator import collate
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedPairs, encode_pairs
 from dwakd.data.rows import Example
+from dwakd.data.spelling import align_by_spelling
 from dwakd.errors import UserError
 from tests.builders import bpe_byte_fallback, byte_bpe, wordpiece
 from tests.data.chat import chatml, gemma_like
@@ -187,41 +190,75 @@ def test_options_that_cannot_be() -> None:
         encode_pairs([], student, teacher)
 
 
-def batch_of(pairs: EncodedPairs, **options: Any) -> dict[str, torch.Tensor]:
-    return PairedCollator(0, 2, **options)([pairs[k] for k in range(len(pairs))])
+def batch_of(pairs: EncodedPairs) -> PairedBatch:
+    return collate([pairs[k] for k in range(len(pairs))])
 
 
-def test_collator_pads_on_the_right() -> None:
+def test_collate_pads_on_the_right() -> None:
     """Padding must be masked on both sides, and no unpadded value may move."""
     student, teacher = sides()
     pairs = encode_pairs([row(0, "a"), row(9, "The quick brown fox jumps over 😀")], student, teacher)
     batch = batch_of(pairs)
-    assert batch["example_ids"].tolist() == [0, 9]
-    for side, pad in (("student", 0), ("teacher", 2)):
-        fills = {"input_ids": pad, "target_ids": pad, "response_mask": False, "byte_ends": 0}
-        shape = batch[f"{side}_input_ids"].shape
-        for field, fill in fills.items():
-            tensor = batch[f"{side}_{field}"]
+    assert batch.example_ids == (0, 9)
+    for side, tokens in zip(("student", "teacher"), batch, strict=True):
+        shape = tokens.input_ids.shape
+        for field in ("input_ids", "target_ids", "response_mask", "byte_ends"):
+            tensor = getattr(tokens, field)
             assert tensor.shape == shape
             assert tensor.dtype == (torch.bool if field == "response_mask" else torch.long)
             for k in range(2):
                 values = pairs[k][f"{side}_{field}"]
-                assert tensor[k].tolist() == values + [fill] * (shape[1] - len(values))
-        lengths = [len(pairs[k][f"{side}_input_ids"]) for k in range(2)]
-        mask = batch[f"{side}_attention_mask"]
+                assert tensor[k].tolist() == values + [0] * (shape[1] - len(values))
+        lengths = tuple(len(pairs[k][f"{side}_input_ids"]) for k in range(2))
+        mask = tokens.attention_mask
         assert mask.dtype == torch.long
         assert mask.tolist() == [[1] * n + [0] * (shape[1] - n) for n in lengths]
-        assert batch[f"{side}_num_tokens"] == lengths
-        assert batch[f"{side}_num_rows"] == batch[f"{side}_response_mask"].sum(1).tolist()
+        assert tokens.num_tokens == lengths
+        assert tokens.num_rows == tuple(tokens.response_mask.sum(1).tolist())
     assert pairs.student_lengths == [len(pairs[k]["student_input_ids"]) for k in range(2)]
-    assert batch_of(pairs, pad_to_multiple_of=16)["teacher_input_ids"].shape[1] % 16 == 0
 
 
-def test_without_a_teacher_there_are_student_fields_only() -> None:
-    """SFT must not need a second tokenizer; a teacher's rows without its pad id are a mistake."""
+def test_without_a_teacher_there_is_the_student_only() -> None:
+    """SFT must not need a second tokenizer."""
+    student, _ = sides()
+    batch = collate([encode_pairs([row(0, "a")], student)[0]])
+    assert batch.teachers == ()
+    assert len(batch) == 1
+
+
+def test_each_of_several_teachers_gets_its_own_tokens_and_places() -> None:
+    """A place or a row of another teacher would be another text."""
     student, teacher = sides()
-    alone = PairedCollator(0)([encode_pairs([row(0, "a")], student)[0]])
-    fields = ["input_ids", "attention_mask", "target_ids", "response_mask", "byte_ends", "num_tokens", "num_rows"]
-    assert sorted(alone) == sorted(["example_ids", *(f"student_{field}" for field in fields)])
-    with pytest.raises(UserError, match="teacher_pad_id"):
-        PairedCollator(0)([encode_pairs([row(0, "a")], student, teacher)[0]])
+    pairs = encode_pairs([row(0, "a"), row(9, "The quick brown fox")], student, teacher, student)
+    found = [lambda features: len(features["teacher_input_ids"]), None]
+    first, second = collate([pairs[k] for k in range(2)], found).teachers
+    assert first.cache_places == first.num_tokens
+    assert second.cache_places is None
+    assert torch.equal(second.input_ids, batch_of(pairs).student.input_ids)
+
+
+def test_the_first_rows_of_a_batch_are_a_batch() -> None:
+    """Rows that a rank repeats are cut; the alignment of the other rows must stay theirs."""
+    student, teacher = sides()
+    pairs = encode_pairs([row(k, "The quick brown fox"[: 5 * k + 4]) for k in range(3)], student, teacher)
+    align_by_spelling(pairs, student, teacher)
+    batch, alone = batch_of(pairs), collate([pairs[0]])
+    cut = batch.first(1)
+    assert cut.example_ids == (0,)
+    for tokens, expected in zip(cut, alone, strict=True):
+        assert tokens.num_tokens == expected.num_tokens
+        assert tokens.num_rows == expected.num_rows
+        length = expected.input_ids.shape[1]
+        assert torch.equal(tokens.input_ids[:, :length], expected.input_ids)
+    assert torch.equal(cut.teachers[0].aligned_rows, alone.teachers[0].aligned_rows)
+    assert len(batch) == 3, "a batch is never changed"
+
+
+def test_a_batch_moves_as_a_whole() -> None:
+    """Accelerate and transformers move what has a `to`, and look for the names of inputs in it."""
+    student, teacher = sides()
+    batch = batch_of(encode_pairs([row(0, "a")], student, teacher))
+    moved = send_to_device(batch, torch.device("meta"))
+    assert {tokens.byte_ends.device.type for tokens in moved} == {"meta"}
+    assert moved.student.num_rows == batch.student.num_rows
+    assert "input_ids" not in batch

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dwakd.batch import ModelSide, OutputHead
-from dwakd.data.collator import NO_TOKEN, PairedCollator
+from dwakd.data.collator import collate
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import align_by_spelling, encode_pairs
 from dwakd.data.rows import Example
@@ -156,11 +156,11 @@ def test_aligned_rows_read_the_same_and_reach_the_batch():
     """A teacher's row one off teaches the word before or after."""
     pairs, encoders = aligned(byte_bpe, bpe_byte_fallback)
     spelled = [encoder.token_bytes() for encoder in encoders]
-    batch = PairedCollator(0, 2)([pairs[index] for index in range(len(pairs))])
+    batch = collate([pairs[index] for index in range(len(pairs))])
+    aligned_rows = batch.teachers[0].aligned_rows.split(batch.student.num_rows)
     num_aligned = 0
     for index, row in enumerate(pairs.rows):
-        padded = batch["teacher_aligned_rows"][index]
-        places = padded[padded != NO_TOKEN].tolist()
+        places = aligned_rows[index].tolist()
         assert places == row.teacher.aligned_rows.tolist()
         for own, other in enumerate(places):
             if other > 0:

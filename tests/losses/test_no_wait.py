@@ -1,12 +1,15 @@
 """On a GPU the host must run ahead of the device: no loss may read a value of a tensor."""
 
+import dataclasses
+
 import pytest
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from dwakd.data.collator import PairedCollator
+from dwakd.data.collator import collate
 from dwakd.losses import Widths, alignment, build_loss
-from dwakd.training.teacher import OnlineTeacher, side_rows
+from dwakd.models.rows import response_side
+from dwakd.training.teacher import OnlineTeacher
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 WIDTHS = Widths(16, 24, 16, 24)
@@ -31,12 +34,12 @@ def model(width):
     return GPT2LMHeadModel(config).eval()
 
 
-def step(method, batch, options=None):
+def step(method, batch, options=None, change=lambda side: side):
     """Rows of both models and the loss with its gradient, over tensors that have no values."""
     student = model(16)
     loss = build_loss(method, options, widths=WIDTHS)
-    teacher = None if method == "sft" else OnlineTeacher(model(24)).rows(batch)
-    loss(side_rows(student, batch, "student"), teacher).loss.backward()
+    teacher = None if method == "sft" else OnlineTeacher(model(24)).side(*batch.teachers)
+    loss(change(response_side(student, batch.student)), teacher).loss.backward()
     assert student.transformer.wte.weight.grad is not None
 
 
@@ -53,13 +56,10 @@ def without_values(monkeypatch):
     [("sft", {}), ("dskd", {}), ("dwa_kd", {}), ("dwa_kd", {"band": False}), ("dwa_kd", {"entropy_weights": False})],
 )
 def test_a_step_asks_the_device_for_nothing(method, options, without_values):
-    step(method, PairedCollator(0, 0)(features()), options)
+    step(method, collate(features()), options)
 
 
-@pytest.mark.parametrize("forgotten", ["student_num_rows", "teacher_num_rows"])
-def test_the_guard_sees_a_wait(forgotten, without_values):
+def test_the_guard_sees_a_wait(without_values):
     """Else the test above could not fail."""
-    batch = PairedCollator(0, 0)(features())
-    del batch[forgotten]
     with pytest.raises(WAITS):
-        step("dwa_kd", batch)
+        step("dwa_kd", collate(features()), change=lambda side: dataclasses.replace(side, num_rows=None))

@@ -8,9 +8,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from dwakd.errors import UserError
 from dwakd.models.attention import last_layer
 from dwakd.models.invariant import response_states
-from dwakd.models.rows import final_hidden, final_states, response_rows
+from dwakd.models.rows import final_hidden, final_states, response_side
 from tests.builders import FAMILIES, tiny_model
-from tests.models.test_rows import LENGTHS, VOCAB, batch, lora
+from tests.models.test_rows import LENGTHS, VOCAB, batch, lora, tokens_of
 
 
 def expected(model, input_ids, mask):
@@ -60,12 +60,12 @@ def test_rows_of_an_adapted_model_carry_it_and_the_registry_is_left_alone():
     before = dict(ALL_ATTENTION_FUNCTIONS)
     model = lora(tiny_model("llama", VOCAB), target_modules=["q_proj", "v_proj"])
     input_ids, mask = batch()
-    response = mask.bool() & (torch.arange(40) >= 4)
-    side = response_rows(model, input_ids, mask, input_ids, response, input_ids, attention=True)
+    tokens = tokens_of(input_ids, mask, 4)
+    side = response_side(model, tokens, attention=True)
     wanted = torch.cat([row[4:] for row in expected(model.get_base_model(), input_ids, mask)])
     torch.testing.assert_close(side.attention, wanted.detach(), atol=2e-6, rtol=1e-4)
     assert dict(ALL_ATTENTION_FUNCTIONS) == before
-    without = response_rows(model, input_ids, mask, input_ids, response, input_ids)
+    without = response_side(model, tokens)
     assert without.attention is None
     assert torch.equal(side.hidden, without.hidden)
 

@@ -1,11 +1,14 @@
 """Response rows: what the losses see must be what the model computes, whatever its family."""
 
+import dataclasses
+
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
+from dwakd.batch import TokenBatch
 from dwakd.errors import UserError
-from dwakd.models.rows import check_head, embedding_table, final_hidden, output_head, response_rows
+from dwakd.models.rows import check_head, embedding_table, final_hidden, output_head, response_side
 from tests.builders import FAMILIES, tiny_model
 
 VOCAB = 300
@@ -20,6 +23,20 @@ def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         mask[row, :length] = 1
         input_ids[row, length:] = 0
     return input_ids, mask
+
+
+def tokens_of(input_ids: torch.Tensor, mask: torch.Tensor, num_prompt: int) -> TokenBatch:
+    """A batch whose responses begin after a prompt; byte ends count all positions."""
+    response = mask.bool() & (torch.arange(input_ids.shape[1]) >= num_prompt)
+    return TokenBatch(
+        input_ids=input_ids,
+        attention_mask=mask,
+        target_ids=input_ids.roll(-1, dims=1),
+        response_mask=response,
+        byte_ends=torch.arange(input_ids.numel()).view_as(input_ids),
+        num_tokens=tuple(mask.sum(1).tolist()),
+        num_rows=tuple(response.sum(1).tolist()),
+    )
 
 
 def lora(model, **options):
@@ -59,10 +76,9 @@ def test_rows_are_selected_in_batch_order_with_embeddings_of_the_table(family):
     """Rows out of order, scaled (Gemma) or offset (OPT) embeddings would spoil attention and Soft-DTW."""
     model = tiny_model(family, VOCAB)
     input_ids, mask = batch()
-    target_ids = input_ids.roll(-1, dims=1)
-    byte_ends = torch.arange(input_ids.numel()).view_as(input_ids)
-    response = mask.bool() & (torch.arange(40) >= 4)
-    side = response_rows(model, input_ids, mask, target_ids, response, byte_ends)
+    tokens = tokens_of(input_ids, mask, 4)
+    target_ids, byte_ends = tokens.target_ids, tokens.byte_ends
+    side = response_side(model, tokens)
     assert side.lengths.tolist() == [length - 4 for length in LENGTHS]
     places = [(row, column) for row, length in enumerate(LENGTHS) for column in range(4, length)]
     hidden, table = final_hidden(model, input_ids, mask), model.get_input_embeddings().weight
@@ -73,19 +89,15 @@ def test_rows_are_selected_in_batch_order_with_embeddings_of_the_table(family):
         assert torch.equal(side.target_embeddings[index], table[target_ids[row, column]])
         assert torch.equal(side.input_embeddings[index], table[input_ids[row, column]])
         assert side.byte_ends[index] == byte_ends[row, column]
-    counts = side.lengths.tolist()
-    told = response_rows(model, input_ids, mask, target_ids, response, byte_ends, num_rows=counts)
-    assert torch.equal(told.hidden, side.hidden)
-    assert torch.equal(told.byte_ends, side.byte_ends)
-    assert told.counts == side.counts == tuple(counts)
+    assert side.counts == tuple(side.lengths.tolist())
 
 
 def test_gradient_reaches_backbone_and_table_but_not_through_the_tokens_read():
     """The query's embeddings are constants in the method; target embeddings move the student's table."""
     model = tiny_model("llama", VOCAB)
     input_ids = torch.tensor([[5, 6, 7]])
-    response = torch.tensor([[False, True, True]])
-    side = response_rows(model, input_ids, torch.ones_like(input_ids), input_ids + 50, response, input_ids)
+    tokens = tokens_of(input_ids, torch.ones_like(input_ids), 1)
+    side = response_side(model, dataclasses.replace(tokens, target_ids=input_ids + 50))
     assert not side.input_embeddings.requires_grad
     side.target_embeddings.sum().backward()
     touched = model.get_input_embeddings().weight.grad.abs().sum(dim=1).nonzero().flatten()

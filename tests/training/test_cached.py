@@ -8,7 +8,7 @@ from transformers.utils import chat_template_utils as clock
 
 from dwakd import UserError
 from dwakd.config import load_recipe
-from dwakd.models.invariant import response_hidden
+from dwakd.models.invariant import response_states
 from dwakd.models.loading import load_causal_lm
 from dwakd.models.rows import embedding_table, final_hidden, output_head
 from dwakd.training.cached import CachedTeacher
@@ -33,10 +33,10 @@ def test_hidden_states_do_not_depend_on_the_company(family):
     model = tiny_model(family)
     lengths = [3, 31, 32, 33, 64, 65, 90, 128, 7, 40]
     sequences = [torch.randint(2, 300, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
-    whole = response_hidden(model, sequences, [2] * len(lengths))
+    whole = [hidden for hidden, _ in response_states(model, sequences, [2] * len(lengths))]
     for members in ([0], [5], [8, 0, 3], [9, 4], [2, 1, 0, 8, 7]):
-        part = response_hidden(model, [sequences[m] for m in members], [2] * len(members))
-        for member, rows in zip(members, part, strict=True):
+        part = response_states(model, [sequences[m] for m in members], [2] * len(members))
+        for member, (rows, _) in zip(members, part, strict=True):
             assert torch.equal(rows, whole[member])
     for sequence, rows in zip(sequences, whole, strict=True):
         plain = final_hidden(model, sequence[None], torch.ones_like(sequence[None]))[0, -2:].detach()
@@ -87,7 +87,7 @@ def test_every_family_gives_the_same_rows(tmp_path, family):
     run = trainer(tmp_path / "run", folder, cache=tmp_path / "cache", method="dskd")
     model = load_causal_lm(str(folder))
     batch = run.data_collator([run.train_dataset[n] for n in (4, 0, 7)])
-    got, expected = run.teachers[0].rows(batch), OnlineTeacher(model).rows(batch)
+    got, expected = (teacher.side(*batch.teachers) for teacher in (run.teachers[0], OnlineTeacher(model)))
     for name in ("hidden", "input_embeddings", "target_embeddings", "target_ids", "lengths", "byte_ends"):
         assert torch.equal(getattr(got, name), getattr(expected, name)), name
     assert torch.equal(got.head.logits(got.hidden), expected.head.logits(expected.hidden))

@@ -123,7 +123,7 @@ def test_teachers_with_and_without_a_cache(tmp_path, folders, monkeypatch, capsy
     del recipe["teacher"][1]["cache"]
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     code, _, error = call(monkeypatch, capsys, "cache", path)
-    assert (code, "teacher.cache is missing" in error, "one of the teachers" in error) == (2, True, True)
+    assert (code, "teacher.cache is missing" in error) == (2, True)
     recipe["teacher"][1]["share"] = 1
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     code, _, error = call(monkeypatch, capsys, "train", path)
@@ -140,7 +140,7 @@ def test_mistakes_with_several_teachers_are_named(tmp_path, folders):
         DistillConfig(output_dir=str(tmp_path), teacher_gate="best")
     with pytest.raises(UserError, match="teacher_cache is for one teacher"):
         trainer_of(tmp_path, folders, teacher_cache=str(tmp_path / "cache"))
-    with pytest.raises(UserError, match="list of 2 tokenizers"):
+    with pytest.raises(UserError, match="teacher_processing_class must be a list of 2"):
         DistillTrainer(folders[0], folders[1:], DistillConfig(output_dir=str(tmp_path)), ROWS,
                        teacher_processing_class=TOKENIZERS[1])  # fmt: skip
 

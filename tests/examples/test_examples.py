@@ -1,0 +1,31 @@
+"""The examples run offline, as they are printed in the documentation."""
+
+import importlib.util
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_own_loop_trains():
+    """The public functions must serve a loop that knows nothing of our trainer."""
+    losses = runpy.run_path(str(EXAMPLES / "own_loop.py"))["main"]([])
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+
+def test_sft_trainer_trains_or_says_what_is_missing():
+    """A subclass of TRL's trainer gets the same sides; without TRL, the user reads what to install."""
+    run = subprocess.run(
+        [sys.executable, EXAMPLES / "sft_trainer.py"], capture_output=True, text=True, timeout=300, check=False
+    )
+    if importlib.util.find_spec("trl") is None:
+        assert run.returncode == 1
+        assert run.stderr.strip().endswith("pip install trl")
+        assert len(run.stderr.strip().splitlines()) == 1
+        pytest.skip("TRL is not installed")
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "train_loss" in run.stdout
