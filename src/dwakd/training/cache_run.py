@@ -20,11 +20,7 @@ def cache_recipe(recipe: Recipe, folder: str | Path | None = None, *, check: boo
     Args:
         recipe: recipe of the training run. Teachers without a cache are skipped if another teacher has one.
         folder: folder of the cache of a single teacher; overrides `teacher.cache`.
-        check: read and verify everything, write nothing.
-
-    Raises:
-        UserError: no teacher, no folder, a cache that was built from something else, or a full disk; with `check`, also
-            a cache that is incomplete or damaged.
+        check: read and verify everything, write nothing, and refuse an incomplete or damaged cache.
     """
     if not recipe.teachers:
         raise UserError("dwakd cache requires a teacher: add a teacher section to the recipe")

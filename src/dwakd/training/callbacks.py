@@ -1,32 +1,55 @@
-"""Callbacks of every run: the epoch of the sampler, the time of steps, and the progress bar."""
+"""Watch a run: NaN and missing gradients, means of terms, the time of steps, and the progress bar."""
 
 import time
-from typing import Any
+from collections import deque
+from typing import Any, NoReturn
 
+import torch
+from torch import Tensor
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
+
+from dwakd.errors import UserError
+
+_FIX = "lower training.learning_rate, or set training.warmup_steps"
 
 
 class RunCallback(TrainerCallback):
-    """Prepare a run for its other callbacks, pass the epoch to the sampler, and measure the time of steps.
+    """Prepare a run for its other callbacks, and collect the means of terms and the time of steps.
 
-    The callbacks after it receive the student as `model`, because the module of student and loss has no `generate`. A
-    resumed data loader does not pass the epoch to the sampler.
+    The callbacks after it receive the student as `model`, because the module of student and loss has no `generate`.
     """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.seconds: list[float] = []
         """Time of each optimiser step from its first batch on, without logging, evaluation and saving."""
+        self._sums: dict[str, Tensor] = {}
+        self._first_step = 0
+
+    def add_terms(self, terms: dict[str, Tensor], weight: float) -> None:
+        """Add the terms of a micro-batch to the sums of their means."""
+        for name, value in terms.items():
+            self._sums[name] = self._sums.get(name, 0.0) + weight * value
+
+    def mean_terms(self) -> dict[str, float]:
+        """Return the mean of each term over the optimiser steps since the last call, over all ranks."""
+        if not self._sums:
+            return {}
+        steps = max(self.trainer.state.global_step - self._first_step, 1)
+        sums = self.trainer.accelerator.reduce(torch.stack(list(self._sums.values())), "sum") / steps
+        means = dict(zip(self._sums, sums.tolist(), strict=True))
+        self._sums, self._first_step = {}, self.trainer.state.global_step
+        return means
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.callback_handler.model = self.trainer.student
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.callback_handler.model = self.trainer.student
-        self.trainer.reset_terms()
+        self._sums, self._first_step = {}, state.global_step
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.length_sampler is not None:
+        if self.trainer.length_sampler is not None:  # a resumed data loader does not pass the epoch to its sampler
             self.trainer.length_sampler.set_epoch(int(state.epoch or 0))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -48,3 +71,68 @@ class TermsProgressCallback(ProgressCallback):
             self.training_bar.write(f"step {state.global_step}: " + ", ".join(f"{k} {v}" for k, v in values.items()))
         else:
             self.training_bar.set_postfix(values, refresh=False)
+
+
+class FiniteCheck:
+    """End a run when a training loss or a trained weight is NaN or infinite, or when the student gets no gradient.
+
+    On a CPU, a loss is checked at once. On an accelerator, its value is copied to the host without waiting and is checked
+    when the copy has arrived: usually one step later, and always in `finish`.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self._has_gradient = False
+        self._copies: deque[tuple[int, Tensor, torch.Event | None]] = deque()
+
+    def add(self, loss: Tensor) -> None:
+        """Check a loss of the current step, and those of earlier steps whose copies have arrived."""
+        event = None if loss.device.type == "cpu" else torch.Event(loss.device)
+        self._copies.append((self.trainer.state.global_step + 1, loss.detach().to("cpu", non_blocking=True), event))
+        if event is not None:
+            event.record()
+        self._check_arrived(wait=False)
+
+    def check_gradients(self) -> None:
+        """Refuse a run whose student has had no gradient other than zero by its third step, or its last if that is earlier.
+
+        Called after the gradients are clipped. Gradients that are sharded over processes are not checked.
+        """
+        trainer = self.trainer
+        if self._has_gradient or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            return
+        gradients = (parameter.grad for parameter in trainer.student.parameters())
+        self._has_gradient = any(bool(gradient.any()) for gradient in gradients if gradient is not None)
+        step = trainer.state.global_step + 1
+        if not self._has_gradient and step >= min(3, trainer.state.max_steps):
+            self._fail(
+                f"every gradient of the student is zero at step {step}, so nothing is trained: check the weights in loss, "
+                "training.max_grad_norm, and lora_alpha and lora_dropout in student.peft"
+            )
+
+    def finish(self) -> None:
+        """Wait for every loss and check it, and check the trained parameters as they are now.
+
+        A weight of -inf is accepted: it is a legitimate bias of a token that is never predicted.
+        """
+        self._check_arrived(wait=True)
+        trained = (parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad)
+        if any(bool((tensor.isnan() | tensor.isposinf()).any()) for tensor in trained):
+            step = self.trainer.state.global_step
+            self._fail(f"the weights contain NaN or inf after step {step} and are not saved: {_FIX}")
+
+    def _check_arrived(self, *, wait: bool) -> None:
+        while self._copies:
+            step, loss, event = self._copies[0]
+            if event is not None and wait:
+                event.synchronize()
+            elif event is not None and not event.query():
+                return
+            self._copies.popleft()
+            if not loss.isfinite():
+                self._fail(f"the loss is {loss.item()} at step {step}: {_FIX}")
+
+    def _fail(self, message: str) -> NoReturn:
+        self._copies.clear()
+        self.trainer.callback_handler.on_train_end(self.trainer.args, self.trainer.state, self.trainer.control)
+        raise UserError(message)

@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import EvalPrediction
 from transformers.trainer_utils import denumpify_detensorize
 
+from dwakd.batch import PairedBatch
 from dwakd.data.encoding import TextEncoder
+from dwakd.data.pairs import EncodedPairs
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import generate_answers
@@ -27,15 +30,18 @@ from dwakd.training.teachers import MicroBatch
 Metrics = Callable[[EvalPrediction], dict[str, Any]]
 
 
+def eval_loader(pairs: EncodedPairs, args: DistillConfig, collate: Callable[..., PairedBatch]) -> DataLoader[Any]:
+    """Return a data loader of all rows in order."""
+    workers, pin = args.dataloader_num_workers, args.dataloader_pin_memory
+    return DataLoader(pairs, args.eval_batch_size, collate_fn=collate, num_workers=workers, pin_memory=pin)
+
+
 def mean_terms(
     distiller: Distiller, batches: Iterable[MicroBatch], add_ranks: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
     """Compute the mean of every term over the response tokens of a data set, and the bits per byte of the responses.
 
-    Args:
-        distiller: student and loss.
-        batches: the batches of this rank.
-        add_ranks: sum a tensor over all ranks.
+    `add_ranks` sums a tensor over all ranks.
     """
     sums: dict[str, Tensor] = {}
     counts = torch.zeros(2, dtype=torch.float64)
@@ -57,12 +63,7 @@ def mean_terms(
 def generated_metrics(
     model: Model, encoder: TextEncoder, examples: list[Example], args: DistillConfig, compute_metrics: Metrics | None
 ) -> dict[str, float]:
-    """Compute ROUGE-L of sampled answers (temperature 1, a fixed seed) if `args` asks for it, and the user's own metrics.
-
-    Raises:
-        UserError: `compute_metrics` returned something else than numbers by name, the name of a metric of the run, or not
-            the metric for the best model.
-    """
+    """Compute ROUGE-L of sampled answers (temperature 1, a fixed seed) if `args` asks for it, and the user's metrics."""
     length, size = args.eval_max_new_tokens, args.per_device_eval_batch_size
     options = GenerationOptions(seed=args.seed, max_new_tokens=length, batch_size=size)
     answers = generate_answers(model, encoder, examples, options, progress=not args.disable_tqdm)
@@ -101,11 +102,7 @@ def check_best_metric(args: DistillConfig, has_own: bool) -> None:
 
 
 def plain_metrics(metrics: Any) -> dict[str, Any]:
-    """Return the metrics of a user's function with plain numbers instead of those of numpy and torch, for JSON files.
-
-    Raises:
-        UserError: not a dict by name, or a value that JSON cannot hold. The message names the metric.
-    """
+    """Return the metrics of a user's function with plain numbers instead of those of numpy and torch, for JSON files."""
     if not isinstance(metrics, Mapping):
         raise UserError(f"compute_metrics must return a dict of numbers by name, got {type(metrics).__name__}")
     plain: dict[str, Any] = {}

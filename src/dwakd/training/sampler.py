@@ -9,6 +9,7 @@ from torch.utils.data import Sampler
 from transformers import TrainingArguments
 
 from dwakd.batch import PairedBatch
+from dwakd.data.pairs import EncodedPairs
 
 BLOCK_STEPS = 50
 """Number of steps within which rows are sorted: enough to save most padding, few enough to keep the mixture of rows."""
@@ -31,6 +32,12 @@ class LengthGroupedSampler(Sampler[int]):
         self.step_size = step_size
         self.seed = seed
         self.epoch = 0
+
+    @classmethod
+    def of(cls, pairs: EncodedPairs, args: TrainingArguments) -> "LengthGroupedSampler":
+        """Return the sampler for a data set and the batch sizes and the seed of the arguments."""
+        step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return cls(pairs.student_lengths, step_size, args.seed if args.data_seed is None else args.data_seed)
 
     def __len__(self) -> int:
         return len(self.lengths)

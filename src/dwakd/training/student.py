@@ -103,14 +103,9 @@ def _check_adapter(student: PeftModel) -> None:
         )
     ((adapter, config),) = student.peft_config.items()
     if str(getattr(config, "init_lora_weights", "")).startswith("pissa_niter"):
-        raise UserError(
-            "peft_config: init_lora_weights=pissa_niter_... changes the base model by random numbers that are not saved: use "
-            "pissa, or the student could not be restored"
-        )
+        raise UserError("peft_config: the random numbers of init_lora_weights=pissa_niter_... are not saved: use pissa")
     if getattr(config, "layer_replication", None):
-        raise UserError(
-            "peft_config: layer_replication shares the weights of layers, so the adapter could not be merged: leave it out"
-        )
+        raise UserError("peft_config: an adapter with layer_replication could not be merged: leave it out")
     saved = get_peft_model_state_dict(student, adapter_name=adapter, save_embedding_layers=False)
     kept = {_storage(tensor) for tensor in saved.values()}
     for name, parameter in student.named_parameters():

@@ -33,21 +33,13 @@ def prepare_teachers(
     tokenizers: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None,
     args: DistillConfig,
 ) -> list[tuple[Teacher, TextEncoder]]:
-    """Return each teacher with its encoder; an empty list if the method needs no teacher.
-
-    Raises:
-        UserError: there is no teacher, a teacher shares parameters with the student or has no tokenizer, the numbers of
-            teachers, tokenizers and weights differ, or a cache is given for several teachers or a method that reads
-            attention.
-    """
+    """Load and check the teachers; return each with its encoder. The list is empty if the method needs no teacher."""
     if not method_class(args.method).options_type.needs_teacher:
         return []
     given: list[Any] = teachers if isinstance(teachers, list) else [] if teachers is None else [teachers]
     if not given:
         raise UserError(f"method {args.method} needs a teacher: give teacher_model (recipe: teacher.model)")
-    own = tokenizers if isinstance(tokenizers, list) else [tokenizers]
-    if tokenizers is None:
-        own = [None] * len(given)
+    own = [None] * len(given) if tokenizers is None else tokenizers if isinstance(tokenizers, list) else [tokenizers]
     for name, values in (("teacher_processing_class", own), ("teacher_weights", args.teacher_weights)):
         if values is not None and len(values) != len(given):
             raise UserError(f"{name} must be a list of {len(given)} entries, one for each teacher, got {len(values)}")
@@ -90,10 +82,7 @@ def run_teachers(
 ) -> list[MicroBatch]:
     """Compute the teachers' sides of the micro-batches of one optimiser step, and their statistics over all of them.
 
-    Args:
-        batches: the micro-batches of this rank.
-        teachers: none, one or several.
-        gather: function that concatenates the tensors of all ranks, if there are several.
+    `gather` concatenates the tensors of all ranks, if there are several.
     """
     sides = [tuple(map(Teacher.side, teachers, batch.teachers)) for batch in batches]
     scales = []

@@ -12,32 +12,22 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from dwakd.batch import PairedBatch
 from dwakd.data.collator import collate
-from dwakd.data.pairs import EncodedPairs
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import answerable_prompts
 from dwakd.models.saving import save_causal_lm
-from dwakd.training.callbacks import RunCallback, TermsProgressCallback
+from dwakd.training import inputs as given
+from dwakd.training.callbacks import FiniteCheck, RunCallback, TermsProgressCallback
 from dwakd.training.checkpoint import LOSS_STATE, load_checkpoint
 from dwakd.training.config import DistillConfig
 from dwakd.training.distiller import Distiller
-from dwakd.training.evaluation import check_best_metric, generated_metrics, mean_terms
-from dwakd.training.finite import FiniteCheck
-from dwakd.training.inputs import (
-    Source,
-    add_adapter,
-    check_batches,
-    checked_args,
-    encode_source,
-    load_student_pair,
-    make_encoder,
-)
+from dwakd.training.evaluation import check_best_metric, eval_loader, generated_metrics, mean_terms
 from dwakd.training.method import build_method
 from dwakd.training.optimizer import parameter_groups
 from dwakd.training.sampler import LengthGroupedSampler, cut_repeats
@@ -51,22 +41,15 @@ class DistillTrainer(Trainer):
 
     Args:
         model: the student: a model, or a name or folder for `load_causal_lm`.
-        teacher_model: the teacher, given like the student or as a `Teacher`. A list gives several teachers, whose weights
-            and gate are in `args`. Not needed by `sft`.
-        args: options, among them `method` and `loss_options`, which select the loss.
+        teacher_model: the teacher, given like the student or as a `Teacher`; a list for several. Not needed by `sft`.
         train_dataset: a hub id, a file, a `datasets.Dataset`, a list of rows or examples, or encoded pairs.
         eval_dataset: the same. Of a dict of splits, `validation` or else `test` is read (and `train` to train on).
         processing_class: the student's tokenizer. It is loaded with a student given by name.
         teacher_processing_class: the teacher's tokenizer, loaded with a teacher given by name. A list for several.
         peft_config: trains adapters on the student instead of its weights.
-        callbacks: callbacks of transformers.
         compute_metrics: takes an EvalPrediction whose predictions are the generated answers and whose label_ids are the
             references, both lists. It implies generation during evaluation.
-        optimizers: an optimiser and a schedule to use instead of the configured ones.
         dataset_names: names of the data sets "train" and "eval" in messages. Default: their source.
-
-    Raises:
-        UserError: something in models, data or options is wrong.
     """
 
     def __init__(
@@ -74,8 +57,8 @@ class DistillTrainer(Trainer):
         model: str | PreTrainedModel | PeftModel,
         teacher_model: AnyTeacher | list[AnyTeacher] | None = None,
         args: DistillConfig | None = None,
-        train_dataset: Source | None = None,
-        eval_dataset: Source | None = None,
+        train_dataset: given.Source | None = None,
+        eval_dataset: given.Source | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         teacher_processing_class: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
         peft_config: PeftConfig | None = None,
@@ -84,32 +67,31 @@ class DistillTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         dataset_names: dict[str, str] | None = None,
     ) -> None:
-        args = checked_args(args)
+        args = given.checked_args(args)
         names = dataset_names or {}
-        model, processing_class = load_student_pair(model, processing_class, args, peft_config, train_dataset)
+        model, processing_class = given.load_student_pair(model, processing_class, args, peft_config, train_dataset)
         found = prepare_teachers(model, teacher_model, teacher_processing_class, args)
         self.teachers: list[Teacher] = [teacher for teacher, _ in found]
         date = next((teacher.date for teacher in self.teachers if teacher.date), None)
-        self.student_encoder = make_encoder(processing_class, args, date)
+        self.student_encoder = given.make_encoder(processing_class, args, date)
         self._encoders = (self.student_encoder, *(encoder for _, encoder in found))
-        _, train_pairs = encode_source(train_dataset, self._encoders, args, "train", names.get("train"))
-        self._eval_examples, eval_pairs = encode_source(eval_dataset, self._encoders, args, "eval", names.get("eval"))
+        _, train_pairs = given.encode_source(train_dataset, self._encoders, args, "train", names.get("train"))
+        self._eval_examples, eval_pairs = given.encode_source(
+            eval_dataset, self._encoders, args, "eval", names.get("eval")
+        )
         if args.eval_rouge_l or compute_metrics:
             answerable_prompts(model, self.student_encoder, self._eval_examples, names.get("eval", "the eval dataset"))
-
         tell_teachers(found, args, {"train": train_pairs, "eval": eval_pairs})
         set_seed(args.seed)
         loss = build_method(args, model, self.teachers, self._encoders)
         if peft_config is not None:
-            model = add_adapter(model, peft_config)
-        check_batches(train_pairs, args)
+            model = given.add_adapter(model, peft_config)
+        given.check_batches(train_pairs, args)
         check_best_metric(args, compute_metrics is not None)
         if args.disable_dropout:
             disable_dropout(model)
         self.metrics_function = compute_metrics
         self.length_sampler: LengthGroupedSampler | None = None
-        self._term_sums: dict[str, Tensor] = {}
-        self._term_steps = 0
         self.clock = RunCallback(self)
         super().__init__(
             model=Distiller(model, loss),
@@ -135,11 +117,10 @@ class DistillTrainer(Trainer):
     def _distiller(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
-    # One step. The teachers run first, so that N(.) and the reduction are computed over the whole optimiser batch.
-
     def get_batch_samples(
         self, epoch_iterator: Iterator[PairedBatch], num_batches: int, device: torch.device
     ) -> tuple[list[MicroBatch], Tensor | None]:
+        """Run the teachers first, so that N(.) and the reduction are computed over the whole optimiser batch."""
         self.step_started = time.perf_counter()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
@@ -153,40 +134,28 @@ class DistillTrainer(Trainer):
         return micro_batches, num_tokens
 
     def _micro_batches(self, batches: list[PairedBatch]) -> list[MicroBatch]:
-        batches = cut_repeats(batches, self.accelerator.gradient_state, self.args)
-        batches = [batch.to(self.args.device) for batch in batches]
+        kept = cut_repeats(batches, self.accelerator.gradient_state, self.args)
+        batches = [batch.to(self.args.device) for batch in kept]
         return run_teachers(batches, self.teachers, self.accelerator.gather if self.args.world_size > 1 else None)
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
         return inputs
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: MicroBatch,
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        self, model: nn.Module, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         batch, sides, scales = inputs
         output = model(batch.student, sides, scales, num_items_in_batch)
         self.finite.add(output["loss"])
-        for name, value in output["terms"].items():
-            self._term_sums[name] = self._term_sums.get(name, 0.0) + batch.weight * value
+        self.clock.add_terms(output["terms"], batch.weight)
         # Wrappers average gradients over ranks; the division by the global number of tokens requires their sum.
         loss = output["loss"] * self.accelerator.num_processes * batch.weight
         return (loss, output) if return_outputs else loss
 
-    def reset_terms(self) -> None:
-        """Start new sums of terms. The next log contains means from this step on."""
-        self._term_sums, self._term_steps = {}, self.state.global_step
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of every term over the optimiser steps since the last log."""
-        if "loss" in logs and self._term_sums:
-            steps = max(self.state.global_step - self._term_steps, 1)
-            sums = self.accelerator.reduce(torch.stack(list(self._term_sums.values())), "sum") / steps
-            logs |= dict(zip(self._term_sums, sums.tolist(), strict=True))
-            self.reset_terms()
+        if "loss" in logs:
+            logs |= self.clock.mean_terms()
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -197,13 +166,10 @@ class DistillTrainer(Trainer):
         self.finite.finish()
         return output
 
-    def _get_train_sampler(self, train_dataset: EncodedPairs | None = None) -> Sampler[int] | None:
-        dataset = train_dataset or self.train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, EncodedPairs):
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self.length_sampler = LengthGroupedSampler(dataset.student_lengths, step_size, seed)
+        self.length_sampler = LengthGroupedSampler.of(train_dataset or self.train_dataset, self.args)
         return self.length_sampler
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -216,12 +182,9 @@ class DistillTrainer(Trainer):
         return self.optimizer
 
     def evaluate(
-        self,
-        eval_dataset: Source | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, eval_dataset: given.Source | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Compute every term in nats per student response token over the whole set, bits per byte, and ROUGE-L if asked.
+        """Compute every term in nats per student response token, bits per byte, and ROUGE-L if `args` asks for it.
 
         N(.) is computed for each batch, so the terms of distillation depend a little on `per_device_eval_batch_size`.
         `ce`, `bits_per_byte` and `rouge_l` do not.
@@ -229,20 +192,16 @@ class DistillTrainer(Trainer):
         Args:
             eval_dataset: as in the constructor. Default: the constructor's, the only one that is answered for ROUGE-L.
             ignore_keys: unused.
-            metric_key_prefix: prefix of every metric's name.
         """
         pairs = self.eval_dataset
         if eval_dataset is not None:
-            _, pairs = encode_source(eval_dataset, self._encoders, self.args, "eval")
+            _, pairs = given.encode_source(eval_dataset, self._encoders, self.args, "eval")
         if pairs is None:
             raise UserError("there is nothing to evaluate on: give eval_dataset")
-        size, workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
         with torch.random.fork_rng():  # a run must not depend on how often it is evaluated
-            loader = DataLoader(pairs, size, collate_fn=self.data_collator, num_workers=workers)
-            progress = tqdm(
-                self.accelerator.prepare(loader), "evaluating", delay=2, leave=False, disable=self.args.disable_tqdm
-            )
-            batches = (self._micro_batches([batch])[0] for batch in progress)
+            loader = self.accelerator.prepare(eval_loader(pairs, self.args, self.data_collator))
+            bar = tqdm(loader, "evaluating", delay=2, leave=False, disable=self.args.disable_tqdm)
+            batches = (self._micro_batches([batch])[0] for batch in bar)
             metrics = mean_terms(self._distiller, batches, self.accelerator.reduce)
             if eval_dataset is None and (self.args.eval_rouge_l or self.metrics_function):
                 own = self.student, self.student_encoder, self._eval_examples, self.args, self.metrics_function
@@ -250,8 +209,7 @@ class DistillTrainer(Trainer):
         prefix = f"{metric_key_prefix}_"
         metrics = {prefix + name.removeprefix(prefix): value for name, value in metrics.items()}
         self.log(dict(metrics))
-        control = self.control  # type: ignore[has-type]
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
@@ -263,8 +221,6 @@ class DistillTrainer(Trainer):
             super().init_hf_repo(token, private)
         except Exception as error:  # the hub and the network raise many unrelated types
             raise UserError(f"push_to_hub: {' '.join(str(error).split())}") from error
-
-    # The student is saved as transformers saves it. What only training needs is saved in checkpoints alone.
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         self.finite.finish()

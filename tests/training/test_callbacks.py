@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dwakd import UserError
-from dwakd.training.finite import FiniteCheck
+from dwakd.training.callbacks import FiniteCheck
 from tests.training.builders import trainer
 
 
