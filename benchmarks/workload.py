@@ -137,7 +137,9 @@ def build_batch(sizes: Sizes) -> PairedBatch:
 
 def _tokens(batch: dict[str, Tensor], side: str) -> TokenBatch:
     num_tokens, num_rows = (batch[f"{side}_{name}_mask"].sum(1).tolist() for name in ("attention", "response"))
-    tensors = {name.removeprefix(f"{side}_"): value for name, value in batch.items() if name.startswith(side)}
+    tensors: dict[str, Any] = {
+        name.removeprefix(f"{side}_"): value for name, value in batch.items() if name.startswith(side)
+    }
     return TokenBatch(**tensors, num_tokens=tuple(num_tokens), num_rows=tuple(num_rows))
 
 

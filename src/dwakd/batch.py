@@ -10,6 +10,7 @@ response, the end-of-sequence token included.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -107,8 +108,10 @@ class TokenBatch:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "TokenBatch":
         """Apply a function to each tensor."""
-        tensors = {name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **tensors)
+        fields: dict[str, Any] = {
+            name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **fields)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenBatch":
         """Return these tokens on a device."""

@@ -1,6 +1,6 @@
 """Encode rows for two models and run both on a batch, for training loops other than `DistillTrainer`."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -13,7 +13,7 @@ from dwakd.losses import Widths
 from dwakd.models.invariant import teacher_states
 from dwakd.models.rows import embedding_table, evaluating, output_head, response_side, select_side
 
-Model = PreTrainedModel | PeftModel
+Model: TypeAlias = PreTrainedModel | PeftModel
 
 
 def encode_rows(
@@ -41,8 +41,9 @@ def encode_rows(
         UserError: a row is invalid, or a tokenizer cannot be used.
     """
     encoders = [TextEncoder(tokenizer, template) for tokenizer in (student_tokenizer, teacher_tokenizer)]
+    examples = load_examples(rows, name="rows")
     lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
-    return encode_pairs(load_examples(rows, name="rows"), *encoders, **lengths, source="rows")
+    return encode_pairs(examples, *encoders, **lengths, source="rows")  # type: ignore[arg-type]
 
 
 def paired_sides(

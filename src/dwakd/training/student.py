@@ -2,18 +2,15 @@
 
 import copy
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import logging as transformers_logging
 
 from dwakd.errors import UserError
 from dwakd.models.rows import evaluating, model_name
@@ -132,48 +129,46 @@ def _saved_config(student: PreTrainedModel) -> PretrainedConfig:
 
 
 def _restored(student: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
-    """Return the model that the saved folder of the student would give, if its tensors fit this config."""
+    """Return the model that the saved folder of the student would give. It shares the student's parameters."""
     name = model_name(student)
-    try:
-        tensors = remove_tied_weights_from_state_dict(dict(student.state_dict()), student)
-        tensors = {key: tensor.clone() for key, tensor in tensors.items()}  # loading may change them in place
-    except RuntimeError as error:
-        shared = f"the student {name} shares tensors that its architecture does not share, so it cannot be saved"
-        raise UserError(f"{shared}: {str(error).splitlines()[0]}") from error
     known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     model_class: Any = known if isinstance(known, type) else type(student)
-    with _quiet_transformers():
-        try:
-            model, loading = model_class.from_pretrained(
-                None,
-                config=config,
-                state_dict=tensors,
-                dtype=widest_dtype(student),
-                attn_implementation=student.config._attn_implementation,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"the student {name} cannot be loaded again after it is saved: {reason}") from error
-    what = {
-        "missing_keys": "describes {}, which the model does not save",
-        "unexpected_keys": "does not describe {}",
-        "mismatched_keys": "describes {} in another shape",
+    implementation = student.config._attn_implementation
+    try:
+        with torch.random.fork_rng(), no_init_weights():
+            restored = model_class._from_config(config, dtype=widest_dtype(student), attn_implementation=implementation)
+            restored.tie_weights()
+    except Exception as error:  # the code of a model may raise any exception
+        reason = " ".join(str(error).split())
+        raise UserError(f"the student {name} cannot be loaded again after it is saved: {reason}") from error
+    own, described = student.state_dict(), restored.state_dict()
+    differences = {
+        "describes {}, which the model does not have": described.keys() - own.keys(),
+        # loading ignores buffers that are not in the config
+        "does not describe {}": own.keys() - described.keys() - dict(student.named_buffers()).keys(),
+        "describes {} in another shape": {
+            key for key in own.keys() & described.keys() if own[key].shape != described[key].shape
+        },
+        "describes other sharing of {}": _shared(student) ^ _shared(restored),
     }
-    ignored = {key for key, _ in student.named_buffers()}  # loading passes over buffers that are not in the config
-    for report, words in what.items():
-        if keys := sorted({key if isinstance(key, str) else key[0] for key in loading[report]} - ignored):
+    for words, keys in differences.items():
+        if keys:
             more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
-            _refuse_other(name, f"its config {words.format(keys[0] + more)}")
-    return model
+            _refuse_other(name, f"its config {words.format(min(keys) + more)}")
+    restored.load_state_dict(own, strict=False, assign=True)
+    return restored
+
+
+def _shared(model: nn.Module) -> set[str]:
+    """Return the names of parameters that share memory, joined by " and "."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(_storage(parameter), []).append(name)
+    return {" and ".join(sorted(names)) for names in groups.values() if len(names) > 1}
 
 
 def _check_same(student: PreTrainedModel, restored: PreTrainedModel) -> None:
-    """Refuse a student whose logits differ from those of the restored model, which is changed."""
-    dtypes = {name: parameter.dtype for name, parameter in student.named_parameters()}
-    for name, parameter in restored.named_parameters():
-        parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
+    """Refuse a student whose logits differ from those of the restored model."""
     buffers = dict(student.named_buffers())
     for name, buffer in restored.named_buffers():  # student.to(torch.bfloat16) rounds rotary frequencies
         own = buffers.get(name)
@@ -186,7 +181,8 @@ def _check_same(student: PreTrainedModel, restored: PreTrainedModel) -> None:
     with torch.no_grad(), evaluating(student), evaluating(restored.to(student.device)):
         expected, found = (model(input_ids=ids, use_cache=False).logits.float() for model in (student, restored))
     expected, found = (logits.nan_to_num(neginf=0.0) for logits in (expected, found))
-    tolerance = 1e-4 if widest_dtype(student).itemsize >= 4 and len(set(dtypes.values())) == 1 else 3e-2
+    dtypes = {parameter.dtype for parameter in student.parameters()}
+    tolerance = 1e-4 if widest_dtype(student).itemsize >= 4 and len(dtypes) == 1 else 3e-2
     difference = float((expected - found).abs().max())
     if not difference <= tolerance * (1 + float(expected.abs().max())):
         _refuse_other(model_name(student), f"its config does not describe all of it: logits differ by {difference:.3g}")
@@ -197,17 +193,3 @@ def _refuse_other(name: str, reason: str) -> NoReturn:
         f"the student {name} would be another model when its saved folder is loaded, because {reason}; correct the model "
         "or its config"
     )
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Turn off progress bars and loading reports of transformers."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
