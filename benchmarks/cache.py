@@ -39,9 +39,8 @@ from dwakd.data.pairs import EncodedPairs, EncodedRow, EncodedSide
 from dwakd.losses import Widths, build_loss
 from dwakd.losses.attention import TeacherScale
 from dwakd.models.rows import embedding_table, output_head, response_side
-from dwakd.training.cached import find_place
 from dwakd.training.distiller import Distiller
-from dwakd.training.teacher import OnlineTeacher, Teacher
+from dwakd.training.teacher import OnlineTeacher, Teacher, find_place
 
 NAMES = ("sft", "online", "cached", "dwa_kd_loss", "sft_loss")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dwakd import DistillConfig, DistillTrainer
-from dwakd.training.cached import CachedTeacher
+from dwakd.training.teacher import CachedTeacher
 from tests.builders import tiny_model
 from tests.training.builders import ROWS, TOKENIZERS
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from dwakd import UserError
 from dwakd.cache.store import Cache, open_complete, write_file
-from dwakd.training.cached import CachedTeacher
+from dwakd.training.teacher import CachedTeacher
 from tests.cache.builders import LONG, content, save_teacher, trainer
 
 
@@ -138,7 +138,7 @@ def test_part_of_the_rows_in_another_order_is_served(built, teacher, tmp_path, m
     def loaded(*args, **kwargs):
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr("dwakd.training.cached.load_causal_lm", loaded)
+    monkeypatch.setattr("dwakd.training.teacher.load_causal_lm", loaded)
     run = trainer(tmp_path / "run", teacher, cache=built, rows=LONG[9:2:-1], eval_rows=LONG[12:14])
     run.train()
 

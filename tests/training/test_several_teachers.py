@@ -7,7 +7,7 @@ import yaml
 
 from dwakd import DistillConfig, DistillTrainer, UserError
 from dwakd.config import load_recipe
-from dwakd.training.cached import CachedTeacher
+from dwakd.training.teacher import CachedTeacher
 from tests.builders import bpe_byte_fallback, byte_bpe, tiny_model, wordpiece
 from tests.test_cli import run as call
 from tests.training.builders import ROWS, assert_same, weights

@@ -9,9 +9,9 @@ from dwakd.cache.store import Cache, open_complete
 from dwakd.config import Recipe, StudentSection, TeacherSection, load_recipe
 from dwakd.errors import UserError
 from dwakd.models.loading import load_tokenizer
-from dwakd.training.cached import refuse_attention
 from dwakd.training.inputs import encode_source, make_encoder
 from dwakd.training.recipe import load_section, recipe_examples, training_config
+from dwakd.training.teacher import refuse_attention
 
 
 def cache_recipe(recipe: Recipe, folder: str | Path | None = None, *, check: bool = False) -> list[Cache]:

@@ -17,9 +17,9 @@ from dwakd.errors import UserError
 from dwakd.losses import method_class, method_options
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.options import check_type
-from dwakd.training.cached import CachedTeacher, refuse_attention
 from dwakd.training.config import DistillConfig
 from dwakd.training.optimizer import check_optimizer
+from dwakd.training.teacher import CachedTeacher, refuse_attention
 from dwakd.validation import unknown_option
 
 ELSEWHERE = ("method", "loss_options", "output_dir", "trust_remote_code", "teacher_cache", "teacher_weights")

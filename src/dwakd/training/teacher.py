@@ -1,21 +1,36 @@
-"""The frozen teacher, which is not part of the trained module: it is never wrapped, saved or put into train mode."""
+"""The frozen teacher, online or cached. It is not part of the trained module: never wrapped, saved or in train mode."""
 
+from __future__ import annotations
+
+import gc
 from abc import ABC, abstractmethod
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+import torch
 from jaxtyping import Float
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dwakd.batch import ModelSide, OutputHead, TokenBatch
+from dwakd.cache.build import open_or_build
+from dwakd.cache.fingerprint import DATE, adapter_digest, fingerprint, row_key, weights_digest
+from dwakd.cache.manifest import MANIFEST, Manifest, check_folder
+from dwakd.cache.store import Cache, CacheRequest, open_complete
 from dwakd.data.collator import FindPlace
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedPairs
+from dwakd.errors import UserError
 from dwakd.losses import needs_attention
 from dwakd.models.invariant import teacher_states
+from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.models.rows import embedding_table, output_head, select_side
 from dwakd.training.config import DistillConfig
+from dwakd.training.inputs import load_pair
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Sets = dict[str, EncodedPairs | None]
 """The encoded data sets "train" and "eval"."""
 
@@ -23,8 +38,8 @@ Sets = dict[str, EncodedPairs | None]
 class Teacher(ABC):
     """Compute the teacher's side of a batch.
 
-    `OnlineTeacher` runs the model. `dwakd.training.cached.CachedTeacher` reads stored hidden states, which are the same to
-    the last bit in float32 on a CPU.
+    `OnlineTeacher` runs the model. `CachedTeacher` reads stored hidden states, which are the same to the last bit in float32
+    on a CPU.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -87,3 +102,127 @@ class OnlineTeacher(Teacher):
         if self.model.device != tokens.input_ids.device:
             self.model.to(tokens.input_ids.device)
         return teacher_states(self.model, tokens, attention=self.with_attention)
+
+
+class CachedTeacher(Teacher):
+    """Read the teacher's hidden states from a cache; load only its output head and its embedding table.
+
+    `prepare` builds a cache that does not exist, with the teacher in memory during the build, and continues a build
+    that was interrupted. It refuses a cache of another teacher, tokenizer, template, truncation or data.
+
+    Args:
+        folder: folder of the cache.
+        model: name or folder of the teacher, see `load_causal_lm`.
+        adapter: a PEFT adapter to merge into the teacher.
+        revision: revision of a model on the Hugging Face Hub.
+        dtype: dtype in which the teacher computes.
+        trust_remote_code: see `load_causal_lm`.
+        cache_dtype: dtype of the stored hidden states; the teacher's own by default, which stores them exactly.
+        tokenizer: tokenizer of the teacher; by default the one that belongs to the model.
+
+    Raises:
+        UserError: the teacher is not given by name, or the dtype is unknown.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        model: Any,
+        *,
+        adapter: str | None = None,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
+        cache_dtype: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        if not isinstance(model, str):
+            raise UserError("teacher_cache requires the teacher by name, so that its layers are not loaded")
+        if cache_dtype not in (None, *DTYPES):
+            raise UserError(f"unknown teacher.cache_dtype {cache_dtype!r}; valid ones: {', '.join(DTYPES)}")
+        self.folder = Path(folder).expanduser()
+        self.name, self.adapter, self.dtype = model, adapter, dtype
+        self.cache_dtype = None if cache_dtype is None else DTYPES[cache_dtype]
+        self._options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self.tokenizer = tokenizer or load_tokenizer(model, **self._options)
+        self.cache: Cache
+        """The open cache, available after `prepare`, like `head` and `table`."""
+
+    @property
+    def date(self) -> str | None:
+        """The date that chat templates printed when the cache was built; None if there is no cache yet."""
+        built = (self.folder / MANIFEST).is_file()
+        return Manifest.load(self.folder).fingerprint.get(DATE) if built else None
+
+    def prepare(self, encoder: TextEncoder, args: DistillConfig, sets: Sets, *, repair: bool = False) -> None:
+        """Build or verify the cache of these data sets, then load the teacher's head and embedding table.
+
+        With `repair`, damaged files are built again instead of refused.
+
+        Raises:
+            UserError: see `dwakd.cache.build.open_or_build`.
+        """
+        check_folder(self.folder)  # before the teacher's files are hashed, which takes a while
+        request = self._request(encoder, args, sets)
+        self.cache = open_or_build(self.folder, request, lambda: self._load(args), repair=repair)
+        gc.collect()  # frees the teacher's layers, if they were loaded
+        self.table, self.head = self.cache.teacher()
+        self.find_place = partial(find_place, self.cache)
+
+    def check(self, encoder: TextEncoder, args: DistillConfig, sets: Sets) -> Cache:
+        """Verify every byte of the cache, and that it was built from these data sets; raise UserError otherwise."""
+        cache = open_complete(self.folder, progress=not args.disable_tqdm)
+        cache.check_source(self._request(encoder, args, sets))
+        return cache
+
+    def _request(self, encoder: TextEncoder, args: DistillConfig, sets: Sets) -> CacheRequest:
+        return CacheRequest(
+            sets={role: pairs for role, pairs in sets.items() if pairs is not None},
+            fingerprint=fingerprint(
+                encoder,
+                bos=args.bos,
+                max_length=args.max_length,
+                teacher=weights_digest(self.name, **self._options),
+                adapter=None if self.adapter is None else adapter_digest(self.adapter),
+                dtype=str(self.dtype).removeprefix("torch."),
+            ),
+            names={"teacher": self.name, "teacher.adapter": self.adapter or "none", "tokenizer": self.name},
+            dtype=self.cache_dtype,
+            rank=args.process_index,
+            world_size=args.world_size,
+            progress=not args.disable_tqdm,
+        )
+
+    def _load(self, args: DistillConfig) -> nn.Module:
+        model = load_causal_lm(self.name, adapter=self.adapter, dtype=self.dtype, **self._options)
+        return load_pair(model, self.tokenizer, args, "teacher_processing_class")[0].to(args.device)
+
+    def states(self, tokens: TokenBatch) -> tuple[Float[Tensor, "tokens hidden"], None]:
+        device = tokens.input_ids.device
+        if self.table.device != device:
+            tied = self.table is self.head.weight
+            self.head = self.head.to(device)
+            self.table = self.head.weight if tied else self.table.to(device)
+        assert tokens.cache_places is not None
+        return self.cache.read(tokens.cache_places).to(device, self.head.weight.dtype, non_blocking=True), None
+
+
+def find_place(cache: Cache, features: dict[str, Any]) -> int:
+    """Return the index of a row in the cache, given its features for the teacher; raise UserError if it has none."""
+    ids = [*features["teacher_input_ids"], features["teacher_target_ids"][-1]]
+    place = cache.index.places.get(row_key(ids, len(ids) - sum(features["teacher_response_mask"])))
+    if place is None:
+        raise UserError(
+            f"teacher cache {cache.folder} does not contain row {features['example_id']} (counting from 0) of the data set "
+            "to evaluate; give this data set as eval_dataset when the cache is built"
+        )
+    return place
+
+
+def refuse_attention(method: str, options: dict[str, Any]) -> None:
+    """Raise UserError if the method reads the teacher's attention, which a cache does not contain."""
+    if needs_attention(method, options):
+        raise UserError(
+            f"method {method} reads the teacher's attention, which a cache does not contain; set "
+            "loss.span_weights=uniform, or train without teacher.cache"
+        )

@@ -10,11 +10,10 @@ from dwakd.batch import ModelSide, PairedBatch
 from dwakd.data.encoding import TextEncoder
 from dwakd.errors import UserError
 from dwakd.losses import TeacherScale, method_class
-from dwakd.training.cached import CachedTeacher, refuse_attention
 from dwakd.training.config import DistillConfig
 from dwakd.training.inputs import Model, load_pair, make_encoder
 from dwakd.training.student import check_separate
-from dwakd.training.teacher import OnlineTeacher, Sets, Teacher
+from dwakd.training.teacher import CachedTeacher, OnlineTeacher, Sets, Teacher, refuse_attention
 
 AnyTeacher: TypeAlias = str | Model | Teacher
 
@@ -45,7 +44,7 @@ def prepare_teachers(
             raise UserError(f"{name} must be a list of {len(given)} entries, one for each teacher, got {len(values)}")
     if args.teacher_cache is not None and len(given) > 1:
         raise UserError(
-            "teacher_cache is for one teacher: give several as a list of dwakd.training.cached.CachedTeacher"
+            "teacher_cache is for one teacher: give several as a list of dwakd.training.teacher.CachedTeacher"
         )
     return [_prepare(student, teacher, tokenizer, args) for teacher, tokenizer in zip(given, own, strict=True)]
 

@@ -11,9 +11,8 @@ from dwakd.config import load_recipe
 from dwakd.models.invariant import response_states
 from dwakd.models.loading import load_causal_lm
 from dwakd.models.rows import embedding_table, final_hidden, output_head
-from dwakd.training.cached import CachedTeacher
 from dwakd.training.recipe import check_options
-from dwakd.training.teacher import OnlineTeacher
+from dwakd.training.teacher import CachedTeacher, OnlineTeacher
 from tests.builders import FAMILIES, tiny_model
 from tests.cache.builders import LONG, STUDENT, TEACHER, save_teacher, trainer
 from tests.training.builders import assert_same, weights
@@ -103,7 +102,7 @@ def test_no_layer_of_the_teacher_is_loaded(tmp_path, monkeypatch):
     def loaded(*args, **kwargs):
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr("dwakd.training.cached.load_causal_lm", loaded)
+    monkeypatch.setattr("dwakd.training.teacher.load_causal_lm", loaded)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", loaded)
     run = trainer(tmp_path / "second", folder, cache=tmp_path / "cache")
     run.train()
