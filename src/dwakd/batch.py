@@ -113,17 +113,6 @@ class TokenBatch:
         }
         return replace(self, **fields)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenBatch":
-        """Return these tokens on a device."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def first(self, count: int, num_student_rows: int) -> "TokenBatch":
-        """Return the first examples, whose student has this number of response positions."""
-        fields = {name: value[:count] for name, value in vars(self).items() if value is not None}
-        if self.aligned_rows is not None:
-            fields["aligned_rows"] = self.aligned_rows[:num_student_rows]
-        return replace(self, **fields)
-
 
 @dataclass(frozen=True)
 class PairedBatch:
@@ -163,8 +152,13 @@ class PairedBatch:
 
     def first(self, count: int) -> "PairedBatch":
         """Return the first examples of this batch."""
-        num_student_rows = sum(self.student.num_rows[:count])
-        student, *teachers = (tokens.first(count, num_student_rows) for tokens in self)
+        ends = {"aligned_rows": sum(self.student.num_rows[:count])}
+
+        def cut(tokens: TokenBatch) -> TokenBatch:
+            fields = {name: value for name, value in vars(tokens).items() if value is not None}
+            return replace(tokens, **{name: value[: ends.get(name, count)] for name, value in fields.items()})
+
+        student, *teachers = map(cut, self)
         return replace(self, student=student, teachers=tuple(teachers), example_ids=self.example_ids[:count])
 
 

@@ -1,0 +1,52 @@
+"""Metrics of a user's own function: numbers of every kind are taken, and mistakes are named."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dwakd import UserError
+from dwakd.training.evaluation import plain_metrics
+from tests.training.builders import ROWS, trainer
+
+
+@pytest.mark.parametrize(
+    "value", [0.5, np.float64(0.5), np.float32(0.5), np.int64(3), np.bool_(True), np.array(0.5), torch.tensor(0.5)]
+)
+def test_metrics_of_users_become_plain_numbers(value):
+    """transformers.Trainer takes numbers of numpy and torch; JSON does not, so the first checkpoint would fail."""
+    plain = plain_metrics({"score": value})
+    assert json.loads(json.dumps(plain))["score"] == float(value)
+
+
+@pytest.mark.parametrize(
+    "metrics", [{"f1": np.array([0.1, 0.2])}, {"f1": object()}, {1: 0.5}, [("f1", 0.5)], 0.5, None]
+)
+def test_metrics_that_are_no_numbers_are_named(metrics):
+    """Found before the first checkpoint, with the metric's name, instead of a TypeError of JSON."""
+    with pytest.raises(UserError, match=r"compute_metrics.*(f1|1|list|float|None)"):
+        plain_metrics(metrics)
+
+
+def test_metrics_that_the_best_model_needs_are_checked(tmp_path):
+    """A metric that is missing or overwrites a term would end a run at its first evaluation, or choose wrongly."""
+    options = {"method": "sft", "eval_rows": ROWS[:2], "eval_max_new_tokens": 2, "metric_for_best_model": "f1"}
+    with pytest.raises(UserError, match="metric_for_best_model f1"):
+        trainer(tmp_path, **options)
+    run = trainer(tmp_path, **{**options, "metric_for_best_model": None})
+    run.args.metric_for_best_model = "f1"
+    for metrics, named in (({"f1": None}, "f1"), ({"f1": float("nan")}, "nan"), ({"ce": 0.1}, "ce"), ({"em": 1}, "f1")):
+        run.metrics_function = lambda prediction, metrics=metrics: metrics
+        with pytest.raises(UserError, match=named):
+            run.evaluate()
+
+
+def test_metrics_are_logged_as_numbers(tmp_path):
+    """The whole way: evaluation, checkpoint and the saved state."""
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    run = trainer(tmp_path, method="sft", max_steps=1, eval_rows=ROWS[:2], eval_max_new_tokens=3, **options)
+    run.metrics_function = lambda prediction: {"score": np.float32(0.5)}
+    run.train()
+    state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
+    assert [entry["eval_score"] for entry in state["log_history"] if "eval_score" in entry] == [0.5]
