@@ -38,10 +38,7 @@ def response_states(
         model: a causal language model in eval mode.
         sequences: token ids of each sequence, one-dimensional.
         num_rows: number of positions to keep of each sequence, counted from its end.
-        attention: whether to compute `ModelSide.attention`.
-
-    Returns:
-        For each sequence, the hidden states (num_rows, hidden) and the attention (num_rows,), or None without attention.
+        attention: whether to compute the attention, which is None otherwise.
     """
     lengths = [len(sequence) for sequence in sequences]
     rows: list[tuple[Tensor, Tensor | None]] = [(torch.empty(0), None)] * len(lengths)

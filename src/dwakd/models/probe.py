@@ -71,9 +71,6 @@ def check_logits(logits: Float[Tensor, "..."], hidden: Float[Tensor, "..."], hea
 
     Each vocab entry has its own scale (1 + its largest absolute logit), so that a very negative bias of one entry does
     not hide differences in others. Logits of -inf, which forbid tokens, must agree.
-
-    Raises:
-        UserError: the logits differ by more than rounding explains, or are NaN. The message names the model.
     """
     if hidden.shape[-1] != head.hidden_size or logits.shape != (*hidden.shape[:2], head.vocab_size):
         raise UserError(
@@ -110,9 +107,6 @@ def check_causal(
         changed: final hidden states of `Probe.changed_ids`.
         kept: `Probe.kept`.
         name: name of the model for error messages.
-
-    Raises:
-        UserError: the hidden states change. The message names the model.
     """
     rounding = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-3}.get(hidden.dtype, 8e-3)
     company, *ahead = [relative_difference(changed[row, :count], hidden[row, :count]) for row, count in enumerate(kept)]

@@ -113,13 +113,8 @@ def final_hidden(
 ) -> Float[Tensor, "batch length hidden"]:
     """Compute the final hidden states that the output head reads (after the final norm, and after OPT's projection).
 
-    Args:
-        model: a causal language model, with or without a PEFT adapter, which stays active. Its train or eval mode is kept.
-        input_ids: token ids, padded on the right.
-        attention_mask: 1 for tokens, 0 for padding.
-
-    Returns:
-        The hidden states of all positions, with gradient. Values at padding are arbitrary.
+    A PEFT adapter stays active, and the model's train or eval mode is kept. The result has gradient. Values at padding,
+    which is on the right, are arbitrary.
 
     Raises:
         UserError: the model has no backbone that can run without the head.
@@ -156,12 +151,7 @@ def final_states(
 def response_side(model: nn.Module, tokens: TokenBatch, *, attention: bool = False) -> ModelSide:
     """Run a model that is trained, and select the response positions of the batch.
 
-    Gradient reaches the model through `hidden`, `target_embeddings` and `head`.
-
-    Args:
-        model: as in `final_hidden`, on the device of the batch.
-        tokens: the model's tokens.
-        attention: whether to compute `ModelSide.attention`.
+    Gradient reaches the model through `hidden`, `target_embeddings` and `head`. With `attention`, the side has attention.
     """
     hidden, weights = final_states(model, tokens.input_ids, tokens.attention_mask, attention=attention)
     places = response_places(tokens)
@@ -176,14 +166,9 @@ def select_side(
     table: Float[Tensor, "vocab embedding"],
     head: OutputHead,
 ) -> ModelSide:
-    """Combine hidden states and attention of the response positions with their tokens.
+    """Combine the hidden states and the attention of the response positions with their tokens.
 
-    Args:
-        tokens: the model's tokens.
-        hidden: final hidden states of the response positions, one example after the other.
-        attention: see `ModelSide`.
-        table: the model's input-embedding table; detached for a teacher.
-        head: the model's head; detached for a teacher.
+    `table` is the model's input-embedding table. Table and head are detached for a teacher.
     """
     places = response_places(tokens)
     targets = tokens.target_ids.flatten()[places]

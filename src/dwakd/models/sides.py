@@ -56,8 +56,8 @@ def paired_sides(
     Args:
         student: the student, on the device of the batch.
         teacher: the teacher, on the device of the batch.
-        batch: a batch of `dwakd.collate`.
-        attention: whether the loss reads attention (its `needs_attention`).
+        batch: a batch that `dwakd.collate` has made.
+        attention: whether the sides have attention, for losses whose `needs_attention` is true.
     """
     (tokens,) = batch.teachers
     with evaluating(teacher):

@@ -41,12 +41,11 @@ class RunCallback(TrainerCallback):
         self._sums, self._first_step = {}, self.trainer.state.global_step
         return means
 
-    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.callback_handler.model = self.trainer.student
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.callback_handler.model = self.trainer.student
         self._sums, self._first_step = {}, state.global_step
+
+    on_init_end = on_train_begin  # an evaluation may come before the training
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.length_sampler is not None:  # a resumed data loader does not pass the epoch to its sampler
