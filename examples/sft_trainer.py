@@ -16,7 +16,7 @@ except ImportError as error:
     sys.exit(f"this example requires TRL, which cannot be imported ({error}): pip install trl")
 
 
-class DistillationSFTTrainer(SFTTrainer):  # type: ignore[misc]
+class DistillationSFTTrainer(SFTTrainer):
     """Replace the loss of SFTTrainer by a loss of dwakd. Rows are encoded for both models by `dwakd.encode_rows`."""
 
     def __init__(self, *args: Any, teacher: Any, **kwargs: Any) -> None:
