@@ -8,7 +8,7 @@ from transformers.utils import chat_template_utils as clock
 
 from dwakd import UserError
 from dwakd.config import load_recipe
-from dwakd.models.invariant import response_states
+from dwakd.models.invariant import response_hidden
 from dwakd.models.loading import load_causal_lm
 from dwakd.models.rows import embedding_table, final_hidden, output_head
 from dwakd.training.recipe import check_options
@@ -32,10 +32,10 @@ def test_hidden_states_do_not_depend_on_the_company(family):
     model = tiny_model(family)
     lengths = [3, 31, 32, 33, 64, 65, 90, 128, 7, 40]
     sequences = [torch.randint(2, 300, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
-    whole = [hidden for hidden, _ in response_states(model, sequences, [2] * len(lengths))]
+    whole = response_hidden(model, sequences, [2] * len(lengths))
     for members in ([0], [5], [8, 0, 3], [9, 4], [2, 1, 0, 8, 7]):
-        part = response_states(model, [sequences[m] for m in members], [2] * len(members))
-        for member, (rows, _) in zip(members, part, strict=True):
+        part = response_hidden(model, [sequences[m] for m in members], [2] * len(members))
+        for member, rows in zip(members, part, strict=True):
             assert torch.equal(rows, whole[member])
     for sequence, rows in zip(sequences, whole, strict=True):
         plain = final_hidden(model, sequence[None], torch.ones_like(sequence[None]))[0, -2:].detach()

@@ -25,6 +25,11 @@ def teacher_states(
     return torch.cat([hidden for hidden, _ in found]), torch.cat(weights) if weights else None
 
 
+def response_hidden(model: nn.Module, sequences: Sequence[Tensor], num_rows: Sequence[int]) -> list[Tensor]:
+    """Compute the hidden states of `response_states`, without attention."""
+    return [hidden for hidden, _ in response_states(model, sequences, num_rows)]
+
+
 def response_states(
     model: nn.Module, sequences: Sequence[Tensor], num_rows: Sequence[int], *, attention: bool = False
 ) -> list[tuple[Tensor, Tensor | None]]:
