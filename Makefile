@@ -34,14 +34,14 @@ coverage: $(STAMP) ## run the test suite and list the lines that no test reaches
 	$(BIN)/pytest -n 2 --cov --cov-report=term-missing
 
 check: $(STAMP) ## lint, format, types, spelling
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
 	$(BIN)/typos
 
 format: $(STAMP) ## format the code and fix what ruff can fix
-	$(BIN)/ruff check --fix src tests benchmarks
-	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks examples
+	$(BIN)/ruff format src tests benchmarks examples
 
 clean: ## remove the environment, caches and demo runs
 	rm -rf $(VENV) demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -38,7 +38,8 @@ from dwakd.data.collator import collate
 from dwakd.data.pairs import EncodedPairs, EncodedRow, EncodedSide
 from dwakd.losses import Widths, build_loss
 from dwakd.losses.attention import TeacherScale
-from dwakd.models.rows import embedding_table, output_head, response_side
+from dwakd.models.head import embedding_table, output_head
+from dwakd.models.rows import response_side
 from dwakd.training.distiller import Distiller
 from dwakd.training.teacher import OnlineTeacher, Teacher, find_place
 

@@ -13,7 +13,8 @@ from benchmarks.workload import Sizes, build_batch, build_student, build_teacher
 from dwakd.batch import TokenBatch
 from dwakd.losses import METHODS, DistillationLoss, ModelPair, Widths, build_loss, method_options
 from dwakd.losses.projectors import Projectors
-from dwakd.models.rows import output_head, response_side
+from dwakd.models.head import output_head
+from dwakd.models.rows import response_side
 from dwakd.training.distiller import Distiller
 from dwakd.training.teacher import OnlineTeacher
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import send_to_device
+from dwakd.data.spelling import align_by_spelling
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,6 @@ from dwakd.data.collator import collate
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedPairs, encode_pairs
 from dwakd.data.rows import Example
-from dwakd.data.spelling import align_by_spelling
 from dwakd.errors import UserError
 from tests.builders import bpe_byte_fallback, byte_bpe, wordpiece
 from tests.data.chat import chatml, gemma_like

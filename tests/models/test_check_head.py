@@ -5,7 +5,8 @@ import torch
 
 from dwakd.errors import UserError
 from dwakd.models import rows
-from dwakd.models.rows import check_head, output_head
+from dwakd.models.head import output_head
+from dwakd.models.rows import check_head
 from tests.builders import tiny_model
 from tests.models.architectures import small_model
 

@@ -8,7 +8,8 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 
 from dwakd.batch import TokenBatch
 from dwakd.errors import UserError
-from dwakd.models.rows import check_head, embedding_table, final_hidden, output_head, response_side
+from dwakd.models.head import embedding_table, output_head
+from dwakd.models.rows import check_head, final_hidden, response_side
 from tests.builders import FAMILIES, tiny_model
 
 VOCAB = 300

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dwakd.models.rows import output_head
+from dwakd.models.head import output_head
 from tests.training.builders import assert_same, trainer, weights
 
 METHODS = ("dskd_v2", "dwa_kd_v2")

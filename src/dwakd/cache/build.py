@@ -17,8 +17,8 @@ from dwakd.cache.manifest import MANIFEST, TEACHER, keyed_sides
 from dwakd.cache.store import MISSING, UNFINISHED, Cache, CacheRequest
 from dwakd.data.pairs import EncodedSide
 from dwakd.errors import UserError
+from dwakd.models.head import embedding_table, output_head
 from dwakd.models.invariant import response_hidden
-from dwakd.models.rows import embedding_table, output_head
 
 logger = logging.getLogger(__name__)
 

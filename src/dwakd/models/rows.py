@@ -5,58 +5,16 @@ Only the backbone runs over the whole batch. No product with the vocabulary is c
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from dwakd.batch import ModelSide, OutputHead, TokenBatch
 from dwakd.errors import UserError
 from dwakd.models.attention import last_layer
+from dwakd.models.head import causal_lm, embedding_table, model_name, output_head
 from dwakd.models.probe import Probe, check_causal, check_logits
-
-# Prefix of the model type, config field, exponent: logits are multiplied by the field to the power of the exponent.
-_LOGIT_SCALES = (
-    ("cohere", "logit_scale", 1),
-    ("falcon_h1", "lm_head_multiplier", 1),
-    ("granite", "logits_scaling", -1),
-    ("hyperclovax", "logits_scaling", 1),
-    ("inkling", "logits_mup_width_multiplier", -1),
-    ("minicpm3", "logits_scaling", -1),
-    ("muse_", "output_multiplier", 1),
-)
-_SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-
-
-def embedding_table(model: nn.Module) -> Float[Tensor, "vocab embedding"]:
-    """Return the input-embedding table, without Gemma's scaling by sqrt(hidden) and without position embeddings.
-
-    Raises:
-        UserError: the table is adapted by LoRA or trainable tokens, which change embeddings without changing the table.
-    """
-    table: Tensor = _plain_module("get_input_embeddings", "input embeddings", model).weight
-    return table
-
-
-def output_head(model: nn.Module) -> OutputHead:
-    """Return the model's LM head with the bias, scale and soft cap of its architecture, all with gradient.
-
-    Raises:
-        UserError: the model has no head, or the head is adapted by LoRA.
-    """
-    module = _plain_module("get_output_embeddings", "output head", model)
-    config = _causal_lm(model).config.get_text_config()
-    cap = next((cap for cap in (getattr(config, field, None) for field in _SOFT_CAPS) if cap is not None), None)
-    return OutputHead(
-        weight=module.weight,
-        bias=getattr(module, "bias", None),
-        scale=_logit_scale(config),
-        soft_cap=None if cap is None else float(cap),
-    )
 
 
 def check_head(model: nn.Module) -> None:
@@ -73,7 +31,7 @@ def check_head(model: nn.Module) -> None:
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UserError(f"{name} has weights on the meta device (offloaded or not loaded); load the model into memory")
     table, head = embedding_table(model), output_head(model)
-    config = _causal_lm(model).config
+    config = causal_lm(model).config
     reads_ahead = {
         "it is an encoder-decoder, whose encoder reads all tokens": config.is_encoder_decoder,
         # the probe's sequences are too short to show it
@@ -119,7 +77,7 @@ def final_hidden(
     Raises:
         UserError: the model has no backbone that can run without the head.
     """
-    lm = _causal_lm(model)
+    lm = causal_lm(model)
     # the base_model_prefix of Llama 4 is not the name of a module, so base_model returns the whole model
     backbone = lm.base_model if lm.base_model is not lm else getattr(lm, "model", lm)
     if backbone is lm:
@@ -143,7 +101,7 @@ def final_states(
     """Compute `final_hidden` and, if `attention` is true, `ModelSide.attention` of every position (otherwise None)."""
     if not attention:
         return final_hidden(model, input_ids, attention_mask), None
-    with last_layer(_causal_lm(model).config.get_text_config()) as recorded:
+    with last_layer(causal_lm(model).config.get_text_config()) as recorded:
         hidden = final_hidden(model, input_ids, attention_mask)
     return hidden, recorded.row(attention_mask.sum(1) - 1)
 
@@ -191,12 +149,6 @@ def response_places(tokens: TokenBatch) -> Int[Tensor, " tokens"]:
     return tokens.response_mask.flatten().logical_not().byte().argsort(stable=True)[: sum(tokens.num_rows)]
 
 
-def model_name(model: nn.Module) -> str:
-    """Return the name of a model for messages: the name or folder it was loaded from, or the name of its class."""
-    lm = _causal_lm(model)
-    return str(getattr(getattr(lm, "config", None), "_name_or_path", "") or type(lm).__name__)
-
-
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode inside a `with` block. Afterwards every submodule gets its previous mode back."""
@@ -207,45 +159,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _causal_lm(model: nn.Module) -> Any:
-    """Return the transformers model inside a PEFT wrapper, whose adapter stays active, or the model itself."""
-    if not isinstance(model, PeftModel):
-        return model
-    if model.active_peft_config.is_prompt_learning:
-        raise UserError(
-            "PEFT methods that prepend learned prompts are not supported; use LoRA or another method that changes layers"
-        )
-    return model.get_base_model()
-
-
-def _plain_module(getter: str, what: str, model: nn.Module) -> Any:
-    """Return the module that holds the matrix in use. If PEFT trains a copy (modules_to_save), this is the copy."""
-    try:
-        module = getattr(_causal_lm(model), getter)()
-    except (AttributeError, NotImplementedError):
-        module = None
-    if isinstance(module, ModulesToSaveWrapper):
-        active = module.active_adapters
-        module = module.modules_to_save[active[0]] if active else module.original_module
-    if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-        raise UserError(
-            f"a PEFT adapter changes the {what} of {model_name(model)} without changing the weight matrix; remove the module "
-            "from target_modules, or train the full matrix with modules_to_save"
-        )
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2:
-        raise UserError(
-            f"{model_name(model)} cannot be used: {getter}() returns no matrix for its {what}; use another model"
-        )
-    return module
-
-
-def _logit_scale(config: Any) -> float:
-    """Return the factor by which the model's architecture multiplies its logits."""
-    for prefix, field, power in _LOGIT_SCALES:
-        value = getattr(config, field, None)
-        if config.model_type.startswith(prefix) and value is not None:
-            return float(value) ** power
-    return 1.0

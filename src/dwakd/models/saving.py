@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from dwakd.errors import UserError
-from dwakd.models.rows import model_name
+from dwakd.models.head import model_name
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from dwakd.errors import UserError
+from dwakd.models.head import embedding_table, model_name, output_head
 from dwakd.models.probe import Probe
-from dwakd.models.rows import embedding_table, evaluating, model_name, output_head
+from dwakd.models.rows import evaluating
 
 _LOSS_SETTINGS = {"output_router_logits": "false", "z_loss_coefficient": "0"}
 """Config settings that add a loss, and the values that turn it off."""

@@ -13,8 +13,9 @@ from dwakd.data.pairs import REFUSED, EncodedPairs, align_by_spelling, encode_pa
 from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, Example, load_examples
 from dwakd.errors import UserError
 from dwakd.losses import method_class
+from dwakd.models.head import embedding_table, model_name, output_head
 from dwakd.models.loading import align_special_tokens, check_vocabulary, load_causal_lm, load_tokenizer, quiet_peft
-from dwakd.models.rows import check_head, embedding_table, model_name, output_head
+from dwakd.models.rows import check_head
 from dwakd.models.trainable import check_training
 from dwakd.training.config import DistillConfig
 from dwakd.training.student import check_student

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from dwakd.data.encoding import TextEncoder
 from dwakd.errors import UserError
 from dwakd.losses import DistillationLoss, ModelPair, SeveralTeachers, Widths, build_loss, method_class
-from dwakd.models.rows import embedding_table, output_head
+from dwakd.models.head import embedding_table, output_head
 from dwakd.training.config import DistillConfig
 from dwakd.training.teacher import Teacher
 

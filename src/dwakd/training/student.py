@@ -13,7 +13,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from dwakd.errors import UserError
-from dwakd.models.rows import evaluating, model_name
+from dwakd.models.head import model_name
+from dwakd.models.rows import evaluating
 from dwakd.models.saving import remove_unused_sampling
 from dwakd.training.checkpoint import widest_dtype
 

@@ -24,8 +24,9 @@ from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, load_examples
 from dwakd.errors import UserError
 from dwakd.evaluation.options import RowOptions
 from dwakd.folders import check_output_folder
+from dwakd.models.head import model_name, output_head
 from dwakd.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
-from dwakd.models.rows import check_head, evaluating, final_hidden, model_name, output_head
+from dwakd.models.rows import check_head, evaluating, final_hidden
 from dwakd.models.saving import save_causal_lm
 from dwakd.tools.shrink.surgery import build_student, layer_stack
 from dwakd.tools.shrink.vocabulary import old_tokens_of, train_tokenizer

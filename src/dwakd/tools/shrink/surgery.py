@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dwakd.errors import UserError
-from dwakd.models.rows import model_name
+from dwakd.models.head import model_name
 from dwakd.tools.shrink.vocabulary import averaged_rows
 
 

@@ -1,0 +1,99 @@
+"""Find the output head and the embedding table of a model, inside a PEFT wrapper or not."""
+
+from typing import Any
+
+from jaxtyping import Float
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from dwakd.batch import OutputHead
+from dwakd.errors import UserError
+
+# Prefix of the model type, config field, exponent: logits are multiplied by the field to the power of the exponent.
+_LOGIT_SCALES = (
+    ("cohere", "logit_scale", 1),
+    ("falcon_h1", "lm_head_multiplier", 1),
+    ("granite", "logits_scaling", -1),
+    ("hyperclovax", "logits_scaling", 1),
+    ("inkling", "logits_mup_width_multiplier", -1),
+    ("minicpm3", "logits_scaling", -1),
+    ("muse_", "output_multiplier", 1),
+)
+_SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+def embedding_table(model: nn.Module) -> Float[Tensor, "vocab embedding"]:
+    """Return the input-embedding table, without Gemma's scaling by sqrt(hidden) and without position embeddings.
+
+    Raises:
+        UserError: the table is adapted by LoRA or trainable tokens, which change embeddings without changing the table.
+    """
+    table: Tensor = _plain_module("get_input_embeddings", "input embeddings", model).weight
+    return table
+
+
+def output_head(model: nn.Module) -> OutputHead:
+    """Return the model's LM head with the bias, scale and soft cap of its architecture, all with gradient.
+
+    Raises:
+        UserError: the model has no head, or the head is adapted by LoRA.
+    """
+    module = _plain_module("get_output_embeddings", "output head", model)
+    config = causal_lm(model).config.get_text_config()
+    cap = next((cap for cap in (getattr(config, field, None) for field in _SOFT_CAPS) if cap is not None), None)
+    return OutputHead(
+        weight=module.weight,
+        bias=getattr(module, "bias", None),
+        scale=_logit_scale(config),
+        soft_cap=None if cap is None else float(cap),
+    )
+
+
+def model_name(model: nn.Module) -> str:
+    """Return the name of a model for messages: the name or folder it was loaded from, or the name of its class."""
+    lm = causal_lm(model)
+    return str(getattr(getattr(lm, "config", None), "_name_or_path", "") or type(lm).__name__)
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """Return the transformers model inside a PEFT wrapper, whose adapter stays active, or the model itself."""
+    if not isinstance(model, PeftModel):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise UserError(
+            "PEFT methods that prepend learned prompts are not supported; use LoRA or another method that changes layers"
+        )
+    return model.get_base_model()
+
+
+def _plain_module(getter: str, what: str, model: nn.Module) -> Any:
+    """Return the module that holds the matrix in use. If PEFT trains a copy (modules_to_save), this is the copy."""
+    try:
+        module = getattr(causal_lm(model), getter)()
+    except (AttributeError, NotImplementedError):
+        module = None
+    if isinstance(module, ModulesToSaveWrapper):
+        active = module.active_adapters
+        module = module.modules_to_save[active[0]] if active else module.original_module
+    if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        raise UserError(
+            f"a PEFT adapter changes the {what} of {model_name(model)} without changing the weight matrix; remove the module "
+            "from target_modules, or train the full matrix with modules_to_save"
+        )
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        raise UserError(
+            f"{model_name(model)} cannot be used: {getter}() returns no matrix for its {what}; use another model"
+        )
+    return module
+
+
+def _logit_scale(config: Any) -> float:
+    """Return the factor by which the model's architecture multiplies its logits."""
+    for prefix, field, power in _LOGIT_SCALES:
+        value = getattr(config, field, None)
+        if config.model_type.startswith(prefix) and value is not None:
+            return float(value) ** power
+    return 1.0
