@@ -25,10 +25,6 @@ LAYERS = (
 
 Edge = tuple[str, str]
 
-# Imports that are still to be removed. Delete an entry together with its import, and add none.
-UPWARD_EXCEPTIONS: frozenset[Edge] = frozenset()
-CYCLE_EXCEPTIONS: frozenset[Edge] = frozenset()
-
 
 @cache
 def modules() -> dict[str, ast.Module]:
@@ -63,6 +59,13 @@ def imported(name: str, node: ast.AST) -> Iterator[str]:
                 yield found
                 break
             target = target.rpartition(".")[0]
+
+
+def named(node: ast.AST) -> list[str]:
+    """The modules that an import statement names, of any package; relative imports are not used."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) else []
 
 
 def edges(*, only_module_level: bool) -> set[Edge]:
@@ -111,17 +114,29 @@ def test_every_part_has_a_layer(part: str) -> None:
 def test_imports_point_to_lower_layers() -> None:
     """An upward import makes a loss or a kernel depend on the trainer, so that it cannot be used or read alone."""
     upward = {(source, target) for source, target in edges(only_module_level=False) if layer(target) > layer(source)}
-    assert upward - UPWARD_EXCEPTIONS == set()
-    assert UPWARD_EXCEPTIONS - upward == set(), "these exceptions are no longer needed: delete them"
+    assert upward == set()
 
 
 def test_there_are_no_cycles() -> None:
     """Modules that import each other, be it for type checking alone, cannot be understood one after the other."""
-    graph = edges(only_module_level=True)
-    assert graph >= CYCLE_EXCEPTIONS, "these exceptions are no longer needed: delete them"
-    assert cycle_in(graph - CYCLE_EXCEPTIONS) == []
-    for edge in CYCLE_EXCEPTIONS:
-        assert cycle_in((graph - CYCLE_EXCEPTIONS) | {edge}), f"the exception {edge} is no longer needed: delete it"
+    assert cycle_in(edges(only_module_level=True)) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "forbidden"), [("evaluation", "dwakd.losses"), ("losses", "transformers"), ("kernels", "transformers")]
+)
+def test_packages_that_stay_independent(part: str, forbidden: str) -> None:
+    """Scores must not depend on a method, and a loss must work without transformers."""
+    roots = forbidden, f"{forbidden}."
+    users = {
+        name
+        for name, tree in modules().items()
+        if name.startswith(f"dwakd.{part}.")
+        for node in ast.walk(tree)
+        for target in named(node)
+        if target == roots[0] or target.startswith(roots[1])
+    }
+    assert users == set()
 
 
 def test_only_the_command_line_imports_the_applications() -> None:

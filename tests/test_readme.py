@@ -35,10 +35,24 @@ def test_python_example(tmp_path, monkeypatch):
         return datasets.Dataset.from_dict(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    (example,) = blocks("python")
-    exec(example, {})
+    exec(blocks("python")[0], {})
     assert loaded == ["databricks/databricks-dolly-15k"]
     assert AutoModelForCausalLM.from_pretrained("student").config.model_type == "llama"
+
+
+def test_own_training_loop():
+    """The loop runs verbatim with any two models, and gradient reaches the student."""
+    student_tokenizer, teacher_tokenizer = byte_bpe(), unigram_byte_fallback()
+    student = tiny_model("llama", len(student_tokenizer))
+    names = {
+        "rows": [{"prompt": "Say hello.", "response": "Hello."}, {"prompt": "1 and 2?", "response": "3"}],
+        "student": student,
+        "teacher": tiny_model("qwen2", len(teacher_tokenizer)),
+        "student_tokenizer": student_tokenizer,
+        "teacher_tokenizer": teacher_tokenizer,
+    }
+    exec(blocks("python")[1], names)
+    assert all(parameter.grad is not None for parameter in student.parameters())
 
 
 def test_recipe():
