@@ -12,7 +12,7 @@ from benchmarks import plain, trl_peer
 from benchmarks.workload import Sizes, build_batch, build_student, build_teacher, build_tokens
 from dwakd.batch import TokenBatch
 from dwakd.losses import METHODS, DistillationLoss, ModelPair, Widths, build_loss, method_options
-from dwakd.losses.projectors import Projectors
+from dwakd.losses.attention import Projectors
 from dwakd.models.head import output_head
 from dwakd.models.rows import response_side
 from dwakd.training.distiller import Distiller

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from dwakd.batch import PairedBatch, TokenBatch
 from dwakd.kernels import soft_dtw
-from dwakd.losses.projectors import Projectors
+from dwakd.losses.attention import Projectors
 
 TEMPERATURE, TEACHER_TEMPERATURE = 2.0, 1.0
 

@@ -6,7 +6,7 @@ import torch
 from dwakd.kernels import soft_dtw
 from dwakd.losses import alignment, attention, build_loss
 from dwakd.losses.alignment import soft_dtw_divergences, unit_rows
-from dwakd.losses.packing import pad_rows, valid
+from dwakd.losses.sides import pad_rows, valid
 from tests.losses.builders import WIDTHS, pair_of, random_examples, random_heads, side
 
 

@@ -11,8 +11,7 @@ from dwakd.kernels import head_loss
 from dwakd.kernels.head_loss import entropy
 from dwakd.losses import DwaKdLoss, TeacherScale, Widths
 from dwakd.losses.alignment import soft_dtw_divergences
-from dwakd.losses.attention import band_penalty, cross_model_attention
-from dwakd.losses.projectors import Projectors
+from dwakd.losses.attention import Projectors, band_penalty, cross_model_attention
 from dwakd.losses.weights import student_weights, teacher_weights
 from tests.losses import reference
 from tests.losses.builders import OPTIONS, random_examples, random_heads, side

@@ -1,14 +1,16 @@
 """KD of one vocabulary against the specification's table, and where heads, rows and tokenizers differ."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
 from dwakd.batch import ModelSide, OutputHead
-from dwakd.kernels.head_loss import HeadRows, forward_kl, head_loss
+from dwakd.kernels.head_loss import head_loss
 from dwakd.losses import KdLoss
 from dwakd.losses.divergences import DIVERGENCES
-from dwakd.losses.kd import ForwardKlPair, SameVocabulary
-from tests.losses.builders import random_examples, random_heads, side
+from tests.losses.builders import random_examples, random_heads, side, use_kernels
 from tests.losses.test_divergences import STUDENT, TABLE, TEACHER
 
 
@@ -53,28 +55,21 @@ def test_heads_padded_to_different_widths(name, wider):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.0])
-def test_the_gradient_by_hand_is_that_of_the_formula(temperature):
-    """The default runs code of its own: its value and gradient are those of plain torch, chunk by chunk."""
-    torch.manual_seed(0)
+@pytest.mark.parametrize("widths", [(9, 11), (11, 9)])
+def test_the_fast_gradient_is_that_of_the_formula(temperature, widths, monkeypatch):
+    """The default divergence has a gradient of its own: its value and gradient are those of plain torch."""
     results = []
-    for criterion, impl in ((SameVocabulary, "naive"), (ForwardKlPair, "chunked")):
+    for impl in ("naive", "chunked"):
+        use_kernels(monkeypatch, head_loss=partial(head_loss, impl=impl, budget=1000))
         generator = torch.Generator().manual_seed(3)
-        hidden, weight, teacher, teacher_weight = (
+        hidden, weight, teacher, teacher_weight, bias = (
             torch.randn(shape, generator=generator, dtype=torch.float64)
-            for shape in ((12, 6), (9, 6), (12, 8), (11, 8))
+            for shape in ((12, 6), (widths[0], 6), (12, 8), (widths[1], 8), (widths[0],))
         )
-        bias = torch.randn(9, generator=generator, dtype=torch.float64)
         leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
-        lengths = torch.tensor([12])
-        output = head_loss(
-            [
-                HeadRows(hidden, OutputHead(weight, bias, 0.7, 5.0), lengths),
-                HeadRows(teacher, OutputHead(teacher_weight), lengths),
-            ],
-            criterion(torch.arange(12) % 9, temperature, {"ce": 0.3, "kd": 0.7}, forward_kl),
-            impl=impl,
-            budget=1000,
-        )
+        student, other = rows_of(hidden, weight), rows_of(teacher, teacher_weight)
+        student = replace(student, target_ids=torch.arange(12) % 9, head=OutputHead(weight, bias, 0.7, 5.0))
+        output = KdLoss(temperature=temperature, kd_rate=0.7)(student, other)
         results.append((output.loss.detach(), *output.terms.values(), *torch.autograd.grad(output.loss, leaves)))
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-11, rtol=1e-9)

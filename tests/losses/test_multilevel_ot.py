@@ -7,7 +7,7 @@ from dwakd.batch import OutputHead
 from dwakd.kernels import sinkhorn
 from dwakd.kernels.head_loss import HeadRows, head_loss
 from dwakd.losses import MultiLevelOtLoss, UldLoss
-from dwakd.losses.ranked import Levels, RankedLevels
+from dwakd.losses.multilevel_ot import MultiLevelOtOptions, RankedLevels
 from tests.losses.builders import random_examples, random_heads, side
 from tests.losses.test_kd import rows_of
 
@@ -112,8 +112,8 @@ def test_the_port_divides_by_deviations_and_softens_twice():
 
 
 @pytest.mark.parametrize("temperatures", [(1.0, 2.0), (2.0, 2.0), (0.7, 1.5), (1.0, 1.0)])
-def test_the_gradient_by_hand_is_that_of_the_formula(temperatures):
-    """The vocabulary's part is by hand: value and gradient are those of plain torch, chunk by chunk."""
+def test_chunks_of_several_examples_add_up(temperatures):
+    """Value and gradient in chunks of a few examples are those of all examples at once."""
     results = []
     for impl in ("naive", "chunked"):
         generator = torch.Generator().manual_seed(1)
@@ -123,12 +123,12 @@ def test_the_gradient_by_hand_is_that_of_the_formula(temperatures):
         )
         leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
         lengths = torch.tensor([4, 3, 5]), torch.tensor([5, 6, 2])
-        rates = {"ce": 0.5, "absolute": 1.0, "logarithmic": 0.7, "sinkhorn": 0.3}
+        options = MultiLevelOtOptions(top_k=5, temperature=temperatures[0], sequence_temperature=temperatures[1])
         rows = [
             HeadRows(hidden, OutputHead(weight, bias), lengths[0]),
             HeadRows(teacher, OutputHead(teacher_weight), lengths[1]),
         ]
-        criterion = RankedLevels(torch.arange(12), lengths, Levels(5, *temperatures, 0.1, 20), rates)
+        criterion = RankedLevels(options, torch.arange(12), lengths)
         output = head_loss(rows, criterion, impl=impl, budget=12_000)
         results.append((output.loss.detach(), *output.terms.values(), *torch.autograd.grad(output.loss, leaves)))
     for index, (expected, got) in enumerate(zip(*results, strict=True)):

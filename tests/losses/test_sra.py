@@ -12,7 +12,7 @@ from dwakd.batch import ModelSide, OutputHead
 from dwakd.kernels.head_loss import head_loss
 from dwakd.losses import ModelPair, SraLoss
 from dwakd.losses.sra import gram_distance, pool
-from tests.losses.builders import WIDTHS, pair_of, random_examples, random_heads, side, smallest_pair
+from tests.losses.builders import WIDTHS, pair_of, random_examples, random_heads, side, smallest_pair, use_kernels
 
 ENDS = [([2, 3, 5, 5], [1, 3, 4, 5, 5]), ([1, 4, 4], [2, 4, 4, 4]), ([3], [3]), ([1, 2, 3, 7, 7], [1, 2, 7, 7])]
 SPANS = [
@@ -95,7 +95,7 @@ def test_chunks_are_the_plain_formula(monkeypatch):
     """The gradient by hand is that of `terms`."""
     results = []
     for impl in ("chunked", "naive"):
-        monkeypatch.setattr(sys.modules["dwakd.losses.sra"], "head_loss", partial(head_loss, impl=impl))
+        use_kernels(monkeypatch, head_loss=partial(head_loss, impl=impl))
         student, teacher = ragged()
         output = build()(student, teacher)
         results.append((*output.terms.values(), *torch.autograd.grad(output.loss, [student.hidden])))

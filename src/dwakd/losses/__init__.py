@@ -15,8 +15,7 @@ from dwakd.losses.gold import GoldLoss
 from dwakd.losses.kd import KdLoss
 from dwakd.losses.min_ed import MinEdLoss
 from dwakd.losses.multilevel_ot import MultiLevelOtLoss
-from dwakd.losses.pair import ModelPair
-from dwakd.losses.projectors import Widths
+from dwakd.losses.pair import ModelPair, Widths
 from dwakd.losses.several_teachers import SeveralTeachers
 from dwakd.losses.sft import SftLoss
 from dwakd.losses.sra import SraLoss

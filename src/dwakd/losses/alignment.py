@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dwakd.batch import ModelSide
 from dwakd.kernels.soft_dtw import soft_dtw
-from dwakd.losses.packing import pad_rows
+from dwakd.losses.sides import pad_rows
 
 Impl = Literal["auto", "naive", "cpu", "triton"]
 """Kernel of Soft-DTW; "auto" takes the fastest that is available."""

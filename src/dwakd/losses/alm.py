@@ -11,14 +11,14 @@ from torch import Tensor
 
 from dwakd.align.offsets import ByteGroups, byte_groups, sum_by_group, tokens_per_group
 from dwakd.batch import ModelSide
-from dwakd.kernels.head_loss import Chunk, CrossEntropy, head_loss
-from dwakd.kernels.head_loss.statistics import infinite_if_forbidden, subtract_at
+from dwakd.kernels.head_loss import Chunk, Criterion, CrossEntropy, head_loss
+from dwakd.kernels.head_loss.statistics import infinite_if_forbidden
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import LARGEST, DistillationLoss, MethodOptions, Terms, Weight, constant_rows, head_rows
+from dwakd.losses.divergences import cross_entropy, log_probs
 
 PerChunk = Float[Tensor, " chunks"]
 PerRow = Float[Tensor, " rows"]
-CHUNK_WEIGHTS = ("chunk_count", "token_count")
 
 
 class AlmOptions(MethodOptions):
@@ -82,7 +82,7 @@ class AlmLoss(DistillationLoss[AlmOptions]):
         return Terms(sums, value + output.loss - output.loss.detach())
 
 
-class ChunkMatching(CrossEntropy):
+class ChunkMatching(Criterion):
     """Compute the cross-entropy of each token, weighted by the derivative of the whole loss with respect to it.
 
     The derivative depends on the likelihoods of whole chunks, so it is computed from whole examples.
@@ -99,8 +99,8 @@ class ChunkMatching(CrossEntropy):
     def __init__(
         self, options: AlmOptions, student: ModelSide, groups: ByteGroups, teacher_likelihoods: PerChunk
     ) -> None:
-        super().__init__(student.target_ids)
-        self.options, self.groups = options, groups.student
+        super().__init__({"ce": 1.0})
+        self.options, self.targets, self.groups = options, student.target_ids, groups.student
         self.teacher_likelihoods = teacher_likelihoods
         even = options.chunk_weights == "chunk_count"
         self.chunk_weights = tokens_per_group(groups, student.lengths, even=even)
@@ -124,17 +124,12 @@ class ChunkMatching(CrossEntropy):
         return (losses * self.chunk_weights[chunks]).sum()
 
     def terms(self, logits: Sequence[Tensor], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
-        ce = super().terms(logits, chunk, None)["ce"]
+        ce = cross_entropy(log_probs(logits[0]), self.targets[chunk.rows[0]])
         return {"ce": ce if weights is None else weights * ce}
 
     def statistics(self, logits: Sequence[Tensor], chunk: Chunk) -> dict[str, Tensor]:
-        return {**super().terms(logits, chunk, None), "row": self._rows(chunk)}
-
-    def observe(self, logits: Sequence[Tensor], chunk: Chunk) -> dict[str, Tensor]:
-        return {**super().observe(logits, chunk), "row": self._rows(chunk)}
-
-    def _rows(self, chunk: Chunk) -> Int[Tensor, " rows"]:
-        return torch.arange(chunk.rows[0].start, chunk.rows[0].stop, device=self.targets.device)
+        rows = torch.arange(chunk.rows[0].start, chunk.rows[0].stop, device=self.targets.device)
+        return {**self.terms(logits, chunk, None), "row": rows}
 
     def weights(self, statistics: dict[str, Tensor], lengths: Int[Tensor, " batch"] | None) -> PerRow:
         with torch.enable_grad():
@@ -143,21 +138,6 @@ class ChunkMatching(CrossEntropy):
             slope: Tensor
             (slope,) = torch.autograd.grad(loss, ce)
         return slope
-
-    def differentiate(
-        self,
-        logits: Sequence[Tensor],
-        chunk: Chunk,
-        statistics: dict[str, Tensor],
-        weights: Tensor | None,
-        needs: Sequence[bool],
-    ) -> dict[str, Tensor]:
-        assert weights is not None
-        if needs[0]:
-            columns = logits[0].t()
-            columns.mul_(weights / statistics["total"])
-            subtract_at(columns, self.targets[chunk.rows[0]], weights)
-        return {"ce": weights * statistics["ce"]}
 
 
 def binary_cross_entropy(

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from dwakd.batch import ModelSide
-from dwakd.losses.packing import pad_rows, unpad_rows, valid
-from dwakd.losses.projectors import Projectors
+from dwakd.losses.pair import Widths
+from dwakd.losses.sides import pad_rows, require_width, unpad_rows, valid
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,50 @@ class TeacherScale:
         count, _, squares = self.moments.unbind(-1)
         std = (squares / (count - 1).clamp_min(1)).sqrt()
         return torch.where(std > 0, std, 1.0)
+
+
+class Projectors(nn.Module):
+    """Linear maps with bias of DSKD and DWA-KD, for hidden widths d and embedding widths e of the two models.
+
+        t2s: d_t -> d_s        query: 2 e_s -> 2 e_t, for attention
+        s2t: d_s -> d_t        embedding_t2s: e_t -> e_s, for DWA-KD
+
+    Args:
+        widths: widths of the two models.
+        with_embedding: whether to create `embedding_t2s`.
+        with_query: whether to create `query`.
+
+    Raises:
+        ValueError: `query` is created but the teacher's embeddings and hidden states have different widths, although
+            attention adds them: V = t2s(N(h) + N(e)).
+    """
+
+    def __init__(self, widths: Widths, *, with_embedding: bool, with_query: bool = True) -> None:
+        super().__init__()
+        if with_query and widths.teacher_embedding != widths.teacher_hidden:
+            raise ValueError(
+                "cross-model attention adds the teacher's embeddings to its hidden states, but their widths are "
+                f"{widths.teacher_embedding} and {widths.teacher_hidden}; choose another teacher"
+            )
+        if with_query:
+            self.query = nn.Linear(2 * widths.student_embedding, 2 * widths.teacher_embedding)
+        self.t2s = nn.Linear(widths.teacher_hidden, widths.student_hidden)
+        self.s2t = nn.Linear(widths.student_hidden, widths.teacher_hidden)
+        if with_embedding:
+            self.embedding_t2s = nn.Linear(widths.teacher_embedding, widths.student_embedding)
+        self.widths, self.with_embeddings = widths, with_embedding or with_query
+
+    def require_fit(self, student: ModelSide, teacher: ModelSide) -> None:
+        """Raise ValueError unless the widths of both sides fit the maps."""
+        sides = (
+            ("student", student, self.widths.student_hidden, self.widths.student_embedding),
+            ("teacher", teacher, self.widths.teacher_hidden, self.widths.teacher_embedding),
+        )
+        for name, side, hidden, embedding in sides:
+            require_width(side.hidden, hidden, f"{name}.hidden", "the projectors")
+            if self.with_embeddings:
+                for field in ("input_embeddings", "target_embeddings"):
+                    require_width(getattr(side, field), embedding, f"{name}.{field}", "the projectors")
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,11 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, entropy, forward_kl, head_loss
-from dwakd.kernels.head_loss.statistics import LOG2_E, Softmax, blocks, peak_of, pick, scratch, shifted_exp, subtract_at
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import (
     Count,
@@ -23,12 +20,11 @@ from dwakd.losses.base import (
     constant_rows,
     head_rows,
 )
-from dwakd.losses.dynamic_mapping import Columns, Groups, TokenMap, top_tokens, warp
+from dwakd.losses.divergences import cross_entropy, log_probs
+from dwakd.losses.dynamic_mapping import TokenMap, top_tokens, warp
 from dwakd.losses.pair import ModelPair
 
 MASKED = -1e4
-
-PerGroup = Float[Tensor, " groups"]
 
 
 class CdmOptions(MethodOptions):
@@ -108,75 +104,20 @@ class MappedCandidates(Criterion):
         self.texts = loss.token_map.read_texts((student, teacher))
 
     def terms(self, logits: Sequence[Tensor], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
-        sides = [logits[0], logits[1].detach()]
-        groups, shares = self._warp([entropy(side.detach().log_softmax(-1)) for side in sides], chunk)
-        merged = [group.means(side) for group, side in zip(groups, sides, strict=True)]
-        tops = [side.detach().topk(min(self.options.top_k, side.shape[1])).indices for side in merged]
-        ids, counts = self.token_map.pairs(*tops)
-        values = [side.gather(1, tokens) for side, tokens in zip(merged, ids, strict=True)]
-        ce = torch.nn.functional.cross_entropy(logits[0], self.targets[chunk.rows[0]], reduction="none")
-        return {"ce": ce, "kd": (shares * self._divergence(values, counts)).sum()}
-
-    def differentiate(
-        self,
-        logits: Sequence[Tensor],
-        chunk: Chunk,
-        statistics: dict[str, Tensor],
-        weights: Tensor | None,
-        needs: Sequence[bool],
-    ) -> dict[str, Tensor]:
-        columns, targets = [side.t() for side in logits], self.targets[chunk.rows[0]]
-        own, other = (measured(side) for side in columns)
-        ce = own.total.log() + own.peak - pick(columns[0], targets)
-        groups, shares = self._warp([own.entropy(), other.entropy()], chunk)
-        kept = [group.merge(side) for group, side in zip(groups, columns, strict=True)]
-        places = [group.firsts for group in groups]
-        tops = [top_tokens(side, rows, self.options.top_k) for side, rows in zip(columns, places, strict=True)]
-        ids, counts = self.token_map.pairs(*tops)
-        values = [side[tokens, rows[:, None]] for side, tokens, rows in zip(columns, ids, places, strict=True)]
-        leaf = values[0].requires_grad_()
-        with torch.enable_grad():
-            kd = (shares * self._divergence((leaf, values[1]), counts)).sum()
-            (slopes,) = torch.autograd.grad(kd, leaf)
-        if needs[0]:
-            groups[0].restore(columns[0], kept[0])
-            softmax_(columns[0], own, self.rates["ce"])
-            subtract_at(columns[0], targets, torch.full_like(ce, self.rates["ce"]))
-            self._add_slopes(columns[0], groups[0], ids[0], slopes)
-        return {"ce": ce, "kd": kd.detach()}
-
-    def _add_slopes(self, gradient: Columns, groups: Groups, ids: Tensor, slopes: Tensor) -> None:
-        """Add the gradient of each group's logits, divided equally among the positions of the group."""
-        rows = groups.of_rows()
-        shares = self.rates["kd"] * slopes / groups.sizes[:, None]
-        gradient.t().scatter_add_(1, ids[rows], shares[rows])
-
-    def _warp(self, entropies: Sequence[Tensor], chunk: Chunk) -> tuple[list[Groups], PerGroup]:
         assert chunk.examples is not None
+        columns = [logits[0].t(), logits[1].detach().t()]
+        own = log_probs(logits[0])
+        entropies = entropy(own.detach()), entropy(log_probs(logits[1].detach()))
         texts = [texts[rows] for texts, rows in zip(self.texts, chunk.rows, strict=True)]
-        return warp(entropies, texts, [lengths[chunk.examples] for lengths in self.lengths])
-
-    def _divergence(self, values: Sequence[Float[Tensor, "groups pairs"]], counts: Tensor) -> PerGroup:
+        groups, shares = warp(entropies, texts, [lengths[chunk.examples] for lengths in self.lengths])
+        tops = [
+            top_tokens(group.mean_columns(side.detach()), self.options.top_k)
+            for group, side in zip(groups, columns, strict=True)
+        ]
+        ids, counts = self.token_map.pairs(*tops)
         log_q, log_p = (
-            (side.masked_fill(~counts, MASKED) / self.options.temperature).log_softmax(-1) for side in values
+            (group.means(side, tokens).masked_fill(~counts, MASKED) / self.options.temperature).log_softmax(-1)
+            for group, side, tokens in zip(groups, columns, ids, strict=True)
         )
-        return forward_kl(log_p, log_q)
-
-
-def measured(columns: Columns) -> Softmax:
-    """Compute the softmax sums of each column at temperature 1. The logits are not modified."""
-    side = Softmax(peak_of(columns))
-    work = scratch(columns, 2)
-    for block in blocks(columns):
-        x, power = (buffer[: block.stop - block.start] for buffer in work)
-        torch.exp2(torch.sub(columns[block], side.peak, out=x).mul_(LOG2_E), out=power)
-        side.total += power.sum(0)
-        side.energy += power.mul_(x).sum(0)
-    side.energy /= LOG2_E
-    return side
-
-
-def softmax_(columns: Columns, side: Softmax, rate: float) -> None:
-    """Overwrite the logits with rate x softmax."""
-    for block in blocks(columns):
-        shifted_exp(columns[block], side.peak).mul_(rate / side.total)
+        ce = cross_entropy(own, self.targets[chunk.rows[0]])
+        return {"ce": ce, "kd": (shares * forward_kl(log_p, log_q)).sum()}

@@ -1,27 +1,30 @@
 """Divergences between next-token distributions, per token, in nats.
 
-Every function takes the log-probabilities of a target distribution p (the teacher's, usually detached) and of a learned
-distribution q, both with the temperature already applied, and returns one value per token. Gradient flows to both unless they
-are detached. All values are at least 0. They are 0 only for p = q, unless `skew` is 1.
+Every divergence takes the log-probabilities of a target distribution p (the teacher's, usually detached) and of a learned
+distribution q, both with the temperature already applied, and returns one value per token. Gradient flows to both unless
+they are detached. All values are at least 0, and 0 only for p = q unless `skew` is 1.
 
-A log-probability may be -inf. A token with -inf in both adds nothing and gets zero gradient. For a token with -inf in only one
-of them, the value is the mathematical one. The forward KL is infinite if q is 0 and p is not, the reverse KL if p is 0 and q is
-not, and the adaptive KL in both cases. The skewed divergences and Jensen-Shannon are finite.
+A log-probability may be -inf. A token with -inf in both adds nothing and gets zero gradient. For a token with -inf in only
+one of them, the value is the mathematical one: the forward KL is infinite if q is 0 and p is not, the reverse KL if p is 0
+and q is not, and the adaptive KL in both cases. The skewed divergences and Jensen-Shannon are finite.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from dwakd.kernels.head_loss import forward_kl
+from dwakd.batch import OutputHead
+from dwakd.kernels.head_loss import HeadLoss, HeadRows, forward_kl, head_loss, student_space
+from dwakd.kernels.sorted_distance import sorted_distance
 
 LogProbs = Float[Tensor, "tokens vocab"]
 PerToken = Float[Tensor, " tokens"]
+Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
 def reverse_kl(log_p: LogProbs, log_q: LogProbs) -> PerToken:
@@ -50,10 +53,15 @@ def skewed_reverse_kl(log_p: LogProbs, log_q: LogProbs, skew: float = 0.1) -> Pe
     return forward_kl(log_q, mixture(log_p, log_q, 1.0 - skew))
 
 
-def jensen_shannon(log_p: LogProbs, log_q: LogProbs) -> PerToken:
-    """Compute (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2. It is symmetric and at most log 2."""
-    mean = mixture(log_p, log_q, 0.5)
-    return (forward_kl(log_p, mean) + forward_kl(log_q, mean)) / 2
+def jensen_shannon(log_p: LogProbs, log_q: LogProbs, beta: float = 0.5) -> PerToken:
+    """Compute beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
+
+    It is KL(p || q) for beta 0 and KL(q || p) for beta 1, as in GOLD. p and q need not sum to 1.
+    """
+    if beta in (0.0, 1.0):
+        return reverse_kl(log_p, log_q) if beta else forward_kl(log_p, log_q)
+    mixed = mixture(log_p, log_q, beta)
+    return beta * forward_kl(log_p, mixed) + (1 - beta) * forward_kl(log_q, mixed)
 
 
 def adaptive_kl(log_p: LogProbs, log_q: LogProbs, tail: float = 0.5) -> PerToken:
@@ -61,8 +69,8 @@ def adaptive_kl(log_p: LogProbs, log_q: LogProbs, tail: float = 0.5) -> PerToken
 
         (g_head KL(p || q) + g_tail KL(q || p)) / (g_head + g_tail)
 
-    The tail is the set of least probable tokens of p whose cumulative probability does not exceed `tail`; the head is the rest.
-    g_head and g_tail are the sums of |p - q| over head and tail, as constants. For p = q both are 0 and so is the value.
+    The tail is the set of least probable tokens of p whose cumulative probability does not exceed `tail`; the head is the
+    rest. g_head and g_tail are the sums of |p - q| over head and tail, as constants. For p = q the value is 0.
     """
     p, q = log_p.detach().exp(), log_q.detach().exp()
     ascending, order = p.sort(-1)
@@ -87,8 +95,65 @@ DIVERGENCES: dict[DivergenceName, Callable[..., Tensor]] = {
 }
 
 
-def divergence(name: DivergenceName, skew: float) -> Callable[[Tensor, Tensor], Tensor]:
+def divergence(name: DivergenceName, skew: float) -> Divergence:
     """Return the divergence with this name. `skew` applies to the skewed divergences only."""
     if name.startswith("skewed"):
         return partial(DIVERGENCES[name], skew=skew)
     return DIVERGENCES[name]
+
+
+def log_probs(logits: LogProbs, temperature: float = 1.0) -> LogProbs:
+    """Compute log softmax(logits / temperature) along the columns, which are contiguous in the logits of `head_loss`."""
+    scaled = logits if temperature == 1.0 else logits / temperature
+    return scaled.t().log_softmax(0).t()
+
+
+def cross_entropy(own: LogProbs, targets: Int[Tensor, " tokens"]) -> PerToken:
+    """Return -log q(target) at each position."""
+    return -own.t().gather(0, targets[None]).squeeze(0)
+
+
+def sorted_difference(p: Float[Tensor, "rows p_vocab"], q: Float[Tensor, "rows q_vocab"]) -> Float[Tensor, " rows"]:
+    """Sum |p - q| with both sorted in descending order; the shorter one is padded with zeros. Gradient flows to q only."""
+    value, slope = sorted_distance(q, p)
+    linear = (slope * q).sum(-1)
+    return linear + (value - linear).detach()
+
+
+def compare_with_teacher(
+    sides: Sequence[HeadRows],
+    divergence: Divergence,
+    temperature: float,
+    targets: Int[Tensor, " tokens"] | None = None,
+    *,
+    ce_weight: float = 0.0,
+    kd_weight: float = 1.0,
+    token_weights: PerToken | None = None,
+) -> HeadLoss:
+    """Compute the cross-entropy `ce` and the divergence `kd` of student and teacher, whose heads predict the same tokens.
+
+    Args:
+        sides: the student's side and the teacher's, which is a constant.
+        divergence: D of log-probabilities (target, learned).
+        temperature: divides the logits of both sides in D.
+        targets: targets of the cross-entropy; None if `ce_weight` is 0.
+        ce_weight: weight of `ce` in the loss.
+        kd_weight: weight of `kd` in the loss.
+        token_weights: constant factor of D at each token.
+    """
+    count = len(sides[0].hidden)
+    space = student_space(divergence)(
+        first_possible(sides[0].head, count) if targets is None else targets,
+        temperature,
+        {"ce": ce_weight, "t2s_ce": 0.0, "kd_student": kd_weight},
+        divergence=divergence,
+        projected_targets=first_possible(sides[1].head, count),  # `StudentSpace` needs targets of the teacher as well
+        trust=token_weights,
+    )
+    output = head_loss(sides, space)
+    return HeadLoss(output.loss, {"ce": output.terms["ce"], "kd": output.terms["kd_student"]}, {})
+
+
+def first_possible(head: OutputHead, count: int) -> Int[Tensor, " tokens"]:
+    """Return the first token that the head does not forbid, `count` times."""
+    return (~head.forbidden).int().argmax().expand(count)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import head_loss, student_space, teacher_space
-from dwakd.losses.attention import TeacherScale, cross_model_attention
+from dwakd.losses.attention import Projectors, TeacherScale, cross_model_attention
 from dwakd.losses.base import (
     DistillationLoss,
     MethodOptions,
@@ -19,7 +19,7 @@ from dwakd.losses.base import (
     projected_rows,
 )
 from dwakd.losses.divergences import DivergenceName, divergence
-from dwakd.losses.projectors import Projectors, Widths
+from dwakd.losses.pair import Widths
 
 
 class DskdOptions(MethodOptions):

@@ -10,7 +10,7 @@ from torch import Tensor
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import HeadLoss, head_loss, student_space, teacher_space
 from dwakd.losses.alignment import Impl, sequence_terms
-from dwakd.losses.attention import CrossModelAttention, TeacherScale, band_penalty, cross_model_attention
+from dwakd.losses.attention import CrossModelAttention, Projectors, TeacherScale, band_penalty, cross_model_attention
 from dwakd.losses.base import (
     DistillationLoss,
     MethodOptions,
@@ -25,7 +25,7 @@ from dwakd.losses.base import (
     projected_rows,
 )
 from dwakd.losses.divergences import DivergenceName, divergence
-from dwakd.losses.projectors import Projectors, Widths
+from dwakd.losses.pair import Widths
 from dwakd.losses.weights import student_weights, teacher_weights
 
 logger = logging.getLogger(__name__)

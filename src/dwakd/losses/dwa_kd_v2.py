@@ -15,9 +15,8 @@ from dwakd.losses.divergences import DivergenceName
 from dwakd.losses.divergences import divergence as named_divergence
 from dwakd.losses.exact_spaces import ExactSpaces, exact_spaces, projected_partners
 from dwakd.losses.head_maps import HeadMaps
-from dwakd.losses.packing import example_ids, positions
 from dwakd.losses.pair import ModelPair
-from dwakd.losses.sides import require_width
+from dwakd.losses.sides import example_ids, positions, require_width
 
 _TOKEN_TERMS = {
     "temperature",

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from dwakd.align.vocab import CandidateMatcher, token_text
 from dwakd.batch import ModelSide
-from dwakd.losses.packing import example_ids
 from dwakd.losses.pair import ModelPair
+from dwakd.losses.sides import example_ids
 
 UNMATCHED = -1
 SPECIAL = "\0"
@@ -108,21 +108,19 @@ class Groups:
         """Return the group of each position."""
         return torch.arange(len(self.sizes), device=self.sizes.device).repeat_interleave(self.sizes)
 
-    def means(self, rows: Float[Tensor, "rows width"]) -> Float[Tensor, "groups width"]:
-        """Compute the mean over each group; differentiable."""
-        return rows.new_zeros(len(self.sizes), rows.shape[1]).index_add(0, self.of_rows(), rows) / self.sizes[:, None]
+    def mean_columns(self, columns: Columns) -> Float[Tensor, "vocab groups"]:
+        """Compute the mean over each group for all tokens."""
+        means = columns[:, self.firsts]
+        several = self.sizes > 1
+        shares = (self.of_rows()[:, None] == several.nonzero().squeeze(1)) / self.sizes[several].to(columns.dtype)
+        means[:, several] = columns @ shares
+        return means
 
-    def merge(self, columns: Columns) -> Float[Tensor, "vocab merged"]:
-        """Overwrite the first column of each group with the group's mean. Returns the overwritten columns for `restore`."""
-        several = (self.sizes > 1).nonzero().squeeze(1)
-        shares = (self.of_rows()[:, None] == several) / self.sizes[several].to(columns.dtype)
-        firsts = self.firsts[several]
-        kept, columns[:, firsts] = columns[:, firsts], columns @ shares
-        return kept
-
-    def restore(self, columns: Columns, kept: Float[Tensor, "vocab merged"]) -> None:
-        """Undo `merge`."""
-        columns[:, self.firsts[self.sizes > 1]] = kept
+    def means(self, columns: Columns, ids: Ids) -> Float[Tensor, "groups _"]:
+        """Compute the mean over each group for some tokens of each group; differentiable."""
+        rows = self.of_rows()
+        values = columns.gather(0, ids[rows].t()).t()
+        return values.new_zeros(ids.shape).index_add(0, rows, values) / self.sizes[:, None]
 
 
 def warp(
@@ -175,21 +173,16 @@ def warping_weights(entropy: PerRow, lengths: Int[Tensor, " batch"]) -> Int[Tens
     return (3 * torch.sigmoid(4 * share - 2) + 3).int()
 
 
-def top_tokens(columns: Columns, rows: Int[Tensor, " groups"], count: int) -> Ids:
-    """Find the tokens with the largest logits in some columns, in descending order.
+def top_tokens(columns: Columns, count: int) -> Ids:
+    """Find the `count` tokens with the largest logits of each column, in descending order.
 
     They lie in the blocks with the largest maxima, so only these blocks are searched.
-
-    Args:
-        columns: logits (vocab, tokens).
-        rows: the columns to search.
-        count: number of tokens.
     """
     whole = len(columns) // BLOCK
     if count >= whole:
-        return columns[:, rows].t().topk(min(count, len(columns))).indices
-    maxima = columns[: whole * BLOCK].view(whole, BLOCK, -1).amax(1)[:, rows]
+        return columns.t().topk(min(count, len(columns))).indices
+    maxima = columns[: whole * BLOCK].view(whole, BLOCK, -1).amax(1)
     tokens = torch.arange(len(columns), device=columns.device)
     inside = maxima.t().topk(count).indices[:, :, None] * BLOCK + tokens[:BLOCK]
-    ids = torch.cat([inside.flatten(1), tokens[whole * BLOCK :].expand(len(rows), -1)], 1)
-    return ids.gather(1, columns[ids, rows[:, None]].topk(count).indices)
+    ids = torch.cat([inside.flatten(1), tokens[whole * BLOCK :].expand(columns.shape[1], -1)], 1)
+    return ids.gather(1, columns.gather(0, ids.t()).t().topk(count).indices)

@@ -12,7 +12,7 @@ from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import HeadRows, WithPrediction, head_loss, student_space, teacher_space
 from dwakd.losses.base import head_rows, projected_rows
 from dwakd.losses.head_maps import HeadMaps
-from dwakd.losses.packing import example_ids
+from dwakd.losses.sides import example_ids
 from dwakd.losses.weights import certainty, rescale
 
 

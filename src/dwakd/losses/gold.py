@@ -1,15 +1,17 @@
 """GOLD: merge the tokens of equal text, compare shared tokens by JSD and all others by rank (TRL)."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from dwakd.align.offsets import byte_groups, tokens_per_group
+from dwakd.align.offsets import byte_groups, sum_by_group, tokens_per_group
 from dwakd.batch import ModelSide
-from dwakd.kernels.head_loss import head_loss
+from dwakd.kernels.head_loss import Chunk, Criterion, head_loss
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import (
     DistillationLoss,
@@ -21,10 +23,8 @@ from dwakd.losses.base import (
     constant_rows,
     head_rows,
 )
-from dwakd.losses.merged_groups import Anchors, Columns, MergedGroups
+from dwakd.losses.divergences import cross_entropy, jensen_shannon, log_probs, sorted_difference
 from dwakd.losses.pair import ModelPair
-
-MERGES = ("bayesian", "observed")
 
 
 class GoldOptions(MethodOptions):
@@ -119,19 +119,88 @@ class GoldLoss(DistillationLoss[GoldOptions]):
 
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
         groups = byte_groups(student.byte_ends, student.lengths, teacher.byte_ends, teacher.lengths)
-        criterion = MergedGroups(
-            Anchors.of(student, groups.student, groups.student_last, last=self.options.merge == "bayesian"),
-            Anchors.of(teacher, groups.teacher, groups.teacher_last, last=self.options.merge == "bayesian"),
-            Columns(self.student_ids, self.student_rest),
-            Columns(self.teacher_ids, self.teacher_rest),
-            tokens_per_group(groups, student.lengths, even=True),
-            {
-                "ce": self.options.ce_weight,
-                "jsd": self.options.kd_weight * self.matched_weight,
-                "uld": self.options.kd_weight * self.unmatched_weight,
-            },
-            beta=self.options.beta,
-            temperature=self.options.temperature,
+        last = self.options.merge == "bayesian"
+        anchors = (
+            Anchors.of(student, groups.student, groups.student_last, last=last),
+            Anchors.of(teacher, groups.teacher, groups.teacher_last, last=last),
         )
+        criterion = MergedGroups(self, anchors, tokens_per_group(groups, student.lengths, even=True))
         output = head_loss([head_rows(student), constant_rows(teacher)], criterion)
         return Terms(output.terms, output.loss)
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """Groups of one side, and the anchor of each: the position whose distribution is used.
+
+    Args:
+        targets: the target token at each position.
+        groups: the group of each position.
+        rows: the anchor of each group.
+        bounds: the first group of each example, followed by the number of groups.
+    """
+
+    targets: Int[Tensor, " tokens"]
+    groups: Int[Tensor, " tokens"]
+    rows: Int[Tensor, " groups"]
+    bounds: list[int]
+
+    @classmethod
+    def of(
+        cls, side: ModelSide, groups: Int[Tensor, " tokens"], is_last: Bool[Tensor, " tokens"], *, last: bool
+    ) -> "Anchors":
+        """Take the last token of each group as its anchor, or the first."""
+        anchors = is_last if last else torch.cat([is_last.new_ones(1), is_last[:-1]])
+        bounds = [0, *(groups[side.lengths.cumsum(0) - 1] + 1).tolist()]
+        return cls(side.target_ids, groups, anchors.nonzero().squeeze(1), bounds)
+
+    def merged(
+        self, log_probs: Float[Tensor, "tokens vocab"], chunk: Chunk, side: int
+    ) -> Float[Tensor, "groups vocab"]:
+        """Log of each group's distribution: that of its anchor plus the log-probabilities of its other target tokens."""
+        assert chunk.examples is not None
+        tokens, groups = chunk.rows[side], slice(self.bounds[chunk.examples.start], self.bounds[chunk.examples.stop])
+        rows = self.rows[groups] - tokens.start
+        realised = -cross_entropy(log_probs, self.targets[tokens])
+        others = sum_by_group(realised, self.groups[tokens] - groups.start, len(rows)) - realised[rows]
+        return log_probs[rows] + others[:, None]
+
+
+class MergedGroups(Criterion):
+    """Compute `ce` at each student token, and `jsd` and `uld` as weighted sums over the groups.
+
+    Args:
+        loss: the loss, with its options and the matched and unmatched tokens.
+        anchors: groups of the student's and of the teacher's tokens.
+        weights: weight of each group.
+    """
+
+    unit = "examples"
+
+    def __init__(self, loss: GoldLoss, anchors: tuple[Anchors, Anchors], weights: Float[Tensor, " s_tokens"]) -> None:
+        kd_weight = loss.options.kd_weight
+        super().__init__(
+            {
+                "ce": loss.options.ce_weight,
+                "jsd": kd_weight * loss.matched_weight,
+                "uld": kd_weight * loss.unmatched_weight,
+            }
+        )
+        self.loss, self.anchors, self.group_weights = loss, anchors, weights
+
+    def targets_by_side(self) -> dict[int, Tensor]:
+        return {side: anchors.targets for side, anchors in enumerate(self.anchors)}
+
+    def terms(self, logits: Sequence[Tensor], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
+        assert chunk.examples is not None
+        student, loss, options = self.anchors[0], self.loss, self.loss.options
+        softened = [log_probs(side, options.temperature) for side in (logits[0], logits[1].detach())]
+        q, p = (
+            anchors.merged(side, chunk, n) for n, (anchors, side) in enumerate(zip(self.anchors, softened, strict=True))
+        )
+        jsd = jensen_shannon(p[:, loss.teacher_ids], q[:, loss.student_ids], options.beta)
+        uld = sorted_difference(p[:, loss.teacher_rest].exp(), q[:, loss.student_rest].exp())
+        own = softened[0] if options.temperature == 1 else log_probs(logits[0])
+        shares = self.group_weights[student.bounds[chunk.examples.start] : student.bounds[chunk.examples.stop]]
+        ce = cross_entropy(own, student.targets[chunk.rows[0]])
+        return {"ce": ce, "jsd": (shares * jsd).sum(), "uld": (shares * uld).sum()}

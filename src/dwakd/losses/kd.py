@@ -1,21 +1,15 @@
 """KD: knowledge distillation between models with the same tokenizer, by a divergence at each token."""
 
-from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
-import torch
-from jaxtyping import Int
 from pydantic import Field
-from torch import Tensor
 
-from dwakd.batch import ModelSide
-from dwakd.kernels.head_loss import Chunk, Criterion, forward_kl, head_loss
-from dwakd.kernels.head_loss.criterion import Logits, Statistics
-from dwakd.kernels.head_loss.statistics import SoftenedPair, pick, subtract_at
+from dwakd.batch import ModelSide, OutputHead
+from dwakd.kernels.head_loss import CrossEntropy, head_loss
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, MethodOptions, Rate, Temperature, Terms, constant_rows, head_rows
-from dwakd.losses.divergences import DivergenceName
-from dwakd.losses.divergences import divergence as divergence_named
+from dwakd.losses.divergences import DivergenceName, compare_with_teacher, divergence
 
 
 class KdOptions(MethodOptions):
@@ -54,86 +48,24 @@ class KdLoss(DistillationLoss[KdOptions]):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.divergence = divergence_named(self.options.divergence, self.options.skew)
+        self.divergence = divergence(self.options.divergence, self.options.skew)
 
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
-        by_hand = self.divergence is forward_kl and student.head.vocab_size <= teacher.head.vocab_size
-        output = head_loss(
-            [head_rows(student), constant_rows(teacher)],
-            (ForwardKlPair if by_hand else SameVocabulary)(
-                student.target_ids,
-                self.options.temperature,
-                {"ce": 1 - self.options.kd_rate, "kd": self.options.kd_rate},
-                self.divergence,
-            ),
-        )
-        return Terms(output.terms, output.loss)
+        rate, temperature = self.options.kd_rate, self.options.temperature
+        own, theirs = head_rows(student), constant_rows(teacher)
+        common = min(student.head.vocab_size, teacher.head.vocab_size)
+        theirs = replace(theirs, head=narrowed(theirs.head, common))
+        if student.head.vocab_size == common:
+            both = compare_with_teacher(
+                [own, theirs], self.divergence, temperature, student.target_ids, ce_weight=1 - rate, kd_weight=rate
+            )
+            return Terms(both.terms, both.loss)
+        ce = head_loss([own], CrossEntropy(student.target_ids, 1 - rate))
+        sides = [replace(own, head=narrowed(own.head, common)), theirs]
+        kd = compare_with_teacher(sides, self.divergence, temperature, kd_weight=rate)
+        return Terms(ce.terms | {"kd": kd.terms["kd"]}, ce.loss + kd.loss)
 
 
-class SameVocabulary(Criterion):
-    """Compute the terms `ce` and `kd` = D(p^t || p^s) of each token from both models' logits.
-
-    Args:
-        targets: the target token at each position.
-        temperature: divides the logits of both models in D.
-        rates: weight of each term in the loss.
-        divergence: D, a function of two tensors of log-probabilities (target, learned), with one value per token.
-    """
-
-    def __init__(
-        self,
-        targets: Int[Tensor, " tokens"],
-        temperature: float,
-        rates: dict[str, float],
-        divergence: Callable[[Tensor, Tensor], Tensor],
-    ) -> None:
-        super().__init__(rates)
-        self.targets, self.temperature, self.divergence = targets, temperature, divergence
-
-    def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
-        own, theirs = logits
-        common = min(own.shape[1], theirs.shape[1])
-        softened = [(side[:, :common] / self.temperature).log_softmax(-1) for side in (theirs.detach(), own)]
-        targets = self.targets[chunk.rows[0]]
-        return {
-            "ce": torch.nn.functional.nll_loss(own.log_softmax(-1), targets, reduction="none"),
-            "kd": self.divergence(*softened),
-        }
-
-
-class ForwardKlPair(SameVocabulary):
-    """`SameVocabulary` for the forward KL, with a hand-written gradient.
-
-    The student's head must not be wider than the teacher's.
-    """
-
-    def observe(self, logits: Sequence[Logits], chunk: Chunk) -> Statistics:
-        own = logits[0].t()
-        theirs = logits[1].t()[: own.shape[0]]
-        chosen = pick(own, self.targets[chunk.rows[0]])
-        mine, other, kl = SoftenedPair(self.temperature).observe(own, theirs, entropy_of=None, totals_of=(own,))
-        return {
-            "ce": mine.total.log() + mine.peak - chosen,
-            "kd": kl,
-            "own_total": mine.total,
-            "own_soft_total": mine.soft_total,
-            "their_soft_total": other.soft_total,
-        }
-
-    def differentiate(
-        self,
-        logits: Sequence[Logits],
-        chunk: Chunk,
-        statistics: Statistics,
-        weights: Tensor | None,
-        needs: Sequence[bool],
-    ) -> dict[str, Tensor]:
-        if needs[0]:
-            own = logits[0].t()
-            theirs = logits[1].t()[: own.shape[0]]
-            pair, rate = SoftenedPair(self.temperature), self.rates["kd"] / self.temperature
-            share, their_share = (rate / statistics[f"{name}_soft_total"] for name in ("own", "their"))
-            ce_share = self.rates["ce"] / statistics["own_total"]
-            pair.differentiate(own, theirs, (share, their_share, ce_share, torch.zeros_like(ce_share)))
-            subtract_at(own, self.targets[chunk.rows[0]], torch.full_like(ce_share, self.rates["ce"]))
-        return {name: statistics[name] for name in ("ce", "kd")}
+def narrowed(head: OutputHead, size: int) -> OutputHead:
+    """Return a head with only the first `size` vocabulary entries."""
+    return replace(head, weight=head.weight[:size], bias=None if head.bias is None else head.bias[:size])

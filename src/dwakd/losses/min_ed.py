@@ -11,21 +11,12 @@ from torch import Tensor
 from dwakd.align.offsets import starts
 from dwakd.align.vocab import nearest_tokens
 from dwakd.batch import ModelSide
-from dwakd.kernels.head_loss import Chunk, Criterion, HeadRows, forward_kl, head_loss
-from dwakd.kernels.head_loss.statistics import (
-    LOG2_E,
-    blocks,
-    peak_of,
-    pick,
-    raise_to,
-    scratch,
-    shifted_exp,
-    subtract_at,
-)
+from dwakd.kernels.head_loss import Chunk, Criterion, HeadRows, head_loss
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, MethodOptions, Rate, Temperature, Terms, head_rows
-from dwakd.losses.packing import example_ids
+from dwakd.losses.divergences import cross_entropy, log_probs
 from dwakd.losses.pair import ModelPair
+from dwakd.losses.sides import example_ids
 
 DROPPED = -1
 
@@ -132,57 +123,14 @@ class CarriedOver(Criterion):
     def terms(self, logits: Sequence[Tensor], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
         own, theirs = logits
         targets, aligned = self.targets[chunk.rows[0]], self.aligned[chunk.rows[0]]
-        probs = (theirs.detach() / self.temperature).index_fill(1, self.dropped, float("-inf")).softmax(-1)
-        carried = torch.zeros_like(own).index_add(1, self.student_of, probs)
-        one_hot = torch.nn.functional.one_hot(targets, own.shape[1]).to(carried.dtype)
-        kd = forward_kl(torch.where(aligned[:, None], carried, one_hot).log(), (own / self.temperature).log_softmax(-1))
-        return {"ce": torch.nn.functional.cross_entropy(own, targets, reduction="none"), "kd": kd}
-
-    def differentiate(
-        self,
-        logits: Sequence[Tensor],
-        chunk: Chunk,
-        statistics: dict[str, Tensor],
-        weights: Tensor | None,
-        needs: Sequence[bool],
-    ) -> dict[str, Tensor]:
-        own = logits[0].t()
-        targets, aligned = self.targets[chunk.rows[0]], self.aligned[chunk.rows[0]].to(own.dtype)
-        carried, scale = self._carried(own, logits[1].t(), aligned)
-        tau = self.temperature
-        base = max(tau, 1.0)  # exp(x / base) gives both temperatures without an underflow
-        peak, chosen = peak_of(own), pick(own, targets)
-        total, soft_total, negative_entropy, cross = (torch.zeros_like(peak) for _ in range(4))
-        tiny = torch.finfo(own.dtype).tiny
-        work, powers = scratch(own, 2)
-        for block in blocks(own):
-            x, power = (buffer[: block.stop - block.start] for buffer in (work, powers))
-            probs = carried[block].mul_(scale)
-            kept = shifted_exp(own[block], peak, base, x)
-            cross += x.mul_(probs).sum(0)
-            soft_total += (kept if tau == base else raise_to(kept, base / tau, power)).sum(0)
-            total += raise_to(kept, base, power).sum(0)
-            negative_entropy += torch.clamp(probs, min=tiny, out=power).log_().mul_(probs).sum(0)
-        cross = cross * (base / LOG2_E) + (1 - aligned) * (chosen - peak)
-        if needs[0]:
-            ce_rate, kd_rate = self.rates["ce"], self.rates["kd"] / tau
-            for block in blocks(own):
-                kept, power = own[block], powers[: block.stop - block.start]
-                raise_to(kept, base / tau, power).mul_(kd_rate / soft_total).sub_(carried[block], alpha=kd_rate)
-                raise_to(kept, base, kept).mul_(ce_rate / total).add_(power)
-            subtract_at(own, targets, ce_rate + kd_rate * (1 - aligned))
-        return {"ce": total.log() + peak - chosen, "kd": negative_entropy - cross / tau + soft_total.log()}
-
-    def _carried(self, own: Tensor, theirs: Tensor, aligned: Tensor) -> tuple[Tensor, Tensor]:
-        """Return m (vocab, tokens) up to a factor per token, and these factors, which are 0 at positions without alignment.
-
-        Overwrites the teacher's logits.
-        """
-        theirs.index_fill_(0, self.dropped, float("-inf"))
-        peak, total = peak_of(theirs), torch.zeros_like(aligned)
-        for block in blocks(theirs):
-            total += shifted_exp(theirs[block], peak, self.temperature).sum(0)
-        return torch.zeros_like(own).index_add_(0, self.student_of, theirs), aligned / total
+        scaled = (theirs.detach() / self.temperature).t().index_fill_(0, self.dropped, -torch.inf)
+        mapped = torch.zeros_like(own.t()).index_add_(0, self.student_of, scaled.softmax(0))
+        log_q = log_probs(own, self.temperature)
+        # -inf is the logit of a token that the student's head forbids, to which no teacher token is mapped
+        cross = -(mapped * log_q.t().clamp_min(torch.finfo(log_q.dtype).min)).sum(0)
+        divergence = cross - torch.special.entr(mapped).sum(0)
+        kd = torch.where(aligned, divergence, cross_entropy(log_q, targets))
+        return {"ce": cross_entropy(log_probs(own), targets), "kd": kd}
 
 
 def aligned_teacher_rows(

@@ -1,11 +1,17 @@
 """MultiLevelOT: compare each response's most probable tokens by rank and by optimal transport (arXiv 2412.14528)."""
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+import torch
+from jaxtyping import Float, Int
 from pydantic import Field
+from torch import Tensor
 
 from dwakd.batch import ModelSide
-from dwakd.kernels.head_loss import head_loss
+from dwakd.kernels.head_loss import Chunk, Criterion, head_loss
+from dwakd.kernels.head_loss.statistics import is_possible
+from dwakd.kernels.sinkhorn import sinkhorn
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import (
     Count,
@@ -18,7 +24,10 @@ from dwakd.losses.base import (
     constant_rows,
     head_rows,
 )
-from dwakd.losses.ranked import Levels, PortLevels, RankedLevels
+from dwakd.losses.divergences import cross_entropy, log_probs
+from dwakd.losses.sides import example_ids, pad_rows
+
+Top = Float[Tensor, "_ top"]
 
 
 class MultiLevelOtOptions(MethodOptions):
@@ -31,13 +40,11 @@ class MultiLevelOtOptions(MethodOptions):
     method: Literal["multilevel_ot"] = "multilevel_ot"
     ce_weight: Weight = Field(1.0, description="Weight of the cross-entropy.")
     ot_weight: Weight = Field(
-        0.15,
-        description="Weight alpha of the three other terms. The paper uses 0.15, compat mcw_kd 1.",
+        0.15, description="Weight alpha of the three other terms. The paper uses 0.15, compat mcw_kd 1."
     )
     log_weight: Weight = Field(0.1, description="Relative weight beta of `logarithmic`.")
     sinkhorn_weight: Weight = Field(
-        0.1,
-        description="Relative weight gamma of `sinkhorn`. The paper uses 0.1, compat mcw_kd 0.0001.",
+        0.1, description="Relative weight gamma of `sinkhorn`. The paper uses 0.1, compat mcw_kd 0.0001."
     )
     top_k: Count = Field(
         50, description="Number of tokens that replace the vocabulary; at most the size of the smaller vocabulary."
@@ -84,21 +91,78 @@ class MultiLevelOtLoss(DistillationLoss[MultiLevelOtOptions]):
     terms: ClassVar[tuple[str, ...]] = ("ce", "absolute", "logarithmic", "sinkhorn")
 
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
-        options = self.options
-        levels = Levels(
-            options.top_k,
-            options.temperature,
-            options.sequence_temperature,
-            options.regularisation,
-            options.iterations,
-        )
-        rates = {
-            "ce": options.ce_weight,
-            "absolute": options.ot_weight,
-            "logarithmic": options.ot_weight * options.log_weight,
-            "sinkhorn": options.ot_weight * options.sinkhorn_weight,
-        }
-        ranked = PortLevels if options.compat == "mcw_kd" else RankedLevels
-        criterion = ranked(student.target_ids, (student.lengths, teacher.lengths), levels, rates)
+        criterion = RankedLevels(self.options, student.target_ids, (student.lengths, teacher.lengths))
         output = head_loss([head_rows(student), constant_rows(teacher)], criterion)
         return Terms(output.terms, output.loss)
+
+
+class RankedLevels(Criterion):
+    """Compute `ce` at each student token, and the other terms as sums over examples.
+
+    Args:
+        options: options of the method.
+        targets: the target token at each position of the student.
+        lengths: tokens per example, of the student and of the teacher.
+    """
+
+    unit = "examples"
+
+    def __init__(
+        self,
+        options: MultiLevelOtOptions,
+        targets: Int[Tensor, " tokens"],
+        lengths: tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]],
+    ) -> None:
+        super().__init__(
+            {
+                "ce": options.ce_weight,
+                "absolute": options.ot_weight,
+                "logarithmic": options.ot_weight * options.log_weight,
+                "sinkhorn": options.ot_weight * options.sinkhorn_weight,
+            }
+        )
+        self.options, self.targets, self.lengths = options, targets, lengths
+
+    def terms(self, logits: Sequence[Tensor], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
+        assert chunk.examples is not None
+        sizes = [lengths[chunk.examples] for lengths in self.lengths]
+        possible = [is_possible(side) for side in logits]
+        top = min(self.options.top_k, *(int(allowed.sum()) for allowed in possible))
+        ce = cross_entropy(log_probs(logits[0]), self.targets[chunk.rows[0]])
+        parts = zip(logits, sizes, possible, strict=True)
+        tops = [self._top(side, lengths, allowed, top) for side, lengths, allowed in parts]
+        return {"ce": ce, **self._compare(tops, sizes)}
+
+    def _top(self, logits: Tensor, lengths: Tensor, possible: Tensor, top: int) -> tuple[Top, Top]:
+        """Return log-probabilities of an example's `top` most probable tokens at each position, at both temperatures."""
+        options = self.options
+        if options.compat == "mcw_kd":
+            std = logits[:, possible].std(-1, keepdim=True) + 1e-4
+            logits = (logits.masked_fill(~possible, 0.0) / std).masked_fill(~possible, -torch.inf)
+        columns = log_probs(logits, options.temperature).t()
+        parts = torch.split(columns.detach(), lengths.tolist(), dim=1)
+        mass = torch.stack([part.exp().sum(1) for part in parts]).masked_fill(~possible, -1.0)
+        order = mass.topk(top).indices[example_ids(lengths, len(logits))].t()
+        softer = log_probs(logits, options.sequence_temperature).t()
+        return columns.gather(0, order).t(), softer.gather(0, order).t()
+
+    def _compare(self, tops: Sequence[tuple[Top, Top]], sizes: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Compute the sum of each of the three terms."""
+        (log_s, softer_s), (log_t, softer_t) = tops
+        pairs = torch.minimum(*sizes)
+        length = int(torch.stack(list(sizes)).max())
+        inside = torch.arange(length, device=pairs.device) < pairs[:, None]
+        s, t = (pad_rows(side, n, length)[inside] for side, n in zip((log_s, log_t), sizes, strict=True))
+        absolute = (t.exp() - s.exp()).abs().sum()
+        if self.options.compat == "mcw_kd":
+            temperature = self.options.sequence_temperature
+            softer = [(side.exp() / temperature).softmax(-1) for side in (log_s, log_t)]
+            logarithmic = -(t.exp().softmax(-1) * s.exp().log_softmax(-1)).sum()
+            factor = pairs.square()  # the port multiplies by the number of pairs once more
+        else:
+            softer = [softer_s.exp(), softer_t.exp()]
+            logarithmic, factor = -(t.exp() * s).sum(), pairs
+        own, theirs = (pad_rows(side, n, int(n.max())) for side, n in zip(softer, sizes, strict=True))
+        cost = torch.cdist(theirs, own, p=1)
+        transport = sinkhorn(cost, self.options.regularisation, self.options.iterations, sizes[1], sizes[0])
+        return {"absolute": absolute, "logarithmic": logarithmic, "sinkhorn": (factor * transport).sum()}

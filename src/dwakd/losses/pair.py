@@ -8,9 +8,18 @@ from torch import Tensor
 
 from dwakd.align.vocab import exact_overlap
 from dwakd.batch import OutputHead
-from dwakd.losses.projectors import Widths
 
 Tokens = tuple[bytes | None, ...]
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Widths of the hidden states and of the embeddings of the two models. The two may differ within a model."""
+
+    student_hidden: int
+    teacher_hidden: int
+    student_embedding: int
+    teacher_embedding: int
 
 
 @dataclass(frozen=True)

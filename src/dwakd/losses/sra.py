@@ -1,6 +1,5 @@
 """SRA: align the states of text spans in direction, geometry and next-token prediction (arXiv 2605.01205)."""
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -10,18 +9,15 @@ from torch import Tensor, nn
 
 from dwakd.align.offsets import byte_groups, sum_by_group, tokens_per_group
 from dwakd.batch import ModelSide
-from dwakd.kernels.head_loss import Chunk, Criterion, CrossEntropy, HeadRows, forward_kl, head_loss
-from dwakd.kernels.head_loss.criterion import Logits, Statistics
-from dwakd.kernels.head_loss.statistics import SoftenedPair
+from dwakd.kernels.head_loss import CrossEntropy, HeadRows, forward_kl, head_loss
 from dwakd.losses.alignment import unit_rows
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, MethodOptions, Rate, Temperature, Terms, Weight, head_rows
-from dwakd.losses.packing import example_ids, pad_rows
+from dwakd.losses.divergences import compare_with_teacher
 from dwakd.losses.pair import ModelPair
-from dwakd.losses.sides import require_width
+from dwakd.losses.sides import example_ids, pad_rows, require_width
 from dwakd.losses.weights import rescale
 
-SPAN_WEIGHTS = ("attention", "uniform")
 LEAST_WEIGHT = 1e-30
 
 
@@ -116,7 +112,7 @@ class SraLoss(DistillationLoss[SraOptions]):
             HeadRows(own, student.head.of_tokens(self.student_ids), lengths),
             HeadRows(theirs, teacher.head.detached().of_tokens(self.teacher_ids), lengths),
         ]
-        kd = head_loss(sides, SharedKl(self.options.temperature, even))
+        kd = compare_with_teacher(sides, forward_kl, self.options.temperature, token_weights=even)
         sums = {
             "span": (weights * (1 - cosines)).sum(),
             "geo": (student.lengths * gram_distance(own, theirs, weights, lengths)).sum(),
@@ -140,39 +136,6 @@ class SraLoss(DistillationLoss[SraOptions]):
                 "sra with span_weights=attention needs the attention of both sides; use span_weights=uniform"
             )
         return side.attention
-
-
-class SharedKl(Criterion):
-    """Compute the term `kd` = weight x KL(p^t || p^s) of each span, through heads restricted to the shared tokens.
-
-    Args:
-        temperature: divides the logits of both sides.
-        row_weights: a constant weight for each span.
-    """
-
-    def __init__(self, temperature: float, row_weights: Float[Tensor, " rows"]) -> None:
-        super().__init__({"kd": 1.0})
-        self.temperature, self.row_weights = temperature, row_weights
-
-    def terms(self, logits: Sequence[Logits], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
-        own, theirs = ((side / self.temperature).log_softmax(-1) for side in logits)
-        return {"kd": self.row_weights[chunk.rows[0]] * forward_kl(theirs.detach(), own)}
-
-    def differentiate(
-        self,
-        logits: Sequence[Logits],
-        chunk: Chunk,
-        statistics: Statistics,
-        weights: Tensor | None,
-        needs: Sequence[bool],
-    ) -> dict[str, Tensor]:
-        own, theirs = (side.t() for side in logits)
-        pair, row_weights = SoftenedPair(self.temperature), self.row_weights[chunk.rows[0]]
-        learned, target, kl = pair.observe(own, theirs, entropy_of=None, totals_of=())
-        if needs[0]:
-            shares = [row_weights / self.temperature / side.soft_total for side in (learned, target)]
-            pair.differentiate(own, theirs, shares)
-        return {"kd": row_weights * kl}
 
 
 def pool(

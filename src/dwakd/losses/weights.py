@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dwakd.losses.packing import example_ids
+from dwakd.losses.sides import example_ids
 
 Weights = Float[Tensor, " tokens"]
 
