@@ -5,7 +5,7 @@ from typing import Any
 from dwakd.errors import UserError
 from dwakd.losses.alm import AlmLoss
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import DistillationLoss, MethodOptions
+from dwakd.losses.base import DistillationLoss
 from dwakd.losses.cdm import CdmLoss
 from dwakd.losses.dskd import DskdLoss
 from dwakd.losses.dskd_v2 import DskdV2Loss
@@ -15,6 +15,7 @@ from dwakd.losses.gold import GoldLoss
 from dwakd.losses.kd import KdLoss
 from dwakd.losses.min_ed import MinEdLoss
 from dwakd.losses.multilevel_ot import MultiLevelOtLoss
+from dwakd.losses.options import MethodOptions
 from dwakd.losses.pair import ModelPair, Widths
 from dwakd.losses.several_teachers import SeveralTeachers
 from dwakd.losses.sft import SftLoss

@@ -4,17 +4,54 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor
 
 from dwakd.batch import ModelSide
 from dwakd.kernels.soft_dtw import soft_dtw
+from dwakd.losses.options import MethodOptions, Positive, Rate, Temperature, Weight
 from dwakd.losses.sides import pad_rows
-
-Impl = Literal["auto", "naive", "cpu", "triton"]
-"""Kernel of Soft-DTW; "auto" takes the fastest that is available."""
 
 Pair = tuple[Float[Tensor, "s_tokens _"], Float[Tensor, "t_tokens _"]]
 Padded = Float[Tensor, "batch length _"]
+Band = Float[Tensor, "batch s_length t_length"]
+
+
+class DwaOptions(MethodOptions):
+    """Options that DWA-KD and DWA-KDv2 share."""
+
+    ce_weight: Weight = Field(0.5, description="Weight of the cross-entropy.")
+    kd_weight: Weight = Field(0.5, description="Weight of the three token-level distillation terms.")
+    dtw_weight: Weight = Field(0.2, description="Weight of the two Soft-DTW terms.")
+    temperature: Temperature = Field(
+        2.0, description="Divides the logits of both models in both divergences. There is no tau^2 factor."
+    )
+    skew: Rate = Field(0.1, description="Parameter lambda of the skewed divergences.")
+    entropy_weights: bool = Field(True, description="Whether w_i includes the student's entropy H(p^s_i).")
+    gate: bool = Field(True, description="Whether w_i includes the projected teacher's largest probability.")
+    teacher_weights: bool = Field(True, description="Whether KD^tea is weighted.")
+    dtw_hidden: bool = Field(True, description="Whether to align the final hidden states.")
+    dtw_embedding: bool = Field(True, description="Whether to align the target embeddings.")
+    band: bool = Field(
+        True, description="Whether costs outside the band are penalised; if not, nDTW is plain Soft-DTW."
+    )
+    band_base: Weight = Field(5.0, description="Half the width b of the band, in tokens.")
+    band_blend: Rate = Field(
+        0.7, description="How far (alpha) the centre of the band follows the alignment instead of the diagonal."
+    )
+    band_penalty: Weight = Field(1.0, description="Penalty lambda_band, added to each cost outside the band.")
+    gamma: Positive = Field(2.0, description="Temperature of the soft minimum.")
+    impl: Literal["auto", "naive", "cpu", "triton"] = Field(
+        "auto", description="Kernel of Soft-DTW; auto takes the fastest that is available."
+    )
+
+    @property
+    def aligns_hidden(self) -> bool:
+        return self.dtw_hidden and self.dtw_weight > 0
+
+    @property
+    def aligns_embedding(self) -> bool:
+        return self.dtw_embedding and self.dtw_weight > 0
 
 
 def unit_rows(
@@ -22,9 +59,8 @@ def unit_rows(
 ) -> Float[Tensor, "batch length width"]:
     """Scale vectors to length 1 and pad each example, in float32 or better. A zero vector stays zero."""
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    zero = (rows == 0).all(
-        -1, keepdim=True
-    )  # such as an untrained padding token; an epsilon in the norm would make its gradient huge
+    # such as an untrained padding token; an epsilon in the norm would make its gradient huge
+    zero = (rows == 0).all(-1, keepdim=True)
     norm = torch.where(zero, torch.ones_like(rows), rows).norm(dim=-1, keepdim=True)
     return pad_rows(rows / torch.where(zero, 1.0, norm), lengths, length)
 
@@ -35,9 +71,9 @@ def soft_dtw_divergences(
     teacher_lengths: Int[Tensor, " batch"],
     *,
     gamma: float,
-    band: Float[Tensor, "batch s_length t_length"] | None = None,
+    band: Band | None = None,
     longest: int | None = None,
-    impl: Impl = "auto",
+    impl: str = "auto",
 ) -> list[Float[Tensor, " batch"]]:
     """Compute the Soft-DTW divergence of each pair of sequences with cosine costs, all in one kernel call.
 
@@ -54,8 +90,8 @@ def soft_dtw_divergences(
         impl: kernel of `soft_dtw`.
 
     Returns:
-        One value per example, for each pair. It has an offset without gradient that depends on the two lengths: do not compare
-        values of different examples and do not clamp them.
+        One value per example, for each pair. It has an offset without gradient that depends on the two lengths: do not
+        compare values of different examples and do not clamp them.
     """
     if longest is None:
         longest = int(torch.maximum(student_lengths.max(), teacher_lengths.max()))
@@ -82,13 +118,7 @@ def soft_dtw_divergences(
 
 
 def sequence_terms(
-    pairs: dict[str, Pair],
-    student: ModelSide,
-    teacher: ModelSide,
-    *,
-    gamma: float,
-    band: Float[Tensor, "batch s_length t_length"] | None,
-    impl: Impl,
+    pairs: dict[str, Pair], student: ModelSide, teacher: ModelSide, options: DwaOptions, gamma: float, band: Band | None
 ) -> dict[str, Float[Tensor, ""]]:
     """Compute `soft_dtw_divergences` for named pairs, if there are any, and sum each over the batch."""
     if not pairs:
@@ -100,7 +130,7 @@ def sequence_terms(
         gamma=gamma,
         band=band,
         longest=max(*student.counts, *teacher.counts),
-        impl=impl,
+        impl=options.impl,
     )
     return {name: score.sum() for name, score in zip(pairs, scores, strict=True)}
 

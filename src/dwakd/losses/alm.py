@@ -14,8 +14,9 @@ from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, CrossEntropy, head_loss
 from dwakd.kernels.head_loss.statistics import infinite_if_forbidden
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import LARGEST, DistillationLoss, MethodOptions, Terms, Weight, constant_rows, head_rows
-from dwakd.losses.divergences import cross_entropy, log_probs
+from dwakd.losses.base import DistillationLoss, Terms, constant_rows, head_rows
+from dwakd.losses.columns import cross_entropy
+from dwakd.losses.options import LARGEST, MethodOptions, Weight
 
 PerChunk = Float[Tensor, " chunks"]
 PerRow = Float[Tensor, " rows"]
@@ -124,7 +125,7 @@ class ChunkMatching(Criterion):
         return (losses * self.chunk_weights[chunks]).sum()
 
     def terms(self, logits: Sequence[Tensor], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
-        ce = cross_entropy(log_probs(logits[0]), self.targets[chunk.rows[0]])
+        ce = cross_entropy(logits[0].t(), self.targets[chunk.rows[0]])
         return {"ce": ce if weights is None else weights * ce}
 
     def statistics(self, logits: Sequence[Tensor], chunk: Chunk) -> dict[str, Tensor]:

@@ -3,59 +3,17 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dwakd.batch import LossOutput, ModelSide
 from dwakd.kernels.head_loss import HeadRows
 from dwakd.losses.attention import TeacherScale
+from dwakd.losses.options import MethodOptions
 from dwakd.losses.sides import require_both, require_same_lengths, require_side, require_vocabularies
-from dwakd.validation import Section, parse
-
-LARGEST = 1e30
-"""Upper bound of every numeric option. The product of an option and a term stays finite in float32."""
-
-Count = Annotated[int, Field(ge=1, le=10**9)]
-Steps = Annotated[int, Field(ge=0, le=10**9)]
-Weight = Annotated[float, Field(ge=0, le=LARGEST)]
-Positive = Annotated[float, Field(ge=1e-6, le=LARGEST)]
-Rate = Annotated[float, Field(ge=0, le=1)]
-# The fused kernels compute softmax(x) from exp(x / temperature), which has a relative error of 1e-7 x temperature.
-Temperature = Annotated[float, Field(ge=1e-3, le=1e3)]
-
-
-class MethodOptions(Section):
-    """Base class of the options of a method. It also says what the method needs of the two models."""
-
-    needs_teacher: ClassVar[bool] = True
-    needs_models: ClassVar[Literal["widths", "pair"] | None] = None
-    """Argument of the loss's constructor besides the options: `widths` (`Widths`), `pair` (`ModelPair`), or none."""
-    needs_edit_alignment: ClassVar[bool] = False
-    """Whether the method reads `aligned_rows` of the teacher's side."""
-    compat_defaults: ClassVar[dict[str, dict[str, Any]]] = {}
-    """Defaults that an option named `compat` replaces, by its value."""
-
-    @property
-    def needs_same_vocabulary(self) -> bool:
-        """Whether student and teacher must have the same tokenizer."""
-        return False
-
-    @property
-    def needs_attention(self) -> bool:
-        """Whether the method reads `attention` of both sides."""
-        return False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _apply_compat(cls, values: Any) -> Any:
-        if not cls.compat_defaults or not isinstance(values, dict):
-            return values
-        defaults = cls.compat_defaults.get(str(values.get("compat")), {})
-        return {**defaults, **{name: value for name, value in values.items() if value is not None}}
-
+from dwakd.validation import parse
 
 OptionsT = TypeVar("OptionsT", bound=MethodOptions)
 
@@ -71,7 +29,7 @@ class Terms:
     """
 
     sums: Mapping[str, Tensor]
-    total: Tensor | None = None
+    total: Tensor
     weights: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -80,9 +38,7 @@ class DistillationLoss(nn.Module, ABC, Generic[OptionsT]):
 
     It never runs a model, writes logs or moves tensors to another device. The constructor takes the fields of `options_type`
     as keyword arguments and, if the method learns maps between the models, also `widths` or `pair`. The parameters of the
-    module (projectors) are trained together with the student.
-
-    A subclass implements `compute`.
+    module (projectors) are trained together with the student. A subclass implements `compute`.
 
     Raises:
         UserError: an option is unknown or its value is not allowed.
@@ -105,13 +61,7 @@ class DistillationLoss(nn.Module, ABC, Generic[OptionsT]):
 
     @abstractmethod
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
-        """Compute the terms of one batch.
-
-        Args:
-            student: the student's side, with gradient. It has been checked.
-            teacher: the teacher's side of the same examples, without gradient. It has been checked.
-            scale: statistics for the normalisation N(.) of the teacher's tensors.
-        """
+        """Compute the terms of one batch from the checked sides; `scale` is used for N(.) of the teacher's tensors."""
 
     def forward(
         self,
@@ -125,7 +75,7 @@ class DistillationLoss(nn.Module, ABC, Generic[OptionsT]):
 
         Args:
             student: the student's side, with gradient.
-            teacher: the teacher's side of the same examples. A method that needs no teacher ignores it.
+            teacher: the teacher's side of the same examples, without gradient. A method that needs no teacher ignores it.
             num_tokens: number of student response tokens in the whole optimiser batch, over all accumulation steps and
                 ranks. Every term is a sum over this batch divided by it. Default: the tokens of this batch.
             teacher_scale: statistics over the whole optimiser batch for N(.). Default: those of this batch.
@@ -145,7 +95,7 @@ class DistillationLoss(nn.Module, ABC, Generic[OptionsT]):
             terms = self.compute(student, teacher, teacher_scale)  # type: ignore[arg-type]
         count = len(student.target_ids) if num_tokens is None else num_tokens
         weighted = [weight * terms.sums[name] for name, weight in terms.weights.items()]
-        loss = torch.stack(weighted if terms.total is None else [terms.total, *weighted]).sum() / count
+        loss = torch.stack([terms.total, *weighted]).sum() / count
         means = {name: value.detach() / count for name, value in terms.sums.items()}
         return LossOutput(loss, {**means, "loss": loss.detach()})
 
@@ -164,11 +114,7 @@ class DistillationLoss(nn.Module, ABC, Generic[OptionsT]):
         """Set the number of finished optimiser steps. Called before each step; used by schedules."""
 
     def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Tensor | None:
-        """Project the teacher's hidden states into the student's space, one vector for each student token.
-
-        Returns:
-            The projected states, or None if the method has no such projection.
-        """
+        """Return the teacher's state in the student's space for each student token, or None without such a projection."""
         return None
 
 

@@ -7,21 +7,12 @@ from pydantic import Field
 from torch import Tensor
 
 from dwakd.batch import ModelSide
-from dwakd.kernels.head_loss import Chunk, Criterion, entropy, forward_kl, head_loss
+from dwakd.kernels.head_loss import Chunk, Criterion, forward_kl, head_loss
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import (
-    Count,
-    DistillationLoss,
-    MethodOptions,
-    Rate,
-    Temperature,
-    Terms,
-    Weight,
-    constant_rows,
-    head_rows,
-)
-from dwakd.losses.divergences import cross_entropy, log_probs
+from dwakd.losses.base import DistillationLoss, Terms, constant_rows, head_rows
+from dwakd.losses.columns import cross_entropy, entropy
 from dwakd.losses.dynamic_mapping import TokenMap, top_tokens, warp
+from dwakd.losses.options import Count, MethodOptions, Rate, Temperature, Weight
 from dwakd.losses.pair import ModelPair
 
 MASKED = -1e4
@@ -106,8 +97,7 @@ class MappedCandidates(Criterion):
     def terms(self, logits: Sequence[Tensor], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
         assert chunk.examples is not None
         columns = [logits[0].t(), logits[1].detach().t()]
-        own = log_probs(logits[0])
-        entropies = entropy(own.detach()), entropy(log_probs(logits[1].detach()))
+        entropies = [entropy(side) for side in columns]
         texts = [texts[rows] for texts, rows in zip(self.texts, chunk.rows, strict=True)]
         groups, shares = warp(entropies, texts, [lengths[chunk.examples] for lengths in self.lengths])
         tops = [
@@ -119,5 +109,5 @@ class MappedCandidates(Criterion):
             (group.means(side, tokens).masked_fill(~counts, MASKED) / self.options.temperature).log_softmax(-1)
             for group, side, tokens in zip(groups, columns, ids, strict=True)
         )
-        ce = cross_entropy(own, self.targets[chunk.rows[0]])
+        ce = cross_entropy(columns[0], self.targets[chunk.rows[0]])
         return {"ce": ce, "kd": (shares * forward_kl(log_p, log_q)).sum()}

@@ -102,17 +102,6 @@ def divergence(name: DivergenceName, skew: float) -> Divergence:
     return DIVERGENCES[name]
 
 
-def log_probs(logits: LogProbs, temperature: float = 1.0) -> LogProbs:
-    """Compute log softmax(logits / temperature) along the columns, which are contiguous in the logits of `head_loss`."""
-    scaled = logits if temperature == 1.0 else logits / temperature
-    return scaled.t().log_softmax(0).t()
-
-
-def cross_entropy(own: LogProbs, targets: Int[Tensor, " tokens"]) -> PerToken:
-    """Return -log q(target) at each position."""
-    return -own.t().gather(0, targets[None]).squeeze(0)
-
-
 def sorted_difference(p: Float[Tensor, "rows p_vocab"], q: Float[Tensor, "rows q_vocab"]) -> Float[Tensor, " rows"]:
     """Sum |p - q| with both sorted in descending order; the shorter one is padded with zeros. Gradient flows to q only."""
     value, slope = sorted_distance(q, p)

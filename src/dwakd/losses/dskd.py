@@ -8,17 +8,9 @@ from torch import Tensor
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import head_loss, student_space, teacher_space
 from dwakd.losses.attention import Projectors, TeacherScale, cross_model_attention
-from dwakd.losses.base import (
-    DistillationLoss,
-    MethodOptions,
-    Rate,
-    Temperature,
-    Terms,
-    constant_rows,
-    head_rows,
-    projected_rows,
-)
+from dwakd.losses.base import DistillationLoss, Terms, constant_rows, head_rows, projected_rows
 from dwakd.losses.divergences import DivergenceName, divergence
+from dwakd.losses.options import MethodOptions, Rate, Temperature
 from dwakd.losses.pair import Widths
 
 
@@ -30,13 +22,11 @@ class DskdOptions(MethodOptions):
     method: Literal["dskd"] = "dskd"
     attention: bool = Field(
         True,
-        description="Whether to align the tokens by cross-model attention. Set it to false for models with the same "
-        "tokenizer; the map `query` does not exist then.",
+        description="Whether to align the tokens by cross-model attention; set it to false for models with the same tokenizer.",
     )
     kd_rate: Rate = Field(0.5, description="Weight r of the three distillation terms. The paper's scripts use 0.5.")
     temperature: Temperature = Field(
-        2.0,
-        description="Divides the logits of both models in both divergences. There is no tau^2 factor. The paper uses 2.0.",
+        2.0, description="Divides the logits of both models in both divergences. There is no tau^2 factor."
     )
     student_divergence: DivergenceName = Field(
         "forward_kl", description="Divergence D in the student's space. The teacher's space always uses the forward KL."
@@ -44,8 +34,8 @@ class DskdOptions(MethodOptions):
     skew: Rate = Field(0.1, description="Parameter lambda of the skewed divergences.")
     accuracy_mask: bool | None = Field(
         None,
-        description="Whether KD^stu includes only tokens that the projected teacher predicts correctly. Default: true with "
-        "attention and false without, as in the published code. The paper's equations do not mention the mask.",
+        description="Whether KD^stu includes only tokens that the projected teacher predicts correctly. By default this is "
+        "the value of attention, as in the published code; the paper does not mention the mask.",
     )
 
     @property
@@ -75,10 +65,6 @@ class DskdLoss(DistillationLoss[DskdOptions]):
 
     Args:
         widths: widths of the two models.
-
-    Raises:
-        ValueError: in the forward pass without attention, the sides
-            have different numbers of tokens.
 
     References:
         Zhang et al. 2024, equations 8 to 13. Official code: songmzhang/DSKD. Its standard deviations in N(.) include prompt

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from dwakd.batch import ModelSide
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import DistillationLoss, MethodOptions, Rate, Temperature, Terms
-from dwakd.losses.divergences import DivergenceName
-from dwakd.losses.divergences import divergence as named_divergence
+from dwakd.losses.base import DistillationLoss, Terms
+from dwakd.losses.divergences import DivergenceName, divergence
 from dwakd.losses.exact_spaces import exact_spaces, projected_partners
 from dwakd.losses.head_maps import HeadMaps
+from dwakd.losses.options import MethodOptions, Rate, Temperature
 from dwakd.losses.pair import ModelPair
 
 
@@ -23,16 +23,13 @@ class DskdV2Options(MethodOptions):
     method: Literal["dskd_v2"] = "dskd_v2"
     kd_rate: Rate = Field(0.5, description="Weight r of the three distillation terms. The published scripts use 0.5.")
     temperature: Temperature = Field(
-        2.0,
-        description="Divides the logits of both models in both divergences. There is no tau^2 factor. The published scripts "
-        "use 2.0.",
+        2.0, description="Divides the logits of both models in both divergences. There is no tau^2 factor."
     )
     divergence: DivergenceName = Field("forward_kl", description="Divergence D in both spaces.")
     skew: Rate = Field(0.1, description="Parameter lambda of the skewed divergences.")
     agreement_mask: bool = Field(
         True,
-        description="Whether KD^stu includes only tokens where the projected teacher predicts the same token as the teacher "
-        "itself.",
+        description="Whether KD^stu includes only tokens where the projected teacher predicts what the teacher does.",
     )
 
 
@@ -69,11 +66,11 @@ class DskdV2Loss(DistillationLoss[DskdV2Options]):
 
     def __init__(self, *, pair: ModelPair, **options: Any) -> None:
         super().__init__(**options)
-        self.divergence = named_divergence(self.options.divergence, self.options.skew)
+        self.divergence = divergence(self.options.divergence, self.options.skew)
         self.projectors = HeadMaps(pair)
 
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
-        spaces = exact_spaces(
+        return exact_spaces(
             student,
             teacher,
             self.projectors,
@@ -82,8 +79,7 @@ class DskdV2Loss(DistillationLoss[DskdV2Options]):
             ce_weight=1 - self.options.kd_rate,
             kd_weight=self.options.kd_rate,
             agreement_mask=self.options.agreement_mask,
-        )
-        return Terms(spaces.terms, spaces.total, {"kd_teacher": self.options.kd_rate})
+        ).terms
 
     def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Tensor:
         return projected_partners(student, teacher, self.projectors)

@@ -9,29 +9,18 @@ from torch import Tensor
 
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import HeadLoss, head_loss, student_space, teacher_space
-from dwakd.losses.alignment import Impl, sequence_terms
+from dwakd.losses.alignment import DwaOptions, sequence_terms
 from dwakd.losses.attention import CrossModelAttention, Projectors, TeacherScale, band_penalty, cross_model_attention
-from dwakd.losses.base import (
-    DistillationLoss,
-    MethodOptions,
-    Positive,
-    Rate,
-    Steps,
-    Temperature,
-    Terms,
-    Weight,
-    constant_rows,
-    head_rows,
-    projected_rows,
-)
+from dwakd.losses.base import DistillationLoss, Terms, constant_rows, head_rows, projected_rows
 from dwakd.losses.divergences import DivergenceName, divergence
+from dwakd.losses.options import Positive, Steps, Weight
 from dwakd.losses.pair import Widths
 from dwakd.losses.weights import student_weights, teacher_weights
 
 logger = logging.getLogger(__name__)
 
 
-class DwaKdOptions(MethodOptions):
+class DwaKdOptions(DwaOptions):
     """Options of `DwaKdLoss`."""
 
     needs_models = "widths"
@@ -40,49 +29,26 @@ class DwaKdOptions(MethodOptions):
     }
 
     method: Literal["dwa_kd"] = "dwa_kd"
-    ce_weight: Weight = Field(0.5, description="Weight of the cross-entropy.")
-    kd_weight: Weight = Field(0.5, description="Weight of the three terms of DSKD.")
-    dtw_weight: Weight = Field(0.2, description="Weight of the two Soft-DTW terms.")
-    temperature: Temperature = Field(
-        2.0, description="Divides the logits of both models in both divergences. There is no tau^2 factor."
-    )
     student_divergence: DivergenceName = Field(
-        "forward_kl", description="Divergence D in the student's space. The teacher's space always uses the forward KL."
+        "forward_kl", description="Divergence D in the student's space; the teacher's space always uses the forward KL."
     )
-    skew: Rate = Field(0.1, description="Parameter lambda of the skewed divergences.")
-    entropy_weights: bool = Field(True, description="Whether w_i includes the student's entropy H(p^s_i).")
-    gate: bool = Field(True, description="Whether w_i includes the projected teacher's largest probability.")
-    teacher_weights: bool = Field(True, description="Whether KD^tea is weighted.")
     weight_normalisation: Literal["product", "entropy_then_gate"] = Field(
         "product",
-        description="'product' (paper) rescales entropy x gate; 'entropy_then_gate' (published code) rescales the entropy and "
-        "then multiplies by the gate.",
+        description="product (paper) rescales entropy x gate; entropy_then_gate (published code) rescales the entropy only.",
     )
     gate_warmup_steps: Steps = Field(
-        0, description="Optimiser steps over which the gate rises from 0. Requires 'entropy_then_gate'."
+        0, description="Optimiser steps over which the gate rises from 0; requires entropy_then_gate."
     )
-    dtw_hidden: bool = Field(True, description="Whether to align the final hidden states.")
-    dtw_embedding: bool = Field(True, description="Whether to align the target embeddings.")
-    band: bool = Field(
-        True, description="Whether costs outside the band are penalised. Without it, nDTW is plain Soft-DTW."
-    )
-    band_base: Weight = Field(5.0, description="Half the width b of the band, in tokens.")
     band_entropy: Weight = Field(
         2.0, description="Additional half-width beta in tokens per nat of the attention's entropy."
     )
-    band_blend: Rate = Field(
-        0.7, description="How far (alpha) the centre of the band follows the attention instead of the diagonal."
-    )
-    band_penalty: Weight = Field(1.0, description="Penalty lambda_band, added to each cost outside the band.")
-    gamma: Positive = Field(2.0, description="Temperature of the soft minimum.")
     gamma_end: Positive | None = Field(None, description="If set, gamma changes linearly to this value.")
     gamma_steps: Steps = Field(0, description="Number of optimiser steps over which gamma changes.")
     compat: Literal["paper", "authors"] = Field(
         "paper",
-        description="'paper', or 'authors' for choices of the published code: entropy_then_gate, skewed reverse KL and band "
-        "centres counted from 0. Its use of prompt and padding positions and of bfloat16 costs is not reproduced.",
+        description="paper, or authors for choices of the published code: entropy_then_gate, skewed reverse KL and band "
+        "centres counted from 0, but without its prompt and padding positions and bfloat16 costs.",
     )
-    impl: Impl = Field("auto", description="Kernel of Soft-DTW.")
 
     @model_validator(mode="after")
     def _check_schedules(self) -> "DwaKdOptions":
@@ -122,7 +88,7 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
         if options.compat == "authors":
             logger.warning("compat=authors uses response positions only, unlike the published code")
         self.divergence = divergence(options.student_divergence, options.skew)
-        self.projectors = Projectors(widths, with_embedding=options.dtw_embedding and options.dtw_weight > 0)
+        self.projectors = Projectors(widths, with_embedding=options.aligns_embedding)
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
     def set_step(self, step: int) -> None:
@@ -187,9 +153,9 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
         """Compute the two Soft-DTW terms (equations 17 to 24) of the raw, projected teacher vectors in one kernel call."""
         options, dtype = self.options, self.projectors.t2s.weight.dtype
         pairs = {}
-        if options.dtw_hidden and options.dtw_weight > 0:
+        if options.aligns_hidden:
             pairs["dtw_hidden"] = (student.hidden, self.projectors.t2s(teacher.hidden.detach().to(dtype)))
-        if options.dtw_embedding and options.dtw_weight > 0:
+        if options.aligns_embedding:
             projected = self.projectors.embedding_t2s(teacher.target_embeddings.detach().to(dtype))
             pairs["dtw_embedding"] = (student.target_embeddings, projected)
         band = None
@@ -204,4 +170,4 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
                 penalty=options.band_penalty,
                 first_index=int(options.compat == "paper"),
             )
-        return sequence_terms(pairs, student, teacher, gamma=self.gamma, band=band, impl=options.impl)
+        return sequence_terms(pairs, student, teacher, options, self.gamma, band)

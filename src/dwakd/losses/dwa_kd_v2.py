@@ -8,65 +8,27 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dwakd.batch import ModelSide
-from dwakd.losses.alignment import Impl, sequence_terms
+from dwakd.losses.alignment import DwaOptions, sequence_terms
 from dwakd.losses.attention import TeacherScale, band_penalty
-from dwakd.losses.base import DistillationLoss, MethodOptions, Positive, Rate, Temperature, Terms, Weight
-from dwakd.losses.divergences import DivergenceName
-from dwakd.losses.divergences import divergence as named_divergence
+from dwakd.losses.base import DistillationLoss, Terms
+from dwakd.losses.divergences import DivergenceName, divergence
 from dwakd.losses.exact_spaces import ExactSpaces, exact_spaces, projected_partners
 from dwakd.losses.head_maps import HeadMaps
 from dwakd.losses.pair import ModelPair
 from dwakd.losses.sides import example_ids, positions, require_width
 
-_TOKEN_TERMS = {
-    "temperature",
-    "ce_weight",
-    "kd_weight",
-    "agreement_mask",
-    "entropy_weights",
-    "gate",
-    "teacher_weights",
-}
 
-
-class DwaKdV2Options(MethodOptions):
+class DwaKdV2Options(DwaOptions):
     """Options of `DwaKdV2Loss`."""
 
     needs_models = "pair"
 
     method: Literal["dwa_kd_v2"] = "dwa_kd_v2"
-    ce_weight: Weight = Field(0.5, description="Weight of the cross-entropy.")
-    kd_weight: Weight = Field(0.5, description="Weight of the three terms of DSKDv2.")
-    dtw_weight: Weight = Field(0.2, description="Weight of the two Soft-DTW terms.")
-    temperature: Temperature = Field(
-        2.0, description="Divides the logits of both models in both divergences. There is no tau^2 factor."
-    )
     divergence: DivergenceName = Field("forward_kl", description="Divergence D in both spaces.")
-    skew: Rate = Field(0.1, description="Parameter lambda of the skewed divergences.")
     agreement_mask: bool = Field(
         True,
-        description="Whether KD^stu includes only tokens where the projected teacher predicts the same token as the teacher "
-        "itself.",
+        description="Whether KD^stu includes only tokens where the projected teacher predicts what the teacher does.",
     )
-    entropy_weights: bool = Field(
-        True, description="Whether the weights of KD^stu include the student's entropy H(p^s_i)."
-    )
-    gate: bool = Field(
-        True,
-        description="Whether the weights of KD^stu include the projected teacher's largest probability. The only known code "
-        "does not include it.",
-    )
-    teacher_weights: bool = Field(True, description="Whether KD^tea is weighted.")
-    dtw_hidden: bool = Field(True, description="Whether to align the final hidden states.")
-    dtw_embedding: bool = Field(True, description="Whether to align the target embeddings.")
-    band: bool = Field(True, description="Whether costs outside the band are penalised.")
-    band_base: Weight = Field(5.0, description="Half the width b of the band, in tokens.")
-    band_blend: Rate = Field(
-        0.7, description="How far (alpha) the centre of the band follows the alignment instead of the diagonal."
-    )
-    band_penalty: Weight = Field(1.0, description="Penalty lambda_band, added to each cost outside the band.")
-    gamma: Positive = Field(2.0, description="Temperature of the soft minimum.")
-    impl: Impl = Field("auto", description="Kernel of Soft-DTW.")
 
 
 class DwaKdV2Loss(DistillationLoss[DwaKdV2Options]):
@@ -105,26 +67,30 @@ class DwaKdV2Loss(DistillationLoss[DwaKdV2Options]):
 
     def __init__(self, *, pair: ModelPair, **options: Any) -> None:
         super().__init__(**options)
-        self.divergence = named_divergence(self.options.divergence, self.options.skew)
+        self.divergence = divergence(self.options.divergence, self.options.skew)
         self.projectors = HeadMaps(pair)
         self.embedding_t2s: nn.Linear | None = None
-        if self.options.dtw_embedding and self.options.dtw_weight > 0:
+        if self.options.aligns_embedding:
             self.embedding_t2s = nn.Linear(pair.widths.teacher_embedding, pair.widths.student_embedding)
 
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
+        options = self.options
         spaces = exact_spaces(
             student,
             teacher,
             self.projectors,
             divergence=self.divergence,
-            **self.options.model_dump(include=_TOKEN_TERMS),
+            temperature=options.temperature,
+            ce_weight=options.ce_weight,
+            kd_weight=options.kd_weight,
+            agreement_mask=options.agreement_mask,
+            entropy_weights=options.entropy_weights,
+            gate=options.gate,
+            teacher_weights=options.teacher_weights,
         )
-        sequences = self._alignment(student, teacher, spaces)
-        return Terms(
-            spaces.terms | sequences,
-            spaces.total,
-            {"kd_teacher": self.options.kd_weight, **dict.fromkeys(sequences, self.options.dtw_weight)},
-        )
+        sequences, terms = self._alignment(student, teacher, spaces), spaces.terms
+        weights = {**terms.weights, **dict.fromkeys(sequences, options.dtw_weight)}
+        return Terms({**terms.sums, **sequences}, terms.total, weights)
 
     def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Tensor:
         return projected_partners(student, teacher, self.projectors)
@@ -133,7 +99,7 @@ class DwaKdV2Loss(DistillationLoss[DwaKdV2Options]):
         """Compute the two Soft-DTW terms (DWA-KD, equations 17, 18 and 22 to 24) in one kernel call."""
         pairs = {}
         options = self.options
-        if options.dtw_hidden and options.dtw_weight > 0:
+        if options.aligns_hidden:
             pairs["dtw_hidden"] = (student.hidden, spaces.teacher_hidden)
         if self.embedding_t2s is not None:
             maps = self.embedding_t2s
@@ -143,15 +109,9 @@ class DwaKdV2Loss(DistillationLoss[DwaKdV2Options]):
             pairs["dtw_embedding"] = (student.target_embeddings, self.embedding_t2s(embeddings))
         band = None
         if options.band and pairs:
-            band = exact_band(
-                spaces.partners,
-                student.lengths,
-                teacher.lengths,
-                base=options.band_base,
-                blend=options.band_blend,
-                penalty=options.band_penalty,
-            )
-        return sequence_terms(pairs, student, teacher, gamma=options.gamma, band=band, impl=options.impl)
+            shape = {"base": options.band_base, "blend": options.band_blend, "penalty": options.band_penalty}
+            band = exact_band(spaces.partners, student.lengths, teacher.lengths, **shape)
+        return sequence_terms(pairs, student, teacher, options, options.gamma, band)
 
 
 def exact_band(

@@ -1,7 +1,6 @@
 """Token-level terms over exactly aligned tokens, shared by DSKDv2 and DWA-KDv2."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,25 +9,23 @@ from torch import Tensor
 from dwakd.align.offsets import exact_rows, sum_by_group
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import HeadRows, WithPrediction, head_loss, student_space, teacher_space
-from dwakd.losses.base import head_rows, projected_rows
+from dwakd.losses.base import Terms, head_rows, projected_rows
+from dwakd.losses.divergences import Divergence
 from dwakd.losses.head_maps import HeadMaps
 from dwakd.losses.sides import example_ids
 from dwakd.losses.weights import certainty, rescale
 
 
-@dataclass(frozen=True)
-class ExactSpaces:
-    """Result of `exact_spaces`: terms summed over the batch, and tensors that the Soft-DTW terms reuse.
+class ExactSpaces(NamedTuple):
+    """Result of `exact_spaces`: the terms, and tensors that the Soft-DTW terms reuse.
 
     Args:
-        total: weighted sum of `ce`, `t2s_ce` and `kd_student`, with gradient.
-        terms: these three without their weights, detached, and `kd_teacher`, with gradient.
+        terms: `ce`, `t2s_ce`, `kd_student` and `kd_teacher`.
         teacher_hidden: all teacher states projected into the student's space. Gradient: t2s.
         partners: for each student token, the teacher token in the packed batch that covers the same bytes, or -1.
     """
 
-    total: Float[Tensor, ""]
-    terms: dict[str, Tensor]
+    terms: Terms
     teacher_hidden: Float[Tensor, "t_tokens s_hidden"]
     partners: Int[Tensor, " s_tokens"]
 
@@ -38,7 +35,7 @@ def exact_spaces(
     teacher: ModelSide,
     maps: HeadMaps,
     *,
-    divergence: Callable[[Tensor, Tensor], Tensor],
+    divergence: Divergence,
     temperature: float,
     ce_weight: float,
     kd_weight: float,
@@ -65,8 +62,8 @@ def exact_spaces(
         maps: t2s and s2t.
         divergence: D of log-probabilities (target, learned), in both spaces.
         temperature: divides the logits of both models in both divergences.
-        ce_weight: weight of `ce` in the total.
-        kd_weight: weight of `t2s_ce` and `kd_student` in the total.
+        ce_weight: weight of `ce` in the loss.
+        kd_weight: weight of the three distillation terms in the loss.
         agreement_mask: whether `kd_student` includes only tokens where argmax p^{t->s}_i is the teacher's prediction.
         entropy_weights: whether tokens in `kd_student` are weighted by H(p^s_i).
         gate: whether tokens in `kd_student` are weighted by max_v p^{t->s}_i(v).
@@ -119,7 +116,8 @@ def exact_spaces(
             trust=teacher.trust,
         ),
     )
-    return ExactSpaces(in_student.loss, in_student.terms | {"kd_teacher": kd_teacher}, teacher_hidden, partners)
+    terms = Terms({**in_student.terms, "kd_teacher": kd_teacher}, in_student.loss, {"kd_teacher": kd_weight})
+    return ExactSpaces(terms, teacher_hidden, partners)
 
 
 def projected_partners(student: ModelSide, teacher: ModelSide, maps: HeadMaps) -> Float[Tensor, "s_tokens s_hidden"]:

@@ -13,17 +13,10 @@ from dwakd.align.offsets import byte_groups, sum_by_group, tokens_per_group
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, head_loss
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import (
-    DistillationLoss,
-    MethodOptions,
-    Rate,
-    Temperature,
-    Terms,
-    Weight,
-    constant_rows,
-    head_rows,
-)
-from dwakd.losses.divergences import cross_entropy, jensen_shannon, log_probs, sorted_difference
+from dwakd.losses.base import DistillationLoss, Terms, constant_rows, head_rows
+from dwakd.losses.columns import cross_entropy, log_total
+from dwakd.losses.divergences import jensen_shannon, sorted_difference
+from dwakd.losses.options import MethodOptions, Rate, Temperature, Weight
 from dwakd.losses.pair import ModelPair
 
 
@@ -155,15 +148,17 @@ class Anchors:
         return cls(side.target_ids, groups, anchors.nonzero().squeeze(1), bounds)
 
     def merged(
-        self, log_probs: Float[Tensor, "tokens vocab"], chunk: Chunk, side: int
-    ) -> Float[Tensor, "groups vocab"]:
+        self, columns: Float[Tensor, "vocab tokens"], chunk: Chunk, side: int, temperature: float
+    ) -> Float[Tensor, "vocab groups"]:
         """Log of each group's distribution: that of its anchor plus the log-probabilities of its other target tokens."""
         assert chunk.examples is not None
         tokens, groups = chunk.rows[side], slice(self.bounds[chunk.examples.start], self.bounds[chunk.examples.stop])
         rows = self.rows[groups] - tokens.start
-        realised = -cross_entropy(log_probs, self.targets[tokens])
+        total = log_total(columns, temperature)
+        realised = columns.gather(0, self.targets[tokens][None]).squeeze(0) / temperature - total
         others = sum_by_group(realised, self.groups[tokens] - groups.start, len(rows)) - realised[rows]
-        return log_probs[rows] + others[:, None]
+        anchors = columns[:, rows]
+        return (anchors if temperature == 1 else anchors / temperature) + (others - total[rows])
 
 
 class MergedGroups(Criterion):
@@ -194,13 +189,13 @@ class MergedGroups(Criterion):
     def terms(self, logits: Sequence[Tensor], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
         assert chunk.examples is not None
         student, loss, options = self.anchors[0], self.loss, self.loss.options
-        softened = [log_probs(side, options.temperature) for side in (logits[0], logits[1].detach())]
+        columns = [logits[0].t(), logits[1].detach().t()]
         q, p = (
-            anchors.merged(side, chunk, n) for n, (anchors, side) in enumerate(zip(self.anchors, softened, strict=True))
+            anchors.merged(side, chunk, n, options.temperature)
+            for n, (anchors, side) in enumerate(zip(self.anchors, columns, strict=True))
         )
-        jsd = jensen_shannon(p[:, loss.teacher_ids], q[:, loss.student_ids], options.beta)
-        uld = sorted_difference(p[:, loss.teacher_rest].exp(), q[:, loss.student_rest].exp())
-        own = softened[0] if options.temperature == 1 else log_probs(logits[0])
+        jsd = jensen_shannon(p[loss.teacher_ids].t(), q[loss.student_ids].t(), options.beta)
+        uld = sorted_difference(p[loss.teacher_rest].t().exp(), q[loss.student_rest].t().exp())
         shares = self.group_weights[student.bounds[chunk.examples.start] : student.bounds[chunk.examples.stop]]
-        ce = cross_entropy(own, student.targets[chunk.rows[0]])
+        ce = cross_entropy(columns[0], student.targets[chunk.rows[0]])
         return {"ce": ce, "jsd": (shares * jsd).sum(), "uld": (shares * uld).sum()}

@@ -8,8 +8,9 @@ from pydantic import Field
 from dwakd.batch import ModelSide, OutputHead
 from dwakd.kernels.head_loss import CrossEntropy, head_loss
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import DistillationLoss, MethodOptions, Rate, Temperature, Terms, constant_rows, head_rows
+from dwakd.losses.base import DistillationLoss, Terms, constant_rows, head_rows
 from dwakd.losses.divergences import DivergenceName, compare_with_teacher, divergence
+from dwakd.losses.options import MethodOptions, Rate, Temperature
 
 
 class KdOptions(MethodOptions):

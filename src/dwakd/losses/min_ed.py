@@ -13,8 +13,9 @@ from dwakd.align.vocab import nearest_tokens
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, HeadRows, head_loss
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import DistillationLoss, MethodOptions, Rate, Temperature, Terms, head_rows
-from dwakd.losses.divergences import cross_entropy, log_probs
+from dwakd.losses.base import DistillationLoss, Terms, head_rows
+from dwakd.losses.columns import cross_entropy, log_total
+from dwakd.losses.options import MethodOptions, Rate, Temperature
 from dwakd.losses.pair import ModelPair
 from dwakd.losses.sides import example_ids
 
@@ -121,16 +122,17 @@ class CarriedOver(Criterion):
         self.student_of = student_of.clamp(min=0)
 
     def terms(self, logits: Sequence[Tensor], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
-        own, theirs = logits
+        own, theirs = logits[0].t(), (logits[1].detach() / self.temperature).t()
         targets, aligned = self.targets[chunk.rows[0]], self.aligned[chunk.rows[0]]
-        scaled = (theirs.detach() / self.temperature).t().index_fill_(0, self.dropped, -torch.inf)
-        mapped = torch.zeros_like(own.t()).index_add_(0, self.student_of, scaled.softmax(0))
-        log_q = log_probs(own, self.temperature)
-        # -inf is the logit of a token that the student's head forbids, to which no teacher token is mapped
-        cross = -(mapped * log_q.t().clamp_min(torch.finfo(log_q.dtype).min)).sum(0)
-        divergence = cross - torch.special.entr(mapped).sum(0)
-        kd = torch.where(aligned, divergence, cross_entropy(log_q, targets))
-        return {"ce": cross_entropy(log_probs(own), targets), "kd": kd}
+        kept = theirs.index_fill_(0, self.dropped, -torch.inf)
+        mapped = torch.zeros_like(own).index_add_(0, self.student_of, kept.sub_(kept.amax(0)).exp_())
+        mapped /= mapped.sum(0)
+        # the student's head may forbid tokens by a logit of -inf, but no teacher token is mapped to them
+        cross = (mapped * own.clamp_min(torch.finfo(own.dtype).min)).sum(0)
+        chosen = torch.where(aligned, cross, own.gather(0, targets[None]).squeeze(0))
+        entropy = torch.special.entr(mapped).sum(0).where(aligned, 0.0)
+        kd = log_total(own, self.temperature) - chosen / self.temperature - entropy
+        return {"ce": cross_entropy(own, targets), "kd": kd}
 
 
 def aligned_teacher_rows(

@@ -10,21 +10,12 @@ from torch import Tensor
 
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, head_loss
-from dwakd.kernels.head_loss.statistics import is_possible
+from dwakd.kernels.head_loss.statistics import blocks, is_possible
 from dwakd.kernels.sinkhorn import sinkhorn
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import (
-    Count,
-    DistillationLoss,
-    MethodOptions,
-    Positive,
-    Temperature,
-    Terms,
-    Weight,
-    constant_rows,
-    head_rows,
-)
-from dwakd.losses.divergences import cross_entropy, log_probs
+from dwakd.losses.base import DistillationLoss, Terms, constant_rows, head_rows
+from dwakd.losses.columns import Columns, cross_entropy, log_probs_at, log_total
+from dwakd.losses.options import Count, MethodOptions, Positive, Temperature, Weight
 from dwakd.losses.sides import example_ids, pad_rows
 
 Top = Float[Tensor, "_ top"]
@@ -128,23 +119,22 @@ class RankedLevels(Criterion):
         sizes = [lengths[chunk.examples] for lengths in self.lengths]
         possible = [is_possible(side) for side in logits]
         top = min(self.options.top_k, *(int(allowed.sum()) for allowed in possible))
-        ce = cross_entropy(log_probs(logits[0]), self.targets[chunk.rows[0]])
+        ce = cross_entropy(logits[0].t(), self.targets[chunk.rows[0]])
         parts = zip(logits, sizes, possible, strict=True)
-        tops = [self._top(side, lengths, allowed, top) for side, lengths, allowed in parts]
+        tops = [self._top(side.t(), lengths, allowed, top) for side, lengths, allowed in parts]
         return {"ce": ce, **self._compare(tops, sizes)}
 
-    def _top(self, logits: Tensor, lengths: Tensor, possible: Tensor, top: int) -> tuple[Top, Top]:
+    def _top(self, columns: Columns, lengths: Tensor, possible: Tensor, top: int) -> tuple[Top, Top]:
         """Return log-probabilities of an example's `top` most probable tokens at each position, at both temperatures."""
         options = self.options
         if options.compat == "mcw_kd":
-            std = logits[:, possible].std(-1, keepdim=True) + 1e-4
-            logits = (logits.masked_fill(~possible, 0.0) / std).masked_fill(~possible, -torch.inf)
-        columns = log_probs(logits, options.temperature).t()
-        parts = torch.split(columns.detach(), lengths.tolist(), dim=1)
-        mass = torch.stack([part.exp().sum(1) for part in parts]).masked_fill(~possible, -1.0)
-        order = mass.topk(top).indices[example_ids(lengths, len(logits))].t()
-        softer = log_probs(logits, options.sequence_temperature).t()
-        return columns.gather(0, order).t(), softer.gather(0, order).t()
+            std = columns[possible].std(0, keepdim=True) + 1e-4
+            columns = (columns.masked_fill(~possible[:, None], 0.0) / std).masked_fill(~possible[:, None], -torch.inf)
+        examples = example_ids(lengths, columns.shape[1])
+        mass = summed_probs(columns.detach(), examples, options.temperature).masked_fill(~possible[:, None], -1.0)
+        order = mass.t().topk(top).indices[examples].t()
+        softer = log_probs_at(columns, order, options.sequence_temperature)
+        return log_probs_at(columns, order, options.temperature).t(), softer.t()
 
     def _compare(self, tops: Sequence[tuple[Top, Top]], sizes: Sequence[Tensor]) -> dict[str, Tensor]:
         """Compute the sum of each of the three terms."""
@@ -166,3 +156,12 @@ class RankedLevels(Criterion):
         cost = torch.cdist(theirs, own, p=1)
         transport = sinkhorn(cost, self.options.regularisation, self.options.iterations, sizes[1], sizes[0])
         return {"absolute": absolute, "logarithmic": logarithmic, "sinkhorn": (factor * transport).sum()}
+
+
+def summed_probs(
+    columns: Columns, examples: Int[Tensor, " tokens"], temperature: float
+) -> Float[Tensor, "vocab examples"]:
+    """Sum the probabilities over the positions of each example, block by block of the vocabulary."""
+    total = log_total(columns, temperature)
+    member = torch.nn.functional.one_hot(examples).to(columns.dtype)
+    return torch.cat([(columns[block] / temperature - total).exp() @ member for block in blocks(columns)])

@@ -12,7 +12,8 @@ from dwakd.batch import LossOutput, ModelSide
 from dwakd.errors import UserError
 from dwakd.kernels.head_loss import Chunk, Criterion, head_loss
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import LARGEST, DistillationLoss, projected_rows
+from dwakd.losses.base import DistillationLoss, projected_rows
+from dwakd.losses.options import LARGEST
 
 GATES = ("confidence", "weights")
 

@@ -5,7 +5,8 @@ from typing import ClassVar, Literal
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import CrossEntropy, head_loss
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import DistillationLoss, MethodOptions, Terms, head_rows
+from dwakd.losses.base import DistillationLoss, Terms, head_rows
+from dwakd.losses.options import MethodOptions
 
 
 class SftOptions(MethodOptions):

@@ -12,8 +12,9 @@ from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import CrossEntropy, HeadRows, forward_kl, head_loss
 from dwakd.losses.alignment import unit_rows
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import DistillationLoss, MethodOptions, Rate, Temperature, Terms, Weight, head_rows
+from dwakd.losses.base import DistillationLoss, Terms, head_rows
 from dwakd.losses.divergences import compare_with_teacher
+from dwakd.losses.options import MethodOptions, Rate, Temperature, Weight
 from dwakd.losses.pair import ModelPair
 from dwakd.losses.sides import example_ids, pad_rows, require_width
 from dwakd.losses.weights import rescale

@@ -11,8 +11,10 @@ from torch import Tensor
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, HeadRows, head_loss
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import DistillationLoss, MethodOptions, Temperature, Terms, Weight, head_rows
-from dwakd.losses.divergences import cross_entropy, log_probs, sorted_difference
+from dwakd.losses.base import DistillationLoss, Terms, head_rows
+from dwakd.losses.columns import cross_entropy
+from dwakd.losses.divergences import sorted_difference
+from dwakd.losses.options import MethodOptions, Temperature, Weight
 from dwakd.losses.sides import example_ids, positions
 
 
@@ -96,5 +98,5 @@ class SortedDifference(Criterion):
         rows = chunk.rows[0]
         own, theirs = ((side / self.temperature).softmax(-1) for side in logits)
         distance = sorted_difference(theirs.detach(), own)
-        ce = cross_entropy(log_probs(logits[0]), self.targets[rows])
+        ce = cross_entropy(logits[0].t(), self.targets[rows])
         return {"ce": ce, "uld": self.pair_weights[rows].to(distance.dtype) * distance}

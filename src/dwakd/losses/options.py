@@ -1,0 +1,48 @@
+"""Base class of the options of a method, and the types of their values."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from dwakd.validation import Section
+
+LARGEST = 1e30
+"""Upper bound of every numeric option. The product of an option and a term stays finite in float32."""
+
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Steps = Annotated[int, Field(ge=0, le=10**9)]
+Weight = Annotated[float, Field(ge=0, le=LARGEST)]
+Positive = Annotated[float, Field(ge=1e-6, le=LARGEST)]
+Rate = Annotated[float, Field(ge=0, le=1)]
+# The fused kernels compute softmax(x) from exp(x / temperature), which has a relative error of 1e-7 x temperature.
+Temperature = Annotated[float, Field(ge=1e-3, le=1e3)]
+
+
+class MethodOptions(Section):
+    """Base class of the options of a method. It also says what the method needs of the two models."""
+
+    needs_teacher: ClassVar[bool] = True
+    needs_models: ClassVar[Literal["widths", "pair"] | None] = None
+    """Argument of the loss's constructor besides the options: `widths` (`Widths`), `pair` (`ModelPair`), or none."""
+    needs_edit_alignment: ClassVar[bool] = False
+    """Whether the method reads `aligned_rows` of the teacher's side."""
+    compat_defaults: ClassVar[dict[str, dict[str, Any]]] = {}
+    """Defaults that an option named `compat` replaces, by its value."""
+
+    @property
+    def needs_same_vocabulary(self) -> bool:
+        """Whether student and teacher must have the same tokenizer."""
+        return False
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether the method reads `attention` of both sides."""
+        return False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_compat(cls, values: Any) -> Any:
+        if not cls.compat_defaults or not isinstance(values, dict):
+            return values
+        defaults = cls.compat_defaults.get(str(values.get("compat")), {})
+        return {**defaults, **{name: value for name, value in values.items() if value is not None}}
