@@ -139,7 +139,7 @@ def test_mismatched_rows_of_high_entropy_cost_more():
     def sizes(*entropy):
         groups, shares = warp([torch.tensor(entropy), torch.zeros(3)], texts, [torch.tensor([4]), torch.tensor([3])])
         assert shares.tolist() == pytest.approx([4 / 3] * 3)
-        return [group.sizes.tolist() for group in groups]
+        return [size.tolist() for size in groups]
 
     assert sizes(0.0, 0.0, 0.0, 0.0) == [[2, 1, 1], [1, 1, 1]]
     assert sizes(0.0, 0.0, 1.0, 0.0) == [[1, 1, 2], [1, 1, 1]]

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from dwakd.batch import OutputHead
-from dwakd.kernels.head_loss import Chunk, head_loss
+from dwakd.kernels.head_loss import head_loss
 from dwakd.losses import GoldLoss, ModelPair, Widths
-from dwakd.losses.divergences import jensen_shannon, sorted_difference
-from dwakd.losses.gold import Anchors
+from dwakd.losses.divergences import sorted_difference
+from dwakd.losses.gold import Anchors, generalised_jsd
 from tests.losses.builders import pair_of, random_examples, random_heads, side, smallest_pair
 from tests.losses.test_min_ed import logit_side, pair
 
@@ -38,9 +38,8 @@ def sides():
 def test_merged_distributions_of_the_specification(last, probs, targets, expected):
     """The chain rule: what is realised before (or after) times the distribution of the last (first) token."""
     rows = logit_side(torch.tensor(probs).log(), targets)
-    anchors = Anchors.of(rows, torch.tensor([0, 0]), torch.tensor([False, True]), last=last)
-    chunk = Chunk((slice(0, 2),), slice(0, 1))
-    torch.testing.assert_close(anchors.merged(rows.hidden.t(), chunk, 0, 1.0).t().exp(), torch.tensor([expected]))
+    anchors = Anchors(rows.target_ids, torch.tensor([0, 0]), torch.tensor([not last, last]))
+    torch.testing.assert_close(anchors.merged(rows.hidden.t(), slice(0, 2), 1.0).t().exp(), torch.tensor([expected]))
 
 
 def by_hand(student, teacher, *, merge: str, beta: float, temperature: float = 1.0):
@@ -104,7 +103,7 @@ def test_the_gradient_goes_through_the_ranks():
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_one_tokenizer_is_jensen_shannon(beta):
+def test_one_tokenizer_is_generalised_jsd(beta):
     """Same tokenizer: single tokens, every column matched, the padding of the heads too; nothing left for ranks."""
     generator = torch.Generator().manual_seed(1)
     own, theirs = (torch.randn(4, 6, generator=generator).double() for _ in range(2))
@@ -125,8 +124,8 @@ def test_unequal_mass_costs_something():
     """Merged distributions need not sum to 1; a negative divergence would reward a loss of mass."""
     p = torch.tensor([[0.3, 0.2, 0.0]]).log()
     for scale in (0.01, 0.5, 1.0, 3.0):
-        assert jensen_shannon(p, p + math.log(scale), 0.5).item() >= 0
-    assert jensen_shannon(p, p, 0.5).item() == pytest.approx(0.0, abs=1e-7)
+        assert generalised_jsd(p, p + math.log(scale), 0.5).item() >= 0
+    assert generalised_jsd(p, p, 0.5).item() == pytest.approx(0.0, abs=1e-7)
 
 
 def test_weights_are_adaptive_or_given(sides):

@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_named():
         ({"weights": [1.0]}, "teacher_weights .*2 teachers.* got 1"),
         ({"weights": [1.0, 0.0]}, "above 0"),
         ({"weights": [1.0, math.inf]}, "above 0"),
-        ({"gate": "best"}, "valid ones: confidence, weights"),
+        ({"gate": "best"}, "teacher_gate must be 'confidence' or 'weights', got 'best'"),
         ({"weights": [1.0, math.nan]}, "teacher_weights"),
         ({"weights": [1e30, 5e-324]}, "teacher_weights"),  # a share of exactly 0
         ({"temperature": 0.0}, "teacher_gate_temperature"),

@@ -75,12 +75,7 @@ def method_class(method: str, option: str = "loss.method") -> type[DistillationL
 
 
 def method_options(method: str, values: dict[str, Any] | None = None, prefix: str = "loss.") -> MethodOptions:
-    """Validate the options of a method.
-
-    Args:
-        method: name of the method.
-        values: options by name; the others have their defaults.
-        prefix: what messages write before the name of an option.
+    """Validate the options of a method; others have their defaults. Messages write `prefix` before the name of an option.
 
     Raises:
         UserError: the method or an option is unknown, or the value of an option is not allowed.
@@ -89,22 +84,17 @@ def method_options(method: str, values: dict[str, Any] | None = None, prefix: st
 
 
 def build_loss(
-    method: str,
-    options: dict[str, Any] | None = None,
-    *,
-    widths: Widths | None = None,
-    pair: ModelPair | None = None,
+    method: str, options: dict[str, Any] | None = None, *, widths: Widths | None = None, pair: ModelPair | None = None
 ) -> DistillationLoss[Any]:
     """Build the loss of a method from its options, and from the widths or the pair of models if it needs them.
 
     Raises:
         UserError: as `method_options`; or the models do not fit the method.
     """
-    known = method_options(method, options)
-    models = {"widths": widths, "pair": pair}
-    needed = {known.needs_models: models[known.needs_models]} if known.needs_models else {}
+    needs = method_options(method, options).needs_models
+    models = {needs: {"widths": widths, "pair": pair}[needs]} if needs else {}
     try:
-        return METHODS[method](**needed, **(options or {}))
+        return METHODS[method](**models, **(options or {}))
     except ValueError as error:
         raise UserError(f"method {method}: {error}") from error
 

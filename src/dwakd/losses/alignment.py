@@ -118,21 +118,34 @@ def soft_dtw_divergences(
 
 
 def sequence_terms(
-    pairs: dict[str, Pair], student: ModelSide, teacher: ModelSide, options: DwaOptions, gamma: float, band: Band | None
+    options: DwaOptions,
+    sides: tuple[ModelSide, ModelSide],
+    hidden: Tensor | None,
+    embedding: Tensor | None,
+    *,
+    gamma: float,
+    band: Band | None,
 ) -> dict[str, Float[Tensor, ""]]:
-    """Compute `soft_dtw_divergences` for named pairs, if there are any, and sum each over the batch."""
-    if not pairs:
+    """Compute the two Soft-DTW terms of DWA-KD, summed over the batch, as far as the options include them.
+
+    Args:
+        options: options of the method.
+        sides: the student's and the teacher's side.
+        hidden: the teacher's hidden states in the student's space.
+        embedding: the teacher's target embeddings in the student's space.
+        gamma: temperature of the soft minimum.
+        band: penalty of the band, or None.
+    """
+    student, teacher = sides
+    pairs = {"dtw_hidden": (student.hidden, hidden), "dtw_embedding": (student.target_embeddings, embedding)}
+    known = {name: (own, theirs) for name, (own, theirs) in pairs.items() if theirs is not None}
+    if not known:
         return {}
-    scores = soft_dtw_divergences(
-        list(pairs.values()),
-        student.lengths,
-        teacher.lengths,
-        gamma=gamma,
-        band=band,
-        longest=max(*student.counts, *teacher.counts),
-        impl=options.impl,
-    )
-    return {name: score.sum() for name, score in zip(pairs, scores, strict=True)}
+    longest = max(*student.counts, *teacher.counts)
+    lengths = student.lengths, teacher.lengths
+    values = list(known.values())
+    scores = soft_dtw_divergences(values, *lengths, gamma=gamma, band=band, longest=longest, impl=options.impl)
+    return {name: score.sum() for name, score in zip(known, scores, strict=True)}
 
 
 def _costs(offset: Float[Tensor, "#batch #n #m"], x: Padded, y: Padded) -> Padded:

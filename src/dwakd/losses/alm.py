@@ -9,17 +9,15 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from dwakd.align.offsets import ByteGroups, byte_groups, sum_by_group, tokens_per_group
+from dwakd.align.offsets import byte_groups, sum_by_group, tokens_per_group
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, CrossEntropy, head_loss
-from dwakd.kernels.head_loss.statistics import infinite_if_forbidden
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, Terms, constant_rows, head_rows
 from dwakd.losses.columns import cross_entropy
 from dwakd.losses.options import LARGEST, MethodOptions, Weight
 
 PerChunk = Float[Tensor, " chunks"]
-PerRow = Float[Tensor, " rows"]
 
 
 class AlmOptions(MethodOptions):
@@ -29,23 +27,19 @@ class AlmOptions(MethodOptions):
     ce_weight: Weight = Field(1.0, description="Weight of the cross-entropy.")
     alm_weight: Weight = Field(
         100.0,
-        description="Weight of the chunk term. The gradient of f is about 1 / tau_b of that of the cross-entropy, and the "
-        "default compensates for this. The published code balances the two gradients at every step (GradMag); "
-        "this needs the gradients of all ranks and is not implemented. A port without it uses 3.",
+        description="Weight of the chunk term, whose gradient is about 1 / tau_b of that of the cross-entropy. The published "
+        "code balances the two gradients at every step (GradMag) instead; a port without it uses 3.",
     )
     chunk_temperature: Annotated[float, Field(ge=1e-3, le=LARGEST)] = Field(
         100.0, description="Temperature tau_b. The paper uses 100."
     )
     epsilon: Annotated[float, Field(ge=1e-6, le=1)] = Field(
-        1e-06,
-        description="Subtracted from the log-likelihoods divided by tau_b, so that a chunk of probability 1 has a finite "
-        "gradient.",
+        1e-06, description="Subtracted from l / tau_b, so that a chunk of probability 1 has a finite gradient."
     )
     chunk_weights: Literal["chunk_count", "token_count"] = Field(
         "chunk_count",
-        description="'chunk_count' gives all chunks of an example the same weight; 'token_count' weighs them by their student "
-        "tokens, where the published code uses teacher tokens. The weights of an example sum to its student "
-        "tokens.",
+        description="chunk_count gives all chunks of an example the same weight; token_count weighs them by their student "
+        "tokens (teacher tokens in the published code). The weights of an example sum to its student tokens.",
     )
 
 
@@ -69,98 +63,50 @@ class AlmLoss(DistillationLoss[AlmOptions]):
     terms: ClassVar[tuple[str, ...]] = ("ce", "alm")
 
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
+        options, count = self.options, len(student.target_ids)
         groups = byte_groups(student.byte_ends, student.lengths, teacher.byte_ends, teacher.lengths)
+        weights = tokens_per_group(groups, student.lengths, even=options.chunk_weights == "chunk_count")
         with torch.no_grad():
-            known = -head_loss([constant_rows(teacher)], CrossEntropy(teacher.target_ids), by_row=True).loss
-        likelihoods = sum_by_group(known, groups.teacher, len(student.target_ids))
-        matching = ChunkMatching(self.options, student, groups, likelihoods)
-        output = head_loss([head_rows(student)], matching)
-        ce = output.statistics["ce"]
-        sums = {"ce": ce.sum(), "alm": matching.value(ce, torch.arange(len(ce), device=ce.device))}
-        sums = {name: infinite_if_forbidden(value) for name, value in sums.items()}
-        # the loss of `head_loss` is linear in the log-probabilities: it has the right gradient but another value
-        value = self.options.ce_weight * sums["ce"] + self.options.alm_weight * sums["alm"]
-        return Terms(sums, value + output.loss - output.loss.detach())
+            own, theirs = (
+                head_loss([constant_rows(side)], CrossEntropy(side.target_ids), by_row=True).loss
+                for side in (student, teacher)
+            )
+        # A chunk's term depends on all of its tokens. So the derivative by each token's cross-entropy is computed first, and
+        # a second pass over the head multiplies it with the derivative of the cross-entropy.
+        with torch.enable_grad():
+            likelihoods = (
+                sum_by_group(-theirs, groups.teacher, count),
+                sum_by_group(-own.requires_grad_(), groups.student, count),
+            )
+            losses = binary_cross_entropy(*likelihoods, options.chunk_temperature, options.epsilon)
+            sums = {"ce": own.sum(), "alm": (losses * weights).sum()}
+            value = options.ce_weight * sums["ce"] + options.alm_weight * sums["alm"]
+            slope: Tensor
+            (slope,) = torch.autograd.grad(value, own)
+        linear = head_loss([head_rows(student)], WeightedCrossEntropy(student.target_ids, slope)).loss
+        return Terms(sums, value.detach() + linear - linear.detach())
 
 
-class ChunkMatching(Criterion):
-    """Compute the cross-entropy of each token, weighted by the derivative of the whole loss with respect to it.
+class WeightedCrossEntropy(Criterion):
+    """Compute the cross-entropy of each token times a constant."""
 
-    The derivative depends on the likelihoods of whole chunks, so it is computed from whole examples.
-
-    Args:
-        options of the method.
-        student: the student's side.
-        groups: the chunks of the batch.
-        teacher_likelihoods: log-likelihood of each chunk. Entries after the last chunk are unused.
-    """
-
-    unit = "weights"
-
-    def __init__(
-        self, options: AlmOptions, student: ModelSide, groups: ByteGroups, teacher_likelihoods: PerChunk
-    ) -> None:
+    def __init__(self, targets: Int[Tensor, " tokens"], factors: Float[Tensor, " tokens"]) -> None:
         super().__init__({"ce": 1.0})
-        self.options, self.targets, self.groups = options, student.target_ids, groups.student
-        self.teacher_likelihoods = teacher_likelihoods
-        even = options.chunk_weights == "chunk_count"
-        self.chunk_weights = tokens_per_group(groups, student.lengths, even=even)
-
-    def value(self, ce: PerRow, rows: Int[Tensor, " rows"]) -> Float[Tensor, ""]:
-        """Compute the weighted sum of f over the chunks of whole examples.
-
-        Args:
-            ce: cross-entropy of each token.
-            rows: their positions in the packed batch. If they are not all of the batch, the value has a constant offset.
-        """
-        groups = self.groups[rows]
-        # entries after the last chunk of these tokens do not depend on them
-        chunks = (groups[0] + torch.arange(len(ce), device=ce.device)).clamp(max=len(self.groups) - 1)
-        losses = binary_cross_entropy(
-            self.teacher_likelihoods[chunks],
-            sum_by_group(-ce, groups - groups[0], len(ce)),
-            self.options.chunk_temperature,
-            self.options.epsilon,
-        )
-        return (losses * self.chunk_weights[chunks]).sum()
+        self.targets, self.factors = targets, factors
 
     def terms(self, logits: Sequence[Tensor], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
-        ce = cross_entropy(logits[0].t(), self.targets[chunk.rows[0]])
-        return {"ce": ce if weights is None else weights * ce}
-
-    def statistics(self, logits: Sequence[Tensor], chunk: Chunk) -> dict[str, Tensor]:
-        rows = torch.arange(chunk.rows[0].start, chunk.rows[0].stop, device=self.targets.device)
-        return {**self.terms(logits, chunk, None), "row": rows}
-
-    def weights(self, statistics: dict[str, Tensor], lengths: Int[Tensor, " batch"] | None) -> PerRow:
-        with torch.enable_grad():
-            ce = statistics["ce"].detach().requires_grad_()
-            loss = self.options.ce_weight * ce.sum() + self.options.alm_weight * self.value(ce, statistics["row"])
-            slope: Tensor
-            (slope,) = torch.autograd.grad(loss, ce)
-        return slope
+        rows = chunk.rows[0]
+        return {"ce": self.factors[rows] * cross_entropy(logits[0].t(), self.targets[rows])}
 
 
-def binary_cross_entropy(
-    teacher_likelihoods: PerChunk,
-    student_likelihoods: PerChunk,
-    temperature: float,
-    epsilon: Annotated[float, Field(ge=1e-6, le=1)],
-) -> PerChunk:
+def binary_cross_entropy(teacher: PerChunk, student: PerChunk, temperature: float, epsilon: float) -> PerChunk:
     """Compute the binary cross-entropy of each chunk's likelihoods to the power of 1 / temperature.
 
         -[e^u v + (1 - e^u) log(1 - e^v)]
 
-    u and v are the log-likelihoods of teacher and student divided by the temperature, minus epsilon.
-
-    Args:
-        teacher_likelihoods: log-likelihoods; values above 0, from rounding, are set to 0.
-        student_likelihoods: log-likelihoods, with gradient; values above 0 are set to 0.
-        temperature: tau_b.
-        epsilon: keeps u and v below 0.
+    u and v are the log-likelihoods of teacher and student, at most 0, divided by the temperature, minus epsilon.
     """
-    u = teacher_likelihoods.clamp(max=0) / temperature - epsilon
-    v = student_likelihoods.clamp(max=0) / temperature - epsilon
+    u, v = (side.clamp(max=0) / temperature - epsilon for side in (teacher, student))
     return -(u.exp() * v - torch.expm1(u) * log1mexp(v))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -30,13 +31,9 @@ class TeacherScale:
     @classmethod
     def of(cls, teacher: ModelSide) -> TeacherScale:
         """Compute the statistics over all response positions of one batch."""
-        parts = (
-            torch.cat([teacher.input_embeddings, teacher.target_embeddings], -1),
-            teacher.hidden,
-            teacher.target_embeddings,
-        )
+        keys = torch.cat([teacher.input_embeddings, teacher.target_embeddings], -1)
         rows = []
-        for part in parts:
+        for part in (keys, teacher.hidden, teacher.target_embeddings):
             values = part.detach().double()
             mean = values.mean()
             rows.append(torch.stack([mean.new_tensor(values.numel()), mean, (values - mean).square().sum()]))
@@ -45,8 +42,7 @@ class TeacherScale:
     @staticmethod
     def merge(scales: list[TeacherScale]) -> TeacherScale:
         """Merge the statistics of several batches (Chan's parallel update)."""
-        moments = torch.stack([scale.moments for scale in scales])
-        counts, means, deviations = moments.unbind(-1)
+        counts, means, deviations = torch.stack([scale.moments for scale in scales]).unbind(-1)
         total = counts.sum(0)
         mean = (counts * means).sum(0) / total.clamp_min(1)
         squares = deviations.sum(0) + (counts * (means - mean).square()).sum(0)
@@ -65,11 +61,6 @@ class Projectors(nn.Module):
 
         t2s: d_t -> d_s        query: 2 e_s -> 2 e_t, for attention
         s2t: d_s -> d_t        embedding_t2s: e_t -> e_s, for DWA-KD
-
-    Args:
-        widths: widths of the two models.
-        with_embedding: whether to create `embedding_t2s`.
-        with_query: whether to create `query`.
 
     Raises:
         ValueError: `query` is created but the teacher's embeddings and hidden states have different widths, although
@@ -104,8 +95,7 @@ class Projectors(nn.Module):
                     require_width(getattr(side, field), embedding, f"{name}.{field}", "the projectors")
 
 
-@dataclass(frozen=True)
-class CrossModelAttention:
+class CrossModelAttention(NamedTuple):
     """Result of `cross_model_attention`.
 
     Args:
@@ -128,13 +118,7 @@ def cross_model_attention(
         h^{s->t} = softmax(K Q' / sqrt(2 d_t)) s2t(h^s),    softmax over student tokens
 
     with Q = query([e_i ; e_{i+1}]) of the student's detached embeddings, and K = N([e_j ; e_{j+1}]) and
-    V = t2s(N(h_j) + N(e_{j+1})) of the teacher.
-
-    Args:
-        student: the student's side. Gradient flows to its hidden states.
-        teacher: the teacher's side; a constant.
-        projectors: the maps query, t2s and s2t.
-        scale: statistics for N(.).
+    V = t2s(N(h_j) + N(e_{j+1})) of the teacher, which is a constant.
     """
     projectors.require_fit(student, teacher)
     dtype = projectors.query.weight.dtype
@@ -175,11 +159,7 @@ def band_penalty(
     penalty: float = 1.0,
     first_index: int = 1,
 ) -> Float[Tensor, "batch s_length t_length"]:
-    """Compute the penalty on Soft-DTW costs outside a band around the attention; a constant.
-
-        lambda_band * [|j - c_i| > w_i]
-
-    The centre c_i and the half-width w_i are those of equations 19 to 21.
+    """Compute the penalty lambda_band [|j - c_i| > w_i] on Soft-DTW costs outside a band around the attention; a constant.
 
     Args:
         weights: attention weights A of equation 1; detached here.
@@ -187,8 +167,7 @@ def band_penalty(
         teacher_lengths: teacher tokens T of each example.
         base: b, the half-width of the band without entropy.
         entropy_factor: beta, tokens of half-width per nat of the attention's entropy.
-        blend: alpha, how far the centre follows the attention instead of the diagonal: one value, or one per token. 0 gives a
-            Sakoe-Chiba band.
+        blend: alpha, how far the centre follows the attention instead of the diagonal: one value, or one per token.
         penalty: lambda_band, added to each cell outside the band.
         first_index: index of the first token. 1 in the paper; 0 reproduces the published code.
     """

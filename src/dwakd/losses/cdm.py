@@ -11,7 +11,7 @@ from dwakd.kernels.head_loss import Chunk, Criterion, forward_kl, head_loss
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, Terms, constant_rows, head_rows
 from dwakd.losses.columns import cross_entropy, entropy
-from dwakd.losses.dynamic_mapping import TokenMap, top_tokens, warp
+from dwakd.losses.dynamic_mapping import TokenMap, mean_columns, means_at, top_tokens, warp
 from dwakd.losses.options import Count, MethodOptions, Rate, Temperature, Weight
 from dwakd.losses.pair import ModelPair
 
@@ -27,14 +27,12 @@ class CdmOptions(MethodOptions):
     ce_weight: Weight = Field(0.9, description="Weight alpha of the cross-entropy. The published options use 0.9.")
     kd_weight: Weight = Field(0.1, description="1 - alpha.")
     temperature: Temperature = Field(
-        0.8,
-        description="Divides the logits of both models. There is no tau^2 factor. The published options use 0.8.",
+        0.8, description="Divides the logits of both models. There is no tau^2 factor. The published options use 0.8."
     )
     top_k: Count = Field(100, description="Number of candidates of each model; at most the size of its vocabulary.")
     threshold: Rate = Field(
         0.3,
-        description="Candidates match if their edit distance divided by the sum of their lengths is below this value. 0 "
-        "allows exact matches only.",
+        description="Candidates match if their edit distance divided by the sum of their lengths is below this value.",
     )
 
 
@@ -52,16 +50,12 @@ class CdmLoss(DistillationLoss[CdmOptions]):
 
     Gradient: the student's hidden states and head, through the logits of the candidates. Groups and candidates are constants.
 
-    Args:
-        pair: vocabularies and heads of the two models.
-
     References:
         Chen et al. 2025. Their code, pppa2019/ContexualDynamicMapping, is known to us from ports only. The ports divide only
-        the student's logits by the temperature and multiply the teacher's log-probabilities by tau^2, so that their minimum
-        is not where the models agree; here both logits are divided. The ports list a pair twice if both of its tokens are
-        candidates; here it is listed once, so that one tokenizer gives the KL over the union of the candidates. The token
-        read at the first position belongs to the prompt and counts as equal on both sides. The weights of an example's
-        groups sum to its student tokens; the ports take the mean over groups and candidates.
+        the student's logits by the temperature, so that their minimum is not where the models agree; here both are divided.
+        They list a pair twice if both of its tokens are candidates; here it is listed once. They take the mean over groups
+        and candidates; here the weights of an example's groups sum to its student tokens. The token read at the first
+        position belongs to the prompt and counts as equal on both sides.
     """
 
     options_type = CdmOptions
@@ -78,13 +72,7 @@ class CdmLoss(DistillationLoss[CdmOptions]):
 
 
 class MappedCandidates(Criterion):
-    """Compute `ce` at each student token, and `kd` as a sum over groups.
-
-    Args:
-        loss: the loss, with its options and its map of tokens.
-        student: the student's side.
-        teacher: the teacher's side.
-    """
+    """Compute `ce` at each student token, and `kd` as a sum over groups."""
 
     unit = "examples"
 
@@ -97,17 +85,17 @@ class MappedCandidates(Criterion):
     def terms(self, logits: Sequence[Tensor], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
         assert chunk.examples is not None
         columns = [logits[0].t(), logits[1].detach().t()]
-        entropies = [entropy(side) for side in columns]
         texts = [texts[rows] for texts, rows in zip(self.texts, chunk.rows, strict=True)]
-        groups, shares = warp(entropies, texts, [lengths[chunk.examples] for lengths in self.lengths])
+        lengths = [lengths[chunk.examples] for lengths in self.lengths]
+        sizes, shares = warp([entropy(side) for side in columns], texts, lengths)
         tops = [
-            top_tokens(group.mean_columns(side.detach()), self.options.top_k)
-            for group, side in zip(groups, columns, strict=True)
+            top_tokens(mean_columns(side.detach(), size), self.options.top_k)
+            for side, size in zip(columns, sizes, strict=True)
         ]
         ids, counts = self.token_map.pairs(*tops)
         log_q, log_p = (
-            (group.means(side, tokens).masked_fill(~counts, MASKED) / self.options.temperature).log_softmax(-1)
-            for group, side, tokens in zip(groups, columns, ids, strict=True)
+            (means_at(side, size, tokens).masked_fill(~counts, MASKED) / self.options.temperature).log_softmax(-1)
+            for side, size, tokens in zip(columns, sizes, ids, strict=True)
         )
         ce = cross_entropy(columns[0], self.targets[chunk.rows[0]])
         return {"ce": ce, "kd": (shares * forward_kl(log_p, log_q)).sum()}

@@ -53,15 +53,10 @@ def skewed_reverse_kl(log_p: LogProbs, log_q: LogProbs, skew: float = 0.1) -> Pe
     return forward_kl(log_q, mixture(log_p, log_q, 1.0 - skew))
 
 
-def jensen_shannon(log_p: LogProbs, log_q: LogProbs, beta: float = 0.5) -> PerToken:
-    """Compute beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
-
-    It is KL(p || q) for beta 0 and KL(q || p) for beta 1, as in GOLD. p and q need not sum to 1.
-    """
-    if beta in (0.0, 1.0):
-        return reverse_kl(log_p, log_q) if beta else forward_kl(log_p, log_q)
-    mixed = mixture(log_p, log_q, beta)
-    return beta * forward_kl(log_p, mixed) + (1 - beta) * forward_kl(log_q, mixed)
+def jensen_shannon(log_p: LogProbs, log_q: LogProbs) -> PerToken:
+    """Compute (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2. It is symmetric and at most log 2."""
+    mean = mixture(log_p, log_q, 0.5)
+    return (forward_kl(log_p, mean) + forward_kl(log_q, mean)) / 2
 
 
 def adaptive_kl(log_p: LogProbs, log_q: LogProbs, tail: float = 0.5) -> PerToken:
@@ -104,7 +99,8 @@ def divergence(name: DivergenceName, skew: float) -> Divergence:
 
 def sorted_difference(p: Float[Tensor, "rows p_vocab"], q: Float[Tensor, "rows q_vocab"]) -> Float[Tensor, " rows"]:
     """Sum |p - q| with both sorted in descending order; the shorter one is padded with zeros. Gradient flows to q only."""
-    value, slope = sorted_distance(q, p)
+    q = q.contiguous()
+    value, slope = sorted_distance(q, p.contiguous())
     linear = (slope * q).sum(-1)
     return linear + (value - linear).detach()
 

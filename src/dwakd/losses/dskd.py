@@ -63,9 +63,6 @@ class DskdLoss(DistillationLoss[DskdOptions]):
     Gradient: CE^{t->s} trains only the maps `query` and `t2s`. KD^stu trains only the student. KD^tea trains the student,
     `s2t` and `query`. The student's head receives gradient only through the student's own logits.
 
-    Args:
-        widths: widths of the two models.
-
     References:
         Zhang et al. 2024, equations 8 to 13. Official code: songmzhang/DSKD. Its standard deviations in N(.) include prompt
         and padding positions; ours include response positions only.

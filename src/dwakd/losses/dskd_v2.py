@@ -46,19 +46,11 @@ class DskdV2Loss(DistillationLoss[DskdV2Options]):
     Gradient: CE^{t->s} trains only t2s. KD^stu trains only the student. KD^tea trains the student through its hidden
     states. The student's head receives gradient only through the student's own logits.
 
-    Args:
-        pair: vocabularies and heads of the two models.
-
-    Raises:
-        ValueError: the vocabularies share no token.
-
     References:
-        Zhang et al. 2025. Official code: songmzhang/DSKDv2. We differ where its result depends on the batch or the
-        tokenizer. It takes means over a micro-batch; we take the mean over each example, weighted by the student tokens of
-        the example, so that gradient accumulation and ranks do not change the loss. It compares tokens as strings without
-        space marks; we compare the bytes that they cover. If the student has no token for the teacher's prediction, we
-        leave the token out; there it becomes the unknown token, which is the end-of-text token in GPT-2. Its agreement
-        threshold is left out, since no token exceeds the default of 1.
+        Zhang et al. 2025. Official code: songmzhang/DSKDv2. It takes means over a micro-batch; we take the mean over each
+        example, weighted by its student tokens, so that gradient accumulation and ranks do not change the loss. It compares
+        tokens as strings without space marks; we compare the bytes that they cover. If the student has no token for the
+        teacher's prediction, we leave the token out; there it becomes the unknown token.
     """
 
     options_type = DskdV2Options

@@ -71,9 +71,6 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
 
     Gradient: the student's hidden states, its head through its own logits only, and its embeddings through nDTW.
 
-    Args:
-        widths: widths of the two models.
-
     References:
         Vu et al. 2026, equations 1 to 25. Schedules start one step later than in the published code, at step / steps.
     """
@@ -152,14 +149,13 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
     def _alignment(self, student: ModelSide, teacher: ModelSide, crossed: CrossModelAttention) -> dict[str, Tensor]:
         """Compute the two Soft-DTW terms (equations 17 to 24) of the raw, projected teacher vectors in one kernel call."""
         options, dtype = self.options, self.projectors.t2s.weight.dtype
-        pairs = {}
+        hidden = embedding = None
         if options.aligns_hidden:
-            pairs["dtw_hidden"] = (student.hidden, self.projectors.t2s(teacher.hidden.detach().to(dtype)))
+            hidden = self.projectors.t2s(teacher.hidden.detach().to(dtype))
         if options.aligns_embedding:
-            projected = self.projectors.embedding_t2s(teacher.target_embeddings.detach().to(dtype))
-            pairs["dtw_embedding"] = (student.target_embeddings, projected)
+            embedding = self.projectors.embedding_t2s(teacher.target_embeddings.detach().to(dtype))
         band = None
-        if options.band and pairs:
+        if options.band and options.dtw_weight > 0:
             band = band_penalty(
                 crossed.weights,
                 student.lengths,
@@ -170,4 +166,4 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
                 penalty=options.band_penalty,
                 first_index=int(options.compat == "paper"),
             )
-        return sequence_terms(pairs, student, teacher, options, self.gamma, band)
+        return sequence_terms(options, (student, teacher), hidden, embedding, gamma=self.gamma, band=band)

@@ -41,25 +41,17 @@ class DwaKdV2Loss(DistillationLoss[DwaKdV2Options]):
 
     The paper reports only a score and that its additions are applied to DSKDv2. We decided the rest as follows:
 
-    - The agreement mask of DSKDv2 stays and multiplies the weights. The weights of the included tokens are rescaled together,
-      so each term is a weighted mean where DSKDv2 has a plain mean. CE^{t->s} is not weighted.
+    - The agreement mask of DSKDv2 multiplies the weights, which are rescaled together over the included tokens. CE^{t->s} is
+      not weighted.
     - There is no attention, so the band follows the exact alignment. Its centre is alpha j + (1 - alpha) i T / S for a token
-      i aligned with j, and i T / S for the others. Its half-width is b everywhere. A pair is used here whatever the teacher
-      predicts.
+      i aligned with j, and i T / S for the others. Its half-width is b everywhere.
     - P is DSKDv2's t2s for hidden states, and a linear map with bias for embeddings, as in DWA-KD.
 
     Gradient: as in DSKDv2, and through nDTW to the student's hidden states and embeddings, t2s and embedding_t2s.
 
-    Args:
-        pair: vocabularies and heads of the two models.
-
-    Raises:
-        ValueError: the vocabularies share no token.
-
     References:
         Vu et al. 2026, table 6 and equations 7 to 25; Zhang et al. 2025 (DSKDv2). The only known code
-        (wind123mountain/mta-dtw) has no gate. For tokens without alignment it uses a row of ones as the alignment, which
-        puts the centre of the band outside the sequence.
+        (wind123mountain/mta-dtw) has no gate, and puts the centre of the band outside the sequence at unaligned tokens.
     """
 
     options_type = DwaKdV2Options
@@ -97,21 +89,18 @@ class DwaKdV2Loss(DistillationLoss[DwaKdV2Options]):
 
     def _alignment(self, student: ModelSide, teacher: ModelSide, spaces: ExactSpaces) -> dict[str, Tensor]:
         """Compute the two Soft-DTW terms (DWA-KD, equations 17, 18 and 22 to 24) in one kernel call."""
-        pairs = {}
         options = self.options
-        if options.aligns_hidden:
-            pairs["dtw_hidden"] = (student.hidden, spaces.teacher_hidden)
+        hidden, embedding = spaces.teacher_hidden if options.aligns_hidden else None, None
         if self.embedding_t2s is not None:
             maps = self.embedding_t2s
             require_width(student.target_embeddings, maps.out_features, "student.target_embeddings", "embedding_t2s")
             require_width(teacher.target_embeddings, maps.in_features, "teacher.target_embeddings", "embedding_t2s")
-            embeddings = teacher.target_embeddings.detach().to(self.embedding_t2s.weight.dtype)
-            pairs["dtw_embedding"] = (student.target_embeddings, self.embedding_t2s(embeddings))
+            embedding = maps(teacher.target_embeddings.detach().to(maps.weight.dtype))
         band = None
-        if options.band and pairs:
+        if options.band and options.dtw_weight > 0:
             shape = {"base": options.band_base, "blend": options.band_blend, "penalty": options.band_penalty}
             band = exact_band(spaces.partners, student.lengths, teacher.lengths, **shape)
-        return sequence_terms(pairs, student, teacher, options, options.gamma, band)
+        return sequence_terms(options, (student, teacher), hidden, embedding, gamma=options.gamma, band=band)
 
 
 def exact_band(
@@ -125,14 +114,8 @@ def exact_band(
 ) -> Float[Tensor, "batch s_length t_length"]:
     """Compute `band_penalty` around the exact alignment; a constant.
 
-    Args:
-        partners: the aligned teacher token of each student token in the packed batch, or -1. The band follows the diagonal at
-            tokens without one.
-        student_lengths: student tokens of each example.
-        teacher_lengths: teacher tokens of each example.
-        base: b, half the width of the band.
-        blend: alpha, how far the centre follows the alignment.
-        penalty: lambda_band, added to each cost outside the band.
+    `partners` is the aligned teacher token of each student token in the packed batch, or -1. At tokens without one, the band
+    follows the diagonal.
     """
     examples, places = (part(student_lengths, len(partners)) for part in (example_ids, positions))
     starts = teacher_lengths.cumsum(0) - teacher_lengths

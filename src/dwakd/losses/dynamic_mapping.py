@@ -1,7 +1,6 @@
 """Functions of CDM that run in every step: groups of positions, candidate tokens and their counterparts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -9,25 +8,23 @@ from torch import Tensor, nn
 
 from dwakd.align.vocab import CandidateMatcher, token_text
 from dwakd.batch import ModelSide
-from dwakd.losses.pair import ModelPair
+from dwakd.losses.columns import Columns
+from dwakd.losses.pair import ModelPair, Tokens
 from dwakd.losses.sides import example_ids
 
 UNMATCHED = -1
 SPECIAL = "\0"
 BLOCK = 16
 
-Columns = Float[Tensor, "vocab rows"]
-PerRow = Float[Tensor, " rows"]
 Ids = Int[Tensor, "groups _"]
 
 
 class TokenMap(nn.Module):
     """Find a token's counterpart in the other vocabulary: the token of equal spelling, else the nearest candidate.
 
-    Args:
-        pair: vocabularies and heads of the two models. Padding of a head and tokens that it forbids have no counterpart.
-        threshold: a candidate without an equal token is matched with the nearest candidate without one if their edit
-            distance divided by the sum of their lengths, both without spaces, is below this value.
+    Padding of a head and tokens that it forbids have no counterpart. A candidate without an equal token is matched with the
+    nearest candidate without one if their edit distance divided by the sum of their lengths, both without spaces, is below
+    the threshold.
     """
 
     student_of: Int[Tensor, " t_vocab"]
@@ -36,23 +33,17 @@ class TokenMap(nn.Module):
     def __init__(self, pair: ModelPair, threshold: float) -> None:
         super().__init__()
         student_ids, teacher_ids = pair.shared_tokens()
-        possible = pair.possible_tokens()
+        student_possible, teacher_possible = pair.possible_tokens()
         unmatched, self.spelled = [], []
-        for name, head, tokens, allowed, ids, counterparts in (
-            ("teacher_of", pair.student_head, pair.student_tokens, possible[0], student_ids, teacher_ids),
-            ("student_of", pair.teacher_head, pair.teacher_tokens, possible[1], teacher_ids, student_ids),
+        for name, size, tokens, possible, ids, counterparts in (
+            ("teacher_of", pair.vocabularies[0], pair.student_tokens, student_possible, student_ids, teacher_ids),
+            ("student_of", pair.vocabularies[1], pair.teacher_tokens, teacher_possible, teacher_ids, student_ids),
         ):
-            twins = torch.full((head.vocab_size,), UNMATCHED).index_copy(0, ids, counterparts)
+            twins = torch.full((size,), UNMATCHED).index_copy(0, ids, counterparts)
             self.register_buffer(name, twins, persistent=False)
-            texts, candidates = (
-                [None if token is None else token_text(token).replace(" ", "") for token in side]
-                + [None] * (head.vocab_size - len(side))
-                for side in (tokens, allowed)
-            )
-            unmatched.append(
-                [text if twin == UNMATCHED else None for text, twin in zip(candidates, twins.tolist(), strict=True)]
-            )
-            self.spelled.append([SPECIAL if text is None else text for text in texts])
+            self.spelled.append([SPECIAL if text is None else text for text in spellings(tokens, size)])
+            texts = zip(spellings(possible, size), twins.tolist(), strict=True)
+            unmatched.append([text if twin == UNMATCHED else None for text, twin in texts])
         self.nearest = CandidateMatcher(unmatched[0], unmatched[1], threshold)
 
     def read_texts(self, sides: Sequence[ModelSide]) -> list[list[str]]:
@@ -69,11 +60,7 @@ class TokenMap(nn.Module):
         return texts
 
     def pairs(self, student: Ids, teacher: Ids) -> tuple[list[Ids], Bool[Tensor, "groups pairs"]]:
-        """Pair the candidates of both models with their counterparts.
-
-        Args:
-            student: the student's candidates of each group, in descending order of probability.
-            teacher: the teacher's candidates of each group, in descending order of probability.
+        """Pair the candidates of each group, in descending order of probability, with their counterparts.
 
         Returns:
             Student tokens and teacher tokens of the pairs, first for the teacher's candidates, then for the student's; and a
@@ -92,40 +79,35 @@ class TokenMap(nn.Module):
         return [side.clamp(min=0) for side in pairs], counts
 
 
-@dataclass(frozen=True)
-class Groups:
-    """Groups of consecutive positions of one side.
+def spellings(tokens: Tokens, size: int) -> list[str | None]:
+    """Return the text of each token without its spaces; None for special tokens and for padding of the head."""
+    texts = [None if token is None else token_text(token).replace(" ", "") for token in tokens]
+    return texts + [None] * (size - len(texts))
 
-    Args:
-        firsts: the first position of each group.
-        sizes: number of positions of each group.
-    """
 
-    firsts: Int[Tensor, " groups"]
-    sizes: Int[Tensor, " groups"]
+def group_ids(sizes: Int[Tensor, " groups"]) -> Int[Tensor, " rows"]:
+    """Return the group of each position, for groups of consecutive positions with these sizes."""
+    return torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
 
-    def of_rows(self) -> Int[Tensor, " rows"]:
-        """Return the group of each position."""
-        return torch.arange(len(self.sizes), device=self.sizes.device).repeat_interleave(self.sizes)
 
-    def mean_columns(self, columns: Columns) -> Float[Tensor, "vocab groups"]:
-        """Compute the mean over each group for all tokens."""
-        means = columns[:, self.firsts]
-        several = self.sizes > 1
-        shares = (self.of_rows()[:, None] == several.nonzero().squeeze(1)) / self.sizes[several].to(columns.dtype)
-        means[:, several] = columns @ shares
-        return means
+def mean_columns(columns: Columns, sizes: Int[Tensor, " groups"]) -> Float[Tensor, "vocab groups"]:
+    """Compute the mean over each group for all tokens."""
+    means, several = columns[:, sizes.cumsum(0) - sizes], sizes > 1
+    shares = (group_ids(sizes)[:, None] == several.nonzero().squeeze(1)) / sizes[several].to(columns.dtype)
+    means[:, several] = columns @ shares
+    return means
 
-    def means(self, columns: Columns, ids: Ids) -> Float[Tensor, "groups _"]:
-        """Compute the mean over each group for some tokens of each group; differentiable."""
-        rows = self.of_rows()
-        values = columns.gather(0, ids[rows].t()).t()
-        return values.new_zeros(ids.shape).index_add(0, rows, values) / self.sizes[:, None]
+
+def means_at(columns: Columns, sizes: Int[Tensor, " groups"], ids: Ids) -> Float[Tensor, "groups _"]:
+    """Compute the mean over each group for some tokens of each group; differentiable."""
+    groups = group_ids(sizes)
+    values = columns.gather(0, ids[groups].t()).t()
+    return values.new_zeros(ids.shape).index_add(0, groups, values) / sizes[:, None]
 
 
 def warp(
     entropies: Sequence[Float[Tensor, " _"]], texts: Sequence[Sequence[str]], lengths: Sequence[Int[Tensor, " batch"]]
-) -> tuple[list[Groups], Float[Tensor, " groups"]]:
+) -> tuple[list[Int[Tensor, " groups"]], Float[Tensor, " groups"]]:
     """Align the positions of both sides by dynamic time warping and cut them into groups.
 
     Args:
@@ -134,34 +116,31 @@ def warp(
         lengths: tokens per example of both sides, at least 1, on the CPU.
 
     Returns:
-        The groups of the student and of the teacher, and the weight of each group. The weights of an example are equal and
-        sum to its student tokens.
+        The number of positions of each group, of the student and of the teacher, and the weight of each group. The weights of
+        an example are equal and sum to its student tokens.
     """
     from dwakd.align.edit_distance import edit_costs, warped_runs
 
     device = entropies[0].device
     sizes: tuple[list[Tensor], list[Tensor]] = ([], [])
     shares = []
-    splits = [
-        (torch.split(warping_weights(side.cpu(), n), n.tolist()), (n.cumsum(0) - n).tolist())
-        for side, n in zip(entropies, lengths, strict=True)
+    factors = [
+        torch.split(warping_weights(side.cpu(), n), n.tolist()) for side, n in zip(entropies, lengths, strict=True)
     ]
-    (own, own_starts), (other, other_starts) = splits
-    for f_s, s, f_t, t in zip(own, own_starts, other, other_starts, strict=True):
+    starts = [(n.cumsum(0) - n).tolist() for n in lengths]
+    for f_s, s, f_t, t in zip(factors[0], starts[0], factors[1], starts[1], strict=True):
         distances = edit_costs(texts[0][s : s + len(f_s)], texts[1][t : t + len(f_t)])
         runs = warped_runs(distances * f_s.numpy()[:, None] * f_t.numpy())
         for side, run in zip(sizes, runs, strict=True):
             side.append(torch.from_numpy(run).long())
         shares.append(torch.full((len(runs[0]),), len(f_s) / len(runs[0]), dtype=entropies[0].dtype))
-    joined = [torch.cat(side).to(device) for side in sizes]
-    return [Groups(side.cumsum(0) - side, side) for side in joined], torch.cat(shares).to(device)
+    return [torch.cat(side).to(device) for side in sizes], torch.cat(shares).to(device)
 
 
-def warping_weights(entropy: PerRow, lengths: Int[Tensor, " batch"]) -> Int[Tensor, " rows"]:
+def warping_weights(entropy: Float[Tensor, " rows"], lengths: Int[Tensor, " batch"]) -> Int[Tensor, " rows"]:
     """Compute the cost factor f = floor(3 sigmoid(4e - 2) + 3) of each position.
 
-    e is the entropy, scaled so that the smallest of an example is 0 and the largest is 1. If all entropies of an example are
-    equal up to rounding, e is 0.
+    e is the entropy, scaled to 0 to 1 within an example; 0 if all entropies of the example are equal up to rounding.
     """
     examples = example_ids(lengths, len(entropy))
     low, high = (

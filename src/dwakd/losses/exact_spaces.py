@@ -56,18 +56,9 @@ def exact_spaces(
     Each mean is over the included tokens of an example, which is then weighted by its number of student tokens. An example
     without included tokens adds 0.
 
-    Args:
-        student: the student's side, with gradient.
-        teacher: the teacher's side, without gradient.
-        maps: t2s and s2t.
-        divergence: D of log-probabilities (target, learned), in both spaces.
-        temperature: divides the logits of both models in both divergences.
-        ce_weight: weight of `ce` in the loss.
-        kd_weight: weight of the three distillation terms in the loss.
-        agreement_mask: whether `kd_student` includes only tokens where argmax p^{t->s}_i is the teacher's prediction.
-        entropy_weights: whether tokens in `kd_student` are weighted by H(p^s_i).
-        gate: whether tokens in `kd_student` are weighted by max_v p^{t->s}_i(v).
-        teacher_weights: whether tokens in `kd_teacher` are weighted by 1 - H(p^t_j) / log V_t.
+    `agreement_mask` restricts `kd_student` to tokens where argmax p^{t->s}_i is the teacher's prediction. `entropy_weights` and
+    `gate` weigh `kd_student` by H(p^s_i) and by max_v p^{t->s}_i(v), and `teacher_weights` weighs `kd_teacher` by
+    1 - H(p^t_j) / log V_t. `divergence` is D of log-probabilities (target, learned) at the temperature.
     """
     maps.require_fit(student, teacher)
     lengths = student.lengths

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from dwakd.align.offsets import byte_groups, sum_by_group, tokens_per_group
 from dwakd.batch import ModelSide
-from dwakd.kernels.head_loss import Chunk, Criterion, head_loss
+from dwakd.kernels.head_loss import Chunk, Criterion, forward_kl, head_loss
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, Terms, constant_rows, head_rows
-from dwakd.losses.columns import cross_entropy, log_total
-from dwakd.losses.divergences import jensen_shannon, sorted_difference
+from dwakd.losses.columns import Columns, cross_entropy, log_total
+from dwakd.losses.divergences import mixture, reverse_kl, sorted_difference
 from dwakd.losses.options import MethodOptions, Rate, Temperature, Weight
 from dwakd.losses.pair import ModelPair
 
@@ -26,29 +26,22 @@ class GoldOptions(MethodOptions):
     needs_models = "pair"
 
     method: Literal["gold"] = "gold"
-    beta: Rate = Field(
-        0.5,
-        description="Weight of the teacher in the mixture m of JSD = beta KL(t || m) + (1 - beta) KL(s || m). At 0 the "
-        "divergence is KL(t || s), at 1 it is KL(s || t).",
-    )
+    beta: Rate = Field(0.5, description="Weight of the teacher in JSD, which is KL(t || s) for 0 and KL(s || t) for 1.")
     merge: Literal["bayesian", "observed"] = Field(
         "bayesian",
-        description="'bayesian' takes the distribution of a group's last token and the probabilities of the tokens before it. "
-        "'observed', TRL's default, takes the distribution of the first token and the probabilities of those "
-        "after it.",
+        description="bayesian takes the distribution of a group's last token and the probabilities of the tokens before it; "
+        "observed, TRL's default, the distribution of the first token and the probabilities of those after it.",
     )
     matched_weight: Weight | None = Field(
         None,
-        description="Weight w_m of `jsd`. By default the share of the teacher's vocabulary that is matched, without tokens "
-        "that the head forbids.",
+        description="Weight w_m of `jsd`. By default the matched share of the tokens that the teacher's head allows.",
     )
     unmatched_weight: Weight | None = Field(
         None, description="Weight w_u of `uld`. By default 1 - w_m. Set both weights or none."
     )
     temperature: Temperature = Field(
         1.0,
-        description="Divides the logits of both models before merging. TRL uses 1, the only value at which the product of "
-        "probabilities is the probability of the group.",
+        description="Divides the logits of both models before merging. Only 1, as in TRL, gives exact probabilities.",
     )
     ce_weight: Weight = Field(0.0, description="Weight of the cross-entropy. TRL uses 0.")
     kd_weight: Weight = Field(1.0, description="Weight of the two other terms.")
@@ -71,53 +64,52 @@ class GoldLoss(DistillationLoss[GoldOptions]):
     probabilities over all others. Each group of an example has the same weight, and the weights of an example sum to its
     number of student tokens.
 
+        JSD(t, s) = beta KL(t || m) + (1 - beta) KL(s || m),    m = beta t + (1 - beta) s
+
     Gradient: the student's hidden states and head, through the distribution and the probabilities of the other tokens.
 
-    Args:
-        pair: vocabularies and heads of the two models.
-
     References:
-        TRL, experimental GOLD (hybrid ULD loss), for the answers of a data set. Unlike TRL, tokens match by their bytes in
-        any tokenizer, and the end tokens match. "observed" takes the position that predicts the first token of the group,
-        where TRL takes the next one. Probabilities are not clamped. If one side has no unmatched token, `uld` is the sum of
-        the other side's unmatched probabilities.
+        TRL, experimental GOLD (hybrid ULD loss). Unlike TRL, tokens match by their bytes in any tokenizer, and the end tokens
+        match. "observed" takes the position that predicts the first token of the group, where TRL takes the next one.
+        Probabilities are not clamped. If one side has no unmatched token, `uld` sums the other's unmatched probabilities.
     """
 
     options_type = GoldOptions
     terms: ClassVar[tuple[str, ...]] = ("ce", "jsd", "uld")
-    student_ids: Int[Tensor, " overlap"]
-    teacher_ids: Int[Tensor, " overlap"]
-    student_rest: Int[Tensor, " s_rest"]
-    teacher_rest: Int[Tensor, " t_rest"]
+    student_ids: Tensor
+    teacher_ids: Tensor
+    student_rest: Tensor
+    teacher_rest: Tensor
 
     def __init__(self, *, pair: ModelPair, **options: Any) -> None:
         super().__init__(**options)
         self.vocabularies = pair.vocabularies
-        self._match(pair)
-        share = len(self.teacher_ids) / int(pair.teacher_head.num_possible)
-        matched, unmatched = self.options.matched_weight, self.options.unmatched_weight
-        self.matched_weight = share if matched is None else matched
-        self.unmatched_weight = 1 - share if unmatched is None else unmatched
-
-    def _match(self, pair: ModelPair) -> None:
-        sizes = pair.vocabularies
         if pair.student_tokens == pair.teacher_tokens:  # the padding of both heads too
-            matched = pair.possible_pairs(torch.arange(min(sizes)), torch.arange(min(sizes)))
+            common = torch.arange(min(pair.vocabularies))
+            matched = pair.possible_pairs(common, common)
         else:
             matched = pair.shared_tokens()
-        for name, ids, size in zip(("student", "teacher"), matched, sizes, strict=True):
+        for name, ids, size in zip(("student", "teacher"), matched, pair.vocabularies, strict=True):
             rest = torch.ones(size, dtype=torch.bool).index_fill(0, ids, False)
             self.register_buffer(f"{name}_ids", ids, persistent=False)
             self.register_buffer(f"{name}_rest", rest.nonzero().squeeze(1), persistent=False)
+        share = len(self.teacher_ids) / int(pair.teacher_head.num_possible)
+        matched_weight, unmatched_weight = self.options.matched_weight, self.options.unmatched_weight
+        self.matched_weight = share if matched_weight is None else matched_weight
+        self.unmatched_weight = 1 - share if unmatched_weight is None else unmatched_weight
 
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
         groups = byte_groups(student.byte_ends, student.lengths, teacher.byte_ends, teacher.lengths)
-        last = self.options.merge == "bayesian"
-        anchors = (
-            Anchors.of(student, groups.student, groups.student_last, last=last),
-            Anchors.of(teacher, groups.teacher, groups.teacher_last, last=last),
+        anchors = []
+        for ids, is_last in ((groups.student, groups.student_last), (groups.teacher, groups.teacher_last)):
+            is_first = torch.cat([is_last.new_ones(1), is_last[:-1]])
+            anchors.append((ids, is_last if self.options.merge == "bayesian" else is_first))
+        criterion = MergedGroups(
+            self,
+            Anchors(student.target_ids, *anchors[0]),
+            Anchors(teacher.target_ids, *anchors[1]),
+            tokens_per_group(groups, student.lengths, even=True),
         )
-        criterion = MergedGroups(self, anchors, tokens_per_group(groups, student.lengths, even=True))
         output = head_loss([head_rows(student), constant_rows(teacher)], criterion)
         return Terms(output.terms, output.loss)
 
@@ -129,73 +121,58 @@ class Anchors:
     Args:
         targets: the target token at each position.
         groups: the group of each position.
-        rows: the anchor of each group.
-        bounds: the first group of each example, followed by the number of groups.
+        is_anchor: whether the position is the anchor of its group.
     """
 
     targets: Int[Tensor, " tokens"]
     groups: Int[Tensor, " tokens"]
-    rows: Int[Tensor, " groups"]
-    bounds: list[int]
+    is_anchor: Bool[Tensor, " tokens"]
 
-    @classmethod
-    def of(
-        cls, side: ModelSide, groups: Int[Tensor, " tokens"], is_last: Bool[Tensor, " tokens"], *, last: bool
-    ) -> "Anchors":
-        """Take the last token of each group as its anchor, or the first."""
-        anchors = is_last if last else torch.cat([is_last.new_ones(1), is_last[:-1]])
-        bounds = [0, *(groups[side.lengths.cumsum(0) - 1] + 1).tolist()]
-        return cls(side.target_ids, groups, anchors.nonzero().squeeze(1), bounds)
-
-    def merged(
-        self, columns: Float[Tensor, "vocab tokens"], chunk: Chunk, side: int, temperature: float
-    ) -> Float[Tensor, "vocab groups"]:
+    def merged(self, columns: Columns, tokens: slice, temperature: float) -> Float[Tensor, "vocab groups"]:
         """Log of each group's distribution: that of its anchor plus the log-probabilities of its other target tokens."""
-        assert chunk.examples is not None
-        tokens, groups = chunk.rows[side], slice(self.bounds[chunk.examples.start], self.bounds[chunk.examples.stop])
-        rows = self.rows[groups] - tokens.start
+        groups, rows = self.groups[tokens] - self.groups[tokens][0], self.is_anchor[tokens].nonzero().squeeze(1)
         total = log_total(columns, temperature)
         realised = columns.gather(0, self.targets[tokens][None]).squeeze(0) / temperature - total
-        others = sum_by_group(realised, self.groups[tokens] - groups.start, len(rows)) - realised[rows]
-        anchors = columns[:, rows]
+        others = sum_by_group(realised, groups, len(rows)) - realised[rows]
+        anchors = columns.index_select(1, rows)
         return (anchors if temperature == 1 else anchors / temperature) + (others - total[rows])
 
 
 class MergedGroups(Criterion):
-    """Compute `ce` at each student token, and `jsd` and `uld` as weighted sums over the groups.
-
-    Args:
-        loss: the loss, with its options and the matched and unmatched tokens.
-        anchors: groups of the student's and of the teacher's tokens.
-        weights: weight of each group.
-    """
+    """Compute `ce` at each student token, and `jsd` and `uld` as sums over the groups with these weights."""
 
     unit = "examples"
 
-    def __init__(self, loss: GoldLoss, anchors: tuple[Anchors, Anchors], weights: Float[Tensor, " s_tokens"]) -> None:
-        kd_weight = loss.options.kd_weight
+    def __init__(self, loss: GoldLoss, student: Anchors, teacher: Anchors, weights: Float[Tensor, " s_tokens"]) -> None:
+        ce_weight, kd_weight = loss.options.ce_weight, loss.options.kd_weight
         super().__init__(
-            {
-                "ce": loss.options.ce_weight,
-                "jsd": kd_weight * loss.matched_weight,
-                "uld": kd_weight * loss.unmatched_weight,
-            }
+            {"ce": ce_weight, "jsd": kd_weight * loss.matched_weight, "uld": kd_weight * loss.unmatched_weight}
         )
-        self.loss, self.anchors, self.group_weights = loss, anchors, weights
+        self.loss, self.student, self.teacher, self.group_weights = loss, student, teacher, weights
 
     def targets_by_side(self) -> dict[int, Tensor]:
-        return {side: anchors.targets for side, anchors in enumerate(self.anchors)}
+        return {0: self.student.targets, 1: self.teacher.targets}
 
     def terms(self, logits: Sequence[Tensor], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
-        assert chunk.examples is not None
-        student, loss, options = self.anchors[0], self.loss, self.loss.options
-        columns = [logits[0].t(), logits[1].detach().t()]
-        q, p = (
-            anchors.merged(side, chunk, n, options.temperature)
-            for n, (anchors, side) in enumerate(zip(self.anchors, columns, strict=True))
-        )
-        jsd = jensen_shannon(p[loss.teacher_ids].t(), q[loss.student_ids].t(), options.beta)
+        loss, options, rows = self.loss, self.loss.options, chunk.rows
+        own, theirs = logits[0].t(), logits[1].detach().t()
+        q = self.student.merged(own, rows[0], options.temperature)
+        p = self.teacher.merged(theirs, rows[1], options.temperature)
+        jsd = generalised_jsd(p[loss.teacher_ids].t(), q[loss.student_ids].t(), options.beta)
         uld = sorted_difference(p[loss.teacher_rest].t().exp(), q[loss.student_rest].t().exp())
-        shares = self.group_weights[student.bounds[chunk.examples.start] : student.bounds[chunk.examples.stop]]
-        ce = cross_entropy(columns[0], student.targets[chunk.rows[0]])
+        shares = self.group_weights[self.student.groups[rows[0]][self.student.is_anchor[rows[0]]]]
+        ce = cross_entropy(own, self.student.targets[rows[0]])
         return {"ce": ce, "jsd": (shares * jsd).sum(), "uld": (shares * uld).sum()}
+
+
+def generalised_jsd(
+    log_p: Float[Tensor, "groups vocab"], log_q: Float[Tensor, "groups vocab"], beta: float
+) -> Float[Tensor, " groups"]:
+    """Compute JSD, where p is a constant. p and q need not sum to 1; the value is still at least 0."""
+    if beta in (0.0, 1.0):
+        return reverse_kl(log_p, log_q) if beta else forward_kl(log_p, log_q)
+    with torch.no_grad():  # the derivatives of log m and of log q add up to 0
+        mixed = mixture(log_p, log_q, beta)
+        constant = forward_kl(log_p, mixed)
+        ratio = (log_q - mixed).clamp_min(torch.finfo(log_q.dtype).min)  # 0 x -inf is NaN
+    return beta * constant + (1 - beta) * (log_q.exp() * ratio).sum(-1)

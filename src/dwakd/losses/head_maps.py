@@ -10,21 +10,18 @@ from dwakd.losses.sides import require_vocabularies, require_width
 
 RTOL = 1e-12
 """Eigenvalues of a Gram matrix below RTOL x the largest count as 0, as do singular values of a head below 1e-6 x."""
-_BLOCK = 8192
 
 
 class HeadMaps(nn.Module):
     """Projectors of DSKDv2: t2s is trained from a pseudo-inverse, s2t is recomputed from the student's head.
 
-    Let S and T be the rows of the two heads for the shared tokens. In the least-squares sense, for every state h:
+    Let S and T be the rows of the two heads for the shared tokens: those with the same bytes, and the end tokens. In the
+    least-squares sense, for every state h:
 
         t2s: S (t2s h) = T h at initialisation        s2t: T (s2t h) = S h with the current S, as a constant
 
     so that a projected state gives the shared tokens the same logits as in its own model. The logits include the biases and
     scales of the heads, but not soft caps. t2s has a bias only if one of the heads has one.
-
-    Args:
-        pair: vocabularies and heads of the two models. Tokens with the same bytes are shared, and so are the end tokens.
 
     Raises:
         ValueError: the vocabularies share no token.
@@ -52,16 +49,12 @@ class HeadMaps(nn.Module):
             if biased:
                 self.t2s.bias.copy_(inverse.T @ (ratio * t_bias - s_bias))
             del s_rows, inverse
-            rebuilt = {
-                "student_ids": student_ids,
-                "student_tokens": table,
-                "teacher_inverse": pseudo_inverse(t_rows),
-                "teacher_bias": t_bias,
-            }
+            self.register_buffer("student_ids", student_ids, persistent=False)
+            self.register_buffer("student_tokens", table, persistent=False)
+            self.register_buffer("teacher_inverse", pseudo_inverse(t_rows), persistent=False)
+            self.register_buffer("teacher_bias", t_bias, persistent=False)
         self.vocabularies = pair.vocabularies
         self._frozen: tuple[Tensor, int, Tensor, Tensor] | None = None  # s2t of a head that is not trained (LoRA)
-        for name, tensor in rebuilt.items():
-            self.register_buffer(name, tensor, persistent=False)
 
     def require_fit(self, student: ModelSide, teacher: ModelSide) -> None:
         """Raise ValueError unless the widths of the states and the sizes of the heads fit the maps."""
@@ -89,12 +82,10 @@ class HeadMaps(nn.Module):
 def student_tokens(pair: ModelPair) -> Int[Tensor, " t_vocab"]:
     """Find the student token with the same bytes for each entry of the teacher's head, or -1.
 
-    The end tokens match each other. If both vocabularies are equal, every token matches itself. If several student tokens have
-    the same bytes, the last one is taken: the byte pieces of SentencePiece come first, and a tokenizer uses them only if there
-    is no other token.
+    If both vocabularies are equal, every token matches itself. If several student tokens have the same bytes, the last one is
+    taken: the byte pieces of SentencePiece come first, and a tokenizer uses them only if there is no other token.
     """
-    vocab = pair.student_head.vocab_size
-    width = pair.teacher_head.vocab_size
+    vocab, width = pair.vocabularies
     same = pair.student_tokens == pair.teacher_tokens
     if same:
         table = list(range(min(vocab, width, len(pair.student_tokens))))
@@ -124,7 +115,7 @@ def pseudo_inverse(rows: Float[Tensor, "shared hidden"]) -> Float[Tensor, "share
     It uses the Gram matrix in float64, which is much cheaper than a singular value decomposition.
     """
     gram = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
-    for block in torch.split(rows, _BLOCK):
+    for block in torch.split(rows, 8192):
         wide = block.double()
         gram.addmm_(wide.T, wide)
     return rows @ torch.linalg.pinv(gram, rtol=RTOL, hermitian=True).to(rows.dtype)

@@ -31,18 +31,16 @@ class MinEdOptions(MethodOptions):
     method: Literal["min_ed"] = "min_ed"
     kd_rate: Rate = Field(0.5, description="Weight r of the second term. The published port uses 0.5.")
     temperature: Temperature = Field(
-        2.0,
-        description="Temperature tau. Divides the logits of both models. There is no tau^2 factor. The port uses 2.0.",
+        2.0, description="Temperature tau, divides the logits of both models. There is no tau^2 factor."
     )
     vocabulary_map: Literal["sum", "first"] = Field(
         "sum",
-        description="If several teacher tokens map to one student token, 'sum' adds their probabilities; 'first' keeps the "
-        "one with the lowest id and drops the others, as the port does.",
+        description="If several teacher tokens map to one student token, sum adds their probabilities; first keeps only the "
+        "one with the lowest id, as the port does.",
     )
     same_prefix: bool = Field(
         False,
-        description="Whether both models must also have read the same bytes at an aligned position. Neither the paper nor the "
-        "port requires this.",
+        description="Whether both models must have read the same bytes at an aligned position. Not in paper and port.",
     )
 
 
@@ -62,9 +60,6 @@ class MinEdLoss(DistillationLoss[MinEdOptions]):
     Args:
         pair: vocabularies and heads of the two models. Teacher tokens without a counterpart (special tokens, padding of the
             head, tokens that a head forbids) are left out of m.
-
-    Raises:
-        ValueError: in the forward pass, the teacher's side has no aligned_rows.
 
     References:
         Wan et al. 2024 (FuseLLM). Only the alignment is used here, without the fusion of several teachers, the stored top-10
@@ -90,48 +85,34 @@ class MinEdLoss(DistillationLoss[MinEdOptions]):
 
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
         rows, aligned = aligned_teacher_rows(student, teacher, same_prefix=self.options.same_prefix)
-        options = self.options
-        criterion = CarriedOver(student.target_ids, aligned, self.student_of, options.temperature, options.kd_rate)
         carried = HeadRows(teacher.hidden.detach()[rows], teacher.head.detached(), student.lengths)
-        output = head_loss([head_rows(student), carried], criterion)
+        output = head_loss([head_rows(student), carried], CarriedOver(self, student.target_ids, aligned))
         return Terms(output.terms, output.loss)
 
 
 class CarriedOver(Criterion):
-    """Compute the terms `ce` and `kd` = KL(m || p^s) from the logits of each student position and its aligned position.
+    """Compute the terms `ce` and `kd` = KL(m || p^s) from the logits of each student position and its aligned position."""
 
-    Args:
-        targets: the target token at each position.
-        aligned: whether the position has an aligned teacher position.
-        student_of: the student's token for each teacher token, or `DROPPED`.
-        temperature: divides the logits of both sides in `kd`.
-        kd_rate: weight of `kd` in the loss. The weight of `ce` is 1 - kd_rate.
-    """
-
-    def __init__(
-        self,
-        targets: Int[Tensor, " tokens"],
-        aligned: Bool[Tensor, " tokens"],
-        student_of: Int[Tensor, " t_vocab"],
-        temperature: float,
-        kd_rate: float,
-    ) -> None:
-        super().__init__({"ce": 1 - kd_rate, "kd": kd_rate})
-        self.targets, self.aligned, self.temperature = targets, aligned, temperature
+    def __init__(self, loss: MinEdLoss, targets: Int[Tensor, " tokens"], aligned: Bool[Tensor, " tokens"]) -> None:
+        rate, student_of = loss.options.kd_rate, loss.student_of
+        super().__init__({"ce": 1 - rate, "kd": rate})
+        self.targets, self.aligned, self.temperature = targets, aligned, loss.options.temperature
         self.dropped = (student_of == DROPPED).nonzero().squeeze(1)
         self.student_of = student_of.clamp(min=0)
 
     def terms(self, logits: Sequence[Tensor], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
-        own, theirs = logits[0].t(), (logits[1].detach() / self.temperature).t()
+        own, theirs = logits[0].t(), logits[1].detach().t()
         targets, aligned = self.targets[chunk.rows[0]], self.aligned[chunk.rows[0]]
+        # overwrites the teacher's logits, which nothing reads afterwards
         kept = theirs.index_fill_(0, self.dropped, -torch.inf)
-        mapped = torch.zeros_like(own).index_add_(0, self.student_of, kept.sub_(kept.amax(0)).exp_())
-        mapped /= mapped.sum(0)
+        kept.sub_(kept.amax(0)).div_(self.temperature).exp_()
+        mapped = torch.zeros_like(own).index_add_(0, self.student_of, kept)
+        total = mapped.sum(0)
+        entropy = torch.special.entr(mapped).sum(0) / total + total.log()
         # the student's head may forbid tokens by a logit of -inf, but no teacher token is mapped to them
-        cross = (mapped * own.clamp_min(torch.finfo(own.dtype).min)).sum(0)
+        cross = (mapped * own.clamp_min(torch.finfo(own.dtype).min)).sum(0) / total
         chosen = torch.where(aligned, cross, own.gather(0, targets[None]).squeeze(0))
-        entropy = torch.special.entr(mapped).sum(0).where(aligned, 0.0)
-        kd = log_total(own, self.temperature) - chosen / self.temperature - entropy
+        kd = log_total(own, self.temperature) - chosen / self.temperature - entropy.where(aligned, 0.0)
         return {"ce": cross_entropy(own, targets), "kd": kd}
 
 

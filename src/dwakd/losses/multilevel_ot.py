@@ -41,19 +41,16 @@ class MultiLevelOtOptions(MethodOptions):
         50, description="Number of tokens that replace the vocabulary; at most the size of the smaller vocabulary."
     )
     temperature: Temperature = Field(
-        1.0,
-        description="Divides the logits in `absolute`, in `logarithmic` and for the order of the tokens. The paper "
-        "uses 1, compat mcw_kd 2.",
+        1.0, description="Divides the logits in all other terms and for the order of the tokens. compat mcw_kd uses 2."
     )
     sequence_temperature: Temperature = Field(2.0, description="Divides the logits in `sinkhorn`.")
     regularisation: Positive = Field(0.1, description="Parameter lambda of the Sinkhorn iterations.")
     iterations: Count = Field(20, description="Number of Sinkhorn iterations. The paper uses 20, compat mcw_kd 10.")
     compat: Literal["paper", "mcw_kd"] = Field(
         "paper",
-        description="'paper', or 'mcw_kd' for the port in the code of MCW-KD, the likely source of published tables. The port "
-        "divides the logits by their standard deviation at each position, uses temperature 2, and applies a "
-        "second softmax to the probabilities in `logarithmic` and `sinkhorn`. Its errors are not reproduced: it "
-        "includes prompt and padding in every term, and it sorts the tokens once for the whole batch.",
+        description="paper, or mcw_kd for the port in the code of MCW-KD, the likely source of published tables. The port "
+        "divides the logits by their standard deviation at each position, and applies a second softmax to the probabilities "
+        "in `logarithmic` and `sinkhorn`. Its inclusion of prompt and padding is not reproduced.",
     )
 
 
@@ -88,13 +85,7 @@ class MultiLevelOtLoss(DistillationLoss[MultiLevelOtOptions]):
 
 
 class RankedLevels(Criterion):
-    """Compute `ce` at each student token, and the other terms as sums over examples.
-
-    Args:
-        options: options of the method.
-        targets: the target token at each position of the student.
-        lengths: tokens per example, of the student and of the teacher.
-    """
+    """Compute `ce` at each student token, and the other terms as sums over examples with tokens of `lengths`."""
 
     unit = "examples"
 

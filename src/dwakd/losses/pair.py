@@ -1,4 +1,4 @@
-"""The two models' vocabularies and heads, from which some methods are built before training."""
+"""The two models' widths, vocabularies and heads, from which some methods are built before training."""
 
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -10,6 +10,7 @@ from dwakd.align.vocab import exact_overlap
 from dwakd.batch import OutputHead
 
 Tokens = tuple[bytes | None, ...]
+Pairs = tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,12 @@ class ModelPair:
 
     Args:
         widths: widths of the two models.
-        student_tokens: the bytes that each token of the student's tokenizer represents, by id; None for special tokens. The
-            head may have more entries than the tokenizer.
+        student_tokens: the bytes of each token of the student's tokenizer, by id; None for special tokens. The head may have
+            more entries than the tokenizer.
         teacher_tokens: the same for the teacher's tokenizer.
-        student_head: the student's head at the start of training; a constant here.
+        student_head: the student's head; a constant here.
         teacher_head: the teacher's head.
-        end_tokens: the end-of-sequence ids (student, teacher), which match each other. Other special tokens have no
-            counterpart.
+        end_tokens: the end-of-sequence ids (student, teacher), which match each other. Other special tokens match nothing.
     """
 
     widths: Widths
@@ -49,13 +49,11 @@ class ModelPair:
         """Vocabulary sizes of the student's and of the teacher's head."""
         return self.student_head.vocab_size, self.teacher_head.vocab_size
 
-    def shared_tokens(self) -> tuple[Int[Tensor, " overlap"], Int[Tensor, " overlap"]]:
+    def shared_tokens(self) -> Pairs:
         """Return the pairs of tokens with equal bytes, without tokens that one of the heads forbids."""
         return self.possible_pairs(*exact_overlap(self.student_tokens, self.teacher_tokens, self.end_tokens))
 
-    def possible_pairs(
-        self, student_ids: Int[Tensor, " pairs"], teacher_ids: Int[Tensor, " pairs"]
-    ) -> tuple[Int[Tensor, " possible"], Int[Tensor, " possible"]]:
+    def possible_pairs(self, student_ids: Int[Tensor, " ids"], teacher_ids: Int[Tensor, " ids"]) -> Pairs:
         """Keep the pairs of tokens that neither head forbids."""
         kept = ~(self.student_head.forbidden.cpu()[student_ids] | self.teacher_head.forbidden.cpu()[teacher_ids])
         return student_ids[kept], teacher_ids[kept]

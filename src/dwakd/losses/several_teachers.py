@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 
 from dwakd.batch import LossOutput, ModelSide
@@ -14,8 +15,15 @@ from dwakd.kernels.head_loss import Chunk, Criterion, head_loss
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, projected_rows
 from dwakd.losses.options import LARGEST
+from dwakd.validation import Options
 
-GATES = ("confidence", "weights")
+Gate = Literal["confidence", "weights"]
+GATES = get_args(Gate)
+
+
+class _Gate(Options):
+    teacher_gate: Gate
+    teacher_gate_temperature: float = Field(ge=1e-3, le=1e3)
 
 
 class SeveralTeachers(nn.Module):
@@ -29,10 +37,10 @@ class SeveralTeachers(nn.Module):
 
         r_{k,i} = a_k exp(g_{k,i} / T) / sum_l a_l exp(g_{l,i} / T),    g_{k,i} = max_v p^{t_k->s}_i(v)
 
-    Gate weights multiply the method's own token weights after these have been rescaled, and sum to 1 at each token. All other
-    terms keep the mixture weights, so that the maps of a teacher with low gate weights are still trained. A method without a
-    projection into the student's space (see `DistillationLoss.projected`) always uses the mixture weights. Two identical
-    teachers with identical maps give the same loss as one.
+    Gate weights multiply the method's own token weights after these have been rescaled. All other terms keep the mixture
+    weights, so that the maps of a teacher with low gate weights are still trained. A method without a projection into the
+    student's space (see `DistillationLoss.projected`) always uses the mixture weights. Two identical teachers with identical
+    maps give the same loss as one.
 
     Gradient: that of each method. The gate weights are constants.
 
@@ -43,8 +51,7 @@ class SeveralTeachers(nn.Module):
         temperature: T of the gate. Confidences lie between 0 and 1, so at T = 1 no weight changes by more than a factor e.
 
     Raises:
-        UserError: the numbers of weights and losses differ, the gate is unknown, or a weight or the temperature is out of
-            range.
+        UserError: the numbers of weights and losses differ, or an option is unknown or out of range.
 
     References:
         The DWA-KD paper mentions several teachers as future work. This gate is ours.
@@ -66,20 +73,12 @@ class SeveralTeachers(nn.Module):
             )
         for weight in weights:
             if not 1 / LARGEST <= weight <= LARGEST:
-                raise UserError(
-                    f"teacher_weights must be numbers above 0, from {1 / LARGEST:g} to {LARGEST:g}, got {weight!r}"
-                )
-        if gate not in GATES:
-            raise UserError(f"unknown teacher_gate {gate!r}; valid ones: {', '.join(GATES)}")
-        low, high = 1e-3, 1e3
-        if not low <= temperature <= high:
-            raise UserError(
-                f"teacher_gate_temperature must be a number at least {low:g} and at most {high:g}, got {temperature!r}"
-            )
+                raise UserError(f"teacher_weights must be above 0, from {1 / LARGEST:g} to {LARGEST:g}, got {weight!r}")
+        _Gate(teacher_gate=gate, teacher_gate_temperature=temperature)
         self.losses = nn.ModuleList(losses)
         self.shares = [weight / sum(weights) for weight in weights]
         self.gate, self.temperature = gate, temperature
-        self.needs_attention = any(loss.options.needs_attention for loss in losses)
+        self.needs_attention = any(loss.needs_attention for loss in losses)
 
     def set_step(self, step: int) -> None:
         """Set the number of finished optimiser steps for all losses."""
@@ -94,20 +93,11 @@ class SeveralTeachers(nn.Module):
         num_tokens: Tensor | float | None = None,
         teacher_scale: Sequence[TeacherScale] | None = None,
     ) -> LossOutput:
-        """Compute the loss of one batch.
-
-        Args:
-            student: the student's side, with gradient.
-            teachers: the side of each teacher, in the order of `losses`.
-            num_tokens: see `DistillationLoss.forward`.
-            teacher_scale: see `DistillationLoss.forward`; one per teacher.
+        """Compute the loss of one batch; see `DistillationLoss.forward`, with one side and one scale per teacher.
 
         Returns:
             The loss and the terms, weighted by the mixture weights. With the gate, the terms `trust_1`, `trust_2`, ... are the
             mean gate weight of each teacher.
-
-        Raises:
-            ValueError: the number of teachers or scales is not that of the losses, or a side does not fit its loss.
         """
         for what, given in (("teachers", teachers), ("teacher_scale", teacher_scale)):
             if given is not None and len(given) != len(self.losses):
@@ -148,7 +138,7 @@ class SeveralTeachers(nn.Module):
 
 
 class Confidence(Criterion):
-    """Compute the term `confidence`: the largest probability at each token."""
+    """Compute the largest probability at each token."""
 
     def __init__(self) -> None:
         super().__init__({"confidence": 1.0})

@@ -22,7 +22,7 @@ class SftLoss(DistillationLoss[SftOptions]):
 
         L = - sum_i log p^s_i(x_i) / S
 
-    x_i are the S response tokens and p^s_i is the student's distribution at token i. A teacher is ignored. Term: `ce`.
+    x_i are the S response tokens and p^s_i is the student's distribution at token i. A teacher is ignored.
     """
 
     options_type = SftOptions

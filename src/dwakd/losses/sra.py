@@ -29,8 +29,7 @@ class SraOptions(MethodOptions):
 
     method: Literal["sra"] = "sra"
     kd_rate: Rate = Field(
-        0.5,
-        description="Weight r of the three distillation terms. The published scripts use 0.5, and 0.4 for TinyLlama.",
+        0.5, description="Weight r of the three distillation terms. The published scripts use 0.5; 0.4 for TinyLlama."
     )
     geo_weight: Weight = Field(50.0, description="Weight of L_geo. The paper uses 50.")
     temperature: Temperature = Field(
@@ -38,8 +37,8 @@ class SraOptions(MethodOptions):
     )
     span_weights: Literal["attention", "uniform"] = Field(
         "attention",
-        description="'attention' as in the paper, or 'uniform': all tokens of a span have equal weight, and w_k is the span's "
-        "fraction of the teacher's tokens. Use 'uniform' with a teacher cache, which stores no attention.",
+        description="attention (paper), or uniform: all tokens of a span weigh the same, and w_k is the span's fraction of "
+        "the teacher's tokens. A teacher cache requires uniform, because it stores no attention.",
     )
 
     @property
@@ -65,18 +64,13 @@ class SraLoss(DistillationLoss[SraOptions]):
 
     Gradient: the student's hidden states through all terms, P through L_span, the student's head through CE and L_kd.
 
-    Args:
-        pair: vocabularies and heads of the two models.
-
     Raises:
-        ValueError: the vocabularies share no token; in the forward pass, a side
-            has no attention although span_weights needs it.
+        ValueError: the vocabularies share no token.
 
     References:
-        Dao et al. 2026. Port: HoangTran223/ICARE, which differs as follows. It takes the attention of a padding position in
-        all but the longest example of a batch. Its states are those that read a span's tokens. It divides the sum of CE
-        over tokens and the means of the other terms over examples by the same number, the tokens of the batch. Its L_kd is
-        a sum over spans, and it matches tokens as strings.
+        Dao et al. 2026. Port: HoangTran223/ICARE. In all but the longest example of a batch it takes the attention of a
+        padding position, its states are those that read a span's tokens, it divides sums over tokens and means over examples
+        by the same number, its L_kd is a sum over spans, and it matches tokens as strings.
     """
 
     options_type = SraOptions
@@ -119,15 +113,8 @@ class SraLoss(DistillationLoss[SraOptions]):
             "geo": (student.lengths * gram_distance(own, theirs, weights, lengths)).sum(),
             "kd": kd.loss,
         }
-        return Terms(
-            ce.terms | sums,
-            ce.loss,
-            {
-                "span": self.options.kd_rate,
-                "geo": self.options.kd_rate * self.options.geo_weight,
-                "kd": self.options.kd_rate,
-            },
-        )
+        rate = self.options.kd_rate
+        return Terms(ce.terms | sums, ce.loss, {"span": rate, "geo": rate * self.options.geo_weight, "kd": rate})
 
     def _row_weights(self, side: ModelSide) -> Float[Tensor, " tokens"]:
         if not self.options.needs_attention:
@@ -148,12 +135,6 @@ def pool(
     """Compute the weighted mean of each span's hidden states, in float32 or better, and the sum of its weights.
 
     It is differentiable. If all weights of a span are 0, as outside a sliding attention window, they count as equal.
-
-    Args:
-        hidden: hidden states of one side.
-        weights: weight of each position.
-        groups: the span of each position.
-        size: number of spans.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     weights = weights.to(dtype).clamp_min(LEAST_WEIGHT)
@@ -170,14 +151,7 @@ def gram_distance(
 ) -> Float[Tensor, " batch"]:
     """Compute the weighted mean of (cos(s_k, s_l) - cos(t_k, t_l))^2 over the pairs of spans of each example.
 
-    Args:
-        student: states of the student's spans, with gradient.
-        teacher: states of the teacher's spans, constant. They may have another width, because no map is needed.
-        weights: weight of each span. The weight of a pair is the product of two.
-        lengths: spans per example.
-
-    Returns:
-        One value per example; 0 for an example with a single span.
+    The weight of a pair is the product of the weights of its spans. The value of an example with a single span is 0.
     """
     longest = int(lengths.max())
     own, theirs = (

@@ -31,8 +31,8 @@ class UldOptions(MethodOptions):
     )
     compat: Literal["paper", "dskd"] = Field(
         "paper",
-        description="'paper' takes the mean over the pairs of each example and weighs examples by their student tokens; "
-        "'dskd', the port that produced the tables of DSKD, takes the plain sum over the pairs.",
+        description="paper takes the mean over the pairs of each example and weighs examples by their student tokens; dskd, "
+        "the port that produced the tables of DSKD, takes the plain sum over the pairs.",
     )
 
 
@@ -49,9 +49,8 @@ class UldLoss(DistillationLoss[UldOptions]):
     Gradient: the student's hidden states and head, through both terms. It is piecewise linear in the probabilities.
 
     References:
-        Boizard et al. 2024, equation 6. The paper gives all examples of a batch equal weight, so its value depends on how
-        examples are batched. With weights by student tokens, gradient accumulation and ranks do not change the loss. The
-        value for a single example is that of the paper.
+        Boizard et al. 2024, equation 6. The paper gives all examples of a batch equal weight. With weights by student
+        tokens, gradient accumulation and ranks do not change the loss.
     """
 
     options_type = UldOptions
@@ -70,14 +69,7 @@ def paired_rows(
 ) -> tuple[Int[Tensor, " s_tokens"], Float[Tensor, " s_tokens"]]:
     """Find the teacher's token at the same position of the response for each student token, and the pair's weight.
 
-    Args:
-        student: the student's side.
-        teacher: the teacher's side.
-        mean: whether the pairs of an example have weight S_b / n_b, which gives a mean, instead of 1.
-
-    Returns:
-        Index of the teacher's token in the packed batch, and the weight. After the end of the teacher's response the weight
-        is 0 and the index is that of its last token.
+    The weight is S_b / n_b if `mean`, else 1. After the end of the teacher's response it is 0 and the token is the last one.
     """
     example, place = (part(student.lengths, len(student.target_ids)) for part in (example_ids, positions))
     lengths = teacher.lengths[example]
@@ -96,7 +88,8 @@ class SortedDifference(Criterion):
 
     def terms(self, logits: Sequence[Tensor], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
         rows = chunk.rows[0]
-        own, theirs = ((side / self.temperature).softmax(-1) for side in logits)
+        scaled = logits if self.temperature == 1 else [side / self.temperature for side in logits]
+        own, theirs = (side.softmax(-1) for side in scaled)
         distance = sorted_difference(theirs.detach(), own)
         ce = cross_entropy(logits[0].t(), self.targets[rows])
         return {"ce": ce, "uld": self.pair_weights[rows].to(distance.dtype) * distance}

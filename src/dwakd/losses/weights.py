@@ -29,16 +29,10 @@ def student_weights(
 ) -> Weights:
     """Compute the weight of each student token from the student's entropy and the projected teacher's confidence.
 
-        w_i = H(p^s_i) * max_v p^{t->s}_i(v), rescaled    (equations 7, 11, 12)
+        w_i = H(p^s_i) * max_v p^{t->s}_i(v), rescaled    (equations 7, 11, 12), both at temperature 1
 
-    Args:
-        student_entropy: H(p^s_i), at temperature 1.
-        gate: largest probability of the projected teacher, at temperature 1.
-        lengths: student tokens of each example.
-        use_entropy: whether the weights include the entropy.
-        use_gate: whether the weights include the gate.
-        normalise: "product" (paper) rescales entropy x gate. "entropy_then_gate" (published code) rescales the entropy and
-            then multiplies by the gate, so the weights sum to less than the number of tokens.
+    `normalise` "entropy_then_gate" (published code) rescales the entropy and then multiplies by the gate, so that the weights
+    sum to less than the number of tokens.
     """
     weights = student_entropy if use_entropy else torch.ones_like(student_entropy)
     if not use_gate:
@@ -49,21 +43,15 @@ def student_weights(
 
 
 def certainty(entropy: Weights, vocab_size: int | Int[Tensor, ""]) -> Weights:
-    """Compute the teacher's certainty 1 - H(p^t_j) / log V_t at each token (equation 8).
+    """Compute 1 - H(p^t_j) / log V_t at each token (equation 8), for a head that allows V_t tokens.
 
     Values that are only rounding errors are set to 0, because rescaling would turn them into full weights.
-
-    Args:
-        entropy: H(p^t_j), at temperature 1.
-        vocab_size: V_t, the number of tokens that the head does not forbid (`OutputHead.num_possible`).
     """
     largest = vocab_size.to(entropy.dtype).log() if isinstance(vocab_size, Tensor) else math.log(vocab_size)
     value = 1 - entropy / largest
     return value.masked_fill(value < 16 * torch.finfo(value.dtype).eps, 0.0)
 
 
-def teacher_weights(
-    teacher_entropy: Weights, vocab_size: int | Int[Tensor, ""], lengths: Int[Tensor, " batch"]
-) -> Weights:
+def teacher_weights(entropy: Weights, vocab_size: int | Int[Tensor, ""], lengths: Int[Tensor, " batch"]) -> Weights:
     """Compute the weight of each teacher token: its certainty, rescaled (equations 8, 14)."""
-    return rescale(certainty(teacher_entropy, vocab_size), lengths)
+    return rescale(certainty(entropy, vocab_size), lengths)
