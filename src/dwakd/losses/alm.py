@@ -21,8 +21,6 @@ PerChunk = Float[Tensor, " chunks"]
 
 
 class AlmOptions(MethodOptions):
-    """Options of `AlmLoss`."""
-
     method: Literal["alm"] = "alm"
     ce_weight: Weight = Field(1.0, description="Weight of the cross-entropy.")
     alm_weight: Weight = Field(

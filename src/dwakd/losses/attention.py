@@ -17,13 +17,11 @@ from dwakd.losses.sides import pad_rows, require_width, unpad_rows, valid
 
 @dataclass(frozen=True)
 class TeacherScale:
-    """Statistics for the normalisation N(x) = x / std(x) of three teacher tensors.
-
-    Moments can be merged over micro-batches and ranks, which standard deviations cannot.
+    """Statistics for the normalisation N(x) = x / std(x) of three teacher tensors, which can be merged over batches.
 
     Args:
-        moments: for each of the tensors keys [e_j ; e_{j+1}], hidden states h_j and target embeddings e_{j+1}, the number of
-            values, their mean and their sum of squared deviations.
+        moments: number of values, mean and sum of squared deviations of each of the tensors: keys [e_j ; e_{j+1}], hidden
+            states h_j and target embeddings e_{j+1}.
     """
 
     moments: Float[Tensor, "3 3"]

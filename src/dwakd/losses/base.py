@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dwakd.batch import LossOutput, ModelSide
-from dwakd.kernels.head_loss import HeadRows
+from dwakd.kernels.head_loss import HeadLoss, HeadRows
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.options import MethodOptions
-from dwakd.losses.sides import require_both, require_same_lengths, require_side, require_vocabularies
+from dwakd.losses.sides import require_same_lengths, require_side, require_vocabularies
 from dwakd.validation import parse
 
 OptionsT = TypeVar("OptionsT", bound=MethodOptions)
@@ -31,6 +31,11 @@ class Terms:
     sums: Mapping[str, Tensor]
     total: Tensor
     weights: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, output: HeadLoss) -> "Terms":
+        """Take all terms from one call of `head_loss`."""
+        return cls(output.terms, output.loss)
 
 
 class DistillationLoss(nn.Module, ABC, Generic[OptionsT]):
@@ -103,7 +108,13 @@ class DistillationLoss(nn.Module, ABC, Generic[OptionsT]):
         """Return the teacher's side, or raise ValueError if the sides do not fit each other and the method."""
         if teacher is None:
             raise ValueError(f"{type(self).__name__} needs a teacher: pass the teacher's side as second argument")
-        require_both(student, teacher)
+        require_side(student, "student")
+        require_side(teacher, "teacher")
+        if len(student.lengths) != len(teacher.lengths):
+            raise ValueError(
+                f"the student's side has {len(student.lengths)} examples and the teacher's side {len(teacher.lengths)}; "
+                "pass the same examples on both sides"
+            )
         if self.vocabularies is not None:
             require_vocabularies((student, teacher), self.vocabularies)
         if self.options.needs_same_vocabulary:

@@ -19,10 +19,7 @@ MASKED = -1e4
 
 
 class CdmOptions(MethodOptions):
-    """Options of `CdmLoss`."""
-
     needs_models = "pair"
-
     method: Literal["cdm"] = "cdm"
     ce_weight: Weight = Field(0.9, description="Weight alpha of the cross-entropy. The published options use 0.9.")
     kd_weight: Weight = Field(0.1, description="1 - alpha.")
@@ -67,8 +64,9 @@ class CdmLoss(DistillationLoss[CdmOptions]):
         self.token_map = TokenMap(pair, self.options.threshold)
 
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
-        output = head_loss([head_rows(student), constant_rows(teacher)], MappedCandidates(self, student, teacher))
-        return Terms(output.terms, output.loss)
+        return Terms.of(
+            head_loss([head_rows(student), constant_rows(teacher)], MappedCandidates(self, student, teacher))
+        )
 
 
 class MappedCandidates(Criterion):

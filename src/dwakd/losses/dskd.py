@@ -15,10 +15,7 @@ from dwakd.losses.pair import Widths
 
 
 class DskdOptions(MethodOptions):
-    """Options of `DskdLoss`."""
-
     needs_models = "widths"
-
     method: Literal["dskd"] = "dskd"
     attention: bool = Field(
         True,

@@ -16,10 +16,7 @@ from dwakd.losses.pair import ModelPair
 
 
 class DskdV2Options(MethodOptions):
-    """Options of `DskdV2Loss`."""
-
     needs_models = "pair"
-
     method: Literal["dskd_v2"] = "dskd_v2"
     kd_rate: Rate = Field(0.5, description="Weight r of the three distillation terms. The published scripts use 0.5.")
     temperature: Temperature = Field(
@@ -59,7 +56,7 @@ class DskdV2Loss(DistillationLoss[DskdV2Options]):
     def __init__(self, *, pair: ModelPair, **options: Any) -> None:
         super().__init__(**options)
         self.divergence = divergence(self.options.divergence, self.options.skew)
-        self.projectors = HeadMaps(pair)
+        self.vocabularies, self.projectors = pair.vocabularies, HeadMaps(pair)
 
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
         return exact_spaces(

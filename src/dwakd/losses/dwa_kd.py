@@ -21,13 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 class DwaKdOptions(DwaOptions):
-    """Options of `DwaKdLoss`."""
-
     needs_models = "widths"
     compat_defaults = {  # noqa: RUF012
         "authors": {"weight_normalisation": "entropy_then_gate", "student_divergence": "skewed_reverse_kl"}
     }
-
     method: Literal["dwa_kd"] = "dwa_kd"
     student_divergence: DivergenceName = Field(
         "forward_kl", description="Divergence D in the student's space; the teacher's space always uses the forward KL."

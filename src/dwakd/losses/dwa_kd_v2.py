@@ -19,10 +19,7 @@ from dwakd.losses.sides import example_ids, positions, require_width
 
 
 class DwaKdV2Options(DwaOptions):
-    """Options of `DwaKdV2Loss`."""
-
     needs_models = "pair"
-
     method: Literal["dwa_kd_v2"] = "dwa_kd_v2"
     divergence: DivergenceName = Field("forward_kl", description="Divergence D in both spaces.")
     agreement_mask: bool = Field(
@@ -60,7 +57,7 @@ class DwaKdV2Loss(DistillationLoss[DwaKdV2Options]):
     def __init__(self, *, pair: ModelPair, **options: Any) -> None:
         super().__init__(**options)
         self.divergence = divergence(self.options.divergence, self.options.skew)
-        self.projectors = HeadMaps(pair)
+        self.vocabularies, self.projectors = pair.vocabularies, HeadMaps(pair)
         self.embedding_t2s: nn.Linear | None = None
         if self.options.aligns_embedding:
             self.embedding_t2s = nn.Linear(pair.widths.teacher_embedding, pair.widths.student_embedding)

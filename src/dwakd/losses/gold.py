@@ -21,10 +21,7 @@ from dwakd.losses.pair import ModelPair
 
 
 class GoldOptions(MethodOptions):
-    """Options of `GoldLoss`."""
-
     needs_models = "pair"
-
     method: Literal["gold"] = "gold"
     beta: Rate = Field(0.5, description="Weight of the teacher in JSD, which is KL(t || s) for 0 and KL(s || t) for 1.")
     merge: Literal["bayesian", "observed"] = Field(
@@ -110,8 +107,7 @@ class GoldLoss(DistillationLoss[GoldOptions]):
             Anchors(teacher.target_ids, *anchors[1]),
             tokens_per_group(groups, student.lengths, even=True),
         )
-        output = head_loss([head_rows(student), constant_rows(teacher)], criterion)
-        return Terms(output.terms, output.loss)
+        return Terms.of(head_loss([head_rows(student), constant_rows(teacher)], criterion))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dwakd.batch import ModelSide, OutputHead
 from dwakd.losses.pair import ModelPair
-from dwakd.losses.sides import require_vocabularies, require_width
+from dwakd.losses.sides import require_width
 
 RTOL = 1e-12
 """Eigenvalues of a Gram matrix below RTOL x the largest count as 0, as do singular values of a head below 1e-6 x."""
@@ -53,14 +53,12 @@ class HeadMaps(nn.Module):
             self.register_buffer("student_tokens", table, persistent=False)
             self.register_buffer("teacher_inverse", pseudo_inverse(t_rows), persistent=False)
             self.register_buffer("teacher_bias", t_bias, persistent=False)
-        self.vocabularies = pair.vocabularies
         self._frozen: tuple[Tensor, int, Tensor, Tensor] | None = None  # s2t of a head that is not trained (LoRA)
 
     def require_fit(self, student: ModelSide, teacher: ModelSide) -> None:
-        """Raise ValueError unless the widths of the states and the sizes of the heads fit the maps."""
+        """Raise ValueError unless the widths of the states fit the maps."""
         require_width(student.hidden, self.t2s.out_features, "student.hidden", "the maps between the heads")
         require_width(teacher.hidden, self.t2s.in_features, "teacher.hidden", "the maps between the heads")
-        require_vocabularies((student, teacher), self.vocabularies)
 
     def s2t(
         self, hidden: Float[Tensor, "tokens s_hidden"], student: OutputHead, teacher: OutputHead

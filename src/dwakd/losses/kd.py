@@ -14,8 +14,6 @@ from dwakd.losses.options import MethodOptions, Rate, Temperature
 
 
 class KdOptions(MethodOptions):
-    """Options of `KdLoss`."""
-
     method: Literal["kd"] = "kd"
     kd_rate: Rate = Field(0.5, description="Weight r of the divergence.")
     temperature: Temperature = Field(
@@ -57,10 +55,10 @@ class KdLoss(DistillationLoss[KdOptions]):
         common = min(student.head.vocab_size, teacher.head.vocab_size)
         theirs = replace(theirs, head=narrowed(theirs.head, common))
         if student.head.vocab_size == common:
-            both = compare_with_teacher(
-                [own, theirs], self.divergence, temperature, student.target_ids, ce_weight=1 - rate, kd_weight=rate
+            weights = {"ce_weight": 1 - rate, "kd_weight": rate}
+            return Terms.of(
+                compare_with_teacher([own, theirs], self.divergence, temperature, student.target_ids, **weights)
             )
-            return Terms(both.terms, both.loss)
         ce = head_loss([own], CrossEntropy(student.target_ids, 1 - rate))
         sides = [replace(own, head=narrowed(own.head, common)), theirs]
         kd = compare_with_teacher(sides, self.divergence, temperature, kd_weight=rate)

@@ -23,11 +23,8 @@ DROPPED = -1
 
 
 class MinEdOptions(MethodOptions):
-    """Options of `MinEdLoss`."""
-
     needs_models = "pair"
     needs_edit_alignment = True
-
     method: Literal["min_ed"] = "min_ed"
     kd_rate: Rate = Field(0.5, description="Weight r of the second term. The published port uses 0.5.")
     temperature: Temperature = Field(
@@ -86,8 +83,7 @@ class MinEdLoss(DistillationLoss[MinEdOptions]):
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
         rows, aligned = aligned_teacher_rows(student, teacher, same_prefix=self.options.same_prefix)
         carried = HeadRows(teacher.hidden.detach()[rows], teacher.head.detached(), student.lengths)
-        output = head_loss([head_rows(student), carried], CarriedOver(self, student.target_ids, aligned))
-        return Terms(output.terms, output.loss)
+        return Terms.of(head_loss([head_rows(student), carried], CarriedOver(self, student.target_ids, aligned)))
 
 
 class CarriedOver(Criterion):

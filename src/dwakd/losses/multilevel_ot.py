@@ -22,12 +22,9 @@ Top = Float[Tensor, "_ top"]
 
 
 class MultiLevelOtOptions(MethodOptions):
-    """Options of `MultiLevelOtLoss`."""
-
     compat_defaults = {  # noqa: RUF012
         "mcw_kd": {"ot_weight": 1.0, "sinkhorn_weight": 1e-4, "temperature": 2.0, "iterations": 10}
     }
-
     method: Literal["multilevel_ot"] = "multilevel_ot"
     ce_weight: Weight = Field(1.0, description="Weight of the cross-entropy.")
     ot_weight: Weight = Field(
@@ -80,8 +77,7 @@ class MultiLevelOtLoss(DistillationLoss[MultiLevelOtOptions]):
 
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
         criterion = RankedLevels(self.options, student.target_ids, (student.lengths, teacher.lengths))
-        output = head_loss([head_rows(student), constant_rows(teacher)], criterion)
-        return Terms(output.terms, output.loss)
+        return Terms.of(head_loss([head_rows(student), constant_rows(teacher)], criterion))
 
 
 class RankedLevels(Criterion):

@@ -6,7 +6,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor, nn
 
 from dwakd.batch import LossOutput, ModelSide
@@ -14,7 +13,7 @@ from dwakd.errors import UserError
 from dwakd.kernels.head_loss import Chunk, Criterion, head_loss
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, projected_rows
-from dwakd.losses.options import LARGEST
+from dwakd.losses.options import LARGEST, Temperature
 from dwakd.validation import Options
 
 Gate = Literal["confidence", "weights"]
@@ -23,7 +22,7 @@ GATES = get_args(Gate)
 
 class _Gate(Options):
     teacher_gate: Gate
-    teacher_gate_temperature: float = Field(ge=1e-3, le=1e3)
+    teacher_gate_temperature: Temperature
 
 
 class SeveralTeachers(nn.Module):
@@ -37,12 +36,9 @@ class SeveralTeachers(nn.Module):
 
         r_{k,i} = a_k exp(g_{k,i} / T) / sum_l a_l exp(g_{l,i} / T),    g_{k,i} = max_v p^{t_k->s}_i(v)
 
-    Gate weights multiply the method's own token weights after these have been rescaled. All other terms keep the mixture
-    weights, so that the maps of a teacher with low gate weights are still trained. A method without a projection into the
-    student's space (see `DistillationLoss.projected`) always uses the mixture weights. Two identical teachers with identical
-    maps give the same loss as one.
-
-    Gradient: that of each method. The gate weights are constants.
+    Gate weights are constants. They multiply the method's own token weights after these have been rescaled. All other terms
+    keep the mixture weights, so that the maps of a teacher with low gate weights are still trained. A method without a
+    projection into the student's space (see `DistillationLoss.projected`) always uses the mixture weights.
 
     Args:
         losses: one loss per teacher, each with its own maps.

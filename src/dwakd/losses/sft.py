@@ -10,10 +10,7 @@ from dwakd.losses.options import MethodOptions
 
 
 class SftOptions(MethodOptions):
-    """Options of `SftLoss`."""
-
     needs_teacher = False
-
     method: Literal["sft"] = "sft"
 
 
@@ -29,5 +26,4 @@ class SftLoss(DistillationLoss[SftOptions]):
     terms: ClassVar[tuple[str, ...]] = ("ce",)
 
     def compute(self, student: ModelSide, teacher: ModelSide | None, scale: TeacherScale | None) -> Terms:
-        output = head_loss([head_rows(student)], CrossEntropy(student.target_ids))
-        return Terms(output.terms, output.loss)
+        return Terms.of(head_loss([head_rows(student)], CrossEntropy(student.target_ids)))

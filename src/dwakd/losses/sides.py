@@ -71,17 +71,6 @@ def require_side(side: ModelSide, name: str) -> None:
     require_targets(f"{name}.target_ids", side.target_ids, side.head.vocab_size)
 
 
-def require_both(student: ModelSide, teacher: ModelSide) -> None:
-    """Call `require_side` for both sides, and raise ValueError unless they have the same number of examples."""
-    require_side(student, "student")
-    require_side(teacher, "teacher")
-    if len(student.lengths) != len(teacher.lengths):
-        raise ValueError(
-            f"the student's side has {len(student.lengths)} examples and the teacher's side {len(teacher.lengths)}; "
-            "pass the same examples on both sides"
-        )
-
-
 def require_same_lengths(student: ModelSide, teacher: ModelSide, method: str) -> None:
     """Raise ValueError unless each example has the same number of tokens on both sides."""
     message = f"{method} with these options needs models that share one tokenizer"

@@ -23,10 +23,7 @@ LEAST_WEIGHT = 1e-30
 
 
 class SraOptions(MethodOptions):
-    """Options of `SraLoss`."""
-
     needs_models = "pair"
-
     method: Literal["sra"] = "sra"
     kd_rate: Rate = Field(
         0.5, description="Weight r of the three distillation terms. The published scripts use 0.5; 0.4 for TinyLlama."

@@ -19,10 +19,7 @@ from dwakd.losses.sides import example_ids, positions
 
 
 class UldOptions(MethodOptions):
-    """Options of `UldLoss`."""
-
     compat_defaults = {"dskd": {"ce_weight": 0.5, "uld_weight": 0.5}}  # noqa: RUF012
-
     method: Literal["uld"] = "uld"
     ce_weight: Weight = Field(1.0, description="Weight of the cross-entropy. The paper uses 1, compat dskd 0.5.")
     uld_weight: Weight = Field(1.5, description="Weight lambda of the distance. The paper uses 1.5, compat dskd 0.5.")
@@ -60,8 +57,9 @@ class UldLoss(DistillationLoss[UldOptions]):
         options = self.options
         rows, weights = paired_rows(student, teacher, mean=options.compat == "paper")
         opposite = HeadRows(teacher.hidden.detach()[rows], teacher.head.detached(), student.lengths)
-        output = head_loss([head_rows(student), opposite], SortedDifference(options, student.target_ids, weights))
-        return Terms(output.terms, output.loss)
+        return Terms.of(
+            head_loss([head_rows(student), opposite], SortedDifference(options, student.target_ids, weights))
+        )
 
 
 def paired_rows(
