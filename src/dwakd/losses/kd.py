@@ -55,10 +55,10 @@ class KdLoss(DistillationLoss[KdOptions]):
         common = min(student.head.vocab_size, teacher.head.vocab_size)
         theirs = replace(theirs, head=narrowed(theirs.head, common))
         if student.head.vocab_size == common:
-            weights = {"ce_weight": 1 - rate, "kd_weight": rate}
-            return Terms.of(
-                compare_with_teacher([own, theirs], self.divergence, temperature, student.target_ids, **weights)
+            both = compare_with_teacher(
+                [own, theirs], self.divergence, temperature, student.target_ids, ce_weight=1 - rate, kd_weight=rate
             )
+            return Terms.of(both)
         ce = head_loss([own], CrossEntropy(student.target_ids, 1 - rate))
         sides = [replace(own, head=narrowed(own.head, common)), theirs]
         kd = compare_with_teacher(sides, self.divergence, temperature, kd_weight=rate)

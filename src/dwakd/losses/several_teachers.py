@@ -70,7 +70,7 @@ class SeveralTeachers(nn.Module):
         for weight in weights:
             if not 1 / LARGEST <= weight <= LARGEST:
                 raise UserError(f"teacher_weights must be above 0, from {1 / LARGEST:g} to {LARGEST:g}, got {weight!r}")
-        _Gate(teacher_gate=gate, teacher_gate_temperature=temperature)
+        _Gate(teacher_gate=gate, teacher_gate_temperature=temperature)  # type: ignore[arg-type]
         self.losses = nn.ModuleList(losses)
         self.shares = [weight / sum(weights) for weight in weights]
         self.gate, self.temperature = gate, temperature
