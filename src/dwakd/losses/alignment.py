@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dwakd.batch import ModelSide
 from dwakd.kernels.soft_dtw import soft_dtw
-from dwakd.losses.options import MethodOptions, Positive, Rate, Temperature, Weight
+from dwakd.losses.options import MethodOptions, Positive, Rate, Skew, Softening, Weight
 from dwakd.losses.sides import pad_rows
 
 Pair = tuple[Float[Tensor, "s_tokens _"], Float[Tensor, "t_tokens _"]]
@@ -23,10 +23,8 @@ class DwaOptions(MethodOptions):
     ce_weight: Weight = Field(0.5, description="Weight of the cross-entropy.")
     kd_weight: Weight = Field(0.5, description="Weight of the three token-level distillation terms.")
     dtw_weight: Weight = Field(0.2, description="Weight of the two Soft-DTW terms.")
-    temperature: Temperature = Field(
-        2.0, description="Divides the logits of both models in both divergences. There is no tau^2 factor."
-    )
-    skew: Rate = Field(0.1, description="Parameter lambda of the skewed divergences.")
+    temperature: Softening = 2.0
+    skew: Skew = 0.1
     entropy_weights: bool = Field(True, description="Whether w_i includes the student's entropy H(p^s_i).")
     gate: bool = Field(True, description="Whether w_i includes the projected teacher's largest probability.")
     teacher_weights: bool = Field(True, description="Whether KD^tea is weighted.")

@@ -12,7 +12,7 @@ from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, Terms, constant_rows, head_rows
 from dwakd.losses.columns import cross_entropy, entropy
 from dwakd.losses.dynamic_mapping import TokenMap, mean_columns, means_at, top_tokens, warp
-from dwakd.losses.options import Count, MethodOptions, Rate, Temperature, Weight
+from dwakd.losses.options import Count, MethodOptions, Rate, Softening, Weight
 from dwakd.losses.pair import ModelPair
 
 MASKED = -1e4
@@ -23,9 +23,7 @@ class CdmOptions(MethodOptions):
     method: Literal["cdm"] = "cdm"
     ce_weight: Weight = Field(0.9, description="Weight alpha of the cross-entropy. The published options use 0.9.")
     kd_weight: Weight = Field(0.1, description="1 - alpha.")
-    temperature: Temperature = Field(
-        0.8, description="Divides the logits of both models. There is no tau^2 factor. The published options use 0.8."
-    )
+    temperature: Softening = 0.8
     top_k: Count = Field(100, description="Number of candidates of each model; at most the size of its vocabulary.")
     threshold: Rate = Field(
         0.3,

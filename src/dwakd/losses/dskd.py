@@ -10,7 +10,7 @@ from dwakd.kernels.head_loss import head_loss, student_space, teacher_space
 from dwakd.losses.attention import Projectors, TeacherScale, cross_model_attention
 from dwakd.losses.base import DistillationLoss, Terms, constant_rows, head_rows, projected_rows
 from dwakd.losses.divergences import DivergenceName, divergence
-from dwakd.losses.options import MethodOptions, Rate, Temperature
+from dwakd.losses.options import MethodOptions, Rate, Skew, Softening
 from dwakd.losses.pair import Widths
 
 
@@ -22,13 +22,11 @@ class DskdOptions(MethodOptions):
         description="Whether to align the tokens by cross-model attention; set it to false for models with the same tokenizer.",
     )
     kd_rate: Rate = Field(0.5, description="Weight r of the three distillation terms. The paper's scripts use 0.5.")
-    temperature: Temperature = Field(
-        2.0, description="Divides the logits of both models in both divergences. There is no tau^2 factor."
-    )
+    temperature: Softening = 2.0
     student_divergence: DivergenceName = Field(
         "forward_kl", description="Divergence D in the student's space. The teacher's space always uses the forward KL."
     )
-    skew: Rate = Field(0.1, description="Parameter lambda of the skewed divergences.")
+    skew: Skew = 0.1
     accuracy_mask: bool | None = Field(
         None,
         description="Whether KD^stu includes only tokens that the projected teacher predicts correctly. By default this is "

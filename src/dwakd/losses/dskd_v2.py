@@ -11,7 +11,7 @@ from dwakd.losses.base import DistillationLoss, Terms
 from dwakd.losses.divergences import DivergenceName, divergence
 from dwakd.losses.exact_spaces import exact_spaces, projected_partners
 from dwakd.losses.head_maps import HeadMaps
-from dwakd.losses.options import MethodOptions, Rate, Temperature
+from dwakd.losses.options import MethodOptions, Rate, Skew, Softening
 from dwakd.losses.pair import ModelPair
 
 
@@ -19,11 +19,9 @@ class DskdV2Options(MethodOptions):
     needs_models = "pair"
     method: Literal["dskd_v2"] = "dskd_v2"
     kd_rate: Rate = Field(0.5, description="Weight r of the three distillation terms. The published scripts use 0.5.")
-    temperature: Temperature = Field(
-        2.0, description="Divides the logits of both models in both divergences. There is no tau^2 factor."
-    )
+    temperature: Softening = 2.0
     divergence: DivergenceName = Field("forward_kl", description="Divergence D in both spaces.")
-    skew: Rate = Field(0.1, description="Parameter lambda of the skewed divergences.")
+    skew: Skew = 0.1
     agreement_mask: bool = Field(
         True,
         description="Whether KD^stu includes only tokens where the projected teacher predicts what the teacher does.",

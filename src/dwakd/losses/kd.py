@@ -10,17 +10,15 @@ from dwakd.kernels.head_loss import CrossEntropy, head_loss
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, Terms, constant_rows, head_rows
 from dwakd.losses.divergences import DivergenceName, compare_with_teacher, divergence
-from dwakd.losses.options import MethodOptions, Rate, Temperature
+from dwakd.losses.options import MethodOptions, Rate, Skew, Softening
 
 
 class KdOptions(MethodOptions):
     method: Literal["kd"] = "kd"
     kd_rate: Rate = Field(0.5, description="Weight r of the divergence.")
-    temperature: Temperature = Field(
-        2.0, description="Divides the logits of both models in D. There is no tau^2 factor."
-    )
+    temperature: Softening = 2.0
     divergence: DivergenceName = Field("forward_kl", description="Divergence D.")
-    skew: Rate = Field(0.1, description="Parameter lambda of the skewed divergences.")
+    skew: Skew = 0.1
 
     @property
     def needs_same_vocabulary(self) -> bool:

@@ -15,7 +15,7 @@ from dwakd.kernels.head_loss import Chunk, Criterion, HeadRows, head_loss
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, Terms, head_rows
 from dwakd.losses.columns import cross_entropy, log_total
-from dwakd.losses.options import MethodOptions, Rate, Temperature
+from dwakd.losses.options import MethodOptions, Rate, Softening
 from dwakd.losses.pair import ModelPair
 from dwakd.losses.sides import example_ids
 
@@ -27,9 +27,7 @@ class MinEdOptions(MethodOptions):
     needs_edit_alignment = True
     method: Literal["min_ed"] = "min_ed"
     kd_rate: Rate = Field(0.5, description="Weight r of the second term. The published port uses 0.5.")
-    temperature: Temperature = Field(
-        2.0, description="Temperature tau, divides the logits of both models. There is no tau^2 factor."
-    )
+    temperature: Softening = 2.0
     vocabulary_map: Literal["sum", "first"] = Field(
         "sum",
         description="If several teacher tokens map to one student token, sum adds their probabilities; first keeps only the "

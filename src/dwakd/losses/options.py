@@ -16,6 +16,10 @@ Positive = Annotated[float, Field(ge=1e-6, le=LARGEST)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 # The fused kernels compute softmax(x) from exp(x / temperature), which has a relative error of 1e-7 x temperature.
 Temperature = Annotated[float, Field(ge=1e-3, le=1e3)]
+Softening = Annotated[
+    Temperature, Field(description="Divides the logits of both models in the divergences. There is no tau^2 factor.")
+]
+Skew = Annotated[Rate, Field(description="Parameter lambda of the skewed divergences.")]
 
 
 class MethodOptions(Section):

@@ -14,7 +14,7 @@ from dwakd.losses.alignment import unit_rows
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, Terms, head_rows
 from dwakd.losses.divergences import compare_with_teacher
-from dwakd.losses.options import MethodOptions, Rate, Temperature, Weight
+from dwakd.losses.options import MethodOptions, Rate, Softening, Weight
 from dwakd.losses.pair import ModelPair
 from dwakd.losses.sides import example_ids, pad_rows, require_width
 from dwakd.losses.weights import rescale
@@ -29,9 +29,7 @@ class SraOptions(MethodOptions):
         0.5, description="Weight r of the three distillation terms. The published scripts use 0.5; 0.4 for TinyLlama."
     )
     geo_weight: Weight = Field(50.0, description="Weight of L_geo. The paper uses 50.")
-    temperature: Temperature = Field(
-        2.0, description="Divides the logits of both models in L_kd. There is no tau^2 factor. The paper uses 2."
-    )
+    temperature: Softening = 2.0
     span_weights: Literal["attention", "uniform"] = Field(
         "attention",
         description="attention (paper), or uniform: all tokens of a span weigh the same, and w_k is the span's fraction of "
