@@ -124,15 +124,10 @@ def sequence_terms(
     gamma: float,
     band: Band | None,
 ) -> dict[str, Float[Tensor, ""]]:
-    """Compute the two Soft-DTW terms of DWA-KD, summed over the batch, as far as the options include them.
+    """Compute the Soft-DTW terms that the options include, summed over the batch, in one kernel call.
 
-    Args:
-        options: options of the method.
-        sides: the student's and the teacher's side.
-        hidden: the teacher's hidden states in the student's space.
-        embedding: the teacher's target embeddings in the student's space.
-        gamma: temperature of the soft minimum.
-        band: penalty of the band, or None.
+    `hidden` and `embedding` are the teacher's hidden states and target embeddings in the student's space; None to leave a term
+    out.
     """
     student, teacher = sides
     pairs = {"dtw_hidden": (student.hidden, hidden), "dtw_embedding": (student.target_embeddings, embedding)}

@@ -117,14 +117,8 @@ def compare_with_teacher(
 ) -> HeadLoss:
     """Compute the cross-entropy `ce` and the divergence `kd` of student and teacher, whose heads predict the same tokens.
 
-    Args:
-        sides: the student's side and the teacher's, which is a constant.
-        divergence: D of log-probabilities (target, learned).
-        temperature: divides the logits of both sides in D.
-        targets: targets of the cross-entropy; None if `ce_weight` is 0.
-        ce_weight: weight of `ce` in the loss.
-        kd_weight: weight of `kd` in the loss.
-        token_weights: constant factor of D at each token.
+    The teacher's side is a constant. `targets` may be None if `ce_weight` is 0. `token_weights` are constant factors of the
+    divergence at each token.
     """
     count = len(sides[0].hidden)
     space = student_space(divergence)(

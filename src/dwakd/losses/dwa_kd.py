@@ -144,7 +144,7 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
         return (weights * output.loss).sum()
 
     def _alignment(self, student: ModelSide, teacher: ModelSide, crossed: CrossModelAttention) -> dict[str, Tensor]:
-        """Compute the two Soft-DTW terms (equations 17 to 24) of the raw, projected teacher vectors in one kernel call."""
+        """Compute the two Soft-DTW terms (equations 17 to 24) of the raw, projected teacher vectors."""
         options, dtype = self.options, self.projectors.t2s.weight.dtype
         hidden = embedding = None
         if options.aligns_hidden:

@@ -85,7 +85,7 @@ class DwaKdV2Loss(DistillationLoss[DwaKdV2Options]):
         return projected_partners(student, teacher, self.projectors)
 
     def _alignment(self, student: ModelSide, teacher: ModelSide, spaces: ExactSpaces) -> dict[str, Tensor]:
-        """Compute the two Soft-DTW terms (DWA-KD, equations 17, 18 and 22 to 24) in one kernel call."""
+        """Compute the two Soft-DTW terms (DWA-KD, equations 17, 18 and 22 to 24)."""
         options = self.options
         hidden, embedding = spaces.teacher_hidden if options.aligns_hidden else None, None
         if self.embedding_t2s is not None:
