@@ -1,14 +1,12 @@
 """Soft-DTW divergence between two token sequences (DWA-KD, equations 17, 18 and 22 to 24)."""
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
 from dwakd.batch import ModelSide
-from dwakd.kernels.soft_dtw import soft_dtw
+from dwakd.kernels.soft_dtw import Impl, soft_dtw
 from dwakd.losses.options import MethodOptions, Positive, Rate, Skew, Softening, Weight
 from dwakd.losses.sides import pad_rows
 
@@ -39,9 +37,7 @@ class DwaOptions(MethodOptions):
     )
     band_penalty: Weight = Field(1.0, description="Penalty lambda_band, added to each cost outside the band.")
     gamma: Positive = Field(2.0, description="Temperature of the soft minimum.")
-    impl: Literal["auto", "naive", "cpu", "triton"] = Field(
-        "auto", description="Kernel of Soft-DTW; auto takes the fastest that is available."
-    )
+    impl: Impl = Field("auto", description="Kernel of Soft-DTW; auto takes the fastest that is available.")
 
     @property
     def aligns_hidden(self) -> bool:

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from dwakd.kernels.dispatch import module_of, resolve
 
-IMPLS = ("auto", "naive", "cpu", "triton")
+Impl = Literal["auto", "naive", "cpu", "triton"]
+"""Names of the kernels; "auto" selects the fastest one that supports the input."""
 
 
 def soft_dtw(
