@@ -2,5 +2,15 @@
 
 import os
 
+import pytest
+
 # Triton's interpreter runs its kernels on a CPU; Triton reads this once, when it is first imported
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory):
+    """Return a folder with two tiny models, rows and a recipe, which no test may change."""
+    from tests.command_line import make_workspace
+
+    return make_workspace(tmp_path_factory.mktemp("workspace"))

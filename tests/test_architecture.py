@@ -11,10 +11,10 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src"
 
 LAYERS = (
-    ("errors", "paths", "folders", "options", "validation", "batch"),
+    ("errors", "paths", "folders", "validation", "batch"),
     ("align", "kernels"),
     ("losses",),
-    ("config", "recipe", "data"),
+    ("recipe", "data"),
     ("models", "cache"),
     ("evaluation",),
     ("training",),

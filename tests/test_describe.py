@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dwakd.config import load_recipe
 from dwakd.describe import allowed_values, method_page
 from dwakd.losses import METHODS
+from dwakd.recipe.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 

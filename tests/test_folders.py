@@ -29,3 +29,10 @@ def test_folders_that_cannot_hold_results_are_refused(tmp_path):
     check_output_folder(tmp_path)
     with pytest.raises(UserError, match="not empty"):
         check_output_folder(tmp_path, empty=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that nobody can write")
+def test_folders_that_cannot_be_written_are_refused():
+    """Permissions of the root user would let any other folder be written."""
+    with pytest.raises(UserError, match="/proc/foo/x cannot be written"):
+        check_output_folder(Path("/proc/foo/x"))

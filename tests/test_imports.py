@@ -27,3 +27,25 @@ def test_each_module_can_be_imported_alone():
     count, *failed = done.stdout.splitlines()
     assert int(count) > 90
     assert not failed
+
+
+def test_imports_point_one_way():
+    """losses and kernels without transformers, evaluation without losses: or the layers grow into each other."""
+    script = (
+        "import sys, importlib; importlib.import_module(sys.argv[1]); "
+        "sys.exit(any(name.split('.')[: len(bad)] == bad for name in sys.modules for bad in [sys.argv[2].split('.')]))"
+    )
+    for module, forbidden in (
+        ("dwakd", "torch"),
+        ("dwakd.cli", "torch"),
+        ("dwakd.losses", "transformers"),
+        ("dwakd.kernels", "transformers"),
+        ("dwakd.evaluation.run", "dwakd.losses"),
+        ("dwakd.models.rows", "dwakd.losses"),
+        ("dwakd.cache.build", "dwakd.training"),
+        ("dwakd.cache.build", "dwakd.losses"),
+        ("dwakd.data.collator", "dwakd.models"),
+        ("dwakd.data.pairs", "dwakd.models"),
+    ):
+        result = subprocess.run([sys.executable, "-c", script, module, forbidden], check=False, capture_output=True)
+        assert result.returncode == 0, f"{module} imports {forbidden}: {result.stderr.decode()}"

@@ -7,7 +7,8 @@ import datasets
 import pytest
 from transformers import AutoModelForCausalLM
 
-from dwakd.config import parse_yaml, recipe_from_dict
+from dwakd.recipe.files import parse_yaml
+from dwakd.recipe.recipe import recipe_from_dict
 from dwakd.training.recipe import training_config
 from tests.builders import byte_bpe, tiny_model, unigram_byte_fallback
 

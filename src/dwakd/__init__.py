@@ -1,6 +1,6 @@
 """Distil a large language model into a small one whose tokenizer is different.
 
-The public names are imported on first use, so that `import dwakd` and `dwakd --help` stay quick.
+The public names are imported on first use, so that `import dwakd` and `dwakd --help` are quick.
 """
 
 from importlib import import_module
@@ -13,26 +13,21 @@ if TYPE_CHECKING:
     from dwakd.losses import METHODS, DskdLoss, DskdV2Loss, DwaKdLoss, DwaKdV2Loss, SftLoss
     from dwakd.models.loading import load_causal_lm, load_tokenizer
     from dwakd.models.sides import encode_rows, model_widths, paired_sides
-    from dwakd.training.config import DistillConfig
+    from dwakd.recipe.training import DistillConfig
     from dwakd.training.trainer import DistillTrainer
 
+_SIDES = ("encode_rows", "model_widths", "paired_sides")
+_LOSSES = ("METHODS", "DskdLoss", "DskdV2Loss", "DwaKdLoss", "DwaKdV2Loss", "SftLoss")
 _HOMES = {
-    "METHODS": "dwakd.losses",
-    "DistillConfig": "dwakd.training.config",
+    **dict.fromkeys(_LOSSES, "dwakd.losses"),
+    **dict.fromkeys(_SIDES, "dwakd.models.sides"),
+    "DistillConfig": "dwakd.recipe.training",
     "DistillTrainer": "dwakd.training.trainer",
-    "DskdLoss": "dwakd.losses",
-    "DskdV2Loss": "dwakd.losses",
-    "DwaKdLoss": "dwakd.losses",
-    "DwaKdV2Loss": "dwakd.losses",
-    "SftLoss": "dwakd.losses",
     "UserError": "dwakd.errors",
     "collate": "dwakd.data.collator",
-    "encode_rows": "dwakd.models.sides",
     "load_causal_lm": "dwakd.models.loading",
     "load_examples": "dwakd.data.sources",
     "load_tokenizer": "dwakd.models.loading",
-    "model_widths": "dwakd.models.sides",
-    "paired_sides": "dwakd.models.sides",
 }
 
 __all__ = [

@@ -1,13 +1,14 @@
-"""The command line: `dwakd train | cache | eval | similarity | compare | shrink | demo | methods | env`."""
+"""The command line: `dwakd train | cache | eval | similarity | compare | shrink | demo | methods | schema | env`."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,6 +18,7 @@ from dwakd.cli_options import ModelName, Overrides, with_options
 from dwakd.environment import describe_environment, version_of
 from dwakd.errors import UserError
 from dwakd.evaluation.options import EvalOptions, RowOptions
+from dwakd.folders import check_output_folder
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +29,14 @@ app = typer.Typer(
     epilog="Start with [bold]dwakd demo[/bold]: it needs no network and takes about five minutes on two cores.",
 )
 console = Console()
+
+
+def _output(description: str, **limits: Any) -> Any:
+    return typer.Option("--output", "-o", help=description, **limits)
+
+
+def _flag(name: str, description: str) -> Any:
+    return typer.Option(name, help=description)
 
 
 def _print_version(wanted: bool) -> bool:
@@ -49,19 +59,16 @@ def common(
 def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML file with sections student, teacher, data, loss, training.")],
     overrides: Overrides = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Folder of the result; runs/NAME of the recipe by default."),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in the folder.")] = False,
+    output: Annotated[Path | None, _output("Folder of the result; runs/NAME of the recipe by default.")] = None,
+    resume: Annotated[bool, _flag("--resume", "Continue from the last checkpoint in the folder.")] = False,
 ) -> None:
     """Train a student as a recipe describes, then evaluate it on the recipe's test sets.
 
     The result is a plain Hugging Face folder: AutoModelForCausalLM.from_pretrained(FOLDER).
     """
     _silence_transformers()
-    from dwakd.config import load_recipe
     from dwakd.evaluation.run import evaluate_student, plan_evaluation
+    from dwakd.recipe.recipe import load_recipe
     from dwakd.training.run import end_of_run
     from dwakd.training.run import train as run_recipe
 
@@ -78,27 +85,17 @@ def train(
 
 @app.command()
 def cache(
-    recipe: Annotated[
-        Path, typer.Argument(help="The recipe of the training; with --check also the folder of a cache.")
-    ],
+    recipe: Annotated[Path, typer.Argument(help="A recipe; with --check also the folder of a cache.")],
     overrides: Overrides = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder of the cache; the recipe's teacher.cache by default.")
-    ] = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="Build nothing; verify the cache and list what is damaged.")
-    ] = False,
+    output: Annotated[Path | None, _output("Folder of the cache; the recipe's teacher.cache by default.")] = None,
+    check: Annotated[bool, _flag("--check", "Build nothing; verify the cache and list what is damaged.")] = False,
 ) -> None:
     """Run the teacher once over a recipe's training and evaluation rows and store its final hidden states.
 
-    Training with teacher.cache: FOLDER then loads only the teacher's embeddings and head, not its layers, and gives
-    the same student. dwakd train builds a missing cache itself. This command builds it in advance, on another machine
-    or with several processes (torchrun --nproc-per-node 2 -m dwakd cache recipe.yaml). A build that was interrupted
-    continues when it is started again, and damaged shards are rebuilt. A cache can be used by every recipe with this
-    teacher, template, max_length and these rows, with any student and method.
-
-    Size: response tokens x hidden size x 4 bytes, or half of it with teacher.cache_dtype=bfloat16, which rounds the
-    states of a teacher that runs in float32. Nothing is written if the disk has too little space.
+    Training with teacher.cache: FOLDER then loads only the teacher's embeddings and head, and gives the same student.
+    dwakd train builds a missing cache itself. This command builds it in advance, continues a build that was
+    interrupted, and rebuilds damaged files. Size: response tokens x hidden size x 4 bytes, or half of it with
+    teacher.cache_dtype=bfloat16, which rounds the states of a teacher that runs in float32.
     """
     _silence_transformers()
     from dwakd.training.cache_run import cache_command
@@ -117,20 +114,15 @@ def evaluate(
     data: Annotated[list[str], typer.Option("--data", "-d", help="Test set: a file or a hub id; may be repeated.")],
     rows: RowOptions,
     options: EvalOptions,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Folder of the scores and answers; eval/ in the model's by default."),
-    ] = None,
+    output: Annotated[Path | None, _output("Folder of scores and answers; eval/ in the model's by default.")] = None,
     adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to merge into the model.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace results of these sets that were made with other options.")
-    ] = False,
+    overwrite: Annotated[bool, _flag("--overwrite", "Replace results that were made with other options.")] = False,
 ) -> None:
     """Answer test sets and score them: ROUGE-L over seeds, exact match, bits per byte.
 
-    Sampling at temperature 1 over five seeds is the published protocol. Greedy answers and bits per byte vary less and
-    are reported as well. Bits per byte can be compared between models with different tokenizers. The options template,
-    bos and special-tokens-in-prompts are by default those of the recipe in the model's folder, if there is one.
+    Sampling at temperature 1 over five seeds is the published protocol. Bits per byte can be compared between models
+    with different tokenizers. Template, bos and special-tokens-in-prompts are by default those of the recipe in the
+    model's folder, if there is one.
     """
     _silence_transformers()
     from dwakd.evaluation.run import evaluate_sets
@@ -146,7 +138,7 @@ def similarity(
     teacher: Annotated[str, typer.Option("--teacher", "-t", help="The teacher: folder, hub id, GGUF file.")],
     data: Annotated[str, typer.Option("--data", "-d", help="Prompts with responses: a file or a hub id.")],
     rows: RowOptions,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for every value.")] = None,
+    output: Annotated[Path | None, _output("JSON file for every value.")] = None,
     adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to merge into the teacher.")] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Most tokens of prompt and response.")] = 512,
 ) -> None:
@@ -168,18 +160,12 @@ def similarity(
 def compare(
     recipe: Annotated[Path, typer.Argument(help="A YAML file whose section compare names methods and seeds.")],
     overrides: Overrides = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Folder of the comparison; compare/NAME of the recipe by default."),
-    ] = None,
+    output: Annotated[Path | None, _output("Folder of the result; compare/NAME of the recipe by default.")] = None,
     methods: Annotated[str | None, typer.Option(help="Methods, separated by commas; the recipe's by default.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Training seeds, separated by commas: 1,2,3.")] = None,
-    ablation: Annotated[
-        bool, typer.Option("--ablation", help="Compare the rows of the paper's ablation instead.")
-    ] = False,
+    ablation: Annotated[bool, _flag("--ablation", "Compare the rows of the paper's ablation instead.")] = False,
     lr_sweep: Annotated[
-        bool,
-        typer.Option("--lr-sweep", help="First choose learning rate and loss weight of each method on the dev set."),
+        bool, _flag("--lr-sweep", "First choose each method's rates and weight on the dev set.")
     ] = False,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of runs at a time.")] = 1,
 ) -> None:
@@ -190,12 +176,12 @@ def compare(
     """
     _silence_transformers()
     from dwakd.compare.compare import compare_methods
-    from dwakd.config import load_recipe
+    from dwakd.recipe.recipe import load_recipe
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stop the runs, too, as Ctrl-C does
     chosen = [f"compare.methods=[{methods}]"] if methods else []
     chosen += [f"compare.seeds=[{seeds}]"] if seeds else []
-    loaded = load_recipe(recipe, [*(overrides or []), *chosen])
+    loaded = load_recipe(recipe, [*(overrides or []), *chosen], "compare")
     folder = output or Path("compare") / recipe.stem
     tables, any_finished = compare_methods(loaded, folder, ablation=ablation, lr_sweep=lr_sweep, jobs=jobs)
     console.print(tables)
@@ -209,12 +195,12 @@ def compare(
 def shrink(
     model: ModelName,
     data: Annotated[str, typer.Option("--data", "-d", help="Your text: an instruction set, a file or a hub id.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new student.")],
+    output: Annotated[Path, _output("Folder of the new student.")],
     rows: RowOptions,
     vocab_size: Annotated[int | None, typer.Option(min=1, help="Train a tokenizer of this size on the text.")] = None,
     layers: Annotated[int | None, typer.Option(min=2, help="Layers to keep, by block influence.")] = None,
     eval_data: Annotated[
-        str | None, typer.Option(help="Text for bits per byte; the last twentieth of the data by default.")
+        str | None, typer.Option(help="Text for bits per byte; by default a part of the data.")
     ] = None,
 ) -> None:
     """Build a small student from a pretrained model: fewer layers, and a vocabulary made for your text.
@@ -231,11 +217,9 @@ def shrink(
 
 @app.command()
 def demo(
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Output folder; demo-run by default.")] = None,
+    output: Annotated[Path | None, _output("Output folder; demo-run by default.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the corpus, the models and the training.")] = 0,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Take a few steps only, to check that everything works.")
-    ] = False,
+    quick: Annotated[bool, _flag("--quick", "Take a few steps only, to check that everything works.")] = False,
 ) -> None:
     """Train a teacher, then SFT, DSKD and DWA-KD students with another tokenizer, and compare them. Offline."""
     _silence_transformers()
@@ -245,13 +229,27 @@ def demo(
 
 
 @app.command()
-def methods(
-    name: Annotated[str | None, typer.Argument(help="Show this method's options and what they mean.")] = None,
-) -> None:
+def methods(name: Annotated[str | None, typer.Argument(help="Show the options of this method.")] = None) -> None:
     """List the methods, or the options of one method with their defaults."""
     from dwakd.describe import method_page, methods_table
 
     console.print(methods_table() if name is None else method_page(name))
+
+
+@app.command()
+def schema(
+    output: Annotated[Path | None, _output("File to write; by default the terminal.", dir_okay=False)] = None,
+) -> None:
+    """Write the JSON Schema of a recipe, with which an editor completes and checks recipes."""
+    from dwakd.recipe.recipe import recipe_schema
+
+    text = json.dumps(recipe_schema(), indent=2) + "\n"
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        check_output_folder(output.parent)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text, encoding="utf-8")
 
 
 @app.command()

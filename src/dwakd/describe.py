@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from typing import Any
 
@@ -46,7 +47,10 @@ def method_page(name: str) -> Group:
             table.add_column(heading, no_wrap=heading == "option", max_width=20 if heading == "allowed" else None)
         for option, field in options.items():
             table.add_row(
-                option, _yaml(field.default), Text(field.description or ""), allowed_values(properties[option])
+                option,
+                json.dumps(field.default).strip('"'),
+                Text(field.description or ""),
+                allowed_values(properties[option]),
             )
         parts += [Text(f"\nOptions, in the recipe's loss section or as loss.{next(iter(options))}=VALUE:\n"), table]
     else:
@@ -75,8 +79,3 @@ def _unwrapped(text: str) -> str:
         paragraph if paragraph.startswith(" ") else " ".join(paragraph.split())
         for paragraph in text.strip().split("\n\n")
     )
-
-
-def _yaml(value: object) -> str:
-    """Write a default as a recipe would."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from dwakd.errors import UserError
 
 _WORDS = {
-    "Input should be": "must be",
+    r"^(Value error, |Input )(should be )?": "",
+    "a valid (dictionary|object).*": "a section with options",
     "a valid number": "a number",
     "a valid integer": "a whole number",
     "a valid boolean": "true or false",
     "a valid string": "text",
-    "a valid dictionary": "a section with options",
     "a valid list": "a list",
     "greater than or equal to": "at least",
     "less than or equal to": "at most",
@@ -24,10 +26,23 @@ _WORDS = {
 }
 
 
+class _UnknownNameError(ValueError):
+    def __init__(self, name: object, valid: list[str]) -> None:
+        self.name, self.valid = str(name), valid
+
+
 class Section(BaseModel):
     """Base class of options: values cannot be changed, and unknown names, other types and NaN are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_names(cls, values: Any) -> Any:
+        for name in values if isinstance(values, dict) else ():
+            if name not in cls.model_fields:
+                raise _UnknownNameError(name, list(cls.model_fields))
+        return values
 
 
 class Options(Section):
@@ -37,13 +52,13 @@ class Options(Section):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise user_error(error, type(self)) from None
+            raise user_error(error, values) from None
 
 
 SectionT = TypeVar("SectionT", bound=Section)
 
 
-def parse(model: type[SectionT], values: Any, prefix: str = "", owner: str = "") -> SectionT:
+def parse(model: type[SectionT], values: Any, prefix: str = "", owner: str = "", context: object = None) -> SectionT:
     """Validate values that a user wrote.
 
     Args:
@@ -51,36 +66,72 @@ def parse(model: type[SectionT], values: Any, prefix: str = "", owner: str = "")
         values: the values by name.
         prefix: what messages write before the name of an option, such as "loss.".
         owner: what messages write after the name of an unknown option, such as " of method sft".
+        context: passed to the validators of the model.
 
     Raises:
         UserError: one sentence on the first invalid value.
     """
     try:
-        return model.model_validate(values)
+        return model.model_validate(values, context=context)
     except ValidationError as error:
-        raise user_error(error, model, prefix, owner) from None
+        raise user_error(error, values, prefix, owner) from None
 
 
-def user_error(error: ValidationError, model: type[BaseModel], prefix: str = "", owner: str = "") -> UserError:
-    """Turn the first problem that pydantic found into one sentence that begins with the option's name."""
-    problem = error.errors()[0]
-    names = [str(part) for part in problem["loc"] if not isinstance(part, int)]
-    name = prefix + ".".join(names)
-    if problem["type"] == "extra_forbidden":
-        return unknown_option(name + owner, names[-1], list(model.model_fields))
-    if problem["type"] == "missing":
+def user_error(error: ValidationError, values: Any, prefix: str = "", owner: str = "") -> UserError:
+    """Turn the first problem that pydantic found in `values` into one sentence that begins with the option's name.
+
+    A UserError that a validator raised is returned as it is. `prefix` and `owner` are those of `parse`.
+    """
+    problems = [(_path(item, values), item) for item in error.errors()]
+    first = problems[0][0]
+    # Of a union, pydantic reports the problems of each choice. The choice that was meant has the deepest one.
+    path = max((path for path, _ in problems if path[: len(first)] == first), key=len)
+    items = [item for other, item in problems if other == path]
+    kind, found, context = items[0]["type"], items[0]["input"], items[0].get("ctx", {})
+    name = (prefix + ".".join(path)).rstrip(".")
+    cause = context.get("error")
+    if isinstance(cause, UserError):
+        return UserError(str(cause))
+    if isinstance(cause, _UnknownNameError):
+        return unknown_option(f"{name}.{cause.name}".lstrip(".") + owner, cause.name, cause.valid)
+    if kind == "missing":
         return UserError(f"{name} is missing")
-    message = problem["msg"].removeprefix("Value error, ")
-    if not names:
-        return UserError(message)
-    for theirs, ours in _WORDS.items():
-        message = message.replace(theirs, ours)
-    return UserError(f"{name} {message}, got {problem['input']!r}")
+    if kind == "value_error" and isinstance(found, dict | BaseModel):  # of several options, which the message names
+        return UserError(f"{name}: {_words(items[0])}".removeprefix(": "))
+    if kind == "union_tag_invalid":
+        name, found = f"{name}.{context['discriminator'].strip(chr(39))}", context["tag"]
+    allowed = " or ".join(dict.fromkeys(_words(item) for item in items))
+    must = "" if allowed.startswith("must") else "must be "
+    near = difflib.get_close_matches(str(found), re.findall("'(.+?)'", allowed), n=1)
+    return UserError(f"{name} {must}{allowed}, got {found!r}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
-def unknown_option(name: str, word: object, valid: list[str]) -> UserError:
+def unknown_option(name: str, word: object, valid: Sequence[str]) -> UserError:
     """Return the error for an option that does not exist; it names the closest option and lists the others."""
     near = difflib.get_close_matches(str(word), valid, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     shown = ", ".join(valid) if 0 < len(valid) <= 40 else f"{len(valid) or 'none'} of them"
     return UserError(f"unknown option {name}; {hint}valid ones: {shown}")
+
+
+def _path(problem: Any, values: Any) -> list[str]:
+    """Return the names that lead to a problem, without pydantic's labels of unions; items of lists count from 1."""
+    path = []
+    for part in problem["loc"]:
+        if isinstance(values, list) and isinstance(part, int):
+            values = values[part]
+            path.append(str(part + 1))
+        elif isinstance(values, dict) and part in values:
+            values = values[part]
+            path.append(str(part))
+    return [*path, str(problem["loc"][-1])] if problem["type"] == "missing" else path
+
+
+def _words(problem: Any) -> str:
+    """Write pydantic's message in the words of a recipe."""
+    message = problem["msg"]
+    if problem["type"] == "union_tag_invalid":
+        return "one of " + message.partition("expected tags: ")[2]
+    for theirs, ours in _WORDS.items():
+        message = re.sub(theirs, ours, message)
+    return message

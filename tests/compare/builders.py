@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dwakd.config import Recipe, recipe_from_dict
+from dwakd.recipe.recipe import Recipe, recipe_from_dict
 
 CONTENT = {
     "student": {"model": "student"},
@@ -16,4 +16,4 @@ CONTENT = {
 
 
 def recipe(**changes: Any) -> Recipe:
-    return recipe_from_dict({**CONTENT, **changes})
+    return recipe_from_dict({**CONTENT, **changes}, "compare")

@@ -7,8 +7,8 @@ import pytest
 from dwakd.compare import run as compare_run
 from dwakd.compare.plan import RATES, Cell, Variant
 from dwakd.compare.run import Runner, search
-from dwakd.config import RECIPE_FILE
 from dwakd.errors import UserError
+from dwakd.recipe.files import RECIPE_FILE
 from tests.compare.builders import recipe
 
 

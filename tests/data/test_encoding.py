@@ -10,10 +10,10 @@ from tokenizers import normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dwakd.cache.fingerprint import fingerprint
-from dwakd.config import DataSection, Recipe, StudentSection
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.rows import Example
 from dwakd.errors import UserError
+from dwakd.recipe.recipe import recipe_from_dict
 from dwakd.training.recipe import training_config
 from tests.builders import bpe_byte_fallback, byte_bpe, unigram_byte_fallback, wordpiece
 from tests.data.chat import chatml, gemma_like, with_bos
@@ -262,7 +262,8 @@ def test_what_cannot_be_text_is_refused():
 
 def test_the_recipe_s_option_reaches_the_encoders(tmp_path):
     """An option that a recipe accepts and nothing reads protects no prompt."""
-    recipe = Recipe(StudentSection("student"), DataSection("train.jsonl", special_tokens_in_prompts="text"))
+    data = {"train": "train.jsonl", "special_tokens_in_prompts": "text"}
+    recipe = recipe_from_dict({"student": {"model": "student"}, "data": data, "loss": {"method": "sft"}})
     assert training_config(recipe, tmp_path).special_tokens_in_prompts == "text"
     rows = [{"prompt": "What is <|endoftext|> and </s>?", "response": "A token."}]
     run = trainer(tmp_path, method="uld", rows=rows, special_tokens_in_prompts="text")

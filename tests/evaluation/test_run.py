@@ -7,10 +7,10 @@ from typing import Any
 import datasets
 import pytest
 
-from dwakd.config import recipe_from_dict
 from dwakd.errors import UserError
 from dwakd.evaluation.options import EvalOptions, RowOptions
 from dwakd.evaluation.run import EvaluationSet, evaluate_sets, plan_evaluation, read_test_sets
+from dwakd.recipe.recipe import recipe_from_dict
 from tests.builders import byte_bpe, tiny_model
 
 SCORED = [{"prompt": "2 + 2 =", "response": "4"}]
@@ -27,14 +27,15 @@ def test_options_below_one_are_refused_by_name(option: str, tmp_path: Path) -> N
     """A recipe without seeds, tokens or rows would fail or answer nothing after the training."""
     test = write(tmp_path / "test.jsonl", [{"prompt": "2 + 2 =", "response": "4"}])
     section = {"test": [test], option: 0}
-    recipe = recipe_from_dict({"student": {"model": "x"}, "data": {"train": test}, "evaluation": section})
+    content = {"student": {"model": "x"}, "data": {"train": test}, "loss": {"method": "sft"}, "evaluation": section}
     with pytest.raises(UserError, match=rf"^evaluation\.{option} .*got 0"):
-        plan_evaluation(recipe)
+        recipe_from_dict(content)
 
 
 def test_the_sets_and_options_of_a_recipe_are_read(tmp_path: Path) -> None:
     """A test file that is missing must stop the training before it begins."""
-    content: dict[str, Any] = {"student": {"model": "x"}, "data": {"train": "unused", "prompt": "q", "response": "a"}}
+    content: dict[str, Any] = {"student": {"model": "x"}, "loss": {"method": "sft"}}
+    content["data"] = {"train": "unused", "prompt": "q", "response": "a"}
     test = write(tmp_path / "test.jsonl", [{"q": "2 + 2 =", "a": "4"}] * 3)
     section = {"test": [test], "limit": 2, "seeds": 3, "max_new_tokens": 7, "batch_size": 5}
     plan = plan_evaluation(recipe_from_dict({**content, "evaluation": section}))

@@ -7,7 +7,7 @@ import yaml
 
 from tests.builders import byte_bpe, tiny_model
 from tests.cache.builders import LONG, save_teacher
-from tests.test_cli import one_sentence, run
+from tests.command_line import one_sentence, run
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_mistakes(recipe, tmp_path, monkeypatch, capsys):
     assert "is not a teacher cache" in one_sentence(err)
     code, _, err = run(monkeypatch, capsys, "cache", recipe, "teacher.cache_dtype=int4")
     assert code == 2
-    assert "valid ones: float32, bfloat16, float16" in one_sentence(err)
+    assert "cache_dtype must be 'float32', 'bfloat16' or 'float16'" in one_sentence(err)
     code, _, err = run(monkeypatch, capsys, "train", recipe, "training.teacher_cache=x", "-o", tmp_path / "run")
     assert code == 2
     assert "belongs elsewhere" in one_sentence(err)

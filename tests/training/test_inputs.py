@@ -11,9 +11,9 @@ import datasets
 import pytest
 import torch
 
-from dwakd.config import DataSection, Recipe, StudentSection
 from dwakd.data.prompts import Prompts
 from dwakd.errors import UserError
+from dwakd.recipe.sections import DataSection
 from dwakd.training.recipe import recipe_examples
 from tests.training.builders import ROWS, assert_same, trainer, weights
 
@@ -95,8 +95,7 @@ def test_rows_without_a_response_are_skipped(tmp_path: Path, caplog: pytest.LogC
     with pytest.raises(UserError, match=r"the train dataset, row 3 .*'response' .*null"):
         trainer(tmp_path, rows=rows, method="sft")
     path = str(write(tmp_path / "rows.jsonl", rows))
-    recipe = Recipe(StudentSection("student"), DataSection(train=path, eval=path, invalid_rows="skip"))
-    train, evaluation = recipe_examples(recipe)
+    train, evaluation = recipe_examples(DataSection(train=path, eval=path, invalid_rows="skip"))
     assert [len(train), len(evaluation or [])] == [3, 3]
 
 

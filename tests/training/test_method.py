@@ -13,7 +13,7 @@ ONE_TOKENIZER = [("kd", {}), ("dskd", {"attention": False})]
 @pytest.mark.parametrize(("method", "options"), ONE_TOKENIZER)
 def test_two_tokenizers_are_refused(tmp_path, method, options):
     """Rows of two tokenizers have nothing to do with each other; nor have their vocabularies."""
-    with pytest.raises(UserError, match=f"method {method} needs a teacher with the student's tokenizer"):
+    with pytest.raises(UserError, match=f"method {method} requires a teacher with the student's tokenizer"):
         trainer(tmp_path, method=method, loss_options=options, two_tokenizers=True)
 
 

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from dwakd.config import recipe_from_dict
 from dwakd.errors import UserError
+from dwakd.recipe.recipe import recipe_from_dict
 from dwakd.training.checkpoint import LOSS_STATE
 from dwakd.training.run_folder import (
     RUN_FILE,
@@ -23,7 +23,8 @@ from tests.training.builders import trainer
 
 def recipe_of(**sections):
     """A recipe for a tiny run."""
-    return recipe_from_dict({"student": {"model": "x"}, "data": {"train": "rows.jsonl"}, **sections})
+    content = {"student": {"model": "x"}, "data": {"train": "rows.jsonl"}, "loss": {"method": "sft"}}
+    return recipe_from_dict({**content, **sections})
 
 
 def save_run(folder, recipe, step=3):

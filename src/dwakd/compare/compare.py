@@ -11,12 +11,13 @@ from rich.console import Group
 from dwakd.compare.plan import Cell, variants_of
 from dwakd.compare.run import Runner, search
 from dwakd.compare.table import CellScores, comparison_tables, read_cell, summarise_comparison
-from dwakd.config import CompareSection, Recipe, TeacherSection
 from dwakd.errors import UserError
 from dwakd.evaluation.options import RowOptions
 from dwakd.evaluation.run import evaluate_sets, plan_evaluation
 from dwakd.folders import check_output_folder
 from dwakd.losses import method_options
+from dwakd.recipe.recipe import Recipe
+from dwakd.recipe.sections import CompareSection, TeacherSection
 from dwakd.training.cache_run import cache_recipe
 from dwakd.training.recipe import check_options
 
@@ -51,13 +52,15 @@ def compare_methods(
     if not seeds:
         raise UserError("compare.seeds is empty: set at least one training seed")
     variants = variants_of(recipe, section, ablation=ablation)
+    cached = _with_teacher_caches(recipe, folder)
     for variant in variants:
-        check_options(Cell(variant, seeds[0]).recipe(recipe), folder)
+        check_options(Cell(variant, seeds[0]).recipe(cached), folder)
     _check_test_sets(recipe)
     options = [method_options(variant.method, variant.options) for variant in variants]
     with_teacher = [item for item in options if item.needs_teacher]
     if not all(item.needs_attention for item in with_teacher):
-        recipe = _with_teacher_caches(recipe, folder)
+        recipe = cached
+        cache_recipe(recipe)
     runner = Runner(recipe, folder, jobs)
     failures: dict[str, str] = {}
     if lr_sweep:
@@ -82,15 +85,11 @@ def compare_methods(
 
 
 def _with_teacher_caches(recipe: Recipe, folder: Path) -> Recipe:
-    """Build or complete a cache for each teacher, once for all runs, and return the recipe that uses them."""
+    """Return the recipe with a cache for each teacher, which all runs share."""
     names = ["teacher-cache", *(f"teacher-cache-{number}" for number in range(2, len(recipe.teachers) + 1))]
     caches = [teacher.cache or str(folder / name) for teacher, name in zip(recipe.teachers, names, strict=True)]
-    teachers = [
-        dataclasses.replace(teacher, cache=cache) for teacher, cache in zip(recipe.teachers, caches, strict=True)
-    ]
-    recipe = dataclasses.replace(recipe, teacher=teachers)
-    cache_recipe(recipe)
-    return recipe
+    pairs = zip(recipe.teachers, caches, strict=True)
+    return recipe.model_copy(update={"teacher": [one.model_copy(update={"cache": cache}) for one, cache in pairs]})
 
 
 def _check_test_sets(recipe: Recipe) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from dwakd.config import CompareSection, Recipe
 from dwakd.errors import UserError
 from dwakd.losses import METHODS, method_class, method_options
+from dwakd.recipe.recipe import Recipe
+from dwakd.recipe.sections import CompareSection
 
 _NO_WEIGHTS = {"entropy_weights": False, "gate": False, "teacher_weights": False}
 _NO_ALIGNMENT = {"dtw_hidden": False, "dtw_embedding": False}
@@ -63,13 +63,13 @@ class Cell:
         evaluation = recipe.evaluation
         if self.search:
             training |= {"load_best_model_at_end": False, "save_strategy": "no"}
-            evaluation = dataclasses.replace(evaluation, test=[])
+            evaluation = evaluation.model_copy(update={"test": []})
         teachers = recipe.teachers
         if method_options(self.variant.method, self.variant.options).needs_attention:  # a cache contains no attention
-            teachers = [dataclasses.replace(teacher, cache=None, cache_dtype=None) for teacher in teachers]
+            teachers = [teacher.model_copy(update={"cache": None, "cache_dtype": None}) for teacher in teachers]
         loss = {"method": self.variant.method, **self.variant.options}
-        cell = dataclasses.replace(recipe, loss=loss, teacher=teachers or None, compare=None)
-        return dataclasses.replace(cell, training=training, evaluation=evaluation)
+        changed = {"loss": loss, "teacher": teachers or None, "training": training, "evaluation": evaluation}
+        return recipe.replace(**changed, compare=None)
 
 
 def variants_of(recipe: Recipe, section: CompareSection, *, ablation: bool) -> list[Variant]:
@@ -90,8 +90,6 @@ def variants_of(recipe: Recipe, section: CompareSection, *, ablation: bool) -> l
     for name, options in section.options.items():
         if name not in known:
             raise UserError(f"compare.options names {name}, which is not among the compared methods {', '.join(known)}")
-        if not isinstance(options, dict):
-            raise UserError(f"compare.options.{name} must be options with values, got {options!r}")
         method_options(name, options, f"compare.options.{name}.")
     given = section.options | {recipe.method: recipe.loss_options | section.options.get(recipe.method, {})}
     return [Variant(name, method, {**given.get(method, {}), **options}) for name, (method, options) in rows.items()]

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dwakd.compare.plan import Cell, Variant, search_of
-from dwakd.config import RECIPE_FILE, Recipe
+from dwakd.recipe.files import RECIPE_FILE
+from dwakd.recipe.recipe import Recipe
 from dwakd.training.run_folder import RUN_FILE, check_same_recipe
 
 MOVABLE = re.compile(r"teacher\.(\d+\.)?cache$")

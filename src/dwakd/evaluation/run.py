@@ -6,12 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Group
 from rich.text import Text
 
-from dwakd.config import RECIPE_FILE, Recipe, read_saved_recipe
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import SUFFIXES, TEST_SPLITS, Example, load_examples
 from dwakd.errors import UserError
@@ -23,6 +22,10 @@ from dwakd.evaluation.report import check_overwrite, evaluation_table, write_eva
 from dwakd.folders import check_output_folder
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.models.rows import check_head
+from dwakd.recipe.files import RECIPE_FILE, read_saved_recipe
+
+if TYPE_CHECKING:  # the recipe imports losses
+    from dwakd.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -48,17 +51,10 @@ class EvaluationPlan(NamedTuple):
 
 
 def plan_evaluation(recipe: Recipe) -> EvaluationPlan:
-    """Read the test sets of a recipe and validate its evaluation section; needs no model.
-
-    Raises:
-        UserError: as `read_test_sets`, or an option is out of range; the message names it as evaluation.NAME.
-    """
+    """Read the test sets of a recipe as `read_test_sets` does; needs no model."""
     section, data = recipe.evaluation, recipe.data
-    try:
-        rows = RowOptions(prompt=data.prompt, response=data.response, input=data.input, limit=section.limit)
-        options = EvalOptions(seeds=section.seeds, max_new_tokens=section.max_new_tokens, batch_size=section.batch_size)
-    except UserError as error:
-        raise UserError(f"evaluation.{error}") from error
+    rows = RowOptions(prompt=data.prompt, response=data.response, input=data.input, limit=section.limit)
+    options = EvalOptions(seeds=section.seeds, max_new_tokens=section.max_new_tokens, batch_size=section.batch_size)
     return EvaluationPlan(read_test_sets(section.test, rows), options)
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from dwakd.cache.store import Cache, open_complete
-from dwakd.config import Recipe, StudentSection, TeacherSection, load_recipe
 from dwakd.errors import UserError
 from dwakd.models.loading import load_tokenizer
+from dwakd.recipe.recipe import Recipe, load_recipe
+from dwakd.recipe.sections import StudentSection, TeacherSection
 from dwakd.training.inputs import encode_source, make_encoder
 from dwakd.training.recipe import load_section, recipe_examples, training_config
-from dwakd.training.teacher import refuse_attention
 
 
 def cache_recipe(recipe: Recipe, folder: str | Path | None = None, *, check: bool = False) -> list[Cache]:
@@ -34,9 +33,9 @@ def cache_recipe(recipe: Recipe, folder: str | Path | None = None, *, check: boo
             "teacher.cache is missing: name the folder of a teacher's cache in the recipe (or with --output)"
         )
     args = training_config(recipe, "unused")
-    train, evaluation = recipe_examples(recipe)
+    train, evaluation = recipe_examples(recipe.data)
     teachers = [
-        None if place is None else load_section(dataclasses.replace(section, cache=str(place)))[0]
+        None if place is None else load_section(section.model_copy(update={"cache": str(place)}))[0]
         for section, place in zip(recipe.teachers, folders, strict=True)
     ]
     sections: list[StudentSection | TeacherSection] = [recipe.student, *recipe.teachers]
@@ -69,10 +68,7 @@ def cache_command(path: Path, overrides: list[str], folder: Path | None, *, chec
             raise UserError(f"{path} is a folder: give a recipe, or add --check to verify the cache in it")
         caches = [open_complete(path, progress=True)]
     else:
-        recipe = load_recipe(path, overrides)
-        if recipe.compare is None:  # a comparison builds the cache for its other methods
-            refuse_attention(recipe.method, recipe.loss_options)
-        caches = cache_recipe(recipe, folder, check=check)
+        caches = cache_recipe(load_recipe(path, overrides, "cache"), folder, check=check)
     result = "is complete" if check else "is ready; train from it with teacher.cache: {}"
     return "\n".join(
         f"teacher cache {cache.folder} ({cache.describe()}) {result.format(cache.folder)}" for cache in caches

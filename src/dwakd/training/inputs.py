@@ -1,4 +1,4 @@
-"""What a trainer accepts: models and tokenizers by name or loaded, data in any of the usual forms."""
+"""Load and check what a trainer is given: models and tokenizers by name or as objects, and data sets of any form."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,6 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import REFUSED, EncodedPairs, align_by_spelling, encode_pairs
 from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, Example, load_examples
 from dwakd.errors import UserError
-from dwakd.losses import method_class
 from dwakd.models.head import embedding_table, model_name, output_head
 from dwakd.models.loading import align_special_tokens, check_vocabulary, load_causal_lm, load_tokenizer, quiet_peft
 from dwakd.models.rows import check_head
@@ -27,7 +26,7 @@ Pair: TypeAlias = tuple[Model, PreTrainedTokenizerBase]
 
 
 def checked_args(args: Any) -> DistillConfig:
-    """The arguments, if they are ours and this process can train with them."""
+    """Return the training arguments, or raise UserError if this process cannot train with them."""
     args = args or DistillConfig()
     if not isinstance(args, DistillConfig):
         raise UserError(f"args must be a dwakd.DistillConfig, which takes every option of {type(args).__name__}")
@@ -37,14 +36,12 @@ def checked_args(args: Any) -> DistillConfig:
             f"--nproc-per-node={args.n_gpu}, or set CUDA_VISIBLE_DEVICES to one of them"
         )
     if args.accelerator_config.dispatch_batches:
-        raise UserError(
-            "accelerator_config.dispatch_batches cannot be used, as each process makes its own batches; leave it out"
-        )
+        raise UserError("accelerator_config.dispatch_batches cannot be used: each process makes its own batches")
     return args
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    """The student with adapters to train; refuses adapters that change matrices outside themselves or cannot be saved."""
+    """Add an adapter to the student; refuse one that changes the head's matrix or that cannot be saved."""
     try:
         with quiet_peft():
             adapted = get_peft_model(model, config)
@@ -57,11 +54,11 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
 
 
 def load_pair(model: str | Model, tokenizer: PreTrainedTokenizerBase | None, args: DistillConfig, name: str) -> Pair:
-    """A model with its tokenizer, loaded if given by name, and checked to be one that losses can use.
+    """Load a model and its tokenizer if they are given by name, and check that losses can use them.
 
     Raises:
-        UserError: no tokenizer beside a loaded model, a head that is not the whole way from hidden states to logits, or
-            a tokenizer with more tokens than the model.
+        UserError: a loaded model has no tokenizer (the argument `name`), its logits are not its head applied to its
+            hidden states, or the tokenizer has no end of sequence or more tokens than the model.
     """
     if isinstance(model, str):
         tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=args.trust_remote_code)
@@ -87,19 +84,13 @@ def load_student_pair(
     model: str | Model,
     tokenizer: PreTrainedTokenizerBase | None,
     args: DistillConfig,
-    peft_config: PeftConfig | None,
+    peft_config: Any,
     train_dataset: Any,
 ) -> Pair:
-    """The student with its tokenizer; one that is to be trained is checked before teachers and data are prepared.
-
-    Raises:
-        UserError: as `load_pair`, `check_training` and `check_student`; or an adapter for a model that has one.
-    """
+    """Load the student as `load_pair` does; if there is data to train on, also check that it can be trained and saved."""
     model, tokenizer = load_pair(model, tokenizer, args, "processing_class")
     if isinstance(model, PeftModel) and peft_config is not None:
-        raise UserError(
-            "the student has an adapter already: leave out peft_config, or give the model without the adapter"
-        )
+        raise UserError("the student has an adapter already: leave out peft_config, or give the model without it")
     if train_dataset is not None:
         check_training(model, gradient_checkpointing=args.gradient_checkpointing)
         if peft_config is None:
@@ -108,72 +99,64 @@ def load_student_pair(
 
 
 def make_encoder(tokenizer: PreTrainedTokenizerBase, args: DistillConfig, date: str | None = None) -> TextEncoder:
-    """The encoder that the data options of `args` describe; `date` is what a chat template prints as today's."""
+    """Make the encoder of a tokenizer; `date` is the date that a chat template prints as today's."""
     return TextEncoder(tokenizer, args.template, args.bos, args.special_tokens_in_prompts, date=date)
 
 
 def encode_source(
-    source: Source | None,
-    encoders: tuple[TextEncoder, ...],
-    args: DistillConfig,
-    role: str,
-    name: str | None = None,
+    source: Source | None, encoders: tuple[TextEncoder, ...], args: DistillConfig, role: str, name: str | None = None
 ) -> tuple[list[Example], EncodedPairs | None]:
-    """The examples of a data set and what the method wants of their tokens.
+    """Read and encode a data set, if there is one.
 
     Args:
-        source: the data set, if there is one.
-        encoders: of the student and of each teacher.
-        args: columns, template and truncation.
-        role: "train" or "eval".
-        name: what messages call it.
+        source: the data set.
+        encoders: the encoder of the student, then that of each teacher.
+        args: columns, truncation and method.
+        role: "train" or "eval", which decides the split to read.
+        name: name of the data set in messages.
+
+    Returns:
+        The examples whose prompts can be rendered (none if `source` is already encoded), and the encoded pairs.
     """
     if source is None:
         return [], None
-    examples, pairs = ([], source) if isinstance(source, EncodedPairs) else _encode(source, encoders, args, role, name)
-    if method_class(args.method).options_type.needs_edit_alignment:
+    examples: list[Example] = []
+    if isinstance(source, EncodedPairs):
+        pairs = source
+    else:
+        name = name or (str(source) if isinstance(source, str | Path) else f"the {role} dataset")
+        examples = _read(source, args, role, name)
+        pairs = encode_pairs(
+            examples,
+            *encoders,
+            max_length=args.max_length,
+            max_prompt_length=args.max_prompt_length,
+            invalid_rows=args.invalid_rows,
+            source=name,
+        )
+        refused = set(pairs.report.get(REFUSED, ()))
+        examples = [example for example in examples if example.index not in refused]
+    if args.method_options.needs_edit_alignment:
         align_by_spelling(pairs, *encoders)
     return examples, pairs
 
 
-def _encode(
-    source: Rows,
-    encoders: tuple[TextEncoder, ...],
-    args: DistillConfig,
-    role: str,
-    name: str | None,
-) -> tuple[list[Example], EncodedPairs]:
-    name = name or (str(source) if isinstance(source, str | Path) else f"the {role} dataset")
+def _read(source: Rows, args: DistillConfig, role: str, name: str) -> list[Example]:
     if isinstance(source, list) and source and isinstance(source[0], Example):
-        examples = [example for example in source if isinstance(example, Example)]
-    else:
-        examples = load_examples(
-            source,
-            split=EVAL_SPLITS if role == "eval" else TRAIN_SPLITS,
-            prompt=args.prompt_column,
-            response=args.response_column,
-            input=args.input_column,
-            invalid_rows=args.invalid_rows,
-            name=name,
-        )
-    pairs = encode_pairs(
-        examples,
-        *encoders,
-        max_length=args.max_length,
-        max_prompt_length=args.max_prompt_length,
+        return [example for example in source if isinstance(example, Example)]
+    return load_examples(
+        source,
+        split=EVAL_SPLITS if role == "eval" else TRAIN_SPLITS,
+        prompt=args.prompt_column,
+        response=args.response_column,
+        input=args.input_column,
         invalid_rows=args.invalid_rows,
-        source=name,
+        name=name,
     )
-    refused = set(pairs.report.get(REFUSED, ()))  # no prompt can be rendered, so none can be answered
-    return [example for example in examples if example.index not in refused], pairs
 
 
 def check_batches(pairs: EncodedPairs | None, args: DistillConfig) -> None:
-    """Refuse to leave out the last batch where it is the only one.
-
-    Raises:
-        UserError: as said.
-    """
+    """Raise UserError if `dataloader_drop_last` would leave out the only batch."""
     size = args.train_batch_size * args.world_size
     if pairs is not None and args.dataloader_drop_last and len(pairs) < size:
         raise UserError(

@@ -1,4 +1,4 @@
-"""From the models and tokenizers at hand to the method that a configuration names."""
+"""Build the loss of the configured method from the models and tokenizers."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from dwakd.data.encoding import TextEncoder
 from dwakd.errors import UserError
-from dwakd.losses import DistillationLoss, ModelPair, SeveralTeachers, Widths, build_loss, method_class
+from dwakd.losses import DistillationLoss, ModelPair, SeveralTeachers, Widths, build_loss
 from dwakd.models.head import embedding_table, output_head
 from dwakd.training.config import DistillConfig
 from dwakd.training.teacher import Teacher
@@ -19,13 +19,27 @@ def build_method(
     teachers: list[Teacher],
     encoders: tuple[TextEncoder, ...],
 ) -> DistillationLoss[Any] | SeveralTeachers:
-    """The configured method, given what it needs of the models; one for each teacher if there are several.
+    """Build the loss of the configured method for teachers that are prepared; `encoders` begins with the student's.
 
     Raises:
-        UserError: an option that the method refuses, or two tokenizers where it needs one.
+        UserError: the method refuses an option, or requires one tokenizer and there are two.
     """
-    own, *theirs = encoders
-    losses = [_build(args, student, teacher, (own, encoder)) for teacher, encoder in zip(teachers, theirs, strict=True)]
+    head = output_head(student).detached()
+    embedding_size = embedding_table(student).shape[1]
+    own = encoders[0]
+    losses = []
+    for teacher, encoder in zip(teachers, encoders[1:], strict=True):
+        widths = Widths(head.hidden_size, teacher.head.hidden_size, embedding_size, teacher.embedding_size)
+        pair = None
+        if args.method_options.needs_models == "pair":
+            ends = own.end_token_id, encoder.end_token_id
+            pair = ModelPair(widths, own.token_bytes(), encoder.token_bytes(), head, teacher.head, ends)
+        if args.method_options.needs_same_vocabulary and own.tokenizer.get_vocab() != encoder.tokenizer.get_vocab():
+            raise UserError(
+                f"method {args.method} requires a teacher with the student's tokenizer, and their tokenizers differ: "
+                "use dwa_kd, or dskd with attention, which work with any tokenizers"
+            )
+        losses.append(build_loss(args.method, args.loss_options, widths=widths, pair=pair))
     if not losses:
         return build_loss(args.method, args.loss_options)
     if len(losses) == 1:
@@ -33,29 +47,3 @@ def build_method(
     return SeveralTeachers(
         losses, args.teacher_weights, gate=args.teacher_gate, temperature=args.teacher_gate_temperature
     )
-
-
-def _build(
-    args: DistillConfig,
-    student: PreTrainedModel | PeftModel,
-    teacher: Teacher,
-    encoders: tuple[TextEncoder, TextEncoder],
-) -> DistillationLoss[Any]:
-    student_encoder, teacher_encoder = encoders
-    head = output_head(student).detached()
-    widths = Widths(
-        head.hidden_size, teacher.head.hidden_size, embedding_table(student).shape[1], teacher.embedding_size
-    )
-    pair = None
-    if method_class(args.method).options_type.needs_models == "pair":
-        tokens = [encoder.token_bytes() for encoder in (student_encoder, teacher_encoder)]
-        ends = student_encoder.end_token_id, teacher_encoder.end_token_id
-        pair = ModelPair(widths, tokens[0], tokens[1], head, teacher.head, ends)
-    loss = build_loss(args.method, args.loss_options, widths=widths, pair=pair)
-    vocabularies = [encoder.tokenizer.get_vocab() for encoder in (student_encoder, teacher_encoder)]
-    if loss.options.needs_same_vocabulary and vocabularies[0] != vocabularies[1]:
-        raise UserError(
-            f"method {args.method} needs a teacher with the student's tokenizer, and theirs differ; "
-            "dwa_kd and dskd with attention work across tokenizers"
-        )
-    return loss

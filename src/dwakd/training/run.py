@@ -1,4 +1,4 @@
-"""From a recipe to a finished student folder: what `dwakd train` does."""
+"""Train a student as a recipe describes: the work of `dwakd train`."""
 
 from __future__ import annotations
 
@@ -17,39 +17,29 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from dwakd.cache.store import write_file
-from dwakd.config import RECIPE_FILE, Recipe
 from dwakd.errors import UserError
 from dwakd.evaluation.run import EvaluationPlan, check_room
-from dwakd.losses import method_class
+from dwakd.recipe.files import RECIPE_FILE
+from dwakd.recipe.recipe import Recipe
+from dwakd.recipe.sections import lora_config
 from dwakd.training.checkpoint import load_student
 from dwakd.training.inputs import make_encoder
 from dwakd.training.recipe import check_options, load_section, recipe_examples
 from dwakd.training.run_folder import RUN_FILE, alone_in, check_output, has_steps_left, is_finished, write_card
 from dwakd.training.trainer import DistillTrainer
 
+PACKAGES = ("dwakd", "torch", "transformers", "tokenizers", "peft", "datasets", "accelerate", "numba")
+
 
 def build_trainer(recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan | None = None) -> DistillTrainer:
-    """Load data, models and loss of a recipe into a trainer; mistakes show before a model is loaded where they can.
-
-    Args:
-        recipe: the recipe.
-        output_dir: folder of the run.
-        plan: the test sets to answer after the training; a prompt that the student has no room to answer is an error.
-    """
-    args, peft_config = check_options(recipe, output_dir)
-    for section in recipe.teachers:
-        if section.cache is None and section.cache_dtype is not None:
-            raise UserError("teacher.cache_dtype is of a cache: name its folder in teacher.cache, or leave it out")
-    train, evaluation = recipe_examples(recipe)
-    names = {"train": recipe.data.train, "eval": recipe.data.eval or ""}
+    """Load the data and the models of a recipe into a trainer; check that the student has room for the plan's prompts."""
+    args = check_options(recipe, output_dir)
+    peft, data = recipe.student.peft, recipe.data
+    train, evaluation = recipe_examples(data)
     student, student_tokenizer = load_section(recipe.student)
     if plan is not None:
         check_room(plan, student, make_encoder(student_tokenizer, args))
-    teachers = (
-        [load_section(section) for section in recipe.teachers]
-        if method_class(recipe.method).options_type.needs_teacher
-        else []
-    )
+    teachers = [load_section(section) for section in recipe.teachers] if recipe.loss.needs_teacher else []
     try:
         return DistillTrainer(
             model=student,
@@ -59,19 +49,19 @@ def build_trainer(recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan |
             eval_dataset=evaluation,
             processing_class=student_tokenizer,
             teacher_processing_class=[tokenizer for _, tokenizer in teachers],
-            peft_config=peft_config,
-            dataset_names=names,
+            peft_config=None if peft is None else lora_config(peft),
+            dataset_names={"train": data.train, "eval": data.eval or ""},
         )
     except (ImportError, ValueError, RuntimeError) as error:
         if isinstance(error, UserError) or (type(error) is RuntimeError and "requires" not in str(error)):
             raise
-        raise UserError(f"training options: {error}") from error  # a tracker or a backend that isn't installed
+        raise UserError(f"training options: {error}") from error  # a tracker or a backend that is not installed
 
 
 def train(
     recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan | None = None, *, resume: bool = False
 ) -> DistillTrainer:
-    """Run a recipe; the folder ends up as a plain Hugging Face model with the recipe and versions beside it."""
+    """Train as a recipe describes; save the student as a plain Hugging Face model, with the recipe and versions."""
     folder = Path(output_dir)
     checkpoint = check_output(folder, resume=resume, recipe=recipe)
     finished = resume and is_finished(folder, recipe)
@@ -85,7 +75,7 @@ def train(
             write_file(folder / RECIPE_FILE, recipe.dump().encode())
         if steps_left:
             trainer.train(resume_from_checkpoint=checkpoint)
-        else:  # it broke off between its last checkpoint and its end; transformers would take a step more
+        else:  # the run was stopped after its last checkpoint; transformers would take another step
             _restore(trainer, Path(str(checkpoint)), None)
         trainer.save_model()
         trainer.save_state()
@@ -96,24 +86,24 @@ def train(
 
 
 def _restore(trainer: DistillTrainer, folder: Path, weights: Path | None) -> None:
-    """The state of the training in a folder, with these weights; those of the best checkpoint or the folder's if None."""
+    """Load the state of training from a folder and `weights`, by default those of the best checkpoint or the folder."""
     trainer.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     load_student(trainer.student, weights or best or folder)
 
 
 def end_of_run() -> None:
-    """Leave the process group together; a rank that exits first aborts the others."""
+    """Leave the process group together with the other ranks; a rank that exits first aborts the others."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)  # gloo's threads can outlive the interpreter and abort the process after all is done
+        os._exit(0)  # threads of gloo can outlive the interpreter and abort the process at its end
 
 
 def peak_memory_bytes() -> int | None:
-    """The most memory this process has held: of the GPU, if there is one. None on Windows, which does not tell."""
+    """Return the largest memory of the GPU, or else of this process, in use so far; None on Windows."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:
@@ -125,11 +115,10 @@ def peak_memory_bytes() -> int | None:
 
 
 def run_record(trainer: DistillTrainer) -> dict[str, Any]:
-    """What made a run: versions and the models' revisions; and what it cost, the median time of a step."""
-    packages = ("dwakd", "torch", "transformers", "tokenizers", "peft", "datasets", "accelerate", "numba")
+    """Return versions, revisions of the models, and the cost of a run with the median time of a step."""
     teachers = [getattr(teacher, "model", None) for teacher in trainer.teachers]
     return {
-        "versions": {name: metadata.version(name) for name in packages},
+        "versions": {name: metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "student_revision": getattr(trainer.student.config, "_commit_hash", None),
         "teacher_revisions": [getattr(getattr(model, "config", None), "_commit_hash", None) for model in teachers],

@@ -15,9 +15,10 @@ from filelock import FileLock, Timeout
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from dwakd.config import RECIPE_FILE, Recipe, parse_yaml, read_saved_recipe
 from dwakd.errors import UserError
 from dwakd.folders import check_output_folder
+from dwakd.recipe.files import RECIPE_FILE, parse_yaml, read_saved_recipe
+from dwakd.recipe.recipe import Recipe
 from dwakd.training.checkpoint import LOSS_STATE, checkpoint_fault, ends_well
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,8 @@
 """Shrunk models keep the right layers, have a consistent config and are saved as plain checkpoints."""
 
+import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from dwakd.errors import UserError
 from dwakd.models.rows import check_head
 from dwakd.tools.shrink.shrink import block_influence, shrink_model, text_bits_per_byte
 from tests.builders import SAMPLE_TEXTS, bpe_byte_fallback, byte_bpe, tiny_model, unigram_byte_fallback, wordpiece
+from tests.command_line import one_sentence, run
 
 TEXTS = SAMPLE_TEXTS * 3
 LAYERS = {"gpt2": "n_layer"}
@@ -191,3 +194,20 @@ def test_models_with_no_layer_to_drop_say_so(layers, asked):
         shrink_model(deep_model("llama", layers=layers), byte_bpe(), TEXTS, num_layers=asked)
     with pytest.raises(UserError, match=r"--layers.*--vocab-size"):
         shrink_model(deep_model("llama", layers=layers), byte_bpe(), TEXTS)
+
+
+def test_the_command(workspace, tmp_path, monkeypatch, capsys):
+    """A smaller folder that loads; a vocabulary below the alphabet is refused with the least that works."""
+    student = tmp_path / "student"
+    shutil.copytree(workspace / "student", tmp_path / "original")
+    settings = tmp_path / "original" / "generation_config.json"  # as of Llama 2 Chat; transformers refuses to save it
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "do_sample": False, "temperature": 0.6}))
+    arguments = ["shrink", tmp_path / "original", "-d", workspace / "data.jsonl", "--layers", 2]
+    code, out, err = run(monkeypatch, capsys, *arguments, "--vocab-size", 300, "-o", student)
+    assert code == 0, err
+    assert "bits per byte" in out
+    assert (student / "config.json").is_file()
+    code, _, err = run(monkeypatch, capsys, *arguments, "--vocab-size", 20, "-o", tmp_path / "other")
+    assert code == 2
+    assert "20" in one_sentence(err)
+    assert not (tmp_path / "other").exists()

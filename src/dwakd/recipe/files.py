@@ -1,0 +1,110 @@
+"""Recipe files: YAML that is read strictly, and options that the command line overrides."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dwakd.errors import UserError
+
+RECIPE_FILE = "dwakd-recipe.yaml"
+"""The resolved recipe in a run's folder."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Read 5e-4 as a number and `no` as a word, and refuse repeated keys.
+
+    YAML 1.1 reads 5e-4 as a string and `no` as false, and uses the last of two equal keys.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own name)
+        first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:bool"]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value} is given twice", problem_mark=key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the content of a YAML text, read strictly."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read the sections of a recipe file and apply overrides, without validating their options.
+
+    Raises:
+        UserError: there is no such file, it is not valid YAML, or an override cannot be applied.
+    """
+    if not path.is_file():
+        raise UserError(f"recipe {path} does not exist")
+    content, fault = _read(path)
+    if fault:
+        raise UserError(f"recipe {path} is not valid YAML: {fault}")
+    if not isinstance(content, dict):
+        raise UserError(f"recipe {path} must contain sections such as student, teacher and data")
+    for override in overrides:
+        apply_override(content, override)
+    return content
+
+
+def read_saved_recipe(path: Path, *, mend: str) -> dict[str, Any]:
+    """Read the sections of the recipe in a run's folder.
+
+    Raises:
+        UserError: it cannot be read; the message ends with `mend`.
+    """
+    content, fault = _read(path)
+    if not isinstance(content, dict) or not isinstance(content.get("data"), dict):
+        raise UserError(f"{path} is damaged ({fault or 'it has no section data'}); {mend}")
+    return content
+
+
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Set one dotted option of nested sections, `section.name=value`, with the value read as YAML."""
+    name, equals, value = override.partition("=")
+    *sections, option = name.split(".")
+    if not equals or not all((*sections, option)):
+        raise UserError(f"override {override!r} must look like section.option=value, for example loss.temperature=4")
+    node = content
+    for key in sections:
+        if node.get(key) is None:
+            node[key] = {}
+        if not isinstance(node[key], dict):
+            kind = "a list" if isinstance(node[key], list) else "no section"
+            raise UserError(f"override {override!r}: {key} is {kind} here; edit the recipe")
+        node = node[key]
+    try:
+        node[option] = parse_yaml(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML") from error
+
+
+def _read(path: Path) -> tuple[Any, str]:
+    """Return the content of a YAML file, or what is wrong with it in one line without PyYAML's name of the stream."""
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8")), ""
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        if mark is not None:
+            return None, f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None)}"
+        return None, " ".join(str(error).replace('in "<unicode string>", ', "").split())

@@ -1,0 +1,134 @@
+"""A whole recipe, validated: its sections, and what depends on several of them."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from dwakd.errors import UserError
+from dwakd.losses import METHODS, MethodOptions
+from dwakd.recipe.files import read_recipe
+from dwakd.recipe.sections import CompareSection, DataSection, EvaluationSection, StudentSection, TeacherSection
+from dwakd.recipe.training import TrainingSection
+from dwakd.validation import Section, parse
+
+DEFAULT_METHOD = "dwa_kd"
+Command = Literal["train", "cache", "compare"]
+
+if TYPE_CHECKING:
+    Loss: TypeAlias = MethodOptions
+else:
+    Loss = Annotated[
+        functools.reduce(operator.or_, (method.options_type for method in METHODS.values())),
+        Field(discriminator="method"),
+    ]
+
+
+class Recipe(Section):
+    """A training run. Validation with the context "cache" or "compare" permits what only those commands can use."""
+
+    student: StudentSection = Field(description="The model to train.")
+    data: DataSection = Field(description="The rows to train on, and how they become text.")
+    teacher: TeacherSection | list[TeacherSection] | None = Field(None, description="One teacher, or several.")
+    loss: Loss = Field(METHODS[DEFAULT_METHOD].options_type(), description="The method and its options.")
+    training: TrainingSection = Field({}, description="Options of transformers.TrainingArguments and of DistillConfig.")
+    evaluation: EvaluationSection = Field(EvaluationSection(), description="Test sets to answer after the training.")
+    compare: CompareSection | None = Field(None, description="What `dwakd compare` trains.")
+
+    @field_validator("loss", mode="wrap")
+    @classmethod
+    def _add_method(cls, loss: Any, validate: Callable[[Any], MethodOptions]) -> MethodOptions:
+        if not isinstance(loss, dict):
+            return validate(loss)
+        options = validate({"method": DEFAULT_METHOD, **loss})
+        options.model_fields_set.intersection_update(loss)  # defaults that `compat` replaced were not given
+        return options
+
+    @property
+    def teachers(self) -> list[TeacherSection]:
+        """The teachers as a list."""
+        if isinstance(self.teacher, list):
+            return self.teacher
+        return [] if self.teacher is None else [self.teacher]
+
+    @property
+    def method(self) -> str:
+        """Name of the method."""
+        return str(self.loss.method)  # type: ignore[attr-defined]
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """The options of the method that the recipe gives."""
+        return self.loss.model_dump(exclude_unset=True, exclude={"method"})
+
+    def dump(self) -> str:
+        """Return the resolved recipe as YAML; reading it gives the same recipe."""
+        content = self.model_dump() | {"loss": {"method": self.method, **self.loss_options}}
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+    def replace(self, **sections: Any) -> Recipe:
+        """Return a recipe with other sections, validated for training."""
+        return parse(Recipe, dict(self) | sections)
+
+    @model_validator(mode="after")
+    def _check_run(self, info: Any) -> Recipe:  # a ValidationInfo, a protocol that beartype cannot check
+        command = info.context or "train"
+        if command == "compare" or (command == "cache" and self.compare is not None):
+            return self
+        if self.loss.needs_teacher and not self.teachers:
+            raise UserError(f"method {self.method} needs a teacher: add a teacher section to the recipe")
+        for teacher in self.teachers:
+            if teacher.cache is None and teacher.cache_dtype is not None and command == "train":
+                raise UserError("teacher.cache_dtype requires teacher.cache, the folder of the cache")
+            if teacher.cache is not None and self.loss.needs_attention:
+                raise UserError(
+                    f"method {self.method} reads the teacher's attention, which a cache does not contain; set "
+                    "loss.span_weights=uniform, or train without teacher.cache"
+                )
+        self._check_evaluation()
+        return self
+
+    def _check_evaluation(self) -> None:
+        options = self.training
+        for name in ("eval_strategy", "eval_rouge_l", "load_best_model_at_end", "metric_for_best_model"):
+            if self.data.eval is None and options.get(name) not in (None, False, "no"):
+                raise UserError(f"training.{name} requires an evaluation set: set data.eval")
+        if self.data.eval is None and options.get("save_strategy") == "best":
+            raise UserError("training.save_strategy=best requires an evaluation set: set data.eval")
+        metric = (options.get("metric_for_best_model") or "loss").removeprefix("eval_")
+        valid = [*METHODS[self.method].terms, "loss", "bits_per_byte"]
+        valid += ["rouge_l"] if options.get("eval_rouge_l") else []
+        if metric not in valid:
+            hint = "requires training.eval_rouge_l=true; other" if metric == "rouge_l" else "is unknown;"
+            raise UserError(f"training.metric_for_best_model {metric} {hint} valid ones: {', '.join(valid)}")
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None, command: Command = "train") -> Recipe:
+    """Read a recipe and apply overrides such as `loss.temperature=4`.
+
+    Raises:
+        UserError: there is no such file, it is not valid YAML, or an option is unknown, missing or has a value that is
+            not allowed; the message gives its dotted name.
+    """
+    return recipe_from_dict(read_recipe(Path(path), overrides or ()), command)
+
+
+def recipe_from_dict(content: dict[str, Any], command: Command = "train") -> Recipe:
+    """Validate the sections of a recipe, as `load_recipe` does. A section that is None is left out."""
+    given = {name: section for name, section in content.items() if section is not None}
+    return parse(Recipe, given, context=command)
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a recipe."""
+    schema = Recipe.model_json_schema()
+    for definition in schema["$defs"].values():
+        if definition.get("properties", {}).get("method", {}).get("const", DEFAULT_METHOD) != DEFAULT_METHOD:
+            definition["required"] = ["method"]  # so that options without a method match the default one alone
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -1,0 +1,190 @@
+"""The training arguments of `DistillTrainer`, which are also the options of a recipe's section `training`."""
+# ruff: noqa: RUF009 (`_option` returns a dataclass field)
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import AfterValidator, Field, WithJsonSchema
+from transformers import TrainingArguments
+
+from dwakd.errors import UserError
+from dwakd.losses import MethodOptions, method_class, method_options
+from dwakd.recipe.options import Beta, Count, NotNegative, Positive, Seed, Share, options_of
+from dwakd.validation import parse
+
+DATA_OPTIONS = ("template", "bos", "special_tokens_in_prompts", "max_length", "max_prompt_length", "invalid_rows")
+"""Options of the section data that are options of `DistillConfig` with the same names."""
+ELSEWHERE = {
+    "method": "loss.method",
+    "loss_options": "the section loss",
+    "teacher_weights": "teacher.weight",
+    "teacher_cache": "teacher.cache",
+    "trust_remote_code": "student.trust_remote_code and teacher.trust_remote_code",
+    "prompt_column": "data.prompt",
+    "response_column": "data.response",
+    "input_column": "data.input",
+    "output_dir": "--output",
+    **{name: f"data.{name}" for name in DATA_OPTIONS},
+}
+"""Options of `DistillConfig` that a recipe has in other places."""
+IGNORED = {
+    "resume_from_checkpoint": "use --resume",
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "leave it out"),
+}
+
+
+def _option(default: object, description: str) -> Any:
+    return field(default=default, metadata={"help": description})
+
+
+def _only(value: object, reason: str) -> AfterValidator:
+    def check(given: Any) -> Any:
+        if given != value:
+            raise ValueError(f"must stay {value}: {reason}")
+        return given
+
+    return AfterValidator(check)
+
+
+def _check_steps(steps: int) -> int:
+    if steps < 1 and steps != -1:
+        raise ValueError("must be at least 1, or -1 to count epochs")
+    return steps
+
+
+def _check_assignments(text: str) -> str:
+    if not all(part.count("=") == 1 for part in text.split(",")):
+        raise ValueError("must look like name=value,name=value")
+    return text
+
+
+@dataclass
+class DistillConfig(TrainingArguments):
+    """`transformers.TrainingArguments` with the paper's defaults and the options of distillation.
+
+    Raises:
+        UserError: an option of the method or of the training is unknown, or its value is not allowed.
+    """
+
+    method: str = _option("dwa_kd", "Method, one of dwakd.METHODS.")
+    loss_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Options of the method, by name."})
+    projector_learning_rate: Positive = _option(1e-3, "Learning rate of the maps between the models.")
+    teacher_weights: list[Share] | None = _option(None, "Weights of several teachers. By default they are equal.")
+    teacher_gate: Literal["confidence", "weights"] = _option(
+        "confidence", "Weight several teachers at each token by their confidence, or only by their weights."
+    )
+    teacher_gate_temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = _option(
+        1.0, "Temperature of the softmax over the teachers' confidences."
+    )
+    template: str = _option("alpaca", "alpaca, chat, plain, or a format string with {instruction} and {input}.")
+    bos: str = _option("auto", "Whether texts begin with the BOS token: auto, as usual for each model, or never.")
+    special_tokens_in_prompts: str = _option(
+        "parse", "Names of special tokens in prompts: parse them, or keep the text."
+    )
+    max_length: Count = _option(512, "Most tokens of prompt and response of either model. Longer rows are truncated.")
+    max_prompt_length: Count = _option(256, "Most tokens of the prompt of either model.")
+    invalid_rows: str = _option("error", "Malformed rows, empty responses and too long prompts: error or skip.")
+    prompt_column: str | None = _option(None, "Column of the prompt. By default it is guessed.")
+    response_column: str | None = _option(None, "Column of the response. By default it is guessed.")
+    input_column: str | None = _option(None, "Column of the optional input. By default it is guessed.")
+    disable_dropout: bool = _option(False, "Set each dropout of the student to 0, but not the noise of routers.")
+    teacher_cache: str | None = _option(None, "Folder of the teacher's hidden states. It is built if it is missing.")
+    trust_remote_code: bool = _option(False, "Run modelling code from the hub; only for models given by name.")
+    eval_rouge_l: bool = _option(False, "Also answer the evaluation prompts and report eval_rouge_l.")
+    eval_max_new_tokens: Count = _option(128, "Most tokens of an answer for eval_rouge_l.")
+
+    # Options of transformers with other defaults
+    output_dir: str | None = _option("distilled", "Folder of the checkpoints and the result.")
+    learning_rate: Positive = _option(5e-4, "Learning rate of the student.")
+    weight_decay: NotNegative = _option(0.01, "Weight decay of AdamW, not of biases and norms.")
+    num_train_epochs: Positive = _option(20.0, "Passes over the training set.")
+    lr_scheduler_type: str = _option("cosine", "Schedule of both learning rates.")
+    logging_steps: Positive = _option(1, "Optimiser steps between two logs; below 1, their share.")
+    logging_nan_inf_filter: bool = _option(False, "Leave at False: a loss that is NaN or infinite ends the run.")
+    save_total_limit: Count | None = _option(2, "Checkpoints to keep, including the best one.")
+    metric_for_best_model: str | None = _option(None, "Default: rouge_l with eval_rouge_l, otherwise bits_per_byte.")
+    greater_is_better: bool | None = _option(None, "Known for rouge_l, bits_per_byte and the terms; otherwise true.")
+    remove_unused_columns: Annotated[bool, _only(False, "the method reads every column")] = _option(
+        False, "Must be false."
+    )
+    ddp_find_unused_parameters: bool | None = _option(False, "Every parameter of a method takes part in each step.")
+    disable_tqdm: bool | None = _option(False, "Show no progress bars.")
+    report_to: str | list[str] | None = _option("none", "Trackers to log to.")
+
+    # Options of transformers with limits
+    max_steps: Annotated[int, AfterValidator(_check_steps)] = _option(-1, "Optimiser steps; -1 counts epochs instead.")
+    per_device_train_batch_size: Count = _option(8, "Rows in one forward pass on each device.")
+    per_device_eval_batch_size: Count = _option(8, "Rows in one forward pass on each device during evaluation.")
+    gradient_accumulation_steps: Count = _option(1, "Forward passes in one optimiser step.")
+    warmup_steps: NotNegative = _option(0, "Steps in which the learning rates rise from 0; below 1, their share.")
+    max_grad_norm: NotNegative = _option(1.0, "Norm to which gradients are clipped; 0 clips none.")
+    adam_beta1: Beta = _option(0.9, "Beta1 of AdamW.")
+    adam_beta2: Beta = _option(0.999, "Beta2 of AdamW.")
+    adam_epsilon: NotNegative = _option(1e-8, "Epsilon of AdamW.")
+    optim_args: Annotated[str, AfterValidator(_check_assignments)] | None = _option(
+        None, "Options of the optimiser, as name=value,name=value."
+    )
+    label_smoothing_factor: Annotated[float, _only(0, "the method defines it")] = _option(0.0, "Must be 0.")
+    use_liger_kernel: Annotated[bool, _only(False, "load a student with Liger")] = _option(False, "Must be false.")
+    seed: Seed = _option(42, "Seed of the method's parameters, of dropout and of the order of rows.")
+    data_seed: Seed | None = _option(None, "Seed of the order of rows. By default it is seed.")
+    eval_steps: Positive | None = _option(None, "Optimiser steps between two evaluations; below 1, their share.")
+    save_steps: Positive = _option(500, "Optimiser steps between two checkpoints; below 1, their share.")
+    dataloader_num_workers: Annotated[int, Field(ge=0)] = _option(0, "Processes that make batches.")
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = _option(
+        "random", "Order of the rows. Grouping by length reduces padding."
+    )
+
+    def __post_init__(self) -> None:
+        self._check()
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
+            self.metric_for_best_model = "rouge_l" if self.eval_rouge_l else "bits_per_byte"
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            lower = (*method_class(self.method).terms, "loss", "bits_per_byte")
+            self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") not in lower
+        super().__post_init__()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # there is nothing to pin memory for, and torch would warn
+
+    @property
+    def method_options(self) -> MethodOptions:
+        """The options of the method, validated."""
+        return method_options(self.method, self.loss_options, "loss_options.")
+
+    def _check(self) -> None:
+        """Check the method's options, all numbers, and the options that this class declares."""
+        values = {name: getattr(self, name) for name in TrainingOptions.model_fields}
+        own = set(DistillConfig.__annotations__)  # transformers replaces others by objects
+        checked = {n: _number(v) for n, v in values.items() if n in own or isinstance(v, int | float | dict)}
+        parse(TrainingOptions, checked)
+        _ = self.method_options
+
+
+def _number(value: Any) -> Any:
+    """Return numbers of NumPy as Python's, and whole numbers as int, which every numeric option accepts."""
+    value = value.item() if hasattr(value, "item") else value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+TrainingOptions = options_of(DistillConfig)
+
+
+def _check_section(options: dict[str, Any]) -> dict[str, Any]:
+    for name in options:
+        if name in ELSEWHERE:
+            raise UserError(f"training.{name} belongs elsewhere: use {ELSEWHERE[name]}")
+        if name in IGNORED:
+            raise UserError(f"training.{name} has no effect here: {IGNORED[name]}")
+    parse(TrainingOptions, options, "training.")
+    return options
+
+
+def _schema() -> dict[str, Any]:
+    schema = TrainingOptions.model_json_schema()
+    properties = {n: p for n, p in schema["properties"].items() if n not in ELSEWHERE and n not in IGNORED}
+    return {**schema, "properties": properties}
+
+
+TrainingSection = Annotated[dict[str, Any], AfterValidator(_check_section), WithJsonSchema(_schema())]
+"""The options that a recipe's section training gives; the others have the defaults of `DistillConfig`."""

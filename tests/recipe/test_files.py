@@ -1,0 +1,68 @@
+"""Recipe files are read strictly."""
+
+import pytest
+
+from dwakd.errors import UserError
+from dwakd.recipe.files import apply_override, parse_yaml, read_recipe, read_saved_recipe
+
+
+def test_numbers_and_words_are_what_they_look_like():
+    """YAML 1.1 reads 5e-4 as text, which no optimiser takes, and the word no as false."""
+    read = parse_yaml("{a: 5e-4, b: no, c: true, d: 1.0e-3, e: '1'}")
+    assert read == {"a": 5e-4, "b": "no", "c": True, "d": 1e-3, "e": "1"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"student: [", "recipe .*recipe.yaml is not valid YAML: line 1, column 11: "),
+        (b"student: \x01", "not valid YAML: (?!.*unicode string)"),
+        (b"student: \xff", "not valid YAML"),
+        (b"loss: {method: sft}\nloss: {method: uld}", "loss is given twice"),
+        (b"- student", "must contain sections"),
+        (b"", "must contain sections"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(content, message, tmp_path):
+    """The last of two equal sections would win in silence."""
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_recipe(tmp_path / "recipe.yaml")
+    with pytest.raises(UserError, match=r"none\.yaml does not exist"):
+        read_recipe(tmp_path / "none.yaml")
+
+
+def test_overrides_change_and_add_options(tmp_path):
+    """Values are read as in the file, so that a number is one."""
+    (tmp_path / "recipe.yaml").write_text("loss: {method: sft}\ntraining:\n")
+    overrides = ["loss.method=uld", "training.learning_rate=5e-4", "student.peft.r=4", "compare.methods=[sft, uld]"]
+    assert read_recipe(tmp_path / "recipe.yaml", overrides) == {
+        "loss": {"method": "uld"},
+        "training": {"learning_rate": 5e-4},
+        "student": {"peft": {"r": 4}},
+        "compare": {"methods": ["sft", "uld"]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("temperature", "must look like section.option=value"),
+        ("loss..a=1", "must look like section.option=value"),
+        ("teacher.model=x", "teacher is a list here"),
+        ("loss.method.a=1", "method is no section"),
+        ("loss.method=[", "not valid YAML"),
+    ],
+)
+def test_overrides_that_cannot_be_applied(override, message):
+    """A mistyped override must not train with the recipe's own value."""
+    with pytest.raises(UserError, match=message):
+        apply_override({"teacher": [{"model": "a"}], "loss": {"method": "sft"}}, override)
+
+
+@pytest.mark.parametrize(("content", "reason"), [("", "no section data"), ("data: {train: [", "line 1, column 16")])
+def test_a_damaged_saved_recipe_is_named_with_the_fix(content, reason, tmp_path):
+    """A machine that went down while the recipe was written leaves a part of it, or nothing."""
+    (tmp_path / "saved.yaml").write_text(content)
+    with pytest.raises(UserError, match=rf"saved.yaml is damaged \(.*{reason}.*; remove it"):
+        read_saved_recipe(tmp_path / "saved.yaml", mend="remove it")

@@ -1,0 +1,124 @@
+"""A recipe is validated as a whole before data or models are read."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dwakd.compare.plan import variants_of
+from dwakd.errors import UserError
+from dwakd.losses import METHODS
+from dwakd.recipe.files import parse_yaml
+from dwakd.recipe.recipe import load_recipe, recipe_from_dict, recipe_schema
+from dwakd.recipe.sections import CompareSection
+from dwakd.training.recipe import check_options
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
+CONTENT: dict[str, Any] = {
+    "student": {"model": "student"},
+    "teacher": {"model": "teacher"},
+    "data": {"train": "train.jsonl"},
+}
+EVAL = {"train": "train.jsonl", "eval": "valid.jsonl"}
+
+
+def recipe(command="train", **sections):
+    return recipe_from_dict({**CONTENT, **sections}, command)
+
+
+def test_absent_sections_have_defaults():
+    """An empty section in a file is None, and means the same as none."""
+    read = recipe(loss=None, training=None, evaluation=None)
+    assert (read.method, read.loss_options, read.training) == ("dwa_kd", {}, {})
+    assert read == recipe(loss={}) == recipe(loss={"method": "dwa_kd"})
+    assert read.evaluation.seeds == 5
+    assert [teacher.model for teacher in read.teachers] == ["teacher"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_of_the_repository(path):
+    """A recipe that a user copies must be valid, for transformers too, and must survive saving and resuming."""
+    read = load_recipe(path, ["training.bf16=false", "training.use_cpu=true"])
+    check_options(read, "unused")
+    variants_of(read, read.compare or CompareSection(methods=[read.method]), ablation=False)
+    assert recipe_from_dict(parse_yaml(read.dump())) == read
+
+
+def test_the_dump_contains_only_the_loss_options_that_were_given():
+    """`compat` changes other defaults; written out, they would override a later `compat`."""
+    read = recipe(loss={"method": "uld", "compat": "dskd"})
+    assert (read.loss.uld_weight, read.loss_options) == (0.5, {"compat": "dskd"})
+    assert recipe_from_dict(parse_yaml(read.dump())) == read
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"lose": {"method": "sft"}}, "unknown option lose; did you mean loss"),
+        ({"data": 3}, "data must be a section with options, got 3"),
+        ({"data": {}}, r"data\.train is missing"),
+        ({"student": None}, "student is missing"),
+        ({"loss": "uld"}, "loss must be a section with options, got 'uld'"),
+        ({"loss": {"method": "dwakd"}}, r"loss\.method must be one of 'sft', .*did you mean dwa_kd"),
+        ({"loss": {"method": 3}}, r"loss\.method must be one of 'sft'"),
+        ({"loss": {"method": "sft", 1: 2}}, r"unknown option loss\.1;"),
+        ({"loss": {"temprature": 2}}, r"unknown option loss\.temprature; did you mean temperature"),
+        ({"loss": {"temperature": -1}}, r"^loss\.temperature must be at least 0\.001, got -1"),
+        ({"loss": {"gate": 5}}, r"^loss\.gate must be true or false, got 5"),
+        ({"loss": {"impl": "cup"}}, r"^loss\.impl must be 'auto', 'naive', .* got 'cup'; did you mean cpu"),
+        ({"loss": {"gate_warmup_steps": 3}}, "^loss: gate_warmup_steps requires weight_normalisation"),
+        ({"teacher": 3}, "teacher must be a section with options or a list, got 3"),
+        ({"teacher": {"model": "x", "weight": 0}}, r"^teacher\.weight must be at least"),
+        ({"teacher": [{"model": "x"}, {"model": "y", "share": 1}]}, r"unknown option teacher\.2\.share"),
+        ({"teacher": [{"model": "x"}, {"weight": 1}]}, r"^teacher\.2\.model is missing"),
+        ({"teacher": None}, "method dwa_kd needs a teacher: add a teacher section"),
+        ({"teacher": {"model": "x", "cache_dtype": "bfloat16"}}, r"cache_dtype requires teacher\.cache"),
+        (
+            {"teacher": {"model": "x", "cache": "c"}, "loss": {"method": "sra"}},
+            r"method sra reads the teacher's attention.*loss\.span_weights=uniform",
+        ),
+        ({"training": {"eval_strategy": "steps"}}, r"training\.eval_strategy .*set data\.eval"),
+        ({"training": {"metric_for_best_model": "ce"}}, r"training\.metric_for_best_model .*set data\.eval"),
+        ({"training": {"save_strategy": "best"}}, r"training\.save_strategy=best .*set data\.eval"),
+        ({"data": EVAL, "training": {"metric_for_best_model": "foo"}}, "metric_for_best_model foo .*bits_per_byte"),
+        ({"data": EVAL, "training": {"metric_for_best_model": "rouge_l"}}, r"requires training\.eval_rouge_l=true"),
+    ],
+)
+def test_mistakes_are_named(sections, message):
+    """transformers finds some of them after the first evaluation, when an epoch is lost."""
+    with pytest.raises(UserError, match=message):
+        recipe(**sections)
+
+
+def test_what_only_other_commands_can_use():
+    """A comparison gives each method what it needs, and `dwakd cache` takes the folder from --output."""
+    sections = {"loss": {"method": "sra"}, "teacher": {"model": "x", "cache": "c"}, "compare": {"methods": ["uld"]}}
+    for command in ("cache", "compare"):
+        assert recipe(command, **sections).method == "sra"
+    with pytest.raises(UserError, match="attention"):
+        recipe(**sections)
+    with pytest.raises(UserError, match="attention"):
+        recipe("compare", **sections).replace(compare=None)
+    recipe("cache", teacher={"model": "x", "cache_dtype": "bfloat16"})
+    assert recipe("compare", teacher=None, compare={"methods": ["sft"]}).teachers == []
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_match_the_schema(path):
+    """An editor that uses the schema must not mark a valid recipe as wrong."""
+    jsonschema = pytest.importorskip("jsonschema")
+    content = parse_yaml(path.read_text(encoding="utf-8"))
+    for valid in (content, parse_yaml(load_recipe(path).dump())):
+        jsonschema.Draft202012Validator(recipe_schema()).validate(valid)
+
+
+def test_the_schema_describes_every_option():
+    """A completion without a description leaves the user to look the option up."""
+    schema = recipe_schema()
+    sections = [*schema["$defs"].values(), schema["properties"]["training"], schema]
+    undescribed = {n for section in sections for n, item in section["properties"].items() if "description" not in item}
+    assert undescribed <= {"method"}
+    methods = schema["properties"]["loss"]["discriminator"]["mapping"]
+    assert list(methods) == sorted(METHODS)
+    required = {name for name, place in methods.items() if "required" in schema["$defs"][place.split("/")[-1]]}
+    assert required == METHODS.keys() - {"dwa_kd"}

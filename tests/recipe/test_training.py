@@ -1,0 +1,106 @@
+"""Training arguments: declared once, and checked in a recipe and in `DistillConfig`."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dwakd import DistillConfig, UserError
+from dwakd.recipe.recipe import recipe_from_dict
+
+
+def in_recipe(**options: Any) -> None:
+    content = {"student": {"model": "x"}, "data": {"train": "x"}, "loss": {"method": "sft"}, "training": options}
+    recipe_from_dict(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("warmup_steps", float("inf")),
+        ("per_device_train_batch_size", 2.5),
+        ("gradient_accumulation_steps", float("inf")),
+        ("max_steps", 1.5),
+        ("max_steps", 0),
+        ("seed", 2**70),
+        ("eval_max_new_tokens", 4.5),
+        ("neftune_noise_alpha", float("inf")),
+        ("lr_scheduler_kwargs", {"num_cycles": float("inf")}),
+        ("adam_epsilon", float("inf")),
+        ("adam_beta1", 2),
+        ("weight_decay", float("inf")),
+        ("weight_decay", -1),
+        ("eval_delay", float("nan")),
+        ("learning_rate", "1e-3"),
+        ("dataloader_num_workers", -1),
+        ("teacher_gate", "best"),
+        ("train_sampling_strategy", "foo"),
+        ("optim_args", "foo"),
+        ("remove_unused_columns", True),
+        ("label_smoothing_factor", 0.1),
+        ("use_liger_kernel", True),
+    ],
+)
+def test_values_that_no_run_can_use_are_refused_by_name(tmp_path, name, value):
+    """They would end in an error of Python after the models are loaded, or train nothing."""
+    with pytest.raises(UserError, match=rf"^training\.{name}"):
+        in_recipe(**{name: value})
+    config = DistillConfig(output_dir=str(tmp_path), use_cpu=True)
+    setattr(config, name, value)  # the types that the tests check would refuse some in the constructor
+    with pytest.raises(UserError, match=f"^{name}"):
+        config.__post_init__()
+
+
+@pytest.mark.parametrize("weights", [["a", 1], 3, [1e40, 1.0], [1.0, -1.0]])
+def test_weights_of_teachers_are_positive_numbers(tmp_path, weights):
+    """A negative weight trains away from a teacher."""
+    config = DistillConfig(output_dir=str(tmp_path), use_cpu=True)
+    config.teacher_weights = weights
+    with pytest.raises(UserError, match=r"^teacher_weights"):
+        config.__post_init__()
+
+
+def test_options_of_the_method_are_checked_at_once(tmp_path):
+    """Loading a teacher of 7 billion parameters first would take minutes."""
+    with pytest.raises(UserError, match=r"unknown option loss_options\.temprature.* did you mean temperature"):
+        DistillConfig(output_dir=str(tmp_path), use_cpu=True, loss_options={"temprature": 2.0})
+    config = DistillConfig(
+        output_dir=str(tmp_path), use_cpu=True, method="sra", loss_options={"span_weights": "uniform"}
+    )
+    assert not config.method_options.needs_attention
+
+
+def test_numbers_of_other_types_are_accepted(tmp_path):
+    """Seeds come from NumPy ranges, and step counts are written as 1e4."""
+    config = DistillConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=10)
+    config.seed, config.learning_rate, config.max_steps = np.int64(3), np.float32(1e-3), 1e4
+    config.__post_init__()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("learning_rat", 1, "did you mean learning_rate"),
+        ("learning_rate", "abc", "must be a number, got 'abc'"),
+        ("learning_rate", True, "must be a number"),
+        ("per_device_train_batch_size", 0, "must be at least 1"),
+        ("optim", "adamw_troch", "did you mean adamw_torch"),
+        ("eval_strategy", "step", "did you mean steps"),
+        ("report_to", 3, "must be text or a list, got 3"),
+        (
+            "lr_scheduler_kwargs",
+            {"num_cycles": float("nan")},
+            r"\.num_cycles must be a finite number",
+        ),
+        ("remove_unused_columns", True, "must stay False: "),
+        ("template", "chat", r"belongs elsewhere: use data\.template"),
+        ("prompt_column", "q", r"belongs elsewhere: use data\.prompt"),
+        ("teacher_cache", "x", r"belongs elsewhere: use teacher\.cache"),
+        ("resume_from_checkpoint", "x", "has no effect here: use --resume"),
+        ("do_train", False, "has no effect here: leave it out"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_explained(name, value, message):
+    """An option in the wrong place would be ignored, and a word in place of a number would stop the optimiser."""
+    with pytest.raises(UserError, match=rf"training\.{name}.*{message}"):
+        in_recipe(**{name: value})

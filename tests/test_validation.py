@@ -1,0 +1,51 @@
+"""Options models, and the sentence on a value that is not allowed."""
+
+from typing import Literal
+
+import pytest
+from pydantic import Field
+
+from dwakd.errors import UserError
+from dwakd.validation import Options, Section, parse
+
+
+class Inner(Section):
+    size: int = Field(1, ge=1)
+    Kind: Literal["float"] = "float"
+
+
+class Outer(Section):
+    inner: Inner | list[Inner] = Inner()
+    rate: float | Literal["auto"] = "auto"
+    by_name: dict[str, Inner] = Field({})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"inner": {"size": 0}}, "section.inner.size must be at least 1, got 0"),
+        ({"inner": [{}, {"size": "x"}]}, "section.inner.2.size must be a whole number, got 'x'"),
+        ({"inner": {"sizes": 1}}, "unknown option section.inner.sizes of it; did you mean size?"),
+        ({"inner": {"Kind": "flot"}}, "section.inner.Kind must be 'float', got 'flot'; did you mean float?"),
+        ({"rate": "x"}, "section.rate must be a number or 'auto', got 'x'"),
+        ({"rate": float("nan")}, "section.rate must be a finite number or 'auto', got nan"),
+        ({"by_name": {"float": {"size": True}}}, "section.by_name.float.size must be a whole number, got True"),
+        (3, "section must be a section with options, got 3"),
+    ],
+)
+def test_the_sentence_names_the_option_and_what_is_allowed(values, message):
+    """pydantic's own message has four lines, labels of unions and a link."""
+    with pytest.raises(UserError) as caught:
+        parse(Outer, values, "section.", " of it")
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_raise_when_they_are_created():
+    """A library user must not have to know pydantic's error."""
+
+    class Sizes(Options):
+        size: int = Field(1, ge=1)
+
+    with pytest.raises(UserError, match=r"^size must be at least 1, got 0$"):
+        Sizes(size=0)

@@ -1,0 +1,214 @@
+"""`dwakd train`: a recipe becomes a plain folder with scores, and mistakes are found before the training."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from tests.command_line import ROWS, one_sentence, run
+
+
+def test_train_eval_and_resume(workspace, tmp_path, monkeypatch, capsys):
+    """The main road: recipe in, plain folder out, scores beside it; a second start in the same folder is refused."""
+    output = tmp_path / "run"
+    extra = ["training.save_strategy=steps", "training.save_steps=1", "evaluation.limit=2", "evaluation.seeds=2"]
+    extra += [f"evaluation.test=[{workspace / 'data.jsonl'}]", "evaluation.max_new_tokens=4"]
+    code, out, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *extra, "-o", output)
+    assert code == 0, err
+    assert "after 2 steps" in out
+    scores = json.loads(next((output / "eval").glob("*.json")).read_text())
+    assert scores["signature"]["seeds"] == [10, 20]
+    assert scores["signature"]["template"] == "plain"
+    assert (output / "dwakd-run.json").is_file()
+    assert "method `dwa_kd`" in (output / "README.md").read_text()
+
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *extra, "-o", output)
+    assert code == 2
+    assert "already holds a run" in one_sentence(err)
+    code, _, err = run(
+        monkeypatch, capsys, "train", workspace / "recipe.yaml", "loss.temperature=3", "-o", output, "--resume"
+    )
+    assert code == 2
+    assert "loss.temperature is unset there" in one_sentence(err)
+    whole = (output / "model.safetensors").read_bytes()
+    for lost in (None, "trainer_state.json", "dwakd-run.json"):  # ended, and broken off after its last checkpoint
+        if lost:
+            (output / lost).write_text("{")
+            (output / "model.safetensors").write_bytes(b"half")
+        if lost == "dwakd-run.json":
+            (output / lost).unlink()
+        code, out, _ = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *extra, "-o", output, "--resume")
+        assert code == 0
+        assert "after 2 steps" in out
+        assert (output / "model.safetensors").read_bytes() == whole
+        assert json.loads((output / "dwakd-run.json").read_text())["num_steps"] == 2
+    assert not (output / ".lock").exists()
+    shorter = [*extra, "training.max_steps=1", "-o", output, "--resume"]
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *shorter)
+    assert code == 2
+    assert "is of step 2, beyond training.max_steps 1" in one_sentence(err)
+
+    code, out, err = run(
+        monkeypatch, capsys, "eval", output, "-d", workspace / "data.jsonl", "--limit", 2, "--seeds", 1,
+        "--max-new-tokens", 3, "-o", tmp_path / "scores",
+    )  # fmt: skip
+    assert code == 0, err
+    answers = next((tmp_path / "scores").glob("*.answers.jsonl")).read_text().splitlines()
+    assert len(answers) == 4  # two rows, one seed and greedy
+    assert json.loads(answers[0])["prompt"] == "Say number 0.\n", "the template is the run's own"
+
+
+def test_test_sets_are_read_once(workspace, tmp_path, monkeypatch, capsys):
+    """A second reading could see a file that was changed during the training: other rows than those that were checked."""
+    from dwakd.evaluation.run import load_examples as load
+
+    read = []
+    monkeypatch.setattr(
+        "dwakd.evaluation.run.load_examples", lambda source, **options: read.append(source) or load(source, **options)
+    )
+    data = str(workspace / "data.jsonl")
+    extra = [f"evaluation.test=[{data}]", "evaluation.limit=1", "evaluation.seeds=1", "evaluation.max_new_tokens=2"]
+    arguments = ["train", workspace / "recipe.yaml", *extra, "loss.method=sft", "-o", tmp_path / "run"]
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert (code, read) == (0, [data]), err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["training.learning_rate=1e10"], "at step 2: lower training.learning_rate"),
+        (
+            ["training.dataloader_drop_last=true", "training.per_device_train_batch_size=64"],
+            "are fewer than a batch of 64",
+        ),
+    ],
+)
+def test_a_run_that_trains_nothing_is_no_success(workspace, tmp_path, monkeypatch, capsys, options, message):
+    """A folder that looks like a student, of weights that are NaN or as they were."""
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *options, "-o", tmp_path / "run")
+    assert code == 2
+    assert message in one_sentence(err)
+    assert not (tmp_path / "run" / "dwakd-run.json").exists()
+
+
+def test_lora_by_recipe_loads_with_peft(workspace, tmp_path, monkeypatch, capsys):
+    """`student.peft` trains an adapter that PEFT and `dwakd eval` both read."""
+    from peft import AutoPeftModelForCausalLM
+
+    output = tmp_path / "lora"
+    code, _, err = run(
+        monkeypatch, capsys, "train", workspace / "recipe.yaml", "student.peft={r: 4, lora_alpha: 8}", "-o", output
+    )
+    assert code == 0, err
+    loaded = AutoPeftModelForCausalLM.from_pretrained(output)
+    assert any("lora_A" in name for name, _ in loaded.named_parameters())
+    code, _, err = run(
+        monkeypatch, capsys, "eval", output, "-d", workspace / "data.jsonl", "--limit", 1, "--seeds", 1,
+        "--max-new-tokens", 2,
+    )  # fmt: skip
+    assert code == 0, err
+    assert list((output / "eval").glob("*.json"))
+
+
+MISTAKES = {
+    "missing column": (["data.prompt=question"], "question"),
+    "no such student": (["student.model=./nowhere"], "nowhere"),
+    "no such teacher": (["teacher.model=./nowhere"], "nowhere"),
+    "no such data": (["data.train=nowhere.jsonl"], "nowhere.jsonl"),
+    "prompt too long": (["data.max_prompt_length=2"], "max_prompt_length"),
+    "tracker that is not installed": (["training.report_to=wandb"], "pip install wandb"),
+    "unknown tracker": (["training.report_to=foo"], "foo is not supported"),
+    "fsdp alone": (["training.fsdp=full_shard"], "distributed"),
+    "rank below 1": (["student.peft={r: -4}"], r"student\.peft"),
+    "peft target": (["student.peft={target_modules: [foo]}"], "foo"),
+    "peft on the head": (["student.peft={target_modules: [lm_head]}"], "modules_to_save"),
+    "no such test set": (["evaluation.test=[nowhere.jsonl]"], "nowhere.jsonl"),
+    "option of a section": (["loss.tau=2"], r"unknown option loss\.tau"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_sentence(name, workspace, tmp_path, monkeypatch, capsys):
+    """A traceback, or a folder that looks like a run, would leave the user to find the option."""
+    overrides, message = MISTAKES[name]
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *overrides, "-o", tmp_path / "run")
+    assert code == 2, err
+    assert re.search(message, one_sentence(err)), err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_malformed_row_is_named_by_file_and_line(workspace, tmp_path, monkeypatch, capsys):
+    """Among thousands of rows, the line is what the user needs."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": ')
+    train = f"data.train={tmp_path / 'rows.jsonl'}"
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", train, "-o", tmp_path / "run")
+    assert (code, "rows.jsonl" in one_sentence(err), "line 2" in err) == (2, True, True)
+
+
+def test_a_hub_that_refuses_is_one_sentence(workspace, tmp_path, monkeypatch, capsys):
+    """transformers asks for the repository before it trains, and the network's errors are no UserErrors."""
+
+    def refuse(*_):
+        raise ConnectionError("no network\nand more")
+
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", refuse)
+    arguments = ["train", workspace / "recipe.yaml", "training.push_to_hub=true", "-o", tmp_path / "run"]
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert (code, one_sentence(err)) == (2, "error: push_to_hub: no network and more")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_without_room_shows_before_the_training(workspace, tmp_path, monkeypatch, capsys):
+    """Hours of training would end in a sentence that could have stood at their beginning; `eval` says the same."""
+    rows = [*ROWS[:2], {"prompt": "word " * 600, "response": "end"}]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    test = f"evaluation.test=[{workspace / 'data.jsonl'}, {tmp_path / 'long.jsonl'}]"
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", test, "-o", tmp_path / "run")
+    assert code == 2
+    assert re.search(r"long\.jsonl, row 2 \(counting from 0\): its prompt of \d+ tokens", one_sentence(err))
+    assert not (tmp_path / "run").exists()
+    sets = ["-d", workspace / "data.jsonl", "-d", tmp_path / "long.jsonl"]
+    code, _, err = run(monkeypatch, capsys, "eval", workspace / "student", *sets, "-o", tmp_path / "scores")
+    assert (code, "long.jsonl, row 2" in one_sentence(err)) == (2, True)
+    assert not (tmp_path / "scores").exists(), "no set is answered before all are checked"
+
+
+@pytest.mark.parametrize(("content", "reason"), [("", "no section data"), ("data: {train: [", "line 1, column 16")])
+def test_a_damaged_recipe_of_a_run_is_named(content, reason, workspace, tmp_path, monkeypatch, capsys):
+    """A machine that went down while it was written leaves a part of it, or nothing."""
+    folder = shutil.copytree(workspace / "student", tmp_path / "run")
+    (folder / "dwakd-recipe.yaml").write_text(content)
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", "-o", folder, "--resume")
+    assert code == 2
+    assert f"{folder / 'dwakd-recipe.yaml'} is damaged ({reason}" in one_sentence(err).replace("it has ", "")
+    assert "another folder with --output" in one_sentence(err)
+    code, _, err = run(monkeypatch, capsys, "eval", folder, "-d", workspace / "data.jsonl")
+    assert code == 2
+    assert "is damaged" in one_sentence(err)
+    assert "give --template" in one_sentence(err)
+
+
+def test_resume_names_what_differs_and_passes_over_a_broken_checkpoint(
+    workspace, tmp_path, monkeypatch, capsys, caplog
+):
+    """Another recipe in the same folder mixes two runs; longer training of the same one is what resuming is for."""
+    base = ["train", workspace / "recipe.yaml", "-o", tmp_path / "run"]
+    base += ["training.save_strategy=steps", "training.save_steps=1"]
+    code, _, err = run(monkeypatch, capsys, *base)
+    assert code == 0, err
+    code, _, err = run(monkeypatch, capsys, *base, "loss.temperature=3", "--resume")
+    assert code == 2
+    assert "loss.temperature is unset there and 3.0 here" in one_sentence(err)
+    (tmp_path / "run" / "checkpoint-2" / "distillation.safetensors").unlink()
+    code, _, err = run(monkeypatch, capsys, *base, "training.max_steps=3", "--resume")
+    assert code == 0, err
+    assert re.search("incomplete .*checkpoint-2", caplog.text)
+    steps = [
+        entry["step"] for entry in json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    ]
+    assert steps == [1, 2, 3, 3]
+    (tmp_path / "file").write_text("mine")
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", "-o", tmp_path / "file")
+    assert code == 2
+    assert "is a file" in one_sentence(err)
