@@ -67,7 +67,7 @@ def soft_dtw_divergences(
     gamma: float,
     band: Band | None = None,
     longest: int | None = None,
-    impl: Impl = "auto",
+    impl: str = "auto",
 ) -> list[Float[Tensor, " batch"]]:
     """Compute the Soft-DTW divergence of each pair of sequences with cosine costs, all in one kernel call.
 

@@ -22,7 +22,7 @@ from dwakd.evaluation.metrics import references_of, rouge_l
 from dwakd.evaluation.options import GenerationOptions
 from dwakd.losses import method_class
 from dwakd.models.rows import evaluating
-from dwakd.training.config import DistillConfig
+from dwakd.recipe.training import DistillConfig
 from dwakd.training.distiller import Distiller
 from dwakd.training.inputs import Model
 from dwakd.training.teachers import MicroBatch

@@ -16,7 +16,7 @@ from dwakd.models.head import embedding_table, model_name, output_head
 from dwakd.models.loading import align_special_tokens, check_vocabulary, load_causal_lm, load_tokenizer, quiet_peft
 from dwakd.models.rows import check_head
 from dwakd.models.trainable import check_training
-from dwakd.training.config import DistillConfig
+from dwakd.recipe.training import DistillConfig
 from dwakd.training.student import check_student
 
 Rows: TypeAlias = str | Path | Dataset | IterableDataset | Mapping[str, Any] | list[dict[str, Any]] | list[Example]

@@ -9,7 +9,7 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.errors import UserError
 from dwakd.losses import DistillationLoss, ModelPair, SeveralTeachers, Widths, build_loss
 from dwakd.models.head import embedding_table, output_head
-from dwakd.training.config import DistillConfig
+from dwakd.recipe.training import DistillConfig
 from dwakd.training.teacher import Teacher
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import Trainer, get_scheduler
 
 from dwakd.errors import UserError
-from dwakd.training.config import DistillConfig
+from dwakd.recipe.training import DistillConfig
 
 
 def parameter_groups(distiller: nn.Module, decayed: set[str], args: DistillConfig) -> list[dict[str, Any]]:

@@ -10,8 +10,7 @@ from dwakd.errors import UserError
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.recipe.recipe import Recipe
 from dwakd.recipe.sections import DataSection, StudentSection, TeacherSection
-from dwakd.recipe.training import DATA_OPTIONS
-from dwakd.training.config import DistillConfig
+from dwakd.recipe.training import DATA_OPTIONS, DistillConfig
 from dwakd.training.optimizer import check_optimizer
 from dwakd.training.teacher import CachedTeacher
 

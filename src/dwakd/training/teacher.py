@@ -28,7 +28,7 @@ from dwakd.models.head import embedding_table, output_head
 from dwakd.models.invariant import teacher_states
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.models.rows import select_side
-from dwakd.training.config import DistillConfig
+from dwakd.recipe.training import DistillConfig
 from dwakd.training.inputs import load_pair
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

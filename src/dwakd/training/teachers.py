@@ -10,7 +10,7 @@ from dwakd.batch import ModelSide, PairedBatch
 from dwakd.data.encoding import TextEncoder
 from dwakd.errors import UserError
 from dwakd.losses import TeacherScale, method_class
-from dwakd.training.config import DistillConfig
+from dwakd.recipe.training import DistillConfig
 from dwakd.training.inputs import Model, load_pair, make_encoder
 from dwakd.training.student import check_separate
 from dwakd.training.teacher import CachedTeacher, OnlineTeacher, Sets, Teacher, refuse_attention

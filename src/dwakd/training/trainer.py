@@ -22,10 +22,10 @@ from dwakd.data.collator import collate
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import answerable_prompts
 from dwakd.models.saving import save_causal_lm
+from dwakd.recipe.training import DistillConfig
 from dwakd.training import inputs as given
 from dwakd.training.callbacks import FiniteCheck, RunCallback, TermsProgressCallback
 from dwakd.training.checkpoint import LOSS_STATE, load_checkpoint
-from dwakd.training.config import DistillConfig
 from dwakd.training.distiller import Distiller
 from dwakd.training.evaluation import check_best_metric, eval_loader, generated_metrics, mean_terms
 from dwakd.training.method import build_method

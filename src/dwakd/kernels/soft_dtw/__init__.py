@@ -21,7 +21,7 @@ def soft_dtw(
     gamma: float,
     x_lengths: Int[Tensor, " batch"] | None = None,
     y_lengths: Int[Tensor, " batch"] | None = None,
-    impl: Impl = "auto",
+    impl: str = "auto",
 ) -> Float[Tensor, " batch"]:
     """Compute the soft minimum of the summed cost over all monotone alignments, for each example.
 

@@ -19,9 +19,9 @@ from dwakd.evaluation.evaluate import evaluate_model
 from dwakd.evaluation.options import EvalOptions
 from dwakd.evaluation.report import write_evaluation
 from dwakd.folders import check_output_folder
+from dwakd.recipe.training import DistillConfig
 from dwakd.tools.demo.corpus import make_corpus
 from dwakd.tools.demo.tokenizers import demo_tokenizers
-from dwakd.training.config import DistillConfig
 from dwakd.training.trainer import DistillTrainer
 
 METHODS = ("sft", "dskd", "dwa_kd")
