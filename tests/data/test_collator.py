@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import send_to_device
-from dwakd.data.spelling import align_by_spelling
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dwakd.batch import PairedBatch
 from dwakd.data.collator import collate
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.pairs import EncodedPairs, encode_pairs
+from dwakd.data.pairs import EncodedPairs, align_by_spelling, encode_pairs
 from dwakd.data.rows import Example
 from dwakd.errors import UserError
 from tests.builders import bpe_byte_fallback, byte_bpe, wordpiece
