@@ -1,11 +1,13 @@
-"""Output folders are checked before hours of work."""
+"""Output folders are checked before hours of work, and files are written completely or not at all."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
 from dwakd.errors import UserError
-from dwakd.folders import CACHE_VARIABLE, cache_folder, check_output_folder
+from dwakd.folders import CACHE_VARIABLE, cache_folder, check_output_folder, write_file
 
 
 def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
@@ -36,3 +38,30 @@ def test_folders_that_cannot_be_written_are_refused():
     """Permissions of the root user would let any other folder be written."""
     with pytest.raises(UserError, match="/proc/foo/x cannot be written"):
         check_output_folder(Path("/proc/foo/x"))
+
+
+def test_a_failed_write_leaves_the_previous_file(tmp_path, monkeypatch):
+    """An incomplete file under its final name would be read as a complete one."""
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "shard"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_file(path, b"new")
+    assert [(item.name, item.read_bytes()) for item in tmp_path.iterdir()] == [("shard", b"old")]
+
+
+def test_another_process_that_finished_first(tmp_path, monkeypatch):
+    """Two runs that build the same cache at once: the first to finish removes the temporary file of the second."""
+    path = tmp_path / "shard"
+
+    def finished(descriptor):
+        path.write_bytes(b"same")
+        next(tmp_path.glob(".shard*")).unlink()
+
+    monkeypatch.setattr(os, "fsync", finished)
+    write_file(path, b"same")
+    assert [(item.name, item.read_bytes()) for item in tmp_path.iterdir()] == [("shard", b"same")]

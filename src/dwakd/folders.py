@@ -1,12 +1,16 @@
-"""The folder of reusable files, and a check of output folders before anything runs for hours."""
+"""The folder of reusable files, a check of output folders before anything runs for hours, and atomic writing."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from dwakd.errors import UserError
 
 CACHE_VARIABLE = "DWAKD_CACHE"
+UNFINISHED = ".tmp-"
+"""Part of the name of a file that `write_file` has not finished."""
 
 
 def cache_folder() -> Path:
@@ -32,3 +36,26 @@ def check_output_folder(folder: Path, *, empty: bool = False) -> None:
         raise UserError(f"{folder} cannot be written ({existing}: {reason}); choose another with --output") from error
     if empty and folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"output folder {folder} is not empty; choose another with --output")
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a temporary file, flush it to disk and rename it to `path`, which therefore appears complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}{UNFINISHED}{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            temporary.replace(path)
+        except FileNotFoundError:  # another process finished the same file and removed temporary files
+            if not path.is_file():
+                raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON by `write_file`."""
+    write_file(path, f"{json.dumps(content, indent=2)}\n".encode())

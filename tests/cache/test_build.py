@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from dwakd import UserError
 from dwakd.cache import store
-from dwakd.cache.store import open_complete, write_file
+from dwakd.cache.store import open_complete
+from dwakd.folders import write_file
 from tests.cache.builders import LONG, content, repair, save_teacher, trainer
 from tests.training.builders import assert_same, weights
 

@@ -1,8 +1,6 @@
 """A cache is verified before it is used, and refused with the reason if it is damaged or belongs to something else."""
 
-import errno
 import json
-import os
 import pickle
 import re
 import shutil
@@ -12,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from dwakd import UserError
-from dwakd.cache.store import Cache, open_complete, write_file
+from dwakd.cache.store import Cache, open_complete
 from dwakd.training.teacher import CachedTeacher
 from tests.cache.builders import LONG, content, save_teacher, trainer
 
@@ -148,30 +146,3 @@ def test_a_cache_survives_pickling(built):
     cache = Cache.open(built)
     before = cache.read([3, 1])
     assert torch.equal(pickle.loads(pickle.dumps(cache)).read([3, 1]), before)
-
-
-def test_a_failed_write_leaves_the_previous_file(tmp_path, monkeypatch):
-    """An incomplete file under its final name would be read as a complete one."""
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    path = tmp_path / "shard"
-    path.write_bytes(b"old")
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_file(path, b"new")
-    assert [(item.name, item.read_bytes()) for item in tmp_path.iterdir()] == [("shard", b"old")]
-
-
-def test_another_process_that_finished_first(tmp_path, monkeypatch):
-    """Two runs that build the same cache at once: the first to finish removes the temporary file of the second."""
-    path = tmp_path / "shard"
-
-    def finished(descriptor):
-        path.write_bytes(b"same")
-        next(tmp_path.glob(".shard*")).unlink()
-
-    monkeypatch.setattr(os, "fsync", finished)
-    write_file(path, b"same")
-    assert [(item.name, item.read_bytes()) for item in tmp_path.iterdir()] == [("shard", b"same")]

@@ -1,4 +1,4 @@
-"""A comparison refuses what cannot be compared, and reports what failed."""
+"""A comparison refuses what cannot be compared, keeps finished runs, reports failures, and searches the best options."""
 
 import json
 import sys
@@ -6,9 +6,11 @@ import sys
 import pytest
 
 from dwakd.cli import main
-from dwakd.compare.compare import compare_methods
-from dwakd.compare.run import Runner
+from dwakd.compare import compare
+from dwakd.compare.compare import Runner, compare_methods, search
+from dwakd.compare.plan import RATES, Cell, Variant
 from dwakd.errors import UserError
+from dwakd.recipe.files import RECIPE_FILE
 from tests.compare.builders import recipe
 
 
@@ -54,3 +56,63 @@ def test_a_teacher_that_cannot_be_evaluated_is_reported(tmp_path, monkeypatch):
     compare_methods(given, tmp_path / "out")
     failed = json.loads((tmp_path / "out" / "comparison.json").read_text())["variants"]["teacher"]["failed"]
     assert "./missing does not exist" in failed
+
+
+def test_finished_cells_are_kept_and_a_failed_one_says_why(tmp_path, monkeypatch):
+    """A comparison can be stopped and started again, and a run that fails must not stop the others."""
+    script = (
+        "import json, pathlib, sys; folder = pathlib.Path(sys.argv[1]); print('3/4 [00:01'); "
+        "sys.exit('error: no luck') if 'dskd' in folder.name else None; "
+        "(folder / 'eval').mkdir(parents=True); (folder / 'dwakd-run.json').write_text('{}'); "
+        "(folder / 'eval' / 'test.json').write_text('{}')"
+    )
+    started = []
+
+    def command(path, folder):
+        started.append(folder.name)
+        return [sys.executable, "-c", script, str(folder)]
+
+    monkeypatch.setattr(compare, "train_command", command)
+    cells = [Cell(Variant(name, name, {}), seed) for seed in (1, 2) for name in ("sft", "dskd")]
+    failures = Runner(recipe(), tmp_path, 2).run(cells)
+    assert failures.keys() == {"dskd-1", "dskd-2"}
+    assert failures["dskd-1"].startswith("no luck (")
+    started.clear()
+    Runner(recipe(), tmp_path, 1).run(cells)
+    assert sorted(started) == ["dskd-1", "dskd-2"]
+
+
+def test_cells_of_another_recipe_are_refused(tmp_path):
+    """A table with runs of two recipes would be wrong."""
+    runner, cell = Runner(recipe(), tmp_path, 1), Cell(Variant("sft", "sft", {}), 1)
+    folder = runner.cell_folder(cell)
+    (folder / "eval").mkdir(parents=True)
+    for path in (folder / "dwakd-run.json", folder / "eval" / "test.json"):
+        path.write_text("{}")
+    (folder / RECIPE_FILE).write_text(cell.recipe(recipe(teacher={"model": "teacher", "cache": "elsewhere"})).dump())
+    assert runner.run([cell]) == {}
+    for changes, message in (
+        ({"training": {"learning_rate": 2e-3}}, r"sft-1 holds another run: training.learning_rate is 0.001 there"),
+        ({"evaluation": {"test": ["test.jsonl"], "limit": 9}}, "evaluation.limit is None there and 9 here"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Runner(recipe(**changes), tmp_path, 1).run([cell])
+
+
+@pytest.mark.parametrize(("metric", "best"), [("eval_bits_per_byte", "lr0.33"), ("eval_rouge_l", "lr3")])
+def test_the_search_takes_the_best_on_the_dev_set(tmp_path, monkeypatch, metric, best):
+    """Low is good for bits per byte and high for ROUGE-L; otherwise every method would get its worst rate."""
+    script = (
+        "import json, pathlib, sys; folder = pathlib.Path(sys.argv[1]); folder.mkdir(parents=True); "
+        "value = float(folder.name.split('-lr')[1].split('-')[0]); (folder / 'dwakd-run.json').write_text('{}'); "
+        "state = {'log_history': [{'loss': 1.0}, {sys.argv[2]: value}]}; "
+        "(folder / 'trainer_state.json').write_text(json.dumps(state))"
+    )
+    monkeypatch.setattr(
+        compare, "train_command", lambda path, folder: [sys.executable, "-c", script, str(folder), metric]
+    )
+    (chosen,), failures = search(Runner(recipe(), tmp_path, 1), [Variant("sft", "sft", {})], 1)
+    assert not failures
+    assert chosen.name == "sft"
+    expected = {f"lr{factor:.2g}": factor for factor in RATES}[best]
+    assert chosen.rate_factor == expected

@@ -3,8 +3,6 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import numpy as np
 import torch
@@ -12,11 +10,11 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from torch import Tensor
 from tqdm.auto import trange
 
-from dwakd.folders import cache_folder
+from dwakd.folders import cache_folder, write_file
 
 Tokens = Sequence[bytes | None]
 Ids = NDArray[np.int64]
@@ -94,10 +92,7 @@ def nearest_tokens(
     else:
         ids = _nearest_ids(source_tokens, target_tokens)
         if is_kept:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with NamedTemporaryFile(dir=path.parent, delete=False) as file:  # other processes may write it as well
-                save_file({"nearest": ids}, file.name)
-            Path(file.name).replace(path)
+            write_file(path, save({"nearest": ids}))  # other processes may write it as well
     if end_tokens is not None:
         ids[end_tokens[0]] = end_tokens[1]
     return torch.from_numpy(ids)

@@ -13,10 +13,11 @@ from rich.filesize import decimal
 from torch import nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-from dwakd.cache.manifest import MANIFEST, TEACHER, keyed_sides
-from dwakd.cache.store import MISSING, UNFINISHED, Cache, CacheRequest
+from dwakd.cache.manifest import MANIFEST, MISSING, TEACHER, keyed_sides
+from dwakd.cache.store import Cache, CacheRequest
 from dwakd.data.pairs import EncodedSide
 from dwakd.errors import UserError
+from dwakd.folders import UNFINISHED
 from dwakd.models.head import embedding_table, output_head
 from dwakd.models.invariant import response_hidden
 

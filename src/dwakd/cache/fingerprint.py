@@ -41,17 +41,17 @@ def weights_digest(spec: str, *, revision: str | None = None, trust_remote_code:
     settings = adapter_config(spec, revision)
     if settings is not None:
         base = weights_digest(adapter_base(settings, spec), trust_remote_code=trust_remote_code)
-        return _digest([adapter_digest(spec, revision=revision), base])
+        return json_digest([adapter_digest(spec, revision=revision), base])
     location = resolve_spec(spec)
     options = {"revision": revision, "local_files_only": only_cached(location, revision)}
     config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **options).to_diff_dict()
     known = {name: value for name, value in config.items() if name not in _VOLATILE}
-    return _digest([_file_digests(spec, revision), known])
+    return json_digest([_file_digests(spec, revision), known])
 
 
 def adapter_digest(spec: str, *, revision: str | None = None) -> str:
     """Compute a SHA-256 of the weights and settings of an adapter, without its base model."""
-    return _digest([_file_digests(spec, revision), adapter_config(spec, revision)])
+    return json_digest([_file_digests(spec, revision), adapter_config(spec, revision)])
 
 
 def fingerprint(
@@ -68,7 +68,7 @@ def fingerprint(
     """
     template = encoder.template
     if template == "chat":
-        template = f"chat, by the tokenizer's template {_digest(encoder.tokenizer.chat_template)[:16]}"
+        template = f"chat, by the tokenizer's template {json_digest(encoder.tokenizer.chat_template)[:16]}"
     if encoder.special_tokens_in_prompts != "parse":
         template += f", data.special_tokens_in_prompts: {encoder.special_tokens_in_prompts}"
     tokenizer = json.loads(encoder.tokenizer.backend_tokenizer.to_str())
@@ -78,7 +78,7 @@ def fingerprint(
         "teacher": teacher,
         "teacher.adapter": adapter or "none",
         "teacher.dtype": dtype,
-        "tokenizer": _digest(tokenizer),
+        "tokenizer": json_digest(tokenizer),
         "data.template": template,
         "data.bos": bos,
         "data.max_length": str(max_length),
@@ -110,5 +110,6 @@ def _file_digests(spec: str, revision: str | None) -> list[str]:
     raise UserError(f"{spec} contains no weight files ({' or '.join(_WEIGHTS)}); correct the name of the model")
 
 
-def _digest(content: Any) -> str:
+def json_digest(content: Any) -> str:
+    """Compute the SHA-256 of a value written as JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

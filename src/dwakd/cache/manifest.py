@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,14 +11,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load, save
+from safetensors.numpy import load_file, save
 
-from dwakd.cache.fingerprint import row_key
+from dwakd.cache.fingerprint import json_digest, row_key
 from dwakd.data.pairs import EncodedPairs, EncodedRow, EncodedSide
 from dwakd.errors import UserError
 
 MANIFEST, INDEX, TEACHER = "cache.json", "index.safetensors", "teacher.safetensors"
 FORMAT = "dwakd teacher cache 3"
+MISSING = "is missing"
 DAMAGED = "does not match its checksum: it is damaged, cut short, or belongs to another cache"
 SHARD_BYTES, MIN_SHARDS = 64 << 20, 16  # several shards let ranks share the work, and a killed build loses little
 _ARRAYS = ("keys", "lengths", "shards", "offsets")
@@ -40,11 +40,11 @@ class Manifest:
     @property
     def identity(self) -> str:
         """Digest of every field except the names. The checksum of each shard includes it."""
-        return _digest({name: value for name, value in asdict(self).items() if name != "names"})
+        return json_digest([FORMAT, {name: value for name, value in asdict(self).items() if name != "names"}])
 
     def dump(self) -> bytes:
         """Return the content of cache.json, which ends with its own checksum."""
-        body = {"format": FORMAT, **asdict(self), "sha256": _digest(asdict(self))}
+        body = {"format": FORMAT, **asdict(self), "sha256": json_digest([FORMAT, asdict(self)])}
         return f"{json.dumps(body, indent=2)}\n".encode()
 
     @classmethod
@@ -115,9 +115,9 @@ class Index:
         return save({**{name: getattr(self, name) for name in _ARRAYS}, **self.members})
 
     @classmethod
-    def load(cls, data: bytes) -> Index:
-        """Read the content of index.safetensors."""
-        arrays = load(data)
+    def load(cls, path: Path) -> Index:
+        """Read index.safetensors."""
+        arrays = load_file(path)
         return cls(**{name: arrays.pop(name) for name in _ARRAYS}, members=arrays)
 
 
@@ -147,7 +147,3 @@ def damaged(folder: Path, name: str, problem: str = DAMAGED) -> UserError:
         f"{name} of teacher cache {folder} {problem}; delete {MANIFEST} and run dwakd cache with the recipe again: "
         "finished shards are kept"
     )
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps([FORMAT, content], sort_keys=True).encode()).hexdigest()

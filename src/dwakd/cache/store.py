@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,11 @@ from tqdm.contrib.concurrent import thread_map  # type: ignore[import-untyped, u
 
 from dwakd.batch import OutputHead
 from dwakd.cache.fingerprint import file_digest
-from dwakd.cache.manifest import DAMAGED, INDEX, MANIFEST, TEACHER, Index, Manifest, damaged
+from dwakd.cache.manifest import DAMAGED, INDEX, MANIFEST, MISSING, TEACHER, Index, Manifest, damaged
 from dwakd.data.pairs import EncodedPairs
 from dwakd.errors import UserError
+from dwakd.folders import write_file
 
-MISSING, UNFINISHED = "is missing", ".tmp-"
 
 
 @dataclass(frozen=True)
@@ -57,14 +56,12 @@ class Cache:
     @classmethod
     def open(cls, folder: Path) -> Cache:
         """Open a cache, finished or not. Only the manifest and the index are read; a UserError is raised if one is damaged."""
-        manifest = Manifest.load(folder)
-        try:
-            data = (folder / INDEX).read_bytes()
-        except FileNotFoundError as error:
-            raise damaged(folder, INDEX, MISSING) from error
-        if _sha256(data) != manifest.digests[INDEX]:
+        manifest, path = Manifest.load(folder), folder / INDEX
+        if not path.is_file():
+            raise damaged(folder, INDEX, MISSING)
+        if file_digest(path) != manifest.digests[INDEX]:
             raise damaged(folder, INDEX)
-        return cls(folder, manifest, Index.load(data))
+        return cls(folder, manifest, Index.load(path))
 
     @classmethod
     def create(cls, folder: Path, request: CacheRequest, table: Tensor, head: OutputHead) -> Cache:
@@ -74,7 +71,6 @@ class Cache:
         digests = {INDEX: _sha256(index.dump()), TEACHER: _sha256(_teacher_file(table, head))}
         outputs = head.hidden_size, head.scale, head.soft_cap
         manifest = Manifest(request.fingerprint, request.names, _dtype_name(dtype), *outputs, digests)
-        folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / INDEX, index.dump())
         write_file(folder / MANIFEST, manifest.dump())  # a cache exists once its manifest does
         return cls(folder, manifest, index)
@@ -134,14 +130,16 @@ class Cache:
         if not path.is_file():
             return MISSING
         if name == TEACHER:
-            return None if file_digest(path) == self.manifest.digests[TEACHER] else DAMAGED
-        try:
-            with safe_open(path, "pt") as file:
-                hidden, metadata = file.get_tensor("hidden"), file.metadata()
-        except SafetensorError:
-            return DAMAGED
-        shape = (self.index.shard_lengths[shard], self.manifest.hidden_size)
-        return None if hidden.shape == shape and metadata == self._metadata(shard, hidden) else DAMAGED
+            intact = file_digest(path) == self.manifest.digests[TEACHER]
+        else:
+            try:
+                with safe_open(path, "pt") as file:
+                    hidden, metadata = file.get_tensor("hidden"), file.metadata()
+            except SafetensorError:
+                return DAMAGED
+            shape = (self.index.shard_lengths[shard], self.manifest.hidden_size)
+            intact = hidden.shape == shape and metadata == self._metadata(shard, hidden)
+        return None if intact else DAMAGED
 
     def _metadata(self, shard: int, hidden: Tensor) -> dict[str, str]:
         """Return the metadata of a shard: a SHA-256 of the cache's identity, the shard's number and its content."""
@@ -199,23 +197,6 @@ def open_complete(folder: Path, *, progress: bool = False) -> Cache:
     cache = Cache.open(folder)
     cache.refuse_damaged(cache.problems(progress=progress), missing=True)
     return cache
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a temporary file, flush it to disk and rename it to `path`, which therefore appears complete or not at all."""
-    temporary = path.with_name(f".{path.name}{UNFINISHED}{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            temporary.replace(path)
-        except FileNotFoundError:  # another process finished the same cache and removed temporary files
-            if not path.is_file():
-                raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _teacher_file(table: Tensor, head: OutputHead) -> bytes:

@@ -1,25 +1,37 @@
-"""Train several methods with several seeds from one recipe and compare them in a table: the work of `dwakd compare`."""
+"""Train several methods with several seeds from one recipe and compare them in a table: the work of `dwakd compare`.
+
+Each run is a process of its own. Finished runs are kept, and failures are reported.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.console import Group
 
-from dwakd.compare.plan import Cell, variants_of
-from dwakd.compare.run import Runner, search
-from dwakd.compare.table import CellScores, comparison_tables, read_cell, summarise_comparison
+from dwakd.compare.plan import Cell, Variant, search_of, variants_of
+from dwakd.compare.table import CellScores, comparison_tables, num_evaluated, read_cell, summarise_comparison
 from dwakd.errors import UserError
-from dwakd.evaluation.options import RowOptions
-from dwakd.evaluation.run import evaluate_sets, plan_evaluation
-from dwakd.folders import check_output_folder
+from dwakd.evaluation.generate import progress_bar
+from dwakd.evaluation.run import EvaluationPlan, evaluate_sets, plan_evaluation
+from dwakd.folders import check_output_folder, write_file, write_json
 from dwakd.losses import method_options
+from dwakd.recipe.files import RECIPE_FILE
 from dwakd.recipe.recipe import Recipe
 from dwakd.recipe.sections import CompareSection, TeacherSection
 from dwakd.training.cache_run import cache_recipe
 from dwakd.training.recipe import check_options
+from dwakd.training.run_folder import RUN_FILE, check_same_recipe
+
+MOVABLE = re.compile(r"teacher\.(\d+\.)?cache$")
+"""Options that may differ between finished runs, because they only name a folder."""
 
 
 def compare_methods(
@@ -43,7 +55,7 @@ def compare_methods(
     """
     check_output_folder(folder)
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if names and not names & {"cells", "teacher-cache"}:
+    if names and not names & {"recipes", "cells", "teacher-cache"}:
         raise UserError(f"{folder} is not empty and contains no comparison: choose another folder with --output")
     section = recipe.compare or CompareSection()
     if lr_sweep and recipe.data.eval is None:
@@ -55,7 +67,7 @@ def compare_methods(
     cached = _with_teacher_caches(recipe, folder)
     for variant in variants:
         check_options(Cell(variant, seeds[0]).recipe(cached), folder)
-    _check_test_sets(recipe)
+    plan = _plan(recipe)
     options = [method_options(variant.method, variant.options) for variant in variants]
     with_teacher = [item for item in options if item.needs_teacher]
     if not all(item.needs_attention for item in with_teacher):
@@ -72,7 +84,7 @@ def compare_methods(
         name = "teacher" if number == 1 else f"teacher {number}"
         scores[name] = []
         try:
-            scores[name] = [evaluate_teacher(recipe, teacher, folder / "cells" / name.replace(" ", "-"))]
+            scores[name] = [evaluate_teacher(plan, teacher, folder / "cells" / name.replace(" ", "-"))]
         except (UserError, RuntimeError, OSError) as error:  # the comparison of the students is still useful
             failures[name] = str(error)
     finished = [cell for cell in cells if runner.finished(cell)]
@@ -80,32 +92,119 @@ def compare_methods(
         scores[variant.name] = [read_cell(runner.cell_folder(cell)) for cell in finished if cell.variant == variant]
     summary = summarise_comparison(scores, failures)
     summary["chosen"] = {variant.name: dataclasses.asdict(variant) for variant in variants}
-    (folder / "comparison.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "comparison.json", summary)
     return comparison_tables(summary), bool(finished)
 
 
 def _with_teacher_caches(recipe: Recipe, folder: Path) -> Recipe:
     """Return the recipe with a cache for each teacher, which all runs share."""
     names = ["teacher-cache", *(f"teacher-cache-{number}" for number in range(2, len(recipe.teachers) + 1))]
-    caches = [teacher.cache or str(folder / name) for teacher, name in zip(recipe.teachers, names, strict=True)]
-    pairs = zip(recipe.teachers, caches, strict=True)
-    return recipe.model_copy(update={"teacher": [one.model_copy(update={"cache": cache}) for one, cache in pairs]})
+    pairs = zip(recipe.teachers, names, strict=False)
+    teachers = [one.model_copy(update={"cache": one.cache or str(folder / name)}) for one, name in pairs]
+    return recipe.model_copy(update={"teacher": teachers})
 
 
-def _check_test_sets(recipe: Recipe) -> None:
-    if not recipe.evaluation.test:
+def _plan(recipe: Recipe) -> EvaluationPlan:
+    """Read the test sets, which must have references."""
+    plan = plan_evaluation(recipe)
+    if not plan.sets:
         raise UserError("compare needs test sets: set evaluation.test in the recipe")
-    for item in plan_evaluation(recipe).sets:
+    for item in plan.sets:
         if not item.scored:
             raise UserError(f"compare scores answers, but {item.source} has no references: choose another test set")
+    return plan
 
 
-def evaluate_teacher(recipe: Recipe, teacher: TeacherSection, folder: Path) -> CellScores:
+def evaluate_teacher(plan: EvaluationPlan, teacher: TeacherSection, folder: Path) -> CellScores:
     """Evaluate a teacher on the test sets unless that is done, and return its scores."""
-    section = recipe.evaluation
-    if len(list((folder / "eval").glob("*.json"))) < len(section.test):
-        names = ("template", "bos", "special_tokens_in_prompts", "prompt", "response", "input")
-        rows = RowOptions(limit=section.limit, **{name: getattr(recipe.data, name) for name in names})
-        options = plan_evaluation(recipe).options
-        evaluate_sets(teacher.model, section.test, rows, options, adapter=teacher.adapter, output=folder / "eval")
+    if num_evaluated(folder) < len(plan.sets):
+        data = [item.source for item in plan.sets]
+        evaluate_sets(teacher.model, data, plan.rows, plan.options, adapter=teacher.adapter, output=folder / "eval")
     return read_cell(folder)
+
+
+class Runner:
+    """Run `dwakd train` for each cell, `jobs` at a time; write recipes/NAME.yaml, cells/NAME/ and logs/NAME.log."""
+
+    def __init__(self, recipe: Recipe, folder: Path, jobs: int) -> None:
+        self.recipe, self.folder, self.jobs = recipe, folder, jobs
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def cell_folder(self, cell: Cell) -> Path:
+        return self.folder / "cells" / cell.name
+
+    def finished(self, cell: Cell) -> bool:
+        """Return whether a run is finished, including its evaluation."""
+        folder = self.cell_folder(cell)
+        tests = 0 if cell.search else len(self.recipe.evaluation.test)
+        return (folder / RUN_FILE).is_file() and num_evaluated(folder) >= tests
+
+    def run(self, cells: Sequence[Cell]) -> dict[str, str]:
+        """Run the cells that are not finished and return the reason of each failure, by the name of the cell.
+
+        Raises:
+            UserError: a finished run was made with another recipe.
+        """
+        waiting = [cell for cell in cells if not self.finished(cell)]
+        for cell in cells:
+            saved = self.cell_folder(cell) / RECIPE_FILE
+            if cell not in waiting and saved.is_file():
+                check_same_recipe(saved, cell.recipe(self.recipe), changeable=MOVABLE)
+        with progress_bar(disable=False) as bar, ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                found = bar.track(pool.map(self._run_cell, waiting), total=len(waiting), description="runs")
+                reasons = dict(zip([cell.name for cell in waiting], found, strict=True))
+            except BaseException:  # Ctrl-C: stop the running cells and keep the finished ones
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in self._processes:
+                    process.terminate()
+                raise
+        return {name: reason for name, reason in reasons.items() if reason is not None}
+
+    def _run_cell(self, cell: Cell) -> str | None:
+        """Run one cell and return the reason if it failed."""
+        path = self.folder / "recipes" / f"{cell.name}.yaml"
+        write_file(path, cell.recipe(self.recipe).dump().encode())
+        log = self.folder / "logs" / f"{cell.name}.log"
+        log.parent.mkdir(exist_ok=True)
+        with log.open("wb") as stream:
+            command = train_command(path, self.cell_folder(cell))
+            process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+            self._processes.append(process)
+            process.wait()
+        return None if process.returncode == 0 else failure_reason(log, process.returncode)
+
+
+def train_command(recipe: Path, folder: Path) -> list[str]:
+    """Return the command that trains and evaluates a cell, or continues it if its folder exists."""
+    resume = ["--resume"] if folder.exists() else []
+    return [sys.executable, "-m", "dwakd", "train", str(recipe), "--output", str(folder), *resume]
+
+
+def failure_reason(log: Path, code: int) -> str:
+    """Return the last error in the log of a run, or else its last line."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error:")]
+    last = (errors or lines or [f"exit code {code}"])[-1]
+    return f"{last.removeprefix('error: ')} ({log})"
+
+
+def search(runner: Runner, variants: list[Variant], seed: int) -> tuple[list[Variant], dict[str, str]]:
+    """Return each variant with the best learning rate and weight on the dev set, unchanged if its search failed."""
+    tried = [[Cell(item, seed, search=True) for item in search_of(variant)] for variant in variants]
+    failures = runner.run([cell for cells in tried for cell in cells])
+    chosen = []
+    for variant, cells in zip(variants, tried, strict=True):
+        done = [cell for cell in cells if runner.finished(cell)]
+        best = min(done, key=lambda cell: _dev_loss(runner.cell_folder(cell))).variant if done else variant
+        chosen.append(dataclasses.replace(best, name=variant.name))
+    return chosen, failures
+
+
+def _dev_loss(folder: Path) -> float:
+    """Return what the search minimises: the negative best ROUGE-L on the dev set, or else the best bits per byte."""
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    for name, sign in (("eval_rouge_l", -1), ("eval_bits_per_byte", 1)):
+        if values := [sign * entry[name] for entry in history if name in entry]:
+            return min(values)
+    raise AssertionError(f"{folder} was never evaluated")

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from dwakd.compare.plan import Variant
 from dwakd.evaluation.metrics import RESAMPLES
+from dwakd.training.run_folder import RUN_FILE
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,18 @@ class CellScores:
         return float(np.mean([rows.mean() for rows in self.rouge_l.values()]))
 
 
+def num_evaluated(folder: Path) -> int:
+    """Return the number of test sets whose scores are in the folder of a run."""
+    return len(list((folder / "eval").glob("*.json")))
+
+
 def read_cell(folder: Path) -> CellScores:
     """Read the scores from the folder of a run."""
     rouge, greedy, bits = {}, {}, {}
     for path in sorted((folder / "eval").glob("*.json")):
         numbers = json.loads(path.read_text(encoding="utf-8"))
         rows: dict[int, list[float]] = {}
-        for line in path.with_name(f"{path.stem}.answers.jsonl").read_text(encoding="utf-8").splitlines():
+        for line in path.with_suffix(".answers.jsonl").read_text(encoding="utf-8").splitlines():
             answer = json.loads(line)
             if answer["seed"] is not None and answer["rouge_l"] is not None:
                 rows.setdefault(answer["row"], []).append(answer["rouge_l"])
@@ -49,7 +55,7 @@ def read_cell(folder: Path) -> CellScores:
             greedy[path.stem] = numbers["greedy_rouge_l"]["mean"]
         if numbers["bits_per_byte"]:
             bits[path.stem] = numbers["bits_per_byte"]["value"]
-    record = folder / "dwakd-run.json"
+    record = folder / RUN_FILE
     run: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     return CellScores(rouge, greedy, bits, run.get("seconds_per_step"), run.get("peak_memory_bytes"))
 
@@ -61,17 +67,16 @@ def paired_interval(ours: Sequence[CellScores], other: Sequence[CellScores]) -> 
     each variant with replacement.
     """
     rng = np.random.default_rng(0)
-    difference = np.mean([cell.mean for cell in ours]) - np.mean([cell.mean for cell in other])
-    sets = list(ours[0].rouge_l)
-    tables = [[np.stack([cell.rouge_l[name] for cell in cells]) for name in sets] for cells in (ours, other)]
-    draws = np.empty(RESAMPLES)
-    for index in range(RESAMPLES):
-        picks = [rng.integers(len(cells), size=len(cells)) for cells in (ours, other)]
+    sets = [[np.stack([cell.rouge_l[name] for cell in cells]) for cells in (ours, other)] for name in ours[0].rouge_l]
+    draws = []
+    for _ in range(RESAMPLES):
+        seeds = [rng.integers(len(cells), size=len(cells)) for cells in (ours, other)]
         gaps = []
-        for one, two in zip(*tables, strict=True):
+        for one, two in sets:
             rows = rng.integers(one.shape[1], size=one.shape[1])
-            gaps.append(one[picks[0]][:, rows].mean() - two[picks[1]][:, rows].mean())
-        draws[index] = np.mean(gaps)
+            gaps.append(one[seeds[0]][:, rows].mean() - two[seeds[1]][:, rows].mean())
+        draws.append(np.mean(gaps))
+    difference = np.mean([cell.mean for cell in ours]) - np.mean([cell.mean for cell in other])
     low, high = np.percentile(draws, [2.5, 97.5])
     return float(difference), float(low), float(high)
 
@@ -79,13 +84,13 @@ def paired_interval(ours: Sequence[CellScores], other: Sequence[CellScores]) -> 
 def summarise_comparison(variants: Mapping[str, Sequence[CellScores]], failures: Mapping[str, str]) -> dict[str, Any]:
     """Return every number of the tables as JSON values; a variant without a finished run has only its reason."""
     means = {name: [cell.mean for cell in cells] for name, cells in variants.items() if cells}
-    trained = [name for name in means if not _is_teacher(name)]
+    trained = [name for name in means if not name.startswith("teacher")]
     best = max(trained, key=lambda name: np.mean(means[name]), default=None)
     rows: dict[str, Any] = {}
     for name, cells in variants.items():
         if not cells:
-            owners = (name, Variant(name, "", {}).folder_name)
-            reasons = [why for cell, why in failures.items() if cell == name or cell.rpartition("-")[0] == owners[1]]
+            folder = Variant(name, "", {}).folder_name  # failures have the name of a teacher or of a run, NAME-SEED
+            reasons = [why for run, why in failures.items() if run == name or run.rpartition("-")[0] == folder]
             rows[name] = {"failed": "; ".join(dict.fromkeys(reasons)) or "not run"}
             continue
         rows[name] = {
@@ -116,7 +121,7 @@ def comparison_tables(summary: Mapping[str, Any]) -> Group:
         spread, peak = row["rouge_l_std_over_training_seeds"], row["peak_memory_bytes"]
         mean = f"{row['rouge_l']:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
         scores.add_row(name, *(f"{row['sets'][key]:.2f}" for key in sets), mean)
-        if not _is_teacher(name):
+        if not name.startswith("teacher"):
             found = (row.get("versus_sft"), row.get("versus_best"))
             gaps.add_row(name, *("-" if gap is None else "{:+.2f} [{:.2f}, {:.2f}]".format(*gap) for gap in found))
         numbers = [row[key] for key in ("greedy_rouge_l", "bits_per_byte", "seconds_per_step")]
@@ -125,11 +130,6 @@ def comparison_tables(summary: Mapping[str, Any]) -> Group:
         costs.add_row(name, *("-" if value is None else f"{value:.{digits}f}" for value, digits in shown))
     failures = [f"run {name} failed: {reason}" for name, reason in summary["failures"].items()]
     return Group(scores, "", gaps, "", costs, *failures)
-
-
-def _is_teacher(name: str) -> bool:
-    """Return whether a row is a teacher: its name is "teacher" or, with several, "teacher 2" and so on."""
-    return name.partition(" ")[0] == "teacher"
 
 
 def _table(title: str, *headings: str) -> Table:

@@ -13,7 +13,6 @@ from dwakd.data.collator import collate
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import encode_pairs
 from dwakd.data.sources import Example
-from dwakd.errors import UserError
 from dwakd.evaluation.generate import Model, max_positions, progress_bar
 from dwakd.models.rows import evaluating, response_side
 
@@ -46,7 +45,7 @@ def bits_per_byte(
     batch_size: int = 8,
     max_length: int = 512,
     progress: bool = False,
-) -> BitsPerByte:
+) -> BitsPerByte | None:
     """Compute the bits of every response, given its prompt, per UTF-8 byte of the responses.
 
     The softmax is over all outputs of the head, including those without a token. A response is cut by text as in
@@ -57,16 +56,18 @@ def bits_per_byte(
         batch_size: examples in one forward pass; changes the speed, not the value.
         max_length: most tokens of prompt and response together; the model's positions if those are fewer.
 
-    Raises:
-        UserError: no row has a response that fits.
+    Returns:
+        The result, or None if no row has a response that fits.
     """
-    max_length = length_limit(model, max_length)
-    scored = measurable(encoder, examples, max_length)
-    if not scored:
-        raise UserError(f"bits per byte needs a row with a response and a prompt below {max_length} tokens")
-    if left_out := sum(bool(example.response.strip()) for example in examples) - len(scored):
+    max_length = min(max_length, max_positions(model))
+    answered = [example for example in examples if example.response.strip()]
+    prompts = encoder.prompt_ids_batch(answered) if answered else []
+    scored = [example for example, prompt in zip(answered, prompts, strict=True) if len(prompt) < max_length]
+    if left_out := len(answered) - len(scored):
         reason = f"their prompts fill {max_length} tokens"
         logger.warning("bits per byte leaves out %d of %d rows: %s", left_out, len(examples), reason)
+    if not scored:
+        return None
     pairs = encode_pairs(
         scored,
         encoder,
@@ -85,18 +86,6 @@ def bits_per_byte(
             bits += _bits(side)
             num_bytes += int(side.byte_ends[side.lengths.cumsum(0) - 1].sum())  # the ends of the last tokens
     return BitsPerByte(bits / num_bytes, bits, num_bytes, len(pairs), pairs.num_truncated)
-
-
-def length_limit(model: Model, max_length: int) -> int:
-    """Return `max_length`, or the model's positions if those are fewer."""
-    return min(max_length, max_positions(model) or max_length)
-
-
-def measurable(encoder: TextEncoder, examples: Sequence[Example], max_length: int) -> list[Example]:
-    """Return the rows that have a response and a prompt of fewer than `max_length` tokens."""
-    answered = [example for example in examples if example.response.strip()]
-    prompts = encoder.prompt_ids_batch(answered) if answered else []
-    return [example for example, prompt in zip(answered, prompts, strict=True) if len(prompt) < max_length]
 
 
 def _bits(side: ModelSide) -> float:

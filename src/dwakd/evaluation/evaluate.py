@@ -15,13 +15,14 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
 from dwakd.evaluation import metrics
-from dwakd.evaluation.bits_per_byte import BitsPerByte, bits_per_byte, length_limit, measurable
-from dwakd.evaluation.generate import Model, answer_passes, answerable_prompts
+from dwakd.evaluation.bits_per_byte import BitsPerByte, bits_per_byte
+from dwakd.evaluation.generate import Model, answer_passes, answerable_prompts, max_positions
 from dwakd.evaluation.options import EvalOptions
 
 logger = logging.getLogger(__name__)
 
 _DIGITS = 16
+_PACKAGES = ("dwakd", "rouge-score", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,7 @@ def evaluate_model(
         reason = "rouge_score reads only letters a-z and digits, which their references do not contain"
         logger.warning("ROUGE-L is 0 for %d of %d rows whatever the answer: %s", count, len(references), reason)
     answerable_prompts(model, encoder, examples)  # raises before anything is computed
-    max_length = length_limit(model, options.max_length)
-    likelihood = None
-    if measurable(encoder, examples, max_length):
-        likelihood = bits_per_byte(model, encoder, examples, max_length=max_length, progress=progress)
+    likelihood = bits_per_byte(model, encoder, examples, max_length=options.max_length, progress=progress)
     answers: list[Answer] = []
     passes = options.passes()
     for one, texts in zip(passes, answer_passes(model, encoder, examples, passes, progress=progress), strict=True):
@@ -137,40 +135,30 @@ def evaluation_signature(
     examples: Sequence[Example],
     options: EvalOptions,
     weights: dict[str, Any] | None = None,
-    data: dict[str, Any] | None = None,
+    source: str = "rows in memory",
 ) -> dict[str, Any]:
     """Return everything that the result of `evaluate_model` depends on.
 
-    `weights` and `data` are results of `model_identity` and `data_identity`, if the caller has computed them already.
+    `weights` is the result of `model_identity`, if the caller has computed it already; `source` is the name of the rows.
     """
     special = encoder.special_tokens_in_prompts
     return {
         "model": weights or model_identity(model),
-        "data": data or data_identity(examples),
+        "data": data_identity(examples, source),
         **({} if encoder.printed_date is None else {"template_date": encoder.printed_date}),
-        **make_signature(
-            **({} if special == "parse" else {"special_tokens_in_prompts": special}),
-            references="best" if any(map(metrics.has_reference, examples)) else "none",
-            template=encoder.template,
-            seeds=[one.seed for one in options.passes() if one.seed is not None],
-            **{name: getattr(options, name) for name in ("greedy", "temperature", "top_p", "max_new_tokens")},
-            max_length=length_limit(model, options.max_length),
-            dtype=str(model.dtype).removeprefix("torch."),
-        ),
-    }
-
-
-def make_signature(**options: Any) -> dict[str, Any]:
-    """Return the metric, the given options, the constants of the evaluation and the package versions."""
-    packages = ("dwakd", "rouge-score", "torch", "transformers")
-    return {
         "metric": "rougeL F1 x 100",
         "stemmer": True,
-        **options,
+        **({} if special == "parse" else {"special_tokens_in_prompts": special}),
+        "references": "best" if any(map(metrics.has_reference, examples)) else "none",
+        "template": encoder.template,
+        "seeds": [one.seed for one in options.passes() if one.seed is not None],
+        **{name: getattr(options, name) for name in ("greedy", "temperature", "top_p", "max_new_tokens")},
+        "max_length": min(options.max_length, max_positions(model)),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "top_k": 0,
         "sampling": "inverse CDF, one stream per seed and row",
         "bootstrap_resamples": metrics.RESAMPLES,
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: version(name) for name in _PACKAGES},
     }
 
 

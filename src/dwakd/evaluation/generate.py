@@ -5,6 +5,7 @@ for a seed `s`, with one uniform number for each token, and a token is the inver
 that number. Apart from rounding in padded forward passes, an answer depends only on the model, its prompt, `s` and `i`.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,8 +42,7 @@ def generate_answers(
     """Generate one answer for each example, in the order of the examples.
 
     The model's own generation settings (temperature, top-p, repetition penalty, length ...) are ignored. An answer
-    ends at any of the encoder's end tokens, or after min(max_new_tokens, the model's positions minus the tokens of its
-    prompt) tokens.
+    ends at any of the encoder's end tokens, after `max_new_tokens` tokens, or at the model's last position.
 
     Raises:
         UserError: a prompt has no tokens, or fills all the model's positions.
@@ -78,9 +78,7 @@ def plan_batches(
 ) -> list[PromptBatch]:
     """Group prompts of similar length, the longest first; the prompts of a batch have the same limit of new tokens."""
     prompts = answerable_prompts(model, encoder, examples)
-    positions = max_positions(model)
-    most = options.max_new_tokens
-    limits = [most if positions is None else min(most, positions - len(ids)) for ids in prompts]
+    limits = [min(options.max_new_tokens, max_positions(model) - len(ids)) for ids in prompts]
     order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
     batches = []
     for limit, group in groupby(order, key=limits.__getitem__):
@@ -105,17 +103,18 @@ def answerable_prompts(
         row = f"{source}, row {example.index} (counting from 0)"
         if not prompt:
             raise UserError(f"{row}: the prompt has no tokens: give it an instruction or use another template")
-        if positions is not None and len(prompt) >= positions:
-            size = (
-                f"its prompt of {len(prompt)} tokens leaves no room for an answer in the model's {positions} positions"
+        if len(prompt) >= positions:
+            raise UserError(
+                f"{row}: its prompt of {len(prompt)} tokens leaves no room for an answer in the model's {positions} "
+                "positions: shorten or remove it"
             )
-            raise UserError(f"{row}: {size}: shorten or remove it")
     return prompts
 
 
 def _answer(model: PreTrainedModel, encoder: TextEncoder, batch: PromptBatch, options: GenerationOptions) -> list[str]:
     prompts = [torch.tensor(ids) for ids in batch.prompts]
-    pad_id, ends = pad_id_of(encoder), encoder.end_token_ids
+    ends, pad_id = encoder.end_token_ids, encoder.tokenizer.pad_token_id
+    pad_id = encoder.end_token_id if pad_id is None else int(pad_id)  # padding is masked, so any token is correct
     pad = partial(pad_sequence, batch_first=True, padding_side="left")
     input_ids, mask = pad(prompts, padding_value=pad_id), pad([torch.ones_like(ids) for ids in prompts])
     length = input_ids.shape[1]
@@ -123,21 +122,12 @@ def _answer(model: PreTrainedModel, encoder: TextEncoder, batch: PromptBatch, op
     if options.seed is not None:
         uniforms = streams(options.seed, batch.rows, batch.max_new_tokens, model.device)
         sampler = [SeededSampling(uniforms, length, options.temperature, options.top_p)]
-    config = GenerationConfig(
-        do_sample=False,  # the sampler, if any, has left one token possible
-        max_new_tokens=batch.max_new_tokens,
-        eos_token_id=ends,
-        pad_token_id=pad_id,
-        use_cache=True,
-    )
+    settings = {"max_new_tokens": batch.max_new_tokens, "eos_token_id": ends, "pad_token_id": pad_id, "use_cache": True}
+    config = GenerationConfig(do_sample=False, **settings)  # the sampler, if any, leaves only one token possible
+    inputs = {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device)}
     saved, model.generation_config = model.generation_config, config  # `generate` reads the unset values from the model
     try:
-        output = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=config,
-            logits_processor=sampler,
-        )
+        output = model.generate(**inputs, generation_config=config, logits_processor=sampler)
     finally:
         model.generation_config = saved
     new_ids = [list(takewhile(lambda id: id not in ends, ids)) for ids in output[:, length:].tolist()]
@@ -183,12 +173,6 @@ def progress_bar(*, disable: bool) -> bars.Progress:
     return bars.Progress(*counts, *times, console=Console(stderr=True), disable=disable)
 
 
-def pad_id_of(encoder: TextEncoder) -> int:
-    """Return the padding token, or the end token if there is none: padding is masked, so any token is correct."""
-    pad_id = encoder.tokenizer.pad_token_id
-    return encoder.end_token_id if pad_id is None else int(pad_id)
-
-
-def max_positions(model: Any) -> int | None:
-    """Return how many positions the model has embeddings or rotations for, or None if it has no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def max_positions(model: Any) -> int:
+    """Return how many positions the model has embeddings or rotations for; a huge number if it has no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize

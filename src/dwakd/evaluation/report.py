@@ -12,6 +12,7 @@ from rich.table import Table
 
 from dwakd.errors import UserError
 from dwakd.evaluation.evaluate import Evaluation
+from dwakd.folders import write_file
 
 _COLUMNS = (
     ("ROUGE-L\nsampled", "rouge_l", "mean", 2),
@@ -23,8 +24,8 @@ _COLUMNS = (
 """Heading, field of `Evaluation`, attribute of this field, and digits after the decimal point."""
 
 
-def write_evaluation(evaluation: Evaluation, json_path: Path, answers_path: Path) -> None:
-    """Write the numbers and their signature as JSON and the answers as jsonl; each file appears complete or not at all.
+def write_evaluation(evaluation: Evaluation, path: Path) -> None:
+    """Write the numbers and their signature to a JSON file, and before it the answers to NAME.answers.jsonl.
 
     A line of the answers has the row, seed (null if greedy), prompt, answer, references and scores.
 
@@ -36,13 +37,10 @@ def write_evaluation(evaluation: Evaluation, json_path: Path, answers_path: Path
         numbers = json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
     except ValueError:
         raise UserError(
-            f"{json_path} was not written, because the metrics contain NaN or inf: check the model's weights"
+            f"{path} was not written, because the metrics contain NaN or inf: check the model's weights"
         ) from None
-    for path, text in ((answers_path, "\n".join(lines)), (json_path, numbers)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(path)
+    write_file(path.with_suffix(".answers.jsonl"), ("\n".join(lines) + "\n").encode())
+    write_file(path, f"{numbers}\n".encode())
 
 
 def check_overwrite(json_path: Path, signature: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from rich.text import Text
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import SUFFIXES, TEST_SPLITS, Example, load_examples
 from dwakd.errors import UserError
-from dwakd.evaluation.evaluate import data_identity, evaluate_model, evaluation_signature, model_identity
+from dwakd.evaluation.evaluate import evaluate_model, evaluation_signature, model_identity
 from dwakd.evaluation.generate import answerable_prompts
 from dwakd.evaluation.metrics import has_reference
 from dwakd.evaluation.options import EvalOptions, RowOptions
@@ -48,14 +48,16 @@ class EvaluationPlan(NamedTuple):
 
     sets: list[EvaluationSet]
     options: EvalOptions
+    rows: RowOptions
 
 
 def plan_evaluation(recipe: Recipe) -> EvaluationPlan:
     """Read the test sets of a recipe as `read_test_sets` does; needs no model."""
-    section, data = recipe.evaluation, recipe.data
-    rows = RowOptions(prompt=data.prompt, response=data.response, input=data.input, limit=section.limit)
-    options = EvalOptions(seeds=section.seeds, max_new_tokens=section.max_new_tokens, batch_size=section.batch_size)
-    return EvaluationPlan(read_test_sets(section.test, rows), options)
+    section = recipe.evaluation
+    names = set(RowOptions.model_fields) - {"limit"}
+    rows = RowOptions(limit=section.limit, **recipe.data.model_dump(include=names))
+    options = EvalOptions(**section.model_dump(exclude={"test", "limit"}))
+    return EvaluationPlan(read_test_sets(section.test, rows), options, rows)
 
 
 def read_test_sets(data: Sequence[str], rows: RowOptions) -> list[EvaluationSet]:
@@ -111,12 +113,11 @@ def evaluate_sets(
 ) -> Group:
     """Evaluate a model on test sets, write SET.json and SET.answers.jsonl, and return the table to print.
 
-    The options template, bos and special_tokens_in_prompts of `rows` are by default those of the recipe in the model's
-    folder, if there is one.
-
     Args:
         model: folder, hub id or GGUF file.
         data: files or hub ids.
+        rows: template, bos and special_tokens_in_prompts are by default those of the recipe in the model's folder.
+        options: options of the answers.
         adapter: a PEFT adapter to merge into the model.
         output: folder of the results; eval/ in the model's folder by default.
         overwrite: replace results of the same name with another signature, which are otherwise an error.
@@ -129,7 +130,7 @@ def evaluate_sets(
     saved = read_saved_recipe(recipe, mend=fix)["data"] if recipe.is_file() else {}
     folder = output or (Path(model) / "eval" if Path(model).is_dir() else Path("eval") / Path(model).name)
     check_output_folder(folder)
-    plan = EvaluationPlan(read_test_sets(data, rows), options)
+    plan = EvaluationPlan(read_test_sets(data, rows), options, rows)
     trained_with = {name: saved[name] for name in ("template", "bos", "special_tokens_in_prompts") if name in saved}
     encoder = TextEncoder(load_tokenizer(model), **rows.rendering(**trained_with))
     loaded = load_causal_lm(model, adapter=adapter)
@@ -146,16 +147,17 @@ def evaluate_student(plan: EvaluationPlan, model: Any, encoder: TextEncoder, fol
 def _evaluate_all(
     plan: EvaluationPlan, model: Any, encoder: TextEncoder, folder: Path, name: str, *, overwrite: bool
 ) -> Group:
-    weights = model_identity(model, name)
+    """Evaluate a loaded model on all sets, after the results in the folder have been checked for all sets."""
+    weights, options = model_identity(model, name), plan.options
     signatures, rows = {}, {}
     for item in plan.sets:
-        data = data_identity(item.examples, item.source)
-        signatures[item.name] = evaluation_signature(model, encoder, item.examples, plan.options, weights, data)
+        found = evaluation_signature(model, encoder, item.examples, options, weights, item.source)
+        signatures[item.name] = found
         if not overwrite:
-            check_overwrite(folder / f"{item.name}.json", signatures[item.name])
+            check_overwrite(folder / f"{item.name}.json", found)
     for item in plan.sets:
-        result = evaluate_model(model, encoder, item.examples, plan.options, signature=signatures[item.name])
-        write_evaluation(result, folder / f"{item.name}.json", folder / f"{item.name}.answers.jsonl")
+        result = evaluate_model(model, encoder, item.examples, options, signature=signatures[item.name])
+        write_evaluation(result, folder / f"{item.name}.json")
         rows[item.name] = result
     where = Text(f"answers and scores with their signature: {folder}", no_wrap=True, overflow="ignore")
     return Group(evaluation_table(rows), where)

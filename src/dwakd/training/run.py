@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import statistics
@@ -16,9 +15,9 @@ import torch
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from dwakd.cache.store import write_file
 from dwakd.errors import UserError
 from dwakd.evaluation.run import EvaluationPlan, check_room
+from dwakd.folders import write_file, write_json
 from dwakd.recipe.files import RECIPE_FILE
 from dwakd.recipe.recipe import Recipe
 from dwakd.recipe.sections import lora_config
@@ -81,7 +80,7 @@ def train(
         trainer.save_state()
         if trainer.is_world_process_zero():
             write_card(recipe, folder)
-            (folder / RUN_FILE).write_text(json.dumps(run_record(trainer), indent=2) + "\n", encoding="utf-8")
+            write_json(folder / RUN_FILE, run_record(trainer))
     return trainer
 
 
