@@ -35,8 +35,8 @@ def evaluation() -> Evaluation:
 
 def test_files_carry_signature_and_answers(evaluation: Evaluation, tmp_path: Path) -> None:
     """Scores can be compared only if the options and versions that produced them are known."""
-    json_path, answers_path = tmp_path / "new" / "eval.json", tmp_path / "new" / "answers.jsonl"
-    write_evaluation(evaluation, json_path, answers_path)
+    json_path, answers_path = tmp_path / "new" / "set.json", tmp_path / "new" / "set.answers.jsonl"
+    write_evaluation(evaluation, json_path)
     written = json.loads(json_path.read_text(encoding="utf-8"))
     assert written["rouge_l"]["n"] == 2
     assert written["num_examples"] == 2
@@ -57,7 +57,7 @@ def test_files_carry_signature_and_answers(evaluation: Evaluation, tmp_path: Pat
     assert lines[1]["prompt"] == "Привет!\n"
     assert lines[0]["references"] == ["Red, green and blue.", "e"]
     assert lines[0]["rouge_l"] == evaluation.answers[0].rouge_l
-    assert sorted(path.name for path in json_path.parent.iterdir()) == ["answers.jsonl", "eval.json"]
+    assert sorted(path.name for path in json_path.parent.iterdir()) == ["set.answers.jsonl", "set.json"]
 
 
 def shown(rows: dict[str, Evaluation], width: int = 80) -> str:
@@ -95,7 +95,7 @@ def test_a_set_without_references_is_answered_without_scores(tmp_path: Path) -> 
     """Vicuna's questions have no references; their answers are needed for a judge, and scores of 0 would be wrong."""
     rows = [Example(0, "How?"), Example(1, "Why?")]
     evaluation = evaluated(rows, seeds=1)
-    write_evaluation(evaluation, tmp_path / "x.json", tmp_path / "x.answers.jsonl")
+    write_evaluation(evaluation, tmp_path / "x.json")
     written = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
     assert (written["rouge_l"], written["greedy_exact_match"], written["bits_per_byte"]) == (None, None, None)
     assert written["signature"]["references"] == "none"
@@ -112,5 +112,5 @@ def test_scores_that_are_not_finite_are_not_written(evaluation: Evaluation, tmp_
     assert evaluation.rouge_l is not None
     broken = replace(evaluation, rouge_l=replace(evaluation.rouge_l, mean=float("nan")))
     with pytest.raises(UserError, match=r"x\.json .*NaN"):
-        write_evaluation(broken, tmp_path / "x.json", tmp_path / "x.answers.jsonl")
+        write_evaluation(broken, tmp_path / "x.json")
     assert list(tmp_path.iterdir()) == []

@@ -24,7 +24,6 @@ from dwakd.errors import UserError
 from dwakd.folders import write_file
 
 
-
 @dataclass(frozen=True)
 class CacheRequest:
     """What a cache has to contain, and which process builds it."""

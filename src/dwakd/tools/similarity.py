@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from peft import PeftModel
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dwakd.align.offsets import byte_groups
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedRow, encode_pairs
 from dwakd.data.sources import TEST_SPLITS, Example, load_examples
 from dwakd.errors import UserError
-from dwakd.evaluation.evaluate import data_identity, make_signature, model_identity
-from dwakd.evaluation.generate import max_positions, progress_bar
+from dwakd.evaluation.evaluate import data_identity, model_identity
+from dwakd.evaluation.generate import Model, max_positions, progress_bar
 from dwakd.evaluation.options import RowOptions
-from dwakd.folders import check_output_folder
+from dwakd.folders import check_output_folder, write_json
 from dwakd.models.invariant import response_hidden
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.models.rows import check_head, evaluating
 
-Model: TypeAlias = PreTrainedModel | PeftModel
+Side: TypeAlias = tuple[Model, TextEncoder]
 Structure = Float[Tensor, "spans spans"]
 PLOT_WIDTH = 36
 
@@ -74,41 +72,36 @@ def compare_representations(
     examples = load_examples(data, split=TEST_SPLITS, **rows.reading())
     prompts = rows.rendering(template="alpaca", bos="auto", special_tokens_in_prompts="parse")
 
-    def load(name: str, adapter: str | None = None) -> tuple[Model, TextEncoder]:
+    def load(name: str, adapter: str | None = None) -> Side:
         model = load_causal_lm(name, adapter=adapter)
         check_head(model)
         return model, TextEncoder(load_tokenizer(name), **prompts)
 
     reference = load(teacher, adapter)
-    found: dict[str, StructureDistances] = {}
-    record: dict[str, Any] = {
-        "signature": make_signature(**prompts, max_length=max_length),
-        "data": data_identity(examples, data),
-        "teacher": model_identity(reference[0], teacher),
-        "students": {},
-    }
+    versions = {name: version(name) for name in ("dwakd", "torch", "transformers")}
+    found: dict[str, Any] = {}
     for name in students:
         student = load(name)
-        found[name] = structure_distances(student, reference, examples, max_length=max_length, source=data)
-        record["students"][name] = {"model": model_identity(student[0], name), **asdict(found[name])}
+        distances = structure_distances(student, reference, examples, max_length=max_length, source=data)
+        found[name] = {"model": model_identity(student[0], name), **asdict(distances)}
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    num_texts = " or ".join(str(size) for size in dict.fromkeys(len(one.cosine) for one in found.values()))
+        record = {
+            "signature": {**prompts, "max_length": max_length, "versions": versions},
+            "data": data_identity(examples, data),
+            "teacher": model_identity(reference[0], teacher),
+            "students": found,
+        }
+        write_json(output, record)
+    num_texts = " or ".join(dict.fromkeys(str(len(one["cosine"])) for one in found.values()))
     return Group(
-        _table("M_cos", {name: distances.cosine for name, distances in found.items()}),
-        _table("M_prod", {name: distances.product for name, distances in found.items()}),
+        _table("M_cos", {name: one["cosine"] for name, one in found.items()}),
+        _table("M_prod", {name: one["product"] for name, one in found.items()}),
         f"{num_texts} texts; a smaller distance means that a student is more similar to the teacher",
     )
 
 
 def structure_distances(
-    student: tuple[Model, TextEncoder],
-    teacher: tuple[Model, TextEncoder],
-    examples: Sequence[Example],
-    *,
-    max_length: int = 512,
-    source: str = "the examples",
+    student: Side, teacher: Side, examples: Sequence[Example], *, max_length: int = 512, source: str = "the examples"
 ) -> StructureDistances:
     """Compute the distances of the two models' matrices over each response.
 
@@ -133,13 +126,21 @@ def structure_distances(
     answered = [example for example in examples if example.response.strip()]
     if not answered:
         raise UserError(f"{source}: no row has a response to compare representations of")
-    length = min(max_length, max_positions(student[0]) or max_length, max_positions(teacher[0]) or max_length)
-    mend = "raise --max-length, if the models have more positions, or shorten its rows"
-    options: dict[str, Any] = {"max_length": length, "max_prompt_length": length - 1, "length_option": "--max-length"}
-    options |= {"invalid_rows": "skip", "source": source, "mend": mend}
-    pairs = encode_pairs(answered, student[1], teacher[1], **options)
-    found, models = StructureDistances(), (student[0], teacher[0])
-    with progress_bar(disable=False) as bar, evaluating(student[0]), evaluating(teacher[0]):
+    models = student[0], teacher[0]
+    length = min(max_length, *map(max_positions, models))
+    pairs = encode_pairs(
+        answered,
+        student[1],
+        teacher[1],
+        max_length=length,
+        max_prompt_length=length - 1,
+        length_option="--max-length",
+        invalid_rows="skip",
+        source=source,
+        mend="raise --max-length, if the models have more positions, or shorten its rows",
+    )
+    found = StructureDistances()
+    with progress_bar(disable=False) as bar, evaluating(models[0]), evaluating(models[1]):
         for row in bar.track(pairs.rows, description="representations"):
             one, other = _pooled(row, models)
             found.cosine.append(float((cosine_structure(one) - cosine_structure(other)).abs().mean()))

@@ -1,16 +1,20 @@
 """Shrunk models keep the right layers, have a consistent config and are saved as plain checkpoints."""
 
 import json
-import math
 import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dwakd.data.encoding import TextEncoder
+from dwakd.data.sources import load_examples
 from dwakd.errors import UserError
+from dwakd.evaluation.bits_per_byte import bits_per_byte
+from dwakd.evaluation.options import RowOptions
+from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.models.rows import check_head
-from dwakd.tools.shrink.shrink import block_influence, shrink_model, text_bits_per_byte
+from dwakd.tools.shrink.shrink import block_influence, shrink_model, shrink_to_folder
 from tests.builders import SAMPLE_TEXTS, bpe_byte_fallback, byte_bpe, tiny_model, unigram_byte_fallback, wordpiece
 from tests.command_line import one_sentence, run
 
@@ -37,12 +41,12 @@ def test_both_cuts_in_every_family_give_a_plain_checkpoint(family, tmp_path):
     tokenizer = byte_bpe()
     model = same_special_ids(deep_model(family), tokenizer)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    student, new, report = shrink_model(model, tokenizer, TEXTS, num_layers=3, vocab_size=300)
+    student, new, kept, _ = shrink_model(model, tokenizer, TEXTS, num_layers=3, vocab_size=300)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert student.config.num_hidden_layers == len(report.kept_layers) == 3
-    assert student.config.vocab_size == len(new) == report.after.vocab_size == 300
+    assert student.config.num_hidden_layers == len(kept) == 3
+    assert student.config.vocab_size == len(new) == 300
     assert student.config.eos_token_id == new.eos_token_id == student.generation_config.eos_token_id
-    assert report.after.parameters == student.num_parameters() < report.before.parameters
+    assert student.num_parameters() < model.num_parameters()
     check_head(student)
     student.save_pretrained(tmp_path)
     new.save_pretrained(tmp_path)
@@ -57,14 +61,14 @@ def test_kept_layers_keep_their_weights_in_order(family):
     """A student with layers in another order has the right shapes but predicts nonsense."""
     tokenizer = byte_bpe()
     model = deep_model(family)
-    student, _, report = shrink_model(model, tokenizer, TEXTS, num_layers=3)
-    assert list(report.kept_layers) == sorted(report.kept_layers)
-    assert (report.kept_layers[0], report.kept_layers[-1]) == (0, 4)
+    student, _, kept_layers, _ = shrink_model(model, tokenizer, TEXTS, num_layers=3)
+    assert kept_layers == sorted(kept_layers)
+    assert (kept_layers[0], kept_layers[-1]) == (0, 4)
 
     def stack(lm):
         return next(module for module in lm.modules() if isinstance(module, torch.nn.ModuleList))
 
-    for new, old in enumerate(report.kept_layers):
+    for new, old in enumerate(kept_layers):
         for kept, whole in zip(stack(student)[new].parameters(), stack(model)[old].parameters(), strict=True):
             assert torch.equal(kept, whole)
 
@@ -73,8 +77,8 @@ def test_per_layer_lists_follow_their_layers():
     """Gemma 3 alternates local and global attention; a list cut at its end would give layers the wrong window."""
     kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "full_attention"]
     model = tiny_model("gemma3", 400, num_hidden_layers=5, layer_types=kinds)
-    student, _, report = shrink_model(model, byte_bpe(), TEXTS, num_layers=3)
-    assert student.config.layer_types == [kinds[index] for index in report.kept_layers]
+    student, _, kept, _ = shrink_model(model, byte_bpe(), TEXTS, num_layers=3)
+    assert student.config.layer_types == [kinds[index] for index in kept]
 
 
 def test_influence_is_one_minus_the_cosine_and_the_idle_layer_goes():
@@ -90,17 +94,17 @@ def test_influence_is_one_minus_the_cosine_and_the_idle_layer_goes():
         states = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states
         cosines.append(torch.nn.functional.cosine_similarity(states[1], states[2], dim=-1).flatten())
     assert influence[1] == pytest.approx(1 - torch.cat(cosines).mean().item(), abs=1e-5)
-    student, _, report = shrink_model(model, tokenizer, TEXTS, num_layers=4)
-    assert report.kept_layers == (0, 1, 3, 4)
+    student, _, kept, _ = shrink_model(model, tokenizer, TEXTS, num_layers=4)
+    assert kept == [0, 1, 3, 4]
     ids = tokenizer(TEXTS[0], return_tensors="pt").input_ids
     torch.testing.assert_close(student(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-4)
 
 
-def test_influence_leaves_no_hook_and_skips_empty_texts():
-    """A hook that stays would slow down every later forward pass and keep its tensors alive."""
-    model, tokenizer = deep_model("gpt2"), byte_bpe()
+def test_influence_skips_empty_texts_and_leaves_the_model_as_it_was():
+    """A model cannot run on a text without tokens, and dropout would make the influence random."""
+    model, tokenizer = deep_model("gpt2").train(), byte_bpe()
     assert block_influence(model, tokenizer, ["", *TEXTS]) == block_influence(model, tokenizer, TEXTS)
-    assert not any(module._forward_hooks for module in model.modules())
+    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("builder", [byte_bpe, unigram_byte_fallback, bpe_byte_fallback, wordpiece])
@@ -110,7 +114,7 @@ def test_matrices_start_from_the_old_tokens(builder, family):
     tokenizer = builder()
     model = same_special_ids(deep_model(family, 450, layers=2), tokenizer)
     size = {"byte_bpe": 330, "wordpiece": 250}.get(builder.__name__, 370)
-    student, new, _ = shrink_model(model, tokenizer, TEXTS, vocab_size=size)
+    student, new, *_ = shrink_model(model, tokenizer, TEXTS, vocab_size=size)
     shared = {token: index for token, index in new.get_vocab().items() if token in tokenizer.get_vocab()}
     assert len(shared) > 100
     olds = torch.tensor([tokenizer.get_vocab()[token] for token in shared])
@@ -133,41 +137,25 @@ def test_lists_of_end_tokens_follow_their_strings():
     tokenizer.chat_template = "<turn>"
     model = deep_model("llama", 420)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, 401, 400]
-    student, new, _ = shrink_model(model, tokenizer, TEXTS, vocab_size=300)
+    student, new, *_ = shrink_model(model, tokenizer, TEXTS, vocab_size=300)
     turn = new.convert_tokens_to_ids("<turn>")
     assert student.generation_config.eos_token_id == [new.eos_token_id, turn]
 
 
-def test_bits_per_byte_by_hand():
-    """The loss of shrinking is read from bits per byte: every token once, including the first, without padding."""
-    model, tokenizer = deep_model("llama"), byte_bpe()
-    texts = ["Name three colours.", "你好 fox", "", "a"]
-    bits = 0.0
-    for text in texts:
-        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text).input_ids]])
-        log_probs = model(ids).logits.detach().log_softmax(-1)[0, :-1]
-        bits -= float(log_probs.gather(1, ids[0, 1:, None]).sum()) / math.log(2)
-    expected = bits / sum(len(text.encode()) for text in texts)
-    assert text_bits_per_byte(model, tokenizer, texts) == pytest.approx(expected, rel=1e-4)
-    with pytest.raises(UserError, match="no text"):
-        text_bits_per_byte(model, tokenizer, [""])
-
-
-def test_bits_per_byte_counts_the_bytes_that_were_read():
-    """With the bytes of the whole text, a longer text would look better only because it is cut."""
-    model, tokenizer = deep_model("llama"), byte_bpe()
-    whole = "abc def " * 40
-    ids = tokenizer(whole).input_ids[:19]
-    cut = text_bits_per_byte(model, tokenizer, [whole], max_length=20)
-    assert cut == pytest.approx(text_bits_per_byte(model, tokenizer, [tokenizer.decode(ids)]), rel=0.1)
-
-
-def test_report_holds_bits_per_byte_of_held_out_texts():
-    """Each model must be measured with its own tokenizer, before and after."""
-    model, tokenizer = deep_model("llama"), byte_bpe()
-    student, new, report = shrink_model(model, tokenizer, TEXTS, num_layers=2, vocab_size=300, held_out=SAMPLE_TEXTS)
-    assert report.before.bits_per_byte == pytest.approx(text_bits_per_byte(model, tokenizer, SAMPLE_TEXTS))
-    assert report.after.bits_per_byte == pytest.approx(text_bits_per_byte(student, new, SAMPLE_TEXTS))
+def test_the_report_has_sizes_and_bits_per_byte_of_both_models(workspace, tmp_path):
+    """Each model must be measured with its own tokenizer, on rows that the tokenizer was not trained on."""
+    data, output = str(workspace / "data.jsonl"), tmp_path / "student"
+    sizes = {"num_layers": 2, "vocab_size": 300}
+    table = shrink_to_folder(str(workspace / "teacher"), data, output, RowOptions(), **sizes, eval_data=data)
+    cells = {name: list(row) for name, *row in zip(*(column.cells for column in table.columns), strict=True)}
+    rows = load_examples(data)
+    for index, folder in enumerate((workspace / "teacher", output)):
+        model, tokenizer = load_causal_lm(str(folder)), load_tokenizer(str(folder))
+        assert cells["layers"][index] == str(model.config.num_hidden_layers)
+        assert cells["vocabulary"][index] == f"{len(tokenizer):,}"
+        assert cells["parameters"][index] == f"{model.num_parameters():,}"
+        bits = bits_per_byte(model, TextEncoder(tokenizer, "plain"), rows)
+        assert cells["bits per byte, untrained"][index] == f"{bits.value:.3f}"
 
 
 @pytest.mark.parametrize(

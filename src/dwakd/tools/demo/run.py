@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from dwakd.errors import UserError
 from dwakd.evaluation.evaluate import evaluate_model
 from dwakd.evaluation.options import EvalOptions
 from dwakd.evaluation.report import write_evaluation
-from dwakd.folders import check_output_folder
+from dwakd.folders import check_output_folder, write_json
 from dwakd.recipe.training import DistillConfig
 from dwakd.tools.demo.corpus import make_corpus
 from dwakd.tools.demo.tokenizers import demo_tokenizers
@@ -74,8 +73,7 @@ def run_demo(output: Path | None, *, seed: int, quick: bool) -> Group:
     for name in ("teacher", *METHODS):
         console.rule("teacher: sft on every row" if name == "teacher" else f"student: {name}")
         rows[name] = _train_and_evaluate(_trainer(name, folder, sizes, train, tokenizers, seed), test, folder)
-    content = {"seed": seed, "sizes": asdict(sizes), **rows}
-    (folder / "demo.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "demo.json", {"seed": seed, "sizes": asdict(sizes), **rows})
     return Group(_table(rows, sizes), f"students: {', '.join(str(folder / method) for method in METHODS)}")
 
 
@@ -90,15 +88,18 @@ def _trainer(
     """Return the trainer of the teacher or of a student that is named after its method."""
     large = name == "teacher"
     tokenizer = tokenizers[large]
-    width = sizes.teacher_width if large else sizes.student_width
-    steps = sizes.teacher_steps if large else sizes.student_steps
-    rate = 2e-3 if large else 4e-3
+    if large:
+        width, inner_width, num_layers = sizes.teacher_width, 512, 4
+        steps, batch_size, rate = sizes.teacher_steps, 32, 2e-3
+    else:
+        width, inner_width, num_layers = sizes.student_width, 2 * sizes.student_width, 2
+        steps, batch_size, rate = sizes.student_steps, 16, 4e-3
     set_seed(seed if large else seed + 1)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
-        intermediate_size=512 if large else 2 * width,
-        num_hidden_layers=4 if large else 2,
+        intermediate_size=inner_width,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=256,
@@ -113,7 +114,7 @@ def _trainer(
         max_length=128,
         max_prompt_length=96,
         max_steps=steps,
-        per_device_train_batch_size=32 if large else 16,
+        per_device_train_batch_size=batch_size,
         learning_rate=rate,
         projector_learning_rate=rate,
         warmup_steps=math.ceil(0.05 * steps),
@@ -136,7 +137,7 @@ def _train_and_evaluate(trainer: DistillTrainer, test: list[Example], folder: Pa
     name = Path(trainer.args.output_dir).name
     options = EvalOptions(max_new_tokens=40, batch_size=100)
     evaluation = evaluate_model(trainer.student, trainer.student_encoder, test, options)
-    write_evaluation(evaluation, folder / f"{name}.json", folder / f"{name}.answers.jsonl")
+    write_evaluation(evaluation, folder / f"{name}.json")
     cost = {"seconds_per_step": runtime / trainer.state.global_step, "parameters": trainer.student.num_parameters()}
     return {**evaluation.to_dict(), **cost}
 

@@ -3,16 +3,16 @@
 Only the vocabulary changes. Normaliser, pre-tokeniser, decoder, post-processor, special tokens and template are kept.
 """
 
-import copy
 import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from tokenizers import Regex, Tokenizer, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -21,7 +21,6 @@ from dwakd.errors import UserError
 _BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 _BYTE_SCORE = -100.0  # so low that a literal "<0x0A>" in a text is never read as a byte token
 _CHARACTER_COVERAGE = 0.9995  # SentencePiece's default: rarer characters fall back to bytes
-_TRAINERS = {"BPE": trainers.BpeTrainer, "Unigram": trainers.UnigramTrainer, "WordPiece": trainers.WordPieceTrainer}
 
 
 def train_tokenizer(tokenizer: Any, texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -37,7 +36,7 @@ def train_tokenizer(tokenizer: Any, texts: Sequence[str], vocab_size: int) -> Pr
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     kind = state["model"]["type"]
-    if kind not in _TRAINERS:
+    if kind not in ("BPE", "Unigram", "WordPiece"):
         raise UserError(
             f"a tokenizer of the kind {kind} cannot be retrained: use a model with a BPE, Unigram or WordPiece tokenizer"
         )
@@ -50,7 +49,7 @@ def train_tokenizer(tokenizer: Any, texts: Sequence[str], vocab_size: int) -> Pr
     settings = ("model_max_length", "padding_side", "truncation_side", "model_input_names")
     new = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)),
-        extra_special_tokens=[token for token in map(str, _extra_special(tokenizer)) if token in kept],
+        extra_special_tokens=[token for token in map(str, tokenizer.extra_special_tokens) if token in kept],
         clean_up_tokenization_spaces=False,
         **{name: getattr(tokenizer, name) for name in settings},
         **named,
@@ -75,14 +74,12 @@ def old_tokens_of(old: Any, new: Any) -> list[list[int]]:
 
 
 def averaged_rows(
-    table: Float[Tensor, "old_vocab width"], sources: Sequence[Sequence[int]]
-) -> Float[Tensor, "new_vocab width"]:
+    table: Float[Tensor, "old_vocab *width"], sources: Sequence[Sequence[int]]
+) -> Float[Tensor, "new_vocab *width"]:
     """Average the old embeddings named by `old_tokens_of`, or all of them for a token without sources."""
-    flat = torch.tensor([index for source in sources for index in source], device=table.device)
-    sizes = torch.tensor([len(source) for source in sources], device=table.device)
-    rows = torch.nn.functional.embedding_bag(flat, table.detach(), sizes.cumsum(0) - sizes, mode="mean")
-    rows[sizes == 0] = table.detach().mean(dim=0)
-    return rows
+    table = table.detach()
+    mean = table.mean(dim=0)
+    return torch.stack([table[source].mean(dim=0) if source else mean for source in sources])
 
 
 def _pieces(token: str, model: Any, old_vocab: dict[str, int]) -> list[int]:
@@ -100,14 +97,10 @@ def _pieces(token: str, model: Any, old_vocab: dict[str, int]) -> list[int]:
     return ids
 
 
-def _extra_special(tokenizer: Any) -> list[Any]:
-    return list(getattr(tokenizer, "extra_special_tokens", []))
-
-
 def _kept_tokens(tokenizer: Any, state: dict[str, Any], texts: Sequence[str]) -> list[str]:
     """Return the special tokens to keep, in the order of their old ids, the unknown token first."""
     vocab, model = tokenizer.get_vocab(), state["model"]
-    needed = set(tokenizer.all_special_tokens) - set(_extra_special(tokenizer))
+    needed = set(tokenizer.all_special_tokens) - set(tokenizer.extra_special_tokens)
     mentions = [json.dumps(state["post_processor"], ensure_ascii=False), str(tokenizer.chat_template or "")]
     for token in {added["content"] for added in state["added_tokens"]} - needed:
         if any(token in text for text in (*mentions, *texts)):
@@ -119,34 +112,24 @@ def _kept_tokens(tokenizer: Any, state: dict[str, Any], texts: Sequence[str]) ->
 
 def _trained(state: dict[str, Any], fixed: list[str], texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """Train a tokenizer with the pipeline of `state`, without special tokens; `fixed` get the first ids."""
-    blank = copy.deepcopy(state)
-    blank.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
-    model = blank["model"]
-    kind, falls_back = model["type"], model.get("byte_fallback")
-    options: dict[str, Any] = {"vocab_size": vocab_size, "special_tokens": fixed, "show_progress": False}
-    if kind == "Unigram":
-        model.update(vocab=[[fixed[0], 0.0]], unk_id=0)
-        options["unk_token"] = fixed[0]
-        if falls_back:  # otherwise a literal "<0x0A>" in a text could become a line feed
-            options["initial_alphabet"] = sorted(set("".join(_BYTE_TOKENS)))
-    else:
-        model.update({"vocab": {}, "merges": []} if kind == "BPE" else {"vocab": {}})
-        affixes = ("continuing_subword_prefix", "end_of_word_suffix")
-        options |= {name: model[name] for name in affixes if model.get(name) is not None}
-    if '"ByteLevel"' in json.dumps([blank["pre_tokenizer"], blank["normalizer"]]):
-        options["initial_alphabet"] = sorted(pre_tokenizers.ByteLevel.alphabet())
+    blank = {**state, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    is_unigram, falls_back = state["model"]["type"] == "Unigram", state["model"].get("byte_fallback")
+    alphabet: list[str] = []
+    if '"ByteLevel"' in json.dumps([state["pre_tokenizer"], state["normalizer"]]):
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    elif is_unigram and falls_back:  # otherwise a literal "<0x0A>" in a text could become a line feed
+        alphabet = sorted(set("".join(_BYTE_TOKENS)))
     tokenizer = Tokenizer.from_str(json.dumps(blank))
     if splitters := _splitters(state):
         existing = [tokenizer.pre_tokenizer] if tokenizer.pre_tokenizer is not None else []
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(existing + splitters)
     if falls_back:
         texts = _without_rare_characters(texts)
-    if kind == "Unigram":  # its trainer rejects a small vocabulary without naming the minimum; others exceed the size
-        _check_size(
-            len(fixed) + len(_alphabet(tokenizer, texts) | set(options.get("initial_alphabet", []))), vocab_size
-        )
-    tokenizer.train_from_iterator(texts, _TRAINERS[kind](**options), length=len(texts))
-    return tokenizer
+    if is_unigram:  # its trainer rejects a small vocabulary without naming the minimum; others exceed the size
+        _check_size(len(fixed) + len(_alphabet(tokenizer, texts) | set(alphabet)), vocab_size)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    options = {"new_special_tokens": fixed, "initial_alphabet": alphabet, "show_progress": False}
+    return wrapped.train_new_from_iterator(texts, vocab_size, len(texts), **options).backend_tokenizer
 
 
 def _check_size(minimum: int, vocab_size: int) -> None:
@@ -184,14 +167,10 @@ def _splitters(state: dict[str, Any]) -> list[Any]:
 
 
 def _without_rare_characters(texts: Sequence[str]) -> list[str]:
-    counts = Counter(character for text in texts for character in text)
-    budget = (1 - _CHARACTER_COVERAGE) * sum(counts.values())
-    rare: dict[int, None] = {}
-    for character, count in sorted(counts.items(), key=lambda item: (item[1], item[0])):
-        budget -= count
-        if budget < 0:
-            break
-        rare[ord(character)] = None
+    counts = sorted((count, character) for character, count in Counter(chain.from_iterable(texts)).items())
+    totals = list(accumulate(count for count, _ in counts))
+    pairs = zip(counts, totals, strict=True)
+    rare = {ord(item[1]): None for item, total in pairs if total <= (1 - _CHARACTER_COVERAGE) * totals[-1]}
     return [text.translate(rare) for text in texts]
 
 
@@ -207,13 +186,11 @@ def _renew_vocabulary(state: dict[str, Any], trained: dict[str, Any], kept: list
         model.update({name: trained[name] for name in ("vocab", "merges") if name in trained})
     added = [{**token, "id": ids[token["content"]]} for token in state["added_tokens"] if token["content"] in kept]
     state.update(added_tokens=sorted(added, key=lambda token: int(token["id"])), truncation=None, padding=None)
-    _renew_ids(state["post_processor"], ids)
+    _renew_ids(state["post_processor"] or {}, ids)
 
 
-def _renew_ids(post_processor: Any, ids: dict[str, int]) -> None:
+def _renew_ids(post_processor: dict[str, Any], ids: dict[str, int]) -> None:
     """Update the ids of template, BERT and RoBERTa processors, including those inside a sequence."""
-    if post_processor is None:
-        return
     for inner in post_processor.get("processors", []):
         _renew_ids(inner, ids)
     for special in (post_processor.get("special_tokens") or {}).values():
