@@ -67,7 +67,7 @@ def train(
     The result is a plain Hugging Face folder: AutoModelForCausalLM.from_pretrained(FOLDER).
     """
     _silence_transformers()
-    from dwakd.evaluation.run import evaluate_student, plan_evaluation
+    from dwakd.evaluation.run import evaluate_plan, plan_evaluation
     from dwakd.recipe.recipe import load_recipe
     from dwakd.training.run import end_of_run
     from dwakd.training.run import train as run_recipe
@@ -79,7 +79,8 @@ def train(
     if trainer.is_world_process_zero():
         console.print(f"student: [bold]{folder}[/bold] after {trainer.state.global_step} steps", soft_wrap=True)
     if plan.sets and trainer.is_world_process_zero():
-        console.print(evaluate_student(plan, trainer.student, trainer.student_encoder, folder))
+        student, encoder = trainer.student, trainer.student_encoder
+        console.print(evaluate_plan(plan, student, encoder, folder / "eval", name=str(folder), overwrite=True))
     end_of_run()
 
 

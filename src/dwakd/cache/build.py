@@ -27,13 +27,9 @@ _CHUNK_TOKENS, _CPU_CHUNK_TOKENS = 16_384, 1_024  # in one forward pass, padding
 
 
 def open_or_build(folder: Path, request: CacheRequest, load: Callable[[], nn.Module], *, repair: bool = False) -> Cache:
-    """Open and verify the cache in a folder. Files that are missing are built.
+    """Open and verify the cache in a folder. Files that are missing are built, and with `repair` also damaged ones.
 
-    Args:
-        folder: folder of the cache; created if it does not exist.
-        request: what the cache must contain.
-        load: loads the teacher on the device where it runs; called only if something has to be built.
-        repair: build damaged files again instead of refusing them.
+    `load` loads the teacher on the device where it runs; it is called only if something has to be built.
 
     Raises:
         UserError: the cache was built from something else, a file is damaged, or the disk is full.
@@ -76,15 +72,15 @@ def _build(cache: Cache, request: CacheRequest, teacher: nn.Module, problems: Ma
             logger.warning("building %s of teacher cache %s again: it %s", name, cache.folder, problem)
     shards = [shard for shard in range(cache.num_shards) if cache.shard_path(shard).name in problems]
     needed = sum(cache.index.shard_lengths[shard] for shard in shards) * cache.token_bytes
-    free, finished = shutil.disk_usage(cache.folder).free, _finished(cache.folder)
+    free = shutil.disk_usage(cache.folder).free
     if needed > free:
         raise UserError(
             f"teacher cache {cache.folder} needs {decimal(needed)} more, but the disk has only {decimal(free)} free "
-            f"({finished}); free some space, or name another folder in teacher.cache"
+            f"({_finished(cache.folder)}); free some space, or name another folder in teacher.cache"
         )
     if request.progress:
-        by = f" by process {request.rank}" if request.world_size > 1 else ""
-        text = f"{cache.describe()}; {len(shards)} shards to build{by}, {finished}, {decimal(free)} free"
+        work = f"{len(shards)} shards to build by process {request.rank + 1} of {request.world_size}"
+        text = f"{cache.describe()}; {work}, {_finished(cache.folder)}, {decimal(free)} free"
         tqdm.write(f"teacher cache {cache.folder}: {text}", file=sys.stderr)
     if TEACHER in problems:
         cache.write_teacher(embedding_table(teacher), output_head(teacher))

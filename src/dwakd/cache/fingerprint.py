@@ -59,12 +59,7 @@ def fingerprint(
 ) -> dict[str, str]:
     """Collect everything that must be equal for a cache to be usable, by option name.
 
-    Args:
-        encoder: encoder of the teacher.
-        bos, max_length: options of the recipe's data section.
-        teacher: `weights_digest` of the teacher.
-        adapter: `adapter_digest` of its adapter, if there is one.
-        dtype: dtype in which the teacher computes.
+    `teacher` is its `weights_digest`, `adapter` the `adapter_digest` of its adapter, `dtype` the type in which it computes.
     """
     template = encoder.template
     if template == "chat":
@@ -72,8 +67,7 @@ def fingerprint(
     if encoder.special_tokens_in_prompts != "parse":
         template += f", data.special_tokens_in_prompts: {encoder.special_tokens_in_prompts}"
     tokenizer = json.loads(encoder.tokenizer.backend_tokenizer.to_str())
-    for setting in ("padding", "truncation"):  # set by calls of the tokenizer
-        tokenizer.pop(setting, None)
+    del tokenizer["padding"], tokenizer["truncation"]  # set by calls of the tokenizer
     return {
         "teacher": teacher,
         "teacher.adapter": adapter or "none",

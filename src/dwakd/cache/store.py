@@ -54,7 +54,7 @@ class Cache:
 
     @classmethod
     def open(cls, folder: Path) -> Cache:
-        """Open a cache, finished or not. Only the manifest and the index are read; a UserError is raised if one is damaged."""
+        """Open a cache, finished or not. Only the manifest and the index are read and verified."""
         manifest, path = Manifest.load(folder), folder / INDEX
         if not path.is_file():
             raise damaged(folder, INDEX, MISSING)

@@ -77,14 +77,10 @@ def evaluate_model(
     the bits per byte do not have this noise.
 
     Args:
-        model: the model, with or without an adapter.
-        encoder: its tokenizer and template.
-        examples: rows with a response, references or both. Answers are compared with the references, or with the
-            response if there are none. Bits per byte are those of the response. If no row has any of these, the
-            answers are reported without scores.
+        examples: answers are compared with the references of a row, or else with its response, whose bits per byte are
+            computed. If no row has any of these, the answers are reported without scores.
         options: by default, those of the protocol.
         signature: result of `evaluation_signature`, if the caller has computed it already.
-        progress: show progress bars on standard error.
 
     Raises:
         UserError: there are no rows, only some rows can be scored, or a prompt is empty or too long for the model.

@@ -92,11 +92,7 @@ def plan_batches(
 def answerable_prompts(
     model: Model, encoder: TextEncoder, examples: Sequence[Example], source: str = "the examples"
 ) -> list[list[int]]:
-    """Return the token ids of every prompt, without padding; `source` names the rows in error messages.
-
-    Raises:
-        UserError: a prompt has no tokens, or fills all the model's positions.
-    """
+    """Return the token ids of every prompt; raise a UserError if one is empty or fills all the model's positions."""
     positions = max_positions(model)
     prompts = encoder.prompt_ids_batch(examples) if examples else []
     for example, prompt in zip(examples, prompts, strict=True):
@@ -168,9 +164,8 @@ class SeededSampling:
 
 def progress_bar(*, disable: bool) -> bars.Progress:
     """Return a progress bar on standard error, with counts, elapsed time and remaining time."""
-    counts = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn())
-    times = (bars.TimeElapsedColumn(), bars.TimeRemainingColumn())
-    return bars.Progress(*counts, *times, console=Console(stderr=True), disable=disable)
+    extra = (bars.MofNCompleteColumn(), bars.TimeElapsedColumn())
+    return bars.Progress(*bars.Progress.get_default_columns(), *extra, console=Console(stderr=True), disable=disable)
 
 
 def max_positions(model: Any) -> int:

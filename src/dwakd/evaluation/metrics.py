@@ -20,11 +20,8 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 def rouge_l(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     """Compute the ROUGE-L of each answer: F1 of the longest common subsequence of words with its best reference, x 100.
 
-    This is google's `rouge_score` with its Porter stemmer and its own tokenizer, whose words consist of a-z and 0-9.
-    The tokenizer drops every other character, so text in another script scores 0 (see `is_scorable`).
-
-    References:
-        Lin 2004, ROUGE. The protocol is that of DSKD (arXiv 2406.17328) and DWA-KD (arXiv 2602.21669).
+    This is google's `rouge_score` with its Porter stemmer and its tokenizer, which keeps only a-z and 0-9, so text in
+    another script scores 0 (see `is_scorable`). The protocol is that of DSKD (arXiv 2406.17328) and DWA-KD.
 
     Examples:
         >>> [round(score, 4) for score in rouge_l(["the cats are running"], [["the cat is running fast"]])]
@@ -37,8 +34,8 @@ def rouge_l(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list
 def exact_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     """Return 100 for each answer that equals one of its references after normalisation, and 0 for the others.
 
-    Normalisation makes text lower case, removes ASCII punctuation, replaces runs of white space by one space and
-    strips the ends. It keeps articles, which SQuAD's normalisation removes, and the punctuation of other scripts.
+    Normalisation makes text lower case, removes ASCII punctuation and reduces white space. Unlike SQuAD's, it keeps
+    articles.
 
     Examples:
         >>> exact_match(["The Nile."], [["Amazon", "the  nile"]])
@@ -53,11 +50,7 @@ def exact_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
 
 def references_of(example: Example) -> tuple[str, ...]:
-    """Return the texts that an answer is compared with: the references of the row, or else its response.
-
-    Raises:
-        UserError: the row has neither.
-    """
+    """Return the references of a row, or else its response; raise a UserError if it has neither."""
     if not has_reference(example):
         raise UserError(f"row {example.index} (counting from 0) has no response and no references: add one")
     return example.references or (example.response,)
@@ -86,10 +79,10 @@ class Summary:
 
 
 def summarise(scores: Sequence[Sequence[float]]) -> Summary:
-    """Summarise `scores[seed][example]`.
+    """Summarise `scores[seed][example]`, with a reproducible bootstrap.
 
-    `std` shows how much the mean varies with the sampling seed on this test set. `interval` shows how much it would
-    vary with another test set of the same kind. The bootstrap has a fixed seed, so the interval is reproducible.
+    `std` shows how much the mean varies with the sampling seed on this test set, and `interval` how much it would vary
+    with another test set of the same kind.
 
     Raises:
         UserError: there are no scores, or the seeds have different numbers of examples.

@@ -65,11 +65,9 @@ def check_overwrite(json_path: Path, signature: Mapping[str, Any]) -> None:
 
 def _flat(signature: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a signature without the names of model and data, which may differ."""
-    flat: dict[str, Any] = {}
-    for key, value in signature.items():
-        inner = value if isinstance(value, dict) else {"": value}
-        flat |= {f"{key} {name}".strip(): item for name, item in inner.items() if name not in ("name", "revision")}
-    return flat
+    nested = {key: value if isinstance(value, dict) else {"": value} for key, value in signature.items()}
+    names = [(key, name) for key, inner in nested.items() for name in inner if name not in ("name", "revision")]
+    return {f"{key} {name}".strip(): nested[key][name] for key, name in names}
 
 
 def _shown(value: Any) -> str:
@@ -90,17 +88,15 @@ def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:
     first, *others = (heading for heading, *_ in _COLUMNS)
     for heading in (first, "95 %\ninterval", *others):
         table.add_column(heading, justify="right", no_wrap=True)
-    columns: list[list[float]] = [[] for _ in _COLUMNS]
+    numbers = []
     for name, evaluation in rows.items():
-        numbers = [getattr(getattr(evaluation, field), attribute, None) for _, field, attribute, _ in _COLUMNS]
-        for column, number in zip(columns, numbers, strict=True):
-            column += [] if number is None else [number]
-        sampled, *cells = _cells(numbers)
+        numbers.append([getattr(getattr(evaluation, field), attribute, None) for _, field, attribute, _ in _COLUMNS])
+        sampled, *cells = _cells(numbers[-1])
         if evaluation.rouge_l is not None and evaluation.rouge_l.std is not None:
             sampled += f" ± {evaluation.rouge_l.std:.2f}"
         rouge = evaluation.rouge_l or evaluation.greedy_rouge_l
-        interval = "-" if rouge is None else f"{rouge.interval[0]:.1f}–{rouge.interval[1]:.1f}"
-        table.add_row(name, sampled, interval, *cells)
+        table.add_row(name, sampled, "-" if rouge is None else "{:.1f}–{:.1f}".format(*rouge.interval), *cells)
+    columns = [[number for number in column if number is not None] for column in zip(*numbers, strict=True)]
     if (most := max(map(len, columns))) > 1:
         table.add_section()
         sampled, *cells = _cells([fmean(column) if column else None for column in columns])

@@ -63,8 +63,6 @@ def plan_evaluation(recipe: Recipe) -> EvaluationPlan:
 def read_test_sets(data: Sequence[str], rows: RowOptions) -> list[EvaluationSet]:
     """Read and check the test sets of these files and hub ids, in this order; needs no model.
 
-    A set without a response or references in any row is answered without scores.
-
     Raises:
         UserError: a set is named twice, cannot be read, or has references in some rows only.
     """
@@ -136,28 +134,21 @@ def evaluate_sets(
     loaded = load_causal_lm(model, adapter=adapter)
     check_head(loaded)
     check_room(plan, loaded, encoder)
-    return _evaluate_all(plan, loaded, encoder, folder, model, overwrite=overwrite)
+    return evaluate_plan(plan, loaded, encoder, folder, name=model, overwrite=overwrite)
 
 
-def evaluate_student(plan: EvaluationPlan, model: Any, encoder: TextEncoder, folder: Path) -> Group:
-    """Evaluate a student that was just trained; replaces earlier results in eval/ of its folder."""
-    return _evaluate_all(plan, model, encoder, folder / "eval", str(folder), overwrite=True)
-
-
-def _evaluate_all(
-    plan: EvaluationPlan, model: Any, encoder: TextEncoder, folder: Path, name: str, *, overwrite: bool
+def evaluate_plan(
+    plan: EvaluationPlan, model: Any, encoder: TextEncoder, folder: Path, *, name: str, overwrite: bool
 ) -> Group:
-    """Evaluate a loaded model on all sets, after the results in the folder have been checked for all sets."""
+    """Evaluate a loaded model as `evaluate_sets` does; `name` stands for it in the results."""
     weights, options = model_identity(model, name), plan.options
     signatures, rows = {}, {}
     for item in plan.sets:
-        found = evaluation_signature(model, encoder, item.examples, options, weights, item.source)
-        signatures[item.name] = found
+        signatures[item.name] = evaluation_signature(model, encoder, item.examples, options, weights, item.source)
         if not overwrite:
-            check_overwrite(folder / f"{item.name}.json", found)
+            check_overwrite(folder / f"{item.name}.json", signatures[item.name])
     for item in plan.sets:
-        result = evaluate_model(model, encoder, item.examples, options, signature=signatures[item.name])
-        write_evaluation(result, folder / f"{item.name}.json")
-        rows[item.name] = result
+        rows[item.name] = evaluate_model(model, encoder, item.examples, options, signature=signatures[item.name])
+        write_evaluation(rows[item.name], folder / f"{item.name}.json")
     where = Text(f"answers and scores with their signature: {folder}", no_wrap=True, overflow="ignore")
     return Group(evaluation_table(rows), where)

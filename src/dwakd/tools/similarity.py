@@ -113,7 +113,7 @@ def structure_distances(
     Args:
         student: the student and its encoder, which must use the same template as the teacher's.
         teacher: the teacher and its encoder.
-        examples: rows with a response; rows without one, or without room for it, are left out.
+        examples: rows without a response, or without room for one, are left out.
         max_length: most tokens of prompt and response on either side; the response is truncated by text.
         source: name of the rows in error messages.
 

@@ -7,6 +7,8 @@ combination in eight never occurs in training, and the test rows consist of thes
 memorised.
 """
 
+import dataclasses
+import itertools
 import random
 import zlib
 from dataclasses import dataclass
@@ -53,16 +55,12 @@ class Task:
 @cache
 def load_tasks() -> tuple[Task, ...]:
     """Read all tasks, in the order of their file."""
-    return tuple(Task(kind, **fields) for kind, fields in _read("tasks.yaml").items())
+    return tuple(Task(kind, **fields) for kind, fields in load_words("tasks.yaml").items())
 
 
 @cache
-def load_words() -> dict[str, Any]:
-    """Read the words and facts."""
-    return _read("words.yaml")
-
-
-def _read(name: str) -> dict[str, Any]:
+def load_words(name: str = "words.yaml") -> dict[str, Any]:
+    """Read the words and facts, or another file of this package."""
     content: dict[str, Any] = yaml.safe_load(resources.files(__package__).joinpath(name).read_text(encoding="utf-8"))
     return content
 
@@ -123,35 +121,26 @@ def make_corpus(num_train: int, num_test: int, seed: int) -> tuple[list[Example]
     Every task gets the same number of rows, and the rows are shuffled, so that any leading part of a split contains
     all tasks about equally often. No prompt occurs twice, and no combination of a test row occurs in training.
 
-    Returns:
-        The two splits. `index` is the position in the split, and `references` are all accepted answers.
-
     Raises:
         UserError: the corpus has fewer distinct prompts than requested rows.
     """
-    rng = random.Random(seed)
+    rng, splits = random.Random(seed), []
     seen: set[str] = set()
-    test = _split(rng, num_test, seen, held_out=True)
-    return _split(rng, num_train, seen, held_out=False), test
+    for num_rows, held_out in ((num_test, True), (num_train, False)):
+        tasks = itertools.islice(itertools.cycle(load_tasks()), num_rows)
+        rows = [_row(rng, task, seen, held_out=held_out) for task in tasks]
+        rng.shuffle(rows)
+        splits.append([dataclasses.replace(row, index=index) for index, row in enumerate(rows)])
+    return splits[1], splits[0]
 
 
-def _split(rng: random.Random, num_rows: int, seen: set[str], *, held_out: bool) -> list[Example]:
-    tasks = load_tasks()
-    rows = [_row(rng, tasks[count % len(tasks)], seen, held_out=held_out) for count in range(num_rows)]
-    rng.shuffle(rows)
-    return [
-        Example(index=index, instruction=prompt, response=response, references=references)
-        for index, (prompt, response, references) in enumerate(rows)
-    ]
-
-
-def _row(rng: random.Random, task: Task, seen: set[str], *, held_out: bool) -> tuple[str, str, tuple[str, ...]]:
-    """Draw a prompt that is not in `seen` and add it there; return it with its response and all accepted answers."""
+def _row(rng: random.Random, task: Task, seen: set[str], *, held_out: bool) -> Example:
+    """Draw a prompt that is not in `seen` and add it there; the references are all accepted answers."""
     for _ in range(MAX_TRIES):
         scene = draw_scene(rng)
         prompt = rng.choice(task.prompts).format_map(scene)
         if is_held_out(task, scene) is held_out and prompt not in seen:
             seen.add(prompt)
             references = tuple(answer.format_map(scene) for answer in task.answers)
-            return prompt, rng.choice(references), references
+            return Example(0, prompt, response=rng.choice(references), references=references)
     raise UserError(f"the demo's corpus has no more distinct prompts for the task '{task.kind}': request fewer rows")

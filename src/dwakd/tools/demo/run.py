@@ -47,11 +47,8 @@ QUICK = DemoSizes(400, 64, 8, 6, 4, 32, 32)
 def run_demo(output: Path | None, *, seed: int, quick: bool) -> Group:
     """Train a teacher and students, evaluate them, and return the table to print.
 
-    Args:
-        output: folder for the models, the scores and demo.json; by default the first free one of demo-run, demo-run-2
-            and so on.
-        seed: seed of the corpus, the models and the training.
-        quick: take a few steps only, to check that everything works.
+    The models, their scores and demo.json are written to `output`, by default to the first free folder of demo-run,
+    demo-run-2 and so on. With `quick`, only a few steps are taken, to check that everything works.
 
     Raises:
         UserError: the folder is not empty or is a file, or the seed is out of range.
@@ -123,11 +120,9 @@ def _trainer(
         data_seed=seed,
         use_cpu=True,
     )
-    student = LlamaForCausalLM(config)
-    if large:
-        return DistillTrainer(student, None, args, train, processing_class=tokenizer)
-    names = {"processing_class": tokenizer, "teacher_processing_class": tokenizers[1]}
-    return DistillTrainer(student, str(folder / "teacher"), args, train[: sizes.num_student_rows], **names)
+    teacher, rows = (None, train) if large else (str(folder / "teacher"), train[: sizes.num_student_rows])
+    names = {"processing_class": tokenizer, "teacher_processing_class": None if large else tokenizers[1]}
+    return DistillTrainer(LlamaForCausalLM(config), teacher, args, rows, **names)
 
 
 def _train_and_evaluate(trainer: DistillTrainer, test: list[Example], folder: Path) -> dict[str, Any]:
@@ -145,8 +140,9 @@ def _train_and_evaluate(trainer: DistillTrainer, test: list[Example], folder: Pa
 def _table(rows: dict[str, dict[str, Any]], sizes: DemoSizes) -> Table:
     """Return a table with the scores and the cost of the teacher and the students."""
     table = Table(title="Held-out instructions", title_justify="left", caption_justify="left")
-    for heading in ("model", "size", "ROUGE-L", "greedy", "exact", "bits/byte", "s/step"):
-        table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
+    table.add_column("model", no_wrap=True)
+    for heading in ("size", "ROUGE-L", "greedy", "exact", "bits/byte", "s/step"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, row in rows.items():
         table.add_row(
             name,

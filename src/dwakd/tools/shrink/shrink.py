@@ -59,9 +59,8 @@ def shrink_to_folder(
         data: file or hub id of the text.
         output: folder of the student; must be empty or not exist.
         rows: how to read the rows and turn prompts into text.
-        vocab_size: as in `shrink_model`, and so is `num_layers`.
-        eval_data: rows on which bits per byte are measured. By default these are the last twentieth of `data`, which is
-            then not used to train the tokenizer or to measure the influence of layers.
+        eval_data: rows on which bits per byte are measured. By default these are the last twentieth of `data`, which
+            `shrink_model` then does not get.
 
     Raises:
         UserError: the folder is not empty, or the model, the data or a size cannot be used.
@@ -162,8 +161,8 @@ def block_influence(model: Any, tokenizer: Any, texts: Sequence[str], *, max_len
         for text in track(texts, description="Block influence"):
             if ids := tokenizer(text).input_ids[:max_length]:
                 states = model(torch.tensor([ids], device=model.device), output_hidden_states=True).hidden_states
-                pairs = [torch.stack(part).double() for part in (states[:-2], states[1:-1])]
-                cosines.append(nn.functional.cosine_similarity(*pairs, dim=-1).flatten(1).cpu())
+                before, after = (torch.stack(part).double() for part in (states[:-2], states[1:-1]))
+                cosines.append(nn.functional.cosine_similarity(before, after, dim=-1).flatten(1).cpu())
     return (1 - torch.cat(cosines, dim=1).mean(1)).tolist()
 
 
