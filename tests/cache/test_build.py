@@ -52,7 +52,7 @@ def test_killed_at_any_moment_it_resumes(seconds, built, teacher, tmp_path):
 
 @pytest.mark.parametrize("name", ["index.safetensors", "teacher.safetensors", "cache.json"])
 def test_repair_keeps_finished_shards(name, copied, built, teacher):
-    """The shards are what takes hours to build. A damaged small file must not cost them."""
+    """Building the shards takes hours, so a small file that is damaged must not require building them again."""
     path = copied / name
     path.write_bytes(path.read_bytes()[:-1])
     if name != "teacher.safetensors":
@@ -66,7 +66,7 @@ def test_repair_keeps_finished_shards(name, copied, built, teacher):
 
 
 def test_a_damaged_a_missing_and_a_foreign_shard(copied, built, teacher, tmp_path):
-    """Each is named. `dwakd cache` builds damaged and missing shards again; training builds missing shards only."""
+    """The error names each file. `dwakd cache` builds damaged and missing shards again; training builds missing shards only."""
     path = copied / "shard-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(UserError, match=r"shard-00001\.safetensors .* cut short, .*; run dwakd cache"):

@@ -22,7 +22,7 @@ def test_every_byte_of_the_manifest_is_verified(copied):
 
 @pytest.mark.parametrize("content", [{}, {"identity": "0", "index": "0"}], ids=["same fields", "other fields"])
 def test_a_cache_of_another_format(content, copied):
-    """Reported as damaged, it would be built again next to good shards."""
+    """If it were reported as damaged, the user would repair it, although its shards cannot be read."""
     path = copied / "cache.json"
     path.write_text(json.dumps({**(content or json.loads(path.read_text())), "format": "dwakd teacher cache 2"}))
     with pytest.raises(

@@ -15,7 +15,7 @@ from tests.compare.builders import recipe
 
 
 def test_test_sets_without_references_are_refused(tmp_path):
-    """There would be no scores to compare."""
+    """Without references there would be no scores to compare."""
     path = tmp_path / "questions.jsonl"
     path.write_text('{"prompt": "why?"}\n')
     with pytest.raises(UserError, match=r"questions.jsonl has no references"):

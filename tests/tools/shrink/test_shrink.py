@@ -143,7 +143,7 @@ def test_lists_of_end_tokens_follow_their_strings():
 
 
 def test_the_report_has_sizes_and_bits_per_byte_of_both_models(workspace, tmp_path):
-    """Each model must be measured with its own tokenizer, on rows that the tokenizer was not trained on."""
+    """If a model were measured with the tokenizer of the other one, the report would not show the loss of shrinking."""
     data, output = str(workspace / "data.jsonl"), tmp_path / "student"
     sizes = {"num_layers": 2, "vocab_size": 300}
     table = shrink_to_folder(str(workspace / "teacher"), data, output, RowOptions(), **sizes, eval_data=data)
@@ -185,7 +185,7 @@ def test_models_with_no_layer_to_drop_say_so(layers, asked):
 
 
 def test_the_command(workspace, tmp_path, monkeypatch, capsys):
-    """A smaller folder that loads; a vocabulary below the alphabet is refused with the least that works."""
+    """The command saves a smaller student; the error for a vocabulary below the alphabet names the size."""
     student = tmp_path / "student"
     shutil.copytree(workspace / "student", tmp_path / "original")
     settings = tmp_path / "original" / "generation_config.json"  # as of Llama 2 Chat; transformers refuses to save it

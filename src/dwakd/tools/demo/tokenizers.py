@@ -18,16 +18,12 @@ def demo_tokenizers(texts: Sequence[str]) -> tuple[PreTrainedTokenizerFast, PreT
     other model of SentencePiece, is not used, because its trainer in `tokenizers` is not deterministic. A vocabulary
     is smaller than its constant if the texts have no more pairs to merge.
     """
-    return _train_student(texts), _train_teacher(texts)
-
-
-def _train_student(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    _train(tokenizer, texts, STUDENT_VOCAB_SIZE, ["<|pad|>", "<|endoftext|>"], alphabet)
-    return _wrapped(tokenizer, pad_token="<|pad|>", eos_token="<|endoftext|>")
+    names = {"pad_token": "<|pad|>", "eos_token": "<|endoftext|>"}
+    student = Tokenizer(models.BPE())
+    student.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    student.decoder = decoders.ByteLevel()
+    _train(student, texts, STUDENT_VOCAB_SIZE, list(names.values()), sorted(pre_tokenizers.ByteLevel.alphabet()))
+    return _wrapped(student, **names), _train_teacher(texts)
 
 
 def _train_teacher(texts: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -56,10 +52,8 @@ def _train_teacher(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def _train(tokenizer: Tokenizer, texts: Sequence[str], size: int, special: list[str], alphabet: list[str]) -> None:
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    options = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, **options))
 
 
 def _wrapped(tokenizer: Tokenizer, **names: str) -> PreTrainedTokenizerFast:

@@ -18,8 +18,7 @@ from rich.table import Table
 from torch import nn
 
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.prompts import Prompts
-from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, Example, load_examples
+from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, load_examples
 from dwakd.errors import UserError
 from dwakd.evaluation.bits_per_byte import bits_per_byte
 from dwakd.evaluation.options import RowOptions
@@ -67,29 +66,24 @@ def shrink_to_folder(
     """
     check_output_folder(output, empty=True)
     tokenizer, template = load_tokenizer(model), rows.template or "plain"
-    prompts = Prompts(template, tokenizer)
+    encoder = TextEncoder(tokenizer, template)
     examples = load_examples(data, split=TRAIN_SPLITS, **rows.reading())
     if eval_data is not None:
         held_out = load_examples(eval_data, split=EVAL_SPLITS, **rows.reading())
     else:
         cut = max(len(examples) - max(len(examples) // 20, 1), 1)
         examples, held_out = examples[:cut], examples[cut:]
-    texts = [prompts.render(example) + example.response for example in examples]
+    texts = [encoder.prompt_text(example) + example.response for example in examples]
     original = load_causal_lm(model)
     shrunk = shrink_model(original, tokenizer, texts, num_layers=num_layers, vocab_size=vocab_size)
-    table = _table(original, tokenizer, shrunk, template, held_out[:_HELD_OUT_ROWS])
-    table.title = f"student in {output}"
     save_causal_lm(shrunk.student, output)
     shrunk.tokenizer.save_pretrained(output)
-    return table
-
-
-def _table(model: Any, tokenizer: Any, shrunk: Shrunk, template: str, held_out: Sequence[Example]) -> Table:
-    """Compare sizes and bits per byte of the model and the untrained student."""
-    table, both = Table("", "before", "after", title_justify="left"), ((model, tokenizer), shrunk[:2])
+    both = (original, tokenizer), shrunk[:2]
+    table = Table("", "before", "after", title=f"student in {output}", title_justify="left")
     table.add_row("layers", *(str(lm.config.get_text_config().num_hidden_layers) for lm, _ in both))
     table.add_row("vocabulary", *(f"{len(words):,}" for _, words in both))
     table.add_row("parameters", *(f"{lm.num_parameters():,}" for lm, _ in both))
+    held_out = held_out[:_HELD_OUT_ROWS]
     bits = [bits_per_byte(lm, TextEncoder(words, template), held_out, progress=True) for lm, words in both]
     table.add_row("bits per byte, untrained", *("-" if found is None else f"{found.value:.3f}" for found in bits))
     notes = []

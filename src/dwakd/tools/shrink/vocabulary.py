@@ -89,11 +89,11 @@ def _pieces(token: str, model: Any, old_vocab: dict[str, int]) -> list[int]:
         return [piece.id for piece in model.tokenize(token)]
     ids, rest = [], token.removeprefix(prefix)
     while rest:  # WordPiece's longest match, starting inside a word
-        end = next((end for end in range(len(rest), 0, -1) if prefix + rest[:end] in old_vocab), 0)
-        if end == 0:
+        piece = next((rest[:end] for end in range(len(rest), 0, -1) if prefix + rest[:end] in old_vocab), "")
+        if not piece:
             return []
-        ids.append(old_vocab[prefix + rest[:end]])
-        rest = rest[end:]
+        ids.append(old_vocab[prefix + piece])
+        rest = rest.removeprefix(piece)
     return ids
 
 
