@@ -52,8 +52,10 @@ def _train_teacher(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def _train(tokenizer: Tokenizer, texts: Sequence[str], size: int, special: list[str], alphabet: list[str]) -> None:
-    options = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, **options))
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
 
 
 def _wrapped(tokenizer: Tokenizer, **names: str) -> PreTrainedTokenizerFast:
