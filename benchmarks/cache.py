@@ -73,7 +73,7 @@ def build_rows(sizes: Sizes, count: int) -> EncodedPairs:
         ids = draw.integers(0, vocab, prompt + response, dtype=np.int32)
         return EncodedSide(ids, prompt, np.arange(response, dtype=np.int32))
 
-    rows = [EncodedRow(n, "", side(sizes.student_vocab), side(sizes.teacher_vocab)) for n in range(count)]
+    rows = [EncodedRow(n, "", side(sizes.student_vocab), (side(sizes.teacher_vocab),)) for n in range(count)]
     return EncodedPairs(rows, {})
 
 
@@ -163,7 +163,7 @@ def measure(sizes: Sizes, folder: Path, options: argparse.Namespace) -> dict[str
             seconds[name].append(clock() - start)
     medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     expected = medians["sft"] + medians["dwa_kd_loss"] - medians["sft_loss"]
-    tokens = sum(row.teacher.length for row in pairs.rows if row.teacher)
+    tokens = sum(row.teachers[0].length for row in pairs.rows)
     kept = sum(cache.index.shard_lengths)
     size = sum(path.stat().st_size for path in folder.glob("shard-*"))
     whole = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}

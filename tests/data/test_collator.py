@@ -30,12 +30,14 @@ def row(index: int, response: str, instruction: str = "Hi") -> Example:
     return Example(index, instruction, response=response, references=(response,))
 
 
-def supervised(item: dict[str, Any], side: str) -> list[int]:
-    return [t for t, m in zip(item[f"{side}_target_ids"], item[f"{side}_response_mask"], strict=True) if m]
+def features(item: dict[str, Any], side: str) -> dict[str, list[Any]]:
+    """Return the features of the student or of the first teacher."""
+    return item["student"] if side == "student" else item["teachers"][0]
 
 
-def supervised_ends(item: dict[str, Any], side: str) -> list[int]:
-    return [t for t, m in zip(item[f"{side}_byte_ends"], item[f"{side}_response_mask"], strict=True) if m]
+def supervised(item: dict[str, Any], side: str, field: str = "target_ids") -> list[int]:
+    found = features(item, side)
+    return [value for value, counts in zip(found[field], found["response_mask"], strict=True) if counts]
 
 
 def test_layout_of_a_row() -> None:
@@ -46,10 +48,10 @@ def test_layout_of_a_row() -> None:
     for name, side in (("student", student), ("teacher", teacher)):
         prompt, (ids, ends) = side.prompt_ids(row(7, "")), side.response_ids("a 😀")
         whole = [*prompt, *ids, side.end_token_id]
-        assert item[f"{name}_input_ids"] == whole[:-1]
-        assert item[f"{name}_target_ids"] == whole[1:]
-        assert item[f"{name}_response_mask"] == [False] * (len(prompt) - 1) + [True] * (len(ids) + 1)
-        assert item[f"{name}_byte_ends"] == [0] * (len(prompt) - 1) + ends + [6]
+        assert features(item, name)["input_ids"] == whole[:-1]
+        assert features(item, name)["target_ids"] == whole[1:]
+        assert features(item, name)["response_mask"] == [False] * (len(prompt) - 1) + [True] * (len(ids) + 1)
+        assert features(item, name)["byte_ends"] == [0] * (len(prompt) - 1) + ends + [6]
 
 
 def test_chat_supervises_the_assistant_s_text_alone() -> None:
@@ -62,7 +64,7 @@ def test_chat_supervises_the_assistant_s_text_alone() -> None:
         *ids, last = supervised(item, name)
         assert side.tokenizer.decode(ids) == "Red, green and blue."
         assert side.tokenizer.convert_ids_to_tokens(last) == end
-        assert "Hello" in side.tokenizer.decode(item[f"{name}_input_ids"])
+        assert "Hello" in side.tokenizer.decode(features(item, name)["input_ids"])
 
 
 @settings(max_examples=150, deadline=None)
@@ -77,8 +79,7 @@ def test_truncation_covers_the_same_characters(text: str, room: int) -> None:
     for kept in pairs.rows:
         whole = text if kept.example_id == 0 else "x"
         assert whole.startswith(kept.text)
-        for encoder, side in ((student, kept.student), (teacher, kept.teacher)):
-            assert side is not None
+        for encoder, side in ((student, kept.student), (teacher, kept.teachers[0])):
             assert len(side.ids) <= limits["max_length"]
             ids, ends = encoder.response_ids(kept.text)
             num_end = len(side.byte_ends) - len(ids)
@@ -96,12 +97,11 @@ def test_truncation_keeps_what_fits() -> None:
     pairs = encode_pairs([example], student, teacher, max_length=40, max_prompt_length=20)
     kept = pairs.rows[0]
     assert pairs.num_truncated == 1
-    assert kept.teacher is not None
-    full = [len(kept.student.ids), len(kept.teacher.ids)]
+    full = [len(kept.student.ids), len(kept.teachers[0].ids)]
     assert 37 <= max(full) <= 40  # an emoji is four tokens, which fit as a whole or not at all
     for name, side in (("student", student), ("teacher", teacher)):
         assert side.end_token_id not in supervised(pairs[0], name)
-    assert supervised_ends(pairs[0], "student")[-1] == supervised_ends(pairs[0], "teacher")[-1]
+    assert supervised(pairs[0], "student", "byte_ends")[-1] == supervised(pairs[0], "teacher", "byte_ends")[-1]
 
 
 def test_a_text_that_fits_without_its_end_token_is_kept_whole() -> None:
@@ -206,15 +206,15 @@ def test_collate_pads_on_the_right() -> None:
             assert tensor.shape == shape
             assert tensor.dtype == (torch.bool if field == "response_mask" else torch.long)
             for k in range(2):
-                values = pairs[k][f"{side}_{field}"]
+                values = features(pairs[k], side)[field]
                 assert tensor[k].tolist() == values + [0] * (shape[1] - len(values))
-        lengths = tuple(len(pairs[k][f"{side}_input_ids"]) for k in range(2))
+        lengths = tuple(len(features(pairs[k], side)["input_ids"]) for k in range(2))
         mask = tokens.attention_mask
         assert mask.dtype == torch.long
         assert mask.tolist() == [[1] * n + [0] * (shape[1] - n) for n in lengths]
         assert tokens.num_tokens == lengths
         assert tokens.num_rows == tuple(tokens.response_mask.sum(1).tolist())
-    assert pairs.student_lengths == [len(pairs[k]["student_input_ids"]) for k in range(2)]
+    assert pairs.student_lengths == [len(pairs[k]["student"]["input_ids"]) for k in range(2)]
 
 
 def test_without_a_teacher_there_is_the_student_only() -> None:
@@ -229,7 +229,7 @@ def test_each_of_several_teachers_gets_its_own_tokens_and_places() -> None:
     """A place or a row of another teacher would be another text."""
     student, teacher = sides()
     pairs = encode_pairs([row(0, "a"), row(9, "The quick brown fox")], student, teacher, student)
-    found = [lambda features: len(features["teacher_input_ids"]), None]
+    found = [lambda _, row: len(row["input_ids"]), None]
     first, second = collate([pairs[k] for k in range(2)], found).teachers
     assert first.cache_places == first.num_tokens
     assert second.cache_places is None

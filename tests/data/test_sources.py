@@ -344,7 +344,7 @@ def test_malformed_lines_are_named(tmp_path: Path, line: str | bytes, message: s
         (
             "a.json",
             '{"prompt": "a"}\n{"prompt": "b"}\n',
-            "line 2: not valid JSON (Extra data): use the suffix .jsonl",
+            "line 2: not valid JSON (Extra data, column 1): correct it, or use the suffix .jsonl",
         ),
         ("a.json", '[{"prompt": "a", "response": "b"}, 3]', "row 1 (counting from 0): expected an object"),
         ("a.json", "[]", "is empty"),

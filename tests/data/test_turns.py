@@ -4,18 +4,31 @@ from typing import Any
 
 import pytest
 
-from dwakd.data.turns import checked_text, content_keys, parse_arguments, read_options, read_turns, texts_to_show
+from dwakd.data.turns import (
+    checked_text,
+    content_keys,
+    parse_arguments,
+    read_options,
+    read_turns,
+    texts_to_show,
+    usable,
+)
 from dwakd.errors import UserError
+
+
+def nested(depth: int) -> list[Any]:
+    """Return a list that contains a list, and so on."""
+    return [nested(depth - 1)] if depth else []
 
 
 def test_both_layouts_of_turns_are_read() -> None:
     """A turn that is read with another role or without its keys changes the prompt."""
     shared = [{"from": "human", "value": "a"}, {"from": "gpt", "value": [{"type": "text", "text": "b"}]}]
-    openai = [{"role": "user", "content": "a", "name": None, "tool_calls": []}, {"role": "assistant", "content": "b"}]
+    openai = [{"role": "user", "content": "a", "tool_calls": []}, {"role": "assistant", "content": "b"}]
     expected = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert read_turns(shared, "row 0", "messages") == read_turns(openai, "row 0", "messages") == expected
-    with pytest.raises(UserError, match=r"row 0: 'messages'\[0\] must be an object"):
-        read_turns(["a"], "row 0", "messages")
+    assert read_turns(shared, "messages") == read_turns(openai, "messages") == expected
+    with pytest.raises(UserError, match=r"'messages'\[0\] must be an object"):
+        read_turns(["a"], "messages")
 
 
 def test_metadata_and_the_name_of_a_tool_need_not_be_shown() -> None:
@@ -47,15 +60,24 @@ def test_only_objects_are_parsed_from_arguments(given: str) -> None:
 
 def test_options_are_objects_or_their_json() -> None:
     """A column that only shares the name of an option belongs to the data set, unless the prompt is a conversation."""
-    assert read_options({"tools": '[{"name": "a"}]'}, ["tools"], "row 0", False) == {"tools": [{"name": "a"}]}
-    assert read_options({"tools": "hammer"}, ["tools"], "row 0", False) == {}
-    assert read_options({"tools": [{"name": "a"}]}, [], "row 0", True) == {}
-    with pytest.raises(UserError, match="row 0: 'tools' must be a list of objects"):
-        read_options({"tools": "hammer"}, ["tools"], "row 0", True)
+    assert read_options({"tools": '[{"name": "a"}]'}, is_conversation=False) == {"tools": [{"name": "a"}]}
+    assert read_options({"tools": "hammer"}, is_conversation=False) == {}
+    assert read_options({}, is_conversation=True) == {}
+    with pytest.raises(UserError, match="'tools' must be a list of objects"):
+        read_options({"tools": "hammer"}, is_conversation=True)
 
 
 def test_text_is_valid_unicode() -> None:
     """A lone surrogate cannot be tokenised."""
-    assert checked_text("a", "row 0") == "a"
-    with pytest.raises(UserError, match="row 0 is not valid Unicode"):
-        checked_text("\ud800", "row 0")
+    assert checked_text("a", "'prompt'") == "a"
+    with pytest.raises(UserError, match="'prompt' is not valid Unicode"):
+        checked_text("\ud800", "'prompt'")
+
+
+def test_nulls_inside_a_value_are_removed() -> None:
+    """`datasets` writes null for keys that a row lacks. A chat template would print them."""
+    assert usable([{"role": "user", "name": None, "tool_calls": [{"id": None}]}], "messages") == [
+        {"role": "user", "tool_calls": [{}]}
+    ]
+    with pytest.raises(UserError, match="'messages' contains a value that is nested too deeply"):
+        usable(nested(200), "messages")

@@ -149,7 +149,7 @@ def test_one_tokenizer_accepts_every_position(build):
     """Same tokenizer: the alignment is the identity."""
     pairs, _ = aligned(build, build)
     for row in pairs.rows:
-        assert row.teacher.aligned_rows.tolist() == list(range(len(row.student.byte_ends)))
+        assert row.teachers[0].aligned_rows.tolist() == list(range(len(row.student.byte_ends)))
 
 
 def test_aligned_rows_read_the_same_and_reach_the_batch():
@@ -161,12 +161,12 @@ def test_aligned_rows_read_the_same_and_reach_the_batch():
     num_aligned = 0
     for index, row in enumerate(pairs.rows):
         places = aligned_rows[index].tolist()
-        assert places == row.teacher.aligned_rows.tolist()
+        assert places == row.teachers[0].aligned_rows.tolist()
         for own, other in enumerate(places):
             if other > 0:
                 tokens = [
                     spelled[n][side.ids[side.num_prompt - 1 + place]]
-                    for n, (side, place) in enumerate(((row.student, own), (row.teacher, other)))
+                    for n, (side, place) in enumerate(((row.student, own), (row.teachers[0], other)))
                 ]
                 assert tokens[0] == tokens[1] or tokens[1] not in spelled[0]
                 num_aligned += 1
@@ -179,7 +179,7 @@ def test_equal_student_tokens_follow_one_teacher_token():
     encoders = [TextEncoder(byte_bpe(texts), "plain") for texts in (words, [*words, "---"])]
     pairs = encode_pairs([Example(0, "abcd", response="efgh---efgh")], *encoders)
     align_by_spelling(pairs, *encoders)
-    student, teacher = pairs.rows[0].student, pairs.rows[0].teacher
+    student, teacher = pairs.rows[0].student, pairs.rows[0].teachers[0]
     assert [len(side.byte_ends) for side in (student, teacher)] == [6, 4]
     # read by the student: abcd efgh - - - efgh; by the teacher: abcd efgh --- efgh
     assert teacher.aligned_rows.tolist() == [0, 1, 2, 2, 2, 3]
@@ -189,7 +189,7 @@ def test_a_run_aligns_its_data_sets(tmp_path):
     """Only a method that asks for the alignment pays for it, and training and evaluation both get it."""
     rows = [{"prompt": "Name one.", "response": "A red door."}]
     run = trainer(tmp_path, method="min_ed", eval_rows=rows, max_steps=2)
-    assert "teacher_aligned_rows" in run.train_dataset[0]
+    assert "aligned_rows" in run.train_dataset[0]["teachers"][0]
     run.train()
     assert run.evaluate()["eval_kd"] > 0
-    assert "teacher_aligned_rows" not in trainer(tmp_path, method="alm").train_dataset[0]
+    assert "aligned_rows" not in trainer(tmp_path, method="alm").train_dataset[0]["teachers"][0]

@@ -20,12 +20,16 @@ def features():
     """Two examples of other lengths on either side."""
     rows = []
     for example, (prompt, own, other) in enumerate([(2, 5, 4), (3, 2, 6)]):
-        row = {"example_id": example}
-        for side, count in (("student", own), ("teacher", other)):
-            row[f"{side}_input_ids"] = row[f"{side}_target_ids"] = list(range(prompt + count))
-            row[f"{side}_response_mask"] = [False] * prompt + [True] * count
-            row[f"{side}_byte_ends"] = [0] * prompt + list(range(1, count + 1))
-        rows.append(row)
+        student, teacher = (
+            {
+                "input_ids": list(range(prompt + count)),
+                "target_ids": list(range(prompt + count)),
+                "response_mask": [False] * prompt + [True] * count,
+                "byte_ends": [0] * prompt + list(range(1, count + 1)),
+            }
+            for count in (own, other)
+        )
+        rows.append({"example_id": example, "student": student, "teachers": [teacher]})
     return rows
 
 

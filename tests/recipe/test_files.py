@@ -65,4 +65,4 @@ def test_a_damaged_saved_recipe_is_named_with_the_fix(content, reason, tmp_path)
     """A machine that went down while the recipe was written leaves a part of it, or nothing."""
     (tmp_path / "saved.yaml").write_text(content)
     with pytest.raises(UserError, match=rf"saved.yaml is damaged \(.*{reason}.*; remove it"):
-        read_saved_recipe(tmp_path / "saved.yaml", mend="remove it")
+        read_saved_recipe(tmp_path / "saved.yaml", fix="remove it")

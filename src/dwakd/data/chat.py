@@ -47,9 +47,9 @@ class ChatTemplate:
         self.date = date or clock.datetime.now().date().isoformat()
         ids = tokenizer("a", add_special_tokens=False)["input_ids"]
         self._adds_space = bool(ids) and str(tokenizer.convert_ids_to_tokens(ids[0])).startswith("▁")  # SentencePiece
-        asked = self._render(_QUESTION, {}, "", generation=True)
-        before, self.tail = self._around_answer(_QUESTION, {}, "")
-        shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(asked, before, strict=False))))
+        asked = self._render(_QUESTION, {}, generation=True)
+        before, self.tail = self._around_answer(_QUESTION, {})
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(asked, before, strict=False)))
         self._cut, self._header = asked[shared:], before[shared:]
 
     def prompt(self, example: Example) -> str:
@@ -58,42 +58,42 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses the row, omits a part of it, or changes its answer.
         """
-        turns, options, place = example.turns, example.options or {}, f"{example.place}: "
+        turns, options = example.turns, example.options or {}
         parsed: list[dict[str, Any]] = []
         with_objects = parse_arguments(turns, parsed)
         asked = self._try(with_objects, options)
         if asked is None or any(str(each) in asked for each in parsed if each):  # it expects JSON strings
-            asked = self._render(turns, options, place, generation=True)
+            asked = self._render(turns, options, generation=True)
         else:
             turns = with_objects
-        self._check_shown(turns, options, asked, place)
-        prompt = self._before_answer(turns, options, place, asked, example.response)
+        self._check_shown(turns, options, asked)
+        prompt = self._before_answer(turns, options, asked, example.response)
         if self._adds_space and prompt != asked and prompt.endswith(" "):
             return prompt[:-1]  # the tokens of the answer begin with this space
         return prompt
 
-    def _before_answer(self, turns: list[Turn], options: dict[str, Any], place: str, asked: str, answer: str) -> str:
+    def _before_answer(self, turns: list[Turn], options: dict[str, Any], asked: str, answer: str) -> str:
         # The generation prompt with the usual header of an answer; None if it does not end in the usual way.
         adjusted = asked.removesuffix(self._cut) + self._header if asked.endswith(self._cut) else None
         full = ""
         if answer.strip():
-            full = self._render([*turns, {"role": "assistant", "content": answer}], options, place)
+            full = self._render([*turns, {"role": "assistant", "content": answer}], options)
             for start in (asked, adjusted):
                 if start is not None and _continues(full, start, answer, self.tail):
                     return start
-        before, tail = self._around_answer(turns, options, place)
+        before, tail = self._around_answer(turns, options)
         start = _locate(full, asked, before, tail, answer) if full else before
         if start is None:
             raise UserError(
-                f"{place}the chat template of {self.name} changes the answer, so that the model would be "
+                f"the chat template of {self.name} changes the answer, so that the model would be "
                 "trained on a text that the template does not write: correct that row, or use data.template: alpaca"
             )
         if adjusted is None or start.startswith(asked) or asked.startswith(start):
             return start
         return adjusted  # the template renders earlier turns differently before an answer; use them as in generation
 
-    def _around_answer(self, turns: list[Turn], options: dict[str, Any], place: str) -> tuple[str, str]:
-        before, *tails = self._render([*turns, {"role": "assistant", "content": _MARK}], options, place).split(_MARK)
+    def _around_answer(self, turns: list[Turn], options: dict[str, Any]) -> tuple[str, str]:
+        before, *tails = self._render([*turns, {"role": "assistant", "content": _MARK}], options).split(_MARK)
         if len(tails) != 1:
             raise UserError(
                 f"the chat template of {self.name} does not write an assistant's answer unchanged: correct the "
@@ -101,7 +101,7 @@ class ChatTemplate:
             )
         return before, tails[0]
 
-    def _check_shown(self, turns: list[Turn], options: dict[str, Any], asked: str, place: str) -> None:
+    def _check_shown(self, turns: list[Turn], options: dict[str, Any], asked: str) -> None:
         """Refuse a row with a text that occurs less often in the prompt than in the row.
 
         Templates drop the reasoning of earlier turns, so it only has to be shown while its turn is the last one.
@@ -120,27 +120,27 @@ class ChatTemplate:
             if not shown:
                 which = f" of turn {n} (role {turns[n]['role']!r}, counting from 0)" if n >= 0 else ""
                 raise UserError(
-                    f"{place}the chat template of {self.name} omits {key!r}{which} or a part of it "
+                    f"the chat template of {self.name} omits {key!r}{which} or a part of it "
                     f"({text!r:.80}): remove it from the data, or use a model whose chat template shows it"
                 )
 
     def _try(self, turns: list[Turn], options: dict[str, Any], *, generation: bool = True) -> str | None:
         try:
-            return self._render(turns, options, "", generation=generation)
+            return self._render(turns, options, generation=generation)
         except UserError:
             return None
 
-    def _render(self, turns: list[Turn], options: dict[str, Any], place: str, *, generation: bool = False) -> str:
+    def _render(self, turns: list[Turn], options: dict[str, Any], *, generation: bool = False) -> str:
         apply = self.tokenizer.apply_chat_template
         try:
             with _fixed_clock(self.date if self.prints_date else None):
                 text = str(apply(turns, tokenize=False, add_generation_prompt=generation, **options))
             text.encode()
         except Exception as error:  # templates raise any type: jinja2's TemplateError, TypeError, ...
-            what = "a simple question and answer" if not place else "the row"
+            roles = ", ".join(turn["role"] for turn in turns)
             raise UserError(
-                f"{place}the chat template of {self.name} refuses {what}: {error}; "
-                "change the roles of that row's messages, or use data.template: alpaca"
+                f"the chat template of {self.name} refuses messages of {roles}: {error}; change the roles of these "
+                "messages, or use data.template: alpaca"
             ) from error
         return text
 

@@ -1,14 +1,14 @@
 """Collate encoded rows (`dwakd.data.pairs`) into padded batches for student and teachers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from dwakd.batch import PairedBatch, TokenBatch
 
-FindPlace = Callable[[dict[str, Any]], int]
-"""Find the index of a row in the cache of a teacher, given the row's features for this teacher."""
+FindPlace = Callable[[int, dict[str, Any]], int]
+"""Find the index of a row in the cache of a teacher, given the row's example id and its features for this teacher."""
 
 
 def collate(features: Sequence[dict[str, Any]], find_places: Sequence[FindPlace | None] = ()) -> PairedBatch:
@@ -20,34 +20,31 @@ def collate(features: Sequence[dict[str, Any]], find_places: Sequence[FindPlace 
         features: the items.
         find_places: for each teacher, the function that sets `TokenBatch.cache_places`, or None without a cache.
     """
-    others = [[feature["others"][k] for feature in features] for k in range(len(features[0].get("others", ())))]
-    sides = [features, *others] if "teacher_input_ids" in features[0] else []
+    ids = tuple(feature["example_id"] for feature in features)
+    sides = list(zip(*(feature["teachers"] for feature in features), strict=True))
+    finds = find_places or [None] * len(sides)
     return PairedBatch(
-        student=_pad(features, "student"),
-        teachers=tuple(
-            _pad(side, "teacher", find) for side, find in zip(sides, find_places or [None] * len(sides), strict=True)
-        ),
-        example_ids=tuple(feature["example_id"] for feature in features),
+        student=_pad(ids, [feature["student"] for feature in features], None),
+        teachers=tuple(_pad(ids, side, find) for side, find in zip(sides, finds, strict=True)),
+        example_ids=ids,
     )
 
 
-def _pad(features: Sequence[dict[str, Any]], side: str, find: FindPlace | None = None) -> TokenBatch:
-    num_tokens = tuple(len(feature[f"{side}_input_ids"]) for feature in features)
+def _pad(ids: Sequence[int], side: Sequence[dict[str, Any]], find: FindPlace | None) -> TokenBatch:
+    num_tokens = tuple(len(row["input_ids"]) for row in side)
     width = max(num_tokens)
 
-    def padded(field: str) -> torch.Tensor:
-        rows = (feature[f"{side}_{field}"] for feature in features)
+    def padded(rows: Iterable[list[int]]) -> torch.Tensor:
         return torch.tensor([row + [0] * (width - len(row)) for row in rows])
 
-    aligned = [index for feature in features for index in feature.get(f"{side}_aligned_rows", ())]
+    aligned = [index for row in side for index in row.get("aligned_rows") or ()]
+    fields = {name: padded(row[name] for row in side) for name in ("input_ids", "target_ids", "byte_ends")}
     return TokenBatch(
-        input_ids=padded("input_ids"),
-        attention_mask=torch.tensor([[1] * count + [0] * (width - count) for count in num_tokens]),
-        target_ids=padded("target_ids"),
-        response_mask=padded("response_mask").bool(),
-        byte_ends=padded("byte_ends"),
+        **fields,
+        attention_mask=padded([1] * count for count in num_tokens),
+        response_mask=padded(row["response_mask"] for row in side).bool(),
         num_tokens=num_tokens,
-        num_rows=tuple(sum(feature[f"{side}_response_mask"]) for feature in features),
+        num_rows=tuple(sum(row["response_mask"]) for row in side),
         aligned_rows=torch.tensor(aligned) if aligned else None,
-        cache_places=None if find is None else tuple(map(find, features)),
+        cache_places=None if find is None else tuple(map(find, ids, side)),
     )

@@ -74,7 +74,7 @@ class TextEncoder:
     def end_token_ids(self) -> list[int]:
         """All ids that stop generation: the supervised end token, then the end-of-sequence token if it differs."""
         eos = self.tokenizer.eos_token_id
-        return [self.end_token_id] if eos in (None, self.end_token_id) else [self.end_token_id, int(eos)]
+        return list(dict.fromkeys([self.end_token_id, *([] if eos is None else [int(eos)])]))
 
     def token_bytes(self) -> tuple[bytes | None, ...]:
         """Return the bytes that each token of the vocabulary spells, by id; None for special and unused tokens.
@@ -96,7 +96,7 @@ class TextEncoder:
     def prompt_ids_batch(self, examples: Sequence[Example]) -> list[list[int]]:
         """Compute `prompt_ids` of several rows at once."""
         if self.special_tokens_in_prompts == "parse":
-            encoded = _encode(self.tokenizer, map(self.prompt_text, examples), special=True)["input_ids"]
+            encoded = _encode(self.tokenizer, map(self.prompt_text, examples), split_special_tokens=False)["input_ids"]
         else:
             encoded = self._special_as_text.encode(examples)
         return [[*self._bos_ids, *ids] for ids in encoded]
@@ -124,7 +124,7 @@ class TextEncoder:
         processor = backend.post_processor
         backend.post_processor = None  # RoBERTa's removes white space from the offsets
         try:
-            encoded = _encode(self.tokenizer, texts, special=False)
+            encoded = _encode(self.tokenizer, texts, split_special_tokens=True)
         finally:
             backend.post_processor = processor
         return [
@@ -165,12 +165,11 @@ class _SpecialTokensAsText:
         to_id, original = self._tokenizer.convert_tokens_to_ids, self._prompts.tokenizer
         special = {to_id(alias): to_id(content) for content, alias in self._aliases.items()}
         forbidden = {to_id(content): content for content in self._tokens if content != original.unk_token}
-        encoded = _encode(self._tokenizer, map(self._render, examples), special=False)["input_ids"]
+        encoded = _encode(self._tokenizer, map(self._render, examples), split_special_tokens=True)["input_ids"]
         for ids, example in zip(encoded, examples, strict=True):
-            found = next((forbidden[token_id] for token_id in ids if token_id in forbidden), None)
-            if found is not None:
+            if found := [forbidden[token_id] for token_id in ids if token_id in forbidden]:
                 raise UserError(
-                    f"{example.place}: the tokenizer of {tokenizer_name(original)} reads {found!r} as a special token "
+                    f"{example.place}: the tokenizer of {tokenizer_name(original)} reads {found[0]!r} as a special token "
                     "even in plain text: remove it from that row or set data.special_tokens_in_prompts: parse"
                 )
         return [[special.get(token_id, token_id) for token_id in ids] for ids in encoded]
@@ -196,16 +195,9 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def _encode(tokenizer: Any, texts: Iterable[str], *, special: bool) -> Any:
-    split = not special
-    return tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        padding=False,
-        truncation=False,
-        split_special_tokens=split,
-        verbose=False,
-    )
+def _encode(tokenizer: Any, texts: Iterable[str], *, split_special_tokens: bool) -> Any:
+    options = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
+    return tokenizer(list(texts), split_special_tokens=split_special_tokens, **options)
 
 
 def _leading_ids(tokenizer: Any) -> list[int]:

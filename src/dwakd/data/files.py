@@ -15,7 +15,7 @@ import datasets
 import pyarrow  # type: ignore[import-untyped, unused-ignore]
 from pyarrow import parquet  # type: ignore[import-untyped, unused-ignore]
 
-from dwakd.errors import UserError
+from dwakd.errors import UserError, reason_of
 
 PlacedRow: TypeAlias = tuple[str, Any]
 """The place of a row, as messages name it, and the row itself."""
@@ -59,30 +59,20 @@ def explained(what: str) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # pyarrow, datasets, the Hub and the file system raise a dozen unrelated types
-        reason = str(getattr(error, "strerror", None) or error).strip().split("\n")[0].split(". ")[0]
+        reason = getattr(error, "strerror", None) or reason_of(error)
         raise UserError(f"{what} ({type(error).__name__}: {reason:.200})") from error
 
 
-def _refuse_repeated(names: Iterable[str], where: str) -> None:
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
-        shown = ", ".join(map(repr, repeated))
-        raise UserError(f"{where}: more than one column has the name {shown}: rename or remove all but one")
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from error
+def parse_json(text: str) -> Any:
+    """Parse a JSON text. Objects with a repeated key and integers with too many digits become `Unusable`."""
+    return _DECODER.decode(text)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Unusable:
     found = dict(pairs)
     if len(found) == len(pairs):
         return found
-    repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-    return Unusable(f"an object with more than one key {', '.join(map(repr, repeated))}")
+    return Unusable(f"an object with more than one key {_repeated(key for key, _ in pairs)}")
 
 
 def _integer(digits: str) -> int | Unusable:
@@ -92,8 +82,7 @@ def _integer(digits: str) -> int | Unusable:
         return Unusable(f"a number of {len(digits):,} digits")
 
 
-parse_json = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer).decode
-"""Parse a JSON text. Objects with a repeated key and integers with too many digits become `Unusable`."""
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
 
 
 def find_unusable(value: Any, depth: int = 100) -> str | None:
@@ -106,25 +95,41 @@ def find_unusable(value: Any, depth: int = 100) -> str | None:
     return next((reason for part in parts if (reason := find_unusable(part, depth - 1)) is not None), None)
 
 
+def _repeated(names: Iterable[str]) -> str:
+    """List the names that occur more than once."""
+    return ", ".join(repr(name) for name, count in Counter(names).items() if count > 1)
+
+
+def _refuse_repeated(names: Iterable[str], where: str) -> None:
+    if shown := _repeated(names):
+        raise UserError(f"{where}: more than one column has the name {shown}: rename or remove all but one")
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from error
+
+
+def _parse(data: bytes, name: str, line: int, fix: str) -> Any:
+    """Parse the JSON text that begins at a line of a file."""
+    try:
+        return parse_json(_decode(data, f"{name}, line {line}"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        line += getattr(error, "lineno", 1) - 1
+        reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise UserError(f"{name}, line {line}: not valid JSON ({reason}): {fix}") from error
+
+
 def _read_jsonl(file: BinaryIO, name: str, _: Select) -> Iterator[PlacedRow]:
     for number, line in enumerate(file, 1):
-        where = f"{name}, line {number}"
-        text = _decode(line, where)
-        if not text.strip():
-            continue
-        try:
-            yield where, parse_json(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-            raise UserError(f"{where}: not valid JSON ({reason}): correct or remove that line") from error
+        if line.strip():
+            yield f"{name}, line {number}", _parse(line, name, number, "correct or remove that line")
 
 
 def _read_json(file: BinaryIO, name: str, _: Select) -> Iterator[PlacedRow]:
-    try:
-        rows = parse_json(_decode(file.read(), name))
-    except json.JSONDecodeError as error:
-        fix = "use the suffix .jsonl if it has one object per line" if error.msg == "Extra data" else "correct it"
-        raise UserError(f"{name}, line {error.lineno}: not valid JSON ({error.msg}): {fix}") from error
+    rows = _parse(file.read(), name, 1, "correct it, or use the suffix .jsonl if it has one object per line")
     if not isinstance(rows, list):
         found = find_unusable(rows) or type(rows).__name__
         raise UserError(f"{name}: the file must contain a list of objects, got {found}: put the objects into a list")

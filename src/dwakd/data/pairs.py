@@ -1,9 +1,8 @@
 """Encode rows with the tokenizers of student and teachers, truncated at the same character."""
 
-import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,10 +23,8 @@ EMPTY_RESPONSE = "response empty"
 NOTHING_SUPERVISED = "no response token left"
 REFUSED = "refused by the template"
 _CHUNK = 256
-_Response = tuple[list[int], list[int]]
-"""Token ids and byte ends of a response; see `TextEncoder.response_ids`."""
-_Invalid = tuple[str, str]
-"""The reason why a row cannot be used, and the text for the message."""
+_Tokens = list[tuple[list[int], tuple[list[int], list[int]]]]
+"""For each side, the ids of the prompt and `TextEncoder.response_ids` of the response."""
 
 
 @dataclass(frozen=True)
@@ -51,52 +48,41 @@ class EncodedSide:
         """Number of tokens that the model reads."""
         return len(self.ids) - 1
 
-    def features(self, prefix: str) -> dict[str, list[Any]]:
-        """Return the fields of this side for a feature dict. Input position i predicts target i."""
+    def features(self) -> dict[str, list[Any]]:
+        """Return the values of each position. Input position i predicts target i."""
         num_unsupervised = self.num_prompt - 1
         features = {
-            f"{prefix}_input_ids": self.ids[:-1].tolist(),
-            f"{prefix}_target_ids": self.ids[1:].tolist(),
-            f"{prefix}_response_mask": [False] * num_unsupervised + [True] * len(self.byte_ends),
-            f"{prefix}_byte_ends": [0] * num_unsupervised + self.byte_ends.tolist(),
+            "input_ids": self.ids[:-1].tolist(),
+            "target_ids": self.ids[1:].tolist(),
+            "response_mask": [False] * num_unsupervised + [True] * len(self.byte_ends),
+            "byte_ends": [0] * num_unsupervised + self.byte_ends.tolist(),
         }
-        if self.aligned_rows is not None:
-            features[f"{prefix}_aligned_rows"] = self.aligned_rows.tolist()
-        return features
+        return features if self.aligned_rows is None else {**features, "aligned_rows": self.aligned_rows.tolist()}
 
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """A row encoded for the student, the first teacher (None if there is no teacher) and the `others` after it."""
+    """A row encoded for the student and for each teacher."""
 
     example_id: int
     text: str
     student: EncodedSide
-    teacher: EncodedSide | None
-    others: tuple[EncodedSide, ...] = ()
+    teachers: tuple[EncodedSide, ...] = ()
     truncated: bool = False
-
-    @property
-    def teachers(self) -> tuple[EncodedSide, ...]:
-        return () if self.teacher is None else (self.teacher, *self.others)
 
 
 @dataclass(eq=False)
 class EncodedPairs(torch.utils.data.Dataset[dict[str, Any]]):
     """Data set of encoded rows. Its items are dicts of lists for `dwakd.data.collator.collate`.
 
-    With several teachers, the list `others` of an item contains one dict for each teacher after the first.
-
     Args:
         rows: the encoded rows.
         report: the indices in the source of the rows that were skipped, by reason.
-        num_truncated: number of encoded rows with a truncated response.
         source: name of the data set in messages.
     """
 
     rows: list[EncodedRow]
     report: dict[str, list[int]]
-    num_truncated: int = 0
     source: str = "the data set passed in"
 
     def __len__(self) -> int:
@@ -104,22 +90,28 @@ class EncodedPairs(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        item: dict[str, Any] = {"example_id": row.example_id, **row.student.features("student")}
-        if row.teacher is not None:
-            item |= row.teacher.features("teacher")
-        if row.others:
-            item["others"] = [{"example_id": row.example_id, **side.features("teacher")} for side in row.others]
-        return item
+        teachers = [side.features() for side in row.teachers]
+        return {"example_id": row.example_id, "student": row.student.features(), "teachers": teachers}
 
     def of_teacher(self, index: int) -> "EncodedPairs":
         """Return the same rows with only one of several teachers."""
-        rows = [dataclasses.replace(row, teacher=row.teachers[index], others=()) for row in self.rows]
-        return dataclasses.replace(self, rows=rows)
+        return replace(self, rows=[replace(row, teachers=(row.teachers[index],)) for row in self.rows])
+
+    @property
+    def num_truncated(self) -> int:
+        """Number of rows with a truncated response."""
+        return sum(row.truncated for row in self.rows)
 
     @property
     def student_lengths(self) -> list[int]:
         """Number of tokens that the student reads in each row, used to group rows of similar length."""
         return [row.student.length for row in self.rows]
+
+
+class _InvalidRowError(UserError):
+    def __init__(self, reason: str, problem: str = "") -> None:
+        super().__init__(problem)
+        self.reason = reason
 
 
 def encode_pairs(
@@ -130,7 +122,6 @@ def encode_pairs(
     max_prompt_length: int = 256,
     invalid_rows: str = "error",
     source: str = "train data",
-    mend: str = "raise data.max_length and data.max_prompt_length or correct the data",
     length_option: str | None = "data.max_length",
 ) -> EncodedPairs:
     """Encode rows with all tokenizers, so that all sides contain the same characters of each response.
@@ -148,8 +139,7 @@ def encode_pairs(
         invalid_rows: `error` refuses a prompt that is too long or has no token, an empty response, and a row that a
             chat template refuses; `skip` skips such rows and reports them.
         source: name of the data set in messages.
-        mend: the fix to name in the message if no row can be used.
-        length_option: name of the option that sets `max_length`, for the warning of truncation; None for no warning.
+        length_option: name of the option that sets `max_length`, for messages; None for no warning of truncation.
 
     Raises:
         UserError: a row is invalid (see `invalid_rows`), no row can be used, or no room is left for a response.
@@ -161,23 +151,25 @@ def encode_pairs(
             f"data.max_length={max_length}, which includes the response: change one of them"
         )
     sides = [student, *teachers]
-    pairs = EncodedPairs([], {}, source=source)
+    pairs = EncodedPairs([], {}, source)
     first_error: dict[str, str] = {}
     for start in trange(0, len(examples), _CHUNK, desc=f"tokenising {source}", delay=2, leave=False):
-        for example, prompts, responses in _tokenise(examples[start : start + _CHUNK], sides):
-            if isinstance(prompts, UserError):
-                row: EncodedRow | _Invalid = REFUSED, str(prompts).removeprefix(f"{example.place}: ")
-            else:
-                row = _find_error(example, prompts, max_prompt_length) or _encode_row(
-                    example, prompts, responses, sides, max_length
-                )
-            if isinstance(row, EncodedRow):
-                pairs.rows.append(row)
-                pairs.num_truncated += row.truncated
-            else:
-                pairs.report.setdefault(row[0], []).append(example.index)
-                first_error.setdefault(row[0], f"{source}, {example.place}: {row[1]}")
-    _check_report(pairs, first_error, invalid_rows, mend)
+        chunk = examples[start : start + _CHUNK]
+        try:
+            tokens: list[_Tokens | None] = [*_tokenise(chunk, sides)]
+        except UserError:  # a template refuses a row: find out which
+            tokens = [None] * len(chunk)
+        for example, found in zip(chunk, tokens, strict=True):
+            try:
+                found = found or _tokenise([example], sides)[0]
+                _check_row(example, found, max_prompt_length)
+                pairs.rows.append(_encode_row(example, found, sides, max_length))
+            except UserError as error:
+                reason = error.reason if isinstance(error, _InvalidRowError) else REFUSED
+                pairs.report.setdefault(reason, []).append(example.index)
+                problem = str(error).removeprefix(f"{example.place}: ")
+                first_error.setdefault(reason, f"{source}, {example.place}: {problem}")
+    _check_report(pairs, first_error, invalid_rows, length_option or "data.max_length")
     if pairs.num_truncated and length_option:
         logger.warning(
             "%s: %d of %d responses were truncated to fit %s=%d tokens and have no end token; raise %s",
@@ -186,43 +178,32 @@ def encode_pairs(
     return pairs
 
 
-def _tokenise(
-    chunk: Sequence[Example], sides: list[TextEncoder]
-) -> Iterator[tuple[Example, Sequence[list[int]] | UserError, Sequence[_Response]]]:
-    """Yield the prompt ids, or the template's refusal, and the response of every side, student first."""
-    try:
-        prompts = [side.prompt_ids_batch(chunk) for side in sides]
-        responses = [side.response_ids_batch([example.response for example in chunk]) for side in sides]
-    except UserError as error:
-        if len(chunk) == 1:
-            yield chunk[0], error, ()
-        else:
-            for example in chunk:
-                yield from _tokenise([example], sides)
-    else:
-        yield from zip(chunk, zip(*prompts, strict=True), zip(*responses, strict=True), strict=True)
+def _tokenise(chunk: Sequence[Example], sides: Sequence[TextEncoder]) -> list[_Tokens]:
+    """Tokenise rows, together because this is faster."""
+    prompts = [side.prompt_ids_batch(chunk) for side in sides]
+    responses = [side.response_ids_batch([example.response for example in chunk]) for side in sides]
+    return [
+        list(zip(*row, strict=True))
+        for row in zip(zip(*prompts, strict=True), zip(*responses, strict=True), strict=True)
+    ]
 
 
-def _find_error(example: Example, prompts: Sequence[list[int]], max_prompt_length: int) -> _Invalid | None:
-    for k, ids in enumerate(prompts):
+def _check_row(example: Example, tokens: _Tokens, max_prompt_length: int) -> None:
+    for k, (ids, _) in enumerate(tokens):
         whose = "student" if k == 0 else "teacher" if k == 1 else f"teacher {k}"
         if len(ids) > max_prompt_length:
             limit = f"data.max_prompt_length={max_prompt_length}"
-            return PROMPT_TOO_LONG, f"the prompt has {len(ids)} tokens for the {whose}, above {limit}"
+            raise _InvalidRowError(PROMPT_TOO_LONG, f"the prompt has {len(ids)} tokens for the {whose}, above {limit}")
         if not ids:
-            return EMPTY_PROMPT, f"the prompt has no token for the {whose}"
-    return None if example.response.strip() else (EMPTY_RESPONSE, "the response is empty")
+            raise _InvalidRowError(EMPTY_PROMPT, f"the prompt has no token for the {whose}")
+    if not example.response.strip():
+        raise _InvalidRowError(EMPTY_RESPONSE, "the response is empty")
 
 
-def _encode_row(
-    example: Example,
-    prompts: Sequence[list[int]],
-    responses: Sequence[_Response],
-    sides: list[TextEncoder],
-    max_length: int,
-) -> EncodedRow | _Invalid:
+def _encode_row(example: Example, tokens: _Tokens, sides: Sequence[TextEncoder], max_length: int) -> EncodedRow:
     """Truncate the response until it fits on every side, unless it fits with its end token."""
-    text, rooms = example.response, [max_length - len(prompt) for prompt in prompts]
+    text, responses = example.response, [response for _, response in tokens]
+    rooms = [max_length - len(prompt) for prompt, _ in tokens]
     truncated = any(len(ids) >= room for (ids, _), room in zip(responses, rooms, strict=True))
     while cuts := [
         max(0, *ends[:room])  # the last end that is not negative
@@ -233,29 +214,28 @@ def _encode_row(
         text = shorter if len(shorter) < len(text) else text[:-1]
         responses = [side.response_ids(text) for side in sides]
     if not all(ids for ids, _ in responses):
-        return NOTHING_SUPERVISED, ""
+        raise _InvalidRowError(NOTHING_SUPERVISED)
     encoded = []
-    for side, prompt, (ids, ends) in zip(sides, prompts, responses, strict=True):
+    for side, (prompt, _), (ids, ends) in zip(sides, tokens, responses, strict=True):
         last = [] if truncated else [side.end_token_id]
         byte_ends = np.array([*ends, *([len(text.encode())] * len(last))], dtype=np.int32)
         encoded.append(EncodedSide(np.array([*prompt, *ids, *last], dtype=np.int32), len(prompt), byte_ends))
-    teacher = encoded[1] if len(encoded) > 1 else None
-    return EncodedRow(example.index, text, encoded[0], teacher, tuple(encoded[2:]), truncated)
+    return EncodedRow(example.index, text, encoded[0], tuple(encoded[1:]), truncated)
 
 
-def _check_report(pairs: EncodedPairs, first_error: dict[str, str], invalid_rows: str, mend: str) -> None:
-    fixes = {PROMPT_TOO_LONG: "raise data.max_prompt_length or "}
+def _check_report(pairs: EncodedPairs, first_error: dict[str, str], invalid_rows: str, length_option: str) -> None:
     num_skipped = sum(map(len, pairs.report.values()))
     num_rows = len(pairs) + num_skipped
     counts = ", ".join(f"{reason}: {len(rows)}" for reason, rows in pairs.report.items())
     for reason, rows in pairs.report.items():
         if invalid_rows == "error" and reason != NOTHING_SUPERVISED:
+            fix = "raise data.max_prompt_length" if reason == PROMPT_TOO_LONG else "correct the data"
             raise UserError(
-                f"{first_error[reason]} ({len(rows)} of {num_rows} rows have this error); "
-                f"{fixes.get(reason, 'correct the data or ')}set data.invalid_rows: skip"
+                f"{first_error[reason]} ({len(rows)} of {num_rows} rows have this error); {fix} or set "
+                "data.invalid_rows: skip"
             )
     if not len(pairs):
-        fix = first_error.get(REFUSED, mend)
+        fix = first_error.get(REFUSED, f"raise {length_option} and data.max_prompt_length or correct the data")
         raise UserError(f"{pairs.source}: none of its {num_rows} rows can be used ({counts or 'no rows found'}); {fix}")
     if num_skipped:
         logger.warning("%s: skipping %d of %d rows (%s)", pairs.source, num_skipped, num_rows, counts)
@@ -268,7 +248,6 @@ def align_by_spelling(pairs: EncodedPairs, student: TextEncoder, *teachers: Text
     start with the last token of the prompt and do not include the end token. A student token is aligned if the path
     pairs it with exactly one teacher token and `nearest_tokens` maps that token to the student's. Several student
     tokens may be aligned with the same teacher token; -1 marks a student token without one.
-
     """
     if all(side.aligned_rows is not None for row in pairs.rows for side in row.teachers):
         return
@@ -289,5 +268,5 @@ def align_by_spelling(pairs: EncodedPairs, student: TextEncoder, *teachers: Text
             other = side.ids[side.num_prompt - 1 : -1]
             rows = one_to_one_rows(edit_costs([own_spelled[i] for i in own], [spellings[i] for i in other]))
             accepted = (rows >= 0) & (nearest[other[np.maximum(rows, 0)]] == own)
-            sides.append(dataclasses.replace(side, aligned_rows=np.where(accepted, rows, -1).astype(np.int32)))
-        pairs.rows[index] = dataclasses.replace(row, teacher=sides[0], others=tuple(sides[1:]))
+            sides.append(replace(side, aligned_rows=np.where(accepted, rows, -1).astype(np.int32)))
+        pairs.rows[index] = replace(row, teachers=tuple(sides))

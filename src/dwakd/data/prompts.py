@@ -9,7 +9,7 @@ turns before the instruction, in order and separated by empty lines. A system te
 their role, "User: " or "Assistant: ", and so does the instruction if such a turn precedes it.
 """
 
-import string
+import re
 from typing import Any
 
 from dwakd.data.chat import ChatTemplate, tokenizer_name
@@ -42,23 +42,20 @@ def check_template(template: str) -> None:
     """
     if template in TEMPLATES:
         return
-    what = f"data.template {template!r}"
-    try:
-        fields = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
-    except ValueError as error:
-        raise UserError(f"{what} is not a valid format string ({error}): write literal braces twice") from error
-    if not fields:
-        names = ", ".join(TEMPLATES)
-        raise UserError(f"{what} is unknown: use {names}, or a format string with {{instruction}} and {{input}}")
-    for name, spec, conversion in fields:
-        if name not in ("instruction", "input") or spec or conversion:
-            shown = (name or "") + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-            raise UserError(
-                f"{what} has the unknown placeholder {{{shown}}}: "
-                "use {instruction} and {input}, and write literal braces twice"
-            )
-    if all(name != "instruction" for name, _, _ in fields):
-        raise UserError(f"{what} lacks the placeholder {{instruction}}: add it")
+    unescaped = template.replace("{{", "").replace("}}", "")
+    found = re.findall(r"\{[^{}]*\}", unescaped)
+    unknown = [name for name in found if name not in ("{instruction}", "{input}")]
+    problem = ""
+    if len(found) != unescaped.count("{") or len(found) != unescaped.count("}"):
+        problem = "is not a valid format string: write literal braces twice"
+    elif not found:
+        problem = f"is unknown: use {', '.join(TEMPLATES)}, or a format string with {{instruction}} and {{input}}"
+    elif unknown:
+        problem = f"has the unknown placeholder {unknown[0]}: use {{instruction}} and {{input}}, and write literal braces twice"
+    elif "{instruction}" not in found:
+        problem = "lacks the placeholder {instruction}: add it"
+    if problem:
+        raise UserError(f"data.template {template!r} {problem}")
 
 
 class Prompts:
@@ -81,17 +78,24 @@ class Prompts:
 
     def render(self, example: Example) -> str:
         """Render the prompt of a row, without its response; refuse a row with parts that the template cannot show."""
-        if self.chat is not None:
-            return self.chat.prompt(example)
+        try:
+            return self._render(example) if self.chat is None else self.chat.prompt(example)
+        except UserError as error:
+            raise UserError(f"{example.place}: {error}") from error
+
+    def _render(self, example: Example) -> str:
         hidden = [f"{key!r} of turn {n}" for n, turn in enumerate(example.turns) for key in content_keys(turn)]
         hidden += map(repr, structured(example.options or {}))
         if hidden:
-            raise UserError(
-                f"{example.place}: the row has {hidden[0]}, which only a chat template can show: "
-                "use data.template: chat, or remove it"
-            )
+            fix = "use data.template: chat, or remove it"
+            raise UserError(f"the row has {hidden[0]}, which only a chat template can show: {fix}")
         variants = _TEMPLATES.get(self.template, (self.template, self.template))
-        return variants[bool(example.input)].format(instruction=_with_history(example), input=example.input)
+        turns = [*example.history, {**(example.turn or {"role": "user"}), "content": example.instruction}]
+        labels = ["" if turn["role"] == "system" else f"{turn['role'].capitalize()}: " for turn in turns]
+        if not any(labels[:-1]):
+            labels[-1] = ""
+        texts = "\n\n".join(label + turn["content"] for label, turn in zip(labels, turns, strict=True))
+        return variants[bool(example.input)].format(instruction=texts, input=example.input)
 
     def end_token_id(self) -> int:
         """Return the id of the token that the model is trained to write at the end of a response.
@@ -111,11 +115,3 @@ class Prompts:
                 "never end: set eos_token in its tokenizer_config.json"
             )
         return int(tokenizer.eos_token_id)
-
-
-def _with_history(example: Example) -> str:
-    turns = [*example.history, {**(example.turn or {"role": "user"}), "content": example.instruction}]
-    labels = ["" if turn["role"] == "system" else f"{turn['role'].capitalize()}: " for turn in turns]
-    if not any(labels[:-1]):
-        labels[-1] = ""
-    return "\n\n".join(label + turn["content"] for label, turn in zip(labels, turns, strict=True))

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dwakd.data.files import Unusable, find_unusable
-from dwakd.data.turns import Turn, check_answer, checked_text, is_conversation, read_options, read_turns, row_error
+from dwakd.data.files import Unusable
+from dwakd.data.turns import Turn, check_answer, checked_text, is_object_list, read_options, read_turns, usable
 from dwakd.errors import UserError
 
 INVALID_ROWS = ("error", "skip")
@@ -77,40 +77,32 @@ class Columns:
 
     @classmethod
     def find(
-        cls,
-        available: Iterable[str],
-        source: str,
-        *,
-        prompt: str | None,
-        response: str | None,
-        input: str | None,
-        need_response: bool,
+        cls, available: Iterable[str], source: str, given: dict[str, str | None], need_response: bool
     ) -> "Columns":
-        """Choose among the available columns; those given by name must exist, others are searched as described above."""
-        names = list(available)
-        shown = f"its columns are: {', '.join(names) or 'none'}"
-        for option, name in {"prompt": prompt, "response": response, "input": input}.items():
-            if name is not None and name not in names:
-                raise UserError(f"{source} has no column {name!r}; {shown}; set data.{option} to one of them")
+        """Choose the columns among those available.
 
-        def search(option: str, known: Sequence[str], needed: bool) -> str | None:
-            found = next((name for name in known if name in names), None)
-            if found is None and needed:
+        Columns that the user has `given` as "prompt", "response" or "input" must exist; the others are searched.
+        """
+        names = list(available)
+
+        def search(option: str, known: Sequence[str], *, needed: bool) -> str | None:
+            name = given[option]
+            found = next((each for each in (known if name is None else [name]) if each in names), None)
+            if found is None and (needed or name is not None):
+                what = f"with the {option} ({', '.join(known)})" if name is None else repr(name)
                 raise UserError(
-                    f"{source} has no column with the {option} ({', '.join(known)}); {shown}; "
+                    f"{source} has no column {what}; its columns are: {', '.join(names) or 'none'}; "
                     f"set data.{option} (eval, shrink: --{option}) to one of them"
                 )
             return found
 
-        prompt = prompt or search("prompt", (*_CONVERSATIONS, *_RESPONSES), True) or ""
-        is_optional = response is None and prompt in _CONVERSATIONS
-        if response is None:
-            known = _RESPONSES.get(prompt, _RESPONSES["prompt"])
-            response = search("response", known, need_response and not is_optional)
-        if input is None and prompt == "instruction":
-            input = search("input", ("input", "context"), False)
+        prompt = search("prompt", (*_CONVERSATIONS, *_RESPONSES), needed=True) or ""
+        optional = given["response"] is None and prompt in _CONVERSATIONS
+        known = _RESPONSES.get(prompt, _RESPONSES["prompt"])
+        response = search("response", known, needed=need_response and not optional)
+        input = search("input", ("input", "context") if prompt == "instruction" else (), needed=False)
         extras = [name for name in _EXTRAS if name in names and name not in (prompt, response, input)]
-        return cls(prompt, response, input, extras, is_optional and response is not None, need_response)
+        return cls(prompt, response, input, extras, optional and response is not None, need_response)
 
     @property
     def used(self) -> list[str]:
@@ -118,26 +110,23 @@ class Columns:
         names = dict.fromkeys((self.prompt, self.response, self.input, *self.extras))
         return [name for name in names if name is not None]
 
-    def read(self, row: Any, index: int, where: str) -> Example:
-        """Convert a row to a checked example; refuse it if a column is missing or has a value of a wrong type.
+    def read(self, row: Any, index: int) -> Example:
+        """Convert a row, which is the one of this index in its source, to a checked example.
 
-        Args:
-            row: the values of the row by column name.
-            index: position of the row in its source.
-            where: place of the row, as messages name it: "data.jsonl, line 17".
+        Raises:
+            UserError: a column is missing or has a value of a wrong type. The message does not name the row.
         """
-        check_row(row, where)
-        for column in self.used:
-            if (reason := find_unusable(row.get(column))) is not None:
-                raise row_error(f"{where}: {column!r} contains {reason}")
-        turns, input, references = self._read_texts(row, where)
+        check_row(row)
+        row = {column: usable(row.get(column), column) for column in self.used}
+        turns, input, references = self._read_texts(row)
         if not _asks(turns):
             found = f"role {turns[-1]['role']!r}" if turns else "none"
-            raise row_error(
-                f"{where}: the turn before the answer in {self.prompt!r} must be the user's or a tool's, got {found}"
+            raise UserError(
+                f"the turn before the answer in {self.prompt!r} must be the user's or a tool's, got {found}"
             )
         *history, last = turns
         turn = {key: value for key, value in last.items() if key != "content"}
+        extras = {name: row[name] for name in self.extras}
         return Example(
             index=index,
             instruction=last["content"],
@@ -146,14 +135,14 @@ class Columns:
             references=references,
             history=tuple(history),
             turn=None if turn == {"role": "user"} else turn,
-            options=read_options(row, self.extras, where, isinstance(row.get(self.prompt), list)) or None,
+            options=read_options(extras, is_conversation=isinstance(row.get(self.prompt), list)) or None,
         )
 
-    def _read_texts(self, row: Mapping[str, Any], where: str) -> tuple[list[Turn], str, tuple[str, ...]]:
+    def _read_texts(self, row: Mapping[str, Any]) -> tuple[list[Turn], str, tuple[str, ...]]:
         """Read the turns before the answer, the further context and the acceptable answers."""
-        turns = self._read_prompt(row, where)
-        input, response = row.get(self.input or ""), self.response
-        input = "" if input is None or self.input is None else checked_text(input, f"{where}: {self.input!r}")
+        turns, response = self._read_prompt(row), self.response
+        given = None if self.input is None else row.get(self.input)
+        input = "" if given is None else checked_text(given, repr(self.input))
         if self.optional and not (_asks(turns) and row.get(response or "")):
             response = None
         value = row.get(response or "")
@@ -162,41 +151,42 @@ class Columns:
             if not self.need_response and at < len(turns) - 1:
                 return turns, input, ()
             if at < 0:
-                raise row_error(f"{where}: {self.prompt!r} has no assistant turn to train on")
+                raise UserError(f"{self.prompt!r} has no assistant turn to train on")
             turns, answer = turns[:at], turns[at]
-        elif response is not None and is_conversation(value):
-            *earlier, answer = read_turns(value, where, response)
+        elif response is not None and is_object_list(value):
+            *earlier, answer = read_turns(value, response)
             if earlier and turns and input:
                 turns[-1]["content"] += f"\n{input}"
                 input = ""
             turns = [*turns, *earlier]
         else:
-            return turns, input, () if response is None else self._read_references(value, f"{where}: {response!r}")
-        check_answer(answer, f"{where}: the answer in {response or self.prompt!r}", self.need_response)
+            return turns, input, () if response is None else self._read_references(value, repr(response))
+        check_answer(answer, f"the answer in {response or self.prompt!r}", self.need_response)
         return turns, input, (answer["content"],)
 
     def _read_references(self, value: Any, what: str) -> tuple[str, ...]:
         if value is None and not self.need_response:
             return ()
         if value == [] and self.need_response:
-            raise row_error(f"{what} is an empty list and needs at least one reference")
+            raise UserError(f"{what} is an empty list and needs at least one reference")
         if isinstance(value, list):
             return tuple(checked_text(item, f"{what}[{n}]") for n, item in enumerate(value))
         return (checked_text(value, what),)
 
-    def _read_prompt(self, row: Mapping[str, Any], where: str) -> list[Turn]:
+    def _read_prompt(self, row: Mapping[str, Any]) -> list[Turn]:
         """Read the prompt of a row as turns, with the row's system text as the first turn."""
-        asked, what = row.get(self.prompt), f"{where}: {self.prompt!r}"
+        asked = row.get(self.prompt)
         if isinstance(asked, list):
-            turns = read_turns(asked, where, self.prompt)
+            turns = read_turns(asked, self.prompt)
         elif self.prompt in _CONVERSATIONS and (self.response is None or self.optional):
-            raise row_error(f"{what} must be a list of turns with role and content, got {type(asked).__name__}")
+            found = type(asked).__name__
+            raise UserError(f"{self.prompt!r} must be a list of turns with role and content, got {found}")
         else:
-            turns = [{"role": "user", "content": checked_text(asked, what)}]
+            turns = [{"role": "user", "content": checked_text(asked, repr(self.prompt))}]
         if "system" in self.extras and (system := row.get("system")):
-            turn = {"role": "system", "content": checked_text(system, f"{where}: 'system'")}
+            turn = {"role": "system", "content": checked_text(system, "'system'")}
             if any(other["role"] == "system" and other != turn for other in turns):
-                raise UserError(f"{where}: 'system' and the system turn in {self.prompt!r} differ: remove one of them")
+                raise UserError(f"'system' and the system turn in {self.prompt!r} differ")
             turns = [turn, *(other for other in turns if other != turn)]
         return turns
 
@@ -206,12 +196,12 @@ def _asks(turns: list[Turn]) -> bool:
     return bool(turns) and turns[-1]["role"] in _ASKING
 
 
-def check_row(row: Any, where: str) -> None:
+def check_row(row: Any) -> None:
     """Refuse a row that is not an object with named columns."""
     if not isinstance(row, Mapping) or not row:
         found = row.reason if isinstance(row, Unusable) else f"{type(row).__name__} {reprlib.repr(row):.40}"
         hint = "; use the suffix .json if the file is one list" if isinstance(row, list) else ""
-        raise row_error(f"{where}: expected an object with named columns, got {found}{hint}")
+        raise UserError(f"expected an object with named columns, got {found}{hint}")
 
 
 def check_choice(option: str, value: str, choices: Sequence[str]) -> None:

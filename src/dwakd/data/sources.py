@@ -7,8 +7,7 @@ For data sets with several splits, on the Hub or in a dict, the split depends on
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -86,26 +85,28 @@ def load_examples(
         raise UserError(f"data.limit must be at least 1, got {limit}")
     check_choice("data.invalid_rows", invalid_rows, INVALID_ROWS)
     name = name or (str(source) if isinstance(source, str | Path) else "the data set passed in")
-    find_columns = partial(
-        Columns.find, source=name, prompt=prompt, response=response, input=input, need_response=need_response
-    )
+    given = {"prompt": prompt, "response": response, "input": input}
+
+    def find_columns(names: Iterable[str]) -> Columns:
+        return Columns.find(names, name, given, need_response)
+
     with explained(f"{name:.500}: cannot be read"):
         placed = list(islice(_open(source, split, name, lambda names: find_columns(names).used), limit))
     if not placed:
         raise UserError(f"{name} is empty: use a data set with at least one row")
     available = dict.fromkeys(str(key) for _, row in placed if isinstance(row, Mapping) for key in row)
-    if not available:
-        check_row(placed[0][1], placed[0][0])
-    columns = find_columns(available)
+    columns = find_columns(available) if available else None
     examples: list[Example] = []
-    errors: list[UserError] = []
+    errors: list[str] = []
     for index, (where, row) in enumerate(placed):
         try:
-            examples.append(columns.read(row, index, where))
+            check_row(row)
+            if columns is not None:
+                examples.append(columns.read(row, index))
         except UserError as error:
+            errors.append(f"{where}: {error}: correct or remove that row")
             if invalid_rows == "error":
-                raise
-            errors.append(error)
+                raise UserError(errors[0]) from error
     if not examples:
         raise UserError(f"{name}: none of its {len(placed)} rows can be used; first error: {errors[0]}")
     if errors:
@@ -119,38 +120,40 @@ def load_examples(
 def _open(source: Any, split: str | Sequence[str], name: str, select: Select) -> Iterator[PlacedRow]:
     """Read the rows of a source with their places. Only the columns that `select` returns are read where possible."""
     if isinstance(source, str) and (found := _FILE.fullmatch(source)):
-        path = _download(found["repo"], found["file"]) if found["repo"] else found["file"]
+        repo, path = found["repo"], found["file"]
+        if repo:  # not by `datasets`, which cannot read columns that mix strings and lists
+            with explained(f"could not load the file {path} of the data set {repo} from the Hugging Face Hub"):
+                path = huggingface_hub.hf_hub_download(repo, path, repo_type="dataset")
         return read_file(Path(path), name, select, found["start"], found["stop"])
     if isinstance(source, Path) or (isinstance(source, str) and _is_path(source)):
         return read_file(Path(source), name, select)
-    place = ""
     if isinstance(source, str):
         place, _, own_split = source.partition("@")
+        path, _, config = place.partition(":")
         split = own_split or split
-        source = _load_from_hub(place, split)
+        only = split if isinstance(split, str) else None  # otherwise all, to choose one
+        what = f"{place[:500]!r} (split {only or split[0]!r})"
+        with explained(f"could not load {what} from the Hugging Face Hub, and no such file exists"):
+            source = datasets.load_dataset(path, config or None, split=only)
     if isinstance(source, Mapping):
-        return _open(source[_choose_split(source, split, name, place)], split, name, select)
+        return _open(source[_choose_split(source, split, name)], split, name, select)
     if isinstance(source, datasets.Dataset | datasets.IterableDataset):
         source = source.with_format(None)
         if source.column_names:  # columns that are not read may be slow or impossible to decode
             source = source.select_columns(select(source.column_names))
     elif not isinstance(source, Sequence):
-        found_type = type(source).__name__
-        raise UserError(
-            f"cannot read rows from {found_type}: use a Hub id, a file, a datasets.Dataset or a list of dicts"
-        )
+        kind = type(source).__name__
+        raise UserError(f"cannot read rows from {kind}: use a Hub id, a file, a datasets.Dataset or a list of dicts")
     return numbered(source, name)
 
 
-def _choose_split(splits: Mapping[Any, Any], split: str | Sequence[str], name: str, place: str) -> str:
+def _choose_split(splits: Mapping[Any, Any], split: str | Sequence[str], name: str) -> str:
     wanted = [split] if isinstance(split, str) else split
     found = next((each for each in wanted if each in splits), None)
     if found is None:
-        names = [str(each) for each in splits] or ["none"]
-        example = f", as in {place}@{names[0]}" if place else ""
         raise UserError(
-            f"{name} has no split {' or '.join(map(repr, wanted))}: its splits are {', '.join(names)}; "
-            f"pass one of them{example}"
+            f"{name} has no split {' or '.join(map(repr, wanted))}: its splits are {', '.join(map(str, splits)) or 'none'}; "
+            "choose one of them, after a Hub id as in org/name@train"
         )
     if found != wanted[0]:
         logger.warning("%s has no split %r; using its split %r instead", name, wanted[0], found)
@@ -161,20 +164,3 @@ def _is_path(source: str) -> bool:
     """Return whether a string has the form of a path or exists. Other strings are Hub ids."""
     looks = source.startswith((".", "~")) or "\\" in source or source.count("/") > 1
     return looks or Path(source).is_absolute() or os.path.exists(source)  # noqa: PTH110, Path.exists refuses names that are too long
-
-
-def _download(repo: str, file: str) -> str:
-    """Download a file of the Hub, because `datasets` cannot read columns that mix strings and lists."""
-    with explained(f"could not load the file {file} of the data set {repo} from the Hugging Face Hub"):
-        return huggingface_hub.hf_hub_download(repo, file, repo_type="dataset")
-
-
-def _load_from_hub(place: str, split: str | Sequence[str]) -> Any:
-    """Load a split of a data set from the Hub, or all splits if several names are possible."""
-    path, _, config = place.partition(":")
-    only = split if isinstance(split, str) else None
-    shown = only or split[0]
-    with explained(
-        f"could not load {place[:500]!r} (split {shown!r}) from the Hugging Face Hub, and no such file exists"
-    ):
-        return datasets.load_dataset(path, config or None, split=only)

@@ -1,7 +1,7 @@
 """Read and check the turns of a conversation. Keys other than role and content are kept for the chat template."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
 from dwakd.data.files import find_unusable, parse_json
@@ -29,63 +29,66 @@ _RESERVED = frozenset({
 """Arguments of `apply_chat_template` that a row must not set. Names that start with `return_` are reserved too."""
 
 
-def read_turns(conversation: list[Any], where: str, column: str) -> list[Turn]:
+def usable(value: Any, column: str) -> Any:
+    """Return the value of a column without the nulls inside, which `datasets` inserts for keys that a row lacks."""
+    if (reason := find_unusable(value)) is not None:
+        raise UserError(f"{column!r} contains {reason}")
+    return _without_nulls(value)
+
+
+def read_turns(conversation: list[Any], column: str) -> list[Turn]:
     """Read the turns of a conversation. Each has `role`, `content` and those of its other keys that are not empty."""
     turns = []
     for n, turn in enumerate(conversation):
-        what = f"{where}: {column!r}[{n}]"
+        what = f"{column!r}[{n}]"
         if not isinstance(turn, Mapping):
-            raise row_error(f"{what} must be an object with role and content, got {type(turn).__name__}")
+            raise UserError(f"{what} must be an object with role and content, got {type(turn).__name__}")
         role_key, text_key = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
-        role = checked_text(turn.get(role_key), f"{what} {role_key}")
+        role, content = checked_text(turn.get(role_key), f"{what} {role_key}"), turn.get(text_key)
         kept = {key: value for key, value in _filled(turn).items() if key not in (role_key, text_key)}
         read = {"role": _ROLES.get(role, role), "content": "", **kept}
-        if turn.get(text_key) is not None or not content_keys(read):  # a turn may have tool calls and no text
-            read["content"] = checked_text(_joined(turn.get(text_key)), f"{what} {text_key}")
+        if isinstance(content, list) and all(
+            isinstance(part, dict) and set(part) == {"type", "text"} for part in content
+        ):
+            content = "".join(str(part["text"]) for part in content)
+        if content is not None or not content_keys(read):  # a turn may have tool calls and no text
+            read["content"] = checked_text(content, f"{what} {text_key}")
         turns.append(read)
     return turns
 
 
-def read_options(row: Mapping[str, Any], columns: Collection[str], where: str, conversation: bool) -> dict[str, Any]:
+def read_options(columns: Mapping[str, Any], *, is_conversation: bool) -> dict[str, Any]:
     """Read the arguments of a row's chat template: `tools`, `documents` and the entries of `chat_template_kwargs`.
 
-    Args:
-        row: the values of the row by column name.
-        columns: names of the columns that exist.
-        where: place of the row, as messages name it.
-        conversation: True if the prompt of the row is a conversation. In other rows, columns named `tools` and
-            `documents` are ignored unless they contain objects.
+    If the prompt of the row is not a conversation, `tools` and `documents` without objects are ignored.
     """
     options: dict[str, Any] = {}
     for name in ("chat_template_kwargs", "documents", "tools"):
+        value = columns.get(name)
+        value = usable(_parsed(value), name) if isinstance(value, str) else value
         is_kwargs = name == "chat_template_kwargs"
-        value = _without_nulls(row.get(name)) if name in columns else None
-        if isinstance(value, str) and value:
-            value = _parsed(value)
-        if (reason := find_unusable(value)) is not None:
-            raise row_error(f"{where}: {name!r} contains {reason}")
         if is_kwargs and isinstance(value, Mapping):
-            options |= _filled(value)
-        elif not is_kwargs and is_conversation(value):
+            options = _filled(value)
+            for key in options:
+                if key in _RESERVED or str(key).startswith("return_"):
+                    raise UserError(f"{name!r} must not set {key!r} (tools and documents have their own columns)")
+        elif not is_kwargs and is_object_list(value):
             options[name] = value
-        elif value and (is_kwargs or conversation):
+        elif value and (is_kwargs or is_conversation):
             kind = "an object" if is_kwargs else "a list of objects"
-            raise row_error(f"{where}: {name!r} must be {kind} or its JSON, got {value!r:.40}")
-        taken = [key for key in options if key in _RESERVED or str(key).startswith("return_")]
-        if is_kwargs and taken:
-            raise row_error(f"{where}: {name!r} must not set {taken[0]!r} (tools and documents have their own columns)")
+            raise UserError(f"{name!r} must be {kind} or its JSON, got {value!r:.40}")
     return options
 
 
 def check_answer(turn: Turn, what: str, need_response: bool) -> None:
     """Refuse an answer that is not the assistant's or has other parts than text, or a weight other than 1."""
     if turn["role"] != "assistant":
-        raise row_error(f"{what} must be an assistant turn, got a turn of role {turn['role']!r}")
+        raise UserError(f"{what} must be an assistant turn, got a turn of role {turn['role']!r}")
     for flag in _FLAGS & set(turn):
         if need_response and turn[flag] != 1:
-            raise row_error(f"{what} has {flag} {turn[flag]!r}, but every answer is trained with weight 1")
+            raise UserError(f"{what} has {flag} {turn[flag]!r}, but every answer is trained with weight 1")
     if keys := content_keys(turn):
-        raise row_error(f"{what} has {keys[0]!r}, but only the text in the content of an answer is trained")
+        raise UserError(f"{what} has {keys[0]!r}, but only the text in the content of an answer is trained")
 
 
 def content_keys(turn: Turn) -> list[str]:
@@ -134,8 +137,8 @@ def parse_arguments(value: Any, parsed: list[dict[str, Any]]) -> Any:
     return read
 
 
-def is_conversation(value: Any) -> TypeGuard[list[Any]]:
-    """Return whether a value is a list of turns."""
+def is_object_list(value: Any) -> TypeGuard[list[Any]]:
+    """Return whether a value is a list of objects, such as the turns of a conversation."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
 
 
@@ -143,17 +146,12 @@ def checked_text(value: Any, what: str) -> str:
     """Return a value that must be a string of valid Unicode; the message of an error begins with `what`."""
     if not isinstance(value, str):
         kind = "null" if value is None else f"{type(value).__name__} {value!r:.40}"
-        raise row_error(f"{what} must be a string, got {kind}")
+        raise UserError(f"{what} must be a string, got {kind}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise row_error(f"{what} is not valid Unicode text ({error.reason})") from error
+        raise UserError(f"{what} is not valid Unicode text ({error.reason})") from error
     return value
-
-
-def row_error(problem: str) -> UserError:
-    """Return the error for a row that the user has to correct."""
-    return UserError(f"{problem}: correct or remove that row")
 
 
 def _parsed(text: str) -> Any:
@@ -176,21 +174,12 @@ def _texts(value: Any, arguments: bool = False) -> Iterator[str]:
         yield str(value)
 
 
-def _joined(content: Any) -> Any:
-    """Join a content that is a list of text parts; return any other content unchanged."""
-    parts = _without_nulls(content)
-    if isinstance(parts, list) and all(isinstance(part, dict) and set(part) == {"type", "text"} for part in parts):
-        return "".join(str(part["text"]) for part in parts)
-    return content
-
-
 def _filled(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries that are not empty."""
-    return {key: value for key, value in _without_nulls(values).items() if value not in ("", [], {})}
+    return {key: value for key, value in values.items() if value not in ("", [], {})}
 
 
 def _without_nulls(value: Any) -> Any:
-    """Remove the nulls inside a value. `datasets` inserts them for keys that a row lacks."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

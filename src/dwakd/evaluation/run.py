@@ -125,7 +125,7 @@ def evaluate_sets(
     """
     recipe = Path(model) / RECIPE_FILE
     fix = "restore it, or remove it and give --template and --bos"
-    saved = read_saved_recipe(recipe, mend=fix)["data"] if recipe.is_file() else {}
+    saved = read_saved_recipe(recipe, fix=fix)["data"] if recipe.is_file() else {}
     folder = output or (Path(model) / "eval" if Path(model).is_dir() else Path("eval") / Path(model).name)
     check_output_folder(folder)
     plan = EvaluationPlan(read_test_sets(data, rows), options, rows)

@@ -67,15 +67,15 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return content
 
 
-def read_saved_recipe(path: Path, *, mend: str) -> dict[str, Any]:
+def read_saved_recipe(path: Path, *, fix: str) -> dict[str, Any]:
     """Read the sections of the recipe in a run's folder.
 
     Raises:
-        UserError: it cannot be read; the message ends with `mend`.
+        UserError: it cannot be read; the message ends with `fix`.
     """
     content, fault = _read(path)
     if not isinstance(content, dict) or not isinstance(content.get("data"), dict):
-        raise UserError(f"{path} is damaged ({fault or 'it has no section data'}); {mend}")
+        raise UserError(f"{path} is damaged ({fault or 'it has no section data'}); {fix}")
     return content
 
 

@@ -137,7 +137,6 @@ def structure_distances(
         length_option="--max-length",
         invalid_rows="skip",
         source=source,
-        mend="raise --max-length, if the models have more positions, or shorten its rows",
     )
     found = StructureDistances()
     with progress_bar(disable=False) as bar, evaluating(models[0]), evaluating(models[1]):

@@ -67,7 +67,7 @@ def check_same_recipe(saved: Path, recipe: Recipe, *, changeable: re.Pattern[str
 
 def _changed_options(saved: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """Return the values of all options that differ, in the saved recipe and in the given one, by dotted name."""
-    before = _flat(read_saved_recipe(saved, mend="restore it, or choose another folder with --output"))
+    before = _flat(read_saved_recipe(saved, fix="restore it, or choose another folder with --output"))
     now = _flat(parse_yaml(recipe.dump()))
     both = {name: (before.get(name, "unset"), now.get(name, "unset")) for name in sorted(before | now)}
     return {name: values for name, values in both.items() if values[0] != values[1]}

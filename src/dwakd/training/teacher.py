@@ -208,13 +208,13 @@ class CachedTeacher(Teacher):
         return self.cache.read(tokens.cache_places).to(device, self.head.weight.dtype, non_blocking=True), None
 
 
-def find_place(cache: Cache, features: dict[str, Any]) -> int:
+def find_place(cache: Cache, example_id: int, features: dict[str, Any]) -> int:
     """Return the index of a row in the cache, given its features for the teacher; raise UserError if it has none."""
-    ids = [*features["teacher_input_ids"], features["teacher_target_ids"][-1]]
-    place = cache.index.places.get(row_key(ids, len(ids) - sum(features["teacher_response_mask"])))
+    ids = [*features["input_ids"], features["target_ids"][-1]]
+    place = cache.index.places.get(row_key(ids, len(ids) - sum(features["response_mask"])))
     if place is None:
         raise UserError(
-            f"teacher cache {cache.folder} does not contain row {features['example_id']} (counting from 0) of the data set "
+            f"teacher cache {cache.folder} does not contain row {example_id} (counting from 0) of the data set "
             "to evaluate; give this data set as eval_dataset when the cache is built"
         )
     return place
