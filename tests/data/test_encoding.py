@@ -189,7 +189,7 @@ def test_mistakes_are_named() -> None:
         is_fast = False
         name_or_path = "org/slow"
 
-    with pytest.raises(UserError, match="tokenizer of org/slow is a slow"):
+    with pytest.raises(UserError, match="tokenizer of org/slow is slow"):
         TextEncoder(Slow())
     with pytest.raises(UserError, match=r"data\.bos 'always' is unknown: use auto or never"):
         TextEncoder(byte_bpe(), bos="always")

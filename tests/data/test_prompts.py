@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from dwakd.data.encoding import TextEncoder
 from dwakd.data.prompts import Prompts
 from dwakd.data.rows import Example
 from dwakd.errors import UserError
@@ -123,4 +124,4 @@ def test_no_end_of_sequence_token_is_refused() -> None:
     tokenizer = byte_bpe()
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no end-of-sequence token"):
-        end_token_id(tokenizer, "alpaca")
+        TextEncoder(tokenizer, "alpaca")

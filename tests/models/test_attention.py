@@ -7,8 +7,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dwakd.errors import UserError
 from dwakd.models.attention import last_layer
-from dwakd.models.invariant import response_states
-from dwakd.models.rows import final_hidden, final_states, response_side
+from dwakd.models.rows import final_hidden, final_states, response_side, response_states
 from tests.builders import FAMILIES, tiny_model
 from tests.models.test_rows import LENGTHS, VOCAB, batch, lora, tokens_of
 

@@ -8,8 +8,9 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 
 from dwakd.batch import TokenBatch
 from dwakd.errors import UserError
+from dwakd.models.checks import check_head
 from dwakd.models.head import embedding_table, output_head
-from dwakd.models.rows import check_head, final_hidden, response_side
+from dwakd.models.rows import final_hidden, response_side
 from tests.builders import FAMILIES, tiny_model
 
 VOCAB = 300

@@ -8,9 +8,8 @@ from transformers.utils import chat_template_utils as clock
 
 from dwakd import UserError
 from dwakd.models.head import embedding_table, output_head
-from dwakd.models.invariant import response_hidden
 from dwakd.models.loading import load_causal_lm
-from dwakd.models.rows import final_hidden
+from dwakd.models.rows import final_hidden, response_hidden
 from dwakd.recipe.recipe import load_recipe
 from dwakd.training.recipe import check_options
 from dwakd.training.teacher import CachedTeacher, OnlineTeacher

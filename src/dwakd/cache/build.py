@@ -19,7 +19,7 @@ from dwakd.data.pairs import EncodedSide
 from dwakd.errors import UserError
 from dwakd.folders import UNFINISHED
 from dwakd.models.head import embedding_table, output_head
-from dwakd.models.invariant import response_hidden
+from dwakd.models.rows import response_hidden
 
 logger = logging.getLogger(__name__)
 

@@ -150,6 +150,17 @@ def tokenizer_name(tokenizer: Any) -> str:
     return str(tokenizer.name_or_path or type(tokenizer).__name__)
 
 
+def check_tokenizer(tokenizer: Any, name: str) -> None:
+    """Refuse a tokenizer without offsets or without an end-of-sequence token."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"the tokenizer of {name} is slow and has no text offsets; use one with a tokenizer.json")
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {name} has no end-of-sequence token, so that answers would never end; set eos_token in "
+            "its tokenizer_config.json"
+        )
+
+
 def _occurs(text: str, rendered: str, times: int) -> bool:
     """Return whether a prompt contains a text this often, literally or escaped as in JSON, Python or HTML strings."""
     if rendered.count(text) >= times:

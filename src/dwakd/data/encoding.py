@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 
-from dwakd.data.chat import tokenizer_name
+from dwakd.data.chat import check_tokenizer, tokenizer_name
 from dwakd.data.prompts import Prompts
 from dwakd.data.rows import Example, check_choice
 from dwakd.data.token_bytes import TokenBytes, byte_ends
@@ -44,11 +44,7 @@ class TextEncoder:
         *,
         date: str | None = None,
     ) -> None:
-        if not getattr(tokenizer, "is_fast", False):
-            raise UserError(
-                f"the tokenizer of {tokenizer_name(tokenizer)} is a slow tokenizer without offsets: "
-                "convert it to a fast tokenizer (tokenizer.json)"
-            )
+        check_tokenizer(tokenizer, tokenizer_name(tokenizer))
         check_choice("data.bos", bos, ("auto", "never"))
         check_choice("data.special_tokens_in_prompts", special_tokens_in_prompts, ("parse", "text"))
         self.tokenizer = tokenizer
@@ -73,8 +69,7 @@ class TextEncoder:
     @property
     def end_token_ids(self) -> list[int]:
         """All ids that stop generation: the supervised end token, then the end-of-sequence token if it differs."""
-        eos = self.tokenizer.eos_token_id
-        return list(dict.fromkeys([self.end_token_id, *([] if eos is None else [int(eos)])]))
+        return list(dict.fromkeys([self.end_token_id, int(self.tokenizer.eos_token_id)]))
 
     def token_bytes(self) -> tuple[bytes | None, ...]:
         """Return the bytes that each token of the vocabulary spells, by id; None for special and unused tokens.

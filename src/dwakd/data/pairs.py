@@ -70,6 +70,11 @@ class EncodedRow:
     teachers: tuple[EncodedSide, ...] = ()
     truncated: bool = False
 
+    @property
+    def teacher(self) -> EncodedSide | None:
+        """The side of the first teacher, if there is one."""
+        return self.teachers[0] if self.teachers else None
+
 
 @dataclass(eq=False)
 class EncodedPairs(torch.utils.data.Dataset[dict[str, Any]]):

@@ -12,7 +12,7 @@ their role, "User: " or "Assistant: ", and so does the instruction if such a tur
 import re
 from typing import Any
 
-from dwakd.data.chat import ChatTemplate, tokenizer_name
+from dwakd.data.chat import ChatTemplate
 from dwakd.data.rows import Example
 from dwakd.data.turns import content_keys, structured
 from dwakd.errors import UserError
@@ -102,16 +102,11 @@ class Prompts:
 
         For `chat` this is the special token that the template writes directly after the assistant's text
         (`<|im_end|>`, `<end_of_turn>`, ...). If it writes none there, and for every other template, it is the
-        end-of-sequence token. A tokenizer without one is refused.
+        end-of-sequence token.
         """
         tokenizer = self.tokenizer
         if self.chat is not None:
             ids = tokenizer(self.chat.tail.lstrip(), add_special_tokens=False)["input_ids"]
             if ids and (ids[0] in tokenizer.added_tokens_decoder or ids[0] in tokenizer.all_special_ids):
                 return int(ids[0])
-        if tokenizer.eos_token_id is None:
-            raise UserError(
-                f"the tokenizer of {tokenizer_name(tokenizer)} has no end-of-sequence token, so that answers would "
-                "never end: set eos_token in its tokenizer_config.json"
-            )
         return int(tokenizer.eos_token_id)

@@ -12,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from dwakd.errors import UserError
-from dwakd.models.probe import Probe, relative_difference
+from dwakd.models.checks import random_tokens, relative_difference
 
 _TRAINED_TOKENS = 8
 _TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 3e-2}
@@ -105,7 +105,7 @@ def _input_ids(adapted: PeftModel) -> Int[Tensor, "1 length"]:
     """Return random tokens, the first ones replaced by tokens whose embeddings the adapter has trained."""
     lm = adapted.get_base_model()
     weight = _plain(lm.get_input_embeddings()).weight
-    ids = Probe(lm.config, len(weight), weight.device).input_ids[:1]
+    ids = random_tokens(lm.config, len(weight), weight.device)[0, :1]
     layers = [module for module in adapted.modules() if isinstance(module, TrainableTokensLayer)]
     groups = [tokens[:_TRAINED_TOKENS] for layer in layers for tokens in layer.token_indices.values()]
     trained = ids.new_tensor([token for tokens in groups for token in tokens])[: ids.shape[1]]

@@ -1,8 +1,11 @@
-"""Find the output head and the embedding table of a model, inside a PEFT wrapper or not."""
+"""Access the output head, the embedding table and the backbone of a model, inside a PEFT wrapper or not."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float, Int
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -66,6 +69,45 @@ def causal_lm(model: nn.Module) -> Any:
             "PEFT methods that prepend learned prompts are not supported; use LoRA or another method that changes layers"
         )
     return model.get_base_model()
+
+
+def final_hidden(
+    model: nn.Module,
+    input_ids: Int[Tensor, "batch length"],
+    attention_mask: Int[Tensor, "batch length"] | Bool[Tensor, "batch length"],
+) -> Float[Tensor, "batch length hidden"]:
+    """Compute the final hidden states that the output head reads (after the final norm, and after OPT's projection).
+
+    A PEFT adapter stays active, and the model's train or eval mode is kept. The result has gradient. Values at padding,
+    which is on the right, are arbitrary.
+
+    Raises:
+        UserError: the model has no backbone that can run without the head.
+    """
+    lm = causal_lm(model)
+    # the base_model_prefix of Llama 4 is not the name of a module, so base_model returns the whole model
+    backbone = lm.base_model if lm.base_model is not lm else getattr(lm, "model", lm)
+    if backbone is lm:
+        raise UserError(
+            f"{model_name(model)} cannot be used: it has no backbone that runs without the output head; use another model"
+        )
+    # Causal attention needs no mask for right padding. Positions whose keys are all masked would be NaN in eager float64.
+    seen = torch.ones_like(attention_mask)
+    output = backbone(input_ids=input_ids, attention_mask=seen, use_cache=False, return_dict=True)
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode inside a `with` block. Afterwards every submodule gets its previous mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _plain_module(getter: str, what: str, model: nn.Module) -> Any:

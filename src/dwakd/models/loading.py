@@ -17,6 +17,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import find_adapter_config_file
 
+from dwakd.data.chat import check_tokenizer
 from dwakd.errors import UserError, reason_of
 from dwakd.models.adapters import merge_adapter
 from dwakd.models.specs import only_cached, resolve_spec
@@ -47,10 +48,7 @@ def load_tokenizer(spec: str, *, trust_remote_code: bool = False, revision: str 
     options = {"revision": revision, "local_files_only": only_cached(location, revision)}
     with _loading("tokenizer", spec):
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
-    if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"the tokenizer of {spec} is slow and has no text offsets; use one with a tokenizer.json")
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {spec} has no end-of-sequence token; set eos_token in tokenizer_config.json")
+    check_tokenizer(tokenizer, spec)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -85,10 +83,9 @@ def load_causal_lm(
         model = load_causal_lm(adapter_base(own_adapter, spec), dtype=dtype, trust_remote_code=trust_remote_code)
         model = _merged(model, location, spec, revision)
     if adapter is not None:
-        folder = resolve_spec(adapter)
-        if adapter_config(folder) is None:
+        if adapter_config(adapter) is None:
             raise UserError(f"{adapter} has no adapter_config.json; give the folder or hub id of a PEFT adapter")
-        model = _merged(model, folder, adapter, None)
+        model = _merged(model, resolve_spec(adapter), adapter, None)
     return model.eval()
 
 
@@ -136,11 +133,7 @@ def adapter_config(spec: str, revision: str | None = None) -> dict[str, Any] | N
 
 
 def adapter_base(adapter: dict[str, Any], spec: str) -> str:
-    """Return the spec of the base model that the adapter_config.json of the adapter `spec` names.
-
-    Raises:
-        UserError: the settings name no base model, or one that does not exist.
-    """
+    """Return the spec of the base model that the adapter_config.json of the adapter `spec` names, if it exists."""
     base = adapter.get("base_model_name_or_path")
     if not base:
         raise UserError(f"the adapter_config.json of {spec} has no base_model_name_or_path; add it")

@@ -3,92 +3,31 @@
 Only the backbone runs over the whole batch. No product with the vocabulary is computed here.
 """
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dwakd.batch import ModelSide, OutputHead, TokenBatch
-from dwakd.errors import UserError
 from dwakd.models.attention import last_layer
-from dwakd.models.head import causal_lm, embedding_table, model_name, output_head
-from dwakd.models.probe import Probe, check_causal, check_logits
+from dwakd.models.checks import check_head
+from dwakd.models.head import causal_lm, embedding_table, evaluating, final_hidden, output_head
 
+__all__ = [
+    "check_head",
+    "evaluating",
+    "final_hidden",
+    "response_side",
+    "response_states",
+    "select_side",
+    "teacher_states",
+]
 
-def check_head(model: nn.Module) -> None:
-    """Raise an error if losses cannot be computed with a model.
-
-    A small batch runs in eval mode and without gradient. The logits must equal
-    `output_head(model).logits(final_hidden(model, ...))`, and the hidden states of a token must not depend on later tokens
-    or on other sequences of the batch.
-
-    Raises:
-        UserError: a check or the model's forward pass failed. The message names the model and the problem.
-    """
-    name = model_name(model)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise UserError(f"{name} has weights on the meta device (offloaded or not loaded); load the model into memory")
-    table, head = embedding_table(model), output_head(model)
-    config = causal_lm(model).config
-    reads_ahead = {
-        "it is an encoder-decoder, whose encoder reads all tokens": config.is_encoder_decoder,
-        # the probe's sequences are too short to show it
-        "Reformer's hashed attention sorts all tokens of a sequence": config.model_type == "reformer",
-    }
-    for reason, holds in reads_ahead.items():
-        if holds:
-            raise UserError(f"{name} is not causal: {reason}; use a decoder-only model")
-    probe = Probe(config, min(len(table), head.vocab_size), table.device)
-    logits, hidden, changed = _probed(model, probe)
-    check_logits(logits, hidden, head.detached(), name)
-    check_causal(hidden, changed, probe.kept, name)
-
-
-def _probed(model: nn.Module, probe: Probe) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits and final hidden states of the probe, and final hidden states of its changed batch."""
-    mask, device = torch.ones_like(probe.input_ids), probe.input_ids.device
-    devices = [] if device.type == "cpu" else [device]
-    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices, device_type=device.type):
-        try:
-            logits = model(input_ids=probe.input_ids, attention_mask=mask, use_cache=False).logits
-            return logits, final_hidden(model, probe.input_ids, mask), final_hidden(model, probe.changed_ids, mask)
-        except UserError:
-            raise
-        except Exception as error:  # the code of a model may raise any exception
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
-            raise UserError(
-                f"{model_name(model)} cannot be used: its forward pass fails on token ids alone ({reason}); correct the "
-                "cause or use another model"
-            ) from error
-
-
-def final_hidden(
-    model: nn.Module,
-    input_ids: Int[Tensor, "batch length"],
-    attention_mask: Int[Tensor, "batch length"] | Bool[Tensor, "batch length"],
-) -> Float[Tensor, "batch length hidden"]:
-    """Compute the final hidden states that the output head reads (after the final norm, and after OPT's projection).
-
-    A PEFT adapter stays active, and the model's train or eval mode is kept. The result has gradient. Values at padding,
-    which is on the right, are arbitrary.
-
-    Raises:
-        UserError: the model has no backbone that can run without the head.
-    """
-    lm = causal_lm(model)
-    # the base_model_prefix of Llama 4 is not the name of a module, so base_model returns the whole model
-    backbone = lm.base_model if lm.base_model is not lm else getattr(lm, "model", lm)
-    if backbone is lm:
-        raise UserError(
-            f"{model_name(model)} cannot be used: it has no backbone that runs without the output head; use another model"
-        )
-    # Causal attention needs no mask for right padding. Positions whose keys are all masked would be NaN in eager float64.
-    seen = torch.ones_like(attention_mask)
-    output = backbone(input_ids=input_ids, attention_mask=seen, use_cache=False, return_dict=True)
-    hidden: Tensor = output.last_hidden_state
-    return hidden
+_GROUP_TOKENS = 128
+"""Number of tokens, padding included, in a group of short sequences. Fewer tokens make matrix products slow on a CPU."""
+_WIDTHS = (32, 48, 64)
+"""Lengths to which short sequences are padded. Longer sequences run alone, without padding."""
 
 
 def final_states(
@@ -115,6 +54,68 @@ def response_side(model: nn.Module, tokens: TokenBatch, *, attention: bool = Fal
     places = response_places(tokens)
     weights = None if weights is None else weights.flatten()[places]
     return select_side(tokens, hidden.flatten(0, 1)[places], weights, embedding_table(model), output_head(model))
+
+
+def teacher_states(
+    model: nn.Module, tokens: TokenBatch, *, attention: bool = False
+) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, " tokens"] | None]:
+    """Compute `response_states` of a batch, concatenated over its examples."""
+    sequences = [ids[:length] for ids, length in zip(tokens.input_ids, tokens.num_tokens, strict=True)]
+    found = response_states(model, sequences, tokens.num_rows, attention=attention)
+    weights = [weights for _, weights in found if weights is not None]
+    return torch.cat([hidden for hidden, _ in found]), torch.cat(weights) if weights else None
+
+
+def response_hidden(model: nn.Module, sequences: Sequence[Tensor], num_rows: Sequence[int]) -> list[Tensor]:
+    """Compute the hidden states of `response_states`, without attention."""
+    return [hidden for hidden, _ in response_states(model, sequences, num_rows)]
+
+
+def response_states(
+    model: nn.Module, sequences: Sequence[Tensor], num_rows: Sequence[int], *, attention: bool = False
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Compute final hidden states of the last positions of each sequence, and the attention to these positions.
+
+    On a CPU, the result for a sequence is the same to the last bit whatever the other sequences are, because the shape in
+    which a sequence runs depends only on its own length. In other shapes, attention and matrix products round differently
+    (by 1e-6 in float32). On an accelerator, all sequences run in one padded batch. No gradient is computed.
+
+    Args:
+        model: a causal language model in eval mode.
+        sequences: token ids of each sequence, one-dimensional.
+        num_rows: number of positions to keep of each sequence, counted from its end.
+        attention: whether to compute the attention, which is None otherwise.
+    """
+    lengths = [len(sequence) for sequence in sequences]
+    rows: list[tuple[Tensor, Tensor | None]] = [(torch.empty(0), None)] * len(lengths)
+    for members, size, width in _groups(model, lengths):
+        ids = sequences[0].new_zeros(size, width)
+        seen = torch.zeros_like(ids)
+        seen[:, 0] = 1  # rows that no sequence fills have one token
+        for place, member in enumerate(members):
+            ids[place, : lengths[member]] = sequences[member]
+            seen[place, : lengths[member]] = 1
+        with torch.no_grad():
+            hidden, weights = final_states(model, ids, seen, attention=attention)
+        for place, member in enumerate(members):
+            kept = place, slice(lengths[member] - num_rows[member], lengths[member])
+            rows[member] = hidden[kept].clone(), None if weights is None else weights[kept].clone()
+    return rows
+
+
+def _groups(model: nn.Module, lengths: list[int]) -> list[tuple[list[int], int, int]]:
+    """Return, for each batch to run, the indices of its sequences, its number of sequences and its length."""
+    if next(model.parameters()).device.type != "cpu":
+        return [(list(range(len(lengths))), len(lengths), max(lengths))]
+    groups = []
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _WIDTHS[-1]  # type: ignore[operator, union-attr]
+    below = 0
+    for width in _WIDTHS:
+        fitting = [member for member, length in enumerate(lengths) if below < length <= width]
+        size = _GROUP_TOKENS // width
+        groups += [(fitting[i : i + size], size, min(width, positions)) for i in range(0, len(fitting), size)]
+        below = width
+    return groups + [([member], 1, length) for member, length in enumerate(lengths) if length > below]
 
 
 def select_side(
@@ -147,15 +148,3 @@ def select_side(
 def response_places(tokens: TokenBatch) -> Int[Tensor, " tokens"]:
     """Return the indices of the response positions in the flattened batch, without waiting for the device."""
     return tokens.response_mask.flatten().logical_not().byte().argsort(stable=True)[: sum(tokens.num_rows)]
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode inside a `with` block. Afterwards every submodule gets its previous mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -11,8 +11,7 @@ from dwakd.data.pairs import EncodedPairs, encode_pairs
 from dwakd.data.sources import load_examples
 from dwakd.losses import Widths
 from dwakd.models.head import embedding_table, output_head
-from dwakd.models.invariant import teacher_states
-from dwakd.models.rows import evaluating, response_side, select_side
+from dwakd.models.rows import evaluating, response_side, select_side, teacher_states
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 

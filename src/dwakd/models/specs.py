@@ -16,7 +16,6 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import HfApi
@@ -30,6 +29,7 @@ from dwakd.models.saving import save_causal_lm
 
 _HUB_SECONDS = 10.0
 _CONVERSION = b"dwakd gguf conversion 1"
+_FIX = "give a folder, a hub id, gguf:PATH or package:NAME/FILE"
 
 
 def resolve_spec(spec: str) -> str:
@@ -44,7 +44,7 @@ def resolve_spec(spec: str) -> str:
     if spec.startswith("gguf:"):
         return str(convert_gguf(Path(spec.removeprefix("gguf:")).expanduser()))
     if not spec.strip():
-        raise UserError("the name of a model is empty; give a folder, a hub id, gguf:PATH or package:NAME/FILE")
+        raise UserError(f"the name of a model is empty; {_FIX}")
     path = Path(spec).expanduser()
     if path.is_dir():
         return str(path)
@@ -55,7 +55,7 @@ def resolve_spec(spec: str) -> str:
     parts = spec.split("/")
     looks_local = spec.startswith((".", "~")) or "\\" in spec or len(parts) > 2 or "" in parts
     if looks_local or (len(parts) == 2 and Path(parts[0]).is_dir()):
-        raise UserError(f"{spec} does not exist; give a folder, a hub id, gguf:PATH or package:NAME/FILE")
+        raise UserError(f"{spec} does not exist; {_FIX}")
     return spec
 
 
@@ -64,8 +64,12 @@ def _package_file(spec: str) -> Path:
     name, _, inner = spec.removeprefix("package:").partition("/")
     if not name or not inner:
         raise UserError(f"{spec} is incomplete; write package:NAME/FILE")
+
+    def plain(distribution: str) -> str:
+        return re.sub(r"[-_.]+", "-", distribution).lower()
+
     distributions = importlib.metadata.packages_distributions()
-    imports = [package for package, owners in distributions.items() if _plain(name) in map(_plain, owners)]
+    imports = [package for package, owners in distributions.items() if plain(name) in map(plain, owners)]
     found = [importlib.util.find_spec(package) for package in ([name] if name.isidentifier() else []) + imports]
     folders = [Path(folder) for item in found if item for folder in item.submodule_search_locations or ()]
     if not folders:
@@ -75,13 +79,7 @@ def _package_file(spec: str) -> Path:
         if path.exists() and path.resolve().is_relative_to(folder.resolve()):
             return path
     held = sorted({str(path.relative_to(folder)) for folder in folders for path in folder.rglob("*.gguf")})
-    fix = f"give one of its GGUF files: {', '.join(held)}" if held else "it has no GGUF files, so use another package"
-    raise UserError(f"{spec}: package {name} has no file {inner}; {fix}")
-
-
-def _plain(name: str) -> str:
-    """Normalise the name of a distribution."""
-    return re.sub(r"[-_.]+", "-", name).lower()
+    raise UserError(f"{spec}: package {name} has no file {inner}; its GGUF files are: {', '.join(held) or 'none'}")
 
 
 def convert_gguf(path: Path) -> Path:
@@ -131,21 +129,10 @@ def _convert(path: Path, folder: Path) -> None:
         raise UserError(f"{path} cannot be converted ({reason_of(error)}); {fix}") from error
     if missing := sorted(loading["missing_keys"]):
         raise UserError(f"{path} lacks {len(missing)} weights (first: {missing[0]}); use a complete GGUF file")
-    save_causal_lm(_unquantised(model), folder)
+    model.hf_quantizer = None  # transformers refuses to save a model with the settings of a quantisation
+    del model.config.quantization_config
+    save_causal_lm(model, folder)
     tokenizer.save_pretrained(folder)
-
-
-def _unquantised(model: Any) -> Any:
-    """Return a model with the same weights whose config has no quantisation, with which it could not be saved."""
-    values = model.config.to_dict()
-    for name in ("quantization_config", "_model_name_or_path"):
-        values.pop(name, None)
-    with torch.device("meta"):
-        plain = type(model)(type(model.config).from_dict(values))
-    plain.load_state_dict(model.state_dict(), assign=True)
-    plain.tie_weights()
-    plain.generation_config = model.generation_config
-    return plain
 
 
 @functools.cache
@@ -160,18 +147,18 @@ def only_cached(location: str, revision: str | None) -> bool:
     if Path(location).is_dir():
         if revision is None:
             return False
-        raise UserError(
-            f"{location} is a folder, which has no revision {revision}; remove the revision or give a hub id"
-        )
+        fix = "remove the revision or give a hub id"
+        raise UserError(f"{location} is a folder, which has no revision {revision}; {fix}")
     try:
         HfApi().model_info(location, revision=revision, timeout=_HUB_SECONDS)
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+    except GatedRepoError:
+        problem = "is gated on the Hugging Face Hub; request access there and log in with hf auth login"
+    except RevisionNotFoundError:
+        problem = f"has no revision {revision} on the Hugging Face Hub; correct the revision"
+    except (RepositoryNotFoundError, HFValidationError):
         problem = "is neither an existing folder nor a public model on the Hugging Face Hub; correct the name"
-        if isinstance(error, GatedRepoError):
-            problem = "is gated on the Hugging Face Hub; request access there and log in with hf auth login"
-        elif isinstance(error, RevisionNotFoundError):
-            problem = f"has no revision {revision} on the Hugging Face Hub; correct the revision"
-        raise UserError(f"{location} {problem}") from error
     except Exception:  # without a network the HTTP client may raise any exception
         return True
-    return False
+    else:
+        return False
+    raise UserError(f"{location} {problem}")

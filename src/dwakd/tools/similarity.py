@@ -25,9 +25,8 @@ from dwakd.evaluation.evaluate import data_identity, model_identity
 from dwakd.evaluation.generate import Model, max_positions, progress_bar
 from dwakd.evaluation.options import RowOptions
 from dwakd.folders import check_output_folder, write_json
-from dwakd.models.invariant import response_hidden
 from dwakd.models.loading import load_causal_lm, load_tokenizer
-from dwakd.models.rows import check_head, evaluating
+from dwakd.models.rows import check_head, evaluating, response_hidden
 
 Side: TypeAlias = tuple[Model, TextEncoder]
 Structure = Float[Tensor, "spans spans"]

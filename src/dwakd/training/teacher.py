@@ -25,9 +25,8 @@ from dwakd.data.pairs import EncodedPairs
 from dwakd.errors import UserError
 from dwakd.losses import needs_attention
 from dwakd.models.head import embedding_table, output_head
-from dwakd.models.invariant import teacher_states
 from dwakd.models.loading import load_causal_lm, load_tokenizer
-from dwakd.models.rows import select_side
+from dwakd.models.rows import select_side, teacher_states
 from dwakd.recipe.training import DistillConfig
 from dwakd.training.inputs import load_pair
 
