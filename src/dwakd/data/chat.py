@@ -27,10 +27,6 @@ class ChatTemplate:
     may ignore `add_generation_prompt`, write a header before an answer that the generation prompt lacks (gpt-oss,
     Qwen3), or begin a reasoning section that the answer does not have (DeepSeek-R1).
 
-    Args:
-        tokenizer: the tokenizer with the chat template.
-        date: ISO date that the template prints as today's date. Default: the current date.
-
     Raises:
         UserError: the tokenizer has no chat template, or the template refuses or changes a simple question and answer.
     """
@@ -53,10 +49,9 @@ class ChatTemplate:
         self._cut, self._header = asked[shared:], before[shared:]
 
     def prompt(self, example: Example) -> str:
-        """Render the text before the answer of a row. If the row has no answer, assume an answer of plain text.
+        """Render the text before the answer of a row; refuse a row of which the template omits or changes a part.
 
-        Raises:
-            UserError: the template refuses the row, omits a part of it, or changes its answer.
+        If the row has no answer, an answer of plain text is assumed.
         """
         turns, options = example.turns, example.options or {}
         parsed: list[dict[str, Any]] = []
@@ -133,7 +128,7 @@ class ChatTemplate:
     def _render(self, turns: list[Turn], options: dict[str, Any], *, generation: bool = False) -> str:
         apply = self.tokenizer.apply_chat_template
         try:
-            with _fixed_clock(self.date if self.prints_date else None):
+            with _fixed_clock(self.date):
                 text = str(apply(turns, tokenize=False, add_generation_prompt=generation, **options))
             text.encode()
         except Exception as error:  # templates raise any type: jinja2's TemplateError, TypeError, ...
@@ -201,13 +196,9 @@ def _locate(full: str, asked: str, before: str, tail: str, answer: str) -> str |
 
 
 @contextmanager
-def _fixed_clock(date: str | None) -> Iterator[None]:
+def _fixed_clock(date: str) -> Iterator[None]:
     """Replace the clock of transformers' chat templates by midnight of a date; no argument of transformers does this."""
-    if date is None:
-        yield
-        return
-    saved = clock.datetime
-    clock.datetime = SimpleNamespace(now=lambda: datetime.fromisoformat(date))
+    saved, clock.datetime = clock.datetime, SimpleNamespace(now=lambda: datetime.fromisoformat(date))
     try:
         yield
     finally:

@@ -25,8 +25,7 @@ class TextEncoder:
         tokenizer: a fast tokenizer of transformers, because offsets are needed.
         template: the template that renders a row as a prompt; see `dwakd.data.prompts`.
         bos: `auto` puts the tokens that the tokenizer adds before any text (`<s>` for Llama, nothing for GPT-2 and
-            Qwen) before each prompt; `never` adds none, as in the paper's code. Nothing is added to prompts of the
-            `chat` template, which writes its own beginning.
+            Qwen) before each prompt, except for the `chat` template; `never` adds none, as in the paper's code.
         special_tokens_in_prompts: `parse` reads special tokens such as "</s>" that a row spells out as special tokens,
             as tokenizers do by default; `text` reads them as text, unless the template wrote them.
         date: ISO date that a chat template prints as today's date. Default: the current date.
@@ -103,13 +102,11 @@ class TextEncoder:
         tokenizers that list "</s>" among their pieces still read it as a special token.)
 
         Returns:
-            The ids, and the end of each token in the UTF-8 bytes of `text`. The last end is the length of the text in
-            bytes, and ends never decrease, except for the negative numbers described below. With byte-level BPE and
-            byte fallback, the end of a token inside a character is exact. Combining marks that a tokenizer composes or
-            drops belong to the token before them. White space and other characters that it drops belong to the token
-            after them, or to the last token. A token that ends inside text that normalisation changed has no offset and
-            gets a negative number instead. Two tokenizers get the same number only if they changed the same text to
-            the same bytes and both split these at the same place.
+            The ids, and the end of each token in the UTF-8 bytes of `text`. Ends never decrease, and the last one is
+            the length of the text. Combining marks that a tokenizer composes or drops belong to the token before them;
+            white space and other characters that it drops belong to the token after them, or to the last token. A token
+            that ends inside text that normalisation changed has a negative number instead. Two tokenizers get the same
+            number only if they changed the same text to the same bytes and both split these at the same place.
         """
         return self.response_ids_batch([text])[0]
 

@@ -18,8 +18,6 @@ from dwakd.errors import UserError
 logger = logging.getLogger(__name__)
 
 PROMPT_TOO_LONG = "prompt too long"
-EMPTY_PROMPT = "prompt without a token"
-EMPTY_RESPONSE = "response empty"
 NOTHING_SUPERVISED = "no response token left"
 REFUSED = "refused by the template"
 _CHUNK = 256
@@ -29,19 +27,12 @@ _Tokens = list[tuple[list[int], tuple[list[int], list[int]]]]
 
 @dataclass(frozen=True)
 class EncodedSide:
-    """A row encoded with one tokenizer.
+    """A row encoded with one tokenizer."""
 
-    Args:
-        ids: token ids of the prompt, of the response and, unless the response was truncated, of the end token.
-        num_prompt: number of tokens of the prompt.
-        byte_ends: end of each token after the prompt; see `TextEncoder.response_ids`.
-        aligned_rows: set on a teacher's side if the method needs it; see `align_by_spelling`.
-    """
-
-    ids: NDArray[np.int32]
-    num_prompt: int
-    byte_ends: NDArray[np.int32]
-    aligned_rows: NDArray[np.int32] | None = None
+    ids: NDArray[np.int32]  # of the prompt, the response and, unless the response was truncated, the end token
+    num_prompt: int  # number of tokens of the prompt
+    byte_ends: NDArray[np.int32]  # end of each token after the prompt; see `TextEncoder.response_ids`
+    aligned_rows: NDArray[np.int32] | None = None  # of a teacher, if the method needs it; see `align_by_spelling`
 
     @property
     def length(self) -> int:
@@ -78,17 +69,11 @@ class EncodedRow:
 
 @dataclass(eq=False)
 class EncodedPairs(torch.utils.data.Dataset[dict[str, Any]]):
-    """Data set of encoded rows. Its items are dicts of lists for `dwakd.data.collator.collate`.
-
-    Args:
-        rows: the encoded rows.
-        report: the indices in the source of the rows that were skipped, by reason.
-        source: name of the data set in messages.
-    """
+    """Data set of encoded rows. Its items are dicts of lists for `dwakd.data.collator.collate`."""
 
     rows: list[EncodedRow]
-    report: dict[str, list[int]]
-    source: str = "the data set passed in"
+    report: dict[str, list[int]]  # indices in the source of the rows that were skipped, by reason
+    source: str = "the data set passed in"  # name in messages
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -137,8 +122,8 @@ def encode_pairs(
 
     Args:
         examples: rows with responses.
-        student: the student's encoder.
-        teachers: the teachers' encoders; none for SFT.
+        student: encoder of the student.
+        teachers: encoders of the teachers; none for SFT.
         max_length: maximum number of tokens per side: prompt, response and end token (512 in the paper's code).
         max_prompt_length: maximum number of tokens of a prompt per side (256 in the paper's code).
         invalid_rows: `error` refuses a prompt that is too long or has no token, an empty response, and a row that a
@@ -184,13 +169,10 @@ def encode_pairs(
 
 
 def _tokenise(chunk: Sequence[Example], sides: Sequence[TextEncoder]) -> list[_Tokens]:
-    """Tokenise rows, together because this is faster."""
-    prompts = [side.prompt_ids_batch(chunk) for side in sides]
-    responses = [side.response_ids_batch([example.response for example in chunk]) for side in sides]
-    return [
-        list(zip(*row, strict=True))
-        for row in zip(zip(*prompts, strict=True), zip(*responses, strict=True), strict=True)
-    ]
+    """Tokenise rows together, which is faster than one by one."""
+    texts = [example.response for example in chunk]
+    tokens = (zip(side.prompt_ids_batch(chunk), side.response_ids_batch(texts), strict=True) for side in sides)
+    return [list(row) for row in zip(*tokens, strict=True)]
 
 
 def _check_row(example: Example, tokens: _Tokens, max_prompt_length: int) -> None:
@@ -200,30 +182,29 @@ def _check_row(example: Example, tokens: _Tokens, max_prompt_length: int) -> Non
             limit = f"data.max_prompt_length={max_prompt_length}"
             raise _InvalidRowError(PROMPT_TOO_LONG, f"the prompt has {len(ids)} tokens for the {whose}, above {limit}")
         if not ids:
-            raise _InvalidRowError(EMPTY_PROMPT, f"the prompt has no token for the {whose}")
+            raise _InvalidRowError("prompt without a token", f"the prompt has no token for the {whose}")
     if not example.response.strip():
-        raise _InvalidRowError(EMPTY_RESPONSE, "the response is empty")
+        raise _InvalidRowError("response empty", "the response is empty")
 
 
 def _encode_row(example: Example, tokens: _Tokens, sides: Sequence[TextEncoder], max_length: int) -> EncodedRow:
     """Truncate the response until it fits on every side, unless it fits with its end token."""
-    text, responses = example.response, [response for _, response in tokens]
-    rooms = [max_length - len(prompt) for prompt, _ in tokens]
-    truncated = any(len(ids) >= room for (ids, _), room in zip(responses, rooms, strict=True))
+    text = example.response
+    truncated = any(len(prompt) + len(ids) >= max_length for prompt, (ids, _) in tokens)
     while cuts := [
-        max(0, *ends[:room])  # the last end that is not negative
-        for (ids, ends), room in zip(responses, rooms, strict=True)
-        if len(ids) > room
+        max(0, *ends[: max_length - len(prompt)])  # the last end that is not negative
+        for prompt, (ids, ends) in tokens
+        if len(prompt) + len(ids) > max_length
     ]:
         shorter = text.encode()[: min(cuts)].decode(errors="ignore")
         text = shorter if len(shorter) < len(text) else text[:-1]
-        responses = [side.response_ids(text) for side in sides]
-    if not all(ids for ids, _ in responses):
-        raise _InvalidRowError(NOTHING_SUPERVISED)
+        tokens = [(prompt, side.response_ids(text)) for side, (prompt, _) in zip(sides, tokens, strict=True)]
     encoded = []
-    for side, (prompt, _), (ids, ends) in zip(sides, tokens, responses, strict=True):
-        last = [] if truncated else [side.end_token_id]
-        byte_ends = np.array([*ends, *([len(text.encode())] * len(last))], dtype=np.int32)
+    for side, (prompt, (ids, ends)) in zip(sides, tokens, strict=True):
+        if not ids:
+            raise _InvalidRowError(NOTHING_SUPERVISED)
+        last, last_end = ([], []) if truncated else ([side.end_token_id], [len(text.encode())])
+        byte_ends = np.array([*ends, *last_end], dtype=np.int32)
         encoded.append(EncodedSide(np.array([*prompt, *ids, *last], dtype=np.int32), len(prompt), byte_ends))
     return EncodedRow(example.index, text, encoded[0], tuple(encoded[1:]), truncated)
 

@@ -59,12 +59,7 @@ def check_template(template: str) -> None:
 
 
 class Prompts:
-    """Render prompts with one template for one tokenizer.
-
-    Args:
-        template: a name of `TEMPLATES` or a format string.
-        tokenizer: tokenizer of the model that reads the prompts.
-        date: ISO date that a chat template prints as today's date. Default: the current date.
+    """Render prompts with one template for one tokenizer. `date` is the ISO date that a chat template prints as today's.
 
     Raises:
         UserError: the template is unknown, or it is `chat` and the tokenizer has no chat template.

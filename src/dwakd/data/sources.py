@@ -1,8 +1,4 @@
-"""Load and check the rows of a data set from the Hugging Face Hub, a local file or memory.
-
-For data sets with several splits, on the Hub or in a dict, the split depends on the purpose: see `TRAIN_SPLITS`,
-`EVAL_SPLITS` and `TEST_SPLITS`.
-"""
+"""Load and check the rows of a data set from the Hugging Face Hub, a local file or memory."""
 
 import logging
 import os
@@ -24,12 +20,10 @@ __all__ = ["EVAL_SPLITS", "SUFFIXES", "TEST_SPLITS", "TRAIN_SPLITS", "Example", 
 logger = logging.getLogger(__name__)
 
 _VALIDATION = ("validation", "valid", "val", "dev", "eval")
+# Names of the split for training, for evaluation during training and after it. The first that exists is read.
 TRAIN_SPLITS = ("train",)
-"""Names of the split for training. The first that exists is read."""
 EVAL_SPLITS = (*_VALIDATION, "test")
-"""Names of the split for evaluation during training. The first that exists is read."""
 TEST_SPLITS = ("test", *_VALIDATION)
-"""Names of the split for evaluation after training. The first that exists is read."""
 _FILE = re.compile(
     r"(?:(?P<repo>[\w-][\w.-]*/[\w.-]+):)?(?P<file>.+\.(?:json|jsonl|csv|parquet))"
     r"(?:@(?:train)?\[(?P<start>\d{0,18}):(?P<stop>\d{0,18})\])?",
@@ -69,9 +63,6 @@ def load_examples(
         invalid_rows: `error` refuses a malformed row (no response, a value of a wrong type, a conversation without an
             answer, a repeated key); `skip` ignores such rows with a warning.
         name: name of the source in messages. Default: the path or id.
-
-    Returns:
-        The examples in the order of the source. Their `index` is the position of the row in the source.
 
     Raises:
         UserError: the source cannot be found or read or is empty, the split or a column is missing, or a row is

@@ -9,6 +9,8 @@ from hashlib import blake2b
 from itertools import accumulate, pairwise
 from typing import Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -26,7 +28,9 @@ class TokenBytes(dict[int, bytes]):
         kinds = {part["type"]: part for part in (*written, *read)}
         self._tokenizer = tokenizer
         self._added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
-        self._byte_of = _byte_level_alphabet() if "ByteLevel" in kinds else None
+        self._byte_of = (
+            {written: byte for byte, written in bytes_to_unicode().items()} if "ByteLevel" in kinds else None
+        )
         self._byte_fallback = getattr(model, "byte_fallback", False) or "ByteFallback" in kinds
         self._spaces = set(_space_marks(written, read))
         self._prefix = getattr(model, "continuing_subword_prefix", None) or kinds.get("WordPiece", {}).get("prefix", "")
@@ -59,14 +63,9 @@ def byte_ends(text: str, pieces: Sequence[bytes], offsets: Sequence[tuple[int, i
     divide text and tokens into the shortest parts that certainly correspond. Within a part, the ends of inner tokens
     are known only if the tokens of the part spell its text.
 
-    Args:
-        text: the tokenised text.
-        pieces: the bytes that each token spells.
-        offsets: the first character and the end of each token as reported by the tokenizer.
+    `pieces` are the bytes that each token spells, `offsets` its first character and its end by the tokenizer.
     """
-    if not pieces:
-        return []
-    whole = _exact_ends(text, pieces)
+    whole = _exact_ends(text, pieces) if pieces else []
     if whole is not None:
         return whole
     ends: list[int] = []
@@ -74,10 +73,7 @@ def byte_ends(text: str, pieces: Sequence[bytes], offsets: Sequence[tuple[int, i
     for (token, character), (next_token, next_character) in pairwise(_cuts(text, pieces, offsets)):
         part, tokens = text[character:next_character], pieces[token:next_token]
         inner = _exact_ends(part, tokens)
-        if inner is None:
-            ends += _marks(start, part, tokens)
-        else:
-            ends += [start + end for end in inner]
+        ends += _marks(start, part, tokens) if inner is None else [start + end for end in inner]
         start += len(part.encode())
     return ends
 
@@ -123,8 +119,7 @@ def _joins(character: str) -> bool:
 def _marks(start: int, text: str, pieces: Sequence[bytes]) -> list[int]:
     """Compute the ends of the tokens of a part that normalisation changed. Only the end of the last token is known.
 
-    Each inner token gets a negative number, computed from the place of the part, its normalised bytes and the number
-    of these bytes up to the end of the token.
+    Each inner token gets a negative number: a digest of the place of the part, its normalised bytes and the token's end.
     """
     spelled, stop = b"".join(pieces), start + len(text.encode())
     marks = [
@@ -160,10 +155,3 @@ def _space_marks(written: Iterable[dict[str, Any]], read: Iterable[dict[str, Any
     for part in read:
         if part["type"] == "Replace" and part["content"] == " " and "String" in part["pattern"]:
             yield part["pattern"]["String"]
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """Return the byte for each printable character of GPT-2's byte alphabet."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    rest = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(rest)}

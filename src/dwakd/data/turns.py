@@ -1,8 +1,11 @@
 """Read and check the turns of a conversation. Keys other than role and content are kept for the chat template."""
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
+
+from transformers import PreTrainedTokenizerBase
 
 from dwakd.data.files import find_unusable, parse_json
 from dwakd.errors import UserError
@@ -22,11 +25,8 @@ _METADATA = frozenset({
 """Keys of a turn that the model does not have to see. Chat templates omit them on purpose, even the id of a tool call."""
 THOUGHTS = frozenset({"reasoning_content", "reasoning", "thinking"})
 """Keys of an assistant turn that contain the model's reasoning before its answer."""
-_RESERVED = frozenset({
-    "conversation", "messages", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt",
-    "continue_final_message", "padding", "truncation", "max_length", "tokenizer_kwargs", "sanitize_control_tokens",
-})  # fmt: skip
-"""Arguments of `apply_chat_template` that a row must not set. Names that start with `return_` are reserved too."""
+_RESERVED = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
+"""Arguments of `apply_chat_template` that a row must not set."""
 
 
 def usable(value: Any, column: str) -> Any:
@@ -69,9 +69,8 @@ def read_options(columns: Mapping[str, Any], *, is_conversation: bool) -> dict[s
         is_kwargs = name == "chat_template_kwargs"
         if is_kwargs and isinstance(value, Mapping):
             options = _filled(value)
-            for key in options:
-                if key in _RESERVED or str(key).startswith("return_"):
-                    raise UserError(f"{name!r} must not set {key!r} (tools and documents have their own columns)")
+            if taken := _RESERVED.intersection(options):
+                raise UserError(f"{name!r} must not set {min(taken)!r} (tools and documents have their own columns)")
         elif not is_kwargs and is_object_list(value):
             options[name] = value
         elif value and (is_kwargs or is_conversation):

@@ -130,7 +130,8 @@ def _convert(path: Path, folder: Path) -> None:
     if missing := sorted(loading["missing_keys"]):
         raise UserError(f"{path} lacks {len(missing)} weights (first: {missing[0]}); use a complete GGUF file")
     model.hf_quantizer = None  # transformers refuses to save a model with the settings of a quantisation
-    del model.config.quantization_config
+    for name in ("quantization_config", "_model_name_or_path"):
+        vars(model.config).pop(name, None)
     save_causal_lm(model, folder)
     tokenizer.save_pretrained(folder)
 
