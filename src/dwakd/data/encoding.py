@@ -50,20 +50,15 @@ class TextEncoder:
         self.template = template
         self.special_tokens_in_prompts = special_tokens_in_prompts
         self._prompts = Prompts(template, tokenizer, date)
+        chat = self._prompts.chat
+        self.date = None if chat is None else chat.date
+        """The date that a chat template prints as today's date; None for other templates."""
+        self.printed_date = self.date if chat is not None and chat.prints_date else None
+        """The value of `date` if the chat template prints it, else None."""
         self.end_token_id = self._prompts.end_token_id()
         self._bos_ids = _leading_ids(tokenizer) if bos == "auto" and template != "chat" else []
         self._token_bytes = TokenBytes(tokenizer)
         self._special_as_text = _SpecialTokensAsText(self._prompts)
-
-    @property
-    def date(self) -> str | None:
-        """The date that a chat template prints as today's date; None for other templates."""
-        return None if self._prompts.chat is None else self._prompts.chat.date
-
-    @property
-    def printed_date(self) -> str | None:
-        """The value of `date` if the chat template prints it, else None."""
-        return self.date if self._prompts.chat is not None and self._prompts.chat.prints_date else None
 
     @property
     def end_token_ids(self) -> list[int]:

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -33,10 +33,9 @@ class Unusable:
 def read_file(
     path: Path, name: str, select: Select, start: str | None = None, stop: str | None = None
 ) -> Iterator[PlacedRow]:
-    """Read the rows of a file one by one, from index `start` to before `stop` (strings of digits).
+    """Read the rows of a file from index `start` to before `stop` (strings of digits); `name` is its name in messages.
 
-    `name` is the name of the file in messages. `select` is used for parquet files only; from others all columns are
-    read. Use it inside `explained`: errors of the file system and of pyarrow are not converted here.
+    From files other than parquet, all columns are read. Errors of the file system and of pyarrow pass: use `explained`.
     """
     with path.expanduser().open("rb") as file:
         if path.suffix.lower() not in _READERS:
@@ -85,16 +84,6 @@ def _integer(digits: str) -> int | Unusable:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
 
 
-def find_unusable(value: Any, depth: int = 100) -> str | None:
-    """Return why a value cannot be used: it contains an `Unusable` or is nested more than `depth` times; else None."""
-    if isinstance(value, Unusable):
-        return value.reason
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    if parts and depth == 0:
-        return "a value that is nested too deeply"
-    return next((reason for part in parts if (reason := find_unusable(part, depth - 1)) is not None), None)
-
-
 def _repeated(names: Iterable[str]) -> str:
     """List the names that occur more than once."""
     return ", ".join(repr(name) for name, count in Counter(names).items() if count > 1)
@@ -131,7 +120,7 @@ def _read_jsonl(file: BinaryIO, name: str, _: Select) -> Iterator[PlacedRow]:
 def _read_json(file: BinaryIO, name: str, _: Select) -> Iterator[PlacedRow]:
     rows = _parse(file.read(), name, 1, "correct it, or use the suffix .jsonl if it has one object per line")
     if not isinstance(rows, list):
-        found = find_unusable(rows) or type(rows).__name__
+        found = rows.reason if isinstance(rows, Unusable) else type(rows).__name__
         raise UserError(f"{name}: the file must contain a list of objects, got {found}: put the objects into a list")
     yield from numbered(rows, name)
 

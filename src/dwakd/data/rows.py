@@ -29,28 +29,16 @@ _ASKING = ("user", "tool", "function", "observation", "function_response", "ipyt
 
 @dataclass(frozen=True)
 class Example:
-    """A checked row of a data set: a prompt and its response.
+    """A checked row of a data set: a prompt and its response."""
 
-    Args:
-        index: position of the row in its source, from 0.
-        instruction: the user's request. In a conversation, the content of the turn before the answer.
-        input: further context, or empty.
-        response: the answer to train on, or empty if none is needed.
-        references: all acceptable answers, `response` first; empty if there is none.
-        history: the system text and the turns before `instruction`, as dicts with `role`, `content` and the other keys
-            of the turn.
-        turn: keys of the turn before the answer, without its content; None for a plain user turn.
-        options: other arguments of the chat template: `tools`, `documents` and the row's `chat_template_kwargs`.
-    """
-
-    index: int
-    instruction: str
-    input: str = ""
-    response: str = ""
-    references: tuple[str, ...] = ()
-    history: tuple[Turn, ...] = ()
-    turn: Turn | None = None
-    options: dict[str, Any] | None = None
+    index: int  # position of the row in its source, from 0
+    instruction: str  # the user's request; in a conversation, the content of the turn before the answer
+    input: str = ""  # further context
+    response: str = ""  # the answer to train on; empty if none is needed
+    references: tuple[str, ...] = ()  # all acceptable answers, `response` first
+    history: tuple[Turn, ...] = ()  # the system text and the turns before `instruction`, with all their keys
+    turn: Turn | None = None  # keys of the turn before the answer except its content; None for a plain user turn
+    options: dict[str, Any] | None = None  # arguments of the chat template: tools, documents, chat_template_kwargs
 
     @property
     def place(self) -> str:
@@ -79,10 +67,7 @@ class Columns:
     def find(
         cls, available: Iterable[str], source: str, given: dict[str, str | None], need_response: bool
     ) -> "Columns":
-        """Choose the columns among those available.
-
-        Columns that the user has `given` as "prompt", "response" or "input" must exist; the others are searched.
-        """
+        """Choose the columns. Those `given` as "prompt", "response" or "input" must exist; the others are searched."""
         names = list(available)
 
         def search(option: str, known: Sequence[str], *, needed: bool) -> str | None:
@@ -111,11 +96,7 @@ class Columns:
         return [name for name in names if name is not None]
 
     def read(self, row: Any, index: int) -> Example:
-        """Convert a row, which is the one of this index in its source, to a checked example.
-
-        Raises:
-            UserError: a column is missing or has a value of a wrong type. The message does not name the row.
-        """
+        """Convert a row to a checked example. The messages of errors do not name the row."""
         check_row(row)
         row = {column: usable(row.get(column), column) for column in self.used}
         turns, input, references = self._read_texts(row)
@@ -141,7 +122,7 @@ class Columns:
     def _read_texts(self, row: Mapping[str, Any]) -> tuple[list[Turn], str, tuple[str, ...]]:
         """Read the turns before the answer, the further context and the acceptable answers."""
         turns, response = self._read_prompt(row), self.response
-        given = None if self.input is None else row.get(self.input)
+        given = row.get(self.input or "")
         input = "" if given is None else checked_text(given, repr(self.input))
         if self.optional and not (_asks(turns) and row.get(response or "")):
             response = None

@@ -3,7 +3,8 @@
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -78,9 +79,7 @@ def load_examples(
     name = name or (str(source) if isinstance(source, str | Path) else "the data set passed in")
     given = {"prompt": prompt, "response": response, "input": input}
 
-    def find_columns(names: Iterable[str]) -> Columns:
-        return Columns.find(names, name, given, need_response)
-
+    find_columns = partial(Columns.find, source=name, given=given, need_response=need_response)
     with explained(f"{name:.500}: cannot be read"):
         placed = list(islice(_open(source, split, name, lambda names: find_columns(names).used), limit))
     if not placed:

@@ -3,11 +3,12 @@
 import inspect
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any, TypeGuard
 
 from transformers import PreTrainedTokenizerBase
 
-from dwakd.data.files import find_unusable, parse_json
+from dwakd.data.files import Unusable, parse_json
 from dwakd.errors import UserError
 
 Turn = dict[str, Any]
@@ -29,11 +30,14 @@ _RESERVED = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).par
 """Arguments of `apply_chat_template` that a row must not set."""
 
 
-def usable(value: Any, column: str) -> Any:
-    """Return the value of a column without the nulls inside, which `datasets` inserts for keys that a row lacks."""
-    if (reason := find_unusable(value)) is not None:
+def usable(value: Any, column: str, depth: int = 100) -> Any:
+    """Return a value of a column without the nulls inside, which `datasets` inserts for keys that a row lacks."""
+    if isinstance(value, Unusable) or depth < 0:
+        reason = value.reason if isinstance(value, Unusable) else "a value that is nested too deeply"
         raise UserError(f"{column!r} contains {reason}")
-    return _without_nulls(value)
+    if isinstance(value, Mapping):
+        return {key: usable(item, column, depth - 1) for key, item in value.items() if item is not None}
+    return [usable(item, column, depth - 1) for item in value] if isinstance(value, list) else value
 
 
 def read_turns(conversation: list[Any], column: str) -> list[Turn]:
@@ -130,9 +134,11 @@ def parse_arguments(value: Any, parsed: list[dict[str, Any]]) -> Any:
     read = {key: parse_arguments(item, parsed) for key, item in value.items()}
     if isinstance(value.get("arguments"), str):
         found = _parsed(value["arguments"])
-        if isinstance(found, dict) and find_unusable(found) is None:
-            read["arguments"] = found
-            parsed.append(found)
+        if isinstance(found, dict):
+            with suppress(UserError):  # a repeated key
+                usable(found, "arguments")
+                read["arguments"] = found
+                parsed.append(found)
     return read
 
 
@@ -176,9 +182,3 @@ def _texts(value: Any, arguments: bool = False) -> Iterator[str]:
 def _filled(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries that are not empty."""
     return {key: value for key, value in values.items() if value not in ("", [], {})}
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from peft import PeftModel
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -114,6 +114,5 @@ def _input_ids(adapted: PeftModel) -> Int[Tensor, "1 length"]:
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, input_ids: Int[Tensor, "1 length"]) -> Float[Tensor, "1 length vocab"]:
-    logits: Tensor = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits
-    return logits
+def _logits(model: Any, input_ids: Int[Tensor, "1 length"]) -> Any:
+    return model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits

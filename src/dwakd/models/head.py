@@ -30,28 +30,24 @@ _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_c
 def embedding_table(model: nn.Module) -> Float[Tensor, "vocab embedding"]:
     """Return the input-embedding table, without Gemma's scaling by sqrt(hidden) and without position embeddings.
 
-    Raises:
-        UserError: the table is adapted by LoRA or trainable tokens, which change embeddings without changing the table.
+    A table adapted by LoRA or trainable tokens, which change embeddings without changing the table, is refused.
     """
     table: Tensor = _plain_module("get_input_embeddings", "input embeddings", model).weight
     return table
 
 
 def output_head(model: nn.Module) -> OutputHead:
-    """Return the model's LM head with the bias, scale and soft cap of its architecture, all with gradient.
-
-    Raises:
-        UserError: the model has no head, or the head is adapted by LoRA.
-    """
+    """Return the model's LM head with the bias, scale and soft cap of its architecture; refuse one adapted by LoRA."""
     module = _plain_module("get_output_embeddings", "output head", model)
     config = causal_lm(model).config.get_text_config()
-    cap = next((cap for cap in (getattr(config, field, None) for field in _SOFT_CAPS) if cap is not None), None)
-    return OutputHead(
-        weight=module.weight,
-        bias=getattr(module, "bias", None),
-        scale=_logit_scale(config),
-        soft_cap=None if cap is None else float(cap),
-    )
+    caps = [float(cap) for field in _SOFT_CAPS if (cap := getattr(config, field, None)) is not None]
+    scales = [
+        float(value) ** power
+        for prefix, field, power in _LOGIT_SCALES
+        if config.model_type.startswith(prefix) and (value := getattr(config, field, None)) is not None
+    ]
+    bias = getattr(module, "bias", None)
+    return OutputHead(module.weight, bias, scales[0] if scales else 1.0, caps[0] if caps else None)
 
 
 def model_name(model: nn.Module) -> str:
@@ -80,9 +76,6 @@ def final_hidden(
 
     A PEFT adapter stays active, and the model's train or eval mode is kept. The result has gradient. Values at padding,
     which is on the right, are arbitrary.
-
-    Raises:
-        UserError: the model has no backbone that can run without the head.
     """
     lm = causal_lm(model)
     # the base_model_prefix of Llama 4 is not the name of a module, so base_model returns the whole model
@@ -130,12 +123,3 @@ def _plain_module(getter: str, what: str, model: nn.Module) -> Any:
             f"{model_name(model)} cannot be used: {getter}() returns no matrix for its {what}; use another model"
         )
     return module
-
-
-def _logit_scale(config: Any) -> float:
-    """Return the factor by which the model's architecture multiplies its logits."""
-    for prefix, field, power in _LOGIT_SCALES:
-        value = getattr(config, field, None)
-        if config.model_type.startswith(prefix) and value is not None:
-            return float(value) ** power
-    return 1.0

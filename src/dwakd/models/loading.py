@@ -99,10 +99,7 @@ def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
 
 
 def align_special_tokens(model: Any, tokenizer: Any) -> None:
-    """Copy the tokenizer's special tokens into the model's config and generation config.
-
-    The end-of-sequence token is added to those of the generation config, so that generation stops at it.
-    """
+    """Copy the tokenizer's special tokens into the model's config; add its end token to those that stop generation."""
     for settings in (model.config.get_text_config(), model.generation_config):
         for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
             token, old = getattr(tokenizer, name), getattr(settings, name, None)
@@ -117,8 +114,7 @@ def align_special_tokens(model: Any, tokenizer: Any) -> None:
 def adapter_config(spec: str, revision: str | None = None) -> dict[str, Any] | None:
     """Read the adapter_config.json of a PEFT adapter. Return None if the spec is a model and not an adapter.
 
-    Raises:
-        UserError: the file cannot be read, or there are adapters in subfolders only, as PEFT saves those with a name.
+    A folder with adapters in subfolders only, where PEFT saves those with a name, is refused.
     """
     location = resolve_spec(spec)
     local = only_cached(location, revision)

@@ -14,8 +14,7 @@ from dwakd.models.head import model_name
 
 logger = logging.getLogger(__name__)
 
-SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-"""Generation settings that greedy decoding ignores. Transformers refuses to save them if do_sample is not true."""
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 def save_causal_lm(model: Any, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -54,28 +53,22 @@ def save_causal_lm(model: Any, folder: str | Path, state_dict: dict[str, Tensor]
     try:
         if model.can_generate():
             settings.save_pretrained(folder)
-    except OSError:
-        raise
-    except Exception as error:  # generation settings may contain any value
-        reason = " ".join(str(error).split())
-        logger.warning("saved the model in %s without its generation settings: %s", folder, reason)
+    except (ValueError, TypeError, AttributeError) as error:  # the settings may contain any value
+        logger.warning(
+            "saved the model in %s without its generation settings: %s", folder, " ".join(str(error).split())
+        )
 
 
 def remove_unused_sampling(model: PreTrainedModel) -> None:
-    """Reset the sampling settings that greedy decoding ignores, because transformers refuses to save them.
-
-    A warning names the settings that were reset.
-    """
+    """Reset the sampling settings that greedy decoding ignores, because transformers refuses to save them."""
     settings, default = model.generation_config, GenerationConfig()
     if settings is None or settings.do_sample:
         return
-    unused = [name for name in SAMPLING_SETTINGS if getattr(settings, name, None) not in (None, getattr(default, name))]
+    unused = [name for name in _SAMPLING if getattr(settings, name, None) not in (None, getattr(default, name))]
     for name in unused:
         setattr(settings, name, getattr(default, name))
     if unused:
         logger.warning(
-            "reset %s in the generation settings of %s: these settings have no effect without do_sample=True, and "
-            "transformers refuses to save them",
-            ", ".join(unused),
-            model_name(model),
+            "reset %s in the generation settings of %s, which have no effect without do_sample=True",
+            *(", ".join(unused), model_name(model)),
         )

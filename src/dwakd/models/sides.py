@@ -42,8 +42,8 @@ def encode_rows(
     """
     encoders = [TextEncoder(tokenizer, template) for tokenizer in (student_tokenizer, teacher_tokenizer)]
     examples = load_examples(rows, name="rows")
-    lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
-    return encode_pairs(examples, *encoders, **lengths, source="rows")  # type: ignore[arg-type]
+    options: dict[str, Any] = {"max_length": max_length, "max_prompt_length": max_prompt_length, "source": "rows"}
+    return encode_pairs(examples, *encoders, **options)
 
 
 def paired_sides(
@@ -56,7 +56,7 @@ def paired_sides(
     Args:
         student: the student, on the device of the batch.
         teacher: the teacher, on the device of the batch.
-        batch: a batch that `dwakd.collate` has made.
+        batch: a batch of `dwakd.collate`.
         attention: whether the sides have attention, for losses whose `needs_attention` is true.
     """
     (tokens,) = batch.teachers
