@@ -1,4 +1,4 @@
-"""Two tokenizers whose chat templates differ in everything: markers, role names, beginning, end token."""
+"""Two tokenizers with chat templates that differ in markers, role names, beginning and end token."""
 
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -34,7 +34,7 @@ def gemma_like() -> PreTrainedTokenizerFast:
 
 
 def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The same tokenizer, putting its bos token in front of every text by itself."""
+    """Let a tokenizer add its beginning-of-sequence token to every text."""
     bos = tokenizer.bos_token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]

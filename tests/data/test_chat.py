@@ -1,4 +1,4 @@
-"""Chat templates of real models' kinds: prompt and answer have to be what the template writes, with nothing left out."""
+"""Chat templates like those of published models: prompt and answer are exactly what the template writes."""
 
 import json
 from typing import Any
@@ -65,7 +65,7 @@ def with_template(template: str) -> PreTrainedTokenizerFast:
 
 
 def trained(row: dict[str, Any] | Example, template: str, name: str = "chat") -> tuple[str, str]:
-    """What the model reads and what it learns of a row."""
+    """Return the text of a row that the model reads and the text that it is trained to write."""
     examples = [row] if isinstance(row, Example) else load_examples([row])
     side = encode_pairs(examples, TextEncoder(with_template(template), name)).rows[0].student
     decode = with_template(template).decode
@@ -75,7 +75,7 @@ def trained(row: dict[str, Any] | Example, template: str, name: str = "chat") ->
 @pytest.mark.parametrize("template", [PLAIN, NO_PROMPT, CHANNEL, R1, QWEN3, MISTRAL, TOOLS])
 @pytest.mark.parametrize("turns", [[ASK], [say("system", "Add."), say("user", "Hi"), say("assistant", "Ho"), ASK]])
 def test_prompt_and_answer_are_what_the_template_writes(template: str, turns: list[dict[str, Any]]) -> None:
-    """A generation prompt that no answer follows in the template would train on a layout that the model never meets."""
+    """If the prompt differs from the text before an answer, the model is trained on a layout that never occurs in use."""
     prompt, answer = trained({"messages": [*turns, ANSWER]}, template)
     full = with_template(template).apply_chat_template([*turns, ANSWER], tokenize=False)
     if template == MISTRAL and len(turns) > 1:  # reads the system text, which its full rendering loses
@@ -96,7 +96,7 @@ def test_prompt_and_answer_are_what_the_template_writes(template: str, turns: li
     ["Four.", "<think>\n2 and 2\n</think>\n\nFour.", "<think>2 and 2</think>Four.", "2 and 2\n</think>\n\nFour."],
 )
 def test_thoughts_are_opened_and_closed_once(template: str, answer: str) -> None:
-    """A plain answer inside an open thought never ends it; an answer with a thought of its own must not get two."""
+    """A plain answer must not stand in an open reasoning section, and an answer with reasoning must not get two."""
     prompt, learnt = trained(Example(0, "2 + 2?", response=answer), template)
     assert prompt.startswith(f"{OPEN}user\n2 + 2?{CLOSE}{OPEN}assistant\n")
     assert learnt.removesuffix("<|im_end|>") == answer
@@ -108,7 +108,7 @@ def test_thoughts_are_opened_and_closed_once(template: str, answer: str) -> None
 
 
 def test_a_space_before_answers_is_read_once() -> None:
-    """SentencePiece begins every answer with a space: one more in the prompt is a token that no template writes."""
+    """SentencePiece writes a space before every answer. A second one in the prompt would add a token."""
     tokenizer = bpe_byte_fallback()
     tokenizer.chat_template = MISTRAL
     encoder = TextEncoder(tokenizer, "chat")
@@ -118,14 +118,14 @@ def test_a_space_before_answers_is_read_once() -> None:
 
 
 def test_white_space_of_answers_stays_theirs() -> None:
-    """Templates trim answers; the header before them must lose nothing for it."""
+    """If a template trims white space from an answer, the header before the answer must stay complete."""
     for template in (PLAIN, PLAIN.replace("m.content", "m.content|trim")):
         prompt, answer = trained(Example(0, "Hi", response="\n Ho \n"), template)
         assert (prompt, answer) == (f"{OPEN}user\nHi{CLOSE}{OPEN}assistant\n", "\n Ho \n<|im_end|>")
 
 
 def test_altered_answers_are_refused() -> None:
-    """The model would learn another text than its template writes."""
+    """If the template changes an answer, the model would be trained on a text that the template never writes."""
     with pytest.raises(UserError, match="does not write an assistant's answer"):
         TextEncoder(with_template(PLAIN.replace("m.content", "m.content|upper")), "chat")
     encoder = TextEncoder(with_template(PLAIN.replace("m.content", "m.content|replace('Four', 'Five')")), "chat")
@@ -150,20 +150,20 @@ SHOWN = {
 
 @pytest.mark.parametrize("what", SHOWN)
 def test_everything_before_the_answer_is_read(what: str) -> None:
-    """A tool, a call or a document that vanishes leaves an answer to a question that nobody asked."""
+    """If a tool, a call or a document is missing from the prompt, the answer does not follow from it."""
     assert "rain_gauge" in trained(SHOWN[what], TOOLS)[0]
 
 
 @pytest.mark.parametrize("template", [PLAIN, "alpaca"])
 @pytest.mark.parametrize("what", ["tools", "documents", "tool_calls", "name", "tools of a prompt that is a string"])
 def test_parts_that_a_template_leaves_out_are_refused(what: str, template: str) -> None:
-    """Silently dropped, they would be missed by nobody until the student is used."""
+    """If a part of the row were omitted without an error, the student would be trained on incomplete prompts."""
     with pytest.raises(UserError, match=rf"{what.split()[0]}.* row 0|row 0 .*{what.split()[0]}"):
         trained(SHOWN[what], PLAIN, "alpaca" if template == "alpaca" else "chat")
 
 
 def test_turns_that_a_template_leaves_out_are_refused() -> None:
-    """Phi-3's and Zephyr's templates know no tools: what a tool said would vanish. Empty turns lose nothing."""
+    """The templates of Phi-3 and Zephyr omit turns of tools. Empty turns may be omitted."""
     template = (
         "{% for m in messages %}{% if m.role != 'system' and (m.role != 'tool') %}"
         + _TURN
@@ -215,7 +215,7 @@ PARTLY = {
 
 @pytest.mark.parametrize("what", PARTLY)
 def test_parts_that_a_template_shows_partly_are_refused(what: str) -> None:
-    """The model would answer with what it was never shown; every row counts, whatever rows came before it."""
+    """The answer may depend on the omitted part. Each row is checked, also after rows that are complete."""
     row, template, named = PARTLY[what]
     fine = {"messages": [ASK, ANSWER]}
     examples, encoder = load_examples([fine, row]), TextEncoder(with_template(template), "chat")
@@ -229,7 +229,7 @@ _ESCAPED = "".join(f"|replace({c!r}, '\\\\u{ord(c):04x}')" for c in "<>&'")
 
 @pytest.mark.parametrize("written", ["c.function|tojson", f"c.function|tojson{_ESCAPED}", "c.function|string"])
 def test_texts_are_found_as_templates_write_them(written: str) -> None:
-    """Quotes, line ends and letters that JSON escapes are no reason to refuse a row."""
+    """A row must not be refused because a template escapes quotes, line ends or other characters."""
     text = 'it\'s <b>\n"Bjørn" \\ & \u2028'
     row = calls(call("a", {"x": [text, 1.5, True, None]}), call("b", {"y": {"id": text}}))
     row["messages"][0]["content"] = f" {text}\n"
@@ -239,7 +239,7 @@ def test_texts_are_found_as_templates_write_them(written: str) -> None:
 
 
 def test_arguments_given_as_a_string_are_written_once() -> None:
-    """OpenAI's calls hold them as JSON in a string, which `tojson` would encode again; other templates want the string."""
+    """OpenAI stores arguments as a JSON string, which `tojson` would encode twice. Other templates expect the string."""
     given = '{"place":  "Bergen", "days": null}'
     text, row = '{"place": "Bergen", "days": null}', calls(call("rain_gauge", given))
     assert f'"arguments": {text}' in trained(row, TOOLS)[0]
@@ -252,7 +252,7 @@ def test_arguments_given_as_a_string_are_written_once() -> None:
 
 @pytest.mark.parametrize("thought", ["<think>\n2 and 2\n</think>\n\nFour.", "2 and 2</think>Four."])
 def test_earlier_thoughts_inside_content_may_be_cut(thought: str) -> None:
-    """DeepSeek-R1 and Qwen3 cut them off earlier answers; the rest of the answer has to stay."""
+    """The templates of DeepSeek-R1 and Qwen3 remove reasoning from earlier answers, but must show the rest of them."""
     row = {"messages": [ASK, say("assistant", thought), ASK, ANSWER]}
     for template in (R1, QWEN3):
         assert "2 and 2" not in trained(row, template)[0]
@@ -262,7 +262,7 @@ def test_earlier_thoughts_inside_content_may_be_cut(thought: str) -> None:
 
 
 def test_earlier_thoughts_may_be_left_out() -> None:
-    """Qwen3's template drops them on purpose; one that knows no reasoning_content loses what the row says."""
+    """Qwen3's template omits earlier reasoning on purpose. A template that ignores reasoning_content is refused."""
     row = {"messages": [say("user", "Hi"), say("assistant", "Ho", reasoning_content="greet"), ASK, ANSWER]}
     assert "greet" not in trained(row, QWEN3)[0]
     with pytest.raises(UserError, match="'reasoning_content' of turn 1"):
@@ -270,7 +270,7 @@ def test_earlier_thoughts_may_be_left_out() -> None:
 
 
 def test_options_of_the_template() -> None:
-    """`chat_template_kwargs` change what a template writes, before the answer as well."""
+    """`chat_template_kwargs` are passed to the template, both for the prompt and for the text before the answer."""
     switch = "{{ 'terse\n' if terse else '' }}{{ rules or '' }}" + PLAIN
     row = {"messages": [ASK, ANSWER], "chat_template_kwargs": {"terse": True, "rules": "Add.", "more": None}}
     assert trained(row, switch)[0].startswith("terse\nAdd.<|im_start|>")
@@ -285,7 +285,7 @@ def test_options_of_the_template() -> None:
 
 
 def test_harmless_keys_are_no_reason_to_refuse() -> None:
-    """Public data sets note sources, times and weights beside their turns."""
+    """Turns of public data sets contain metadata such as sources, times and weights."""
     keys = {"id": "a", "timestamp": 3, "weight": None, "images": [], "tool_calls": None}
     row = {"messages": [{**ASK, **keys, "weight": 0}, {**ANSWER, **keys, "weight": 1}]}
     for name in ("chat", "alpaca"):
@@ -293,7 +293,7 @@ def test_harmless_keys_are_no_reason_to_refuse() -> None:
 
 
 def test_the_date_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts that change overnight belong to no cache, and a run that is resumed would read other ones."""
+    """If prompts changed with the date, a teacher cache and a resumed run would not match the earlier prompts."""
     real = clock.datetime
     encoder = TextEncoder(with_template(DATED), "chat", date="2024-07-26")
     today = TextEncoder(with_template(DATED), "chat")

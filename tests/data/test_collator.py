@@ -1,4 +1,4 @@
-"""Rows on both sides and batches made of them."""
+"""Rows are encoded for all models and collated into batches."""
 
 import logging
 from functools import cache
@@ -41,7 +41,7 @@ def supervised(item: dict[str, Any], side: str, field: str = "target_ids") -> li
 
 
 def test_layout_of_a_row() -> None:
-    """Position i predicts target i, the first supervised one is read at the last prompt token, the end included."""
+    """Position i predicts target i. The last token of the prompt predicts the first token of the response."""
     student, teacher = sides()
     item = encode_pairs([row(7, "a 😀")], student, teacher)[0]
     assert item["example_id"] == 7
@@ -55,7 +55,7 @@ def test_layout_of_a_row() -> None:
 
 
 def test_chat_supervises_the_assistant_s_text_alone() -> None:
-    """Each side has its own markers in front and its own end token; the text between is the same."""
+    """Student and teacher have their own markers and end token, but the same response text."""
     student, teacher = TextEncoder(chatml(), "chat"), TextEncoder(gemma_like(), "chat")
     history = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"})
     example = Example(0, "Name three colours.", response="Red, green and blue.", history=history)
@@ -70,7 +70,7 @@ def test_chat_supervises_the_assistant_s_text_alone() -> None:
 @settings(max_examples=150, deadline=None)
 @given(text=TEXTS.filter(lambda text: "▁" not in text and "<0x" not in text), room=st.integers(2, 24))
 def test_truncation_covers_the_same_characters(text: str, room: int) -> None:
-    """Cut by tokens, the two sides would end at different characters and the tail would align with nothing."""
+    """If responses were truncated by tokens, student and teacher would end at different characters."""
     student, teacher = sides()
     num_prompt = max(len(side.prompt_ids(row(0, ""))) for side in (student, teacher))
     limits = {"max_length": num_prompt + room, "max_prompt_length": num_prompt}
@@ -91,7 +91,7 @@ def test_truncation_covers_the_same_characters(text: str, room: int) -> None:
 
 
 def test_truncation_keeps_what_fits() -> None:
-    """The side with the least room decides, and what fits there is kept; a cut answer must not teach to stop."""
+    """The side with the least room decides where the text ends, and a truncated response has no end token."""
     student, teacher = sides()
     example = row(0, "a🤗b" * 30)
     pairs = encode_pairs([example], student, teacher, max_length=40, max_prompt_length=20)
@@ -105,7 +105,7 @@ def test_truncation_keeps_what_fits() -> None:
 
 
 def test_a_text_that_fits_without_its_end_token_is_kept_whole() -> None:
-    """The boundary case: the last token takes the end token's place, on both sides alike."""
+    """If only the end token does not fit, the text is kept and the end token is left out."""
     student, _ = sides()
     example = row(0, "The quick brown fox")
     ids = student.response_ids(example.response)[0]
@@ -118,7 +118,7 @@ def test_a_text_that_fits_without_its_end_token_is_kept_whole() -> None:
 
 
 def test_rows_that_leave_nothing_are_reported(caplog: pytest.LogCaptureFixture) -> None:
-    """A row without a supervised token on one side would enter the loss as an empty sequence."""
+    """A row without a response token on one side would be an empty sequence in the loss."""
     student, teacher = TextEncoder(byte_bpe(), "plain"), TextEncoder(wordpiece(), "plain")
     rows = [row(3, "The dog"), row(5, "\u200b\x00"), row(8, "fox")]
     with caplog.at_level(logging.WARNING, "dwakd"):
@@ -130,7 +130,7 @@ def test_rows_that_leave_nothing_are_reported(caplog: pytest.LogCaptureFixture) 
 
 
 def test_an_emoji_that_does_not_fit_is_not_cut_in_two() -> None:
-    """Half a character is no text that the other side could cover."""
+    """Half a character is not text, so the other side could not encode the same response."""
     student, _ = sides()
     limit = len(student.prompt_ids(row(0, ""))) + 2  # the emoji is three tokens
     with pytest.raises(UserError, match=r"none of its 1 rows can be used \(no response token left: 1\)"):
@@ -138,7 +138,7 @@ def test_an_emoji_that_does_not_fit_is_not_cut_in_two() -> None:
 
 
 def test_invalid_rows_stop_the_run_or_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
-    """The sentence names row, length, limit, model, count and mend; `skip` leaves exactly those rows out."""
+    """The message names row, length, limit, model, count and fix; `skip` leaves out exactly these rows."""
     student, teacher = sides()
     rows = [row(0, "a"), row(4, "b", "long " * 40), row(5, "c", "long " * 40), row(6, " \n"), row(7, "d", "🤗" * 9)]
     with pytest.raises(UserError) as caught:
@@ -159,7 +159,7 @@ def test_invalid_rows_stop_the_run_or_are_left_out(caplog: pytest.LogCaptureFixt
 
 
 def test_a_prompt_too_long_for_the_teacher_alone() -> None:
-    """Both sides have the limit, and the message has to say whose it is."""
+    """The limit applies to each model, and the message names the model whose prompt is too long."""
     student, _ = sides()
     example = row(0, "a", "dog " * 3)
     short = max(len(student.prompt_ids(example)), 1)
@@ -170,14 +170,14 @@ def test_a_prompt_too_long_for_the_teacher_alone() -> None:
 
 
 def test_a_prompt_without_a_token_is_invalid() -> None:
-    """Nothing would predict the first token of the response, on this side only."""
+    """Without a prompt token, no position predicts the first token of the response."""
     side = TextEncoder(byte_bpe(), "{instruction}")
     with pytest.raises(UserError, match="the prompt has no token for the student"):
         encode_pairs([row(0, "a", "")], side)
 
 
 def test_options_that_cannot_be() -> None:
-    """Limits without room for a response, an unknown choice, no rows."""
+    """Limits without room for a response, an unknown choice and an empty data set are refused."""
     student, teacher = sides()
     with pytest.raises(
         UserError, match=r"data\.max_prompt_length=512 must be at least 1 and below data.max_length=512"
@@ -194,7 +194,7 @@ def batch_of(pairs: EncodedPairs) -> PairedBatch:
 
 
 def test_collate_pads_on_the_right() -> None:
-    """Padding must be masked on both sides, and no unpadded value may move."""
+    """Padding is masked for both models, and all other values stay in place."""
     student, teacher = sides()
     pairs = encode_pairs([row(0, "a"), row(9, "The quick brown fox jumps over 😀")], student, teacher)
     batch = batch_of(pairs)
@@ -218,7 +218,7 @@ def test_collate_pads_on_the_right() -> None:
 
 
 def test_without_a_teacher_there_is_the_student_only() -> None:
-    """SFT must not need a second tokenizer."""
+    """SFT does not need a teacher tokenizer."""
     student, _ = sides()
     batch = collate([encode_pairs([row(0, "a")], student)[0]])
     assert batch.teachers == ()
@@ -226,7 +226,7 @@ def test_without_a_teacher_there_is_the_student_only() -> None:
 
 
 def test_each_of_several_teachers_gets_its_own_tokens_and_places() -> None:
-    """A place or a row of another teacher would be another text."""
+    """Each teacher reads its own tokens, and cache places belong to its own cache."""
     student, teacher = sides()
     pairs = encode_pairs([row(0, "a"), row(9, "The quick brown fox")], student, teacher, student)
     found = [lambda _, row: len(row["input_ids"]), None]
@@ -237,7 +237,7 @@ def test_each_of_several_teachers_gets_its_own_tokens_and_places() -> None:
 
 
 def test_the_first_rows_of_a_batch_are_a_batch() -> None:
-    """Rows that a rank repeats are cut; the alignment of the other rows must stay theirs."""
+    """Repeated rows of a rank are removed; the alignment of the remaining rows must not change."""
     student, teacher = sides()
     pairs = encode_pairs([row(k, "The quick brown fox"[: 5 * k + 4]) for k in range(3)], student, teacher)
     align_by_spelling(pairs, student, teacher)
@@ -254,7 +254,7 @@ def test_the_first_rows_of_a_batch_are_a_batch() -> None:
 
 
 def test_a_batch_moves_as_a_whole() -> None:
-    """Accelerate and transformers move what has a `to`, and look for the names of inputs in it."""
+    """Accelerate calls `to` of a batch, and transformers tests whether it contains "input_ids"."""
     student, teacher = sides()
     batch = batch_of(encode_pairs([row(0, "a")], student, teacher))
     moved = send_to_device(batch, torch.device("meta"))

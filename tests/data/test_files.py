@@ -1,4 +1,4 @@
-"""Files with columns, values and bytes that a parser cannot handle: read if nobody needs them, refused in one sentence."""
+"""Values that a parser cannot handle are ignored in unused columns; otherwise the file is refused in one sentence."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ LONG = "7" * 5000
 
 
 def of_tomorrow(kind: str) -> bytes:
-    """Metadata that names a type of feature which this `datasets` does not know."""
+    """Return metadata with a type of feature that this version of `datasets` does not know."""
     return json.dumps({"info": {"features": {name: {"_type": kind} for name in TEXTS}}}).encode()
 
 
@@ -30,7 +30,7 @@ def read(path: Path) -> list[tuple[str, str]]:
 
 
 def refusal(path: Path) -> str | None:
-    """The sentence that refuses a file; None if it can be read."""
+    """Return the message that refuses a file, or None if it can be read."""
     try:
         load_examples(path)
     except UserError as error:
@@ -59,7 +59,7 @@ def error_of(source: Any, **options: Any) -> str:
     ids=["map", "map in a struct", "UUID", "year 148108", "later features", "damaged metadata"],
 )
 def test_columns_and_metadata_that_nobody_reads(tmp_path: Path, table: pyarrow.Table) -> None:
-    """A file written by Spark or by a later `datasets` could not be trained on because of a column beside the text."""
+    """Files of Spark or of a later `datasets` must be readable if only unused columns have unknown types."""
     parquet.write_table(table, tmp_path / "rows.parquet")
     assert read(tmp_path / "rows.parquet") == [("2 + 2?", "4"), ("3 + 3?", "6")]
 
@@ -76,13 +76,13 @@ def test_columns_and_metadata_that_nobody_reads(tmp_path: Path, table: pyarrow.T
     ids=lambda array: str(array.type),
 )
 def test_text_of_any_arrow_type(tmp_path: Path, responses: pyarrow.Array) -> None:
-    """Polars writes string views and pandas dictionaries: the same text must be learnt."""
+    """Polars writes string views and pandas writes dictionaries; both contain the same text."""
     parquet.write_table(pyarrow.table({"prompt": PROMPTS, "response": responses}), tmp_path / "rows.parquet")
     assert read(tmp_path / "rows.parquet") == [("2 + 2?", "4"), ("3 + 3?", "6")]
 
 
 def test_turns_hold_what_was_written(tmp_path: Path) -> None:
-    """JSON that `datasets` stores inside turns comes back as objects; a template would print its text otherwise."""
+    """JSON that `datasets` stores as text inside turns is read as objects, as templates expect."""
     turns = [
         say("user", "a", extra={"b": [1]}),
         say("assistant", "b", extra=2),
@@ -107,7 +107,7 @@ def test_turns_hold_what_was_written(tmp_path: Path) -> None:
     ids=lambda value: str(getattr(value, "type", "")),
 )
 def test_columns_that_hold_no_text(tmp_path: Path, responses: pyarrow.Array, message: str) -> None:
-    """Whatever arrow or `datasets` makes of a column to read, the user gets the file and the row or the reason."""
+    """A column without text is refused with the file and the row, or with the reason of pyarrow."""
     path = tmp_path / "rows.parquet"
     parquet.write_table(pyarrow.table({"prompt": PROMPTS, "response": responses}), path)
     error = error_of(path)
@@ -116,7 +116,7 @@ def test_columns_that_hold_no_text(tmp_path: Path, responses: pyarrow.Array, mes
 
 
 def test_damaged_parquet_files(tmp_path: Path) -> None:
-    """A download that broke off or lost bytes: arrow raises OSError, ArrowInvalid, UnicodeDecodeError and others."""
+    """For damaged files, pyarrow raises OSError, ArrowInvalid, UnicodeDecodeError and others; all name the file."""
     path = tmp_path / "rows.parquet"
     parquet.write_table(pyarrow.table(TEXTS), path)
     good = path.read_bytes()
@@ -133,7 +133,7 @@ def test_damaged_parquet_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
 def test_json_that_python_cannot_convert(tmp_path: Path, suffix: str) -> None:
-    """Mathematics data holds integers of thousands of digits, mostly where nobody reads them."""
+    """Mathematical data sets contain integers with thousands of digits, mostly in unused columns."""
     path = tmp_path / f"rows.{suffix}"
 
     def write(prompt: str, answer: str) -> Path:
@@ -169,7 +169,7 @@ def test_json_that_python_cannot_convert(tmp_path: Path, suffix: str) -> None:
     ],
 )
 def test_two_columns_of_one_name(tmp_path: Path, name: str, content: str, message: str) -> None:
-    """Of two responses, the last would be learnt and the other one lost."""
+    """If a name is repeated, the parser would keep only the last value without an error."""
     (tmp_path / name).write_text(content)
     error = error_of(tmp_path / name)
     assert error.startswith(str(tmp_path / name))
@@ -177,7 +177,7 @@ def test_two_columns_of_one_name(tmp_path: Path, name: str, content: str, messag
 
 
 def test_two_parquet_columns_of_one_name(tmp_path: Path) -> None:
-    """As above, also inside the turns of a conversation."""
+    """Repeated names are also refused inside the turns of a conversation."""
     path = tmp_path / "a.parquet"
     parquet.write_table(
         pyarrow.Table.from_arrays([PROMPTS, RESPONSES, PROMPTS], ["prompt", "response", "response"]), path
@@ -191,14 +191,14 @@ def test_two_parquet_columns_of_one_name(tmp_path: Path) -> None:
 
 
 def test_repetitions_that_lose_nothing(tmp_path: Path) -> None:
-    """Spreadsheets end in nameless columns, and a key given twice in metadata takes nothing from the text."""
+    """Repeated names are accepted in unused columns: nameless columns of spreadsheets, and keys of metadata."""
     (tmp_path / "a.csv").write_text(",prompt,response,,\n0,a,b,,\n")
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "response": "b", "meta": {"n": 1, "n": 2}}')
     assert read(tmp_path / "a.csv") == read(tmp_path / "a.jsonl") == [("a", "b")]
 
 
 def test_files_that_the_system_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A path that cannot be opened is named with the system's reason; a folder is no parquet file."""
+    """The message for a path that cannot be opened contains the path and the reason of the operating system."""
     (tmp_path / "a.parquet").mkdir()
     assert f"{tmp_path / 'a.parquet'}: cannot be read" in error_of(tmp_path / "a.parquet")
     (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")

@@ -1,4 +1,4 @@
-"""What is left out or cut when rows are encoded, and how the user learns of it."""
+"""Rows that are skipped or truncated when they are encoded are counted and reported."""
 
 import logging
 from typing import Any
@@ -30,7 +30,7 @@ class Refusing(TextEncoder):
 
 
 def test_cut_responses_are_counted_in_one_warning(caplog: pytest.LogCaptureFixture) -> None:
-    """A cut answer has no end token; without a word, a student learns from most rows never to stop."""
+    """A truncated response has no end token. Without a warning, users would not notice that most rows lack one."""
     rows = [*ROWS[:2], *(Example(n, "Go on.", response="The quick brown fox. " * 40) for n in (2, 3, 4))]
     encoders = TextEncoder(byte_bpe(), "plain"), TextEncoder(bpe_byte_fallback(), "plain")
     with caplog.at_level(logging.WARNING, "dwakd"):
@@ -46,7 +46,7 @@ def test_cut_responses_are_counted_in_one_warning(caplog: pytest.LogCaptureFixtu
 
 
 def test_rows_that_a_template_refuses(caplog: pytest.LogCaptureFixture) -> None:
-    """One conversation that a template cannot show must not stop a run that asked for skipping."""
+    """With `skip`, a conversation that the template refuses does not stop the run."""
     teacher = Refusing({1, 4})
     with caplog.at_level(logging.WARNING, "dwakd"):
         pairs = encode_pairs(ROWS, TextEncoder(byte_bpe(), "plain"), teacher, invalid_rows="skip")

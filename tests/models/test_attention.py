@@ -1,4 +1,4 @@
-"""Attention read off a run that stays as it is."""
+"""The attention of the last position is recorded without changing the forward pass."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.models.test_rows import LENGTHS, VOCAB, batch, lora, tokens_of
 
 
 def expected(model, input_ids, mask):
-    """What the model itself reports of its last layer, for each example alone."""
+    """Return the attention that the model reports for its last layer, for each example alone."""
     usual = model.config._attn_implementation
     model.set_attn_implementation("eager")
     rows = []
@@ -27,7 +27,7 @@ def expected(model, input_ids, mask):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("eager", [False, True])
 def test_it_is_the_attention_that_the_model_reports(family, eager):
-    """Groups of heads, scales, soft caps and windows: each family has its own, and the last row must be no padding."""
+    """Families differ in groups of heads, scales, soft caps and windows. The recorded row must not be padding."""
     model = tiny_model(family, VOCAB, **({"attn_logit_softcapping": 0.5} if family == "gemma2" else {}))
     if eager:
         model.set_attn_implementation("eager")
@@ -42,7 +42,7 @@ def test_it_is_the_attention_that_the_model_reports(family, eager):
 
 
 def test_a_window_without_a_mask_counts():
-    """Flash attention gets its window as a number and no mask."""
+    """Flash attention receives a window size instead of a mask."""
     model = tiny_model("mistral", VOCAB)
     input_ids, mask = batch()
     with last_layer(model.config) as noted:
@@ -55,7 +55,7 @@ def test_a_window_without_a_mask_counts():
 
 
 def test_rows_of_an_adapted_model_carry_it_and_the_registry_is_left_alone():
-    """The student's side; a function that stays registered would note every later model."""
+    """The recording function is removed afterwards; otherwise it would also record later models."""
     before = dict(ALL_ATTENTION_FUNCTIONS)
     model = lora(tiny_model("llama", VOCAB), target_modules=["q_proj", "v_proj"])
     input_ids, mask = batch()
@@ -70,7 +70,7 @@ def test_rows_of_an_adapted_model_carry_it_and_the_registry_is_left_alone():
 
 
 def test_sequences_of_a_group_have_their_own_last_position():
-    """The teacher's side: short sequences run together, long ones alone, all in shapes of their own length."""
+    """Short sequences of a teacher run in groups and long ones alone; each has its own last position."""
     model = tiny_model("gemma2", VOCAB)
     input_ids, mask = batch()
     sequences = [ids[:length] for ids, length in zip(input_ids, LENGTHS, strict=True)]
@@ -102,7 +102,7 @@ def test_sequences_of_a_group_have_their_own_last_position():
     ids=lambda model: model.config.model_type,
 )
 def test_models_that_attend_in_another_way_are_refused(model):
-    """ALiBi outside the registry and attention sinks: wrong weights would go unseen."""
+    """ALiBi and attention sinks are not supported; without an error, the weights would be wrong."""
     input_ids, mask = batch()
     with pytest.raises(UserError, match=r"set loss\.span_weights=uniform"):
         final_states(model.eval(), input_ids, mask, attention=True)

@@ -41,13 +41,13 @@ def test_check_head_names_the_model_and_leaves_every_mode_alone():
 
 
 def test_check_head_runs_without_dropout():
-    """Two forwards with dropout differ: every GPT-2 student would be refused."""
+    """With dropout, two forward passes differ, and every GPT-2 student would be refused."""
     model = tiny_model("gpt2", VOCAB, resid_pdrop=0.5, embd_pdrop=0.5)
     check_head(model.train())
 
 
 def test_bfloat16_models_pass_the_check():
-    """Rounding of half precision is no fault of the head."""
+    """Rounding in half precision is not an error of the head."""
     check_head(tiny_model("gemma2", VOCAB).to(torch.bfloat16))
 
 
@@ -67,7 +67,7 @@ def bidirectional_prefix(states):
 
 
 def pairs(states):
-    """Each token sees the one beside it: chunks of two."""
+    """Let each token read the other token of its pair."""
     chunks = states.unflatten(1, (-1, 2))
     return (chunks + 0.05 * chunks.flip(2)).view_as(states)
 
@@ -77,7 +77,7 @@ def pairs(states):
     "change", [lookahead, bidirectional_prefix, pairs, lambda states: states + states.mean(1, True)]
 )
 def test_a_model_that_reads_later_tokens_is_refused(change, dtype):
-    """The student would read the answer that it is to predict: its loss falls, and its own answers are worthless."""
+    """The student would read the tokens that it has to predict, so its loss would be meaningless."""
     model = tiny_model("llama", VOCAB).to(dtype)
     changed_output(model.model.layers[0], change)
     with pytest.raises(UserError, match="LlamaForCausalLM is not causal"):
@@ -86,7 +86,7 @@ def test_a_model_that_reads_later_tokens_is_refused(change, dtype):
 
 @pytest.mark.parametrize("model_type", ["cpmant", "xlnet", "reformer"])
 def test_architectures_that_read_later_tokens_are_refused(model_type):
-    """No setting of their configs says so."""
+    """Their configs have no setting that says so."""
     with pytest.raises(UserError, match="is not causal"):
         check_head(small_model(model_type))
 
@@ -103,13 +103,13 @@ def test_architectures_that_read_later_tokens_are_refused(model_type):
     ],
 )
 def test_a_model_that_is_not_made_a_decoder_is_refused(model_type, options):
-    """BART's conditional generation passes every other check: it makes its decoder's input from the same tokens."""
+    """Some settings make an architecture bidirectional. BART passes all other checks, because it shifts its input itself."""
     with pytest.raises(UserError, match="is not causal"):
         check_head(small_model(model_type, whole=True, **options))
 
 
 def test_a_model_that_mixes_the_sequences_of_a_batch_is_refused():
-    """A row's loss would depend on the rows that happen to be beside it."""
+    """The loss of a row would depend on the other rows of its batch."""
     model = tiny_model("llama", VOCAB)
     changed_output(model.model.layers[0], lambda states: states + 0.05 * states.mean(0, keepdim=True))
     with pytest.raises(UserError, match="other sequences of a batch"):
@@ -119,12 +119,12 @@ def test_a_model_that_mixes_the_sequences_of_a_batch_is_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("model_type", ["mixtral", "mamba2", "rwkv", "zamba2", "lfm2", "gpt_oss"])
 def test_experts_windows_and_states_pass_the_check(model_type, dtype):
-    """Rounding depends on which tokens an expert gets; it must not be taken for a look at later tokens."""
+    """In a mixture of experts, rounding depends on the other tokens. This is not a dependence on later tokens."""
     check_head(small_model(model_type).to(dtype))
 
 
 def test_the_check_of_a_model_leaves_the_random_state_alone():
-    """A run with a checked teacher would draw other batches than one without."""
+    """Otherwise the check of a teacher would change the order of the training rows."""
     state = torch.get_rng_state()
     check_head(tiny_model("llama", VOCAB).train())
     assert torch.equal(torch.get_rng_state(), state)
@@ -132,7 +132,7 @@ def test_the_check_of_a_model_leaves_the_random_state_alone():
 
 @pytest.mark.parametrize("bias", [-torch.inf, torch.finfo(torch.float32).min])
 def test_a_head_that_forbids_its_padding_rows_is_compared_by_the_others(bias):
-    """inf - inf is NaN, and beside a huge logit every other difference looks small."""
+    """Infinite or huge logits of forbidden tokens must neither cause NaN nor hide other differences."""
     model = tiny_model("phi", VOCAB + 8)
     with torch.no_grad():
         model.lm_head.bias[VOCAB:] = bias
@@ -174,7 +174,7 @@ def no_numbers():
     ],
 )
 def test_a_model_that_cannot_run_is_refused_in_one_sentence(make, reason):
-    """Its own traceback names neither the model nor what to do, and comes after the data was prepared."""
+    """The error names the model and the fix, and is raised before the data is prepared."""
     model = make()
     with pytest.raises(UserError, match=reason) as caught:
         check_head(model)
@@ -184,7 +184,7 @@ def test_a_model_that_cannot_run_is_refused_in_one_sentence(make, reason):
 
 @pytest.mark.parametrize("positions", [1, 2, 5])
 def test_models_of_few_positions_are_checked_within_them(positions):
-    """A position table that ends early would make the check itself fail."""
+    """The check must not use more positions than the model has."""
     check_head(tiny_model("gpt2", VOCAB, n_positions=positions))
 
 

@@ -1,4 +1,4 @@
-"""Response rows: what the losses see must be what the model computes, whatever its family."""
+"""Losses read the response positions exactly as the model computes them, for all model families."""
 
 import dataclasses
 
@@ -52,7 +52,7 @@ def lora(model, **options):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_head_on_final_hidden_gives_the_models_logits(family):
-    """Else KD would train a student against logits that neither model ever produces."""
+    """Otherwise losses would use logits that the model does not produce."""
     model = tiny_model(family, VOCAB)
     check_head(model)
     input_ids, mask = batch()
@@ -64,7 +64,7 @@ def test_head_on_final_hidden_gives_the_models_logits(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_right_padding_changes_no_hidden_state(family):
-    """Else the loss of an example would depend on the longest example beside it."""
+    """Otherwise the loss of an example would depend on the longest example of its batch."""
     model = tiny_model(family, VOCAB)
     input_ids, mask = batch()
     padded = final_hidden(model, input_ids, mask)
@@ -75,7 +75,7 @@ def test_right_padding_changes_no_hidden_state(family):
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "opt", "opt_projected", "qwen2"])
 def test_rows_are_selected_in_batch_order_with_embeddings_of_the_table(family):
-    """Rows out of order, scaled (Gemma) or offset (OPT) embeddings would spoil attention and Soft-DTW."""
+    """Attention and Soft-DTW need the rows in order, and embeddings without scale (Gemma) or offset (OPT)."""
     model = tiny_model(family, VOCAB)
     input_ids, mask = batch()
     tokens = tokens_of(input_ids, mask, 4)
@@ -95,7 +95,7 @@ def test_rows_are_selected_in_batch_order_with_embeddings_of_the_table(family):
 
 
 def test_gradient_reaches_backbone_and_table_but_not_through_the_tokens_read():
-    """The query's embeddings are constants in the method; target embeddings move the student's table."""
+    """Input embeddings are constants; target embeddings carry gradient to the student's table."""
     model = tiny_model("llama", VOCAB)
     input_ids = torch.tensor([[5, 6, 7]])
     tokens = tokens_of(input_ids, torch.ones_like(input_ids), 1)
@@ -110,7 +110,7 @@ def test_gradient_reaches_backbone_and_table_but_not_through_the_tokens_read():
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt_projected"])
 def test_lora_stays_active_in_the_backbone(family):
-    """A backbone taken from beneath the wrapper without its adapters would train nothing."""
+    """If the backbone ran without its adapters, nothing would be trained."""
     plain = tiny_model(family, VOCAB)
     input_ids, mask = batch()
     before = final_hidden(plain, input_ids, mask).detach().clone()
@@ -136,7 +136,7 @@ def test_trained_copies_of_head_and_embeddings_are_the_ones_in_use():
 
 @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
 def test_lora_on_a_vocabulary_matrix_is_refused(module):
-    """LoRA keeps its change outside the matrix, which the losses read; at B = 0 no check would notice."""
+    """LoRA stores its change outside the matrix that the losses read, and no other check finds it before training."""
     model = get_peft_model(tiny_model("llama", VOCAB), LoraConfig(r=4, target_modules=["q_proj", module]))
     function = output_head if module == "lm_head" else embedding_table
     with pytest.raises(UserError, match="modules_to_save"):
@@ -145,12 +145,12 @@ def test_lora_on_a_vocabulary_matrix_is_refused(module):
 
 @pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
 def test_learned_prompts_are_refused(config):
-    """The backbone alone would leave the learned prompt out."""
+    """The backbone alone does not read a learned prompt."""
     model = get_peft_model(tiny_model("llama", VOCAB), config(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(UserError, match="LoRA"):
         final_hidden(model, *batch())
 
 
 def test_head_wider_than_the_tokenizer_keeps_its_padding_rows():
-    """Qwen's heads have rows that no token uses; they belong to the softmax all the same."""
+    """Qwen's heads have rows that no token uses, but they are part of the softmax."""
     assert output_head(tiny_model("qwen2", 384)).vocab_size == 384

@@ -1,4 +1,4 @@
-"""The sides that a user's own loop gets are those of the trainer."""
+"""`paired_sides` gives a user's own training loop the same sides as the trainer."""
 
 import torch
 
