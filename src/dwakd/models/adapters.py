@@ -40,10 +40,8 @@ def merge_adapter(adapted: PeftModel, name: str) -> Any:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
         _declare_untied(lm)
     for changed, other, _ in _conflicts(adapted):
-        raise UserError(
-            f"adapter {name} cannot be merged: it changes {changed}, which shares its weight with {other}, but does not "
-            f"change {other} in the same way; train the adapter without {changed} in target_modules"
-        )
+        fix = f"train the adapter without {changed} in target_modules"
+        raise UserError(f"adapter {name} cannot be merged: {changed} shares its weight with {other}; {fix}")
     layers = [_short(path) for path, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)]
     input_ids = _input_ids(adapted)
     expected = _logits(adapted, input_ids)

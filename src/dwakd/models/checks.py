@@ -49,12 +49,10 @@ def check_head(model: nn.Module) -> None:
         except UserError:
             raise
         except Exception as error:  # the code of a model may raise any exception
-            raise UserError(
-                f"{name} cannot be used: its forward pass fails on token ids alone ({reason_of(error)}); correct the "
-                "cause or use another model"
-            ) from error
-    _check_logits(logits, hidden, head, name)
-    _check_causal(hidden, changed, kept, name)
+            reason = reason_of(error)
+            raise UserError(f"{name} cannot be used: its forward pass fails on token ids alone ({reason})") from error
+    if problem := _head_problem(logits, hidden, head) or _order_problem(hidden, changed, kept):
+        raise UserError(f"{name} {problem}")
 
 
 def check_training(model: Any, *, gradient_checkpointing: bool) -> None:
@@ -123,38 +121,34 @@ def _special_ids(settings: dict[Any, Any]) -> set[int]:
     return found
 
 
-def _check_logits(logits: Float[Tensor, "..."], hidden: Float[Tensor, "..."], head: OutputHead, name: str) -> None:
-    """Raise an error if a model's logits are not those of its output head.
+def _head_problem(logits: Float[Tensor, "..."], hidden: Float[Tensor, "..."], head: OutputHead) -> str | None:
+    """Describe a difference between a model's logits and those of its output head.
 
     Each vocab entry has its own scale (1 + its largest absolute logit), so that a very negative bias of one entry does
     not hide differences in others. Logits of -inf, which forbid tokens, must agree.
     """
     if hidden.shape[-1] != head.hidden_size or logits.shape != (*hidden.shape[:2], head.vocab_size):
-        raise UserError(
-            f"{name} cannot be used: its output head maps {head.hidden_size} values to {head.vocab_size} logits, but its "
-            f"hidden states have the shape {tuple(hidden.shape)} and its logits {tuple(logits.shape)}; use another model"
+        shapes = f"hidden states of shape {tuple(hidden.shape)} and logits of shape {tuple(logits.shape)}"
+        return (
+            f"cannot be used: its output head maps {head.hidden_size} values to {head.vocab_size}, but it has {shapes}"
         )
     if logits.isnan().any():
-        raise UserError(f"{name} cannot be used: its logits are NaN; check its weights")
+        return "cannot be used: its logits are NaN; check its weights"
     ours = head.logits(hidden.flatten(0, 1))
     expected = logits.flatten(0, 1).to(ours.dtype)
     differences = torch.where(ours == expected, 0.0, (ours - expected).abs())
     scale = expected.abs().masked_fill(expected.isinf(), 0.0).amax(0)
     difference = float((differences / (1 + scale)).max())
     if not difference <= {torch.float64: 1e-8, torch.float32: 1e-4}.get(head.weight.dtype, 3e-2):
-        raise UserError(
-            f"{name} cannot be used: its logits are not its output head applied to its final hidden states (largest "
-            f"difference {difference:.3g}, relative to the logits), so its architecture is not supported; use another model"
-        )
+        found = f"largest difference {difference:.3g}, relative to the logits"
+        return f"has an unsupported architecture: its logits are not its output head applied to its hidden states ({found})"
+    return None
 
 
-def _check_causal(
-    hidden: Float[Tensor, "3 length hidden"],
-    changed: Float[Tensor, "3 length hidden"],
-    kept: tuple[int, ...],
-    name: str,
-) -> None:
-    """Raise an error if the hidden states of the `kept` leading tokens differ between a batch and a changed batch.
+def _order_problem(
+    hidden: Float[Tensor, "3 length hidden"], changed: Float[Tensor, "3 length hidden"], kept: tuple[int, ...]
+) -> str | None:
+    """Describe a difference between the hidden states of the `kept` leading tokens of a batch and of a changed batch.
 
     In models with a mixture of experts, rounding depends on the other sequences. This effect is measured on the first
     sequence, which is the same in both batches, and a difference of ten times its size is allowed.
@@ -162,15 +156,12 @@ def _check_causal(
     rounding = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-3}.get(hidden.dtype, 8e-3)
     company, *ahead = [relative_difference(changed[row, :count], hidden[row, :count]) for row, count in enumerate(kept)]
     if not company <= 10 * rounding:
-        raise UserError(
-            f"{name} cannot be used: the hidden states of a sequence depend on the other sequences of a batch (relative "
-            f"difference {company:.2g}); use a model that treats sequences independently"
-        )
+        found = f"relative difference {company:.2g}"
+        return f"cannot be used: the hidden states of a sequence depend on the other sequences of a batch ({found})"
     if not max(ahead) <= max(rounding, 10 * company):
-        raise UserError(
-            f"{name} is not causal: hidden states of earlier tokens depend on later tokens (relative difference "
-            f"{max(ahead):.2g}); use a decoder with causal attention (see is_decoder and is_causal in its config)"
-        )
+        found, fix = f"relative difference {max(ahead):.2g}", "check is_decoder and is_causal in its config"
+        return f"is not causal: the hidden states of a token depend on later tokens ({found}); {fix}"
+    return None
 
 
 def _adds_loss(model: nn.Module) -> bool | None:

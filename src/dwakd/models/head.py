@@ -61,9 +61,7 @@ def causal_lm(model: nn.Module) -> Any:
     if not isinstance(model, PeftModel):
         return model
     if model.active_peft_config.is_prompt_learning:
-        raise UserError(
-            "PEFT methods that prepend learned prompts are not supported; use LoRA or another method that changes layers"
-        )
+        raise UserError("PEFT methods that prepend learned prompts are not supported; use a method such as LoRA")
     return model.get_base_model()
 
 
@@ -81,9 +79,7 @@ def final_hidden(
     # the base_model_prefix of Llama 4 is not the name of a module, so base_model returns the whole model
     backbone = lm.base_model if lm.base_model is not lm else getattr(lm, "model", lm)
     if backbone is lm:
-        raise UserError(
-            f"{model_name(model)} cannot be used: it has no backbone that runs without the output head; use another model"
-        )
+        raise UserError(f"{model_name(model)} cannot be used: it has no backbone that runs without the output head")
     # Causal attention needs no mask for right padding. Positions whose keys are all masked would be NaN in eager float64.
     seen = torch.ones_like(attention_mask)
     output = backbone(input_ids=input_ids, attention_mask=seen, use_cache=False, return_dict=True)
@@ -119,7 +115,5 @@ def _plain_module(getter: str, what: str, model: nn.Module) -> Any:
         )
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
-        raise UserError(
-            f"{model_name(model)} cannot be used: {getter}() returns no matrix for its {what}; use another model"
-        )
+        raise UserError(f"{model_name(model)} cannot be used: {getter}() returns no matrix for its {what}")
     return module

@@ -93,9 +93,8 @@ def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
     """Raise a UserError if the tokenizer has more tokens than the model has embeddings; fewer, as Qwen's, are accepted."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        raise UserError(
-            f"the tokenizer of {name} has {len(tokenizer)} tokens, but the model has {rows} embeddings; use its own tokenizer"
-        )
+        found = f"{len(tokenizer)} tokens, but the model has {rows} embeddings"
+        raise UserError(f"the tokenizer of {name} has {found}; use its own tokenizer")
 
 
 def align_special_tokens(model: Any, tokenizer: Any) -> None:
@@ -136,10 +135,8 @@ def adapter_base(adapter: dict[str, Any], spec: str) -> str:
     try:
         resolve_spec(base)
     except UserError as error:
-        raise UserError(
-            f"{spec} is an adapter of {base}, which does not exist; correct base_model_name_or_path in its "
-            "adapter_config.json, or load the base model with this adapter"
-        ) from error
+        fix = "correct base_model_name_or_path in its adapter_config.json, or load the base model with this adapter"
+        raise UserError(f"{spec} is an adapter of {base}, which does not exist; {fix}") from error
     return str(base)
 
 
@@ -162,10 +159,8 @@ def _pretrained(location: str, spec: str, dtype: torch.dtype, **options: Any) ->
         options |= {**local, "adapter_kwargs": local}  # transformers' search for adapters has its own options
         model, loading = model_class.from_pretrained(location, dtype=dtype, output_loading_info=True, **options)
     if missing := sorted(loading["missing_keys"]):
-        raise UserError(
-            f"the checkpoint of {spec} lacks {len(missing)} weights of {type(model).__name__} (first: {missing[0]}); "
-            "give the complete checkpoint of a causal language model"
-        )
+        lack = f"{len(missing)} weights of {type(model).__name__} (first: {missing[0]})"
+        raise UserError(f"the checkpoint of {spec} lacks {lack}; give the checkpoint of a causal language model")
     return model
 
 
