@@ -35,10 +35,8 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.name = tokenizer_name(tokenizer)
         if not tokenizer.chat_template:
-            raise UserError(
-                f"data.template is chat, but the tokenizer of {self.name} has no chat template: "
-                "use data.template: alpaca, or add a chat_template to its tokenizer_config.json"
-            )
+            fix = "use data.template: alpaca, or add a chat_template to its tokenizer_config.json"
+            raise UserError(f"data.template is chat, but the tokenizer of {self.name} has no chat template: {fix}")
         self.prints_date = "strftime_now" in str(tokenizer.chat_template)
         self.date = date or clock.datetime.now().date().isoformat()
         ids = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -79,9 +77,9 @@ class ChatTemplate:
         before, tail = self._around_answer(turns, options)
         start = _locate(full, asked, before, tail, answer) if full else before
         if start is None:
+            fix = "correct that row, or use data.template: alpaca"
             raise UserError(
-                f"the chat template of {self.name} changes the answer, so that the model would be "
-                "trained on a text that the template does not write: correct that row, or use data.template: alpaca"
+                f"the chat template of {self.name} changes the answer, which would be trained unchanged: {fix}"
             )
         if adjusted is None or start.startswith(asked) or asked.startswith(start):
             return start
@@ -90,10 +88,8 @@ class ChatTemplate:
     def _around_answer(self, turns: list[Turn], options: dict[str, Any]) -> tuple[str, str]:
         before, *tails = self._render([*turns, {"role": "assistant", "content": _MARK}], options).split(_MARK)
         if len(tails) != 1:
-            raise UserError(
-                f"the chat template of {self.name} does not write an assistant's answer unchanged: correct the "
-                "chat_template in its tokenizer_config.json, or use data.template: alpaca"
-            )
+            fix = "correct the chat_template in its tokenizer_config.json, or use data.template: alpaca"
+            raise UserError(f"the chat template of {self.name} does not write an assistant's answer unchanged: {fix}")
         return before, tails[0]
 
     def _check_shown(self, turns: list[Turn], options: dict[str, Any], asked: str) -> None:
@@ -114,10 +110,9 @@ class ChatTemplate:
                 shown = _occurs(text, alone, required(n + 1).count(text) + 1)
             if not shown:
                 which = f" of turn {n} (role {turns[n]['role']!r}, counting from 0)" if n >= 0 else ""
-                raise UserError(
-                    f"the chat template of {self.name} omits {key!r}{which} or a part of it "
-                    f"({text!r:.80}): remove it from the data, or use a model whose chat template shows it"
-                )
+                what = f"{key!r}{which} or a part of it ({text!r:.80})"
+                fix = "remove it from the data, or use a model whose chat template shows it"
+                raise UserError(f"the chat template of {self.name} omits {what}: {fix}")
 
     def _try(self, turns: list[Turn], options: dict[str, Any], *, generation: bool = True) -> str | None:
         try:
@@ -133,10 +128,8 @@ class ChatTemplate:
             text.encode()
         except Exception as error:  # templates raise any type: jinja2's TemplateError, TypeError, ...
             roles = ", ".join(turn["role"] for turn in turns)
-            raise UserError(
-                f"the chat template of {self.name} refuses messages of {roles}: {error}; change the roles of these "
-                "messages, or use data.template: alpaca"
-            ) from error
+            fix = "change the roles of these messages, or use data.template: alpaca"
+            raise UserError(f"the chat template of {self.name} refuses messages of {roles}: {error}; {fix}") from error
         return text
 
 
@@ -150,10 +143,7 @@ def check_tokenizer(tokenizer: Any, name: str) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"the tokenizer of {name} is slow and has no text offsets; use one with a tokenizer.json")
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"the tokenizer of {name} has no end-of-sequence token, so that answers would never end; set eos_token in "
-            "its tokenizer_config.json"
-        )
+        raise UserError(f"the tokenizer of {name} has no end-of-sequence token; set eos_token in tokenizer_config.json")
 
 
 def _occurs(text: str, rendered: str, times: int) -> bool:

@@ -123,9 +123,9 @@ class TextEncoder:
 class _SpecialTokensAsText:
     """Tokenise prompts so that only the template can write special tokens.
 
-    Before the template is applied, special tokens in the row are replaced by placeholders. The special tokens of the
-    rendered prompt then come from the template. They are replaced by aliases, which a copy of the tokenizer has as
-    added tokens, and the placeholders by the original text, which this copy reads as plain text.
+    Special tokens in the row are replaced by placeholders before the template is applied. Those in the rendered prompt
+    are then the template's. They become aliases, which are added tokens of a copy of the tokenizer, and the placeholders
+    become the original text again, which the copy reads as plain text.
     """
 
     def __init__(self, prompts: Prompts) -> None:

@@ -5,9 +5,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -15,7 +13,7 @@ import datasets
 import pyarrow  # type: ignore[import-untyped, unused-ignore]
 from pyarrow import parquet  # type: ignore[import-untyped, unused-ignore]
 
-from dwakd.errors import UserError, reason_of
+from dwakd.errors import UserError
 
 PlacedRow: TypeAlias = tuple[str, Any]
 """The place of a row, as messages name it, and the row itself."""
@@ -30,36 +28,21 @@ class Unusable:
     reason: str
 
 
-def read_file(
-    path: Path, name: str, select: Select, start: str | None = None, stop: str | None = None
-) -> Iterator[PlacedRow]:
-    """Read the rows of a file from index `start` to before `stop` (strings of digits); `name` is its name in messages.
+def read_file(path: Path, name: str, select: Select) -> Iterator[PlacedRow]:
+    """Read the rows of a file one by one; `name` is its name in messages. `select` is used for parquet files only.
 
-    From files other than parquet, all columns are read. Errors of the file system and of pyarrow pass: use `explained`.
+    Errors of the file system and of pyarrow are not converted here: use `dwakd.errors.explained`.
     """
     with path.expanduser().open("rb") as file:
         if path.suffix.lower() not in _READERS:
             found = path.suffix or "a file without suffix"
             raise UserError(f"{name}: cannot read {found}: use {', '.join(SUFFIXES)}")
-        rows = _READERS[path.suffix.lower()](file, name, select)
-        yield from islice(rows, int(start or 0), int(stop) if stop else None)
+        yield from _READERS[path.suffix.lower()](file, name, select)
 
 
 def numbered(rows: Iterable[Any], name: str) -> Iterator[PlacedRow]:
     """Add to each row its place: the source's name and the number of the row."""
     return ((f"{name}, row {index} (counting from 0)", row) for index, row in enumerate(rows))
-
-
-@contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Turn any exception inside the block into a UserError that begins with `what`; UserErrors pass unchanged."""
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # pyarrow, datasets, the Hub and the file system raise a dozen unrelated types
-        reason = getattr(error, "strerror", None) or reason_of(error)
-        raise UserError(f"{what} ({type(error).__name__}: {reason:.200})") from error
 
 
 def parse_json(text: str) -> Any:

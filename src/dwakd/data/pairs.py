@@ -122,8 +122,7 @@ def encode_pairs(
 
     Args:
         examples: rows with responses.
-        student: encoder of the student.
-        teachers: encoders of the teachers; none for SFT.
+        student: encoder of the student, followed by those of the teachers (none for SFT).
         max_length: maximum number of tokens per side: prompt, response and end token (512 in the paper's code).
         max_prompt_length: maximum number of tokens of a prompt per side (256 in the paper's code).
         invalid_rows: `error` refuses a prompt that is too long or has no token, an empty response, and a row that a
@@ -136,10 +135,8 @@ def encode_pairs(
     """
     check_choice("data.invalid_rows", invalid_rows, INVALID_ROWS)
     if not 1 <= max_prompt_length < max_length:
-        raise UserError(
-            f"data.max_prompt_length={max_prompt_length} must be at least 1 and below "
-            f"data.max_length={max_length}, which includes the response: change one of them"
-        )
+        limit = f"data.max_length={max_length}, which includes the response"
+        raise UserError(f"data.max_prompt_length={max_prompt_length} must be at least 1 and below {limit}")
     sides = [student, *teachers]
     pairs = EncodedPairs([], {}, source)
     first_error: dict[str, str] = {}
@@ -216,10 +213,8 @@ def _check_report(pairs: EncodedPairs, first_error: dict[str, str], invalid_rows
     for reason, rows in pairs.report.items():
         if invalid_rows == "error" and reason != NOTHING_SUPERVISED:
             fix = "raise data.max_prompt_length" if reason == PROMPT_TOO_LONG else "correct the data"
-            raise UserError(
-                f"{first_error[reason]} ({len(rows)} of {num_rows} rows have this error); {fix} or set "
-                "data.invalid_rows: skip"
-            )
+            found = f"{first_error[reason]} ({len(rows)} of {num_rows} rows have this error)"
+            raise UserError(f"{found}; {fix} or set data.invalid_rows: skip")
     if not len(pairs):
         fix = first_error.get(REFUSED, f"raise {length_option} and data.max_prompt_length or correct the data")
         raise UserError(f"{pairs.source}: none of its {num_rows} rows can be used ({counts or 'no rows found'}); {fix}")

@@ -75,10 +75,8 @@ class Columns:
             found = next((each for each in (known if name is None else [name]) if each in names), None)
             if found is None and (needed or name is not None):
                 what = f"with the {option} ({', '.join(known)})" if name is None else repr(name)
-                raise UserError(
-                    f"{source} has no column {what}; its columns are: {', '.join(names) or 'none'}; "
-                    f"set data.{option} (eval, shrink: --{option}) to one of them"
-                )
+                fix = f"set data.{option} (eval, shrink: --{option}) to one of them"
+                raise UserError(f"{source} has no column {what}; its columns are: {', '.join(names) or 'none'}; {fix}")
             return found
 
         prompt = search("prompt", (*_CONVERSATIONS, *_RESPONSES), needed=True) or ""
@@ -103,7 +101,7 @@ class Columns:
         if not _asks(turns):
             found = f"role {turns[-1]['role']!r}" if turns else "none"
             raise UserError(
-                f"the turn before the answer in {self.prompt!r} must be the user's or a tool's, got {found}"
+                f"the turn before the answer in {self.prompt!r} must be the user's or a tool's, not {found}"
             )
         *history, last = turns
         turn = {key: value for key, value in last.items() if key != "content"}

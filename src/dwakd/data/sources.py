@@ -12,9 +12,9 @@ from typing import Any
 import datasets
 import huggingface_hub
 
-from dwakd.data.files import SUFFIXES, PlacedRow, Select, explained, numbered, read_file
+from dwakd.data.files import SUFFIXES, PlacedRow, Select, numbered, read_file
 from dwakd.data.rows import INVALID_ROWS, Columns, Example, check_choice, check_row
-from dwakd.errors import UserError
+from dwakd.errors import UserError, explained
 
 __all__ = ["EVAL_SPLITS", "SUFFIXES", "TEST_SPLITS", "TRAIN_SPLITS", "Example", "load_examples"]
 
@@ -114,7 +114,8 @@ def _open(source: Any, split: str | Sequence[str], name: str, select: Select) ->
         if repo:  # not by `datasets`, which cannot read columns that mix strings and lists
             with explained(f"could not load the file {path} of the data set {repo} from the Hugging Face Hub"):
                 path = huggingface_hub.hf_hub_download(repo, path, repo_type="dataset")
-        return read_file(Path(path), name, select, found["start"], found["stop"])
+        stop = int(found["stop"]) if found["stop"] else None
+        return islice(read_file(Path(path), name, select), int(found["start"] or 0), stop)
     if isinstance(source, Path) or (isinstance(source, str) and _is_path(source)):
         return read_file(Path(source), name, select)
     if isinstance(source, str):
@@ -141,10 +142,10 @@ def _choose_split(splits: Mapping[Any, Any], split: str | Sequence[str], name: s
     wanted = [split] if isinstance(split, str) else split
     found = next((each for each in wanted if each in splits), None)
     if found is None:
-        raise UserError(
-            f"{name} has no split {' or '.join(map(repr, wanted))}: its splits are {', '.join(map(str, splits)) or 'none'}; "
-            "choose one of them, after a Hub id as in org/name@train"
+        found = (
+            f"its splits are {', '.join(map(str, splits)) or 'none'}; choose one, after a Hub id as in org/name@train"
         )
+        raise UserError(f"{name} has no split {' or '.join(map(repr, wanted))}: {found}")
     if found != wanted[0]:
         logger.warning("%s has no split %r; using its split %r instead", name, wanted[0], found)
     return found

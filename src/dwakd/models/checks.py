@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dwakd.batch import OutputHead
-from dwakd.errors import UserError, reason_of
+from dwakd.errors import UserError, explained
 from dwakd.models.head import causal_lm, embedding_table, evaluating, final_hidden, model_name, output_head
 
 _BEYOND = 1e6
@@ -42,15 +42,10 @@ def check_head(model: nn.Module) -> None:
         changed_ids[row, :count] = ids[row, :count]
     mask = torch.ones_like(ids)
     devices = [] if ids.device.type == "cpu" else [ids.device]
-    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices, device_type=ids.device.type):
-        try:
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            hidden, changed = final_hidden(model, ids, mask), final_hidden(model, changed_ids, mask)
-        except UserError:
-            raise
-        except Exception as error:  # the code of a model may raise any exception
-            reason = reason_of(error)
-            raise UserError(f"{name} cannot be used: its forward pass fails on token ids alone ({reason})") from error
+    failure = explained(f"{name} cannot be used: its forward pass fails on token ids alone")
+    with failure, evaluating(model), torch.no_grad(), torch.random.fork_rng(devices, device_type=ids.device.type):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        hidden, changed = final_hidden(model, ids, mask), final_hidden(model, changed_ids, mask)
     if problem := _head_problem(logits, hidden, head) or _order_problem(hidden, changed, kept):
         raise UserError(f"{name} {problem}")
 

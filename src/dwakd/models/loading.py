@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import find_adapter_config_file
 
 from dwakd.data.chat import check_tokenizer
-from dwakd.errors import UserError, reason_of
+from dwakd.errors import UserError, explained
 from dwakd.models.adapters import merge_adapter
 from dwakd.models.specs import only_cached, resolve_spec
 
@@ -46,7 +46,7 @@ def load_tokenizer(spec: str, *, trust_remote_code: bool = False, revision: str 
             raise UserError(f"{spec} contains no tokenizer.json; give the folder or hub id of the tokenizer")
         return load_tokenizer(adapter_base(adapter, spec), trust_remote_code=trust_remote_code)
     options = {"revision": revision, "local_files_only": only_cached(location, revision)}
-    with _loading("tokenizer", spec):
+    with explained(_failure("tokenizer", spec)):
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
     check_tokenizer(tokenizer, spec)
     if tokenizer.pad_token_id is None:
@@ -117,7 +117,7 @@ def adapter_config(spec: str, revision: str | None = None) -> dict[str, Any] | N
     """
     location = resolve_spec(spec)
     local = only_cached(location, revision)
-    with _loading("adapter", location):
+    with explained(_failure("adapter", location)):
         found = find_adapter_config_file(location, revision=revision, local_files_only=local)
         if found is not None:
             return dict(json.loads(Path(found).read_text(encoding="utf-8")))
@@ -150,7 +150,7 @@ def quiet_peft() -> Iterator[None]:
 
 def _pretrained(location: str, spec: str, dtype: torch.dtype, **options: Any) -> Any:
     local = {"local_files_only": only_cached(location, options["revision"])}
-    with _loading("model", spec):
+    with explained(_failure("model", spec)):
         config = AutoConfig.from_pretrained(location, **options, **local)
         # AutoModelForCausalLM does not support every causal class that a config names (for example Emu3's)
         known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()).intersection(config.architectures or ())
@@ -166,20 +166,14 @@ def _pretrained(location: str, spec: str, dtype: torch.dtype, **options: Any) ->
 
 def _merged(model: Any, location: str, spec: str, revision: str | None) -> Any:
     """Merge an adapter into the model. Raise a UserError if weights of the adapter are missing."""
-    with _loading("adapter", spec), quiet_peft():
+    with explained(_failure("adapter", spec)), quiet_peft():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         return merge_adapter(PeftModel.from_pretrained(model, location, revision=revision), spec)
 
 
-@contextlib.contextmanager
-def _loading(what: str, spec: str) -> Iterator[None]:
-    """Turn any exception into a UserError; each type of model, tokenizer and adapter raises its own."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        source, fix = " from the Hugging Face Hub", "; check the name and the network, or give an existing folder"
-        if Path(spec).expanduser().exists() or spec.startswith(("gguf:", "package:")):
-            source = fix = ""
-        raise UserError(f"could not load the {what} of {spec}{source} ({reason_of(error)}){fix}") from error
+def _failure(what: str, spec: str) -> str:
+    """Return the beginning of the message of an error while loading."""
+    if Path(spec).expanduser().exists() or spec.startswith(("gguf:", "package:")):
+        return f"could not load the {what} of {spec}"
+    fix = "check the name and the network, or give an existing folder"
+    return f"could not load the {what} of {spec} from the Hugging Face Hub; {fix}"

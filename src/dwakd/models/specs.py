@@ -23,7 +23,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from dwakd.errors import UserError, reason_of
+from dwakd.errors import UserError, explained
 from dwakd.folders import cache_folder
 from dwakd.models.saving import save_causal_lm
 
@@ -90,8 +90,7 @@ def convert_gguf(path: Path) -> Path:
     so several processes may convert the same file at the same time.
 
     Raises:
-        UserError: the file does not exist, is not a GGUF file, lacks weights, or has an architecture or tokenizer that
-            transformers cannot read; or the package gguf is not installed.
+        UserError: the file is not a GGUF file that transformers can read, or the package gguf is not installed.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist or is not a file; gguf: requires the path of a GGUF file")
@@ -121,12 +120,9 @@ def _convert(path: Path, folder: Path) -> None:
         raise UserError(f"{path} requires the package gguf; install it with pip install 'dwakd[gguf]'")
     transformers_logging.get_logger(__name__).warning("converting %s to safetensors; later runs reuse the result", path)
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    try:
+    with explained(f"{path} cannot be converted; use a GGUF file of an architecture that transformers supports"):
         tokenizer = AutoTokenizer.from_pretrained(**source)
         model, loading = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # a damaged file can fail anywhere in the reader
-        fix = "use a GGUF file of an architecture that transformers supports"
-        raise UserError(f"{path} cannot be converted ({reason_of(error)}); {fix}") from error
     if missing := sorted(loading["missing_keys"]):
         raise UserError(f"{path} lacks {len(missing)} weights (first: {missing[0]}); use a complete GGUF file")
     model.hf_quantizer = None  # transformers refuses to save a model with the settings of a quantisation
