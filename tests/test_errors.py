@@ -2,7 +2,7 @@
 
 import pytest
 
-from dwakd.errors import reason_of
+from dwakd.errors import UserError, explained, reason_of
 
 
 @pytest.mark.parametrize(
@@ -12,3 +12,12 @@ from dwakd.errors import reason_of
 def test_the_reason_is_one_line(error, reason):
     """Messages of transformers have several lines, and some exceptions have no message."""
     assert reason_of(error) == reason
+
+
+def test_any_exception_becomes_a_user_error():
+    """The command line prints a UserError as one sentence, and any other exception as a traceback."""
+    what, sentence = "a.json: cannot be read", r"^a\.json: cannot be read \(PermissionError: Permission denied\)$"
+    with pytest.raises(UserError, match=sentence), explained(what):
+        raise PermissionError(13, "Permission denied")
+    with pytest.raises(UserError, match=r"^the row is empty$"), explained(what):
+        raise UserError("the row is empty")

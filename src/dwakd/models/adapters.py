@@ -23,11 +23,8 @@ def merge_adapter(adapted: PeftModel, name: str) -> Any:
     """Merge an adapter into the weights of its model, in place, and return the model in eval mode, without PEFT layers.
 
     If input embeddings and output head share one matrix and the adapter changes only one of them, the head first gets
-    its own copy of the matrix. The logits of a few tokens are compared before and after merging. `name` is the name of
-    the adapter in error messages.
-
-    Raises:
-        UserError: the adapter cannot be merged, or the merged model gives other logits.
+    its own copy of the matrix. The logits of a few tokens are compared before and after merging; an adapter that cannot
+    be merged or changes them is refused. `name` is the name of the adapter in messages.
     """
     if not hasattr(adapted.base_model, "merge_and_unload"):
         kind = adapted.active_peft_config.peft_type.value
@@ -50,9 +47,9 @@ def merge_adapter(adapted: PeftModel, name: str) -> Any:
         _declare_untied(model)
     difference = relative_difference(_logits(model, input_ids), expected)
     if not difference <= _TOLERANCES.get(model.dtype, 1e-1):
+        fix = f"use an adapter of other modules than {', '.join(layers[:3])}{', ...' if len(layers) > 3 else ''}"
         raise UserError(
-            f"adapter {name} cannot be merged: merging changes the logits (relative difference {difference:.2g}); use "
-            f"an adapter of other modules than {', '.join(layers[:3])}{', ...' if len(layers) > 3 else ''}"
+            f"adapter {name} cannot be merged: the logits change (relative difference {difference:.2g}); {fix}"
         )
     return model
 

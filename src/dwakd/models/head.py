@@ -109,10 +109,8 @@ def _plain_module(getter: str, what: str, model: nn.Module) -> Any:
         active = module.active_adapters
         module = module.modules_to_save[active[0]] if active else module.original_module
     if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-        raise UserError(
-            f"a PEFT adapter changes the {what} of {model_name(model)} without changing the weight matrix; remove the module "
-            "from target_modules, or train the full matrix with modules_to_save"
-        )
+        fix = "remove the module from target_modules, or train the full matrix with modules_to_save"
+        raise UserError(f"a PEFT adapter changes the {what} of {model_name(model)} without changing the matrix; {fix}")
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         raise UserError(f"{model_name(model)} cannot be used: {getter}() returns no matrix for its {what}")

@@ -9,7 +9,7 @@ from safetensors.torch import save_file, save_model
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from dwakd.errors import UserError
+from dwakd.errors import UserError, reason_of
 from dwakd.models.head import model_name
 
 logger = logging.getLogger(__name__)
@@ -44,19 +44,15 @@ def save_causal_lm(model: Any, folder: str | Path, state_dict: dict[str, Tensor]
     except Exception as error:  # validators of configs raise exceptions of their own types
         file = folder / "model.safetensors"
         save_model(model, str(file)) if state_dict is None else save_file(state_dict, file)
-        raise UserError(
-            f"the config of the model cannot be saved ({' '.join(str(error).split())}); correct the config and save it next "
-            f"to the weights, which are in {file}"
-        ) from error
+        reason, fix = " ".join(str(error).split()), f"correct it and save it next to the weights, which are in {file}"
+        raise UserError(f"the config of the model cannot be saved ({reason}); {fix}") from error
     finally:
         model.generation_config = settings
     try:
         if model.can_generate():
             settings.save_pretrained(folder)
     except (ValueError, TypeError, AttributeError) as error:  # the settings may contain any value
-        logger.warning(
-            "saved the model in %s without its generation settings: %s", folder, " ".join(str(error).split())
-        )
+        logger.warning("saved the model in %s without its generation settings: %s", folder, reason_of(error))
 
 
 def remove_unused_sampling(model: PreTrainedModel) -> None:
