@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from dwakd.recipe.files import parse_yaml
 from dwakd.recipe.recipe import recipe_from_dict
-from dwakd.training.recipe import training_config
+from dwakd.training.run import training_config
 from tests.builders import byte_bpe, tiny_model, unigram_byte_fallback
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.data.rows import Example
 from dwakd.errors import UserError
 from dwakd.recipe.recipe import recipe_from_dict
-from dwakd.training.recipe import training_config
+from dwakd.training.run import training_config
 from tests.builders import bpe_byte_fallback, byte_bpe, unigram_byte_fallback, wordpiece
 from tests.data.chat import chatml, gemma_like, with_bos
 from tests.data.test_token_bytes import roberta_like

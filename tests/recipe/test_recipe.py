@@ -11,7 +11,7 @@ from dwakd.losses import METHODS
 from dwakd.recipe.files import parse_yaml
 from dwakd.recipe.recipe import load_recipe, recipe_from_dict, recipe_schema
 from dwakd.recipe.sections import CompareSection
-from dwakd.training.recipe import check_options
+from dwakd.training.run import check_options
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 CONTENT: dict[str, Any] = {

@@ -93,11 +93,11 @@ def test_numbers_of_other_types_are_accepted(tmp_path):
             r"\.num_cycles must be a finite number",
         ),
         ("remove_unused_columns", True, "must stay False: "),
-        ("template", "chat", r"belongs elsewhere: use data\.template"),
-        ("prompt_column", "q", r"belongs elsewhere: use data\.prompt"),
-        ("teacher_cache", "x", r"belongs elsewhere: use teacher\.cache"),
-        ("resume_from_checkpoint", "x", "has no effect here: use --resume"),
-        ("do_train", False, "has no effect here: leave it out"),
+        ("template", "chat", r": use data\.template"),
+        ("prompt_column", "q", r": use data\.prompt"),
+        ("teacher_cache", "x", r": use teacher\.cache"),
+        ("resume_from_checkpoint", "x", ": use --resume"),
+        ("do_train", False, ": leave it out"),
     ],
 )
 def test_mistakes_in_a_recipe_are_explained(name, value, message):

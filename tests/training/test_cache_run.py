@@ -93,7 +93,7 @@ def test_mistakes(recipe, tmp_path, monkeypatch, capsys):
     assert "cache_dtype must be 'float32', 'bfloat16' or 'float16'" in one_sentence(err)
     code, _, err = run(monkeypatch, capsys, "train", recipe, "training.teacher_cache=x", "-o", tmp_path / "run")
     assert code == 2
-    assert "belongs elsewhere" in one_sentence(err)
+    assert "training.teacher_cache does not belong" in one_sentence(err)
     assert not (tmp_path / "cache").exists()
 
 

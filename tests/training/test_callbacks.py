@@ -42,7 +42,7 @@ def test_weights_of_nan_are_not_saved(tmp_path):
     ],
 )
 def test_a_run_in_which_the_student_gets_no_gradient_ends(tmp_path, options):
-    """Weights of 0, or a gradient norm of infinity that clips every gradient to 0, train nothing for days."""
+    """Loss weights of 0, or an infinite gradient norm that clips each gradient to 0, leave the student unchanged."""
     run = trainer(tmp_path, max_steps=6, **options)
     with pytest.raises(UserError, match=r"every gradient of the student is zero at step 3|the loss is"):
         run.train()
@@ -93,7 +93,7 @@ def test_losses_on_an_accelerator_are_checked_without_waiting(monkeypatch):
 
 
 def test_a_forbidden_token_may_keep_its_bias():
-    """Heads wider than their tokenizer forbid the padding rows by a bias of -inf."""
+    """Heads that are wider than their tokenizer use a bias of -inf for unused tokens."""
     FiniteCheck(finished_run()).finish()
 
 

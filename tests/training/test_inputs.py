@@ -14,7 +14,7 @@ import torch
 from dwakd.data.prompts import Prompts
 from dwakd.errors import UserError
 from dwakd.recipe.sections import DataSection
-from dwakd.training.recipe import recipe_examples
+from dwakd.training.run import recipe_examples
 from tests.training.builders import ROWS, assert_same, trainer, weights
 
 OTHERS = ROWS[8:11]
@@ -69,14 +69,14 @@ def outcome(folder: Path, rows: Any, eval_rows: Any) -> tuple[dict[str, torch.Te
 def test_every_form_trains_and_evaluates_alike(
     tmp_path: Path, form: str, expected: tuple[dict[str, torch.Tensor], float]
 ) -> None:
-    """A split or a column read otherwise in one form would train on, or measure, other rows than the user thinks."""
+    """Each form must give the same rows, from the same split and columns."""
     found = outcome(tmp_path, *FORMS[form](tmp_path))
     assert_same(found[0], expected[0])
     assert found[1] == expected[1]
 
 
 def test_evaluation_sets_by_name_are_refused(tmp_path: Path) -> None:
-    """transformers evaluates each set of a dict; taking one of them without a word would hide the others."""
+    """transformers evaluates each set of a dict; dwakd must not silently choose one of them."""
     with pytest.raises(UserError, match=r"the eval dataset has no split 'validation'.*its splits are news, mail; pass"):
         trainer(tmp_path, method="sft", eval_rows={"news": OTHERS, "mail": OTHERS})
     with pytest.raises(UserError, match=r"the train dataset has no split 'train': its splits are test"):
@@ -100,7 +100,7 @@ def test_rows_without_a_response_are_skipped(tmp_path: Path, caplog: pytest.LogC
 
 
 def test_rows_that_cannot_be_shown_are_not_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prompt that the template refuses would stop the evaluation with ROUGE-L that follows."""
+    """A skipped row must also be skipped when answers are generated for ROUGE-L."""
     render = Prompts.render
 
     def refuse(prompts: Prompts, example: Any) -> str:
@@ -115,7 +115,7 @@ def test_rows_that_cannot_be_shown_are_not_answered(tmp_path: Path, monkeypatch:
 
 
 def test_one_warning_of_cut_responses_for_each_data_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A run log must say that answers lost their ends, once for each set and not once for each model."""
+    """The log must report truncated responses once for each data set, not once for each model."""
     long = [{"prompt": "Go on.", "response": "The quick brown fox jumps. " * 40}]
     with caplog.at_level(logging.WARNING, "dwakd"):
         trainer(tmp_path, rows=[*long, *ROWS[:1]], eval_rows=long, max_length=100, max_prompt_length=50)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
     ("method", "accumulation", "num_rows"), [("dwa_kd", 1, 16), ("sft", 2, 16), ("min_ed", 1, 13), ("dwa_kd", 1, 13)]
 )
 def test_two_ranks_equal_one(tmp_path, method, accumulation, num_rows):
-    """Projectors that diverge between ranks, a mean of means, or N(.) per rank: none of them raises an error.
+    """Diverging projectors, a mean of means over ranks, or N(.) computed on each rank would raise no error.
 
     Thirteen rows leave one for the last step, which accelerate fills up by repeating others on both ranks.
     """

@@ -6,11 +6,14 @@ import shutil
 
 import pytest
 
+from dwakd.errors import UserError
+from dwakd.recipe.recipe import recipe_from_dict
+from dwakd.training.run import check_options, training_config
 from tests.command_line import ROWS, one_sentence, run
 
 
 def test_train_eval_and_resume(workspace, tmp_path, monkeypatch, capsys):
-    """The main road: recipe in, plain folder out, scores beside it; a second start in the same folder is refused."""
+    """A recipe gives a plain folder with scores; a second run in the same folder is refused, and --resume continues it."""
     output = tmp_path / "run"
     extra = ["training.save_strategy=steps", "training.save_steps=1", "evaluation.limit=2", "evaluation.seeds=2"]
     extra += [f"evaluation.test=[{workspace / 'data.jsonl'}]", "evaluation.max_new_tokens=4"]
@@ -32,7 +35,11 @@ def test_train_eval_and_resume(workspace, tmp_path, monkeypatch, capsys):
     assert code == 2
     assert "loss.temperature is unset there" in one_sentence(err)
     whole = (output / "model.safetensors").read_bytes()
-    for lost in (None, "trainer_state.json", "dwakd-run.json"):  # ended, and broken off after its last checkpoint
+    for lost in (
+        None,
+        "trainer_state.json",
+        "dwakd-run.json",
+    ):  # a finished run, and two that were stopped after the last checkpoint
         if lost:
             (output / lost).write_text("{")
             (output / "model.safetensors").write_bytes(b"half")
@@ -85,7 +92,7 @@ def test_test_sets_are_read_once(workspace, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_a_run_that_trains_nothing_is_no_success(workspace, tmp_path, monkeypatch, capsys, options, message):
-    """A folder that looks like a student, of weights that are NaN or as they were."""
+    """The folder would look like a trained student, although its weights are NaN or unchanged."""
     code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *options, "-o", tmp_path / "run")
     assert code == 2
     assert message in one_sentence(err)
@@ -130,7 +137,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_one_sentence(name, workspace, tmp_path, monkeypatch, capsys):
-    """A traceback, or a folder that looks like a run, would leave the user to find the option."""
+    """The message names the option, and no folder is left that looks like a run."""
     overrides, message = MISTAKES[name]
     code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *overrides, "-o", tmp_path / "run")
     assert code == 2, err
@@ -147,7 +154,7 @@ def test_a_malformed_row_is_named_by_file_and_line(workspace, tmp_path, monkeypa
 
 
 def test_a_hub_that_refuses_is_one_sentence(workspace, tmp_path, monkeypatch, capsys):
-    """transformers asks for the repository before it trains, and the network's errors are no UserErrors."""
+    """transformers creates the repository before training; errors of the network must be shown without a traceback."""
 
     def refuse(*_):
         raise ConnectionError("no network\nand more")
@@ -160,7 +167,7 @@ def test_a_hub_that_refuses_is_one_sentence(workspace, tmp_path, monkeypatch, ca
 
 
 def test_a_prompt_without_room_shows_before_the_training(workspace, tmp_path, monkeypatch, capsys):
-    """Hours of training would end in a sentence that could have stood at their beginning; `eval` says the same."""
+    """The error must be raised before hours of training, and `dwakd eval` must raise the same one."""
     rows = [*ROWS[:2], {"prompt": "word " * 600, "response": "end"}]
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
     test = f"evaluation.test=[{workspace / 'data.jsonl'}, {tmp_path / 'long.jsonl'}]"
@@ -176,7 +183,7 @@ def test_a_prompt_without_room_shows_before_the_training(workspace, tmp_path, mo
 
 @pytest.mark.parametrize(("content", "reason"), [("", "no section data"), ("data: {train: [", "line 1, column 16")])
 def test_a_damaged_recipe_of_a_run_is_named(content, reason, workspace, tmp_path, monkeypatch, capsys):
-    """A machine that went down while it was written leaves a part of it, or nothing."""
+    """A crash while the recipe is written can leave an incomplete or empty file."""
     folder = shutil.copytree(workspace / "student", tmp_path / "run")
     (folder / "dwakd-recipe.yaml").write_text(content)
     code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", "-o", folder, "--resume")
@@ -189,10 +196,8 @@ def test_a_damaged_recipe_of_a_run_is_named(content, reason, workspace, tmp_path
     assert "give --template" in one_sentence(err)
 
 
-def test_resume_names_what_differs_and_passes_over_a_broken_checkpoint(
-    workspace, tmp_path, monkeypatch, capsys, caplog
-):
-    """Another recipe in the same folder mixes two runs; longer training of the same one is what resuming is for."""
+def test_resume_names_what_differs_and_skips_a_damaged_checkpoint(workspace, tmp_path, monkeypatch, capsys, caplog):
+    """Only options that make the run longer may change when it is resumed; damaged checkpoints are skipped."""
     base = ["train", workspace / "recipe.yaml", "-o", tmp_path / "run"]
     base += ["training.save_strategy=steps", "training.save_steps=1"]
     code, _, err = run(monkeypatch, capsys, *base)
@@ -212,3 +217,49 @@ def test_resume_names_what_differs_and_passes_over_a_broken_checkpoint(
     code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", "-o", tmp_path / "file")
     assert code == 2
     assert "is a file" in one_sentence(err)
+
+
+def recipe_of(**sections):
+    content = {"student": {"model": "x"}, "data": {"train": "x"}, "loss": {"method": "sft"}, **sections}
+    return recipe_from_dict(content | {"training": {"use_cpu": True, **content.get("training", {})}})
+
+
+REFUSED = {
+    "schedule": ({"lr_scheduler_type": "fancy"}, "training options: .*fancy"),
+    "optimiser that is not installed": ({"optim": "adamw_bnb_8bit"}, r"training\.optim: .*bitsandbytes"),
+    "optimiser of another package": ({"optim": "galore_adamw"}, r"training\.optim: .*galore_torch"),
+    "schedule without its option": (
+        {"lr_scheduler_type": "cosine_with_min_lr"},
+        r"training\.lr_scheduler_type: .*min_lr",
+    ),
+    "option of a schedule": (
+        {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"foo": 1}},
+        r"training\.lr_scheduler_type: .*foo",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_options_are_named(name):
+    """Most of them would show only when the training begins."""
+    options, message = REFUSED[name]
+    with pytest.raises(UserError) as caught:
+        check_options(recipe_of(training=options), "unused")
+    assert re.search(message, str(caught.value))
+
+
+def test_sections_become_training_arguments():
+    """An option that a recipe accepts and nothing reads changes nothing in the training."""
+    data = {"train": "x", "eval": "y", "template": "chat", "max_length": 99, "invalid_rows": "skip"}
+    teachers = [{"model": "a", "weight": 3}, {"model": "b"}]
+    read = recipe_of(
+        data=data, teacher=teachers, loss={"method": "uld", "uld_weight": 2}, training={"learning_rate": 1e-5}
+    )
+    config = training_config(read, "folder")
+    assert (config.output_dir, config.method, config.loss_options) == ("folder", "uld", {"uld_weight": 2})
+    assert (config.template, config.max_length, config.invalid_rows) == ("chat", 99, "skip")
+    assert (config.teacher_weights, config.learning_rate) == ([3, 1], 1e-5)
+    assert (config.eval_strategy, config.save_strategy) == ("epoch", "epoch")
+    steps = training_config(recipe_of(data=data, training={"eval_strategy": "steps", "eval_steps": 5}), "folder")
+    assert (steps.eval_strategy, steps.save_strategy) == ("steps", "steps")
+    assert training_config(recipe_of(), "folder").eval_strategy == "no"

@@ -7,7 +7,7 @@ import pytest
 
 from dwakd.errors import UserError
 from dwakd.recipe.recipe import recipe_from_dict
-from dwakd.training.checkpoint import LOSS_STATE
+from dwakd.training.distiller import LOSS_STATE
 from dwakd.training.run_folder import (
     RUN_FILE,
     alone_in,

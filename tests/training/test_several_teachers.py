@@ -38,7 +38,7 @@ def trainer_of(output, folders, teachers=None, **options):
 
 @pytest.mark.parametrize("method", ["dwa_kd", "dskd_v2", "min_ed", "alm", "sra"])
 def test_accumulation_changes_nothing(tmp_path, folders, method):
-    """Each teacher's rows, statistics and alignment must be its own, or micro-batches mix them up."""
+    """Each teacher must have its own rows, statistics and alignment in each micro-batch."""
     whole = trainer_of(tmp_path / "whole", folders, method=method)
     split = trainer_of(
         tmp_path / "split", folders, method=method, per_device_train_batch_size=1, gradient_accumulation_steps=4
@@ -55,7 +55,7 @@ def test_accumulation_changes_nothing(tmp_path, folders, method):
 
 
 def test_caches_of_several_teachers_change_nothing_and_a_run_resumes(tmp_path, folders):
-    """Bit by bit, as with one; a cache of the other teacher would be found out by its head."""
+    """Cached and online teachers must give the same weights to the last bit."""
     online = trainer_of(tmp_path / "online", folders)
     caches = [tmp_path / f"cache-{k}" for k in range(2)]
     options = {"save_strategy": "steps", "save_steps": 2}
@@ -73,7 +73,7 @@ def test_caches_of_several_teachers_change_nothing_and_a_run_resumes(tmp_path, f
 
 
 def test_a_recipe_names_several(tmp_path, folders, monkeypatch, capsys):
-    """One section or a list of them; shares, caches and versions are those of each."""
+    """The section teacher may be a list; each teacher has its own weight and cache."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
     recipe = {
@@ -103,7 +103,7 @@ def test_a_recipe_names_several(tmp_path, folders, monkeypatch, capsys):
 
 
 def test_teachers_with_and_without_a_cache(tmp_path, folders, monkeypatch, capsys):
-    """A small teacher may run beside a large one that is cached: its absence is no reason to build nothing."""
+    """A small teacher may run online next to a large one that is cached; only the latter has a cache to build."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
     recipe = {
@@ -131,7 +131,7 @@ def test_teachers_with_and_without_a_cache(tmp_path, folders, monkeypatch, capsy
 
 
 def test_mistakes_with_several_teachers_are_named(tmp_path, folders):
-    """Before a model is loaded where that can be."""
+    """Mistakes should be found before the models are loaded, where possible."""
     with pytest.raises(UserError, match="teacher_weights must be a list of 2"):
         trainer_of(tmp_path, folders, teacher_weights=[1.0])
     with pytest.raises(UserError, match="teacher_cache is for one teacher"):
@@ -142,7 +142,7 @@ def test_mistakes_with_several_teachers_are_named(tmp_path, folders):
 
 
 def test_one_teacher_in_a_list_is_one_teacher(tmp_path, folders):
-    """A list is how a program gives what it has."""
+    """A list with one teacher must give the same run as the teacher itself."""
     one, listed = (
         trainer_of(tmp_path / "one", folders, folders[1]),
         trainer_of(tmp_path / "list", folders, [folders[1]]),

@@ -11,7 +11,7 @@ from dwakd.models.head import embedding_table, output_head
 from dwakd.models.loading import load_causal_lm
 from dwakd.models.rows import final_hidden, response_hidden
 from dwakd.recipe.recipe import load_recipe
-from dwakd.training.recipe import check_options
+from dwakd.training.run import check_options
 from dwakd.training.teacher import CachedTeacher, OnlineTeacher
 from tests.builders import FAMILIES, tiny_model
 from tests.cache.builders import LONG, STUDENT, TEACHER, save_teacher, trainer
@@ -115,7 +115,7 @@ def test_no_layer_of_the_teacher_is_loaded(tmp_path, monkeypatch):
 def test_half_precision_stores_half(tmp_path, teacher):
     """Hidden states must be rounded only if the user asks for it; those of a bfloat16 teacher are stored exactly."""
     sets = {}
-    for name, dtype, stored in (("a", torch.float32, "bfloat16"), ("b", torch.bfloat16, None)):
+    for name, dtype, stored in (("a", torch.float32, torch.bfloat16), ("b", torch.bfloat16, None)):
         cached = CachedTeacher(tmp_path / name, str(teacher), dtype=dtype, cache_dtype=stored)
         run = trainer(tmp_path / "run", teacher)
         cached.prepare(run._encoders[1], run.args, {"train": run.train_dataset, "eval": None})
@@ -124,7 +124,7 @@ def test_half_precision_stores_half(tmp_path, teacher):
         sets[name] = cached.cache.read(places)
         assert cached.head.weight.dtype is dtype
     torch.testing.assert_close(sets["a"].float(), sets["b"].float(), atol=0.2, rtol=0.1)
-    wrong = CachedTeacher(tmp_path / "a", str(teacher), cache_dtype="float32", tokenizer=TEACHER)
+    wrong = CachedTeacher(tmp_path / "a", str(teacher), cache_dtype=torch.float32, tokenizer=TEACHER)
     with pytest.raises(UserError, match=r"teacher\.cache_dtype is 'bfloat16' in the cache and 'float32' here"):
         wrong.prepare(run._encoders[1], run.args, {"train": run.train_dataset, "eval": None})
 
@@ -138,7 +138,7 @@ def test_a_loaded_teacher_and_a_foreign_set_are_refused(tmp_path, teacher):
         run.evaluate(EVAL)
 
 
-def test_attention_is_in_no_cache(tmp_path, teacher):
+def test_methods_that_read_attention_cannot_use_a_cache(tmp_path, teacher):
     """A build takes hours; a method that cannot use the cache must be refused before it starts."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

@@ -10,15 +10,15 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from dwakd import METHODS, DistillConfig, DistillTrainer, UserError
-from dwakd.training.checkpoint import checkpoint_fault
 from dwakd.training.inputs import checked_args
+from dwakd.training.run_folder import checkpoint_fault
 from tests.builders import FAMILIES, byte_bpe, tiny_model
 from tests.training.builders import ROWS, assert_same, trainer, weights
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_term_is_logged_and_the_student_is_a_plain_folder(tmp_path, method):
-    """A student that needs dwakd to be loaded cannot be shipped."""
+    """The student must load in transformers without dwakd."""
     run = trainer(tmp_path, method=method)
     before = weights(run)
     run.train()
@@ -36,7 +36,7 @@ def test_every_term_is_logged_and_the_student_is_a_plain_folder(tmp_path, method
 
 @pytest.mark.parametrize("method", METHODS)
 def test_same_seed_same_numbers(tmp_path, method):
-    """Two runs that differ for no reason cannot be compared with anything."""
+    """Runs with the same seed must give the same weights to the last bit."""
     runs = [trainer(tmp_path / str(index), method=method) for index in range(2)]
     for run in runs:
         run.train()
@@ -44,14 +44,14 @@ def test_same_seed_same_numbers(tmp_path, method):
 
 
 def test_another_seed_gives_another_run(tmp_path):
-    """Guards the test above against a seed that is ignored by both runs alike."""
+    """The test above would also pass if the seed had no effect."""
     runs = [trainer(tmp_path / str(seed), seed=seed) for seed in (3, 4)]
     assert not torch.equal(runs[0].model.loss.projectors.t2s.weight, runs[1].model.loss.projectors.t2s.weight)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_accumulation_changes_nothing(tmp_path, method):
-    """Means of means weigh short micro-batches too much, and a standard deviation per micro-batch is another N(.)."""
+    """The loss must be a mean over all tokens of a step, and N(.) must use the statistics of the whole step."""
     whole = trainer(tmp_path / "whole", method=method, per_device_train_batch_size=4)
     split = trainer(tmp_path / "split", method=method, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     for run in (whole, split):
@@ -81,7 +81,7 @@ def test_resumed_run_ends_with_the_same_student(tmp_path, lora, order):
 
 
 def test_a_shard_of_the_weights_that_is_missing_shows(tmp_path):
-    """Large students are saved in several files and an index of them."""
+    """Large students are saved as several files with an index; a missing file must be found."""
     for name in ("model-1.safetensors", "model-2.safetensors"):
         save_file({}, tmp_path / name)
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
@@ -92,7 +92,7 @@ def test_a_shard_of_the_weights_that_is_missing_shows(tmp_path):
 
 
 def test_projectors_have_a_rate_of_their_own(tmp_path):
-    """At the student's rate the projectors of a LoRA-free run learn too slowly to teach anything."""
+    """At the small learning rate of the student, the projectors would hardly be trained."""
     run = trainer(tmp_path, learning_rate=1e-5, projector_learning_rate=3e-3)
     own = {id(parameter) for parameter in run.model.loss.parameters()}
     for group in run.create_optimizer().param_groups:
@@ -103,7 +103,7 @@ def test_projectors_have_a_rate_of_their_own(tmp_path):
 
 
 def test_teacher_is_neither_trained_nor_saved(tmp_path):
-    """A teacher inside the module is wrapped, saved and put into train mode with it."""
+    """A teacher that is a child of the trained module would be wrapped, saved and put into train mode."""
     run = trainer(tmp_path)
     teacher = run.teachers[0].model
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
@@ -115,7 +115,7 @@ def test_teacher_is_neither_trained_nor_saved(tmp_path):
 
 
 def test_lora_adapter_loads_with_peft(tmp_path):
-    """An adapter whose names carry our wrapper cannot be loaded by anybody."""
+    """PEFT cannot load an adapter whose parameter names contain the name of dwakd's module."""
     run = trainer(tmp_path, lora=True)
     run.train()
     run.save_model()
@@ -128,7 +128,7 @@ def test_lora_adapter_loads_with_peft(tmp_path):
 
 
 def test_evaluation_is_exact_over_the_set_and_selects_the_best(tmp_path):
-    """A mean of batch means depends on the batch size; the checkpoint kept must be the best one."""
+    """Metrics must not depend on the batch size, and the best checkpoint must be loaded at the end."""
     results = []
     for size in (1, 5):
         run = trainer(tmp_path / str(size), method="dskd", eval_rows=ROWS[:7], per_device_eval_batch_size=size)
@@ -154,7 +154,7 @@ def test_evaluation_is_exact_over_the_set_and_selects_the_best(tmp_path):
 
 
 def test_best_checkpoint_brings_its_projectors_back(tmp_path):
-    """A best student beside the last projectors is a pair that never was."""
+    """The projectors must be those of the best checkpoint, not of the last step."""
     often = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
     run = trainer(tmp_path, max_steps=6, eval_rows=ROWS[:4], projector_learning_rate=0.5, **often, **best)
@@ -194,7 +194,7 @@ def test_answers_during_training(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_as_student_and_teacher(tmp_path, family):
-    """One forward and backward in both roles; attribute chains break on the next architecture."""
+    """Each architecture must work as the student and as the teacher."""
     if family != "opt_projected":  # embeddings narrower than hidden states are allowed for students
         run = trainer(tmp_path / "teacher", teacher=family, max_steps=1)
         run.train()
@@ -205,7 +205,7 @@ def test_every_family_as_student_and_teacher(tmp_path, family):
 
 
 def test_noise_on_embeddings_and_other_sets(tmp_path):
-    """NEFTune asks the module for its embeddings; `evaluate` takes what the constructor takes."""
+    """NEFTune needs the embeddings of the module; `evaluate` accepts the same data sets as the constructor."""
     run = trainer(tmp_path, max_steps=1, neftune_noise_alpha=5.0)
     run.train()
     metrics = run.evaluate(ROWS[:3], metric_key_prefix="test")
@@ -215,7 +215,7 @@ def test_noise_on_embeddings_and_other_sets(tmp_path):
 
 
 def test_missing_pieces_are_named(tmp_path):
-    """A missing teacher or tokenizer must not surface as an AttributeError deep in a step."""
+    """The message must name the missing argument instead of an AttributeError during training."""
     student = tiny_model("llama", 400)
     args = DistillConfig(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(UserError, match="method dwa_kd needs a teacher"):
@@ -250,7 +250,7 @@ def test_missing_pieces_are_named(tmp_path):
 
 
 def test_tokenizer_without_padding_token(tmp_path):
-    """Base models often have none, and the row that pads is never looked at."""
+    """Base models often have no padding token; the end-of-sequence token is used instead."""
     tokenizer = byte_bpe()
     tokenizer.pad_token = None
     args = {"method": "sft", "max_steps": 1, "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
@@ -275,7 +275,7 @@ def test_logs_are_json(tmp_path):
 
 
 def test_training_starts_without_remarks_on_special_tokens(tmp_path, caplog, recwarn):
-    """Remarks about settings that dwakd itself should have made hide those about the user's data."""
+    """Warnings that the user cannot act on would hide those about the data."""
     transformers_logger = logging.getLogger("transformers")
     transformers_logger.addHandler(caplog.handler)
     try:

@@ -27,7 +27,7 @@ from dwakd.recipe.files import RECIPE_FILE
 from dwakd.recipe.recipe import Recipe
 from dwakd.recipe.sections import CompareSection, TeacherSection
 from dwakd.training.cache_run import cache_recipe
-from dwakd.training.recipe import check_options
+from dwakd.training.run import check_options
 from dwakd.training.run_folder import RUN_FILE, check_same_recipe
 
 MOVABLE = re.compile(r"teacher\.(\d+\.)?cache$")

@@ -15,10 +15,11 @@ from dwakd.errors import UserError
 from dwakd.losses import METHODS, MethodOptions
 from dwakd.recipe.files import read_recipe
 from dwakd.recipe.sections import CompareSection, DataSection, EvaluationSection, StudentSection, TeacherSection
-from dwakd.recipe.training import TrainingSection
+from dwakd.recipe.training import TrainingSection, check_best_metric, refuse_cached_attention
 from dwakd.validation import Section, parse
 
 DEFAULT_METHOD = "dwa_kd"
+NEED_EVALUATION = ("eval_strategy", "eval_rouge_l", "load_best_model_at_end", "metric_for_best_model")
 Command = Literal["train", "cache", "compare"]
 
 if TYPE_CHECKING:
@@ -86,27 +87,16 @@ class Recipe(Section):
         for teacher in self.teachers:
             if teacher.cache is None and teacher.cache_dtype is not None and command == "train":
                 raise UserError("teacher.cache_dtype requires teacher.cache, the folder of the cache")
-            if teacher.cache is not None and self.loss.needs_attention:
-                raise UserError(
-                    f"method {self.method} reads the teacher's attention, which a cache does not contain; set "
-                    "loss.span_weights=uniform, or train without teacher.cache"
-                )
-        self._check_evaluation()
-        return self
-
-    def _check_evaluation(self) -> None:
+            if teacher.cache is not None:
+                refuse_cached_attention(self.method, self.loss)
         options = self.training
-        for name in ("eval_strategy", "eval_rouge_l", "load_best_model_at_end", "metric_for_best_model"):
-            if self.data.eval is None and options.get(name) not in (None, False, "no"):
-                raise UserError(f"training.{name} requires an evaluation set: set data.eval")
-        if self.data.eval is None and options.get("save_strategy") == "best":
-            raise UserError("training.save_strategy=best requires an evaluation set: set data.eval")
-        metric = (options.get("metric_for_best_model") or "loss").removeprefix("eval_")
-        valid = [*METHODS[self.method].terms, "loss", "bits_per_byte"]
-        valid += ["rouge_l"] if options.get("eval_rouge_l") else []
-        if metric not in valid:
-            hint = "requires training.eval_rouge_l=true; other" if metric == "rouge_l" else "is unknown;"
-            raise UserError(f"training.metric_for_best_model {metric} {hint} valid ones: {', '.join(valid)}")
+        used = {name for name in NEED_EVALUATION if options.get(name) not in (None, False, "no")}
+        used |= {"save_strategy=best"} if options.get("save_strategy") == "best" else set()
+        if used and self.data.eval is None:
+            raise UserError(f"training.{min(used)} requires an evaluation set: set data.eval")
+        metric = options.get("metric_for_best_model") or "loss"
+        check_best_metric(metric, self.method, rouge_l=bool(options.get("eval_rouge_l")))
+        return self
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None, command: Command = "train") -> Recipe:

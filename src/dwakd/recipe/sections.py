@@ -2,16 +2,56 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
+import types
+import typing
 from typing import Annotated, Any, Literal
 
 from peft import LoraConfig
-from pydantic import AfterValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, Field, JsonValue, WithJsonSchema, create_model
 
 from dwakd.data.prompts import check_template
-from dwakd.recipe.options import Count, Json, Share, options_of
 from dwakd.validation import Section, parse
 
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=1e-30, le=1e30)]
+Json = Annotated[JsonValue, WithJsonSchema({})]
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def options_of(config: type[Any]) -> type[Section]:
+    """Make an options model from a dataclass: its fields with their types, limits and descriptions.
+
+    Fields whose values cannot be written in YAML are left out.
+    """
+    hints = typing.get_type_hints(config, include_extras=True)
+    fields: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        kind = _plain_type(hints[item.name])
+        if item.init and kind not in (None, types.NoneType):
+            unwritten = item.default is dataclasses.MISSING or isinstance(item.default, enum.Enum)
+            default = None if unwritten else item.default
+            fields[item.name] = (kind, Field(default, description=item.metadata.get("help")))
+    return create_model(config.__name__, __base__=Section, **fields)
+
+
+def _plain_type(hint: Any) -> Any:
+    """Return the part of a type that YAML can write, or None; enumerations become literals."""
+    origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return Literal[tuple(member.value for member in hint)]
+    if origin in (typing.Union, types.UnionType):
+        names = any(isinstance(part, type) and issubclass(part, enum.Enum) for part in arguments)
+        parts = [_plain_type(part) for part in arguments if not (names and part is str)]
+        return typing.Union[tuple(part for part in parts if part is not None)]  # noqa: UP007
+    if origin is dict:
+        return dict[str, Json]
+    if origin is list:
+        return list[_plain_type(arguments[0]) or Json]  # type: ignore[misc]
+    return hint if origin in (Annotated, Literal, bool, int, float, str, types.NoneType) else None
+
+
 PeftOptions = options_of(LoraConfig)
 
 
@@ -29,12 +69,12 @@ def lora_config(options: dict[str, Any]) -> LoraConfig:
     return LoraConfig(**{"task_type": "CAUSAL_LM", **options})
 
 
-Peft = Annotated[dict[str, Any], AfterValidator(_check_peft), WithJsonSchema(PeftOptions.model_json_schema())]
-
-
 def _check_template(template: str) -> str:
     check_template(template)
     return template
+
+
+Peft = Annotated[dict[str, Any], AfterValidator(_check_peft), WithJsonSchema(PeftOptions.model_json_schema())]
 
 
 class ModelSection(Section):

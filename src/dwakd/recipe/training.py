@@ -10,32 +10,38 @@ from transformers import TrainingArguments
 
 from dwakd.errors import UserError
 from dwakd.losses import MethodOptions, method_class, method_options
-from dwakd.recipe.options import Beta, Count, NotNegative, Positive, Seed, Share, options_of
+from dwakd.recipe.sections import Count, DataSection, Share, options_of
 from dwakd.validation import parse
 
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 DATA_OPTIONS = ("template", "bos", "special_tokens_in_prompts", "max_length", "max_prompt_length", "invalid_rows")
 """Options of the section data that are options of `DistillConfig` with the same names."""
 ELSEWHERE = {
-    "method": "loss.method",
-    "loss_options": "the section loss",
-    "teacher_weights": "teacher.weight",
-    "teacher_cache": "teacher.cache",
-    "trust_remote_code": "student.trust_remote_code and teacher.trust_remote_code",
-    "prompt_column": "data.prompt",
-    "response_column": "data.response",
-    "input_column": "data.input",
-    "output_dir": "--output",
-    **{name: f"data.{name}" for name in DATA_OPTIONS},
-}
-"""Options of `DistillConfig` that a recipe has in other places."""
-IGNORED = {
+    "method": "use loss.method",
+    "loss_options": "use the section loss",
+    "teacher_weights": "use teacher.weight",
+    "teacher_cache": "use teacher.cache",
+    "trust_remote_code": "use student.trust_remote_code and teacher.trust_remote_code",
+    "output_dir": "use --output",
     "resume_from_checkpoint": "use --resume",
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), "leave it out"),
+    **{f"{name}_column": f"use data.{name}" for name in ("prompt", "response", "input")},
+    **{name: f"use data.{name}" for name in DATA_OPTIONS},
 }
+"""Options of `DistillConfig` that the section training does not have, and what to do instead."""
 
 
 def _option(default: object, description: str) -> Any:
     return field(default=default, metadata={"help": description})
+
+
+def _data_option(name: str) -> Any:
+    """Declare an option with the default and the description that it has in the section data."""
+    declared = DataSection.model_fields[name]
+    return _option(declared.default, declared.description or "")
 
 
 def _only(value: object, reason: str) -> AfterValidator:
@@ -77,17 +83,15 @@ class DistillConfig(TrainingArguments):
     teacher_gate_temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = _option(
         1.0, "Temperature of the softmax over the teachers' confidences."
     )
-    template: str = _option("alpaca", "alpaca, chat, plain, or a format string with {instruction} and {input}.")
-    bos: str = _option("auto", "Whether texts begin with the BOS token: auto, as usual for each model, or never.")
-    special_tokens_in_prompts: str = _option(
-        "parse", "Names of special tokens in prompts: parse them, or keep the text."
-    )
-    max_length: Count = _option(512, "Most tokens of prompt and response of either model. Longer rows are truncated.")
-    max_prompt_length: Count = _option(256, "Most tokens of the prompt of either model.")
-    invalid_rows: str = _option("error", "Malformed rows, empty responses and too long prompts: error or skip.")
-    prompt_column: str | None = _option(None, "Column of the prompt. By default it is guessed.")
-    response_column: str | None = _option(None, "Column of the response. By default it is guessed.")
-    input_column: str | None = _option(None, "Column of the optional input. By default it is guessed.")
+    template: str = _data_option("template")
+    bos: str = _data_option("bos")
+    special_tokens_in_prompts: str = _data_option("special_tokens_in_prompts")
+    max_length: Count = _data_option("max_length")
+    max_prompt_length: Count = _data_option("max_prompt_length")
+    invalid_rows: str = _data_option("invalid_rows")
+    prompt_column: str | None = _data_option("prompt")
+    response_column: str | None = _data_option("response")
+    input_column: str | None = _data_option("input")
     disable_dropout: bool = _option(False, "Set each dropout of the student to 0, but not the noise of routers.")
     teacher_cache: str | None = _option(None, "Folder of the teacher's hidden states. It is built if it is missing.")
     trust_remote_code: bool = _option(False, "Run modelling code from the hub; only for models given by name.")
@@ -137,11 +141,15 @@ class DistillConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        self._check()
+        values = {name: getattr(self, name) for name in TrainingOptions.model_fields}
+        own = set(DistillConfig.__annotations__)  # transformers replaces others by objects
+        checked = {n: _number(v) for n, v in values.items() if n in own or isinstance(v, int | float | dict)}
+        parse(TrainingOptions, checked)
+        _ = self.method_options  # validates them
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model = "rouge_l" if self.eval_rouge_l else "bits_per_byte"
         if self.metric_for_best_model is not None and self.greater_is_better is None:
-            lower = (*method_class(self.method).terms, "loss", "bits_per_byte")
+            lower = metric_names(self.method, rouge_l=False)
             self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") not in lower
         super().__post_init__()
         if not torch.accelerator.is_available():
@@ -151,14 +159,6 @@ class DistillConfig(TrainingArguments):
     def method_options(self) -> MethodOptions:
         """The options of the method, validated."""
         return method_options(self.method, self.loss_options, "loss_options.")
-
-    def _check(self) -> None:
-        """Check the method's options, all numbers, and the options that this class declares."""
-        values = {name: getattr(self, name) for name in TrainingOptions.model_fields}
-        own = set(DistillConfig.__annotations__)  # transformers replaces others by objects
-        checked = {n: _number(v) for n, v in values.items() if n in own or isinstance(v, int | float | dict)}
-        parse(TrainingOptions, checked)
-        _ = self.method_options
 
 
 def _number(value: Any) -> Any:
@@ -171,20 +171,39 @@ TrainingOptions = options_of(DistillConfig)
 
 
 def _check_section(options: dict[str, Any]) -> dict[str, Any]:
-    for name in options:
-        if name in ELSEWHERE:
-            raise UserError(f"training.{name} belongs elsewhere: use {ELSEWHERE[name]}")
-        if name in IGNORED:
-            raise UserError(f"training.{name} has no effect here: {IGNORED[name]}")
+    for name in options.keys() & ELSEWHERE.keys():
+        raise UserError(f"training.{name} does not belong into this section: {ELSEWHERE[name]}")
     parse(TrainingOptions, options, "training.")
     return options
 
 
 def _schema() -> dict[str, Any]:
     schema = TrainingOptions.model_json_schema()
-    properties = {n: p for n, p in schema["properties"].items() if n not in ELSEWHERE and n not in IGNORED}
+    properties = {n: p for n, p in schema["properties"].items() if n not in ELSEWHERE}
     return {**schema, "properties": properties}
 
 
 TrainingSection = Annotated[dict[str, Any], AfterValidator(_check_section), WithJsonSchema(_schema())]
 """The options that a recipe's section training gives; the others have the defaults of `DistillConfig`."""
+
+
+def metric_names(method: str, *, rouge_l: bool) -> list[str]:
+    """Return the names of the metrics of an evaluation, without their prefix `eval_`."""
+    return [*method_class(method).terms, "loss", "bits_per_byte", *(["rouge_l"] if rouge_l else [])]
+
+
+def check_best_metric(metric: str, method: str, *, rouge_l: bool) -> None:
+    """Raise UserError if no evaluation reports the metric by which the best checkpoint is chosen."""
+    name, valid = metric.removeprefix("eval_"), metric_names(method, rouge_l=rouge_l)
+    if name not in valid:
+        hint = "requires training.eval_rouge_l=true; other" if name == "rouge_l" else "is unknown;"
+        raise UserError(f"training.metric_for_best_model {name} {hint} valid ones: {', '.join(valid)}")
+
+
+def refuse_cached_attention(method: str, options: MethodOptions) -> None:
+    """Raise UserError if the method reads the teacher's attention, which a cache does not contain."""
+    if options.needs_attention:
+        raise UserError(
+            f"method {method} reads the teacher's attention, which a cache does not contain; set "
+            "loss.span_weights=uniform, or train without teacher.cache"
+        )

@@ -47,13 +47,6 @@ class RunCallback(TrainerCallback):
 
     on_init_end = on_train_begin  # an evaluation may come before the training
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.length_sampler is not None:  # a resumed data loader does not pass the epoch to its sampler
-            self.trainer.length_sampler.set_epoch(int(state.epoch or 0))
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.finite.check_gradients()
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds.append(time.perf_counter() - self.trainer.step_started)
 
@@ -72,7 +65,7 @@ class TermsProgressCallback(ProgressCallback):
             self.training_bar.set_postfix(values, refresh=False)
 
 
-class FiniteCheck:
+class FiniteCheck(TrainerCallback):
     """End a run when a training loss or a trained weight is NaN or infinite, or when the student gets no gradient.
 
     On a CPU, a loss is checked at once. On an accelerator, its value is copied to the host without waiting and is checked
@@ -92,7 +85,7 @@ class FiniteCheck:
             event.record()
         self._check_arrived(wait=False)
 
-    def check_gradients(self) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse a run whose student has had no gradient other than zero by its third step, or its last if that is earlier.
 
         Called after the gradients are clipped. Gradients that are sharded over processes are not checked.
@@ -102,8 +95,8 @@ class FiniteCheck:
             return
         gradients = (parameter.grad for parameter in trainer.student.parameters())
         self._has_gradient = any(bool(gradient.any()) for gradient in gradients if gradient is not None)
-        step = trainer.state.global_step + 1
-        if not self._has_gradient and step >= min(3, trainer.state.max_steps):
+        step = state.global_step + 1
+        if not self._has_gradient and step >= min(3, state.max_steps):
             self._fail(
                 f"every gradient of the student is zero at step {step}, so nothing is trained: check the weights in loss, "
                 "training.max_grad_norm, and lora_alpha and lora_dropout in student.peft"

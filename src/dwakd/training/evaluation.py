@@ -20,9 +20,8 @@ from dwakd.errors import UserError
 from dwakd.evaluation.generate import generate_answers
 from dwakd.evaluation.metrics import references_of, rouge_l
 from dwakd.evaluation.options import GenerationOptions
-from dwakd.losses import method_class
 from dwakd.models.rows import evaluating
-from dwakd.recipe.training import DistillConfig
+from dwakd.recipe.training import DistillConfig, metric_names
 from dwakd.training.distiller import Distiller
 from dwakd.training.inputs import Model
 from dwakd.training.teachers import MicroBatch
@@ -75,30 +74,13 @@ def generated_metrics(
     if compute_metrics is None:
         return metrics
     own = plain_metrics(compute_metrics(EvalPrediction(predictions=answers, label_ids=references)))
-    known, best = known_metrics(args), best_metric(args)
-    if same := known & own.keys():
+    known, best = metric_names(args.method, rouge_l=True), (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if same := own.keys() & known:
         raise UserError(f"compute_metrics returned {min(same)!r}, which is the name of a metric of the run: rename it")
-    value = own.get(best or "")
-    if best not in (None, *known) and not (isinstance(value, int | float) and math.isfinite(value)):
+    value = own.get(best)
+    if best not in known and not (isinstance(value, int | float) and math.isfinite(value)):
         raise UserError(f"metric_for_best_model is {best}, but compute_metrics returned {value!r} for it")
     return metrics | own
-
-
-def best_metric(args: DistillConfig) -> str | None:
-    """Return the metric by which checkpoints are compared, without its prefix; None if they are not compared."""
-    return args.metric_for_best_model and args.metric_for_best_model.removeprefix("eval_")
-
-
-def known_metrics(args: DistillConfig) -> set[str]:
-    """Return the names of the metrics that an evaluation reports without `compute_metrics`."""
-    return {*method_class(args.method).terms, "loss", "bits_per_byte", "rouge_l"}
-
-
-def check_best_metric(args: DistillConfig, has_own: bool) -> None:
-    """Raise UserError if no evaluation reports the metric for the best model. `has_own`: there is a `compute_metrics`."""
-    best, known = best_metric(args), known_metrics(args)
-    if best is not None and best not in known and not has_own:
-        raise UserError(f"unknown metric_for_best_model {best}; valid ones: {', '.join(sorted(known))}")
 
 
 def plain_metrics(metrics: Any) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from dwakd.training.student import check_student
 Rows: TypeAlias = str | Path | Dataset | IterableDataset | Mapping[str, Any] | list[dict[str, Any]] | list[Example]
 Source: TypeAlias = Rows | EncodedPairs
 Model: TypeAlias = PreTrainedModel | PeftModel
-Pair: TypeAlias = tuple[Model, PreTrainedTokenizerBase]
 
 
 def checked_args(args: Any) -> DistillConfig:
@@ -40,8 +39,10 @@ def checked_args(args: Any) -> DistillConfig:
     return args
 
 
-def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+def add_adapter(model: Model, config: PeftConfig) -> PeftModel:
     """Add an adapter to the student; refuse one that changes the head's matrix or that cannot be saved."""
+    if isinstance(model, PeftModel):
+        raise UserError("the student has an adapter already: leave out peft_config, or give the model without it")
     try:
         with quiet_peft():
             adapted = get_peft_model(model, config)
@@ -53,7 +54,9 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     return adapted
 
 
-def load_pair(model: str | Model, tokenizer: PreTrainedTokenizerBase | None, args: DistillConfig, name: str) -> Pair:
+def load_pair(
+    model: str | Model, tokenizer: PreTrainedTokenizerBase | None, args: DistillConfig, name: str
+) -> tuple[Model, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer if they are given by name, and check that losses can use them.
 
     Raises:
@@ -80,24 +83,6 @@ def load_pair(model: str | Model, tokenizer: PreTrainedTokenizerBase | None, arg
     return model, tokenizer
 
 
-def load_student_pair(
-    model: str | Model,
-    tokenizer: PreTrainedTokenizerBase | None,
-    args: DistillConfig,
-    peft_config: Any,
-    train_dataset: Any,
-) -> Pair:
-    """Load the student as `load_pair` does; if there is data to train on, also check that it can be trained and saved."""
-    model, tokenizer = load_pair(model, tokenizer, args, "processing_class")
-    if isinstance(model, PeftModel) and peft_config is not None:
-        raise UserError("the student has an adapter already: leave out peft_config, or give the model without it")
-    if train_dataset is not None:
-        check_training(model, gradient_checkpointing=args.gradient_checkpointing)
-        if peft_config is None:
-            check_student(model)
-    return model, tokenizer
-
-
 def make_encoder(tokenizer: PreTrainedTokenizerBase, args: DistillConfig, date: str | None = None) -> TextEncoder:
     """Make the encoder of a tokenizer; `date` is the date that a chat template prints as today's."""
     return TextEncoder(tokenizer, args.template, args.bos, args.special_tokens_in_prompts, date=date)
@@ -111,7 +96,7 @@ def encode_source(
     Args:
         source: the data set.
         encoders: the encoder of the student, then that of each teacher.
-        args: columns, truncation and method.
+        args: the training arguments.
         role: "train" or "eval", which decides the split to read.
         name: name of the data set in messages.
 
@@ -120,12 +105,16 @@ def encode_source(
     """
     if source is None:
         return [], None
-    examples: list[Example] = []
     if isinstance(source, EncodedPairs):
-        pairs = source
+        examples, pairs = [], source
     else:
         name = name or (str(source) if isinstance(source, str | Path) else f"the {role} dataset")
-        examples = _read(source, args, role, name)
+        if isinstance(source, list) and source and isinstance(source[0], Example):
+            examples = [example for example in source if isinstance(example, Example)]
+        else:
+            columns = {"prompt": args.prompt_column, "response": args.response_column, "input": args.input_column}
+            split = EVAL_SPLITS if role == "eval" else TRAIN_SPLITS
+            examples = load_examples(source, split=split, invalid_rows=args.invalid_rows, name=name, **columns)
         pairs = encode_pairs(
             examples,
             *encoders,
@@ -139,20 +128,6 @@ def encode_source(
     if args.method_options.needs_edit_alignment:
         align_by_spelling(pairs, *encoders)
     return examples, pairs
-
-
-def _read(source: Rows, args: DistillConfig, role: str, name: str) -> list[Example]:
-    if isinstance(source, list) and source and isinstance(source[0], Example):
-        return [example for example in source if isinstance(example, Example)]
-    return load_examples(
-        source,
-        split=EVAL_SPLITS if role == "eval" else TRAIN_SPLITS,
-        prompt=args.prompt_column,
-        response=args.response_column,
-        input=args.input_column,
-        invalid_rows=args.invalid_rows,
-        name=name,
-    )
 
 
 def check_batches(pairs: EncodedPairs | None, args: DistillConfig) -> None:

@@ -12,29 +12,96 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Trainer, get_scheduler
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
+from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, Example, load_examples
 from dwakd.errors import UserError
 from dwakd.evaluation.run import EvaluationPlan, check_room
 from dwakd.folders import write_file, write_json
+from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.recipe.files import RECIPE_FILE
 from dwakd.recipe.recipe import Recipe
-from dwakd.recipe.sections import lora_config
-from dwakd.training.checkpoint import load_student
+from dwakd.recipe.sections import DataSection, StudentSection, TeacherSection, lora_config
+from dwakd.recipe.training import DATA_OPTIONS, DistillConfig
+from dwakd.training.distiller import load_student
 from dwakd.training.inputs import make_encoder
-from dwakd.training.recipe import check_options, load_section, recipe_examples
 from dwakd.training.run_folder import RUN_FILE, alone_in, check_output, has_steps_left, is_finished, write_card
+from dwakd.training.teacher import CachedTeacher
 from dwakd.training.trainer import DistillTrainer
 
 PACKAGES = ("dwakd", "torch", "transformers", "tokenizers", "peft", "datasets", "accelerate", "numba")
+
+
+def training_config(recipe: Recipe, output_dir: str | Path) -> DistillConfig:
+    """Return the training arguments of a recipe; raise UserError if transformers refuses an option."""
+    options = dict(recipe.training)
+    if recipe.data.eval is not None:
+        options.setdefault("eval_strategy", "epoch")
+    options.setdefault("save_strategy", options.get("eval_strategy", "epoch"))
+    try:
+        return DistillConfig(
+            output_dir=str(output_dir),
+            method=recipe.method,
+            loss_options=recipe.loss_options,
+            teacher_weights=[teacher.weight for teacher in recipe.teachers] if len(recipe.teachers) > 1 else None,
+            **recipe.data.model_dump(include=set(DATA_OPTIONS)),
+            **options,
+        )
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        hint = "; on a machine without a GPU set training.use_cpu=true" if "use_cpu" in str(error) else ""
+        raise UserError(f"training options: {' '.join(str(error).split())}{hint}") from error
+
+
+def check_options(recipe: Recipe, output_dir: str | Path) -> DistillConfig:
+    """Return the training arguments of a recipe, with an optimiser and a schedule that can be built.
+
+    Raises:
+        UserError: transformers or another package refuses an option.
+    """
+    args = training_config(recipe, output_dir)
+    if args.deepspeed:  # its own file defines the optimiser
+        return args
+    weight = torch.nn.Parameter(torch.zeros(1, 1))
+    steps = max(args.max_steps, 1)
+    option = "optim"
+    try:
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.ParameterList([weight]))
+        optimizer = optimizer_class([weight], **options)
+        option = "lr_scheduler_type"
+        warmup, own = args.get_warmup_steps(steps), args.lr_scheduler_kwargs
+        get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, scheduler_specific_kwargs=own)
+    except Exception as error:  # many packages raise exceptions of their own types
+        raise UserError(f"training.{option}: {' '.join(str(error).split())}") from error
+    return args
+
+
+def load_section(section: StudentSection | TeacherSection) -> tuple[Any, Any]:
+    """Load the model of a section, or open its cache, and load its tokenizer."""
+    options: dict[str, Any] = {"trust_remote_code": section.trust_remote_code, "revision": section.revision}
+    loading = {**options, "dtype": getattr(torch, section.dtype), "adapter": getattr(section, "adapter", None)}
+    if isinstance(section, TeacherSection) and section.cache is not None:
+        stored = section.cache_dtype and getattr(torch, section.cache_dtype)
+        teacher = CachedTeacher(section.cache, section.model, cache_dtype=stored, **loading)
+        return teacher, teacher.tokenizer
+    return load_causal_lm(section.model, **loading), load_tokenizer(section.model, **options)
+
+
+def recipe_examples(data: DataSection) -> tuple[list[Example], list[Example] | None]:
+    """Read the rows to train on and, if the recipe has an evaluation set, those to evaluate on."""
+    options: dict[str, Any] = data.model_dump(include={"prompt", "response", "input", "invalid_rows"})
+    train = load_examples(data.train, split=TRAIN_SPLITS, limit=data.limit, **options)
+    if data.eval is None:
+        return train, None
+    return train, load_examples(data.eval, split=EVAL_SPLITS, limit=data.eval_limit, **options)
 
 
 def build_trainer(recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan | None = None) -> DistillTrainer:
     """Load the data and the models of a recipe into a trainer; check that the student has room for the plan's prompts."""
     args = check_options(recipe, output_dir)
     peft, data = recipe.student.peft, recipe.data
-    train, evaluation = recipe_examples(data)
+    examples, eval_examples = recipe_examples(data)
     student, student_tokenizer = load_section(recipe.student)
     if plan is not None:
         check_room(plan, student, make_encoder(student_tokenizer, args))
@@ -44,8 +111,8 @@ def build_trainer(recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan |
             model=student,
             teacher_model=[teacher for teacher, _ in teachers],
             args=args,
-            train_dataset=train,
-            eval_dataset=evaluation,
+            train_dataset=examples,
+            eval_dataset=eval_examples,
             processing_class=student_tokenizer,
             teacher_processing_class=[tokenizer for _, tokenizer in teachers],
             peft_config=None if peft is None else lora_config(peft),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
@@ -19,7 +22,7 @@ from dwakd.errors import UserError
 from dwakd.folders import check_output_folder
 from dwakd.recipe.files import RECIPE_FILE, parse_yaml, read_saved_recipe
 from dwakd.recipe.recipe import Recipe
-from dwakd.training.checkpoint import LOSS_STATE, checkpoint_fault, ends_well
+from dwakd.training.distiller import LOSS_STATE
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +55,7 @@ def check_output(folder: Path, *, resume: bool, recipe: Recipe) -> str | None:
 
 
 def check_same_recipe(saved: Path, recipe: Recipe, *, changeable: re.Pattern[str]) -> None:
-    """Check that the saved recipe of a run differs only in options whose dotted names match `changeable`.
-
-    Raises:
-        UserError: another option differs, or the saved recipe is damaged.
-    """
+    """Raise UserError if the saved recipe of a run differs in an option whose dotted name does not match `changeable`."""
     for name, (before, now) in _changed_options(saved, recipe).items():
         if not changeable.match(name):
             raise UserError(
@@ -95,6 +94,38 @@ def last_checkpoint(folder: Path) -> str | None:
     if found:
         logger.warning("%s has no complete checkpoint, so training starts from the beginning", folder)
     return None
+
+
+def checkpoint_fault(folder: Path, needed: Sequence[str]) -> str | None:
+    """Return which file of a checkpoint is missing or damaged, or None. Weights are not read completely.
+
+    `needed` are the names of files that a checkpoint contains beside the weights of the student or its adapter.
+    """
+    missing = [name for name in needed if not (folder / name).is_file()]
+    weights = {path.name for path in folder.glob("*.safetensors")} - set(needed)
+    if not weights or list(folder.glob("*.safetensors.tmp")):
+        missing.append("model.safetensors (or adapter_model.safetensors)")
+    if missing:
+        return f"{missing[0]} is missing"
+    damaged = [path.name for path in sorted(folder.iterdir()) if not ends_well(path)]
+    return f"{damaged[0]} is damaged" if damaged else None
+
+
+def ends_well(path: Path) -> bool:
+    """Return whether a file exists and is complete. This finds truncated files of all types in a checkpoint."""
+    try:
+        if path.suffix in (".pt", ".pth"):
+            return zipfile.is_zipfile(path)
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                return True
+        if path.suffix == ".json":
+            content = json.loads(path.read_text(encoding="utf-8"))
+            shards = content["weight_map"].values() if path.name.endswith(".index.json") else ()
+            return all((path.parent / name).is_file() for name in shards)
+    except (SafetensorError, ValueError, LookupError, TypeError, FileNotFoundError):
+        return False
+    return True
 
 
 def is_finished(folder: Path, recipe: Recipe) -> bool:

@@ -1,7 +1,7 @@
 """Choose the rows of each step: batches of similar length, and no row twice where ranks share the last step."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from accelerate.state import GradientState
@@ -9,7 +9,6 @@ from torch.utils.data import Sampler
 from transformers import TrainingArguments
 
 from dwakd.batch import PairedBatch
-from dwakd.data.pairs import EncodedPairs
 
 BLOCK_STEPS = 50
 """Number of steps within which rows are sorted: enough to save most padding, few enough to keep the mixture of rows."""
@@ -25,29 +24,17 @@ class LengthGroupedSampler(Sampler[int]):
         lengths: number of tokens of each row.
         step_size: rows of one optimiser step, over accumulation and ranks. The steps do not depend on how it is split.
         seed: seed of the order.
+        epoch: returns the current epoch, on which the order depends. A resumed data loader does not set the epoch.
     """
 
-    def __init__(self, lengths: Sequence[int], step_size: int, seed: int) -> None:
-        self.lengths = list(lengths)
-        self.step_size = step_size
-        self.seed = seed
-        self.epoch = 0
-
-    @classmethod
-    def of(cls, pairs: EncodedPairs, args: TrainingArguments) -> "LengthGroupedSampler":
-        """Return the sampler for a data set and the batch sizes and the seed of the arguments."""
-        step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return cls(pairs.student_lengths, step_size, args.seed if args.data_seed is None else args.data_seed)
+    def __init__(self, lengths: Sequence[int], step_size: int, seed: int, epoch: Callable[[], int]) -> None:
+        self.lengths, self.step_size, self.seed, self.epoch = lengths, step_size, seed, epoch
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, on which the order depends. Called before each epoch."""
-        self.epoch = epoch
-
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(1000003 * self.seed + self.epoch)
+        generator = torch.Generator().manual_seed(1000003 * self.seed + self.epoch())
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         full = len(order) - len(order) % self.step_size  # the incomplete step stays last
         steps = []

@@ -2,6 +2,7 @@
 
 import copy
 import tempfile
+from functools import reduce
 from typing import Any, NoReturn
 
 import torch
@@ -16,32 +17,10 @@ from dwakd.errors import UserError
 from dwakd.models.head import model_name
 from dwakd.models.rows import evaluating
 from dwakd.models.saving import remove_unused_sampling
-from dwakd.training.checkpoint import widest_dtype
 
 
 def check_student(student: nn.Module) -> None:
-    """Refuse a student without trainable parameters, and one that `check_restorable` refuses."""
-    if not any(parameter.requires_grad for parameter in student.parameters()):
-        hint = " (for a saved adapter: PeftModel.from_pretrained(..., is_trainable=True))"
-        raise UserError(
-            f"no parameter of the student {model_name(student)} requires gradients, so training would not change it: "
-            f"set requires_grad on what should be trained{hint if isinstance(student, PeftModel) else ''}"
-        )
-    check_restorable(student)
-
-
-def check_separate(student: nn.Module, teacher: nn.Module) -> None:
-    """Refuse a teacher that shares parameters with the student, because the teacher's parameters are frozen."""
-    shared = {_storage(parameter) for parameter in teacher.parameters()}
-    for name, parameter in student.named_parameters():
-        if _storage(parameter) in shared:
-            raise UserError(
-                f"student and teacher share the parameter {name}, and the teacher is frozen: load the teacher separately"
-            )
-
-
-def check_restorable(student: nn.Module) -> None:
-    """Refuse a student that could not be saved, or that would be another model when its folder is loaded.
+    """Refuse a student that cannot be trained or saved, or that would be another model when its folder is loaded.
 
     Saves the settings to a temporary folder, builds the model that they describe with copies of the student's tensors, and
     compares the logits of both on a small batch. Sampling settings that greedy decoding ignores are reset, because
@@ -50,6 +29,12 @@ def check_restorable(student: nn.Module) -> None:
     Raises:
         UserError: names the setting, the tensor or the adapter that does not fit.
     """
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        hint = " (for a saved adapter: PeftModel.from_pretrained(..., is_trainable=True))"
+        raise UserError(
+            f"no parameter of the student {model_name(student)} requires gradients, so training would not change it: "
+            f"set requires_grad on what should be trained{hint if isinstance(student, PeftModel) else ''}"
+        )
     if isinstance(student, PeftModel):
         _check_adapter(student)
     elif getattr(student, "_hf_peft_config_loaded", False):
@@ -62,6 +47,22 @@ def check_restorable(student: nn.Module) -> None:
         is_quantized = getattr(student, "hf_quantizer", None) is not None
         if not (is_deepspeed_zero3_enabled() or is_quantized or len({p.device for p in student.parameters()}) > 1):
             _check_same(student, _restored(student, _saved_config(student)))
+
+
+def widest_dtype(model: nn.Module) -> torch.dtype:
+    """Return the narrowest dtype that holds every floating-point parameter of a model exactly."""
+    dtypes = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
+    return reduce(torch.promote_types, dtypes)
+
+
+def check_separate(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a teacher that shares parameters with the student, because the teacher's parameters are frozen."""
+    shared = {_storage(parameter) for parameter in teacher.parameters()}
+    for name, parameter in student.named_parameters():
+        if _storage(parameter) in shared:
+            raise UserError(
+                f"student and teacher share the parameter {name}, and the teacher is frozen: load the teacher separately"
+            )
 
 
 def disable_dropout(model: nn.Module) -> None:

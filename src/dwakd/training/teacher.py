@@ -23,14 +23,12 @@ from dwakd.data.collator import FindPlace
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedPairs
 from dwakd.errors import UserError
-from dwakd.losses import needs_attention
 from dwakd.models.head import embedding_table, output_head
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.models.rows import select_side, teacher_states
 from dwakd.recipe.training import DistillConfig
 from dwakd.training.inputs import load_pair
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Sets = dict[str, EncodedPairs | None]
 """The encoded data sets "train" and "eval"."""
 
@@ -55,11 +53,6 @@ class Teacher(ABC):
     def date(self) -> str | None:
         """The ISO date that chat templates have to print as today's date, if the teacher prescribes one."""
         return None
-
-    @property
-    def embedding_size(self) -> int:
-        """Width of the teacher's input embeddings."""
-        return self.table.shape[1]
 
     @abstractmethod
     def prepare(self, encoder: TextEncoder, args: DistillConfig, sets: Sets) -> None:
@@ -88,7 +81,7 @@ class OnlineTeacher(Teacher):
         self.with_attention = with_attention
 
     def prepare(self, encoder: TextEncoder, args: DistillConfig, sets: Sets) -> None:
-        self.with_attention = needs_attention(args.method, args.loss_options)
+        self.with_attention = args.method_options.needs_attention
 
     @property
     def head(self) -> OutputHead:  # type: ignore[override]
@@ -112,16 +105,12 @@ class CachedTeacher(Teacher):
 
     Args:
         folder: folder of the cache.
-        model: name or folder of the teacher, see `load_causal_lm`.
-        adapter: a PEFT adapter to merge into the teacher.
-        revision: revision of a model on the Hugging Face Hub.
-        dtype: dtype in which the teacher computes.
-        trust_remote_code: see `load_causal_lm`.
+        model: name or folder of the teacher; `adapter`, `revision`, `dtype` and `trust_remote_code` as in `load_causal_lm`.
         cache_dtype: dtype of the stored hidden states; the teacher's own by default, which stores them exactly.
         tokenizer: tokenizer of the teacher; by default the one that belongs to the model.
 
     Raises:
-        UserError: the teacher is not given by name, or the dtype is unknown.
+        UserError: the teacher is not given by name.
     """
 
     def __init__(
@@ -133,16 +122,13 @@ class CachedTeacher(Teacher):
         revision: str | None = None,
         dtype: torch.dtype = torch.float32,
         trust_remote_code: bool = False,
-        cache_dtype: str | None = None,
+        cache_dtype: torch.dtype | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         if not isinstance(model, str):
             raise UserError("teacher_cache requires the teacher by name, so that its layers are not loaded")
-        if cache_dtype not in (None, *DTYPES):
-            raise UserError(f"unknown teacher.cache_dtype {cache_dtype!r}; valid ones: {', '.join(DTYPES)}")
         self.folder = Path(folder).expanduser()
-        self.name, self.adapter, self.dtype = model, adapter, dtype
-        self.cache_dtype = None if cache_dtype is None else DTYPES[cache_dtype]
+        self.name, self.adapter, self.dtype, self.cache_dtype = model, adapter, dtype, cache_dtype
         self._options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.tokenizer = tokenizer or load_tokenizer(model, **self._options)
         self.cache: Cache
@@ -217,12 +203,3 @@ def find_place(cache: Cache, example_id: int, features: dict[str, Any]) -> int:
             "to evaluate; give this data set as eval_dataset when the cache is built"
         )
     return place
-
-
-def refuse_attention(method: str, options: dict[str, Any]) -> None:
-    """Raise UserError if the method reads the teacher's attention, which a cache does not contain."""
-    if needs_attention(method, options):
-        raise UserError(
-            f"method {method} reads the teacher's attention, which a cache does not contain; set "
-            "loss.span_weights=uniform, or train without teacher.cache"
-        )

@@ -9,11 +9,11 @@ from transformers import PreTrainedTokenizerBase
 from dwakd.batch import ModelSide, PairedBatch
 from dwakd.data.encoding import TextEncoder
 from dwakd.errors import UserError
-from dwakd.losses import TeacherScale, method_class
-from dwakd.recipe.training import DistillConfig
+from dwakd.losses import TeacherScale
+from dwakd.recipe.training import DistillConfig, refuse_cached_attention
 from dwakd.training.inputs import Model, load_pair, make_encoder
 from dwakd.training.student import check_separate
-from dwakd.training.teacher import CachedTeacher, OnlineTeacher, Sets, Teacher, refuse_attention
+from dwakd.training.teacher import CachedTeacher, OnlineTeacher, Teacher
 
 AnyTeacher: TypeAlias = str | Model | Teacher
 
@@ -26,14 +26,14 @@ class MicroBatch(NamedTuple):
     scales: tuple[TeacherScale, ...] = ()
 
 
-def prepare_teachers(
+def load_teachers(
     student: Model,
     teachers: AnyTeacher | list[AnyTeacher] | None,
     tokenizers: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None,
     args: DistillConfig,
 ) -> list[tuple[Teacher, TextEncoder]]:
     """Load and check the teachers; return each with its encoder. The list is empty if the method needs no teacher."""
-    if not method_class(args.method).options_type.needs_teacher:
+    if not args.method_options.needs_teacher:
         return []
     given: list[Any] = teachers if isinstance(teachers, list) else [] if teachers is None else [teachers]
     if not given:
@@ -46,34 +46,27 @@ def prepare_teachers(
         raise UserError(
             "teacher_cache is for one teacher: give several as a list of dwakd.training.teacher.CachedTeacher"
         )
-    return [_prepare(student, teacher, tokenizer, args) for teacher, tokenizer in zip(given, own, strict=True)]
+    return [_load(student, teacher, tokenizer, args) for teacher, tokenizer in zip(given, own, strict=True)]
 
 
-def _prepare(
+def _load(
     student: Model, teacher: AnyTeacher, tokenizer: PreTrainedTokenizerBase | None, args: DistillConfig
 ) -> tuple[Teacher, TextEncoder]:
     if args.teacher_cache is not None:
         remote = args.trust_remote_code
         teacher = CachedTeacher(args.teacher_cache, teacher, tokenizer=tokenizer, trust_remote_code=remote)
-    if isinstance(teacher, CachedTeacher):
-        refuse_attention(args.method, args.loss_options)
     if not isinstance(teacher, Teacher):
         model, tokenizer = load_pair(teacher, tokenizer, args, "teacher_processing_class")
-        check_separate(student, model)
+        check_separate(student, model)  # before the teacher is frozen
         teacher = OnlineTeacher(model)
     elif isinstance(teacher, OnlineTeacher):
         check_separate(student, teacher.model)
+    if isinstance(teacher, CachedTeacher):
+        refuse_cached_attention(args.method, args.method_options)
     tokenizer = tokenizer or teacher.tokenizer
     if tokenizer is None:
         raise UserError("teacher_processing_class is missing: a loaded teacher needs its tokenizer")
     return teacher, make_encoder(tokenizer, args, teacher.date)
-
-
-def tell_teachers(teachers: list[tuple[Teacher, TextEncoder]], args: DistillConfig, sets: Sets) -> None:
-    """Call `Teacher.prepare` of each teacher with its own encoding of the data sets."""
-    for index, (teacher, encoder) in enumerate(teachers):
-        own = {role: None if pairs is None else pairs.of_teacher(index) for role, pairs in sets.items()}
-        teacher.prepare(encoder, args, own)
 
 
 def run_teachers(

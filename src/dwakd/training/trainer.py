@@ -22,18 +22,16 @@ from dwakd.data.collator import collate
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import answerable_prompts
 from dwakd.models.saving import save_causal_lm
-from dwakd.recipe.training import DistillConfig
+from dwakd.models.trainable import check_training
+from dwakd.recipe.training import DistillConfig, check_best_metric
 from dwakd.training import inputs as given
 from dwakd.training.callbacks import FiniteCheck, RunCallback, TermsProgressCallback
-from dwakd.training.checkpoint import LOSS_STATE, load_checkpoint
-from dwakd.training.distiller import Distiller
-from dwakd.training.evaluation import check_best_metric, eval_loader, generated_metrics, mean_terms
-from dwakd.training.method import build_method
-from dwakd.training.optimizer import parameter_groups
+from dwakd.training.distiller import LOSS_STATE, Distiller, build_method
+from dwakd.training.evaluation import eval_loader, generated_metrics, mean_terms
 from dwakd.training.sampler import LengthGroupedSampler, cut_repeats
-from dwakd.training.student import disable_dropout
+from dwakd.training.student import check_student, disable_dropout
 from dwakd.training.teacher import Teacher
-from dwakd.training.teachers import AnyTeacher, MicroBatch, prepare_teachers, run_teachers, tell_teachers
+from dwakd.training.teachers import AnyTeacher, MicroBatch, load_teachers, run_teachers
 
 
 class DistillTrainer(Trainer):
@@ -69,8 +67,14 @@ class DistillTrainer(Trainer):
     ) -> None:
         args = given.checked_args(args)
         names = dataset_names or {}
-        model, processing_class = given.load_student_pair(model, processing_class, args, peft_config, train_dataset)
-        found = prepare_teachers(model, teacher_model, teacher_processing_class, args)
+        if args.metric_for_best_model is not None and compute_metrics is None:
+            check_best_metric(args.metric_for_best_model, args.method, rouge_l=args.eval_rouge_l)
+        model, processing_class = given.load_pair(model, processing_class, args, "processing_class")
+        if train_dataset is not None:
+            check_training(model, gradient_checkpointing=args.gradient_checkpointing)
+            if peft_config is None:
+                check_student(model)
+        found = load_teachers(model, teacher_model, teacher_processing_class, args)
         self.teachers: list[Teacher] = [teacher for teacher, _ in found]
         date = next((teacher.date for teacher in self.teachers if teacher.date), None)
         self.student_encoder = given.make_encoder(processing_class, args, date)
@@ -81,18 +85,18 @@ class DistillTrainer(Trainer):
         )
         if args.eval_rouge_l or compute_metrics:
             answerable_prompts(model, self.student_encoder, self._eval_examples, names.get("eval", "the eval dataset"))
-        tell_teachers(found, args, {"train": train_pairs, "eval": eval_pairs})
+        sets = {role: pairs for role, pairs in (("train", train_pairs), ("eval", eval_pairs)) if pairs is not None}
+        for index, (teacher, encoder) in enumerate(found):
+            teacher.prepare(encoder, args, {role: pairs.of_teacher(index) for role, pairs in sets.items()})
         set_seed(args.seed)
         loss = build_method(args, model, self.teachers, self._encoders)
         if peft_config is not None:
             model = given.add_adapter(model, peft_config)
         given.check_batches(train_pairs, args)
-        check_best_metric(args, compute_metrics is not None)
         if args.disable_dropout:
             disable_dropout(model)
         self.metrics_function = compute_metrics
-        self.length_sampler: LengthGroupedSampler | None = None
-        self.clock = RunCallback(self)
+        self.clock, self.finite = RunCallback(self), FiniteCheck(self)
         super().__init__(
             model=Distiller(model, loss),
             args=args,
@@ -100,10 +104,9 @@ class DistillTrainer(Trainer):
             train_dataset=train_pairs,
             eval_dataset=eval_pairs,
             processing_class=processing_class,
-            callbacks=[self.clock, *(callbacks or [])],
+            callbacks=[self.clock, self.finite, *(callbacks or [])],
             optimizers=optimizers,
         )
-        self.finite = FiniteCheck(self)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         if not args.disable_tqdm:
             self.add_callback(TermsProgressCallback)
@@ -126,7 +129,7 @@ class DistillTrainer(Trainer):
         if not batches:
             return batches, None
         micro_batches = self._micro_batches(batches)
-        count = sum(batch.weight * sum(batch.student.num_rows) for batch, _, _ in micro_batches)
+        count = sum(micro.batch.weight * sum(micro.batch.student.num_rows) for micro in micro_batches)
         num_tokens = torch.tensor(count, device=device)
         if self.args.world_size > 1:
             num_tokens = self.accelerator.gather(num_tokens).sum()
@@ -169,16 +172,25 @@ class DistillTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        self.length_sampler = LengthGroupedSampler.of(train_dataset or self.train_dataset, self.args)
-        return self.length_sampler
+        pairs, args = train_dataset or self.train_dataset, self.args
+        step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return LengthGroupedSampler(pairs.student_lengths, step_size, seed, lambda: int(self.state.epoch or 0))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create AdamW with `learning_rate` for the student and `projector_learning_rate` for the loss's own maps."""
         if self.optimizer is None:  # type: ignore[has-type]
             module = model or self.model
             decayed = set(self.get_decay_parameter_names(module))
+            groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    of_student = "student" in name.split(".")[:2]  # a wrapper may add one word in front
+                    rate = self.args.learning_rate if of_student else self.args.projector_learning_rate
+                    groups.setdefault((rate, self.args.weight_decay if name in decayed else 0.0), []).append(parameter)
+            listed = [{"params": own, "lr": rate, "weight_decay": decay} for (rate, decay), own in groups.items()]
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, module)
-            self.optimizer = optimizer_class(parameter_groups(module, decayed, self.args), **options)
+            self.optimizer = optimizer_class(listed, **options)
         return self.optimizer
 
     def evaluate(
@@ -241,10 +253,10 @@ class DistillTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            load_checkpoint(self.student, self._distiller.loss, resume_from_checkpoint)
+            self._distiller.load_checkpoint(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
-            load_checkpoint(self.student, self._distiller.loss, self.state.best_model_checkpoint)
+            self._distiller.load_checkpoint(self.state.best_model_checkpoint)

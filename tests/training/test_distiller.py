@@ -1,14 +1,17 @@
-"""What is saved is what was trained, and what is loaded is what was saved."""
+"""The student and its loss are built for the given models, and are saved and loaded exactly."""
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from dwakd import load_causal_lm
+from dwakd import DistillConfig, DistillTrainer, UserError, load_causal_lm
 from dwakd.models.saving import save_causal_lm
-from dwakd.training.checkpoint import load_student
+from dwakd.training.distiller import load_student
 from tests.builders import byte_bpe, tiny_model
-from tests.training.builders import trainer
+from tests.training.builders import ROWS, TOKENIZERS, trainer
+
+ONE_TOKENIZER = [("kd", {}), ("dskd", {"attention": False})]
 
 
 def logits(model) -> torch.Tensor:
@@ -64,3 +67,34 @@ def test_the_tokenizer_and_weights_survive_settings_that_json_cannot_hold(tmp_pa
     run.save_model()
     assert (tmp_path / "model.safetensors").is_file()
     assert (tmp_path / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(("method", "options"), ONE_TOKENIZER)
+def test_two_tokenizers_are_refused(tmp_path, method, options):
+    """A comparison of the same index in two vocabularies would compare unrelated tokens."""
+    with pytest.raises(UserError, match=f"method {method} requires a teacher with the student's tokenizer"):
+        trainer(tmp_path, method=method, loss_options=options, two_tokenizers=True)
+
+
+@pytest.mark.parametrize(("method", "options"), ONE_TOKENIZER)
+def test_one_tokenizer_and_heads_of_two_widths_train(tmp_path, method, options):
+    """Models of one family often pad their heads to different widths, although they share a tokenizer."""
+    tokenizer = TOKENIZERS[0]
+    run = DistillTrainer(
+        model=tiny_model("llama", len(tokenizer), seed=1),
+        teacher_model=tiny_model("gemma2", len(tokenizer) + 3, seed=2),
+        args=DistillConfig(
+            output_dir=str(tmp_path),
+            max_steps=1,
+            save_strategy="no",
+            disable_tqdm=True,
+            template="plain",
+            use_cpu=True,
+            method=method,
+            loss_options=options,
+        ),
+        train_dataset=ROWS,
+        processing_class=tokenizer,
+        teacher_processing_class=tokenizer,
+    )
+    assert run.train().training_loss > 0
