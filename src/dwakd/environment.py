@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 from importlib import metadata
 from pathlib import Path
 
@@ -34,14 +33,10 @@ def describe_environment() -> str:
 
 def _cpu() -> str:
     """Return the name of the processor, or its architecture if the system does not provide the name."""
-    if platform.system() == "Darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        found = [subprocess.run(command, capture_output=True, text=True, check=False).stdout]
-    else:
-        info = Path("/proc/cpuinfo")
-        lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-        found = [line.partition(":")[2] for line in lines if line.startswith("model name")]
-    return "".join(found[:1]).strip() or platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(found), "") or platform.processor() or platform.machine()
 
 
 def _gpus() -> str:

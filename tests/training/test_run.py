@@ -39,7 +39,7 @@ def test_train_eval_and_resume(workspace, tmp_path, monkeypatch, capsys):
         None,
         "trainer_state.json",
         "dwakd-run.json",
-    ):  # a finished run, and two that were stopped after the last checkpoint
+    ):  # finished, or stopped at its end
         if lost:
             (output / lost).write_text("{")
             (output / "model.safetensors").write_bytes(b"half")

@@ -27,12 +27,11 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
+        keys = set()
         for key, _ in node.value:
-            if keys.count(key.value) > 1:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{key.value} is given twice", problem_mark=key.start_mark
-                )
+            if key.value in keys:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+            keys.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -47,6 +46,17 @@ _Loader.add_implicit_resolver(
 def parse_yaml(text: str) -> Any:
     """Return the content of a YAML text, read strictly."""
     return yaml.load(text, Loader=_Loader)
+
+
+def _read(path: Path) -> tuple[Any, str]:
+    """Return the content of a YAML file and "", or None and what is wrong with it in one line."""
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8")), ""
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        if mark is not None:
+            return None, f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None)}"
+        return None, " ".join(str(error).replace('in "<unicode string>", ', "").split())
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -68,11 +78,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def read_saved_recipe(path: Path, *, fix: str) -> dict[str, Any]:
-    """Read the sections of the recipe in a run's folder.
-
-    Raises:
-        UserError: it cannot be read; the message ends with `fix`.
-    """
+    """Read the sections of the recipe in a run's folder; raise UserError, which ends with `fix`, if it is damaged."""
     content, fault = _read(path)
     if not isinstance(content, dict) or not isinstance(content.get("data"), dict):
         raise UserError(f"{path} is damaged ({fault or 'it has no section data'}); {fix}")
@@ -85,26 +91,14 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     *sections, option = name.split(".")
     if not equals or not all((*sections, option)):
         raise UserError(f"override {override!r} must look like section.option=value, for example loss.temperature=4")
-    node = content
     for key in sections:
-        if node.get(key) is None:
-            node[key] = {}
-        if not isinstance(node[key], dict):
-            kind = "a list" if isinstance(node[key], list) else "no section"
+        if content.get(key) is None:
+            content[key] = {}
+        content = content[key]
+        if not isinstance(content, dict):
+            kind = "a list" if isinstance(content, list) else "no section"
             raise UserError(f"override {override!r}: {key} is {kind} here; edit the recipe")
-        node = node[key]
     try:
-        node[option] = parse_yaml(value)
+        content[option] = parse_yaml(value)
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r}: the value is not valid YAML") from error
-
-
-def _read(path: Path) -> tuple[Any, str]:
-    """Return the content of a YAML file, or what is wrong with it in one line without PyYAML's name of the stream."""
-    try:
-        return parse_yaml(path.read_text(encoding="utf-8")), ""
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        if mark is not None:
-            return None, f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None)}"
-        return None, " ".join(str(error).replace('in "<unicode string>", ', "").split())

@@ -53,16 +53,30 @@ def _only(value: object, reason: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _check_steps(steps: int) -> int:
-    if steps < 1 and steps != -1:
-        raise ValueError("must be at least 1, or -1 to count epochs")
-    return steps
-
-
 def _check_assignments(text: str) -> str:
     if not all(part.count("=") == 1 for part in text.split(",")):
         raise ValueError("must look like name=value,name=value")
     return text
+
+
+LIMITS: dict[str, Any] = {
+    "max_steps": Count | Literal[-1],
+    "remove_unused_columns": Annotated[bool, _only(False, "the method reads every column")],
+    "optim_args": Annotated[str, AfterValidator(_check_assignments)] | None,
+    "label_smoothing_factor": Annotated[float, _only(0, "the method defines it")],
+    "use_liger_kernel": Annotated[bool, _only(False, "load a student with Liger")],
+    "train_sampling_strategy": Literal["random", "sequential", "group_by_length"],
+    "dataloader_num_workers": Annotated[int, Field(ge=0)],
+    "seed": Seed,
+    "data_seed": Seed | None,
+    "eval_steps": Positive | None,
+    "save_steps": Positive,
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), Count),
+    "gradient_accumulation_steps": Count,
+    **dict.fromkeys(("warmup_steps", "max_grad_norm", "adam_epsilon"), NotNegative),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), Beta),
+}
+"""Options of transformers whose values are limited, with the types that limit them."""
 
 
 @dataclass
@@ -109,40 +123,13 @@ class DistillConfig(TrainingArguments):
     save_total_limit: Count | None = _option(2, "Checkpoints to keep, including the best one.")
     metric_for_best_model: str | None = _option(None, "Default: rouge_l with eval_rouge_l, otherwise bits_per_byte.")
     greater_is_better: bool | None = _option(None, "Known for rouge_l, bits_per_byte and the terms; otherwise true.")
-    remove_unused_columns: Annotated[bool, _only(False, "the method reads every column")] = _option(
-        False, "Must be false."
-    )
+    remove_unused_columns: bool = _option(False, "Must be false.")
     ddp_find_unused_parameters: bool | None = _option(False, "Every parameter of a method takes part in each step.")
     disable_tqdm: bool | None = _option(False, "Show no progress bars.")
-    report_to: str | list[str] | None = _option("none", "Trackers to log to.")
-
-    # Options of transformers with limits
-    max_steps: Annotated[int, AfterValidator(_check_steps)] = _option(-1, "Optimiser steps; -1 counts epochs instead.")
-    per_device_train_batch_size: Count = _option(8, "Rows in one forward pass on each device.")
-    per_device_eval_batch_size: Count = _option(8, "Rows in one forward pass on each device during evaluation.")
-    gradient_accumulation_steps: Count = _option(1, "Forward passes in one optimiser step.")
-    warmup_steps: NotNegative = _option(0, "Steps in which the learning rates rise from 0; below 1, their share.")
-    max_grad_norm: NotNegative = _option(1.0, "Norm to which gradients are clipped; 0 clips none.")
-    adam_beta1: Beta = _option(0.9, "Beta1 of AdamW.")
-    adam_beta2: Beta = _option(0.999, "Beta2 of AdamW.")
-    adam_epsilon: NotNegative = _option(1e-8, "Epsilon of AdamW.")
-    optim_args: Annotated[str, AfterValidator(_check_assignments)] | None = _option(
-        None, "Options of the optimiser, as name=value,name=value."
-    )
-    label_smoothing_factor: Annotated[float, _only(0, "the method defines it")] = _option(0.0, "Must be 0.")
-    use_liger_kernel: Annotated[bool, _only(False, "load a student with Liger")] = _option(False, "Must be false.")
-    seed: Seed = _option(42, "Seed of the method's parameters, of dropout and of the order of rows.")
-    data_seed: Seed | None = _option(None, "Seed of the order of rows. By default it is seed.")
-    eval_steps: Positive | None = _option(None, "Optimiser steps between two evaluations; below 1, their share.")
-    save_steps: Positive = _option(500, "Optimiser steps between two checkpoints; below 1, their share.")
-    dataloader_num_workers: Annotated[int, Field(ge=0)] = _option(0, "Processes that make batches.")
-    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = _option(
-        "random", "Order of the rows. Grouping by length reduces padding."
-    )
 
     def __post_init__(self) -> None:
         values = {name: getattr(self, name) for name in TrainingOptions.model_fields}
-        own = set(DistillConfig.__annotations__)  # transformers replaces others by objects
+        own = DistillConfig.__annotations__.keys() | LIMITS.keys()  # transformers replaces others by objects
         checked = {n: _number(v) for n, v in values.items() if n in own or isinstance(v, int | float | dict)}
         parse(TrainingOptions, checked)
         _ = self.method_options  # validates them
@@ -167,12 +154,12 @@ def _number(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-TrainingOptions = options_of(DistillConfig)
+TrainingOptions = options_of(DistillConfig, LIMITS)
 
 
 def _check_section(options: dict[str, Any]) -> dict[str, Any]:
     for name in options.keys() & ELSEWHERE.keys():
-        raise UserError(f"training.{name} does not belong into this section: {ELSEWHERE[name]}")
+        raise UserError(f"training.{name} does not belong in this section: {ELSEWHERE[name]}")
     parse(TrainingOptions, options, "training.")
     return options
 

@@ -112,9 +112,15 @@ def encode_source(
         if isinstance(source, list) and source and isinstance(source[0], Example):
             examples = [example for example in source if isinstance(example, Example)]
         else:
-            columns = {"prompt": args.prompt_column, "response": args.response_column, "input": args.input_column}
-            split = EVAL_SPLITS if role == "eval" else TRAIN_SPLITS
-            examples = load_examples(source, split=split, invalid_rows=args.invalid_rows, name=name, **columns)
+            examples = load_examples(
+                source,
+                split=EVAL_SPLITS if role == "eval" else TRAIN_SPLITS,
+                prompt=args.prompt_column,
+                response=args.response_column,
+                input=args.input_column,
+                invalid_rows=args.invalid_rows,
+                name=name,
+            )
         pairs = encode_pairs(
             examples,
             *encoders,
