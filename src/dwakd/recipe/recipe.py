@@ -90,10 +90,10 @@ class Recipe(Section):
             if teacher.cache is not None:
                 refuse_cached_attention(self.method, self.loss)
         options = self.training
-        used = {name for name in NEED_EVALUATION if options.get(name) not in (None, False, "no")}
-        used |= {"save_strategy=best"} if options.get("save_strategy") == "best" else set()
+        used = [name for name in NEED_EVALUATION if options.get(name) not in (None, False, "no")]
+        used += ["save_strategy=best"] if options.get("save_strategy") == "best" else []
         if used and self.data.eval is None:
-            raise UserError(f"training.{min(used)} requires an evaluation set: set data.eval")
+            raise UserError(f"training.{used[0]} requires an evaluation set: set data.eval")
         metric = options.get("metric_for_best_model") or "loss"
         check_best_metric(metric, self.method, rouge_l=bool(options.get("eval_rouge_l")))
         return self

@@ -14,10 +14,7 @@ _FIX = "lower training.learning_rate, or set training.warmup_steps"
 
 
 class RunCallback(TrainerCallback):
-    """Prepare a run for its other callbacks, and collect the means of terms and the time of steps.
-
-    The callbacks after it receive the student as `model`, because the module of student and loss has no `generate`.
-    """
+    """Collect the means of terms and the time of steps, and give later callbacks the student as `model`."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -42,7 +39,7 @@ class RunCallback(TrainerCallback):
         return means
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.callback_handler.model = self.trainer.student
+        self.trainer.callback_handler.model = self.trainer.student  # the Distiller has no `generate`
         self._sums, self._first_step = {}, state.global_step
 
     on_init_end = on_train_begin  # an evaluation may come before the training

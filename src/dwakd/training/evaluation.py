@@ -8,13 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import EvalPrediction
 from transformers.trainer_utils import denumpify_detensorize
 
-from dwakd.batch import PairedBatch
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.pairs import EncodedPairs
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import generate_answers
@@ -27,12 +24,6 @@ from dwakd.training.inputs import Model
 from dwakd.training.teachers import MicroBatch
 
 Metrics = Callable[[EvalPrediction], dict[str, Any]]
-
-
-def eval_loader(pairs: EncodedPairs, args: DistillConfig, collate: Callable[..., PairedBatch]) -> DataLoader[Any]:
-    """Return a data loader of all rows in order."""
-    workers, pin = args.dataloader_num_workers, args.dataloader_pin_memory
-    return DataLoader(pairs, args.eval_batch_size, collate_fn=collate, num_workers=workers, pin_memory=pin)
 
 
 def mean_terms(

@@ -65,7 +65,7 @@ def check_same_recipe(saved: Path, recipe: Recipe, *, changeable: re.Pattern[str
 
 
 def _changed_options(saved: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Return the values of all options that differ, in the saved recipe and in the given one, by dotted name."""
+    """Return the saved and the given value of each option that differs, by dotted name."""
     before = _flat(read_saved_recipe(saved, fix="restore it, or choose another folder with --output"))
     now = _flat(parse_yaml(recipe.dump()))
     both = {name: (before.get(name, "unset"), now.get(name, "unset")) for name in sorted(before | now)}
@@ -97,10 +97,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def checkpoint_fault(folder: Path, needed: Sequence[str]) -> str | None:
-    """Return which file of a checkpoint is missing or damaged, or None. Weights are not read completely.
-
-    `needed` are the names of files that a checkpoint contains beside the weights of the student or its adapter.
-    """
+    """Return which file of a checkpoint is missing or damaged, or None. `needed`: its files apart from the student's."""
     missing = [name for name in needed if not (folder / name).is_file()]
     weights = {path.name for path in folder.glob("*.safetensors")} - set(needed)
     if not weights or list(folder.glob("*.safetensors.tmp")):

@@ -12,7 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
@@ -27,7 +27,7 @@ from dwakd.recipe.training import DistillConfig, check_best_metric
 from dwakd.training import inputs as given
 from dwakd.training.callbacks import FiniteCheck, RunCallback, TermsProgressCallback
 from dwakd.training.distiller import LOSS_STATE, Distiller, build_method
-from dwakd.training.evaluation import eval_loader, generated_metrics, mean_terms
+from dwakd.training.evaluation import generated_metrics, mean_terms
 from dwakd.training.sampler import LengthGroupedSampler, cut_repeats
 from dwakd.training.student import check_student, disable_dropout
 from dwakd.training.teacher import Teacher
@@ -211,8 +211,16 @@ class DistillTrainer(Trainer):
         if pairs is None:
             raise UserError("there is nothing to evaluate on: give eval_dataset")
         with torch.random.fork_rng():  # a run must not depend on how often it is evaluated
-            loader = self.accelerator.prepare(eval_loader(pairs, self.args, self.data_collator))
-            bar = tqdm(loader, "evaluating", delay=2, leave=False, disable=self.args.disable_tqdm)
+            loader = DataLoader(  # get_eval_dataloader would apply dataloader_drop_last
+                pairs,
+                self.args.eval_batch_size,
+                collate_fn=self.data_collator,
+                num_workers=self.args.dataloader_num_workers,
+                pin_memory=self.args.dataloader_pin_memory,
+            )
+            bar = tqdm(
+                self.accelerator.prepare(loader), "evaluating", delay=2, leave=False, disable=self.args.disable_tqdm
+            )
             batches = (self._micro_batches([batch])[0] for batch in bar)
             metrics = mean_terms(self._distiller, batches, self.accelerator.reduce)
             if eval_dataset is None and (self.args.eval_rouge_l or self.metrics_function):
