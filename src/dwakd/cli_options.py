@@ -26,15 +26,16 @@ def with_options(*, omit: Sequence[str] = (), **defaults: Any) -> Callable[[Call
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(function, eval_str=True)
-        plain = {name: item for name, item in signature.parameters.items() if not _is_model(item.annotation)}
-        models = {name: item.annotation for name, item in signature.parameters.items() if name not in plain}
+        given = signature.parameters.items()
+        models = {
+            n: p.annotation for n, p in given if inspect.isclass(p.annotation) and issubclass(p.annotation, Options)
+        }
+        plain = {name: item for name, item in given if name not in models}
         fields = {name: [field for field in model.model_fields if field not in omit] for name, model in models.items()}
 
         @functools.wraps(function)
         def command(**values: Any) -> None:
-            built = {
-                name: model(**{field: values.pop(field) for field in fields[name]}) for name, model in models.items()
-            }
+            built = {name: model(**{f: values.pop(f) for f in fields[name]}) for name, model in models.items()}
             function(**values, **built)
 
         made = [
@@ -47,10 +48,6 @@ def with_options(*, omit: Sequence[str] = (), **defaults: Any) -> Callable[[Call
         return command
 
     return decorate
-
-
-def _is_model(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Options)
 
 
 def _parameter(name: str, field: FieldInfo, defaults: dict[str, Any]) -> inspect.Parameter:

@@ -15,12 +15,7 @@ from rich.text import Text
 from dwakd.losses import METHODS, method_class
 
 _SECTION = re.compile(r"^(Args|Raises|References):$", re.MULTILINE)
-_LIMITS = {
-    "minimum": "at least {:g}",
-    "exclusiveMinimum": "above {:g}",
-    "maximum": "at most {:g}",
-    "exclusiveMaximum": "below {:g}",
-}
+_LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
 
 def methods_table() -> Table:
@@ -46,12 +41,8 @@ def method_page(name: str) -> Group:
         for heading in ("option", "default", "meaning", "allowed"):
             table.add_column(heading, no_wrap=heading == "option", max_width=20 if heading == "allowed" else None)
         for option, field in options.items():
-            table.add_row(
-                option,
-                json.dumps(field.default).strip('"'),
-                Text(field.description or ""),
-                allowed_values(properties[option]),
-            )
+            default, meaning = json.dumps(field.default).strip('"'), Text(field.description or "")
+            table.add_row(option, default, meaning, allowed_values(properties[option]))
         parts += [Text(f"\nOptions, in the recipe's loss section or as loss.{next(iter(options))}=VALUE:\n"), table]
     else:
         parts.append(Text("\nNo options."))
@@ -68,7 +59,7 @@ def allowed_values(schema: dict[str, Any]) -> str:
         return ", ".join(schema["enum"])
     if schema["type"] == "boolean":
         return "true, false"
-    limits = [text.format(schema[name]) for name, text in _LIMITS.items() if name in schema and schema[name] < 1e30]
+    limits = [f"{words} {schema[name]:g}" for name, words in _LIMITS.items() if schema.get(name, 1e30) < 1e30]
     kind = {"integer": "a whole number", "number": "a number", "null": "null"}[schema["type"]]
     return " ".join([kind, " and ".join(limits)]).strip()
 

@@ -6,8 +6,6 @@ import dataclasses
 import enum
 import types
 import typing
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from peft import LoraConfig
@@ -22,12 +20,12 @@ Json = Annotated[JsonValue, WithJsonSchema({})]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-def options_of(config: type[Any], limits: Mapping[str, Any] = MappingProxyType({})) -> type[Section]:
+def options_of(config: type[Any], limits: dict[str, Any] | None = None) -> type[Section]:
     """Make an options model from a dataclass: its fields with their types and descriptions.
 
     Fields whose values cannot be written in YAML are left out. Types in `limits` replace those of the dataclass.
     """
-    hints = {**typing.get_type_hints(config, include_extras=True), **limits}
+    hints = {**typing.get_type_hints(config, include_extras=True), **(limits or {})}
     fields: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         kind = _plain_type(hints[item.name])
