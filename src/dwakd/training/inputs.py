@@ -12,7 +12,6 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import REFUSED, EncodedPairs, align_by_spelling, encode_pairs
 from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, Example, load_examples
 from dwakd.errors import UserError
-from dwakd.models.checks import check_training
 from dwakd.models.head import embedding_table, model_name, output_head
 from dwakd.models.loading import align_special_tokens, check_vocabulary, load_causal_lm, load_tokenizer, quiet_peft
 from dwakd.models.rows import check_head

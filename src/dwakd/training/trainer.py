@@ -21,8 +21,8 @@ from dwakd.batch import PairedBatch
 from dwakd.data.collator import collate
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import answerable_prompts
+from dwakd.models.checks import check_training
 from dwakd.models.saving import save_causal_lm
-from dwakd.models.trainable import check_training
 from dwakd.recipe.training import DistillConfig, check_best_metric
 from dwakd.training import inputs as given
 from dwakd.training.callbacks import FiniteCheck, RunCallback, TermsProgressCallback
