@@ -143,7 +143,7 @@ def _choose_split(splits: Mapping[Any, Any], split: str | Sequence[str], name: s
     found = next((each for each in wanted if each in splits), None)
     if found is None:
         found = (
-            f"its splits are {', '.join(map(str, splits)) or 'none'}; choose one, after a Hub id as in org/name@train"
+            f"its splits are {', '.join(map(str, splits)) or 'none'}; pass one of them (org/name@train for a Hub id)"
         )
         raise UserError(f"{name} has no split {' or '.join(map(repr, wanted))}: {found}")
     if found != wanted[0]:
