@@ -62,8 +62,8 @@ def test_weights_of_teachers_are_positive_numbers(tmp_path, weights):
 
 def test_options_of_the_method_are_checked_at_once(tmp_path):
     """Loading a teacher of 7 billion parameters first would take minutes."""
-    with pytest.raises(UserError, match=r"unknown option loss_options\.temperatur.* did you mean temperature"):
-        DistillConfig(output_dir=str(tmp_path), use_cpu=True, loss_options={"temperatur": 2.0})
+    with pytest.raises(UserError, match=r"unknown option loss_options\.temperatures.* did you mean temperature"):
+        DistillConfig(output_dir=str(tmp_path), use_cpu=True, loss_options={"temperatures": 2.0})
     config = DistillConfig(
         output_dir=str(tmp_path), use_cpu=True, method="sra", loss_options={"span_weights": "uniform"}
     )
