@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from dwakd.cache.store import open_complete
 from dwakd.folders import write_file
 from tests.cache.builders import LONG, content, repair, save_teacher, trainer
 from tests.training.builders import assert_same, weights
+from tests.two_ranks import run_on_two_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,20 +125,7 @@ def test_two_ranks_build_half_each(tmp_path):
     With 13 rows the ranks have different numbers of rows in the last step.
     """
     teacher = save_teacher(tmp_path / "teacher")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
-    result = subprocess.run(
-        [sys.executable, *launch, "-m", "tests.cache.rank", str(teacher), str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_on_two_ranks("tests.cache.rank", teacher, tmp_path)
     built = [list(map(int, (tmp_path / f"rank-{rank}.txt").read_text().split())) for rank in (0, 1)]
     one = trainer(tmp_path / "one", teacher, cache=tmp_path / "alone", rows=LONG[:13])
     count = one.teachers[0].cache.num_shards

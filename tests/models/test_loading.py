@@ -4,27 +4,16 @@ import json
 
 import pytest
 import torch
-from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from dwakd.errors import UserError
-from dwakd.models import specs
 from dwakd.models.loading import align_special_tokens, check_vocabulary, load_causal_lm, load_tokenizer
 from tests.builders import byte_bpe, tiny_model, unigram_byte_fallback
 from tests.models.architectures import small_model
 
 IDS = torch.arange(2, 22).view(2, 10)
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch):
-    def unreachable(*_, **__):
-        raise ConnectionError("no network in the tests")
-
-    monkeypatch.setattr(HfApi, "model_info", unreachable)
-    specs.only_cached.cache_clear()
 
 
 @pytest.fixture

@@ -65,15 +65,6 @@ def write_gguf(path, model, tokenizer, *, architecture="llama", skip=()):
 
 
 @pytest.fixture(autouse=True)
-def _no_network(monkeypatch):
-    def unreachable(*_, **__):
-        raise ConnectionError("no network in the tests")
-
-    monkeypatch.setattr(HfApi, "model_info", unreachable)
-    specs.only_cached.cache_clear()
-
-
-@pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     return tmp_path / "cache" / "models"

@@ -74,26 +74,24 @@ def test_build_check_and_train(recipe, tmp_path, monkeypatch, capsys):
         assert "data.jsonl has changed" in one_sentence(err)
 
 
-def test_mistakes(recipe, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cache", "RECIPE", "teacher.cache=null"], "teacher.cache is missing"),
+        (["cache", "RECIPE", "teacher=null"], "add a teacher section"),
+        (["cache", "FOLDER"], "is a folder"),
+        (["cache", "RECIPE", "--check"], "is not a teacher cache"),
+        (["cache", "RECIPE", "teacher.cache_dtype=int4"], "cache_dtype must be 'float32', 'bfloat16' or 'float16'"),
+        (["train", "RECIPE", "training.teacher_cache=x"], "training.teacher_cache does not belong"),
+    ],
+)
+def test_mistakes(arguments, message, recipe, tmp_path, monkeypatch, capsys):
     """Each mistake must give one sentence and must not create a folder."""
-    code, _, err = run(monkeypatch, capsys, "cache", recipe, "teacher.cache=null")
+    monkeypatch.chdir(tmp_path)
+    paths = {"RECIPE": recipe, "FOLDER": tmp_path}
+    code, _, err = run(monkeypatch, capsys, *(paths.get(argument, argument) for argument in arguments))
     assert code == 2
-    assert "teacher.cache is missing" in one_sentence(err)
-    code, _, err = run(monkeypatch, capsys, "cache", recipe, "teacher=null")
-    assert code == 2
-    assert "add a teacher section" in one_sentence(err)
-    code, _, err = run(monkeypatch, capsys, "cache", tmp_path)
-    assert code == 2
-    assert "is a folder" in one_sentence(err)
-    code, _, err = run(monkeypatch, capsys, "cache", recipe, "--check")
-    assert code == 2
-    assert "is not a teacher cache" in one_sentence(err)
-    code, _, err = run(monkeypatch, capsys, "cache", recipe, "teacher.cache_dtype=int4")
-    assert code == 2
-    assert "cache_dtype must be 'float32', 'bfloat16' or 'float16'" in one_sentence(err)
-    code, _, err = run(monkeypatch, capsys, "train", recipe, "training.teacher_cache=x", "-o", tmp_path / "run")
-    assert code == 2
-    assert "training.teacher_cache does not belong" in one_sentence(err)
+    assert message in one_sentence(err)
     assert not (tmp_path / "cache").exists()
 
 

@@ -1,16 +1,13 @@
 """Two ranks over gloo give what one rank gives on the same global batch."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.training.builders import ROWS, assert_same, trainer, weights
+from tests.two_ranks import run_on_two_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,21 +20,8 @@ def test_two_ranks_equal_one(tmp_path, method, accumulation, num_rows):
 
     Thirteen rows leave one for the last step, which accelerate fills up by repeating others on both ranks.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     arguments = [tmp_path / "two", method, 2 // accumulation, accumulation, num_rows]
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
-    result = subprocess.run(
-        [sys.executable, *launch, "-m", "tests.training.rank", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_on_two_ranks("tests.training.rank", *arguments)
     one = trainer(tmp_path / "one", rows=ROWS[:num_rows], method=method, per_device_train_batch_size=4)
     one.train()
     assert_same(load_file(tmp_path / "two" / "weights.safetensors"), weights(one), atol=2e-4)

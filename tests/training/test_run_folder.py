@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import ExitStack
 
 import pytest
 
@@ -84,8 +85,8 @@ def test_a_finished_run_continues_only_if_it_becomes_longer(tmp_path):
 def test_one_process_trains_in_a_folder(tmp_path):
     """Two runs would overwrite each other's checkpoints."""
     folder = tmp_path / "run"
-    with alone_in(folder), pytest.raises(UserError, match=str(folder)), alone_in(folder):
-        pass
+    with alone_in(folder), ExitStack() as second, pytest.raises(UserError, match=str(folder)):
+        second.enter_context(alone_in(folder))
     assert list(folder.iterdir()) == []
 
 
