@@ -13,6 +13,10 @@ class Inner(Section):
     size: int = Field(1, ge=1)
     Kind: Literal["float"] = "float"
 
+    @classmethod
+    def owner(cls):
+        return " of it"
+
 
 class Outer(Section):
     inner: Inner | list[Inner] = Inner()
@@ -36,7 +40,7 @@ class Outer(Section):
 def test_the_sentence_names_the_option_and_what_is_allowed(values, message):
     """pydantic's own message has four lines, labels of unions and a link."""
     with pytest.raises(UserError) as caught:
-        parse(Outer, values, "section.", " of it")
+        parse(Outer, values, "section.")
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 

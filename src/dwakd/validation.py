@@ -27,8 +27,8 @@ _WORDS = {
 
 
 class _UnknownNameError(ValueError):
-    def __init__(self, name: object, valid: list[str]) -> None:
-        self.name, self.valid = str(name), valid
+    def __init__(self, name: object, owner: str, valid: list[str]) -> None:
+        self.name, self.owner, self.valid = str(name), owner, valid
 
 
 class Section(BaseModel):
@@ -36,12 +36,17 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
+    @classmethod
+    def owner(cls) -> str:
+        """Return what messages write after the name of an unknown option, such as " of method sft"."""
+        return ""
+
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_names(cls, values: Any) -> Any:
         for name in values if isinstance(values, dict) else ():
             if name not in cls.model_fields:
-                raise _UnknownNameError(name, list(cls.model_fields))
+                raise _UnknownNameError(name, cls.owner(), list(cls.model_fields))
         return values
 
 
@@ -58,14 +63,13 @@ class Options(Section):
 SectionT = TypeVar("SectionT", bound=Section)
 
 
-def parse(model: type[SectionT], values: Any, prefix: str = "", owner: str = "", context: object = None) -> SectionT:
+def parse(model: type[SectionT], values: Any, prefix: str = "", context: object = None) -> SectionT:
     """Validate values that a user wrote.
 
     Args:
         model: the pydantic model of the values.
         values: the values by name.
         prefix: what messages write before the name of an option, such as "loss.".
-        owner: what messages write after the name of an unknown option, such as " of method sft".
         context: passed to the validators of the model.
 
     Raises:
@@ -74,13 +78,13 @@ def parse(model: type[SectionT], values: Any, prefix: str = "", owner: str = "",
     try:
         return model.model_validate(values, context=context)
     except ValidationError as error:
-        raise user_error(error, values, prefix, owner) from None
+        raise user_error(error, values, prefix) from None
 
 
-def user_error(error: ValidationError, values: Any, prefix: str = "", owner: str = "") -> UserError:
+def user_error(error: ValidationError, values: Any, prefix: str = "") -> UserError:
     """Turn the first problem that pydantic found in `values` into one sentence that begins with the option's name.
 
-    A UserError that a validator raised is returned as it is. `prefix` and `owner` are those of `parse`.
+    A UserError that a validator raised is returned as it is. `prefix` is that of `parse`.
     """
     problems = [(_path(item, values), item) for item in error.errors()]
     first = problems[0][0]
@@ -93,7 +97,7 @@ def user_error(error: ValidationError, values: Any, prefix: str = "", owner: str
     if isinstance(cause, UserError):
         return UserError(str(cause))
     if isinstance(cause, _UnknownNameError):
-        return unknown_option(f"{name}.{cause.name}".lstrip(".") + owner, cause.name, cause.valid)
+        return unknown_option(f"{name}.{cause.name}".lstrip(".") + cause.owner, cause.name, cause.valid)
     if kind == "missing":
         return UserError(f"{name} is missing")
     if kind == "value_error" and isinstance(found, dict | BaseModel):  # of several options, which the message names

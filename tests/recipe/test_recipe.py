@@ -61,8 +61,11 @@ def test_the_dump_contains_only_the_loss_options_that_were_given():
         ({"loss": "uld"}, "loss must be a section with options, got 'uld'"),
         ({"loss": {"method": "dwakd"}}, r"loss\.method must be one of 'sft', .*did you mean dwa_kd"),
         ({"loss": {"method": 3}}, r"loss\.method must be one of 'sft'"),
-        ({"loss": {"method": "sft", 1: 2}}, r"unknown option loss\.1;"),
-        ({"loss": {"temperatures": 2}}, r"unknown option loss\.temperatures; did you mean temperature"),
+        ({"loss": {"method": "sft", 1: 2}}, r"unknown option loss\.1 of method sft;"),
+        (
+            {"loss": {"temperatures": 2}},
+            r"unknown option loss\.temperatures of method dwa_kd; did you mean temperature",
+        ),
         ({"loss": {"temperature": -1}}, r"^loss\.temperature must be at least 0\.001, got -1"),
         ({"loss": {"gate": 5}}, r"^loss\.gate must be true or false, got 5"),
         ({"loss": {"impl": "cup"}}, r"^loss\.impl must be 'auto', 'naive', .* got 'cup'; did you mean cpu"),

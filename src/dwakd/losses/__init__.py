@@ -80,7 +80,7 @@ def method_options(method: str, values: dict[str, Any] | None = None, prefix: st
     Raises:
         UserError: the method or an option is unknown, or the value of an option is not allowed.
     """
-    return parse(method_class(method).options_type, values or {}, prefix, f" of method {method}")
+    return parse(method_class(method).options_type, values or {}, prefix)
 
 
 def build_loss(

@@ -33,6 +33,10 @@ class MethodOptions(Section):
     compat_defaults: ClassVar[dict[str, dict[str, Any]]] = {}
     """Defaults that an option named `compat` replaces, by its value."""
 
+    @classmethod
+    def owner(cls) -> str:
+        return f" of method {cls.model_fields['method'].default}"
+
     @property
     def needs_same_vocabulary(self) -> bool:
         """Whether student and teacher must have the same tokenizer."""
