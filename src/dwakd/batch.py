@@ -178,7 +178,7 @@ class ModelSide:
         head: maps hidden states to logits.
         aligned_rows: for each student token, the index within the example of the teacher token that is paired with it
             by spelling, or -1. Set on a teacher's side if the method needs it.
-        trust: per-token gate weight divided by this teacher's mixture weight. Set on the sides of several teachers.
+        gate_weights: per-token gate weight divided by this teacher's mixture weight. Set on the sides of several teachers.
         attention: attention of the last position of the sequence to each response position in the last layer, summed
             over the heads. Constant. Set if the method needs it.
         num_rows: `lengths` as Python integers, so that they need not be read from a GPU.
@@ -192,7 +192,7 @@ class ModelSide:
     byte_ends: Int[Tensor, " tokens"]
     head: OutputHead
     aligned_rows: Int[Tensor, " s_tokens"] | None = None
-    trust: Float[Tensor, " s_tokens"] | None = None
+    gate_weights: Float[Tensor, " s_tokens"] | None = None
     attention: Float[Tensor, " tokens"] | None = None
     num_rows: tuple[int, ...] | None = None
 

@@ -42,9 +42,9 @@ def test_the_same_teacher_twice_is_one_teacher(name):
         results.append((output.loss, torch.autograd.grad(output.loss, student.hidden)[0]))
         terms = output.terms
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
-    trusts = [terms[f"trust_{k}"].item() for k in (1, 2)] if name in PROJECTING else [0.75, 0.25]
-    assert trusts == pytest.approx([0.75, 0.25])
-    assert ("trust_1" in terms) == (name in PROJECTING)
+    gates = [terms[f"gate_{k}"].item() for k in (1, 2)] if name in PROJECTING else [0.75, 0.25]
+    assert gates == pytest.approx([0.75, 0.25])
+    assert ("gate_1" in terms) == (name in PROJECTING)
 
 
 def test_weights_alone_give_the_weighted_sum():
@@ -54,7 +54,7 @@ def test_weights_alone_give_the_weighted_sum():
     output = SeveralTeachers(losses, [1, 3], gate="weights")(student, [first, second])
     expected = 0.25 * losses[0](student, first).loss + 0.75 * losses[1](student, second).loss
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-12)
-    assert "trust_1" not in output.terms
+    assert "gate_1" not in output.terms
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.1])
@@ -68,25 +68,27 @@ def test_the_gate_is_a_softmax_of_projected_confidence(temperature):
         hidden = cross_model_attention(student, teacher, loss.projectors, scale).t2s_hidden
         peak = (hidden @ student.head.weight.T).softmax(-1).amax(-1)
         odds.append(share * (peak / temperature).exp())
-    trust = torch.stack(odds) / sum(odds)
+    gate_weights = torch.stack(odds) / sum(odds)
     expected = 0.0
     for k, (loss, share) in enumerate(zip(losses, shares, strict=True)):
-        without = loss(student, dataclasses.replace(teachers[k], trust=torch.zeros_like(trust[k])))
-        trusted = loss(student, dataclasses.replace(teachers[k], trust=trust[k]))
-        expected += share * without.loss + trusted.loss - without.loss
+        without = loss(student, dataclasses.replace(teachers[k], gate_weights=torch.zeros_like(gate_weights[k])))
+        gated = loss(student, dataclasses.replace(teachers[k], gate_weights=gate_weights[k]))
+        expected += share * without.loss + gated.loss - without.loss
     output = SeveralTeachers(losses, shares, temperature=temperature)(student, teachers)
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-10)
-    assert output.terms["trust_1"].item() == pytest.approx(trust[0].mean().item(), rel=1e-10)
-    assert not torch.allclose(trust[0], trust[0].mean(), atol=1e-3)  # else the gate would be the weights
+    assert output.terms["gate_1"].item() == pytest.approx(gate_weights[0].mean().item(), rel=1e-10)
+    assert not torch.allclose(gate_weights[0], gate_weights[0].mean(), atol=1e-3)  # else the gate would be the weights
 
 
 @pytest.mark.parametrize("name", PROJECTING)
-def test_trust_weighs_rows_of_the_student_space_alone(name):
-    """Twice the trust is twice the divergence; the maps and the teacher's space learn as before."""
+def test_gate_weights_weigh_rows_of_the_student_space_alone(name):
+    """Twice the gate weight is twice the divergence; the maps and the teacher's space learn as before."""
     loss = build(name)
     student, teacher = sides()
     rows = len(student.target_ids)
-    once, twice = (loss(student, dataclasses.replace(teacher, trust=torch.full((rows,), t).double())) for t in (1, 2))
+    once, twice = (
+        loss(student, dataclasses.replace(teacher, gate_weights=torch.full((rows,), t).double())) for t in (1, 2)
+    )
     plain = loss(student, teacher)
     for term in plain.terms:
         factor = 2 if term == "kd_student" else 1

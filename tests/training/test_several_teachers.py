@@ -1,4 +1,4 @@
-"""Runs with several teachers, each with a tokenizer, a cache and maps of its own."""
+"""Runs with several teachers, each with another tokenizer, cache and maps."""
 
 import json
 
@@ -49,9 +49,9 @@ def test_accumulation_changes_nothing(tmp_path, folders, method):
     metrics = whole.evaluate()
     assert metrics["eval_bits_per_byte"] > 0
     gated = method in ("dwa_kd", "dskd_v2")
-    assert ("eval_trust_2" in metrics) == gated
+    assert ("eval_gate_2" in metrics) == gated
     if gated:
-        assert metrics["eval_trust_1"] + metrics["eval_trust_2"] == pytest.approx(1, abs=1e-5)
+        assert metrics["eval_gate_1"] + metrics["eval_gate_2"] == pytest.approx(1, abs=1e-5)
 
 
 def test_caches_of_several_teachers_change_nothing_and_a_run_resumes(tmp_path, folders):

@@ -127,7 +127,7 @@ def compare_with_teacher(
         {"ce": ce_weight, "t2s_ce": 0.0, "kd_student": kd_weight},
         divergence=divergence,
         projected_targets=first_possible(sides[1].head, count),  # `StudentSpace` needs targets of the teacher as well
-        trust=token_weights,
+        token_weights=token_weights,
     )
     output = head_loss(sides, space)
     return HeadLoss(output.loss, {"ce": output.terms["ce"], "kd": output.terms["kd_student"]}, {})

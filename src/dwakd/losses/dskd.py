@@ -80,7 +80,7 @@ class DskdLoss(DistillationLoss[DskdOptions]):
             {"ce": 1 - rate, "t2s_ce": rate, "kd_student": rate},
             divergence=self.divergence,
             weigh=accuracy_mask if self.options.uses_accuracy_mask else None,
-            trust=teacher.trust,
+            token_weights=teacher.gate_weights,
         )
         in_student = head_loss([head_rows(student), projected_rows(t2s_hidden, student)], space)
         in_teacher = head_loss(

@@ -96,7 +96,7 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
 
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
         crossed = cross_model_attention(student, teacher, self.projectors, scale)
-        in_student = self._student_space(student, crossed, teacher.trust)
+        in_student = self._student_space(student, crossed, teacher.gate_weights)
         alignment = self._alignment(student, teacher, crossed)
         sums = {**in_student.terms, "kd_teacher": self._teacher_space(teacher, crossed), **alignment}
         weights = {"kd_teacher": self.options.kd_weight, **dict.fromkeys(alignment, self.options.dtw_weight)}
@@ -105,7 +105,7 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
     def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Tensor:
         return cross_model_attention(student, teacher, self.projectors, teacher_scale).t2s_hidden
 
-    def _student_space(self, student: ModelSide, crossed: CrossModelAttention, trust: Tensor | None) -> HeadLoss:
+    def _student_space(self, student: ModelSide, crossed: CrossModelAttention, gate_weights: Tensor | None) -> HeadLoss:
         """Compute `ce`, `t2s_ce` and `kd_student` (equations 7 and 11 to 13)."""
         options = self.options
         weighted = options.entropy_weights or options.gate
@@ -116,7 +116,7 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
             divergence=self.divergence,
             weigh=self._student_weights if weighted else None,
             whole_examples=weighted,
-            trust=trust,
+            token_weights=gate_weights,
         )
         return head_loss([head_rows(student), projected_rows(crossed.t2s_hidden, student)], space)
 

@@ -104,7 +104,7 @@ def exact_spaces(
             whole_examples=True,
             projected_targets=labels.where(counted, student.target_ids),  # weight 0, but never a forbidden token
             projected_weights=_mean_weights(counted, lengths, in_teacher.loss.dtype),
-            trust=teacher.trust,
+            token_weights=teacher.gate_weights,
         ),
     )
     terms = Terms({**in_student.terms, "kd_teacher": kd_teacher}, in_student.loss, {"kd_teacher": kd_weight})

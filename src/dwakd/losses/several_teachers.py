@@ -92,7 +92,7 @@ class SeveralTeachers(nn.Module):
         """Compute the loss of one batch; see `DistillationLoss.forward`, with one side and one scale per teacher.
 
         Returns:
-            The loss and the terms, weighted by the mixture weights. With the gate, the terms `trust_1`, `trust_2`, ... are the
+            The loss and the terms, weighted by the mixture weights. With the gate, the terms `gate_1`, `gate_2`, ... are the
             mean gate weight of each teacher.
         """
         for what, given in (("teachers", teachers), ("teacher_scale", teacher_scale)):
@@ -101,23 +101,23 @@ class SeveralTeachers(nn.Module):
         for loss, teacher in zip(self.losses, teachers, strict=True):
             loss.require_sides(student, teacher)  # type: ignore[operator]
         scales = teacher_scale or [TeacherScale.of(teacher) for teacher in teachers]
-        trusts = self._trusts(student, teachers, scales)
+        gates = self._gate_weights(student, teachers, scales)
         tokens = len(student.target_ids) if num_tokens is None else num_tokens
         outputs: list[LossOutput] = []
         for k, (loss, share) in enumerate(zip(self.losses, self.shares, strict=True)):
-            teacher = teachers[k] if trusts is None else dataclasses.replace(teachers[k], trust=trusts[k] / share)
+            teacher = teachers[k] if gates is None else dataclasses.replace(teachers[k], gate_weights=gates[k] / share)
             outputs.append(loss(student, teacher, num_tokens=tokens, teacher_scale=scales[k]))
         total = self._weighted([output.loss for output in outputs])
         terms = {name: self._weighted([output.terms[name] for output in outputs]) for name in outputs[0].terms}
-        if trusts is not None:
-            terms |= {f"trust_{k + 1}": trust.sum() / tokens for k, trust in enumerate(trusts)}
+        if gates is not None:
+            terms |= {f"gate_{k + 1}": gate.sum() / tokens for k, gate in enumerate(gates)}
         return LossOutput(total, terms)
 
     def _weighted(self, values: Sequence[Tensor]) -> Tensor:
         return torch.stack([share * value for share, value in zip(self.shares, values, strict=True)]).sum(0)
 
     @torch.no_grad()
-    def _trusts(
+    def _gate_weights(
         self, student: ModelSide, teachers: Sequence[ModelSide], scales: Sequence[TeacherScale]
     ) -> Float[Tensor, "teachers tokens"] | None:
         """Compute the gate weight of each teacher at each student token; None if the mixture weights are used."""

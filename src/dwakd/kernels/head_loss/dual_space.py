@@ -33,7 +33,7 @@ class StudentSpace(Criterion):
         whole_examples: whether `weigh` needs whole examples.
         projected_targets: targets of the projected side in `t2s_ce` and `right`; the student's targets by default.
         projected_weights: constant factor of each token's `t2s_ce`; 1 by default.
-        trust: constant factor of each token's `kd_student`, applied after `weigh`; 1 by default.
+        token_weights: constant factor of each token's `kd_student`, applied after `weigh`; 1 by default.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class StudentSpace(Criterion):
         whole_examples: bool = False,
         projected_targets: Int[Tensor, " tokens"] | None = None,
         projected_weights: Float[Tensor, " tokens"] | None = None,
-        trust: Float[Tensor, " tokens"] | None = None,
+        token_weights: Float[Tensor, " tokens"] | None = None,
     ) -> None:
         super().__init__(rates)
         self.unit = "weights" if whole_examples else "rows"
@@ -55,7 +55,7 @@ class StudentSpace(Criterion):
         self.projected_targets = targets if projected_targets is None else projected_targets
         ones = torch.ones_like(targets, dtype=torch.bool)  # True is 1 in products of any dtype
         self.projected_weights = ones if projected_weights is None else projected_weights
-        self.trust = ones if trust is None else trust
+        self.token_weights = ones if token_weights is None else token_weights
         self.divergence, self.weigh = divergence, weigh
 
     def targets_by_side(self) -> dict[int, Tensor]:
@@ -66,7 +66,9 @@ class StudentSpace(Criterion):
         ce = cross_entropy(own, self.targets[rows], reduction="none")
         t2s_ce = cross_entropy(projected, self.projected_targets[rows], reduction="none")
         softened = [(side / self.temperature).log_softmax(-1) for side in (projected.detach(), own)]
-        kd = self.divergence(*softened) * (self.trust[rows] if weights is None else weights * self.trust[rows])
+        kd = self.divergence(*softened) * (
+            self.token_weights[rows] if weights is None else weights * self.token_weights[rows]
+        )
         return {"ce": ce, "t2s_ce": t2s_ce * self.projected_weights[rows], "kd_student": kd}
 
     def statistics(self, logits: Sides, chunk: Chunk) -> Statistics:
@@ -108,11 +110,11 @@ class ForwardKlSpace(StudentSpace):
         self, logits: Sides, chunk: Chunk, statistics: Statistics, weights: Tensor | None, needs: Sequence[bool]
     ) -> dict[str, Tensor]:
         rows, kl = chunk.rows[0], statistics["kl"]
-        trusted = torch.ones_like(kl) * self.trust[rows]
-        trusted = trusted if weights is None else weights * trusted
+        weighted = torch.ones_like(kl) * self.token_weights[rows]
+        weighted = weighted if weights is None else weights * weighted
         if any(needs):
             own, projected = (side.t() for side in logits)
-            kd = trusted * (self.rates["kd_student"] / self.temperature)
+            kd = weighted * (self.rates["kd_student"] / self.temperature)
             own_rate = torch.full_like(kl, self.rates["ce"])
             projected_rate = torch.full_like(kl, self.rates["t2s_ce"]) * self.projected_weights[rows]
             factors = {"own_soft": kd, "projected_soft": kd, "own": own_rate, "projected": projected_rate}
@@ -121,7 +123,7 @@ class ForwardKlSpace(StudentSpace):
             subtract_at(own, self.targets[rows], own_rate)
             subtract_at(projected, self.projected_targets[rows], projected_rate)
         t2s_ce = statistics["t2s_ce"] * self.projected_weights[rows]
-        return {"ce": statistics["ce"], "t2s_ce": t2s_ce, "kd_student": trusted * kl}
+        return {"ce": statistics["ce"], "t2s_ce": t2s_ce, "kd_student": weighted * kl}
 
 
 class TeacherSpace(Criterion):
