@@ -39,7 +39,7 @@ def test_teacher_space_of_any_divergence(name, budget):
 @pytest.mark.parametrize("space", [StudentSpace, ForwardKlSpace])
 @pytest.mark.parametrize("budget", [1, 10**9])
 def test_targets_and_weights_of_the_projected_side(space, budget):
-    """A label of its own for the projected side, and rows that count differently or not at all."""
+    """The projected side may have other labels, and tokens may have different weights, including 0."""
     targets, labels = torch.arange(9), torch.arange(9) * 7 % 300
     weights = torch.tensor([0, 1, 2, 0.5, 0, 1, 1, 3, 0], dtype=torch.float64)
 

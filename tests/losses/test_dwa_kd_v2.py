@@ -83,7 +83,7 @@ def test_identical_models_leave_the_embeddings_alone():
 
 
 def test_band_follows_the_pairs_and_elsewhere_the_diagonal():
-    """A row without a partner has no centre of its own; the code that circulates puts it outside the sequence."""
+    """The band of a token without alignment follows the diagonal; the only known code puts it outside the sequence."""
     partners, lengths = torch.tensor([2, -1, 3, 4]), (torch.tensor([3, 1]), torch.tensor([4, 3]))
     band = exact_band(partners, *lengths, base=1.0, blend=1.0, penalty=2.0)
     # centres 3, 2 * 4 / 3 and 4 of four columns

@@ -150,7 +150,7 @@ def test_the_smallest_pair_checks_options():
 @pytest.mark.parametrize("merge", ["bayesian", "observed"])
 @pytest.mark.parametrize("budget", [1, 600, 2**27])
 def test_chunks_of_several_examples_add_up(monkeypatch, merge, budget):
-    """Rows and groups are counted from the start of a chunk; off by one example, and strangers are compared."""
+    """Rows and groups are counted from the start of a chunk; an error of one example would compare unrelated tokens."""
     examples, heads = random_examples([(5, 7), (9, 4), (1, 2), (6, 6)]), random_heads()
     student, teacher = side(examples, "student", heads[0]), side(examples, "teacher", heads[1])
     hidden = student.hidden.requires_grad_()

@@ -57,7 +57,7 @@ def test_heads_padded_to_different_widths(name, wider):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.0])
 @pytest.mark.parametrize("widths", [(9, 11), (11, 9)])
 def test_the_fast_gradient_is_that_of_the_formula(temperature, widths, monkeypatch):
-    """The default divergence has a gradient of its own: its value and gradient are those of plain torch."""
+    """Value and gradient of the default divergence, which is computed separately, must be those of plain torch."""
     results = []
     for impl in ("naive", "chunked"):
         use_kernels(monkeypatch, head_loss=partial(head_loss, impl=impl, budget=1000))

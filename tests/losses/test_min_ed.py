@@ -52,7 +52,7 @@ def kl(p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("tau", [0.7, 1.0, 2.0])
 def test_mass_goes_to_the_nearest_spelling(sides, tau):
-    """A teacher's token without a twin in the student must not lose its probability, nor give it to a stranger."""
+    """The probability of a teacher token without an equal student token goes to the nearest token, and only there."""
     student, teacher = sides
     loss = MinEdLoss(pair=pair(), temperature=tau)
     assert loss.student_of.tolist() == STUDENT_OF

@@ -184,6 +184,6 @@ def test_options_and_vocabularies_are_checked():
     for options in ({"kd_rate": 1.5}, {"geo_weight": -1.0}, {"temperature": 0.0}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} must be at"):
             SraLoss(pair=smallest_pair(), **options)
-    strangers = dataclasses.replace(smallest_pair(), teacher_tokens=(b"b",))
+    unmatched = dataclasses.replace(smallest_pair(), teacher_tokens=(b"b",))
     with pytest.raises(ValueError, match="share no token"):
-        SraLoss(pair=strangers)
+        SraLoss(pair=unmatched)

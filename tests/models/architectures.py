@@ -1,4 +1,4 @@
-"""Small models of every causal class of transformers, by a table of common config fields and a few recipes of their own."""
+"""Small models of every causal class of transformers, from a table of common config fields and some special cases."""
 
 from typing import Any
 

@@ -36,7 +36,7 @@ def test_spans_are_those_both_tokenisations_share_and_other_texts_change_nothing
     assert (whole.num_spans[2], whole.cosine[2]) == (single.num_spans[0], single.cosine[0])
     for example, count in zip(examples, whole.num_spans, strict=True):
         shared = [set(encoder.response_ids(example.response)[1]) for _, encoder in (student, teacher)]
-        assert count == len(shared[0] & shared[1]) + 1  # the end tokens are a span of their own
+        assert count == len(shared[0] & shared[1]) + 1  # the end tokens are a separate span
 
 
 def test_rows_without_room_are_those_of_the_file():

@@ -69,7 +69,7 @@ def nearest_tokens(
     """Find, for each source token, the target token with the least Levenshtein distance.
 
     Tokens with the same bytes are mapped as in `exact_overlap`. The others are compared by characters; a byte that is
-    not part of a complete character is compared as a character of its own. The first of several nearest tokens is
+    not part of a complete character is compared as one character. The first of several nearest tokens is
     taken. If both vocabularies are equal, every token is mapped to itself. For large vocabularies the computation
     takes up to a minute and shows a progress bar; its result is stored under `$DWAKD_CACHE`.
 

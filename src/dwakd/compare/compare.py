@@ -1,6 +1,6 @@
 """Train several methods with several seeds from one recipe and compare them in a table: the work of `dwakd compare`.
 
-Each run is a process of its own. Finished runs are kept, and failures are reported.
+Each run is a separate process. Finished runs are kept, and failures are reported.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ def _splitters(state: dict[str, Any]) -> list[Any]:
     """Return pre-tokenisers for the training only, which keep properties of the old vocabulary.
 
     SentencePiece has no pre-tokeniser, but none of its tokens crosses a word boundary. In many vocabularies every
-    digit is a token of its own.
+    digit is a separate token.
     """
     model = state["model"]
     cuts: list[Any] = []
