@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,6 @@ from dwakd.losses.options import LARGEST, Temperature
 from dwakd.validation import Options
 
 Gate = Literal["confidence", "weights"]
-GATES = get_args(Gate)
 
 
 class _Gate(Options):

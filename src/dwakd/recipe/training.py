@@ -10,6 +10,8 @@ from transformers import TrainingArguments
 
 from dwakd.errors import UserError
 from dwakd.losses import MethodOptions, method_class, method_options
+from dwakd.losses.options import Temperature
+from dwakd.losses.several_teachers import Gate
 from dwakd.recipe.sections import Count, DataSection, Share, options_of
 from dwakd.validation import parse
 
@@ -91,12 +93,10 @@ class DistillConfig(TrainingArguments):
     loss_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Options of the method, by name."})
     projector_learning_rate: Positive = _option(1e-3, "Learning rate of the maps between the models.")
     teacher_weights: list[Share] | None = _option(None, "Weights of several teachers. By default they are equal.")
-    teacher_gate: Literal["confidence", "weights"] = _option(
+    teacher_gate: Gate = _option(
         "confidence", "Weight several teachers at each token by their confidence, or only by their weights."
     )
-    teacher_gate_temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = _option(
-        1.0, "Temperature of the softmax over the teachers' confidences."
-    )
+    teacher_gate_temperature: Temperature = _option(1.0, "Temperature of the softmax over the teachers' confidences.")
     template: str = _data_option("template")
     bos: str = _data_option("bos")
     special_tokens_in_prompts: str = _data_option("special_tokens_in_prompts")
