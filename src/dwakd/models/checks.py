@@ -68,7 +68,7 @@ def check_training(model: Any, *, gradient_checkpointing: bool) -> None:
     added = _adds_loss(model)
     if added or (added is None and switches):
         raise UserError(
-            f"{name} adds another loss (such as router balancing) to the cross-entropy of its tokens, which "
+            f"{name} adds a loss (such as router balancing) to the cross-entropy of its tokens, which "
             f"distillation ignores; set {' and '.join(switches) or 'the coefficient of this loss to 0'} in its config"
         )
 
