@@ -94,6 +94,7 @@ class TokenBatch:
         num_rows: number of response positions of each example.
         aligned_rows: see `ModelSide`.
         cache_places: index of each example in the cache of its teacher, if the teacher has one.
+        sampled: see `ModelSide`.
     """
 
     input_ids: Int[Tensor, "batch length"]
@@ -105,6 +106,7 @@ class TokenBatch:
     num_rows: tuple[int, ...]
     aligned_rows: Int[Tensor, " s_tokens"] | None = None
     cache_places: tuple[int, ...] | None = None
+    sampled: bool = False
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "TokenBatch":
         """Apply a function to each tensor."""
@@ -155,7 +157,7 @@ class PairedBatch:
         ends = {"aligned_rows": sum(self.student.num_rows[:count])}
 
         def cut(tokens: TokenBatch) -> TokenBatch:
-            fields = {name: value for name, value in vars(tokens).items() if value is not None}
+            fields: dict[str, Any] = {n: value for n, value in vars(tokens).items() if isinstance(value, (Tensor, tuple))}
             return replace(tokens, **{name: value[: ends.get(name, count)] for name, value in fields.items()})
 
         student, *teachers = map(cut, self)
@@ -182,6 +184,7 @@ class ModelSide:
         attention: attention of the last position of the sequence to each response position in the last layer, summed
             over the heads. Constant. Set if the method needs it.
         num_rows: `lengths` as Python integers, so that they need not be read from a GPU.
+        sampled: whether the student sampled the responses, so that no term may train a model to predict them.
     """
 
     hidden: Float[Tensor, "tokens hidden"]
@@ -195,6 +198,12 @@ class ModelSide:
     gate_weights: Float[Tensor, " s_tokens"] | None = None
     attention: Float[Tensor, " tokens"] | None = None
     num_rows: tuple[int, ...] | None = None
+    sampled: bool = False
+
+    @cached_property
+    def byte_starts(self) -> Int[Tensor, " tokens"]:
+        """Offset at which the predicted token starts: `byte_ends` of the token before it, 0 at the start of a response."""
+        return self.byte_ends.roll(1).index_fill(0, self.lengths.cumsum(0) - self.lengths, 0)
 
     @cached_property
     def counts(self) -> tuple[int, ...]:

@@ -18,12 +18,19 @@ from tests.losses.builders import pair_of, random_examples, random_heads, side, 
 
 LENGTHS = [(5, 7), (9, 4), (1, 2), (6, 6)]
 WIDTHS = Widths(6, 8, 6, 8)
-VARIANTS = [("dskd", {"attention": False}), ("uld", {"compat": "dskd"}), ("multilevel_ot", {"compat": "mcw_kd"})]
-"""Options that compute something else altogether."""
+VARIANTS = [
+    ("dskd", {"alignment": "position"}),
+    ("dskd", {"alignment": "bytes"}),
+    ("dwa_kd", {"variant": "recommended"}),
+    ("dwa_kd", {"alignment": "causal_attention", "values": "hidden"}),
+    ("uld", {"variant": "dskd"}),
+    ("multilevel_ot", {"variant": "mcw_kd"}),
+]
+"""Options that change what a method computes."""
 ALL = [(name, {}) for name in METHODS] + VARIANTS
 
 
-@pytest.fixture(params=ALL, ids=lambda p: "-".join([p[0], *map(str, p[1])]))
+@pytest.fixture(params=ALL, ids=lambda p: "-".join([p[0], *map(str, p[1].values())]))
 def method(request):
     torch.manual_seed(0)
     name, options = request.param
@@ -209,15 +216,15 @@ def test_bad_options_are_named(method):
     [
         ("dwa_kd", {"temperature": -1}, "temperature must be at least 0.001"),
         ("dwa_kd", {"student_divergence": "kl"}, "divergence must be 'forward_kl', .*, got 'kl'"),
-        ("dwa_kd", {"compat": "mine"}, "compat must be .*'authors'"),
+        ("dwa_kd", {"variant": "mine"}, "variant must be .*'authors'"),
         ("dwa_kd", {"gate_warmup_steps": 5}, "gate_warmup_steps .*entropy_then_gate"),
         ("dwa_kd", {"gamma_end": 1.0}, "gamma_end .*gamma_steps"),
         ("dskd", {"kd_rate": 2}, "kd_rate must be at most 1, got 2"),
         ("dwakd", {}, "unknown method 'dwakd' in loss.method; valid ones: sft, kd, "),
         ("kd", {"divergence": "kl"}, "divergence must be 'forward_kl', .*, got 'kl'"),
-        ("uld", {"compat": "mine"}, "compat must be 'paper' or 'dskd', got 'mine'"),
+        ("uld", {"variant": "mine"}, "variant must be 'paper' or 'dskd', got 'mine'"),
         ("uld", {"uld_weight": -1}, "uld_weight must be at least 0"),
-        ("multilevel_ot", {"compat": "hust"}, "compat must be 'paper' or 'mcw_kd'"),
+        ("multilevel_ot", {"variant": "hust"}, "variant must be 'paper' or 'mcw_kd'"),
         ("multilevel_ot", {"top_k": 0}, "top_k must be at least 1"),
         ("kd", {"temperature": 0}, "temperature must be at least 0.001"),
         ("dskd_v2", {"kd_rate": 2}, "kd_rate must be at most 1, got 2"),

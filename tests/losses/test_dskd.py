@@ -51,7 +51,7 @@ def literal(loss, example, heads, temperature=2.0):
 def test_without_attention_rows_meet_in_place(mask):
     """Models of one tokenizer need no attention: each row's state goes through the projector alone, unscaled."""
     torch.manual_seed(0)
-    loss = DskdLoss(widths=WIDTHS, attention=False, accuracy_mask=mask).double()
+    loss = DskdLoss(widths=WIDTHS, alignment="position", accuracy_mask=mask).double()
     assert {name.split(".")[1] for name, _ in loss.named_parameters()} == {"t2s", "s2t"}
     (example,), heads = random_examples([(40, 40)]), random_heads()
     example["student_hidden"].requires_grad_()
@@ -74,7 +74,7 @@ def test_without_attention_rows_meet_in_place(mask):
 def test_without_attention_sides_of_different_rows_are_refused():
     """Rows paired by number across tokenizers say nothing of each other."""
     examples, heads = random_examples([(5, 7)]), random_heads()
-    loss = DskdLoss(widths=WIDTHS, attention=False).double()
+    loss = DskdLoss(widths=WIDTHS, alignment="position").double()
     with pytest.raises(ValueError, match=r"DskdLoss .* 5 tokens .* 7"):
         loss(side(examples, "student", heads[0]), side(examples, "teacher", heads[1]))
 
@@ -84,4 +84,4 @@ def test_without_attention_embeddings_may_have_any_width():
     widths = Widths(6, 8, 6, 5)
     with pytest.raises(ValueError, match="choose another teacher"):
         DskdLoss(widths=widths)
-    DskdLoss(widths=widths, attention=False)
+    DskdLoss(widths=widths, alignment="position")

@@ -10,8 +10,8 @@ import torch
 from dwakd.kernels import head_loss
 from dwakd.kernels.head_loss import entropy
 from dwakd.losses import DwaKdLoss, TeacherScale, Widths
-from dwakd.losses.alignment import soft_dtw_divergences
-from dwakd.losses.attention import Projectors, band_penalty, cross_model_attention
+from dwakd.losses.alignment import band_penalty, soft_dtw_divergences
+from dwakd.losses.attention import Projectors, cross_model_attention
 from dwakd.losses.weights import student_weights, teacher_weights
 from tests.losses import reference
 from tests.losses.builders import OPTIONS, random_examples, random_heads, side
@@ -169,7 +169,7 @@ def test_cross_model_attention_of_the_specification():
         ({"gamma": 0.8}, {"dtw": 4.012571}),
         ({"band_base": 0.0, "band_entropy": 0.5}, {"dtw": 8.836983}),
         (
-            {"band_base": 0.0, "band_entropy": 0.5, "compat": "authors", "student_divergence": "forward_kl"},
+            {"band_base": 0.0, "band_entropy": 0.5, "variant": "authors", "student_divergence": "forward_kl"},
             {"dtw": 9.869616},
         ),
     ],

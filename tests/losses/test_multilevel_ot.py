@@ -107,7 +107,7 @@ def test_the_port_divides_by_deviations_and_softens_twice():
     distance = 4 * sinkhorn(cost[None], 0.1, 10).item()
     logarithmic = -(t.softmax(-1) * s.log_softmax(-1)).sum(-1).mean().item()
     scalar = (0.1 * 0.001 * distance) + 0.1 * logarithmic + (s - t).abs().sum(-1).mean().item()
-    terms = sums(MultiLevelOtLoss(top_k=3, compat="mcw_kd"), rows_of(student), rows_of(teacher), rows=4)
+    terms = sums(MultiLevelOtLoss(top_k=3, variant="mcw_kd"), rows_of(student), rows_of(teacher), rows=4)
     assert terms["loss"] - terms["ce"] == pytest.approx(4 * scalar, abs=1e-9)
 
 
@@ -128,19 +128,19 @@ def test_chunks_of_several_examples_add_up(temperatures):
             HeadRows(hidden, OutputHead(weight, bias), lengths[0]),
             HeadRows(teacher, OutputHead(teacher_weight), lengths[1]),
         ]
-        criterion = RankedLevels(options, torch.arange(12), lengths)
+        criterion = RankedLevels(options, torch.arange(12), lengths, options.ce_weight)
         output = head_loss(rows, criterion, impl=impl, budget=12_000)
         results.append((output.loss.detach(), *output.terms.values(), *torch.autograd.grad(output.loss, leaves)))
     for index, (expected, got) in enumerate(zip(*results, strict=True)):
         torch.testing.assert_close(got.sum() if 1 <= index <= 4 else got, expected, atol=1e-11, rtol=1e-9)
 
 
-@pytest.mark.parametrize("compat", ["paper", "mcw_kd"])
-def test_the_callers_tensors_stay_as_they_are(compat):
+@pytest.mark.parametrize("variant", ["paper", "mcw_kd"])
+def test_the_callers_tensors_stay_as_they_are(variant):
     """The port writes into the model's own logits and labels."""
     examples, heads = random_examples([(4, 6), (3, 2)]), random_heads()
     sides = side(examples, "student", heads[0]), side(examples, "teacher", heads[1])
     tensors = [t for given in sides for t in (given.hidden, given.target_ids, given.head.weight)]
     before = [tensor.clone() for tensor in tensors]
-    MultiLevelOtLoss(compat=compat)(*sides)
+    MultiLevelOtLoss(variant=variant)(*sides)
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))

@@ -44,7 +44,7 @@ def test_both_readings_are_the_formula(lengths, temperature):
     expected = sum(rows / pairs * total for pairs, rows, total in parts) / tokens
     torch.testing.assert_close(paper.terms["uld"], expected)
     torch.testing.assert_close(paper.loss, paper.terms["ce"] + 1.5 * expected)
-    port = run(UldLoss(temperature=temperature, compat="dskd"), examples, heads)
+    port = run(UldLoss(temperature=temperature, variant="dskd"), examples, heads)
     torch.testing.assert_close(port.terms["uld"], sum(total for *_, total in parts) / tokens)
     torch.testing.assert_close(port.loss, (port.terms["ce"] + port.terms["uld"]) / 2)
 
@@ -107,12 +107,12 @@ def test_chunks_add_up(dtype, temperature):
         torch.testing.assert_close(got, expected, **tolerance)
 
 
-@pytest.mark.parametrize("compat", ["paper", "dskd"])
-def test_the_callers_tensors_stay_as_they_are(compat):
+@pytest.mark.parametrize("variant", ["paper", "dskd"])
+def test_the_callers_tensors_stay_as_they_are(variant):
     """The ports roll labels and logits in place: whatever reads them later in the step sees other data."""
     examples, heads = random_examples([(4, 6), (3, 2)]), random_heads()
     student, teacher = side(examples, "student", heads[0]), side(examples, "teacher", heads[1])
     tensors = [tensor for given in (student, teacher) for tensor in (given.hidden, given.target_ids, given.head.weight)]
     before = [tensor.clone() for tensor in tensors]
-    UldLoss(compat=compat)(student, teacher)
+    UldLoss(variant=variant)(student, teacher)
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))

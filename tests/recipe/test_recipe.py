@@ -45,9 +45,9 @@ def test_recipes_of_the_repository(path):
 
 
 def test_the_dump_contains_only_the_loss_options_that_were_given():
-    """`compat` changes other defaults; written out, they would override a later `compat`."""
-    read = recipe(loss={"method": "uld", "compat": "dskd"})
-    assert (read.loss.uld_weight, read.loss_options) == (0.5, {"compat": "dskd"})
+    """`variant` changes other defaults; written out, they would override a later `variant`."""
+    read = recipe(loss={"method": "uld", "variant": "dskd"})
+    assert (read.loss.uld_weight, read.loss_options) == (0.5, {"variant": "dskd"})
     assert recipe_from_dict(parse_yaml(read.dump())) == read
 
 

@@ -11,7 +11,7 @@ from dwakd.training.distiller import load_student
 from tests.builders import byte_bpe, tiny_model
 from tests.training.builders import ROWS, TOKENIZERS, trainer
 
-ONE_TOKENIZER = [("kd", {}), ("dskd", {"attention": False})]
+ONE_TOKENIZER = [("kd", {}), ("dskd", {"alignment": "position"})]
 
 
 def logits(model) -> torch.Tensor:

@@ -95,6 +95,52 @@ def exact_rows(
     return torch.where(same & (teacher_starts[found] == student_starts) & (found == wanted), found, -1)
 
 
+def read_rows(
+    student_ends: Int[Tensor, " s_tokens"],
+    student_lengths: Int[Tensor, " batch"],
+    teacher_ends: Int[Tensor, " t_tokens"],
+    teacher_lengths: Int[Tensor, " batch"],
+) -> tuple[Int[Tensor, " s_tokens"], Bool[Tensor, " s_tokens"]]:
+    """Find, for each student token, the last teacher token at which the teacher has read no more text than the student.
+
+    The arguments are those of `byte_groups`. The device is not synchronised.
+
+    Returns:
+        The index of the teacher token in the packed batch, and whether both tokens start at the same place, so that
+        both models have read the same text. Such pairs are one-to-one, the last of several at one place with the last.
+    """
+    own_first, first = (
+        _examples(lengths, len(ends)) << (_PLACE_BITS + 1)
+        for ends, lengths in ((student_ends, student_lengths), (teacher_ends, teacher_lengths))
+    )
+    least, most = text_read(student_ends, student_lengths)[0], text_read(teacher_ends, teacher_lengths)[1]
+    latest = torch.searchsorted(first + most, own_first + least, right=True) - 1
+    student = own_first + starts(student_ends, student_lengths) + (1 << _PLACE_BITS)
+    teacher = first + starts(teacher_ends, teacher_lengths) + (1 << _PLACE_BITS)
+    (own, own_order), (others, order) = student.sort(stable=True), teacher.sort(stable=True)
+    rank = torch.empty_like(own_order).scatter_(0, own_order, torch.arange(len(own), device=own.device))
+    behind = torch.searchsorted(own, student, right=True) - 1 - rank
+    found = torch.searchsorted(others, student, right=True) - 1 - behind
+    same = (found >= 0) & (others[found.clamp_min(0)] == student)
+    return torch.where(same, order[found.clamp_min(0)], latest), same
+
+
+def text_read(
+    ends: Int[Tensor, " tokens"], lengths: Int[Tensor, " batch"]
+) -> tuple[Int[Tensor, " tokens"], Int[Tensor, " tokens"]]:
+    """Return a lower and an upper bound of the bytes that a model has read when it predicts each token.
+
+    Both are the start of the token where it is an offset. Inside text that normalisation changed, they are the offsets
+    before and after it.
+    """
+    first, begun = _examples(lengths, len(ends)) << _PLACE_BITS, starts(ends, lengths)
+    least = (first + begun.clamp(min=0)).cummax(0).values
+    later = torch.where(begun < 0, torch.iinfo(begun.dtype).max, first + begun)
+    later = torch.where(ends < 0, later, torch.minimum(later, first + ends))
+    most = torch.where(begun < 0, later.flip(0).cummin(0).values.flip(0), least)
+    return least - first, most - first
+
+
 def starts(ends: Int[Tensor, " tokens"], lengths: Int[Tensor, " batch"]) -> Int[Tensor, " tokens"]:
     """Return the start of each token: the end of the token before it, or 0 for the first token of an example."""
     shifted = ends.roll(1)

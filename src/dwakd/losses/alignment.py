@@ -1,4 +1,4 @@
-"""Soft-DTW divergence between two token sequences (DWA-KD, equations 17, 18 and 22 to 24)."""
+"""Soft-DTW divergence between two token sequences, inside a band (DWA-KD, equations 17 to 24)."""
 
 import torch
 from jaxtyping import Float, Int
@@ -140,3 +140,37 @@ def sequence_terms(
 def _costs(offset: Float[Tensor, "#batch #n #m"], x: Padded, y: Padded) -> Padded:
     """Compute offset - cosine, for vectors of length 1."""
     return torch.baddbmm(offset, x, -y.transpose(1, 2))
+
+
+def band_penalty(
+    weights: Float[Tensor, "batch s_length t_length"],
+    student_lengths: Int[Tensor, " batch"],
+    teacher_lengths: Int[Tensor, " batch"],
+    *,
+    base: float = 5.0,
+    entropy_factor: float = 2.0,
+    blend: float | Float[Tensor, "batch s_length"] = 0.7,
+    penalty: float = 1.0,
+    first_index: int = 1,
+) -> Float[Tensor, "batch s_length t_length"]:
+    """Compute the penalty lambda_band [|j - c_i| > w_i] on Soft-DTW costs outside a band around the attention; a constant.
+
+    Args:
+        weights: attention weights A of equation 1; detached here.
+        student_lengths: student tokens S of each example.
+        teacher_lengths: teacher tokens T of each example.
+        base: b, the half-width of the band without entropy.
+        entropy_factor: beta, tokens of half-width per nat of the attention's entropy.
+        blend: alpha, how far the centre follows the attention instead of the diagonal: one value, or one per token.
+        penalty: lambda_band, added to each cell outside the band.
+        first_index: index of the first token. 1 in the paper; 0 reproduces the published code.
+    """
+    attention = weights.detach()
+    rows = torch.arange(attention.shape[1], device=attention.device) + first_index
+    columns = (torch.arange(attention.shape[2], device=attention.device) + first_index).to(attention.dtype)
+    slope = (teacher_lengths / student_lengths).to(attention.dtype)
+    diagonal = rows * slope[:, None]  # this form of the centre is exact where attention and diagonal agree
+    centre = diagonal + blend * (attention @ columns - diagonal)
+    width = base + entropy_factor * torch.special.entr(attention).sum(-1)
+    outside = (columns - centre[..., None]).abs() > width[..., None]
+    return penalty * outside.to(attention.dtype)

@@ -60,7 +60,7 @@ class AlmLoss(DistillationLoss[AlmOptions]):
     options_type = AlmOptions
     terms: ClassVar[tuple[str, ...]] = ("ce", "alm")
 
-    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
+    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale, ce_weight: float) -> Terms:
         options, count = self.options, len(student.target_ids)
         groups = byte_groups(student.byte_ends, student.lengths, teacher.byte_ends, teacher.lengths)
         weights = tokens_per_group(groups, student.lengths, even=options.chunk_weights == "chunk_count")
@@ -78,7 +78,7 @@ class AlmLoss(DistillationLoss[AlmOptions]):
             )
             losses = binary_cross_entropy(*likelihoods, options.chunk_temperature, options.epsilon)
             sums = {"ce": own.sum(), "alm": (losses * weights).sum()}
-            value = options.ce_weight * sums["ce"] + options.alm_weight * sums["alm"]
+            value = ce_weight * sums["ce"] + options.alm_weight * sums["alm"]
             slope: Tensor
             (slope,) = torch.autograd.grad(value, own)
         linear = head_loss([head_rows(student)], WeightedCrossEntropy(student.target_ids, slope)).loss

@@ -1,4 +1,4 @@
-"""Cross-model attention (DSKD, arXiv 2406.17328; DWA-KD, equations 1 and 2) and its band (equations 19 to 22)."""
+"""Cross-model attention (DSKD, arXiv 2406.17328; DWA-KD, equations 1 and 2)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from dwakd.align.offsets import text_read
 from dwakd.batch import ModelSide
 from dwakd.losses.pair import Widths
 from dwakd.losses.sides import pad_rows, require_width, unpad_rows, valid
@@ -60,25 +61,33 @@ class Projectors(nn.Module):
         t2s: d_t -> d_s        query: 2 e_s -> 2 e_t, for attention
         s2t: d_s -> d_t        embedding_t2s: e_t -> e_s, for DWA-KD
 
+    Args:
+        widths: the widths.
+        with_embedding: whether to create `embedding_t2s`.
+        query_parts: number of embeddings that `query` reads and returns: 2 for those of the token read and of the target, 1
+            for that of the token read alone, 0 without `query`.
+        adds_targets: whether the values are V = t2s(N(h) + N(e)), for embeddings e of the targets.
+
     Raises:
-        ValueError: `query` is created but the teacher's embeddings and hidden states have different widths, although
-            attention adds them: V = t2s(N(h) + N(e)).
+        ValueError: the values add the teacher's embeddings and hidden states, but their widths differ.
     """
 
-    def __init__(self, widths: Widths, *, with_embedding: bool, with_query: bool = True) -> None:
+    def __init__(
+        self, widths: Widths, *, with_embedding: bool, query_parts: int = 2, adds_targets: bool = True
+    ) -> None:
         super().__init__()
-        if with_query and widths.teacher_embedding != widths.teacher_hidden:
+        if adds_targets and widths.teacher_embedding != widths.teacher_hidden:
             raise ValueError(
                 "cross-model attention adds the teacher's embeddings to its hidden states, but their widths are "
-                f"{widths.teacher_embedding} and {widths.teacher_hidden}; choose another teacher"
+                f"{widths.teacher_embedding} and {widths.teacher_hidden}; set loss.values=hidden or choose another teacher"
             )
-        if with_query:
-            self.query = nn.Linear(2 * widths.student_embedding, 2 * widths.teacher_embedding)
+        if query_parts:
+            self.query = nn.Linear(query_parts * widths.student_embedding, query_parts * widths.teacher_embedding)
         self.t2s = nn.Linear(widths.teacher_hidden, widths.student_hidden)
         self.s2t = nn.Linear(widths.student_hidden, widths.teacher_hidden)
         if with_embedding:
             self.embedding_t2s = nn.Linear(widths.teacher_embedding, widths.student_embedding)
-        self.widths, self.with_embeddings = widths, with_embedding or with_query
+        self.widths, self.with_embeddings = widths, with_embedding or adds_targets or query_parts > 0
 
     def require_fit(self, student: ModelSide, teacher: ModelSide) -> None:
         """Raise ValueError unless the widths of both sides fit the maps."""
@@ -94,21 +103,40 @@ class Projectors(nn.Module):
 
 
 class CrossModelAttention(NamedTuple):
-    """Result of `cross_model_attention`.
+    """The states of each model in the other's space, one for each token of the other model.
 
     Args:
         t2s_hidden: h^{t->s}, a projected teacher state for each student token. Gradient: query, t2s.
         s2t_hidden: h^{s->t}, a projected student state for each teacher token. Gradient: query, s2t, student hidden states.
-        weights: attention weights A of equation 1, zero for padding. Gradient: query.
+        weights: attention weights A of equation 1, zero for padding; None if tokens are paired by position. Gradient: query.
+        student_kept: whether each student token takes part in the distillation terms of the student's space; None for all.
+        teacher_kept: the same for each teacher token and the term of the teacher's space.
     """
 
     t2s_hidden: Float[Tensor, "s_tokens s_hidden"]
     s2t_hidden: Float[Tensor, "t_tokens t_hidden"]
-    weights: Float[Tensor, "batch s_length t_length"]
+    weights: Float[Tensor, "batch s_length t_length"] | None = None
+    student_kept: Bool[Tensor, " s_tokens"] | None = None
+    teacher_kept: Bool[Tensor, " t_tokens"] | None = None
+
+
+def teacher_values(
+    teacher: ModelSide, scale: TeacherScale, dtype: torch.dtype, *, with_targets: bool
+) -> Float[Tensor, "t_tokens t_hidden"]:
+    """Compute what t2s projects of the teacher: N(h_j), and with targets N(h_j) + N(e_{j+1}); a constant."""
+    _, hidden_std, target_std = scale.std.to(dtype)
+    values = teacher.hidden.detach().to(dtype) / hidden_std
+    return values + teacher.target_embeddings.detach().to(dtype) / target_std if with_targets else values
 
 
 def cross_model_attention(
-    student: ModelSide, teacher: ModelSide, projectors: Projectors, scale: TeacherScale
+    student: ModelSide,
+    teacher: ModelSide,
+    projectors: Projectors,
+    scale: TeacherScale,
+    *,
+    causal: bool = False,
+    with_targets: bool = True,
 ) -> CrossModelAttention:
     """Project each model's states into the other's space and align them by attention (equations 1 and 2).
 
@@ -116,18 +144,20 @@ def cross_model_attention(
         h^{s->t} = softmax(K Q' / sqrt(2 d_t)) s2t(h^s),    softmax over student tokens
 
     with Q = query([e_i ; e_{i+1}]) of the student's detached embeddings, and K = N([e_j ; e_{j+1}]) and
-    V = t2s(N(h_j) + N(e_{j+1})) of the teacher, which is a constant.
+    V = t2s(N(h_j) + N(e_{j+1})) of the teacher, which is a constant. Without `with_targets`, V = t2s(N(h_j)).
+
+    Learned attention lets a token read what comes after it. With `causal`, Q = query(e_i) and K = N(e_j), and a token attends
+    only to tokens of the other model at which no more text has been read.
     """
     projectors.require_fit(student, teacher)
     dtype = projectors.query.weight.dtype
-    key_std, hidden_std, target_std = scale.std.to(dtype)
-    query = projectors.query(
-        torch.cat([student.input_embeddings.detach(), student.target_embeddings.detach()], -1).to(dtype)
+    own, theirs = (
+        side.input_embeddings if causal else torch.cat([side.input_embeddings, side.target_embeddings], -1)
+        for side in (student, teacher)
     )
-    key = torch.cat([teacher.input_embeddings, teacher.target_embeddings], -1).detach().to(dtype) / key_std
-    value = projectors.t2s(
-        teacher.hidden.detach().to(dtype) / hidden_std + teacher.target_embeddings.detach().to(dtype) / target_std
-    )
+    query = projectors.query(own.detach().to(dtype))
+    key = theirs.detach().to(dtype) / scale.std[0].to(dtype)
+    value = projectors.t2s(teacher_values(teacher, scale, dtype, with_targets=with_targets))
     back = projectors.s2t(student.hidden.to(dtype))
 
     s_length, t_length = max(student.counts), max(teacher.counts)
@@ -135,8 +165,12 @@ def cross_model_attention(
     keys = pad_rows(key, teacher.lengths, t_length)
     scores = queries @ keys.transpose(1, 2) / math.sqrt(key.shape[-1])
     s_valid, t_valid = valid(student.lengths, s_length), valid(teacher.lengths, t_length)
-    weights = scores.masked_fill(~t_valid[:, None, :], -torch.inf).softmax(-1)
-    reverse = scores.masked_fill(~s_valid[:, :, None], -torch.inf).softmax(1).transpose(1, 2)
+    t_hidden, s_hidden = ~t_valid[:, None, :], ~s_valid[:, :, None]
+    if causal:
+        read, others = _bounds(student, s_length), _bounds(teacher, t_length)
+        t_hidden, s_hidden = t_hidden | (others[1] > read[0].mT), s_hidden | (read[1].mT > others[0])
+    weights = scores.masked_fill(t_hidden, -torch.inf).softmax(-1)
+    reverse = scores.masked_fill(s_hidden, -torch.inf).softmax(1).transpose(1, 2)
     t2s_hidden = weights @ pad_rows(value, teacher.lengths, t_length)
     s2t_hidden = reverse @ pad_rows(back, student.lengths, s_length)
     return CrossModelAttention(
@@ -146,35 +180,7 @@ def cross_model_attention(
     )
 
 
-def band_penalty(
-    weights: Float[Tensor, "batch s_length t_length"],
-    student_lengths: Int[Tensor, " batch"],
-    teacher_lengths: Int[Tensor, " batch"],
-    *,
-    base: float = 5.0,
-    entropy_factor: float = 2.0,
-    blend: float | Float[Tensor, "batch s_length"] = 0.7,
-    penalty: float = 1.0,
-    first_index: int = 1,
-) -> Float[Tensor, "batch s_length t_length"]:
-    """Compute the penalty lambda_band [|j - c_i| > w_i] on Soft-DTW costs outside a band around the attention; a constant.
-
-    Args:
-        weights: attention weights A of equation 1; detached here.
-        student_lengths: student tokens S of each example.
-        teacher_lengths: teacher tokens T of each example.
-        base: b, the half-width of the band without entropy.
-        entropy_factor: beta, tokens of half-width per nat of the attention's entropy.
-        blend: alpha, how far the centre follows the attention instead of the diagonal: one value, or one per token.
-        penalty: lambda_band, added to each cell outside the band.
-        first_index: index of the first token. 1 in the paper; 0 reproduces the published code.
-    """
-    attention = weights.detach()
-    rows = torch.arange(attention.shape[1], device=attention.device) + first_index
-    columns = (torch.arange(attention.shape[2], device=attention.device) + first_index).to(attention.dtype)
-    slope = (teacher_lengths / student_lengths).to(attention.dtype)
-    diagonal = rows * slope[:, None]  # this form of the centre is exact where attention and diagonal agree
-    centre = diagonal + blend * (attention @ columns - diagonal)
-    width = base + entropy_factor * torch.special.entr(attention).sum(-1)
-    outside = (columns - centre[..., None]).abs() > width[..., None]
-    return penalty * outside.to(attention.dtype)
+def _bounds(side: ModelSide, length: int) -> list[Int[Tensor, "batch 1 length"]]:
+    """Return `text_read`, padded with 0."""
+    bounds = text_read(side.byte_ends, side.lengths)
+    return [pad_rows(bound[:, None], side.lengths, length).mT for bound in bounds]

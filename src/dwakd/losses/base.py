@@ -65,8 +65,15 @@ class DistillationLoss(nn.Module, ABC, Generic[OptionsT]):
         return self.options.needs_attention
 
     @abstractmethod
-    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
-        """Compute the terms of one batch from the checked sides; `scale` is used for N(.) of the teacher's tensors."""
+    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale, ce_weight: float) -> Terms:
+        """Compute the terms of one batch from the checked sides.
+
+        Args:
+            student: the student's side.
+            teacher: the teacher's side.
+            scale: statistics for N(.) of the teacher's tensors.
+            ce_weight: weight of the term `ce`, which replaces that of the options.
+        """
 
     def forward(
         self,
@@ -79,7 +86,7 @@ class DistillationLoss(nn.Module, ABC, Generic[OptionsT]):
         """Compute the loss of one batch.
 
         Args:
-            student: the student's side, with gradient.
+            student: the student's side, with gradient. Without cross-entropy if its responses were sampled.
             teacher: the teacher's side of the same examples, without gradient. A method that needs no teacher ignores it.
             num_tokens: number of student response tokens in the whole optimiser batch, over all accumulation steps and
                 ranks. Every term is a sum over this batch divided by it. Default: the tokens of this batch.
@@ -92,12 +99,13 @@ class DistillationLoss(nn.Module, ABC, Generic[OptionsT]):
             ValueError: the teacher is missing, or a side is empty, inconsistent or does not fit the method. On a GPU,
                 wrong values stop the process with a device-side assertion, because the host does not wait for them.
         """
+        ce_weight = 0.0 if student.sampled else self.options.cross_entropy_weight
         if self.options.needs_teacher:
             teacher = self.require_sides(student, teacher)
-            terms = self.compute(student, teacher, teacher_scale or TeacherScale.of(teacher))
+            terms = self.compute(student, teacher, teacher_scale or TeacherScale.of(teacher), ce_weight)
         else:
             require_side(student, "student")
-            terms = self.compute(student, teacher, teacher_scale)  # type: ignore[arg-type]
+            terms = self.compute(student, teacher, teacher_scale, ce_weight)  # type: ignore[arg-type]
         count = len(student.target_ids) if num_tokens is None else num_tokens
         weighted = [weight * terms.sums[name] for name, weight in terms.weights.items()]
         loss = torch.stack([terms.total, *weighted]).sum() / count

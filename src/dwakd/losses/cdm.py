@@ -61,9 +61,9 @@ class CdmLoss(DistillationLoss[CdmOptions]):
         self.vocabularies = pair.vocabularies
         self.token_map = TokenMap(pair, self.options.threshold)
 
-    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
+    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale, ce_weight: float) -> Terms:
         return Terms.of(
-            head_loss([head_rows(student), constant_rows(teacher)], MappedCandidates(self, student, teacher))
+            head_loss([head_rows(student), constant_rows(teacher)], MappedCandidates(self, student, teacher, ce_weight))
         )
 
 
@@ -72,8 +72,8 @@ class MappedCandidates(Criterion):
 
     unit = "examples"
 
-    def __init__(self, loss: CdmLoss, student: ModelSide, teacher: ModelSide) -> None:
-        super().__init__({"ce": loss.options.ce_weight, "kd": loss.options.kd_weight})
+    def __init__(self, loss: CdmLoss, student: ModelSide, teacher: ModelSide, ce_weight: float) -> None:
+        super().__init__({"ce": ce_weight, "kd": loss.options.kd_weight})
         self.options, self.token_map, self.targets = loss.options, loss.token_map, student.target_ids
         self.lengths = [side.lengths.cpu() for side in (student, teacher)]
         self.texts = loss.token_map.read_texts((student, teacher))

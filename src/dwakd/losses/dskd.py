@@ -7,20 +7,16 @@ from torch import Tensor
 
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import head_loss, student_space, teacher_space
-from dwakd.losses.attention import Projectors, TeacherScale, cross_model_attention
+from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, Terms, constant_rows, head_rows, projected_rows
+from dwakd.losses.crossing import CrossingOptions, cross, kept_weights
 from dwakd.losses.divergences import DivergenceName, divergence
-from dwakd.losses.options import MethodOptions, Rate, Skew, Softening
+from dwakd.losses.options import Rate, Skew, Softening
 from dwakd.losses.pair import Widths
 
 
-class DskdOptions(MethodOptions):
-    needs_models = "widths"
+class DskdOptions(CrossingOptions):
     method: Literal["dskd"] = "dskd"
-    attention: bool = Field(
-        True,
-        description="Whether to align the tokens by cross-model attention; set it to false for models with the same tokenizer.",
-    )
     kd_rate: Rate = Field(0.5, description="Weight r of the three distillation terms. The paper's scripts use 0.5.")
     temperature: Softening = 2.0
     student_divergence: DivergenceName = Field(
@@ -30,16 +26,16 @@ class DskdOptions(MethodOptions):
     accuracy_mask: bool | None = Field(
         None,
         description="Whether KD^stu includes only tokens that the projected teacher predicts correctly. By default this is "
-        "the value of attention, as in the published code; the paper does not mention the mask.",
+        "true unless alignment is position, as in the published code; the paper does not mention the mask.",
     )
 
     @property
     def needs_same_vocabulary(self) -> bool:
-        return not self.attention
+        return self.alignment == "position"
 
     @property
     def uses_accuracy_mask(self) -> bool:
-        return self.attention if self.accuracy_mask is None else self.accuracy_mask
+        return self.alignment != "position" if self.accuracy_mask is None else self.accuracy_mask
 
 
 class DskdLoss(DistillationLoss[DskdOptions]):
@@ -52,8 +48,8 @@ class DskdLoss(DistillationLoss[DskdOptions]):
     p^{t->s} is the student's head applied to projected teacher states, and p^{s->t} is the teacher's head applied to
     projected student states. CE^{t->s} is the cross-entropy of p^{t->s}.
 
-    With attention, cross-model attention aligns the two token sequences, which works for any two tokenizers. Without
-    attention, a state is projected at its own position, which requires models with the same tokenizer.
+    The option `alignment` says which tokens of the two models belong together. With position, a state is projected at its own
+    position, which requires models with the same tokenizer. The other alignments work for any two tokenizers.
 
     Gradient: CE^{t->s} trains only the maps `query` and `t2s`. KD^stu trains only the student. KD^tea trains the student,
     `s2t` and `query`. The student's head receives gradient only through the student's own logits.
@@ -69,36 +65,30 @@ class DskdLoss(DistillationLoss[DskdOptions]):
     def __init__(self, *, widths: Widths, **options: Any) -> None:
         super().__init__(**options)
         self.divergence = divergence(self.options.student_divergence, self.options.skew)
-        self.projectors = Projectors(widths, with_embedding=False, with_query=self.options.attention)
+        self.projectors = self.options.projectors(widths, with_embedding=False)
 
-    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
-        t2s_hidden, s2t_hidden = self._crossed(student, teacher, scale)
+    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale, ce_weight: float) -> Terms:
+        crossed = cross(self.options, student, teacher, self.projectors, scale)
         rate, temperature = self.options.kd_rate, self.options.temperature
         space = student_space(self.divergence)(
             student.target_ids,
             temperature,
-            {"ce": 1 - rate, "t2s_ce": rate, "kd_student": rate},
+            {"ce": ce_weight, "t2s_ce": 0.0 if student.sampled else rate, "kd_student": rate},
             divergence=self.divergence,
             weigh=accuracy_mask if self.options.uses_accuracy_mask else None,
-            token_weights=teacher.gate_weights,
+            projected_weights=crossed.student_kept,
+            token_weights=kept_weights(crossed.student_kept, teacher.gate_weights),
         )
-        in_student = head_loss([head_rows(student), projected_rows(t2s_hidden, student)], space)
-        in_teacher = head_loss(
-            [projected_rows(s2t_hidden, teacher), constant_rows(teacher)], teacher_space(temperature)
-        )
-        return Terms(in_student.terms | {"kd_teacher": in_teacher.loss}, in_student.loss, {"kd_teacher": rate})
+        in_student = head_loss([head_rows(student), projected_rows(crossed.t2s_hidden, student)], space)
+        rows = [projected_rows(crossed.s2t_hidden, teacher), constant_rows(teacher)]
+        if crossed.teacher_kept is None:
+            kd_teacher = head_loss(rows, teacher_space(temperature)).loss
+        else:
+            kd_teacher = (head_loss(rows, teacher_space(temperature), by_row=True).loss * crossed.teacher_kept).sum()
+        return Terms(in_student.terms | {"kd_teacher": kd_teacher}, in_student.loss, {"kd_teacher": rate})
 
     def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Tensor:
-        return self._crossed(student, teacher, teacher_scale)[0]
-
-    def _crossed(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> tuple[Tensor, Tensor]:
-        """Project the teacher's states into the student's space and the student's states into the teacher's space."""
-        if self.options.attention:
-            crossed = cross_model_attention(student, teacher, self.projectors, scale)
-            return crossed.t2s_hidden, crossed.s2t_hidden
-        self.projectors.require_fit(student, teacher)
-        dtype = self.projectors.t2s.weight.dtype
-        return self.projectors.t2s(teacher.hidden.detach().to(dtype)), self.projectors.s2t(student.hidden.to(dtype))
+        return cross(self.options, student, teacher, self.projectors, teacher_scale).t2s_hidden
 
 
 def accuracy_mask(statistics: dict[str, Tensor], lengths: Tensor | None) -> Tensor:

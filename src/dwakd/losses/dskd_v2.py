@@ -56,14 +56,14 @@ class DskdV2Loss(DistillationLoss[DskdV2Options]):
         self.divergence = divergence(self.options.divergence, self.options.skew)
         self.vocabularies, self.projectors = pair.vocabularies, HeadMaps(pair)
 
-    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
+    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale, ce_weight: float) -> Terms:
         return exact_spaces(
             student,
             teacher,
             self.projectors,
             divergence=self.divergence,
             temperature=self.options.temperature,
-            ce_weight=1 - self.options.kd_rate,
+            ce_weight=ce_weight,
             kd_weight=self.options.kd_rate,
             agreement_mask=self.options.agreement_mask,
         ).terms

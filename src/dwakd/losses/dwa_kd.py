@@ -9,9 +9,10 @@ from torch import Tensor
 
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import HeadLoss, head_loss, student_space, teacher_space
-from dwakd.losses.alignment import DwaOptions, sequence_terms
-from dwakd.losses.attention import CrossModelAttention, Projectors, TeacherScale, band_penalty, cross_model_attention
+from dwakd.losses.alignment import DwaOptions, band_penalty, sequence_terms
+from dwakd.losses.attention import CrossModelAttention, TeacherScale
 from dwakd.losses.base import DistillationLoss, Terms, constant_rows, head_rows, projected_rows
+from dwakd.losses.crossing import CrossingOptions, cross, kept_weights
 from dwakd.losses.divergences import DivergenceName, divergence
 from dwakd.losses.options import Positive, Steps, Weight
 from dwakd.losses.pair import Widths
@@ -20,12 +21,20 @@ from dwakd.losses.weights import student_weights, teacher_weights
 logger = logging.getLogger(__name__)
 
 
-class DwaKdOptions(DwaOptions):
-    needs_models = "widths"
-    compat_defaults = {  # noqa: RUF012
-        "authors": {"weight_normalisation": "entropy_then_gate", "student_divergence": "skewed_reverse_kl"}
+class DwaKdOptions(DwaOptions, CrossingOptions):
+    variant_defaults = {  # noqa: RUF012
+        "authors": {"weight_normalisation": "entropy_then_gate", "student_divergence": "skewed_reverse_kl"},
+        "recommended": {
+            "alignment": "bytes",
+            "values": "hidden",
+            "temperature": 1.0,
+            "ce_weight": 0.9,
+            "kd_weight": 0.1,
+            "dtw_weight": 0.02,
+        },
     }
     method: Literal["dwa_kd"] = "dwa_kd"
+    alignment: Literal["attention", "causal_attention", "bytes"] = CrossingOptions.model_fields["alignment"]  # type: ignore[assignment]
     student_divergence: DivergenceName = Field(
         "forward_kl", description="Divergence D in the student's space; the teacher's space always uses the forward KL."
     )
@@ -41,10 +50,12 @@ class DwaKdOptions(DwaOptions):
     )
     gamma_end: Positive | None = Field(None, description="If set, gamma changes linearly to this value.")
     gamma_steps: Steps = Field(0, description="Number of optimiser steps over which gamma changes.")
-    compat: Literal["paper", "authors"] = Field(
+    variant: Literal["paper", "authors", "recommended"] = Field(
         "paper",
-        description="paper, or authors for choices of the published code: entropy_then_gate, skewed reverse KL and band "
-        "centres counted from 0, but without its prompt and padding positions and bfloat16 costs.",
+        description="paper; authors for choices of the published code: entropy_then_gate, skewed reverse KL and band "
+        "centres counted from 0, but without its prompt and padding positions and bfloat16 costs; or recommended, in which "
+        "the projected teacher cannot read the label: alignment bytes, values hidden, temperature 1, ce_weight 0.9, "
+        "kd_weight 0.1 and dtw_weight 0.02.",
     )
 
     @model_validator(mode="after")
@@ -79,10 +90,10 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
     def __init__(self, *, widths: Widths, **values: Any) -> None:
         super().__init__(**values)
         options = self.options
-        if options.compat == "authors":
-            logger.warning("compat=authors uses response positions only, unlike the published code")
+        if options.variant == "authors":
+            logger.warning("variant=authors uses response positions only, unlike the published code")
         self.divergence = divergence(options.student_divergence, options.skew)
-        self.projectors = Projectors(widths, with_embedding=options.aligns_embedding)
+        self.projectors = options.projectors(widths, with_embedding=options.aligns_embedding)
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
     def set_step(self, step: int) -> None:
@@ -94,39 +105,47 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
         start, end, steps = self.options.gamma, self.options.gamma_end, self.options.gamma_steps
         return start if end is None else start + (end - start) * min(int(self.step) / steps, 1.0)
 
-    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
-        crossed = cross_model_attention(student, teacher, self.projectors, scale)
-        in_student = self._student_space(student, crossed, teacher.gate_weights)
+    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale, ce_weight: float) -> Terms:
+        crossed = cross(self.options, student, teacher, self.projectors, scale)
+        in_student = self._student_space(student, crossed, teacher.gate_weights, ce_weight)
         alignment = self._alignment(student, teacher, crossed)
         sums = {**in_student.terms, "kd_teacher": self._teacher_space(teacher, crossed), **alignment}
         weights = {"kd_teacher": self.options.kd_weight, **dict.fromkeys(alignment, self.options.dtw_weight)}
         return Terms(sums, in_student.loss, weights)
 
     def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Tensor:
-        return cross_model_attention(student, teacher, self.projectors, teacher_scale).t2s_hidden
+        return cross(self.options, student, teacher, self.projectors, teacher_scale).t2s_hidden
 
-    def _student_space(self, student: ModelSide, crossed: CrossModelAttention, gate_weights: Tensor | None) -> HeadLoss:
+    def _student_space(
+        self, student: ModelSide, crossed: CrossModelAttention, gate_weights: Tensor | None, ce_weight: float
+    ) -> HeadLoss:
         """Compute `ce`, `t2s_ce` and `kd_student` (equations 7 and 11 to 13)."""
         options = self.options
         weighted = options.entropy_weights or options.gate
         space = student_space(self.divergence)(
             student.target_ids,
             options.temperature,
-            {"ce": options.ce_weight, "t2s_ce": options.kd_weight, "kd_student": options.kd_weight},
+            {
+                "ce": ce_weight,
+                "t2s_ce": 0.0 if student.sampled else options.kd_weight,
+                "kd_student": options.kd_weight,
+            },
             divergence=self.divergence,
             weigh=self._student_weights if weighted else None,
             whole_examples=weighted,
-            token_weights=gate_weights,
+            projected_weights=crossed.student_kept,
+            token_weights=kept_weights(crossed.student_kept, gate_weights),
         )
         return head_loss([head_rows(student), projected_rows(crossed.t2s_hidden, student)], space)
 
     def _student_weights(self, statistics: dict[str, Tensor], lengths: Tensor) -> Tensor:
-        options, gate = self.options, statistics["gate"]
+        options, kept = self.options, statistics["projected_weight"]
+        gate = statistics["gate"]
         if options.gate_warmup_steps:
             gate = gate * (self.step / options.gate_warmup_steps).clamp(max=1.0)
         return student_weights(
-            statistics["entropy"],
-            gate,
+            statistics["entropy"] * kept,
+            gate * kept,
             lengths,
             use_entropy=options.entropy_weights,
             use_gate=options.gate,
@@ -137,10 +156,13 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
         """Compute `kd_teacher` (equations 8, 14, 15). The head is constant, so weights can be applied after `head_loss`."""
         rows = [projected_rows(crossed.s2t_hidden, teacher), constant_rows(teacher)]
         space = teacher_space(self.options.temperature)
-        if not self.options.teacher_weights:
+        if not self.options.teacher_weights and crossed.teacher_kept is None:
             return head_loss(rows, space).loss
-        output = head_loss(rows, space, by_row=True)
-        weights = teacher_weights(output.statistics["entropy"], teacher.head.num_possible, teacher.lengths)
+        output, weights = head_loss(rows, space, by_row=True), crossed.teacher_kept
+        if self.options.teacher_weights:
+            entropy = output.statistics["entropy"]
+            weights = teacher_weights(entropy, teacher.head.num_possible, teacher.lengths, weights)
+        assert weights is not None
         return (weights * output.loss).sum()
 
     def _alignment(self, student: ModelSide, teacher: ModelSide, crossed: CrossModelAttention) -> dict[str, Tensor]:
@@ -153,6 +175,7 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
             embedding = self.projectors.embedding_t2s(teacher.target_embeddings.detach().to(dtype))
         band = None
         if options.band and options.dtw_weight > 0:
+            assert crossed.weights is not None
             band = band_penalty(
                 crossed.weights,
                 student.lengths,
@@ -161,6 +184,6 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
                 entropy_factor=options.band_entropy,
                 blend=options.band_blend,
                 penalty=options.band_penalty,
-                first_index=int(options.compat == "paper"),
+                first_index=int(options.variant != "authors"),
             )
         return sequence_terms(options, (student, teacher), hidden, embedding, gamma=self.gamma, band=band)

@@ -8,8 +8,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dwakd.batch import ModelSide
-from dwakd.losses.alignment import DwaOptions, sequence_terms
-from dwakd.losses.attention import TeacherScale, band_penalty
+from dwakd.losses.alignment import DwaOptions, band_penalty, sequence_terms
+from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, Terms
 from dwakd.losses.divergences import DivergenceName, divergence
 from dwakd.losses.exact_spaces import ExactSpaces, exact_spaces, projected_partners
@@ -62,7 +62,7 @@ class DwaKdV2Loss(DistillationLoss[DwaKdV2Options]):
         if self.options.aligns_embedding:
             self.embedding_t2s = nn.Linear(pair.widths.teacher_embedding, pair.widths.student_embedding)
 
-    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
+    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale, ce_weight: float) -> Terms:
         options = self.options
         spaces = exact_spaces(
             student,
@@ -70,7 +70,7 @@ class DwaKdV2Loss(DistillationLoss[DwaKdV2Options]):
             self.projectors,
             divergence=self.divergence,
             temperature=options.temperature,
-            ce_weight=options.ce_weight,
+            ce_weight=ce_weight,
             kd_weight=options.kd_weight,
             agreement_mask=options.agreement_mask,
             entropy_weights=options.entropy_weights,

@@ -95,7 +95,7 @@ class GoldLoss(DistillationLoss[GoldOptions]):
         self.matched_weight = share if matched_weight is None else matched_weight
         self.unmatched_weight = 1 - share if unmatched_weight is None else unmatched_weight
 
-    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
+    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale, ce_weight: float) -> Terms:
         groups = byte_groups(student.byte_ends, student.lengths, teacher.byte_ends, teacher.lengths)
         anchors = []
         for ids, is_last in ((groups.student, groups.student_last), (groups.teacher, groups.teacher_last)):
@@ -106,6 +106,7 @@ class GoldLoss(DistillationLoss[GoldOptions]):
             Anchors(student.target_ids, *anchors[0]),
             Anchors(teacher.target_ids, *anchors[1]),
             tokens_per_group(groups, student.lengths, even=True),
+            ce_weight,
         )
         return Terms.of(head_loss([head_rows(student), constant_rows(teacher)], criterion))
 
@@ -139,8 +140,15 @@ class MergedGroups(Criterion):
 
     unit = "examples"
 
-    def __init__(self, loss: GoldLoss, student: Anchors, teacher: Anchors, weights: Float[Tensor, " s_tokens"]) -> None:
-        ce_weight, kd_weight = loss.options.ce_weight, loss.options.kd_weight
+    def __init__(
+        self,
+        loss: GoldLoss,
+        student: Anchors,
+        teacher: Anchors,
+        weights: Float[Tensor, " s_tokens"],
+        ce_weight: float,
+    ) -> None:
+        kd_weight = loss.options.kd_weight
         super().__init__(
             {"ce": ce_weight, "jsd": kd_weight * loss.matched_weight, "uld": kd_weight * loss.unmatched_weight}
         )

@@ -47,17 +47,17 @@ class KdLoss(DistillationLoss[KdOptions]):
         super().__init__(**options)
         self.divergence = divergence(self.options.divergence, self.options.skew)
 
-    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
+    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale, ce_weight: float) -> Terms:
         rate, temperature = self.options.kd_rate, self.options.temperature
         own, theirs = head_rows(student), constant_rows(teacher)
         common = min(student.head.vocab_size, teacher.head.vocab_size)
         theirs = replace(theirs, head=narrowed(theirs.head, common))
         if student.head.vocab_size == common:
             both = compare_with_teacher(
-                [own, theirs], self.divergence, temperature, student.target_ids, ce_weight=1 - rate, kd_weight=rate
+                [own, theirs], self.divergence, temperature, student.target_ids, ce_weight=ce_weight, kd_weight=rate
             )
             return Terms.of(both)
-        ce = head_loss([own], CrossEntropy(student.target_ids, 1 - rate))
+        ce = head_loss([own], CrossEntropy(student.target_ids, ce_weight))
         sides = [replace(own, head=narrowed(own.head, common)), theirs]
         kd = compare_with_teacher(sides, self.divergence, temperature, kd_weight=rate)
         return Terms(ce.terms | {"kd": kd.terms["kd"]}, ce.loss + kd.loss)

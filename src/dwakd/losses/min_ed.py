@@ -8,7 +8,6 @@ from jaxtyping import Bool, Int
 from pydantic import Field
 from torch import Tensor
 
-from dwakd.align.offsets import starts
 from dwakd.align.vocab import nearest_tokens
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, HeadRows, head_loss
@@ -37,6 +36,10 @@ class MinEdOptions(MethodOptions):
         False,
         description="Whether both models must have read the same bytes at an aligned position. Not in paper and port.",
     )
+
+    @property
+    def supports_sampled(self) -> bool:
+        return False  # tokens that are not aligned learn the response itself
 
 
 class MinEdLoss(DistillationLoss[MinEdOptions]):
@@ -78,18 +81,22 @@ class MinEdLoss(DistillationLoss[MinEdOptions]):
             student_of = firsts_only(student_of)
         self.register_buffer("student_of", student_of, persistent=False)
 
-    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
+    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale, ce_weight: float) -> Terms:
         rows, aligned = aligned_teacher_rows(student, teacher, same_prefix=self.options.same_prefix)
         carried = HeadRows(teacher.hidden.detach()[rows], teacher.head.detached(), student.lengths)
-        return Terms.of(head_loss([head_rows(student), carried], CarriedOver(self, student.target_ids, aligned)))
+        return Terms.of(
+            head_loss([head_rows(student), carried], CarriedOver(self, student.target_ids, aligned, ce_weight))
+        )
 
 
 class CarriedOver(Criterion):
     """Compute the terms `ce` and `kd` = KL(m || p^s) from the logits of each student position and its aligned position."""
 
-    def __init__(self, loss: MinEdLoss, targets: Int[Tensor, " tokens"], aligned: Bool[Tensor, " tokens"]) -> None:
-        rate, student_of = loss.options.kd_rate, loss.student_of
-        super().__init__({"ce": 1 - rate, "kd": rate})
+    def __init__(
+        self, loss: MinEdLoss, targets: Int[Tensor, " tokens"], aligned: Bool[Tensor, " tokens"], ce_weight: float
+    ) -> None:
+        student_of = loss.student_of
+        super().__init__({"ce": ce_weight, "kd": loss.options.kd_rate})
         self.targets, self.aligned, self.temperature = targets, aligned, loss.options.temperature
         self.dropped = (student_of == DROPPED).nonzero().squeeze(1)
         self.student_of = student_of.clamp(min=0)
@@ -126,7 +133,7 @@ def aligned_teacher_rows(
     firsts = (teacher.lengths.cumsum(0) - teacher.lengths)[example_ids(student.lengths, count)]
     rows, aligned = firsts + within.clamp_min(0), within >= 0
     if same_prefix:
-        read = [starts(side.byte_ends, side.lengths) for side in (student, teacher)]
+        read = [side.byte_starts for side in (student, teacher)]
         aligned = aligned & (read[0] == read[1][rows])
     return rows, aligned
 

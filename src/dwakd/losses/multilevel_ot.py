@@ -22,28 +22,28 @@ Top = Float[Tensor, "_ top"]
 
 
 class MultiLevelOtOptions(MethodOptions):
-    compat_defaults = {  # noqa: RUF012
+    variant_defaults = {  # noqa: RUF012
         "mcw_kd": {"ot_weight": 1.0, "sinkhorn_weight": 1e-4, "temperature": 2.0, "iterations": 10}
     }
     method: Literal["multilevel_ot"] = "multilevel_ot"
     ce_weight: Weight = Field(1.0, description="Weight of the cross-entropy.")
     ot_weight: Weight = Field(
-        0.15, description="Weight alpha of the three other terms. The paper uses 0.15, compat mcw_kd 1."
+        0.15, description="Weight alpha of the three other terms. The paper uses 0.15, variant mcw_kd 1."
     )
     log_weight: Weight = Field(0.1, description="Relative weight beta of `logarithmic`.")
     sinkhorn_weight: Weight = Field(
-        0.1, description="Relative weight gamma of `sinkhorn`. The paper uses 0.1, compat mcw_kd 0.0001."
+        0.1, description="Relative weight gamma of `sinkhorn`. The paper uses 0.1, variant mcw_kd 0.0001."
     )
     top_k: Count = Field(
         50, description="Number of tokens that replace the vocabulary; at most the size of the smaller vocabulary."
     )
     temperature: Temperature = Field(
-        1.0, description="Divides the logits in all other terms and for the order of the tokens. compat mcw_kd uses 2."
+        1.0, description="Divides the logits in all other terms and for the order of the tokens. variant mcw_kd uses 2."
     )
     sequence_temperature: Temperature = Field(2.0, description="Divides the logits in `sinkhorn`.")
     regularisation: Positive = Field(0.1, description="Parameter lambda of the Sinkhorn iterations.")
-    iterations: Count = Field(20, description="Number of Sinkhorn iterations. The paper uses 20, compat mcw_kd 10.")
-    compat: Literal["paper", "mcw_kd"] = Field(
+    iterations: Count = Field(20, description="Number of Sinkhorn iterations. The paper uses 20, variant mcw_kd 10.")
+    variant: Literal["paper", "mcw_kd"] = Field(
         "paper",
         description="paper, or mcw_kd for the port in the code of MCW-KD, the likely source of published tables. The port "
         "divides the logits by their standard deviation at each position, and applies a second softmax to the probabilities "
@@ -75,8 +75,8 @@ class MultiLevelOtLoss(DistillationLoss[MultiLevelOtOptions]):
     options_type = MultiLevelOtOptions
     terms: ClassVar[tuple[str, ...]] = ("ce", "absolute", "logarithmic", "sinkhorn")
 
-    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
-        criterion = RankedLevels(self.options, student.target_ids, (student.lengths, teacher.lengths))
+    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale, ce_weight: float) -> Terms:
+        criterion = RankedLevels(self.options, student.target_ids, (student.lengths, teacher.lengths), ce_weight)
         return Terms.of(head_loss([head_rows(student), constant_rows(teacher)], criterion))
 
 
@@ -90,10 +90,11 @@ class RankedLevels(Criterion):
         options: MultiLevelOtOptions,
         targets: Int[Tensor, " tokens"],
         lengths: tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]],
+        ce_weight: float,
     ) -> None:
         super().__init__(
             {
-                "ce": options.ce_weight,
+                "ce": ce_weight,
                 "absolute": options.ot_weight,
                 "logarithmic": options.ot_weight * options.log_weight,
                 "sinkhorn": options.ot_weight * options.sinkhorn_weight,
@@ -114,7 +115,7 @@ class RankedLevels(Criterion):
     def _top(self, columns: Columns, lengths: Tensor, possible: Tensor, top: int) -> tuple[Top, Top]:
         """Return log-probabilities of an example's `top` most probable tokens at each position, at both temperatures."""
         options = self.options
-        if options.compat == "mcw_kd":
+        if options.variant == "mcw_kd":
             std = columns[possible].std(0, keepdim=True) + 1e-4
             columns = (columns.masked_fill(~possible[:, None], 0.0) / std).masked_fill(~possible[:, None], -torch.inf)
         examples = example_ids(lengths, columns.shape[1])
@@ -131,7 +132,7 @@ class RankedLevels(Criterion):
         inside = torch.arange(length, device=pairs.device) < pairs[:, None]
         s, t = (pad_rows(side, n, length)[inside] for side, n in zip((log_s, log_t), sizes, strict=True))
         absolute = (t.exp() - s.exp()).abs().sum()
-        if self.options.compat == "mcw_kd":
+        if self.options.variant == "mcw_kd":
             temperature = self.options.sequence_temperature
             softer = [(side.exp() / temperature).softmax(-1) for side in (log_s, log_t)]
             logarithmic = -(t.exp().softmax(-1) * s.exp().log_softmax(-1)).sum()

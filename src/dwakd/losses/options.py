@@ -30,12 +30,23 @@ class MethodOptions(Section):
     """Argument of the loss's constructor besides the options: `widths` (`Widths`), `pair` (`ModelPair`), or none."""
     needs_edit_alignment: ClassVar[bool] = False
     """Whether the method reads `aligned_rows` of the teacher's side."""
-    compat_defaults: ClassVar[dict[str, dict[str, Any]]] = {}
-    """Defaults that an option named `compat` replaces, by its value."""
+    variant_defaults: ClassVar[dict[str, dict[str, Any]]] = {}
+    """Defaults that an option named `variant` replaces, by its value."""
 
     @classmethod
     def owner(cls) -> str:
         return f" of method {cls.model_fields['method'].default}"
+
+    @property
+    def cross_entropy_weight(self) -> float:
+        """Weight of the cross-entropy: the option `ce_weight`, or else 1 - `kd_rate`, or else 1."""
+        rest: float = 1.0 - getattr(self, "kd_rate", 0.0)
+        return getattr(self, "ce_weight", rest)
+
+    @property
+    def supports_sampled(self) -> bool:
+        """Whether the method can train on responses that the student sampled: its other terms need no correct response."""
+        return True
 
     @property
     def needs_same_vocabulary(self) -> bool:
@@ -49,8 +60,8 @@ class MethodOptions(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _apply_compat(cls, values: Any) -> Any:
-        if not cls.compat_defaults or not isinstance(values, dict):
+    def _apply_variant(cls, values: Any) -> Any:
+        if not cls.variant_defaults or not isinstance(values, dict):
             return values
-        defaults = cls.compat_defaults.get(str(values.get("compat")), {})
+        defaults = cls.variant_defaults.get(str(values.get("variant")), {})
         return {**defaults, **{name: value for name, value in values.items() if value is not None}}

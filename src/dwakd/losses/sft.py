@@ -1,10 +1,9 @@
 """SFT: supervised fine-tuning with the cross-entropy of the response. The baseline of all other methods."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import CrossEntropy, head_loss
-from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, Terms, head_rows
 from dwakd.losses.options import MethodOptions
 
@@ -12,6 +11,10 @@ from dwakd.losses.options import MethodOptions
 class SftOptions(MethodOptions):
     needs_teacher = False
     method: Literal["sft"] = "sft"
+
+    @property
+    def supports_sampled(self) -> bool:
+        return False
 
 
 class SftLoss(DistillationLoss[SftOptions]):
@@ -25,5 +28,5 @@ class SftLoss(DistillationLoss[SftOptions]):
     options_type = SftOptions
     terms: ClassVar[tuple[str, ...]] = ("ce",)
 
-    def compute(self, student: ModelSide, teacher: ModelSide | None, scale: TeacherScale | None) -> Terms:
-        return Terms.of(head_loss([head_rows(student)], CrossEntropy(student.target_ids)))
+    def compute(self, student: ModelSide, teacher: Any, scale: Any, ce_weight: float) -> Terms:
+        return Terms.of(head_loss([head_rows(student)], CrossEntropy(student.target_ids, ce_weight)))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from dwakd.batch import ModelSide
@@ -23,8 +23,8 @@ def positions(lengths: Int[Tensor, " batch"], num_tokens: int) -> Int[Tensor, " 
 
 
 def pad_rows(
-    rows: Float[Tensor, "tokens width"], lengths: Int[Tensor, " batch"], length: int
-) -> Float[Tensor, "batch length width"]:
+    rows: Shaped[Tensor, "tokens width"], lengths: Int[Tensor, " batch"], length: int
+) -> Shaped[Tensor, "batch length width"]:
     """Unpack vectors into one zero-padded matrix per example; differentiable."""
     tokens = rows.shape[0]
     padded = rows.new_zeros(lengths.shape[0], length, rows.shape[1])

@@ -83,7 +83,7 @@ class SraLoss(DistillationLoss[SraOptions]):
             self.register_buffer(name, ids, persistent=False)
         self.projector = nn.Linear(pair.widths.student_hidden, pair.widths.teacher_hidden)
 
-    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
+    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale, ce_weight: float) -> Terms:
         require_width(student.hidden, self.projector.in_features, "student.hidden", "the projector")
         require_width(teacher.hidden, self.projector.out_features, "teacher.hidden", "the projector")
         groups = byte_groups(student.byte_ends, student.lengths, teacher.byte_ends, teacher.lengths)
@@ -97,7 +97,7 @@ class SraLoss(DistillationLoss[SraOptions]):
 
         projected = self.projector(own.to(self.projector.weight.dtype))
         cosines = nn.functional.cosine_similarity(projected, theirs, dim=-1)
-        ce = head_loss([head_rows(student)], CrossEntropy(student.target_ids, 1 - self.options.kd_rate))
+        ce = head_loss([head_rows(student)], CrossEntropy(student.target_ids, ce_weight))
         sides = [
             HeadRows(own, student.head.of_tokens(self.student_ids), lengths),
             HeadRows(theirs, teacher.head.detached().of_tokens(self.teacher_ids), lengths),

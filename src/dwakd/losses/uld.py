@@ -19,14 +19,14 @@ from dwakd.losses.sides import example_ids, positions
 
 
 class UldOptions(MethodOptions):
-    compat_defaults = {"dskd": {"ce_weight": 0.5, "uld_weight": 0.5}}  # noqa: RUF012
+    variant_defaults = {"dskd": {"ce_weight": 0.5, "uld_weight": 0.5}}  # noqa: RUF012
     method: Literal["uld"] = "uld"
-    ce_weight: Weight = Field(1.0, description="Weight of the cross-entropy. The paper uses 1, compat dskd 0.5.")
-    uld_weight: Weight = Field(1.5, description="Weight lambda of the distance. The paper uses 1.5, compat dskd 0.5.")
+    ce_weight: Weight = Field(1.0, description="Weight of the cross-entropy. The paper uses 1, variant dskd 0.5.")
+    uld_weight: Weight = Field(1.5, description="Weight lambda of the distance. The paper uses 1.5, variant dskd 0.5.")
     temperature: Temperature = Field(
         1.0, description="Divides the logits of both models in the distance. The paper and all ports use 1."
     )
-    compat: Literal["paper", "dskd"] = Field(
+    variant: Literal["paper", "dskd"] = Field(
         "paper",
         description="paper takes the mean over the pairs of each example and weighs examples by their student tokens; dskd, "
         "the port that produced the tables of DSKD, takes the plain sum over the pairs.",
@@ -53,12 +53,12 @@ class UldLoss(DistillationLoss[UldOptions]):
     options_type = UldOptions
     terms: ClassVar[tuple[str, ...]] = ("ce", "uld")
 
-    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale) -> Terms:
+    def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale, ce_weight: float) -> Terms:
         options = self.options
-        rows, weights = paired_rows(student, teacher, mean=options.compat == "paper")
+        rows, weights = paired_rows(student, teacher, mean=options.variant == "paper")
         opposite = HeadRows(teacher.hidden.detach()[rows], teacher.head.detached(), student.lengths)
         return Terms.of(
-            head_loss([head_rows(student), opposite], SortedDifference(options, student.target_ids, weights))
+            head_loss([head_rows(student), opposite], SortedDifference(options, student.target_ids, weights, ce_weight))
         )
 
 
@@ -80,8 +80,14 @@ def paired_rows(
 class SortedDifference(Criterion):
     """Compute the terms `ce` and `uld` = weight x sum_i |p_(i) - q_(i)| of the student's p and the teacher's q."""
 
-    def __init__(self, options: UldOptions, targets: Int[Tensor, " tokens"], weights: Float[Tensor, " tokens"]) -> None:
-        super().__init__({"ce": options.ce_weight, "uld": options.uld_weight})
+    def __init__(
+        self,
+        options: UldOptions,
+        targets: Int[Tensor, " tokens"],
+        weights: Float[Tensor, " tokens"],
+        ce_weight: float,
+    ) -> None:
+        super().__init__({"ce": ce_weight, "uld": options.uld_weight})
         self.targets, self.pair_weights, self.temperature = targets, weights, options.temperature
 
     def terms(self, logits: Sequence[Tensor], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:

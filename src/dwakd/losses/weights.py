@@ -3,7 +3,7 @@
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dwakd.losses.sides import example_ids
@@ -52,6 +52,12 @@ def certainty(entropy: Weights, vocab_size: int | Int[Tensor, ""]) -> Weights:
     return value.masked_fill(value < 16 * torch.finfo(value.dtype).eps, 0.0)
 
 
-def teacher_weights(entropy: Weights, vocab_size: int | Int[Tensor, ""], lengths: Int[Tensor, " batch"]) -> Weights:
-    """Compute the weight of each teacher token: its certainty, rescaled (equations 8, 14)."""
-    return rescale(certainty(entropy, vocab_size), lengths)
+def teacher_weights(
+    entropy: Weights,
+    vocab_size: int | Int[Tensor, ""],
+    lengths: Int[Tensor, " batch"],
+    kept: Bool[Tensor, " tokens"] | None = None,
+) -> Weights:
+    """Compute the weight of each teacher token: its certainty, rescaled over the tokens that are kept (equations 8, 14)."""
+    weights = certainty(entropy, vocab_size)
+    return rescale(weights if kept is None else weights * kept, lengths)

@@ -48,7 +48,7 @@ class Recipe(Section):
         if not isinstance(loss, dict):
             return validate(loss)
         options = validate({"method": DEFAULT_METHOD, **loss})
-        options.model_fields_set.intersection_update(loss)  # defaults that `compat` replaced were not given
+        options.model_fields_set.intersection_update(loss)  # defaults that `variant` replaced were not given
         return options
 
     @property

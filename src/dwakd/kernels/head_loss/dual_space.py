@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -46,8 +46,8 @@ class StudentSpace(Criterion):
         weigh: Weigh | None = None,
         whole_examples: bool = False,
         projected_targets: Int[Tensor, " tokens"] | None = None,
-        projected_weights: Float[Tensor, " tokens"] | None = None,
-        token_weights: Float[Tensor, " tokens"] | None = None,
+        projected_weights: Shaped[Tensor, " tokens"] | None = None,
+        token_weights: Shaped[Tensor, " tokens"] | None = None,
     ) -> None:
         super().__init__(rates)
         self.unit = "weights" if whole_examples else "rows"

@@ -1,0 +1,85 @@
+"""How DSKD and DWA-KD carry the states of one model to the tokens of the other, and what these states contain."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from pydantic import Field
+from torch import Tensor
+
+from dwakd.align.offsets import read_rows
+from dwakd.batch import ModelSide
+from dwakd.losses.attention import CrossModelAttention, Projectors, TeacherScale, cross_model_attention, teacher_values
+from dwakd.losses.options import MethodOptions
+from dwakd.losses.pair import Widths
+from dwakd.losses.sides import example_ids, positions
+
+Alignment = Literal["attention", "causal_attention", "bytes", "position"]
+
+
+class CrossingOptions(MethodOptions):
+    """Options that DSKD and DWA-KD share."""
+
+    needs_models = "widths"
+    alignment: Alignment = Field(
+        "attention",
+        description="Where the weights of the other model's tokens come from. attention (paper) learns them from the "
+        "embeddings, those of the target included. causal_attention learns them from the embeddings of the tokens read, and a "
+        "token sees only tokens of the other model at which no more text has been read. bytes takes the token that starts "
+        "at the same byte; tokens without one take no part in the distillation terms.",
+    )
+    values: Literal["hidden_and_target", "hidden"] = Field(
+        "hidden_and_target",
+        description="What is projected of the teacher: the sum of its hidden state and of the embedding of the target "
+        "(paper), from which the projected teacher can read the label, or the hidden state alone.",
+    )
+
+    @property
+    def supports_sampled(self) -> bool:
+        return self.values == "hidden" and self.alignment != "attention"
+
+    def projectors(self, widths: Widths, *, with_embedding: bool) -> Projectors:
+        """Create the maps that these options use."""
+        parts = {"attention": 2, "causal_attention": 1}.get(self.alignment, 0)
+        adds_targets = self.values == "hidden_and_target" and self.alignment != "position"
+        return Projectors(widths, with_embedding=with_embedding, query_parts=parts, adds_targets=adds_targets)
+
+
+def cross(
+    options: CrossingOptions, student: ModelSide, teacher: ModelSide, projectors: Projectors, scale: TeacherScale
+) -> CrossModelAttention:
+    """Project each model's states into the other's space, one for each token of the other model."""
+    with_targets = options.values == "hidden_and_target"
+    if options.alignment in ("attention", "causal_attention"):
+        causal = options.alignment == "causal_attention"
+        return cross_model_attention(student, teacher, projectors, scale, causal=causal, with_targets=with_targets)
+    projectors.require_fit(student, teacher)
+    dtype = projectors.t2s.weight.dtype
+    back = projectors.s2t(student.hidden.to(dtype))
+    if options.alignment == "position":
+        return CrossModelAttention(projectors.t2s(teacher.hidden.detach().to(dtype)), back)
+    own, theirs = (student.byte_ends, student.lengths), (teacher.byte_ends, teacher.lengths)
+    rows, student_kept = read_rows(*own, *theirs)
+    back_rows, teacher_kept = read_rows(*theirs, *own)
+    values = projectors.t2s(teacher_values(teacher, scale, dtype, with_targets=with_targets))
+    return CrossModelAttention(
+        values[rows], back[back_rows], one_hot(rows, student, teacher), student_kept, teacher_kept
+    )
+
+
+def one_hot(
+    rows: Int[Tensor, " s_tokens"], student: ModelSide, teacher: ModelSide
+) -> Float[Tensor, "batch s_length t_length"]:
+    """Return attention weights that are 1 at one teacher token for each student token; `rows` are in the packed batch."""
+    examples = example_ids(student.lengths, len(rows))
+    first = teacher.lengths.cumsum(0) - teacher.lengths
+    weights = torch.zeros(len(student.lengths), max(student.counts), max(teacher.counts), device=rows.device)
+    place = examples, positions(student.lengths, len(rows)), rows - first[examples]
+    return weights.index_put(place, weights.new_ones(()))
+
+
+def kept_weights(
+    kept: Bool[Tensor, " tokens"] | None, gate_weights: Float[Tensor, " tokens"] | None
+) -> Shaped[Tensor, " tokens"] | None:
+    """Multiply the gate weights of several teachers by 0 where a token takes no part."""
+    return kept if gate_weights is None else gate_weights if kept is None else gate_weights * kept
