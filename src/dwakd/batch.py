@@ -157,7 +157,9 @@ class PairedBatch:
         ends = {"aligned_rows": sum(self.student.num_rows[:count])}
 
         def cut(tokens: TokenBatch) -> TokenBatch:
-            fields: dict[str, Any] = {n: value for n, value in vars(tokens).items() if isinstance(value, (Tensor, tuple))}
+            fields: dict[str, Any] = {
+                n: value for n, value in vars(tokens).items() if isinstance(value, (Tensor, tuple))
+            }
             return replace(tokens, **{name: value[: ends.get(name, count)] for name, value in fields.items()})
 
         student, *teachers = map(cut, self)

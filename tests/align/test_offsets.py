@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from dwakd.align.offsets import byte_groups, exact_rows, starts
+from dwakd.align.offsets import byte_groups, exact_rows, read_rows, starts
 from dwakd.data.encoding import TextEncoder
 from tests.data.test_encoding import ALL
 from tests.losses.reference_v2 import text_pairs
@@ -216,3 +216,36 @@ def test_alignment_is_the_literal_one(batch):
     assert kept == sorted(set(kept))
     back = partners(teacher, student)
     assert [(i, j) for i, j in enumerate(got) if j >= 0] == sorted((i, j) for j, i in enumerate(back) if i >= 0)
+
+
+def last_read(student: list[int], teacher: list[int]) -> tuple[list[int], list[bool]]:
+    """The definition of `read_rows`, for one example, by comparing every pair of tokens."""
+    rows, same = [], []
+    starts_of = [[0, *ends[:-1]] for ends in (student, teacher)]
+    for i, start in enumerate(starts_of[0]):
+        behind = starts_of[0][i + 1 :].count(start)
+        equal = [j for j, other in enumerate(starts_of[1]) if other == start]
+        read = max(0, *starts_of[0][: i + 1])
+        later = [
+            j for j in range(len(teacher)) if max(0, *[e for e in teacher[j - 1 :] if e >= 0][:1] if j else [0]) <= read
+        ]
+        rows.append(equal[-1 - behind] if behind < len(equal) else later[-1])
+        same.append(behind < len(equal))
+    return rows, same
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(build.__name__ for build in pair))
+@settings(max_examples=4, deadline=None)
+@given(texts=st.lists(TEXTS, min_size=1, max_size=3))
+@example(texts=list(SCRIPTS.values()))
+def test_rows_that_have_read_the_same_text(pair, texts):
+    """A teacher token that has read more than the student would tell it the label."""
+    examples = [(ends_of(pair[0], text), ends_of(pair[1], text)) for text in texts]
+    examples = [(s, t) for s, t in examples if len(s) > 1 and len(t) > 1]
+    if examples:
+        rows, same = read_rows(*packed(examples))
+        first, expected = 0, []
+        for s_ends, t_ends in examples:
+            expected += [(row + first, match) for row, match in zip(*last_read(s_ends, t_ends), strict=True)]
+            first += len(t_ends)
+        assert list(zip(rows.tolist(), same.tolist(), strict=True)) == expected

@@ -42,7 +42,9 @@ def side(examples: list[dict[str, Tensor]], name: str, head: Tensor) -> ModelSid
         target_embeddings=torch.cat([e[f"{name}_out"] for e in examples]),
         target_ids=torch.cat([e[f"{name}_target"] for e in examples]),
         lengths=lengths,
-        byte_ends=torch.cat([torch.arange(1, int(n) + 1) for n in lengths]),
+        byte_ends=torch.cat(
+            [e.get(f"{name}_ends", torch.arange(1, int(n) + 1)) for e, n in zip(examples, lengths, strict=True)]
+        ),
         head=OutputHead(head),
         attention=torch.cat([e[f"{name}_hidden"].detach().abs().sum(-1) for e in examples]),
         aligned_rows=torch.cat([e["aligned"] for e in examples])

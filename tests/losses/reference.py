@@ -1,5 +1,6 @@
 """The whole DWA-KD objective written literally, one example and one cell at a time; shares no code with dwakd."""
 
+import itertools
 import math
 
 import torch
@@ -31,9 +32,10 @@ def entropy(logits: Tensor) -> Tensor:
     return -(p * p.log()).sum()
 
 
-def rescaled(weights: list[Tensor]) -> list[Tensor]:
+def rescaled(weights: list[Tensor], kept: list[bool], *, rescale: bool = True) -> list[Tensor]:
+    weights = [weight * keep for weight, keep in zip(weights, kept, strict=True)]
     total = sum(weights)
-    return [weight * len(weights) / total for weight in weights]
+    return [weight * len(weights) / total for weight in weights] if rescale and total > 0 else weights
 
 
 def dwa_kd(
@@ -55,8 +57,13 @@ def dwa_kd(
     weight_teacher: bool = True,
     gate: bool = True,
     use_band: bool = True,
+    alignment: str = "attention",
+    values: str = "hidden_and_target",
 ) -> dict[str, Tensor]:
-    """Terms and loss of a batch; `examples` hold student_/teacher_ hidden, in, out and student_target."""
+    """Terms and loss of a batch; `examples` hold student_/teacher_ hidden, in, out and student_target.
+
+    For the alignments that read offsets, they also hold student_/teacher_ends.
+    """
 
     def apply(name: str, x: Tensor) -> Tensor:
         return x @ maps[name]["weight"].T + maps[name]["bias"]
@@ -68,13 +75,33 @@ def dwa_kd(
     terms = dict.fromkeys(("ce", "t2s_ce", "kd_student", "kd_teacher", "dtw_hidden", "dtw_embedding"), torch.zeros(()))
     num_tokens = sum(len(e["student_target"]) for e in examples)
     for e in examples:
-        query = apply("query", torch.cat([e["student_in"].detach(), e["student_out"].detach()], 1))
-        key = torch.cat([e["teacher_in"], e["teacher_out"]], 1) / std_key
-        value = apply("t2s", e["teacher_hidden"] / std_hidden + e["teacher_out"] / std_out)
-        scores = query @ key.T / math.sqrt(key.shape[1])
-        attention, reverse = scores.softmax(1), scores.T.softmax(1)
+        value = e["teacher_hidden"] / std_hidden
+        value = apply("t2s", value + e["teacher_out"] / std_out if values == "hidden_and_target" else value)
+        s_len, t_len = len(e["student_hidden"]), len(e["teacher_hidden"])
+        s_kept, t_kept = [True] * s_len, [True] * t_len
+        if alignment != "attention":
+            s_starts, t_starts = ([0, *e[f"{name}_ends"].tolist()[:-1]] for name in ("student", "teacher"))
+        if alignment == "bytes":
+            s_kept, t_kept = [b in t_starts for b in s_starts], [b in s_starts for b in t_starts]
+            attention, reverse = torch.zeros(s_len, t_len).double(), torch.zeros(t_len, s_len).double()
+            for i, b in enumerate(s_starts):
+                attention[i, max(j for j in range(t_len) if t_starts[j] <= b)] = 1
+            for j, b in enumerate(t_starts):
+                reverse[j, max(i for i in range(s_len) if s_starts[i] <= b)] = 1
+        else:
+            parts = ("in", "out") if alignment == "attention" else ("in",)
+            query = apply("query", torch.cat([e[f"student_{part}"].detach() for part in parts], 1))
+            key = torch.cat([e[f"teacher_{part}"] for part in parts], 1) / std_key
+            scores = query @ key.T / math.sqrt(key.shape[1])
+            forward, backward = scores.clone(), scores.T.clone()
+            if alignment == "causal_attention":
+                for i, j in itertools.product(range(s_len), range(t_len)):
+                    if t_starts[j] > s_starts[i]:
+                        forward[i, j] = -math.inf
+                    if s_starts[i] > t_starts[j]:
+                        backward[j, i] = -math.inf
+            attention, reverse = forward.softmax(1), backward.softmax(1)
         t2s, s2t = attention @ value, reverse @ apply("s2t", e["student_hidden"])
-        s_len, t_len = scores.shape
 
         weights, divergences = [], []
         for i in range(s_len):
@@ -82,11 +109,13 @@ def dwa_kd(
             projected = student_head.detach() @ t2s[i]
             target = e["student_target"][i]
             terms["ce"] = terms["ce"] - own.log_softmax(-1)[target]
-            terms["t2s_ce"] = terms["t2s_ce"] - projected.log_softmax(-1)[target]
+            if s_kept[i]:
+                terms["t2s_ce"] = terms["t2s_ce"] - projected.log_softmax(-1)[target]
             weight = entropy(own.detach()) if weight_student else torch.ones((), dtype=own.dtype)
             weights.append(weight * projected.detach().softmax(-1).max() if gate else weight)
             divergences.append(kl(projected.detach(), own, tau))
-        for weight, value_ in zip(rescaled(weights), divergences, strict=True):
+        weights = rescaled(weights, s_kept, rescale=weight_student or gate)
+        for weight, value_ in zip(weights, divergences, strict=True):
             terms["kd_student"] = terms["kd_student"] + weight * value_
 
         weights, divergences = [], []
@@ -95,16 +124,17 @@ def dwa_kd(
             one = torch.ones((), dtype=own.dtype)
             weights.append(1 - entropy(own) / math.log(len(own)) if weight_teacher else one)
             divergences.append(kl(own, teacher_head @ s2t[j], tau))
-        for weight, value_ in zip(rescaled(weights), divergences, strict=True):
+        weights = rescaled(weights, t_kept, rescale=weight_teacher)
+        for weight, value_ in zip(weights, divergences, strict=True):
             terms["kd_teacher"] = terms["kd_teacher"] + weight * value_
 
-        penalty = torch.zeros_like(scores)
+        penalty = torch.zeros_like(attention)
         if use_band:
             a = attention.detach()
             for i in range(s_len):
                 mean = (torch.arange(1, t_len + 1) * a[i]).sum()
                 centre = alpha * mean + (1 - alpha) * (i + 1) * t_len / s_len
-                width = base - beta * (a[i] * a[i].log()).sum()
+                width = base + beta * torch.special.entr(a[i]).sum()
                 for j in range(t_len):
                     penalty[i, j] = lam * float(abs(j + 1 - centre) > width)
         for name, x, y in (

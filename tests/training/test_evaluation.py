@@ -50,3 +50,13 @@ def test_metrics_are_logged_as_numbers(tmp_path):
     run.train()
     state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
     assert [entry["eval_score"] for entry in state["log_history"] if "eval_score" in entry] == [0.5]
+
+
+def test_accuracies_of_the_projected_teacher_and_of_the_teacher(tmp_path):
+    """They show a leak on held-out rows, and do not depend on the batch size in a form whose scales are fixed."""
+    options = {"eval_rows": ROWS, "loss_options": {"alignment": "bytes", "values": "hidden"}}
+    found = [trainer(tmp_path, per_device_eval_batch_size=size, **options).evaluate() for size in (1, 16)]
+    for name in ("eval_t2s_accuracy", "eval_teacher_accuracy"):
+        assert 0 <= found[0][name] <= 1
+    assert found[0]["eval_teacher_accuracy"] == found[1]["eval_teacher_accuracy"]
+    assert "eval_t2s_accuracy" not in trainer(tmp_path, method="alm", eval_rows=ROWS[:2]).evaluate()

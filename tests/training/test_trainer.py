@@ -6,10 +6,12 @@ import logging
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from dwakd import METHODS, DistillConfig, DistillTrainer, UserError
+from dwakd.training.distiller import LOSS_STATE
 from dwakd.training.inputs import checked_args
 from dwakd.training.run_folder import checkpoint_fault
 from tests.builders import FAMILIES, byte_bpe, tiny_model
@@ -31,7 +33,13 @@ def test_every_term_is_logged_and_the_student_is_a_plain_folder(tmp_path, method
     for name, tensor in run.student.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], tensor)
     assert AutoTokenizer.from_pretrained(tmp_path)("a cat")["input_ids"] == run.processing_class("a cat")["input_ids"]
-    assert not list(tmp_path.glob("*distillation*"))
+    saved = tmp_path / LOSS_STATE
+    assert saved.is_file() is any(True for _ in run.model.loss.parameters())
+    if saved.is_file():  # later tools can load the maps
+        with safe_open(saved, "pt") as file:
+            assert json.loads(file.metadata()["loss"]) == {"method": method}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        assert_same(state, dict(run.model.loss.state_dict()))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -38,7 +38,9 @@ def _pad(ids: Sequence[int], side: Sequence[dict[str, Any]], find: FindPlace | N
         return torch.tensor([row + [0] * (width - len(row)) for row in rows])
 
     aligned = [index for row in side for index in row.get("aligned_rows") or ()]
-    fields: dict[str, Any] = {name: padded(row[name] for row in side) for name in ("input_ids", "target_ids", "byte_ends")}
+    fields: dict[str, Any] = {
+        name: padded(row[name] for row in side) for name in ("input_ids", "target_ids", "byte_ends")
+    }
     return TokenBatch(
         **fields,
         attention_mask=padded([1] * count for count in num_tokens),

@@ -55,6 +55,7 @@ class TermsProgressCallback(ProgressCallback):
         if not state.is_world_process_zero or self.training_bar is None or not logs:
             return
         shown = ("loss", "ce", "kd_student", "dtw_hidden", "eval_bits_per_byte", "eval_rouge_l")
+        shown += ("eval_t2s_accuracy", "eval_teacher_accuracy")
         values = {name: f"{logs[name]:.3g}" for name in shown if name in logs}
         if any(name.startswith("eval_") for name in logs):
             self.training_bar.write(f"step {state.global_step}: " + ", ".join(f"{k} {v}" for k, v in values.items()))

@@ -13,6 +13,7 @@ from dwakd.batch import LossOutput, ModelSide, TokenBatch
 from dwakd.data.encoding import TextEncoder
 from dwakd.errors import UserError
 from dwakd.losses import DistillationLoss, ModelPair, SeveralTeachers, TeacherScale, Widths, build_loss
+from dwakd.losses.accuracy import count_correct
 from dwakd.models.head import embedding_table, output_head
 from dwakd.models.rows import response_side
 from dwakd.recipe.training import DistillConfig
@@ -52,6 +53,8 @@ class Distiller(nn.Module):
     ) -> dict[str, Any]:
         """Compute the loss of a batch as {"loss": scalar with gradient, "terms": {name: detached scalar}}.
 
+        In eval mode with one teacher, the entry "counts" contains the result of `count_correct`.
+
         Args:
             student: the student's tokens.
             teachers: the side of each teacher.
@@ -60,7 +63,11 @@ class Distiller(nn.Module):
         """
         side = response_side(self.student, student, attention=self.loss.needs_attention)
         output = self._loss(side, teachers, teacher_scales, num_tokens)
-        return {"loss": output.loss, "terms": output.terms}
+        result = {"loss": output.loss, "terms": output.terms}
+        if not self.training and teachers and not isinstance(self.loss, SeveralTeachers):
+            scale = next(iter(teacher_scales), None) or TeacherScale.of(teachers[0])
+            result["counts"] = count_correct(self.loss, side, teachers[0], scale)
+        return result
 
     # The kernels bring their own compiled code; `torch_compile` is for the student.
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -31,20 +31,30 @@ def mean_terms(
 ) -> dict[str, float]:
     """Compute the mean of every term over the response tokens of a data set, and the bits per byte of the responses.
 
+    For a method that projects the teacher into the student's space, `t2s_accuracy` and `teacher_accuracy` are the shares of
+    exactly aligned tokens that the projected teacher and the teacher itself predict correctly (see `count_correct`).
     `add_ranks` sums a tensor over all ranks.
     """
     sums: dict[str, Tensor] = {}
+    correct: dict[str, Tensor] = {}
     counts = torch.zeros(2, dtype=torch.float64)
     with evaluating(distiller), torch.no_grad():
         for batch, sides, scales in batches:
             output = distiller(batch.student, sides, scales, num_tokens=1.0)
             for name, value in output["terms"].items():
                 sums[name] = sums.get(name, 0.0) + batch.weight * value.double()
+            for name, value in output.get("counts", {}).items():
+                correct[name] = correct.get(name, 0.0) + batch.weight * value.double()
             num_bytes = batch.student.byte_ends.amax(-1).sum().item()
             counts += batch.weight * torch.tensor([sum(batch.student.num_rows), num_bytes])
-    totals = add_ranks(torch.stack([*sums.values(), *counts.to(next(iter(sums.values())))]))
+    totals = add_ranks(torch.stack([*correct.values(), *sums.values(), *counts.to(next(iter(sums.values())))]))
     *values, num_tokens, num_bytes = totals.tolist()
+    right, values = values[: len(correct)], values[len(correct) :]
     terms = {name: value / num_tokens for name, value in zip(sums, values, strict=True)}
+    if correct and right[0] > 0:
+        terms |= {
+            f"{name}_accuracy": value / right[0] for name, value in zip(list(correct)[1:], right[1:], strict=True)
+        }
     if "ce" in terms:
         terms["bits_per_byte"] = terms["ce"] * num_tokens / num_bytes / math.log(2)
     return terms

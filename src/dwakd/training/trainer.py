@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -253,9 +254,12 @@ class DistillTrainer(Trainer):
             self.processing_class.save_pretrained(folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the student, and beside it the trained maps of the loss in a file that transformers ignores."""
         super().save_model(output_dir, _internal_call)
-        if _internal_call and self.args.should_save:
-            save_file(self._distiller.loss.state_dict(), Path(output_dir or self.args.output_dir) / LOSS_STATE)
+        if self.args.should_save and (_internal_call or any(True for _ in self._distiller.loss.parameters())):
+            options = json.dumps({"method": self.args.method, **self.args.loss_options})
+            path = Path(output_dir or self.args.output_dir) / LOSS_STATE
+            save_file(self._distiller.loss.state_dict(), path, {"loss": options})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

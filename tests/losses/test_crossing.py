@@ -1,0 +1,159 @@
+"""Alignments and values of DSKD and DWA-KD: literal twins in float64, and whether the projected teacher reads the label."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import dwakd
+from dwakd.errors import UserError
+from dwakd.losses import DskdLoss, DwaKdLoss, TeacherScale, Widths, method_options
+from tests.builders import tiny_model
+from tests.losses import reference
+from tests.losses.builders import OPTIONS, WIDTHS, random_examples, random_heads, side
+from tests.training.builders import TOKENIZERS
+
+LENGTHS = [(6, 9), (8, 4), (1, 2), (5, 5)]
+ENDS = [
+    ([2, 3, 5, 9, 12, 12], [1, 2, 3, 4, 5, 7, 9, 12, 12]),
+    ([1, 2, 3, 4, 5, 6, 7, 7], [4, 6, 7, 7]),
+    ([3], [1, 3]),
+    ([2, 4, 6, 8, 9], [1, 3, 5, 7, 9]),  # only the starts of the responses agree
+]
+FORMS = [
+    {"variant": "recommended"},
+    {"variant": "recommended", "entropy_weights": False, "gate": False, "teacher_weights": False},
+    {"variant": "recommended", "gate": False, "temperature": 2.0, "band_base": 0.4},
+    {"alignment": "bytes"},
+    {"alignment": "attention", "values": "hidden"},
+    {"alignment": "causal_attention", "values": "hidden", "band_base": 0.3},
+    {"alignment": "causal_attention", "values": "hidden_and_target", "gate": False},
+]
+
+
+def examples_with_ends(seed=0):
+    examples = random_examples(LENGTHS, seed=seed)
+    for example, ends in zip(examples, ENDS, strict=True):
+        example["student_ends"], example["teacher_ends"] = map(torch.tensor, ends)
+    return examples
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_values_and_gradients_of_a_literal_twin(form):
+    """Every term, and the gradients of the student and of the maps, in float64."""
+    torch.manual_seed(1)
+    loss = DwaKdLoss(widths=WIDTHS, **form).double()
+    examples, heads = examples_with_ends(), random_heads()
+    leaves = [e[key].requires_grad_() for e in examples for key in ("student_hidden", "student_out")]
+    leaves += [heads[0].requires_grad_(), *loss.parameters()]
+    output = loss(side(examples, "student", heads[0]), side(examples, "teacher", heads[1]))
+    maps = {name: dict(part.named_parameters()) for name, part in loss.projectors.named_children()}
+    options = {short: getattr(loss.options, name) for short, name in OPTIONS.items()}
+    where = {name: getattr(loss.options, name) for name in ("alignment", "values")}
+    expected = reference.dwa_kd(examples, *heads, maps, **options, **where)
+    for name, value in expected.items():
+        assert output.terms[name].item() == pytest.approx(float(value.detach()), abs=1e-9), name
+    pairs = (torch.autograd.grad(total, leaves, retain_graph=True) for total in (output.loss, expected["loss"]))
+    for got, wanted in zip(*pairs, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-9, rtol=1e-6)
+
+
+def test_dskd_by_bytes_is_dwa_kd_without_weights_and_alignment():
+    """The two methods share the alignment, so that DSKD without its mask is a special case of DWA-KD."""
+    torch.manual_seed(1)
+    shared = {"alignment": "bytes", "values": "hidden", "temperature": 1.5}
+    dskd = DskdLoss(widths=WIDTHS, accuracy_mask=False, kd_rate=0.3, **shared).double()
+    weights = {"entropy_weights": False, "gate": False, "teacher_weights": False, "dtw_weight": 0.0}
+    dwa_kd = DwaKdLoss(widths=WIDTHS, ce_weight=0.7, kd_weight=0.3, **weights, **shared).double()
+    dwa_kd.projectors.load_state_dict(dskd.projectors.state_dict())
+    examples, heads = examples_with_ends(), random_heads()
+    outputs = [
+        loss(side(examples, "student", heads[0]), side(examples, "teacher", heads[1])) for loss in (dskd, dwa_kd)
+    ]
+    for name, value in outputs[0].terms.items():
+        torch.testing.assert_close(outputs[1].terms[name], value)
+
+
+@pytest.mark.parametrize("form", [{"variant": "recommended"}, {"alignment": "bytes"}])
+def test_states_of_any_widths(form):
+    """Without targets among the values, the teacher's embeddings may be narrower than its states; with them, they may not."""
+    widths = Widths(6, 8, 6, 4)
+    if "variant" in form:
+        DwaKdLoss(widths=widths, **form)
+    else:
+        with pytest.raises(ValueError, match=r"widths are 4 and 8; set loss.values=hidden"):
+            DwaKdLoss(widths=widths, **form)
+
+
+def test_sampled_responses_are_no_labels():
+    """On the student's own answers, no cross-entropy is trained, and forms that read the target are not allowed."""
+    loss = DwaKdLoss(widths=WIDTHS, variant="recommended", dtw_weight=0.0).double()
+    examples, heads = examples_with_ends(), random_heads()
+    sides = side(examples, "student", heads[0]), side(examples, "teacher", heads[1])
+    terms = loss(*sides).terms
+    sampled = loss(dataclasses.replace(sides[0], sampled=True), sides[1])
+    for name in ("ce", "t2s_ce", "kd_student", "kd_teacher"):
+        assert sampled.terms[name] == terms[name] > 0
+    torch.testing.assert_close(sampled.loss, 0.1 * (terms["kd_student"] + terms["kd_teacher"]))
+    supports = {
+        "sft": False, "min_ed": False, "alm": True, "gold": True, "dskd": False, "dwa_kd": False, "dwa_kd_v2": True,
+    }  # fmt: skip
+    assert {name: method_options(name).supports_sampled for name in supports} == supports
+    assert method_options("dwa_kd", {"variant": "recommended"}).supports_sampled
+
+
+TEXTS = ("The old red house", ", near the hill, is warm 😀.", " was sold by my brother.")
+
+
+@pytest.fixture(scope="module")
+def two_sides():
+    """Sides of two responses that begin with the same text, on tiny models with different tokenizers."""
+    student, teacher = tiny_model("llama", len(TOKENIZERS[0]), seed=1), tiny_model("gemma2", len(TOKENIZERS[1]), seed=2)
+    pairs = [
+        dwakd.encode_rows([{"prompt": "Say it.", "response": TEXTS[0] + end}], *TOKENIZERS, template="plain")
+        for end in TEXTS[1:]
+    ]
+    return [dwakd.paired_sides(student.double(), teacher.double(), dwakd.collate([one[0]])) for one in pairs]
+
+
+def change(loss, two_sides):
+    """Largest difference between the two responses of a projected teacher row that predicts no later than the change."""
+    end = len(TEXTS[0].encode())
+    scale = TeacherScale.of(two_sides[0][1])
+    rows = [loss.projected(*sides, scale)[sides[0].byte_starts <= end] for sides in two_sides]
+    ids = [sides[0].target_ids[sides[0].byte_ends <= end] for sides in two_sides]
+    assert torch.equal(*ids)  # the tokenisation before the change is the same
+    assert len(ids[0]) > 3
+    assert len(rows[0]) == len(rows[1]) == len(ids[0]) + 1
+    return float((rows[0] - rows[1]).detach().abs().max())
+
+
+@pytest.mark.parametrize(
+    ("options", "leaks"),
+    [
+        ({"variant": "recommended"}, False),
+        ({"alignment": "causal_attention", "values": "hidden"}, False),
+        ({"variant": "paper"}, True),
+        ({"alignment": "attention", "values": "hidden"}, True),  # attention reads states after the label
+        ({"alignment": "bytes", "values": "hidden_and_target"}, True),
+        ({"alignment": "causal_attention", "values": "hidden_and_target"}, True),
+    ],
+    ids=str,
+)
+def test_whether_the_projected_teacher_reads_the_label(two_sides, options, leaks):
+    """Other text from a byte on must not change what the projected teacher predicts at this byte or before."""
+    torch.manual_seed(0)
+    student, teacher = two_sides[0]
+    shapes = (
+        (part.shape[1] for part in parts)
+        for parts in ((student.hidden, teacher.hidden), (student.input_embeddings, teacher.input_embeddings))
+    )
+    widths = Widths(*(size for pair in shapes for size in pair))
+    loss = DwaKdLoss(widths=widths, **options).double()
+    assert (change(loss, two_sides) > 1e-6) is leaks
+
+
+def test_unknown_alignment():
+    """Positions need one tokenizer, which DWA-KD does not ask for."""
+    with pytest.raises(UserError, match=r"alignment must be .*'bytes'.* got 'position'"):
+        DwaKdLoss(widths=WIDTHS, alignment="position")
