@@ -54,8 +54,8 @@ class TermsProgressCallback(ProgressCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or self.training_bar is None or not logs:
             return
-        shown = ("loss", "ce", "kd_student", "dtw_hidden", "eval_bits_per_byte", "eval_rouge_l")
-        shown += ("eval_t2s_accuracy", "eval_teacher_accuracy")
+        scores = ("bits_per_byte", "rouge_l", "t2s_accuracy", "teacher_accuracy")
+        shown = ("loss", "ce", "kd_student", "dtw_hidden", *(f"eval_{name}" for name in scores))
         values = {name: f"{logs[name]:.3g}" for name in shown if name in logs}
         if any(name.startswith("eval_") for name in logs):
             self.training_bar.write(f"step {state.global_step}: " + ", ".join(f"{k} {v}" for k, v in values.items()))
