@@ -58,6 +58,18 @@ def test_values_and_gradients_of_a_literal_twin(form):
         torch.testing.assert_close(got, wanted, atol=1e-9, rtol=1e-6)
 
 
+def test_without_the_teacher_space():
+    """The term is left out, and nothing else changes."""
+    torch.manual_seed(1)
+    loss = DwaKdLoss(widths=WIDTHS, variant="recommended").double()
+    other = DwaKdLoss(widths=WIDTHS, variant="recommended", teacher_space=False).double()
+    other.load_state_dict(loss.state_dict())
+    examples, heads = examples_with_ends(), random_heads()
+    both = [one(side(examples, "student", heads[0]), side(examples, "teacher", heads[1])) for one in (loss, other)]
+    assert both[0].terms.keys() - both[1].terms.keys() == {"kd_teacher"}
+    torch.testing.assert_close(both[0].loss - 0.1 * both[0].terms["kd_teacher"], both[1].loss)
+
+
 def test_dskd_by_bytes_is_dwa_kd_without_weights_and_alignment():
     """The two methods share the alignment, so that DSKD without its mask is a special case of DWA-KD."""
     torch.manual_seed(1)

@@ -42,6 +42,7 @@ class DwaKdOptions(DwaOptions, CrossingOptions):
         "product",
         description="product (paper) rescales entropy x gate; entropy_then_gate (published code) rescales the entropy only.",
     )
+    teacher_space: bool = Field(True, description="Whether to include KD^tea, the divergence in the teacher's space.")
     gate_warmup_steps: Steps = Field(
         0, description="Optimiser steps over which the gate rises from 0; requires entropy_then_gate."
     )
@@ -109,8 +110,10 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
         crossed = cross(self.options, student, teacher, self.projectors, scale)
         in_student = self._student_space(student, crossed, teacher.gate_weights, ce_weight)
         alignment = self._alignment(student, teacher, crossed)
-        sums = {**in_student.terms, "kd_teacher": self._teacher_space(teacher, crossed), **alignment}
-        weights = {"kd_teacher": self.options.kd_weight, **dict.fromkeys(alignment, self.options.dtw_weight)}
+        sums, weights = {**in_student.terms, **alignment}, dict.fromkeys(alignment, self.options.dtw_weight)
+        if self.options.teacher_space:
+            sums["kd_teacher"] = self._teacher_space(teacher, crossed)
+            weights["kd_teacher"] = self.options.kd_weight
         return Terms(sums, in_student.loss, weights)
 
     def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Tensor:
