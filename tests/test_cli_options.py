@@ -28,12 +28,25 @@ def call(*arguments: str, **decoration: Any) -> tuple[Any, dict[str, Any]]:
 def test_fields_become_options() -> None:
     """An option that does not arrive would give the scores of its default."""
     result, received = call(
-        "m", "--limit", "3", "--top-p", "0.5", "--no-greedy", "--adapter", "a", "--template", "chat"
+        "m",
+        "--limit",
+        "3",
+        "--top-p",
+        "0.5",
+        "--no-greedy",
+        "--adapter",
+        "a",
+        "--template",
+        "chat",
+        "--temperatures",
+        "1",
+        "--temperatures",
+        "0.7",
     )
     assert result.exit_code == 0, result.output
     assert (received["model"], received["adapter"]) == ("m", "a")
     assert received["rows"] == RowOptions(limit=3, template="chat")
-    assert received["options"] == EvalOptions(top_p=0.5, greedy=False)
+    assert received["options"] == EvalOptions(top_p=0.5, greedy=False, temperatures=[1.0, 0.7])
 
 
 def test_a_command_may_leave_fields_out_and_change_defaults() -> None:
@@ -44,7 +57,7 @@ def test_a_command_may_leave_fields_out_and_change_defaults() -> None:
     assert call("m", "--bos", "auto", omit=("bos",))[0].exit_code == 2
 
 
-@pytest.mark.parametrize("arguments", [("--limit", "0"), ("--top-p", "2"), ("--seeds", "x"), ("--temperature", "0")])
+@pytest.mark.parametrize("arguments", [("--limit", "0"), ("--top-p", "2"), ("--seeds", "x"), ("--temperatures", "0")])
 def test_values_out_of_range_are_refused(arguments: tuple[str, str]) -> None:
     """The range in the help is the one that is checked."""
     result, received = call("m", *arguments)

@@ -119,11 +119,11 @@ def evaluate(
     adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to merge into the model.")] = None,
     overwrite: Annotated[bool, _flag("--overwrite", "Replace results that were made with other options.")] = False,
 ) -> None:
-    """Answer test sets and score them: ROUGE-L over seeds, exact match, bits per byte.
+    """Answer test sets and score them: ROUGE-L over seeds, exact match, bits per byte, calibration error.
 
-    Sampling at temperature 1 over five seeds is the published protocol. Bits per byte can be compared between models
-    with different tokenizers. Template, bos and special-tokens-in-prompts are by default those of the recipe in the
-    model's folder, if there is one.
+    Sampling at temperature 1 over five seeds with --decoding minillm is the protocol of the published tables. Bits per
+    byte can be compared between models with different tokenizers. Template, bos and special-tokens-in-prompts are by
+    default those of the recipe in the model's folder, if there is one.
     """
     _silence_transformers()
     from dwakd.evaluation.run import evaluate_sets

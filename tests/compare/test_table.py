@@ -10,7 +10,9 @@ from dwakd.compare.table import CellScores, paired_interval, read_cell, summaris
 
 
 def scores(*values):
-    return CellScores({"test": np.array(values, dtype=float)}, {"test": 1.0}, {"test": 2.0}, 0.5, 1000)
+    return CellScores(
+        {"test": np.array(values, dtype=float)}, {"test": 1.0}, {"test": 2.0}, {"test": 3.0}, {}, 0.5, 1000
+    )
 
 
 def test_differences_are_paired():
@@ -28,15 +30,20 @@ def test_differences_are_paired():
 def test_scores_are_the_means_over_generation_seeds(tmp_path):
     """Scores are written in percent; a second factor of a hundred would give scores above 100."""
     (tmp_path / "eval").mkdir()
-    numbers = {"greedy_rouge_l": {"mean": 12.0}, "bits_per_byte": {"value": 1.5}}
+    numbers = {"greedy_rouge_l": {"mean": 12.0}, "bits_per_byte": {"value": 1.5, "ece": 4.0}}
+    numbers["other_temperatures"] = {"0.7": {"rouge_l": {"mean": 20.0}}}
     (tmp_path / "eval" / "test.json").write_text(json.dumps(numbers))
     answers = [
         {"row": row, "seed": seed, "rouge_l": 10.0 * row + (seed or 0)} for row in (1, 0) for seed in (2, 4, None)
     ]
+    answers += [{"row": row, "seed": 2, "temperature": 0.7, "rouge_l": 20.0} for row in (0, 1)]
     (tmp_path / "eval" / "test.answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
     cell = read_cell(tmp_path)
     assert cell.rouge_l["test"].tolist() == [3.0, 13.0]
     assert (cell.greedy["test"], cell.bits_per_byte["test"]) == (12.0, 1.5)
+    assert (cell.ece["test"], cell.other_temperatures) == (4.0, {"0.7": [20.0]})
+    row = summarise_comparison({"sft": [cell, cell]}, {})["variants"]["sft"]
+    assert (row["ece"], row["other_temperatures"]) == (4.0, {"0.7": 20.0})
 
 
 def test_reasons_of_failures_belong_to_their_rows():

@@ -9,7 +9,7 @@ import torch
 
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example
-from dwakd.evaluation.bits_per_byte import bits_per_byte
+from dwakd.evaluation.bits_per_byte import bits_per_byte, calibration_gaps
 from tests.builders import bpe_byte_fallback, byte_bpe, tiny_model, wordpiece
 
 VOCAB = 420
@@ -50,6 +50,42 @@ def test_uniform_model() -> None:
     num_tokens = sum(len(encoder.response_ids(example.response)[0]) + 1 for example in EXAMPLES)
     result = bits_per_byte(model, encoder, EXAMPLES)
     assert result.value == pytest.approx(math.log2(VOCAB) * num_tokens / NUM_BYTES, rel=1e-6)
+
+
+def test_calibration_error_by_hand() -> None:
+    """Bins that are closed on the wrong side or weighted by bin would give another error than the published ones."""
+    confidence = torch.tensor([1 / 15, 0.07, 0.5, 0.52, 0.97, 1.0, 0.94], dtype=torch.float64)
+    correct = torch.tensor([True, False, True, False, True, True, False])
+    gaps = calibration_gaps(confidence, correct)
+    expected = torch.zeros(15, dtype=torch.float64)
+    expected[0], expected[1] = 1 / 15 - 1, 0.07  # 1/15 belongs to the first bin, 0.07 to the second
+    expected[7] = 0.5 + 0.52 - 1  # from 7/15 to 8/15
+    expected[14] = 0.97 + 1 + 0.94 - 2
+    torch.testing.assert_close(gaps, expected)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_calibration_error_of_a_model(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Confidences must come from the same positions and logits as the bits, whatever the batch and the slices."""
+    model, encoder = tiny_model(family, VOCAB, tie_word_embeddings=False), TextEncoder(byte_bpe(), "plain")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(5)  # confidences that fill several bins
+    tops, hits = [], []
+    for example in EXAMPLES:
+        prompt = encoder.prompt_ids(example)
+        response = [*encoder.response_ids(example.response)[0], encoder.end_token_id]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].double()
+        top, token = logits.softmax(dim=-1).max(dim=-1)
+        tops += top.tolist()
+        hits += (token == torch.tensor(response)).tolist()
+    bins = [math.ceil(15 * top) for top in tops]
+    gaps = [sum(t - h for t, h, b in zip(tops, hits, bins, strict=True) if b == m) for m in range(1, 16)]
+    assert sum(gap != 0 for gap in gaps) > 3
+    expected = 100 * sum(map(abs, gaps)) / len(tops)
+    assert bits_per_byte(model, encoder, EXAMPLES, batch_size=3).ece == pytest.approx(expected, rel=1e-4)
+    monkeypatch.setattr("dwakd.evaluation.bits_per_byte.LOGITS_AT_ONCE", 3 * VOCAB)
+    assert bits_per_byte(model, encoder, EXAMPLES, batch_size=1).ece == pytest.approx(expected, rel=1e-4)
 
 
 def test_batches_and_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

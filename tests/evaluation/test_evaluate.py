@@ -11,7 +11,7 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
 from dwakd.evaluation.bits_per_byte import bits_per_byte
-from dwakd.evaluation.evaluate import Evaluation, data_identity, evaluate_model, model_identity
+from dwakd.evaluation.evaluate import Evaluation, SampledScores, data_identity, evaluate_model, model_identity
 from dwakd.evaluation.generate import generate_answers
 from dwakd.evaluation.metrics import exact_match, rouge_l, summarise
 from dwakd.evaluation.options import EvalOptions, GenerationOptions
@@ -50,6 +50,35 @@ def test_numbers_are_those_of_the_parts(evaluation: Evaluation, encoder: TextEnc
     assert evaluation.greedy_rouge_l == summarise([rouge_l(greedy, references)])
     assert evaluation.bits_per_byte == bits_per_byte(model, encoder, EXAMPLES)
     assert [answer.answer for answer in evaluation.answers] == [*sampled[0], *sampled[1], *greedy]
+
+
+def test_each_temperature_has_its_own_scores(evaluation: Evaluation, encoder: TextEncoder) -> None:
+    """Scores that mix temperatures, or exchange them, would hide how much of a gain is sharpness."""
+    model = tiny_model("llama", 400)
+    both = evaluated(model, encoder, EXAMPLES, seeds=2, temperatures=[1.0, 0.2])
+    cold = evaluated(model, encoder, EXAMPLES, seeds=2, temperatures=[0.2])
+    assert (both.rouge_l, both.exact_match) == (evaluation.rouge_l, evaluation.exact_match)
+    assert both.other_temperatures == {"0.2": SampledScores(cold.rouge_l, cold.exact_match)}
+    assert both.greedy_rouge_l == evaluation.greedy_rouge_l
+    pairs = [(answer.temperature, answer.seed) for answer in both.answers[::2]]
+    assert pairs == [(1.0, 10), (1.0, 20), (0.2, 10), (0.2, 20), (None, None)]
+    assert [answer.answer for answer in both.answers[4:8]] == [answer.answer for answer in cold.answers[:4]]
+    assert both.answers[4].answer != both.answers[0].answer
+    assert both.signature["temperature"] == [1.0, 0.2]
+    assert both.signature["seeds"] == [10, 20]
+    assert evaluation.signature["temperature"] == 1.0
+
+
+def test_decoding_is_part_of_the_signature(evaluation: Evaluation, encoder: TextEncoder) -> None:
+    """The ban of repeated n-grams changes ROUGE-L by about a point; signatures without it stay as they were."""
+    model = tiny_model("llama", 400)
+    made = evaluated(model, encoder, EXAMPLES, do_sample=False, decoding="minillm")
+    assert made.signature["no_repeat_ngram_size"] == 6
+    assert "no_repeat_ngram_size" not in evaluation.signature
+    greedy = GenerationOptions(seed=None, max_new_tokens=12, no_repeat_ngram_size=6)
+    assert [answer.answer for answer in made.answers] == generate_answers(
+        model, encoder, EXAMPLES, greedy, progress=False
+    )
 
 
 def test_passes_can_be_left_out(encoder: TextEncoder) -> None:

@@ -1,5 +1,6 @@
 """Answers depend on the model and the options only, not on the batch or the model's own generation settings."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -82,6 +83,36 @@ def test_sampled_answers_do_not_depend_on_the_batch(encoder: TextEncoder) -> Non
     assert answers != answers_of(model, encoder, EXAMPLES, seed=20, batch_size=5)
     twins = answers_of(model, encoder, [EXAMPLES[0]] * 2, seed=10)
     assert twins[0] != twins[1], "each row has its own random numbers"
+
+
+def test_repeated_ngrams_are_banned_in_prompt_and_answer(encoder: TextEncoder) -> None:
+    """The published evaluation bans n-grams of prompt and answer, in sampled and greedy answers alike."""
+    size, steps = 2, 24
+    model = tiny_model("llama", VOCAB)
+    with torch.no_grad():  # logits that hardly depend on the context repeat n-grams quickly
+        model.get_output_embeddings().weight.mul_(5)
+    for example in EXAMPLES:
+        prompt = encoder.prompt_ids(example)
+        ids: list[int] = []
+        with torch.no_grad():
+            while len(ids) < steps:
+                logits = model(torch.tensor([prompt + ids])).logits[0, -1]
+                text = prompt + ids
+                logits[[after for before, after in pairwise(text) if before == text[-1]]] = -torch.inf
+                token = int(logits.argmax())
+                if token in encoder.end_token_ids:
+                    break
+                ids.append(token)
+        expected = encoder.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        settings: dict[str, Any] = {"max_new_tokens": steps, "no_repeat_ngram_size": size}
+        assert answers_of(model, encoder, [example], seed=None, **settings) == [expected]
+    plain, banned = (
+        answers_of(model, encoder, EXAMPLES, seed=10, max_new_tokens=steps, no_repeat_ngram_size=n) for n in (0, size)
+    )
+    assert plain != banned
+    assert banned == answers_of(model, encoder, EXAMPLES, seed=10, batch_size=2, **settings)
+    # the draws are the same, so an answer that repeats nothing stays as it is
+    assert answers_of(model, encoder, EXAMPLES, seed=10, max_new_tokens=steps, no_repeat_ngram_size=200) == plain
 
 
 def test_saved_generation_settings_do_not_leak(encoder: TextEncoder) -> None:

@@ -19,7 +19,15 @@ INVALID: list[tuple[type[Options], dict[str, Any], str]] = [
     (GenerationOptions, {"seed": 0, "top_p": 0}, "top_p"),
     (GenerationOptions, {"seed": 0, "max_new_tokens": 0}, "max_new_tokens"),
     (GenerationOptions, {"seed": 0, "batch_size": 0}, "batch_size"),
+    (GenerationOptions, {"seed": 0, "no_repeat_ngram_size": -1}, "no_repeat_ngram_size"),
     (EvalOptions, {"seeds": 0}, "seeds"),
+    (EvalOptions, {"temperatures": []}, "temperatures"),
+    (EvalOptions, {"temperatures": [1.0, 0.0]}, "temperatures"),
+    (EvalOptions, {"temperatures": [0.7, 1.0, 0.7]}, "temperatures"),
+    (EvalOptions, {"temperatures": 0.7}, "temperatures"),
+    (EvalOptions, {"decoding": "beam"}, "decoding"),
+    (EvalOptions, {"decoding": "minillm", "temperatures": [0.7]}, "decoding"),
+    (EvalOptions, {"decoding": "minillm", "top_p": 0.9}, "decoding"),
     (EvalOptions, {"seeds": True}, "seeds"),
     (EvalOptions, {"seeds": 2.5}, "seeds"),
     (EvalOptions, {"max_length": 0}, "max_length"),
@@ -52,8 +60,12 @@ def test_passes() -> None:
     """The published seeds are 10 to 50, and at least one pass is required."""
     seeds = [generation.seed for generation in EvalOptions().passes()]
     assert seeds == [10, 20, 30, 40, 50, None]
-    (only,) = EvalOptions(do_sample=False, temperature=0.5, max_new_tokens=3).passes()
-    assert only == GenerationOptions(seed=None, temperature=0.5, max_new_tokens=3)
+    (only,) = EvalOptions(do_sample=False, temperatures=[0.5], max_new_tokens=3).passes()
+    assert only == GenerationOptions(seed=None, max_new_tokens=3)
+    both = EvalOptions(seeds=2, temperatures=[1.0, 0.7]).passes()
+    assert [(one.seed, one.temperature) for one in both[:-1]] == [(10, 1.0), (20, 1.0), (10, 0.7), (20, 0.7)]
+    assert both[-1].seed is None
+    assert {one.no_repeat_ngram_size for one in EvalOptions(decoding="minillm").passes()} == {6}
     with pytest.raises(UserError, match="greedy"):
         EvalOptions(do_sample=False, greedy=False)
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
-from dwakd.evaluation.evaluate import Evaluation, evaluate_model
+from dwakd.evaluation.evaluate import Evaluation, SampledScores, evaluate_model
 from dwakd.evaluation.options import EvalOptions
 from dwakd.evaluation.report import evaluation_table, write_evaluation
 from tests.builders import byte_bpe, tiny_model
@@ -77,7 +77,23 @@ def test_table_shows_spread_mean_and_signature(evaluation: Evaluation) -> None:
     assert text.count("seeds 10/20") == 1
     (mean,) = (line.split() for line in text.splitlines() if "mean of 2 sets" in line)
     assert mean[4] == f"{evaluation.rouge_l.mean + 5:.2f}", "unweighted mean over the sets"
-    assert mean[-1] == f"{evaluation.bits_per_byte.value:.3f}"
+    assert mean[-2] == f"{evaluation.bits_per_byte.value:.3f}"
+    assert mean[-1] == f"{evaluation.bits_per_byte.ece:.2f}"
+
+
+def test_each_temperature_has_a_row(evaluation: Evaluation) -> None:
+    """The scores of temperature 0.7 must neither replace those of temperature 1 nor enter their mean."""
+    assert evaluation.rouge_l is not None
+    assert evaluation.exact_match is not None
+    colder = replace(evaluation.rouge_l, mean=evaluation.rouge_l.mean + 4)
+    warm = replace(evaluation, other_temperatures={"0.7": SampledScores(colder, evaluation.exact_match)})
+    hotter = replace(warm, other_temperatures={"0.7": SampledScores(replace(colder, mean=0.0), evaluation.exact_match)})
+    lines = shown({"dolly": warm, "p3": hotter}).splitlines()
+    cold = [line.split() for line in lines if line.strip().startswith("temperature 0.7")]
+    assert [row[2] for row in cold] == [f"{mean:.2f}" for mean in (colder.mean, 0.0, colder.mean / 2)]
+    (both,) = (line.split() for line in lines if "mean of 2 sets" in line)
+    assert both[4] == f"{evaluation.rouge_l.mean:.2f}"
+    assert max(map(len, lines)) <= 80
 
 
 def test_table_fits_80_columns(evaluation: Evaluation) -> None:
@@ -102,7 +118,7 @@ def test_a_set_without_references_is_answered_without_scores(tmp_path: Path) -> 
     answers = [json.loads(line) for line in (tmp_path / "x.answers.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(line["row"], line["rouge_l"]) for line in answers] == [(0, None), (1, None), (0, None), (1, None)]
     text = shown({"vicuna": evaluation})
-    assert next(line for line in text.splitlines() if line.strip().startswith("vicuna")).split()[1:] == ["-"] * 6
+    assert next(line for line in text.splitlines() if line.strip().startswith("vicuna")).split()[1:] == ["-"] * 7
     assert "no references: answers without scores" in text
     assert "mean of" not in text
 

@@ -37,10 +37,15 @@ def test_the_sets_and_options_of_a_recipe_are_read(tmp_path: Path) -> None:
     content: dict[str, Any] = {"student": {"model": "x"}, "loss": {"method": "sft"}}
     content["data"] = {"train": "unused", "prompt": "q", "response": "a"}
     test = write(tmp_path / "test.jsonl", [{"q": "2 + 2 =", "a": "4"}] * 3)
-    section = {"test": [test], "limit": 2, "seeds": 3, "max_new_tokens": 7, "batch_size": 5}
+    section = {"test": [test], "limit": 2, "seeds": 3, "max_new_tokens": 7, "batch_size": 5, "temperatures": [1, 0.7]}
     plan = plan_evaluation(recipe_from_dict({**content, "evaluation": section}))
     assert [len(item.examples) for item in plan.sets] == [2]
     assert (plan.options.seeds, plan.options.max_new_tokens, plan.options.batch_size) == (3, 7, 5)
+    assert plan.options.temperatures == [1.0, 0.7]
+    published = plan_evaluation(recipe_from_dict({**content, "evaluation": {"test": [test], "decoding": "minillm"}}))
+    assert published.options.decoding == "minillm"
+    with pytest.raises(UserError, match=r"decoding minillm has temperature 1"):
+        plan_evaluation(recipe_from_dict({**content, "evaluation": {**section, "decoding": "minillm"}}))
     with pytest.raises(UserError, match=r"nowhere\.jsonl"):
         plan_evaluation(recipe_from_dict({**content, "evaluation": {"test": ["nowhere.jsonl"]}}))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ class CellScores:
     rouge_l: dict[str, np.ndarray]  # sampled ROUGE-L of each row in percent, averaged over the generation seeds
     greedy: dict[str, float]  # mean greedy ROUGE-L in percent
     bits_per_byte: dict[str, float]
+    ece: dict[str, float] = field(default_factory=dict)  # calibration error in percent
+    other_temperatures: dict[str, list[float]] = field(default_factory=dict)  # mean ROUGE-L of each test set
     seconds_per_step: float | None = None  # median; None for a model that was not trained here
     peak_bytes: int | None = None  # peak memory of the process, on the GPU if there is one
 
@@ -41,13 +43,18 @@ def num_evaluated(folder: Path) -> int:
 
 def read_cell(folder: Path) -> CellScores:
     """Read the scores from the folder of a run."""
-    rouge, greedy, bits = {}, {}, {}
+    rouge, greedy, bits, ece = {}, {}, {}, {}
+    others: dict[str, list[float]] = {}
     for path in sorted((folder / "eval").glob("*.json")):
         numbers = json.loads(path.read_text(encoding="utf-8"))
+        other_temperatures = numbers.get("other_temperatures", {})
+        for temperature, scores in other_temperatures.items():
+            others.setdefault(temperature, []).append(scores["rouge_l"]["mean"])
         rows: dict[int, list[float]] = {}
         for line in path.with_suffix(".answers.jsonl").read_text(encoding="utf-8").splitlines():
             answer = json.loads(line)
-            if answer["seed"] is not None and answer["rouge_l"] is not None:
+            other = str(answer.get("temperature")) in other_temperatures
+            if answer["seed"] is not None and answer["rouge_l"] is not None and not other:
                 rows.setdefault(answer["row"], []).append(answer["rouge_l"])
         if rows:
             rouge[path.stem] = np.array([np.mean(rows[row]) for row in sorted(rows)])
@@ -55,9 +62,10 @@ def read_cell(folder: Path) -> CellScores:
             greedy[path.stem] = numbers["greedy_rouge_l"]["mean"]
         if numbers["bits_per_byte"]:
             bits[path.stem] = numbers["bits_per_byte"]["value"]
+            ece[path.stem] = numbers["bits_per_byte"]["ece"]
     record = folder / RUN_FILE
     run: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    return CellScores(rouge, greedy, bits, run.get("seconds_per_step"), run.get("peak_memory_bytes"))
+    return CellScores(rouge, greedy, bits, ece, others, run.get("seconds_per_step"), run.get("peak_memory_bytes"))
 
 
 def paired_interval(ours: Sequence[CellScores], other: Sequence[CellScores]) -> tuple[float, float, float]:
@@ -99,7 +107,12 @@ def summarise_comparison(variants: Mapping[str, Sequence[CellScores]], failures:
             "rouge_l_std_over_training_seeds": float(np.std(means[name], ddof=1)) if len(cells) > 1 else None,
             "sets": {key: _mean(cell.rouge_l[key].mean() for cell in cells) for key in cells[0].rouge_l},
             "greedy_rouge_l": _mean(value for cell in cells for value in cell.greedy.values()),
+            "other_temperatures": {
+                key: _mean(value for cell in cells for value in cell.other_temperatures[key])
+                for key in cells[0].other_temperatures
+            },
             "bits_per_byte": _mean(value for cell in cells for value in cell.bits_per_byte.values()),
+            "ece": _mean(value for cell in cells for value in cell.ece.values()),
             "seconds_per_step": _mean(cell.seconds_per_step for cell in cells),
             "peak_memory_bytes": max((cell.peak_bytes for cell in cells if cell.peak_bytes is not None), default=None),
         }
@@ -115,7 +128,16 @@ def comparison_tables(summary: Mapping[str, Any]) -> Group:
     sets = list(next(iter(rows.values()))["sets"]) if rows else []
     scores = _table("ROUGE-L, sampled, in percent", *sets, "mean ± training seeds")
     gaps = _table("Differences of means [95 % paired bootstrap over rows and seeds]", "to SFT", "to the best")
-    headings = ("ROUGE-L\ngreedy", "bits per\nbyte", "seconds\nper step", "peak memory\nin GB", "training\nseeds")
+    temperatures = list(next(iter(rows.values()))["other_temperatures"]) if rows else []
+    headings = [f"ROUGE-L\nT = {key}" for key in temperatures]
+    headings += [
+        "ROUGE-L\ngreedy",
+        "bits per\nbyte",
+        "ECE\nin %",
+        "seconds\nper step",
+        "peak memory\nin GB",
+        "training\nseeds",
+    ]
     costs = _table("Other measures", *headings)
     for name, row in rows.items():
         spread, peak = row["rouge_l_std_over_training_seeds"], row["peak_memory_bytes"]
@@ -124,9 +146,10 @@ def comparison_tables(summary: Mapping[str, Any]) -> Group:
         if not name.startswith("teacher"):
             found = (row.get("versus_sft"), row.get("versus_best"))
             gaps.add_row(name, *("-" if gap is None else "{:+.2f} [{:.2f}, {:.2f}]".format(*gap) for gap in found))
-        numbers = [row[key] for key in ("greedy_rouge_l", "bits_per_byte", "seconds_per_step")]
+        numbers = [row["other_temperatures"][key] for key in temperatures]
+        numbers += [row[key] for key in ("greedy_rouge_l", "bits_per_byte", "ece", "seconds_per_step")]
         numbers += [None if peak is None else peak / 1e9, row["training_seeds"]]
-        shown = zip(numbers, (2, 3, 3, 2, 0), strict=True)
+        shown = zip(numbers, (*(2 for _ in temperatures), 2, 3, 2, 3, 2, 0), strict=True)
         costs.add_row(name, *("-" if value is None else f"{value:.{digits}f}" for value, digits in shown))
     failures = [f"run {name} failed: {reason}" for name, reason in summary["failures"].items()]
     return Group(scores, "", gaps, "", costs, *failures)

@@ -1,4 +1,4 @@
-"""Bits per byte: a likelihood that can be compared between models with different tokenizers."""
+"""Bits per byte, a likelihood that can be compared between models with different tokenizers, and calibration."""
 
 import logging
 import math
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from dwakd.batch import ModelSide
@@ -20,11 +22,13 @@ logger = logging.getLogger(__name__)
 
 LOGITS_AT_ONCE = 2**24
 """The head is applied to slices of about this many logits (64 MB in float32)."""
+NUM_BINS = 15
+"""Bins of the calibration error, as in Guo et al."""
 
 
 @dataclass(frozen=True)
 class BitsPerByte:
-    """Likelihood of the responses given their prompts, over a whole set: long responses have more weight."""
+    """Likelihood and calibration of the responses given their prompts, over all tokens of a set."""
 
     value: float
     """bits / bytes"""
@@ -35,6 +39,8 @@ class BitsPerByte:
     num_examples: int
     num_truncated: int
     """Responses that were cut. Two tokenizers cut at different places: compare their values only if both are 0."""
+    ece: float
+    """Expected calibration error of the response tokens, in percent; see `calibration_gaps`."""
 
 
 def bits_per_byte(
@@ -46,7 +52,7 @@ def bits_per_byte(
     max_length: int = 512,
     progress: bool = False,
 ) -> BitsPerByte | None:
-    """Compute the bits of every response, given its prompt, per UTF-8 byte of the responses.
+    """Compute the bits of every response, given its prompt, per UTF-8 byte of the responses, and the calibration error.
 
     The softmax is over all outputs of the head, including those without a token. A response is cut by text as in
     training. Rows without a response, and rows whose prompt leaves no room for one, are left out and are not in
@@ -78,21 +84,57 @@ def bits_per_byte(
     )
     lengths = pairs.student_lengths
     alike = Subset(pairs, sorted(range(len(pairs)), key=lambda row: -lengths[row]))
-    bits, num_bytes = 0.0, 0
+    bits, num_bytes, num_tokens, gaps = 0.0, 0, 0, torch.zeros(NUM_BINS, dtype=torch.float64)
     loader = DataLoader(alike, batch_size=batch_size, collate_fn=collate)
     with evaluating(model), torch.no_grad(), progress_bar(disable=not progress) as bar:
         for batch in bar.track(loader, description="bits per byte"):
             side = response_side(model, batch.to(model.device).student)
-            bits += _bits(side)
+            nats, found = _nats_and_gaps(side)
+            bits += nats / math.log(2)
+            gaps += found
+            num_tokens += len(side.target_ids)
             num_bytes += int(side.byte_ends[side.lengths.cumsum(0) - 1].sum())  # the ends of the last tokens
-    return BitsPerByte(bits / num_bytes, bits, num_bytes, len(pairs), pairs.num_truncated)
+    ece = 100 * gaps.abs().sum().item() / num_tokens
+    return BitsPerByte(bits / num_bytes, bits, num_bytes, len(pairs), pairs.num_truncated, ece)
 
 
-def _bits(side: ModelSide) -> float:
-    """Sum the bits of all target tokens in float64."""
+def _nats_and_gaps(side: ModelSide) -> tuple[float, Float[Tensor, "bins"]]:
+    """Sum the negative log-likelihoods of all target tokens and their calibration gaps in float64."""
     rows = max(1, LOGITS_AT_ONCE // side.head.vocab_size)
-    nats = 0.0
+    nats, gaps = 0.0, torch.zeros(NUM_BINS, dtype=torch.float64)
     for hidden, targets in zip(torch.split(side.hidden, rows), torch.split(side.target_ids, rows), strict=True):
-        losses = torch.nn.functional.cross_entropy(side.head.logits(hidden), targets, reduction="none")
+        logits = side.head.logits(hidden)
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         nats += losses.cpu().double().sum().item()
-    return nats / math.log(2)
+        top, predicted = logits.max(dim=-1)
+        normaliser = losses + logits.gather(1, targets[:, None]).squeeze(1)
+        gaps += calibration_gaps((top - normaliser).exp().cpu(), (predicted == targets).cpu())
+    return nats, gaps
+
+
+def calibration_gaps(confidence: Float[Tensor, "tokens"], correct: Bool[Tensor, "tokens"]) -> Float[Tensor, "bins"]:
+    """Sum confidence minus correctness over the tokens of each bin, in float64.
+
+        ECE = sum_m |gap_m| / n,   gap_m = sum of (p_i - c_i) over the tokens with (m - 1) / 15 < p_i <= m / 15
+
+    p_i is the probability of the likeliest token at position i, c_i is 1 if this token is the target and else 0, and n
+    is the number of tokens. A perfectly calibrated model has gaps of 0. Gaps of several batches are added. The tokens
+    are those of the model's own tokenizer, so values of different tokenizers are about different predictions.
+
+    Args:
+        confidence: probabilities of the likeliest tokens.
+        correct: whether these are the targets.
+
+    Returns:
+        The gap of each of the 15 bins; the bins of the largest probabilities are last.
+
+    References:
+        Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, arXiv 1706.04599, section 2.
+
+    Examples:
+        >>> calibration_gaps(torch.tensor([0.9, 0.9]), torch.tensor([True, False])).sum().item()  # 1.8 expected, 1 correct
+        0.8
+    """
+    edges = torch.linspace(0, 1, NUM_BINS + 1, dtype=torch.float64)[1:-1]
+    bins = torch.bucketize(confidence.double(), edges)
+    return torch.bincount(bins, confidence.double() - correct.double(), minlength=NUM_BINS)

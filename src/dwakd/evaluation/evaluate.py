@@ -1,4 +1,4 @@
-"""Evaluate one model on one test set: sampled and greedy answers, their scores, and bits per byte."""
+"""Evaluate one model on one test set: sampled and greedy answers, their scores, bits per byte and calibration."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from dwakd.errors import UserError
 from dwakd.evaluation import metrics
 from dwakd.evaluation.bits_per_byte import BitsPerByte, bits_per_byte
 from dwakd.evaluation.generate import Model, answer_passes, answerable_prompts, max_positions
-from dwakd.evaluation.options import EvalOptions
+from dwakd.evaluation.options import NO_REPEAT_NGRAM_SIZES, EvalOptions
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +27,14 @@ _PACKAGES = ("dwakd", "rouge-score", "torch", "transformers")
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer and its scores. The seed of a greedy answer is None, and so are scores without references."""
+    """One answer and its scores.
+
+    Seed and temperature of a greedy answer are None, and so are scores without references.
+    """
 
     row: int
     seed: int | None
+    temperature: float | None
     prompt: str
     answer: str
     references: tuple[str, ...]
@@ -39,12 +43,20 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class SampledScores:
+    """Scores of the answers that were sampled at one temperature, in percent; None without references."""
+
+    rouge_l: metrics.Summary | None
+    exact_match: metrics.Summary | None
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The result of `evaluate_model`.
 
-    The first two scores are those of the sampled answers, the next two those of the greedy ones, all in percent. They
-    are None without references or without a pass of their kind. The bits per byte are None if no row has a response
-    that fits. The signature holds everything that the numbers depend on.
+    The first two scores are those of the answers sampled at the first temperature, the next two those of the greedy
+    ones, all in percent. They are None without references or without a pass of their kind. The bits per byte are None
+    if no row has a response that fits. The signature holds everything that the numbers depend on.
     """
 
     rouge_l: metrics.Summary | None
@@ -55,6 +67,8 @@ class Evaluation:
     num_examples: int
     seconds: float
     signature: dict[str, Any]
+    other_temperatures: dict[str, SampledScores] = field(default_factory=dict)
+    """Scores at the temperatures after the first, by temperature."""
     answers: tuple[Answer, ...] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,7 +85,7 @@ def evaluate_model(
     signature: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Evaluate a model by the protocol of DSKD and DWA-KD, and also by greedy answers and bits per byte.
+    """Evaluate a model by the protocol of DSKD and DWA-KD, and also by greedy answers, bits per byte and calibration.
 
     Sampling at temperature 1 is noisy and can hide a small difference between two students. The greedy answers and
     the bits per byte do not have this noise.
@@ -102,21 +116,26 @@ def evaluate_model(
         scores: Any = [(None, None)] * len(texts)
         if scored:
             scores = zip(metrics.rouge_l(texts, references), metrics.exact_match(texts, references), strict=True)
+        temperature = None if one.seed is None else one.temperature
         answers += [
-            Answer(example.index, one.seed, encoder.prompt_text(example), text, expected, *pair)
+            Answer(example.index, one.seed, temperature, encoder.prompt_text(example), text, expected, *pair)
             for example, text, expected, pair in zip(examples, texts, references, scores, strict=True)
         ]
 
-    def summary(metric: str, *, greedy: bool) -> metrics.Summary | None:
-        seeds = [one.seed for one in passes if (one.seed is None) == greedy]
-        table = [[getattr(answer, metric) for answer in answers if answer.seed == seed] for seed in seeds]
-        return metrics.summarise(table) if scored and table else None
+    def summary(metric: str, temperature: float | None) -> metrics.Summary | None:
+        table: dict[int | None, list[float]] = {}
+        for answer in answers:
+            if answer.temperature == temperature:
+                table.setdefault(answer.seed, []).append(getattr(answer, metric))
+        return metrics.summarise([*table.values()]) if scored and table else None
 
+    first, *others = options.temperatures
     return Evaluation(
-        rouge_l=summary("rouge_l", greedy=False),
-        exact_match=summary("exact_match", greedy=False),
-        greedy_rouge_l=summary("rouge_l", greedy=True),
-        greedy_exact_match=summary("exact_match", greedy=True),
+        rouge_l=summary("rouge_l", first),
+        exact_match=summary("exact_match", first),
+        greedy_rouge_l=summary("rouge_l", None),
+        greedy_exact_match=summary("exact_match", None),
+        other_temperatures={str(t): SampledScores(summary("rouge_l", t), summary("exact_match", t)) for t in others},
         bits_per_byte=likelihood,
         num_examples=len(examples),
         seconds=time.perf_counter() - started,
@@ -137,7 +156,8 @@ def evaluation_signature(
 
     `weights` is the result of `model_identity`, if the caller has computed it already; `source` is the name of the rows.
     """
-    special = encoder.special_tokens_in_prompts
+    special, temperatures = encoder.special_tokens_in_prompts, options.temperatures
+    ngram_size = NO_REPEAT_NGRAM_SIZES[options.decoding]
     return {
         "model": weights or model_identity(model),
         "data": data_identity(examples, source),
@@ -147,8 +167,12 @@ def evaluation_signature(
         **({} if special == "parse" else {"special_tokens_in_prompts": special}),
         "references": "best" if any(map(metrics.has_reference, examples)) else "none",
         "template": encoder.template,
-        "seeds": [one.seed for one in options.passes() if one.seed is not None],
-        **{name: getattr(options, name) for name in ("greedy", "temperature", "top_p", "max_new_tokens")},
+        "seeds": [*dict.fromkeys(one.seed for one in options.passes() if one.seed is not None)],
+        "greedy": options.greedy,
+        "temperature": temperatures if len(temperatures) > 1 else temperatures[0],
+        "top_p": options.top_p,
+        **({"no_repeat_ngram_size": ngram_size} if ngram_size else {}),
+        "max_new_tokens": options.max_new_tokens,
         "max_length": min(options.max_length, max_positions(model)),
         "dtype": str(model.dtype).removeprefix("torch."),
         "top_k": 0,

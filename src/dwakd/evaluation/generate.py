@@ -53,7 +53,7 @@ def generate_answers(
 def answer_passes(
     model: Model, encoder: TextEncoder, examples: Sequence[Example], passes: list[GenerationOptions], *, progress: bool
 ) -> list[list[str]]:
-    """Return `generate_answers` of each pass; the passes differ only in their seeds and share a progress bar."""
+    """Return `generate_answers` of each pass; the passes differ only in their sampling and share a progress bar."""
     batches = plan_batches(model, encoder, examples, passes[0])
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     answers = [[""] * len(examples) for _ in passes]
@@ -119,6 +119,7 @@ def _answer(model: PreTrainedModel, encoder: TextEncoder, batch: PromptBatch, op
         uniforms = streams(options.seed, batch.rows, batch.max_new_tokens, model.device)
         sampler = [SeededSampling(uniforms, length, options.temperature, options.top_p)]
     settings = {"max_new_tokens": batch.max_new_tokens, "eos_token_id": ends, "pad_token_id": pad_id, "use_cache": True}
+    settings["no_repeat_ngram_size"] = options.no_repeat_ngram_size  # bans tokens before the sampler chooses one
     config = GenerationConfig(do_sample=False, **settings)  # the sampler, if any, leaves only one token possible
     inputs = {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device)}
     saved, model.generation_config = model.generation_config, config  # `generate` reads the unset values from the model

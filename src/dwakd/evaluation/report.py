@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,6 +20,7 @@ _COLUMNS = (
     ("exact\nsampled", "exact_match", "mean", 2),
     ("exact\ngreedy", "greedy_exact_match", "mean", 2),
     ("bits per\nbyte", "bits_per_byte", "value", 3),
+    ("\nECE", "bits_per_byte", "ece", 2),
 )
 """Heading, field of `Evaluation`, attribute of this field, and digits after the decimal point."""
 
@@ -27,7 +28,7 @@ _COLUMNS = (
 def write_evaluation(evaluation: Evaluation, path: Path) -> None:
     """Write the numbers and their signature to a JSON file, and before it the answers to NAME.answers.jsonl.
 
-    A line of the answers has the row, seed (null if greedy), prompt, answer, references and scores.
+    A line of the answers has the row, seed and temperature (null if greedy), prompt, answer, references and scores.
 
     Raises:
         UserError: a number is NaN or infinite.
@@ -80,32 +81,45 @@ def _shown(value: Any) -> str:
 def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:
     """Return a table with a row for each test set, their unweighted mean, notes and the signature that they share.
 
-    The table fits into 80 columns. The mean of a column is over the sets that have the number.
+    If there are further temperatures, each has its own row below that of a set. The table fits into 80 columns. The
+    mean of a column is over the sets that have the number.
     """
-    table = Table(box=box.HORIZONTALS, show_edge=False, padding=(0, 1, 0, 0), caption_justify="left")
-    table.title, table.title_justify = "ROUGE-L and exact match in percent", "left"
+    table = Table(box=box.HORIZONTALS, show_edge=False, padding=0, caption_justify="left")
+    table.title, table.title_justify = "ROUGE-L, exact match and calibration error (ECE) in percent", "left"
     table.add_column("test set", overflow="fold")
     first, *others = (heading for heading, *_ in _COLUMNS)
     for heading in (first, "95 %\ninterval", *others):
         table.add_column(heading, justify="right", no_wrap=True)
-    numbers = []
+    groups: dict[str, list[list[float | None]]] = {}  # numbers of all sets, by the temperature after the first
     for name, evaluation in rows.items():
-        numbers.append([getattr(getattr(evaluation, field), attribute, None) for _, field, attribute, _ in _COLUMNS])
-        sampled, *cells = _cells(numbers[-1])
-        if evaluation.rouge_l is not None and evaluation.rouge_l.std is not None:
-            sampled += f" ± {evaluation.rouge_l.std:.2f}"
-        rouge = evaluation.rouge_l or evaluation.greedy_rouge_l
-        table.add_row(name, sampled, "-" if rouge is None else "{:.1f}–{:.1f}".format(*rouge.interval), *cells)
-    columns = [[number for number in column if number is not None] for column in zip(*numbers, strict=True)]
-    if (most := max(map(len, columns))) > 1:
-        table.add_section()
-        sampled, *cells = _cells([fmean(column) if column else None for column in columns])
-        table.add_row(f"mean of {most} sets", sampled, "", *cells)
+        for label, one in {"": evaluation, **_other_temperatures(evaluation)}.items():
+            numbers = [getattr(getattr(one, field), attribute, None) for _, field, attribute, _ in _COLUMNS]
+            groups.setdefault(label, []).append(numbers)
+            sampled, *cells = _cells(numbers)
+            if one.rouge_l is not None and one.rouge_l.std is not None:
+                sampled += f" ± {one.rouge_l.std:.2f}"
+            rouge = one.rouge_l or one.greedy_rouge_l
+            interval = "-" if rouge is None else "{:.1f}–{:.1f}".format(*rouge.interval)
+            table.add_row(label or name, sampled, interval, *cells)
+    for label, group in groups.items():
+        columns = [[number for number in column if number is not None] for column in zip(*group, strict=True)]
+        if (most := max(map(len, columns))) > 1:
+            if not label:
+                table.add_section()
+            sampled, *cells = _cells([fmean(column) if column else None for column in columns])
+            table.add_row(label or f"mean of {most} sets", sampled, "", *cells)
     notes = [f"{name}: {_note(evaluation)}" for name, evaluation in rows.items()]
     signature = next(iter(rows.values())).signature  # of all sets, apart from the set itself
     parts = (f"{key} {_shown(value)}" for key, value in signature.items() if key not in ("data", "references"))
     table.caption = "\n".join([*notes, ", ".join(parts)])
     return table
+
+
+def _other_temperatures(evaluation: Evaluation) -> dict[str, Evaluation]:
+    """Return an evaluation for each temperature after the first, by the label of its row, with its sampled scores only."""
+    nothing: dict[str, Any] = dict.fromkeys(("greedy_rouge_l", "greedy_exact_match", "bits_per_byte"))
+    found = evaluation.other_temperatures.items()
+    return {f"  temperature {key}": replace(evaluation, **nothing, **vars(scores)) for key, scores in found}
 
 
 def _cells(numbers: list[float | None]) -> list[str]:

@@ -134,6 +134,11 @@ class EvaluationSection(Section):
 
     test: list[str] = Field([], description="Files or ids on the hub.")
     seeds: Count = Field(5, description="Number of sampling seeds: 10, 20, 30 and so on.")
+    temperatures: list[float] = Field([1.0], description="Sampling temperatures. Each has its own scores.")
+    decoding: Literal["plain", "minillm"] = Field(
+        "plain",
+        description="plain, or minillm as in the published tables: no 6-gram occurs twice in prompt and answer.",
+    )
     max_new_tokens: Count = Field(256, description="Most tokens of an answer.")
     batch_size: Count = Field(16, description="Prompts in one forward pass. It does not change the answers.")
     limit: Count | None = Field(None, description="Only the first rows of each test set.")
