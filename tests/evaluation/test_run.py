@@ -6,6 +6,7 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 
 from dwakd.errors import UserError
 from dwakd.evaluation.options import EvalOptions, RowOptions
@@ -88,6 +89,27 @@ def test_questions_without_answers_are_a_set_of_their_own(tmp_path: Path) -> Non
     mixed = write(tmp_path / "mixed.jsonl", [*SCORED, {"prompt": "3 + 3 =", "response": None}])
     with pytest.raises(UserError, match=r"mixed\.jsonl: 1 of 2 rows .*row 1 "):
         read([mixed])
+
+
+def test_models_run_on_the_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, evaluating a student on all test sets takes days instead of minutes."""
+    tokenizer = byte_bpe()
+    for part in (tiny_model("llama", len(tokenizer)), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    seen = []
+
+    def stop(model: Any) -> None:
+        seen.append(model.device.type)
+        raise UserError("stop")
+
+    monkeypatch.setattr("dwakd.evaluation.run.check_head", stop)
+    data = [write(tmp_path / "test.jsonl", SCORED)]
+    for available in (False, True):
+        monkeypatch.setattr("torch.accelerator.is_available", lambda found=available: found)
+        monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("meta"))
+        with pytest.raises(UserError, match="stop"):
+            evaluate_sets(str(tmp_path / "model"), data, RowOptions(template="plain"), EvalOptions())
+    assert seen == ["cpu", "meta"]
 
 
 def test_other_results_are_kept_unless_they_may_be_replaced(tmp_path: Path) -> None:

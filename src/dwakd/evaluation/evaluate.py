@@ -175,6 +175,7 @@ def evaluation_signature(
         "max_new_tokens": options.max_new_tokens,
         "max_length": min(options.max_length, max_positions(model)),
         "dtype": str(model.dtype).removeprefix("torch."),
+        **({} if model.device.type == "cpu" else {"device": model.device.type}),
         "top_k": 0,
         "sampling": "inverse CDF, one stream per seed and row",
         "bootstrap_resamples": metrics.RESAMPLES,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from rich.console import Group
 from rich.text import Text
 
@@ -111,6 +112,8 @@ def evaluate_sets(
 ) -> Group:
     """Evaluate a model on test sets, write SET.json and SET.answers.jsonl, and return the table to print.
 
+    The model runs on the GPU or other accelerator if there is one.
+
     Args:
         model: folder, hub id or GGUF file.
         data: files or hub ids.
@@ -132,6 +135,8 @@ def evaluate_sets(
     trained_with = {name: saved[name] for name in ("template", "bos", "special_tokens_in_prompts") if name in saved}
     encoder = TextEncoder(load_tokenizer(model), **rows.rendering(**trained_with))
     loaded = load_causal_lm(model, adapter=adapter)
+    if torch.accelerator.is_available():
+        loaded.to(torch.accelerator.current_accelerator())
     check_head(loaded)
     check_room(plan, loaded, encoder)
     return evaluate_plan(plan, loaded, encoder, folder, name=model, overwrite=overwrite)
