@@ -245,14 +245,19 @@ def show(differences: Sequence[Difference], faults: Sequence[str]) -> Table:
     return table
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def option_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="folder of dwakd eval, train or compare")
     parser.add_argument(
         "--table", choices=list(TABLES), help="published table; by default the one of the first example"
     )
     parser.add_argument("--row", help="row of the table; by default the last part of the model's name")
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = option_parser().parse_args(arguments)
     try:
         Console().print(show(*compare_with_paper(given.path, given.table, given.row)))
     except UserError as error:
