@@ -115,6 +115,9 @@ def evaluate(
     data: Annotated[list[str], typer.Option("--data", "-d", help="Test set: a file or a hub id; may be repeated.")],
     rows: RowOptions,
     options: EvalOptions,
+    text: Annotated[
+        list[str] | None, typer.Option(help="Text for bits per byte without a prompt: rows with a column text.")
+    ] = None,
     output: Annotated[Path | None, _output("Folder of scores and answers; eval/ in the model's by default.")] = None,
     adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to merge into the model.")] = None,
     overwrite: Annotated[bool, _flag("--overwrite", "Replace results that were made with other options.")] = False,
@@ -128,7 +131,9 @@ def evaluate(
     _silence_transformers()
     from dwakd.evaluation.run import evaluate_sets
 
-    table = evaluate_sets(model, data, rows, options, adapter=adapter, output=output, overwrite=overwrite)
+    table = evaluate_sets(
+        model, data, rows, options, text=text or (), adapter=adapter, output=output, overwrite=overwrite
+    )
     console.print(table)
 
 

@@ -7,11 +7,12 @@ import pytest
 
 from dwakd.compare.plan import Cell, Variant
 from dwakd.compare.table import CellScores, paired_interval, read_cell, summarise_comparison
+from dwakd.evaluation.evaluate import TEXT_METRIC
 
 
 def scores(*values):
     return CellScores(
-        {"test": np.array(values, dtype=float)}, {"test": 1.0}, {"test": 2.0}, {"test": 3.0}, {}, 0.5, 1000
+        {"test": np.array(values, dtype=float)}, {"test": 1.0}, {"test": 2.0}, {"test": 3.0}, {}, {}, 0.5, 1000
     )
 
 
@@ -31,6 +32,9 @@ def test_scores_are_the_means_over_generation_seeds(tmp_path):
     """Scores are written in percent; a second factor of a hundred would give scores above 100."""
     (tmp_path / "eval").mkdir()
     numbers = {"greedy_rouge_l": {"mean": 12.0}, "bits_per_byte": {"value": 1.5, "ece": 4.0}}
+    numbers["signature"] = {"metric": "rougeL F1 x 100"}
+    text = {"signature": {"metric": TEXT_METRIC}, "bits_per_byte": {"value": 0.9, "ece": 1.0}}
+    (tmp_path / "eval" / "text.json").write_text(json.dumps(text))
     numbers["other_temperatures"] = {"0.7": {"rouge_l": {"mean": 20.0}}}
     (tmp_path / "eval" / "test.json").write_text(json.dumps(numbers))
     answers = [
@@ -43,6 +47,7 @@ def test_scores_are_the_means_over_generation_seeds(tmp_path):
     assert (cell.greedy["test"], cell.bits_per_byte["test"]) == (12.0, 1.5)
     assert (cell.ece["test"], cell.other_temperatures) == (4.0, {"0.7": [20.0]})
     row = summarise_comparison({"sft": [cell, cell]}, {})["variants"]["sft"]
+    assert (row["bits_per_byte"], row["text_bits_per_byte"]) == (1.5, 0.9)
     assert (row["ece"], row["other_temperatures"]) == (4.0, {"0.7": 20.0})
 
 

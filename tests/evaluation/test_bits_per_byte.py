@@ -9,8 +9,9 @@ import torch
 
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example
-from dwakd.evaluation.bits_per_byte import bits_per_byte, calibration_gaps
+from dwakd.evaluation.bits_per_byte import bits_per_byte, calibration_gaps, text_encoder
 from tests.builders import bpe_byte_fallback, byte_bpe, tiny_model, wordpiece
+from tests.data.chat import with_bos
 
 VOCAB = 420
 EXAMPLES = [
@@ -95,6 +96,23 @@ def test_batches_and_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     assert bits_per_byte(model, encoder, EXAMPLES[::-1], batch_size=3).bits == pytest.approx(one.bits, rel=1e-6)
     monkeypatch.setattr("dwakd.evaluation.bits_per_byte.LOGITS_AT_ONCE", 3 * VOCAB)
     assert bits_per_byte(model, encoder, EXAMPLES, batch_size=3).bits == pytest.approx(one.bits, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "begins"), [("gpt2", "byte_bpe", "eos"), ("llama", "bpe_byte_fallback", "bos")]
+)
+def test_text_without_a_prompt(family: str, kind: str, begins: str) -> None:
+    """The first token of a text needs a context, which must not be a template or a guess that favours one model."""
+    tokenizer, model = TOKENIZERS[kind](), tiny_model(family, VOCAB)
+    if begins == "bos":
+        tokenizer = with_bos(tokenizer)
+    encoder = text_encoder(tokenizer)
+    texts = [Example(0, "", response="Red, {green} and blue."), Example(1, "", response="Ça va bien 😀")]
+    first = {"eos": tokenizer.eos_token_id, "bos": tokenizer.bos_token_id}[begins]
+    assert [encoder.prompt_ids(text) for text in texts] == [[first]] * 2
+    result = bits_per_byte(model, encoder, texts)
+    assert result.bits == pytest.approx(sum(bits_by_hand(model, encoder, text) for text in texts), rel=1e-5)
+    assert result.bytes == sum(len(text.response.encode()) for text in texts)
 
 
 def test_truncated_responses_are_counted() -> None:

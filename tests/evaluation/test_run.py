@@ -1,16 +1,21 @@
 """Test sets and options are read and validated before hours of training or answering depend on them."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
+from rich.table import Table
 
+from dwakd.data.encoding import TextEncoder
+from dwakd.data.sources import Example
 from dwakd.errors import UserError
+from dwakd.evaluation.bits_per_byte import bits_per_byte, text_encoder
 from dwakd.evaluation.options import EvalOptions, RowOptions
-from dwakd.evaluation.run import EvaluationSet, evaluate_sets, plan_evaluation, read_test_sets
+from dwakd.evaluation.run import EvaluationSet, evaluate_plan, evaluate_sets, plan_evaluation, read_test_sets
 from dwakd.recipe.recipe import recipe_from_dict
 from tests.builders import byte_bpe, tiny_model
 
@@ -110,6 +115,35 @@ def test_models_run_on_the_accelerator(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(UserError, match="stop"):
             evaluate_sets(str(tmp_path / "model"), data, RowOptions(template="plain"), EvalOptions())
     assert seen == ["cpu", "meta"]
+
+
+def test_texts_have_their_own_bits_per_byte(tmp_path: Path) -> None:
+    """Bits per byte of text must neither need prompts nor enter the mean of the references."""
+    tokenizer = byte_bpe()
+    model, encoder = tiny_model("llama", len(tokenizer)), TextEncoder(tokenizer, "plain")
+    data = write(tmp_path / "test.jsonl", SCORED)
+    text = write(tmp_path / "held-out.jsonl", [{"text": "Red, green and blue."}, {"text": "Hello."}])
+    content = {"student": {"model": "x"}, "data": {"train": data}, "loss": {"method": "sft"}}
+    section = {"test": [data], "text": [text], "seeds": 1, "max_new_tokens": 2}
+    plan = plan_evaluation(recipe_from_dict({**content, "evaluation": section}))
+    table = evaluate_plan(plan, model, encoder, tmp_path / "eval", name="x", overwrite=False).renderables[0]
+    files = sorted(path.name for path in (tmp_path / "eval").iterdir())
+    assert [name.removeprefix(tmp_path.name + "-") for name in files] == [
+        "held-out.json",
+        "test.answers.jsonl",
+        "test.json",
+    ]
+    (numbers,) = (json.loads(path.read_text()) for path in (tmp_path / "eval").glob("*held-out.json"))
+    texts = [Example(0, "", response="Red, green and blue."), Example(1, "", response="Hello.")]
+    expected = bits_per_byte(model, text_encoder(tokenizer), texts)
+    assert numbers["bits_per_byte"] == asdict(expected)
+    assert numbers["rouge_l"] is None
+    assert set(numbers["signature"]) == {"metric", "model", "data", "max_length", "dtype", "versions"}
+    assert isinstance(table, Table)
+    assert len(table.rows) == 2, "no mean of the two"
+    assert "held-out: 2 rows; bits per byte without a prompt" in str(table.caption)
+    with pytest.raises(UserError, match=r"test\.jsonl has no column 'text'"):
+        read_test_sets([], RowOptions(), [data])
 
 
 def test_other_results_are_kept_unless_they_may_be_replaced(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def _with_teacher_caches(recipe: Recipe, folder: Path) -> Recipe:
 def _plan(recipe: Recipe) -> EvaluationPlan:
     """Read the test sets, which must have references."""
     plan = plan_evaluation(recipe)
-    if not plan.sets:
+    if not recipe.evaluation.test:
         raise UserError("compare needs test sets: set evaluation.test in the recipe")
     for item in plan.sets:
         if not item.scored:
@@ -118,8 +118,9 @@ def _plan(recipe: Recipe) -> EvaluationPlan:
 def evaluate_teacher(plan: EvaluationPlan, teacher: TeacherSection, folder: Path) -> CellScores:
     """Evaluate a teacher on the test sets unless that is done, and return its scores."""
     if num_evaluated(folder) < len(plan.sets):
-        data = [item.source for item in plan.sets]
-        evaluate_sets(teacher.model, data, plan.rows, plan.options, adapter=teacher.adapter, output=folder / "eval")
+        data, text = ([item.source for item in plan.sets if item.is_text == is_text] for is_text in (False, True))
+        where = folder / "eval"
+        evaluate_sets(teacher.model, data, plan.rows, plan.options, text=text, adapter=teacher.adapter, output=where)
     return read_cell(folder)
 
 
@@ -136,7 +137,8 @@ class Runner:
     def finished(self, cell: Cell) -> bool:
         """Return whether a run is finished, including its evaluation."""
         folder = self.cell_folder(cell)
-        tests = 0 if cell.search else len(self.recipe.evaluation.test)
+        section = self.recipe.evaluation
+        tests = 0 if cell.search else len(section.test) + len(section.text)
         return (folder / RUN_FILE).is_file() and num_evaluated(folder) >= tests
 
     def run(self, cells: Sequence[Cell]) -> dict[str, str]:

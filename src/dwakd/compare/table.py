@@ -14,6 +14,7 @@ from rich.console import Group
 from rich.table import Table
 
 from dwakd.compare.plan import Variant
+from dwakd.evaluation.evaluate import TEXT_METRIC
 from dwakd.evaluation.metrics import RESAMPLES
 from dwakd.training.run_folder import RUN_FILE
 
@@ -27,6 +28,7 @@ class CellScores:
     bits_per_byte: dict[str, float]
     ece: dict[str, float] = field(default_factory=dict)  # calibration error in percent
     other_temperatures: dict[str, list[float]] = field(default_factory=dict)  # mean ROUGE-L of each test set
+    text_bits_per_byte: dict[str, float] = field(default_factory=dict)  # of sets of texts without a prompt
     seconds_per_step: float | None = None  # median; None for a model that was not trained here
     peak_bytes: int | None = None  # peak memory of the process, on the GPU if there is one
 
@@ -43,10 +45,13 @@ def num_evaluated(folder: Path) -> int:
 
 def read_cell(folder: Path) -> CellScores:
     """Read the scores from the folder of a run."""
-    rouge, greedy, bits, ece = {}, {}, {}, {}
+    rouge, greedy, bits, ece, text = {}, {}, {}, {}, {}
     others: dict[str, list[float]] = {}
     for path in sorted((folder / "eval").glob("*.json")):
         numbers = json.loads(path.read_text(encoding="utf-8"))
+        if numbers["signature"]["metric"] == TEXT_METRIC:
+            text[path.stem] = numbers["bits_per_byte"]["value"]
+            continue
         other_temperatures = numbers.get("other_temperatures", {})
         for temperature, scores in other_temperatures.items():
             others.setdefault(temperature, []).append(scores["rouge_l"]["mean"])
@@ -65,7 +70,7 @@ def read_cell(folder: Path) -> CellScores:
             ece[path.stem] = numbers["bits_per_byte"]["ece"]
     record = folder / RUN_FILE
     run: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    return CellScores(rouge, greedy, bits, ece, others, run.get("seconds_per_step"), run.get("peak_memory_bytes"))
+    return CellScores(rouge, greedy, bits, ece, others, text, run.get("seconds_per_step"), run.get("peak_memory_bytes"))
 
 
 def paired_interval(ours: Sequence[CellScores], other: Sequence[CellScores]) -> tuple[float, float, float]:
@@ -112,6 +117,7 @@ def summarise_comparison(variants: Mapping[str, Sequence[CellScores]], failures:
                 for key in cells[0].other_temperatures
             },
             "bits_per_byte": _mean(value for cell in cells for value in cell.bits_per_byte.values()),
+            "text_bits_per_byte": _mean(value for cell in cells for value in cell.text_bits_per_byte.values()),
             "ece": _mean(value for cell in cells for value in cell.ece.values()),
             "seconds_per_step": _mean(cell.seconds_per_step for cell in cells),
             "peak_memory_bytes": max((cell.peak_bytes for cell in cells if cell.peak_bytes is not None), default=None),
@@ -128,17 +134,14 @@ def comparison_tables(summary: Mapping[str, Any]) -> Group:
     sets = list(next(iter(rows.values()))["sets"]) if rows else []
     scores = _table("ROUGE-L, sampled, in percent", *sets, "mean ± training seeds")
     gaps = _table("Differences of means [95 % paired bootstrap over rows and seeds]", "to SFT", "to the best")
-    temperatures = list(next(iter(rows.values()))["other_temperatures"]) if rows else []
-    headings = [f"ROUGE-L\nT = {key}" for key in temperatures]
-    headings += [
-        "ROUGE-L\ngreedy",
-        "bits per\nbyte",
-        "ECE\nin %",
-        "seconds\nper step",
-        "peak memory\nin GB",
-        "training\nseeds",
+    columns = [
+        (f"ROUGE-L\nT = {key}", key, 2) for key in (next(iter(rows.values()))["other_temperatures"] if rows else ())
     ]
-    costs = _table("Other measures", *headings)
+    columns += [("ROUGE-L\ngreedy", "greedy_rouge_l", 2), ("bits per\nbyte", "bits_per_byte", 3)]
+    if any(row["text_bits_per_byte"] is not None for row in rows.values()):
+        columns.append(("bits per\nbyte, text", "text_bits_per_byte", 3))
+    columns += [("ECE\nin %", "ece", 2), ("seconds\nper step", "seconds_per_step", 3)]
+    costs = _table("Other measures", *(heading for heading, *_ in columns), "peak memory\nin GB", "training\nseeds")
     for name, row in rows.items():
         spread, peak = row["rouge_l_std_over_training_seeds"], row["peak_memory_bytes"]
         mean = f"{row['rouge_l']:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
@@ -146,10 +149,8 @@ def comparison_tables(summary: Mapping[str, Any]) -> Group:
         if not name.startswith("teacher"):
             found = (row.get("versus_sft"), row.get("versus_best"))
             gaps.add_row(name, *("-" if gap is None else "{:+.2f} [{:.2f}, {:.2f}]".format(*gap) for gap in found))
-        numbers = [row["other_temperatures"][key] for key in temperatures]
-        numbers += [row[key] for key in ("greedy_rouge_l", "bits_per_byte", "ece", "seconds_per_step")]
-        numbers += [None if peak is None else peak / 1e9, row["training_seeds"]]
-        shown = zip(numbers, (*(2 for _ in temperatures), 2, 3, 2, 3, 2, 0), strict=True)
+        shown = [({**row, **row["other_temperatures"]}[key], digits) for _, key, digits in columns]
+        shown += [(None if peak is None else peak / 1e9, 2), (row["training_seeds"], 0)]
         costs.add_row(name, *("-" if value is None else f"{value:.{digits}f}" for value, digits in shown))
     failures = [f"run {name} failed: {reason}" for name, reason in summary["failures"].items()]
     return Group(scores, "", gaps, "", costs, *failures)

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -96,6 +97,19 @@ def bits_per_byte(
             num_bytes += int(side.byte_ends[side.lengths.cumsum(0) - 1].sum())  # the ends of the last tokens
     ece = 100 * gaps.abs().sum().item() / num_tokens
     return BitsPerByte(bits / num_bytes, bits, num_bytes, len(pairs), pairs.num_truncated, ece)
+
+
+def text_encoder(tokenizer: Any) -> TextEncoder:
+    """Return an encoder that gives each response the empty prompt: the tokens at the beginning of any text.
+
+    A tokenizer that adds no such token, as GPT-2's and Qwen's, begins a text with its end-of-sequence token, which
+    separates documents.
+    """
+    encoder = TextEncoder(tokenizer, "{instruction}")
+    if encoder.prompt_ids(Example(0, "")):
+        return encoder
+    separator = tokenizer.eos_token.replace("{", "{{").replace("}", "}}")
+    return TextEncoder(tokenizer, separator + "{instruction}")
 
 
 def _nats_and_gaps(side: ModelSide) -> tuple[float, Float[Tensor, "bins"]]:

@@ -15,13 +15,14 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
 from dwakd.evaluation import metrics
-from dwakd.evaluation.bits_per_byte import BitsPerByte, bits_per_byte
+from dwakd.evaluation.bits_per_byte import BitsPerByte, bits_per_byte, text_encoder
 from dwakd.evaluation.generate import Model, answer_passes, answerable_prompts, max_positions
 from dwakd.evaluation.options import NO_REPEAT_NGRAM_SIZES, EvalOptions
 
 logger = logging.getLogger(__name__)
 
 _DIGITS = 16
+TEXT_METRIC = "bits per byte of text without a prompt"
 _PACKAGES = ("dwakd", "rouge-score", "torch", "transformers")
 
 
@@ -70,6 +71,11 @@ class Evaluation:
     other_temperatures: dict[str, SampledScores] = field(default_factory=dict)
     """Scores at the temperatures after the first, by temperature."""
     answers: tuple[Answer, ...] = field(default=(), repr=False)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether this is the result of `evaluate_text`."""
+        return bool(self.signature["metric"] == TEXT_METRIC)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the numbers and the signature as JSON values, without the answers."""
@@ -142,6 +148,40 @@ def evaluate_model(
         signature=signature or evaluation_signature(model, encoder, examples, options),
         answers=tuple(answers),
     )
+
+
+def evaluate_text(
+    model: Model,
+    encoder: TextEncoder,
+    texts: Sequence[Example],
+    options: EvalOptions,
+    *,
+    signature: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Compute bits per byte and calibration of the responses of `texts` without a prompt, and no answers.
+
+    `signature` is the result of `text_signature`, if the caller has computed it already.
+    """
+    started = time.perf_counter()
+    own = text_encoder(encoder.tokenizer)
+    likelihood = bits_per_byte(model, own, texts, max_length=options.max_length, progress=progress)
+    signature = signature or text_signature(model, encoder, texts, options)
+    return Evaluation(None, None, None, None, likelihood, len(texts), time.perf_counter() - started, signature)
+
+
+def text_signature(
+    model: Model,
+    encoder: TextEncoder,
+    texts: Sequence[Example],
+    options: EvalOptions,
+    weights: dict[str, Any] | None = None,
+    source: str = "rows in memory",
+) -> dict[str, Any]:
+    """Return everything that the result of `evaluate_text` depends on; see `evaluation_signature`."""
+    full = evaluation_signature(model, encoder, texts, options, weights, source)
+    names = ("model", "data", "max_length", "dtype", "device", "versions")
+    return {"metric": TEXT_METRIC, **{name: full[name] for name in names if name in full}}
 
 
 def evaluation_signature(

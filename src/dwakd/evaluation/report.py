@@ -26,7 +26,7 @@ _COLUMNS = (
 
 
 def write_evaluation(evaluation: Evaluation, path: Path) -> None:
-    """Write the numbers and their signature to a JSON file, and before it the answers to NAME.answers.jsonl.
+    """Write the numbers and their signature to a JSON file, and before it any answers to NAME.answers.jsonl.
 
     A line of the answers has the row, seed and temperature (null if greedy), prompt, answer, references and scores.
 
@@ -40,7 +40,8 @@ def write_evaluation(evaluation: Evaluation, path: Path) -> None:
         raise UserError(
             f"{path} was not written, because the metrics contain NaN or inf: check the model's weights"
         ) from None
-    write_file(path.with_suffix(".answers.jsonl"), ("\n".join(lines) + "\n").encode())
+    if lines:
+        write_file(path.with_suffix(".answers.jsonl"), ("\n".join(lines) + "\n").encode())
     write_file(path, f"{numbers}\n".encode())
 
 
@@ -82,7 +83,7 @@ def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:
     """Return a table with a row for each test set, their unweighted mean, notes and the signature that they share.
 
     If there are further temperatures, each has its own row below that of a set. The table fits into 80 columns. The
-    mean of a column is over the sets that have the number.
+    mean of a column is over the test sets that have the number, without sets of texts.
     """
     table = Table(box=box.HORIZONTALS, show_edge=False, padding=0, caption_justify="left")
     table.title, table.title_justify = "ROUGE-L, exact match and calibration error (ECE) in percent", "left"
@@ -94,7 +95,8 @@ def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:
     for name, evaluation in rows.items():
         for label, one in {"": evaluation, **_other_temperatures(evaluation)}.items():
             numbers = [getattr(getattr(one, field), attribute, None) for _, field, attribute, _ in _COLUMNS]
-            groups.setdefault(label, []).append(numbers)
+            if not one.is_text:
+                groups.setdefault(label, []).append(numbers)
             sampled, *cells = _cells(numbers)
             if one.rouge_l is not None and one.rouge_l.std is not None:
                 sampled += f" ± {one.rouge_l.std:.2f}"
@@ -103,7 +105,7 @@ def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:
             table.add_row(label or name, sampled, interval, *cells)
     for label, group in groups.items():
         columns = [[number for number in column if number is not None] for column in zip(*group, strict=True)]
-        if (most := max(map(len, columns))) > 1:
+        if (most := max(map(len, columns), default=0)) > 1:
             if not label:
                 table.add_section()
             sampled, *cells = _cells([fmean(column) if column else None for column in columns])
@@ -131,11 +133,13 @@ def _note(evaluation: Evaluation) -> str:
     """Say how many rows a set has, and why a number is missing or covers fewer rows."""
     notes = [f"{evaluation.num_examples} rows"]
     bits = evaluation.bits_per_byte
-    if evaluation.signature["references"] == "none":
+    if evaluation.is_text:
+        notes.append("bits per byte without a prompt")
+    elif evaluation.signature["references"] == "none":
         notes.append("no references: answers without scores (or name their column with --response)")
     elif bits is None:
         notes.append("bits per byte: no row has a response that fits")
-    else:
+    if bits is not None:
         if bits.num_examples < evaluation.num_examples:
             notes.append(f"bits per byte of {bits.num_examples} rows")
         if bits.num_truncated:

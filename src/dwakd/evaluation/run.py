@@ -15,7 +15,13 @@ from rich.text import Text
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import SUFFIXES, TEST_SPLITS, Example, load_examples
 from dwakd.errors import UserError
-from dwakd.evaluation.evaluate import evaluate_model, evaluation_signature, model_identity
+from dwakd.evaluation.evaluate import (
+    evaluate_model,
+    evaluate_text,
+    evaluation_signature,
+    model_identity,
+    text_signature,
+)
 from dwakd.evaluation.generate import answerable_prompts
 from dwakd.evaluation.metrics import has_reference
 from dwakd.evaluation.options import EvalOptions, RowOptions
@@ -37,6 +43,8 @@ class EvaluationSet:
     """Unique among the sets evaluated together, and valid as a file name."""
     source: str
     examples: list[Example]
+    is_text: bool = False
+    """Whether the rows are texts without a prompt, which `evaluate_text` evaluates."""
 
     @property
     def scored(self) -> bool:
@@ -57,20 +65,26 @@ def plan_evaluation(recipe: Recipe) -> EvaluationPlan:
     section = recipe.evaluation
     names = set(RowOptions.model_fields) - {"limit"}
     rows = RowOptions(limit=section.limit, **recipe.data.model_dump(include=names))
-    options = EvalOptions(**section.model_dump(exclude={"test", "limit"}))
-    return EvaluationPlan(read_test_sets(section.test, rows), options, rows)
+    options = EvalOptions(**section.model_dump(exclude={"test", "text", "limit"}))
+    return EvaluationPlan(read_test_sets(section.test, rows, section.text), options, rows)
 
 
-def read_test_sets(data: Sequence[str], rows: RowOptions) -> list[EvaluationSet]:
-    """Read and check the test sets of these files and hub ids, in this order; needs no model.
+def read_test_sets(data: Sequence[str], rows: RowOptions, text: Sequence[str] = ()) -> list[EvaluationSet]:
+    """Read and check the test sets `data` and the sets of texts, files or hub ids, in this order; needs no model.
 
     Raises:
         UserError: a set is named twice, cannot be read, or has references in some rows only.
     """
     sets: list[EvaluationSet] = []
-    for source in data:
+    for number, source in enumerate([*data, *text]):
         if any(other.source == source for other in sets):
             raise UserError(f"the test set {source} is named twice: name it once")
+        name = _free_name(source, [other.name for other in sets])
+        if number >= len(data):
+            found = load_examples(source, split=TEST_SPLITS, prompt="text", limit=rows.limit, need_response=False)
+            texts = [Example(example.index, "", response=example.instruction) for example in found]
+            sets.append(EvaluationSet(name, source, texts, is_text=True))
+            continue
         examples = load_examples(source, split=TEST_SPLITS, need_response=False, **rows.reading())
         lacking = [example.index for example in examples if not has_reference(example)]
         if 0 < len(lacking) < len(examples):
@@ -78,7 +92,7 @@ def read_test_sets(data: Sequence[str], rows: RowOptions) -> list[EvaluationSet]
                 f"{source}: {len(lacking)} of {len(examples)} rows have no response and no references, for example row "
                 f"{lacking[0]} (counting from 0): add references to these rows or remove them"
             )
-        sets.append(EvaluationSet(_free_name(source, [other.name for other in sets]), source, examples))
+        sets.append(EvaluationSet(name, source, examples))
     return sets
 
 
@@ -97,7 +111,8 @@ def _free_name(source: str, taken: Sequence[str]) -> str:
 def check_room(plan: EvaluationPlan, model: Any, encoder: TextEncoder) -> None:
     """Raise a UserError that names set and row if a prompt is empty or leaves the model no room for an answer."""
     for item in plan.sets:
-        answerable_prompts(model, encoder, item.examples, item.source)
+        if not item.is_text:
+            answerable_prompts(model, encoder, item.examples, item.source)
 
 
 def evaluate_sets(
@@ -106,6 +121,7 @@ def evaluate_sets(
     rows: RowOptions,
     options: EvalOptions,
     *,
+    text: Sequence[str] = (),
     adapter: str | None = None,
     output: Path | None = None,
     overwrite: bool = False,
@@ -119,6 +135,7 @@ def evaluate_sets(
         data: files or hub ids.
         rows: template, bos and special_tokens_in_prompts are by default those of the recipe in the model's folder.
         options: options of the answers.
+        text: files or hub ids with a column `text`, for bits per byte without a prompt.
         adapter: a PEFT adapter to merge into the model.
         output: folder of the results; eval/ in the model's folder by default.
         overwrite: replace results of the same name with another signature, which are otherwise an error.
@@ -131,7 +148,7 @@ def evaluate_sets(
     saved = read_saved_recipe(recipe, fix=fix)["data"] if recipe.is_file() else {}
     folder = output or (Path(model) / "eval" if Path(model).is_dir() else Path("eval") / Path(model).name)
     check_output_folder(folder)
-    plan = EvaluationPlan(read_test_sets(data, rows), options, rows)
+    plan = EvaluationPlan(read_test_sets(data, rows, text), options, rows)
     trained_with = {name: saved[name] for name in ("template", "bos", "special_tokens_in_prompts") if name in saved}
     encoder = TextEncoder(load_tokenizer(model), **rows.rendering(**trained_with))
     loaded = load_causal_lm(model, adapter=adapter)
@@ -149,11 +166,13 @@ def evaluate_plan(
     weights, options = model_identity(model, name), plan.options
     signatures, rows = {}, {}
     for item in plan.sets:
-        signatures[item.name] = evaluation_signature(model, encoder, item.examples, options, weights, item.source)
+        describe = text_signature if item.is_text else evaluation_signature
+        signatures[item.name] = describe(model, encoder, item.examples, options, weights, item.source)
         if not overwrite:
             check_overwrite(folder / f"{item.name}.json", signatures[item.name])
     for item in plan.sets:
-        rows[item.name] = evaluate_model(model, encoder, item.examples, options, signature=signatures[item.name])
+        evaluate = evaluate_text if item.is_text else evaluate_model
+        rows[item.name] = evaluate(model, encoder, item.examples, options, signature=signatures[item.name])
         write_evaluation(rows[item.name], folder / f"{item.name}.json")
     where = Text(f"answers and scores with their signature: {folder}", no_wrap=True, overflow="ignore")
     return Group(evaluation_table(rows), where)

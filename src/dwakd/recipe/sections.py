@@ -133,6 +133,9 @@ class EvaluationSection(Section):
     """The test sets to answer after the training."""
 
     test: list[str] = Field([], description="Files or ids on the hub.")
+    text: list[str] = Field(
+        [], description="Files or ids with a column text, whose bits per byte are computed without a prompt."
+    )
     seeds: Count = Field(5, description="Number of sampling seeds: 10, 20, 30 and so on.")
     temperatures: list[float] = Field([1.0], description="Sampling temperatures. Each has its own scores.")
     decoding: Literal["plain", "minillm"] = Field(
