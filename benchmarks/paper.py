@@ -23,6 +23,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -135,7 +136,7 @@ def protocol_faults(evaluations: Iterable[dict[str, Any]]) -> list[str]:
     for numbers in evaluations:
         signature = numbers["signature"]
         name = published_set(signature["data"]["name"])
-        if name is None:
+        if name is None or numbers["rouge_l"] is None:
             continue
         wanted, found = {**expected, "template": "alpaca", "rows": NUM_ROWS[name]}, {**signature, **signature["data"]}
         faults += [
@@ -229,7 +230,16 @@ def compare_with_paper(
 
 def show(differences: Sequence[Difference], faults: Sequence[str]) -> Table:
     """Return the table to print."""
-    table = Table("row", "test set", title="ROUGE-L, published and here", title_justify="left", caption_justify="left")
+    table = Table(
+        "row",
+        "test set",
+        box=box.HORIZONTALS,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        title="ROUGE-L, published and here",
+        title_justify="left",
+        caption_justify="left",
+    )
     for heading in ("published", "here", "difference", "noise"):
         table.add_column(heading, justify="right")
     table.add_column("verdict")

@@ -121,7 +121,8 @@ def test_a_comparison_is_read_with_its_protocol(tmp_path: Path, capsys: pytest.C
     cell = write(tmp_path / "cells" / "sft-1" / "eval", {"d": evaluation("dolly", 1.0, no_repeat_ngram_size=None)})
     assert compare_with_paper(tmp_path)[1] == ["dolly: no_repeat_ngram_size is None, but 6 in the published tables"]
     short = evaluation("vicuna", 1.0, data={"name": FILES["vicuna"], "rows": 20}, seeds=[10])
-    write(cell, {"d": evaluation("dolly", 1.0), "v": short})
+    text = {"rouge_l": None, "signature": {"data": {"name": "dolly-text.jsonl"}, "metric": "bits per byte"}}
+    write(cell, {"d": evaluation("dolly", 1.0), "v": short, "t": text})
     assert [fault.split(" is ")[0] for fault in compare_with_paper(tmp_path)[1]] == ["vicuna: seeds", "vicuna: rows"]
     main([str(tmp_path)])
     shown = capsys.readouterr().out
