@@ -230,15 +230,9 @@ def compare_with_paper(
 
 def show(differences: Sequence[Difference], faults: Sequence[str]) -> Table:
     """Return the table to print."""
+    looks: dict[str, Any] = {"title_justify": "left", "caption_justify": "left", "box": box.HORIZONTALS}
     table = Table(
-        "row",
-        "test set",
-        box=box.HORIZONTALS,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-        title="ROUGE-L, published and here",
-        title_justify="left",
-        caption_justify="left",
+        "row", "test set", title="ROUGE-L, published and here", show_edge=False, padding=(0, 1, 0, 0), **looks
     )
     for heading in ("published", "here", "difference", "noise"):
         table.add_column(heading, justify="right")
