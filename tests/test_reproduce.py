@@ -8,6 +8,9 @@ import typer
 from benchmarks.paper import TABLES, option_parser
 
 from dwakd.cli import app
+from dwakd.losses import method_options
+from dwakd.recipe.recipe import load_recipe
+from dwakd.recipe.sections import CompareSection
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
@@ -21,13 +24,17 @@ def test_commands_are_accepted() -> None:
         program, *arguments = shlex.split(line)
         if program == "dwakd":
             name, *given = arguments
-            commands.commands[name].make_context(name, given)  # type: ignore[attr-defined]
-            assert all((ROOT / path).is_file() for path in given if path.endswith(".yaml"))
+            commands.commands[name].make_context(name, [*given])  # type: ignore[attr-defined]
+            if given[0].endswith(".yaml"):
+                overrides = [option for option in given if "=" in option]
+                recipe = load_recipe(ROOT / given[0], overrides, "compare" if name == "compare" else "train")
+                for method, options in (recipe.compare or CompareSection()).options.items():
+                    method_options(method, options)
         else:
             assert [program, *arguments[:2]] == ["python", "-m", "benchmarks.paper"]
             chosen = option_parser().parse_args(arguments[2:])
             assert chosen.row is None or chosen.row in TABLES[chosen.table]
-    assert len(COMMANDS) == 9
+    assert len(COMMANDS) == 10
 
 
 def test_published_averages() -> None:
