@@ -1,4 +1,4 @@
-"""The choice of an implementation."""
+"""Test the choice of a kernel implementation."""
 
 import logging
 
@@ -8,7 +8,7 @@ from dwakd.kernels.dispatch import is_usable, resolve
 
 
 def test_auto_takes_the_first_that_supports_the_input():
-    """A slow implementation that is chosen without a word costs hours; an unsupported one fails in training."""
+    """With "auto", the first implementation that supports the input is selected, else the naive one."""
     assert resolve("soft_dtw", "auto", {"cpu": None, "triton": "a GPU"}) == "cpu"
     assert resolve("sinkhorn", "auto", {"batched": None}) == "batched"
     assert resolve("soft_dtw", "auto", {"cpu": "a CPU", "triton": "a GPU"}) == "naive"
@@ -16,7 +16,7 @@ def test_auto_takes_the_first_that_supports_the_input():
 
 
 def test_what_is_not_supported_is_named():
-    """A kernel that quietly runs another implementation hides that it is slow."""
+    """An implementation that is unknown or does not support the input raises a ValueError instead of running another one."""
     with pytest.raises(ValueError, match="warp: unknown impl 'gpu'; valid are 'auto', 'naive', 'cpu'"):
         resolve("warp", "gpu", {"cpu": None})
     with pytest.raises(ValueError, match="warp: impl 'cpu' requires float32"):
@@ -24,7 +24,7 @@ def test_what_is_not_supported_is_named():
 
 
 def test_a_missing_kernel_is_logged_once(caplog):
-    """The user reads why training is slow, once and not in every step."""
+    """If a compiled kernel cannot be imported, the reason is logged once."""
     with caplog.at_level(logging.WARNING):
         assert [resolve("warp", "auto", {"cpu": None}) for _ in range(2)] == ["naive", "naive"]
     is_usable.cache_clear()

@@ -1,4 +1,4 @@
-"""Head losses: the chunked engine against plain torch on all rows, for every criterion, head and budget."""
+"""Test that the chunked engine of `head_loss` equals plain torch for every criterion, head and memory budget."""
 
 import copy
 import dataclasses
@@ -39,7 +39,7 @@ BUDGETS = {"row": 1, "some": 5 * 8 * VOCAB, "example": 8 * 8 * VOCAB, "all": 2**
 
 
 class SortedGap(Criterion):
-    """A method that compares whole examples of different lengths and vocabularies and writes no gradient (as ULD)."""
+    """Criterion without a hand-written gradient that compares whole examples of different lengths and vocabularies."""
 
     unit = "examples"
 
@@ -76,7 +76,7 @@ def space(kind=ForwardKlSpace, temperature=2.0, weigh=weigh, divergence="forward
 
 
 def problem(name, head_kind="plain", *, seed=0, dtype=torch.float64, **options):
-    """(sides, criterion) in float64: student's own head trains, other rows see a constant head."""
+    """Return (sides, criterion). The student's own head is trained; the other sides use a constant head."""
     generator = torch.Generator().manual_seed(seed)
 
     def tensor(*shape):
@@ -122,7 +122,7 @@ def outcome(sides, criterion, **options):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """Uninitialised buffers hold NaN: a cell that is read before it is written shows."""
+    """Fill uninitialised buffers with NaN, so that reading an element before it is written makes a test fail."""
     poisoned = SimpleNamespace(empty=lambda size, dtype: np.full(size, 255, dtype), uint8=np.uint8)
     monkeypatch.setattr(head_products, "np", poisoned)
     torch.use_deterministic_algorithms(True)
@@ -134,7 +134,7 @@ def poisoned_memory(monkeypatch):
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_chunks_change_nothing(name, head, budget):
-    """Value, terms and every gradient are those of plain torch on all rows, however the batch is cut."""
+    """The loss, the terms and all gradients equal those of plain torch on all tokens, for every chunk size."""
     kind, options = PROBLEMS[name]
     sides, criterion = problem(kind, head, **options)
     expected, gradients = outcome(sides, criterion, impl="naive")
@@ -151,7 +151,7 @@ def test_chunks_change_nothing(name, head, budget):
 @pytest.mark.parametrize("temperature", [0.05, 0.5, 1.0, 2.0, 3.7])
 @pytest.mark.parametrize("kind", ["student", "teacher"])
 def test_temperatures(kind, temperature):
-    """One exponential serves two temperatures; a wrong power would soften by another one."""
+    """The engine derives two temperatures from one exponential. Both must be exact for every temperature."""
     sides, criterion = problem(kind, temperature=temperature)
     expected, gradients = outcome(sides, criterion, impl="naive")
     got, ours = outcome(sides, criterion)
@@ -161,7 +161,7 @@ def test_temperatures(kind, temperature):
 
 
 def test_values_by_row_can_be_weighted_afterwards():
-    """The teacher's weights are known only when all rows have been seen; they must reach the gradient."""
+    """With `by_row`, weights that the caller applies to the values also scale the gradients."""
     sides, criterion = problem("teacher")
     expected, gradients = outcome(sides, criterion, by_row=True, impl="naive")
     got, ours = outcome(sides, criterion, by_row=True, budget=1)
@@ -175,7 +175,7 @@ def test_values_by_row_can_be_weighted_afterwards():
 @pytest.mark.parametrize("impl", ["naive", "chunked"])
 @pytest.mark.parametrize("name", ["ce", "unweighted", "teacher"])
 def test_gradcheck(name, impl):
-    """The gradient is that of the value, through bias, scale and soft cap."""
+    """The gradient agrees with finite differences, also with a bias, a scale and a soft cap."""
     kind, options = PROBLEMS[name]
     sides, criterion = problem(kind, "all", **options)
     criterion.rates = {term: 0.0 if term == "kd_student" else rate for term, rate in criterion.rates.items()}
@@ -194,7 +194,7 @@ def test_gradcheck(name, impl):
 
 
 def test_gradcheck_of_the_students_divergence():
-    """d KL / d own logits, through both softmaxes and the soft cap."""
+    """The gradient of the student-space loss with respect to the student's states agrees with finite differences."""
     sides, criterion = problem("student", "all", weigh=None)
     frozen = dataclasses.replace(sides[1], hidden=sides[1].hidden.detach())
 
@@ -206,7 +206,7 @@ def test_gradcheck_of_the_students_divergence():
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_bfloat16_heads_give_float32_statistics(name):
-    """Summing 150,000 probabilities in bfloat16 loses most of them."""
+    """With bfloat16 heads, sums over the vocabulary are computed in float32, because bfloat16 loses most of their digits."""
     kind, options = PROBLEMS[name]
     exact, criterion = problem(kind, "bias", **options)
     rounded, _ = problem(kind, "bias", dtype=torch.bfloat16, **options)
@@ -221,7 +221,7 @@ def test_bfloat16_heads_give_float32_statistics(name):
 
 
 def test_float32_stays_close_to_float64_on_a_large_vocabulary():
-    """Sums over 50,000 tokens and the difference of two partitions lose digits where they are not careful."""
+    """With 50,000 tokens, the float32 loss and gradients stay close to those in float64."""
     torch.manual_seed(0)
     weight, hidden = torch.randn(50_000, 8), torch.randn(2, 6, 8) * 2
     losses, gradients = [], []
@@ -241,7 +241,7 @@ def test_float32_stays_close_to_float64_on_a_large_vocabulary():
 @pytest.mark.parametrize("impl", ["naive", "chunked"])
 @pytest.mark.parametrize("name", ["student", "teacher"])
 def test_forbidden_tokens_add_nothing(name, impl):
-    """0 x log 0 is 0: a head that forbids its padding rows by a bias of -inf must not give NaN."""
+    """Tokens that a bias of -inf forbids add 0 to the loss and the gradient. They must not cause NaN as 0 x inf."""
     sides, criterion = problem(name, "bias")
     with torch.no_grad():
         sides[0].head.bias[VOCAB - 1] = -math.inf
@@ -256,8 +256,8 @@ def test_forbidden_tokens_add_nothing(name, impl):
         torch.testing.assert_close(a, b)
 
 
-def test_a_diverged_student_is_not_hidden():
-    """NaN in one row must reach the loss, or training goes on with a broken student."""
+def test_nan_reaches_the_loss():
+    """NaN in a hidden state makes the loss NaN, so that training stops."""
     sides, criterion = problem("student")
     with torch.no_grad():
         sides[0].hidden[4] = math.nan
@@ -266,7 +266,7 @@ def test_a_diverged_student_is_not_hidden():
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_no_rows(name):
-    """A batch whose rows were all cut away has no loss and zero gradient."""
+    """A batch without tokens has loss 0 and zero gradients."""
     kind, options = PROBLEMS[name]
     sides, criterion = problem(kind, "bias", **options)
     none = [dataclasses.replace(s, hidden=s.hidden[:0], lengths=torch.zeros(2, dtype=torch.long)) for s in sides]
@@ -278,7 +278,7 @@ def test_no_rows(name):
 
 
 def test_nothing_is_differentiated_without_grad(monkeypatch):
-    """An evaluation that computes gradients takes three times as long."""
+    """Under `torch.no_grad` the engine computes no gradient, which would triple the time of an evaluation."""
     sides, criterion = problem("student")
     asked = []
     original = criterion.differentiate
@@ -297,7 +297,7 @@ def test_nothing_is_differentiated_without_grad(monkeypatch):
 
 
 def test_backward_twice_and_scaled():
-    """Accumulation and loss scaling multiply the loss; a retained graph gives the same gradient again."""
+    """The gradient scales with the upstream gradient, and a retained graph gives the same gradient again."""
     sides, criterion = problem("student")
     inputs = leaves(sides)
     once = torch.autograd.grad(head_loss(sides, criterion).loss, inputs)
@@ -308,7 +308,7 @@ def test_backward_twice_and_scaled():
 
 
 def test_double_backward_is_refused():
-    """A silent zero where a second derivative was asked for would train something else."""
+    """A second derivative, which the engine cannot compute, raises an error instead of returning 0."""
     sides, criterion = problem("ce")
     factor = torch.ones((), dtype=torch.float64, requires_grad=True)
     loss = head_loss(sides, criterion).loss * factor
@@ -318,7 +318,7 @@ def test_double_backward_is_refused():
 
 
 def test_memory_follows_the_budget_not_the_batch():
-    """The point of it all: four times the rows, the same buffer; also where one example exceeds the budget."""
+    """The buffer stays within the budget for a larger batch and for one example that exceeds the budget."""
     head = OutputHead(torch.randn(1000, 4))
     budget = 2 * 1000 * 4 * 16
     for lengths in ([20, 20], [20] * 8, [160]):
@@ -333,7 +333,7 @@ def test_memory_follows_the_budget_not_the_batch():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_rows_of_logits_begin_at_a_cache_line(dtype):
-    """Else a product takes up to a fifth more time, by the number of response tokens."""
+    """Each row of logits begins at a cache line. Otherwise a matrix product takes up to a fifth more time."""
     head = OutputHead(torch.randn(7, 4, dtype=dtype))
     for rows in (1, 5, 16, 33):
         made = head_products.HeadProducts(head, rows, with_gradient=False)
@@ -343,7 +343,7 @@ def test_rows_of_logits_begin_at_a_cache_line(dtype):
 
 
 def test_a_part_of_a_head_is_not_that_head():
-    """It begins at the same place in memory."""
+    """A slice of a head begins at the same memory address as the head but must get a separate matrix product."""
     weight = torch.randn(VOCAB, WIDTH)
     heads = [OutputHead(weight), OutputHead(weight[:4]), OutputHead(weight.as_strided((4, WIDTH), (2 * WIDTH, 1)))]
     sides = [HeadRows(torch.randn(3, WIDTH), head, torch.tensor([3])) for head in heads]
@@ -351,13 +351,13 @@ def test_a_part_of_a_head_is_not_that_head():
 
 
 def test_one_product_for_sides_that_share_a_head():
-    """Two products of half the rows are a third slower."""
+    """Sides with the same head share one matrix product, because two smaller products take a third more time."""
     sides, criterion = problem("student")
     assert len(ChunkedRun(sides, criterion, 2**20, by_row=False).products) == 1
 
 
 def test_plans_cover_every_row_once():
-    """A row left out or counted twice shifts the loss by less than noise."""
+    """The chunks cover every token and every example exactly once, within the budget where this is possible."""
     for budget in (1, 7, 30, 10**6):
         groups = plan_rows(23, 2, 3, budget)
         assert [r for (chunk,) in groups for r in range(*chunk.rows[1].indices(99))] == list(range(23))
@@ -383,7 +383,7 @@ def test_plans_cover_every_row_once():
     ],
 )
 def test_mistakes_are_named(options, message):
-    """A mistake that runs on gives a wrong gradient without a word."""
+    """Invalid arguments raise a ValueError that names the argument, instead of giving a wrong gradient."""
     sides, criterion = problem("student")
     with pytest.raises(ValueError, match=message):
         head_loss(sides, criterion, **options)
@@ -396,7 +396,10 @@ def test_mistakes_are_named(options, message):
 @pytest.mark.parametrize("impl", ["naive", "chunked"])
 @pytest.mark.parametrize("name", ["ce", "weighted", "reverse"])
 def test_targets_that_are_no_tokens_are_named(name, impl, target):
-    """Labels of -100 that are left in count from the vocabulary's end: the student learns to predict that token."""
+    """A target that is not a token id raises a ValueError.
+
+    A label of -100 would otherwise index from the end of the vocabulary.
+    """
     kind, options = PROBLEMS[name]
     sides, criterion = problem(kind, **options)
     for field in ("targets", "projected_targets") if kind == "student" else ("targets",):
@@ -410,7 +413,7 @@ def test_targets_that_are_no_tokens_are_named(name, impl, target):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["ce", "weighted", "teacher", "reverse"])
 def test_half_precision_costs_no_more_than_in_plain_torch(name, dtype, monkeypatch):
-    """Of the same half-precision tensors: the error against float64 stays below that of torch computing in that dtype."""
+    """With half-precision inputs, the error against float64 is not larger than that of torch computing in this dtype."""
     monkeypatch.setattr(sys.modules[__name__], "VOCAB", 3000)
     kind, options = PROBLEMS[name]
     sides, criterion = problem(kind, dtype=dtype, **options)
@@ -433,7 +436,7 @@ def test_half_precision_costs_no_more_than_in_plain_torch(name, dtype, monkeypat
 
 
 def exact(side):
-    """The same rows and head in float64."""
+    """Return a side with the same hidden states and head in float64."""
     hidden, weight = (
         tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in (side.hidden, side.head.weight)
     )

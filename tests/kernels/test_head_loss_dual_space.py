@@ -1,4 +1,4 @@
-"""Criteria of exactly aligned tokens: chunks against plain torch on all rows at once."""
+"""Test the criteria of the student and teacher spaces: chunks against plain torch on all tokens at once."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def rows(count, *, learns, vocab=300):
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("budget", [1, 10**9])
 def test_teacher_space_of_any_divergence(name, budget):
-    """Values by row, predictions and gradients, in one chunk and in nine."""
+    """Values per token, predictions and gradients are the same in one chunk and in nine."""
     results = []
     for impl in ("naive", "chunked"):
         sides = [rows(1, learns=True), rows(2, learns=False)]
@@ -39,7 +39,7 @@ def test_teacher_space_of_any_divergence(name, budget):
 @pytest.mark.parametrize("space", [StudentSpace, ForwardKlSpace])
 @pytest.mark.parametrize("budget", [1, 10**9])
 def test_targets_and_weights_of_the_projected_side(space, budget):
-    """The projected side may have other labels, and tokens may have different weights, including 0."""
+    """The projected side may have its own targets, and each token its own weight, including 0."""
     targets, labels = torch.arange(9), torch.arange(9) * 7 % 300
     weights = torch.tensor([0, 1, 2, 0.5, 0, 1, 1, 3, 0], dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""Statistics that overwrite the logits, against plain torch in float64."""
+"""Test the statistics that overwrite the logits against plain torch in float64."""
 
 import math
 
@@ -12,7 +12,7 @@ temperatures = pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.0])
 
 
 def pair_of_sides(vocab, tokens, dtype=torch.float32):
-    """Two sides that share one buffer, each a strided view; the last column belongs to neither."""
+    """Return two sides that are strided views of one buffer. The last column of the buffer belongs to neither."""
     buffer = torch.randn(vocab, 2 * tokens + 1, generator=torch.Generator().manual_seed(0)) * 4
     buffer[:, -1] = math.nan  # must not be read
     buffer = buffer.to(dtype)
@@ -20,7 +20,7 @@ def pair_of_sides(vocab, tokens, dtype=torch.float32):
 
 
 def observed(pair, sides):
-    """What `observe` returns, with all sums, one row for each."""
+    """Return the results of `observe` with all sums, one per row."""
     own, other, kl = pair.observe(*sides, entropy_of=sides[0], totals_of=sides)
     return torch.stack([own.total, own.soft_total, own.entropy(), other.total, other.soft_total, kl]).double()
 
@@ -32,7 +32,7 @@ def shares(count, tokens, dtype=torch.float32):
 @temperatures
 @pytest.mark.parametrize(("vocab", "tokens"), [(1, 1), (63, 7), (5000, 33), (300_000, 2)])
 def test_sums_of_a_pair(vocab, tokens, temperature):
-    """A block that is left out, or a sum of the wrong side, shifts the loss by less than noise."""
+    """The sums, the entropy and the KL equal those of plain torch for one or several blocks of the vocabulary."""
     sides = pair_of_sides(vocab, tokens)
     x, y = (side.double() for side in sides)
     expected = [(z - z.amax(0)).exp().sum(0) for z in (x, x / temperature, y, y / temperature)]
@@ -46,7 +46,7 @@ def test_sums_of_a_pair(vocab, tokens, temperature):
 @temperatures
 @pytest.mark.parametrize("count", [2, 4])
 def test_gradient_of_a_pair(count, temperature):
-    """Of the teacher's space, which leaves the target alone, and of the student's, which overwrites both sides."""
+    """`differentiate` writes the gradient: with two factors to the learned side only, with four to both sides."""
     pair, sides, factors = SoftenedPair(temperature), pair_of_sides(5000, 33), shares(4, 33)
     x, y = (side.double() - side.double().amax(0) for side in sides)
     learned = factors[0] * (x / temperature).exp() - factors[1] * (y / temperature).exp()
@@ -61,7 +61,7 @@ def test_gradient_of_a_pair(count, temperature):
 
 @temperatures
 def test_forbidden_tokens_add_nothing(temperature):
-    """0 x log 0 is 0, also where a logit is as low as the engine makes it."""
+    """Tokens with the finite logit that replaces -inf add 0 to all statistics and get zero gradient."""
     pair, sides = SoftenedPair(temperature), pair_of_sides(101, 9)
     for side in sides:
         side[99:] = torch.finfo(torch.float32).min / 16
@@ -74,7 +74,7 @@ def test_forbidden_tokens_add_nothing(temperature):
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_nan_stays_and_spreads_to_its_token_alone(side, wrong, temperature):
-    """A diverged student must reach the loss, or training goes on with it."""
+    """NaN or inf in the logits of a token makes the results of this token NaN, and of no other token."""
     pair, sides = SoftenedPair(temperature), pair_of_sides(99, 20)
     sides[side][5, 3] = sides[side][5, 17] = wrong
     kl = observed(pair, sides)[-1]
@@ -86,7 +86,7 @@ def test_nan_stays_and_spreads_to_its_token_alone(side, wrong, temperature):
 @pytest.mark.parametrize("shape", [(1, 3), (255, 1), (1000, 7), (5000, 30), (4096, 33), (300_000, 1), (9, 0)])
 @pytest.mark.parametrize("block", [1, 2**18])
 def test_most_probable_token_and_its_logit(shape, block, monkeypatch):
-    """A prediction from the wrong block is a wrong label; of equal logits the first is taken, in every block."""
+    """The most probable token is found in every block. Among equal logits, the first one is taken."""
     monkeypatch.setattr(statistics, "CPU_BLOCK", block if shape[0] < 1000 else 2**18)
     torch.manual_seed(0)
     logits = torch.randn(shape).mul(3).round()

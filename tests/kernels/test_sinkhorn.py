@@ -1,4 +1,4 @@
-"""Sinkhorn: known values, and the batched kernel with its own backward pass against plain torch."""
+"""Test Sinkhorn: known values, and the batched version with its own backward pass against the naive version."""
 
 import math
 
@@ -12,7 +12,7 @@ both_impls = pytest.mark.parametrize("impl", ["naive", "batched"])
 
 @both_impls
 def test_values_of_the_specification(impl):
-    """Rows and columns scaled in the other order, or another number of times, give another plan."""
+    """The values equal known ones, which depend on the order and the number of scalings."""
     swap = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]], dtype=torch.float64)
     assert 2 * sinkhorn(swap, 0.1, 20, impl=impl).item() == pytest.approx(9.08e-5, abs=1e-7)
     cost = torch.tensor([[[0.25, 0.8], [0.85, 0.2]]], dtype=torch.float64)
@@ -20,8 +20,8 @@ def test_values_of_the_specification(impl):
 
 
 @pytest.mark.parametrize("iterations", [1, 20])
-def test_the_batched_kernel_is_its_twin(iterations):
-    """Padding must carry no mass, and the backward pass, which keeps no plan but the last, must miss nothing."""
+def test_the_batched_kernel_equals_the_naive_one(iterations):
+    """The batched version gives the values and gradients of the naive version, and padding has no effect."""
     generator = torch.Generator().manual_seed(0)
     cost = 2 * torch.rand(4, 6, 5, generator=generator, dtype=torch.float64)
     lengths = torch.tensor([6, 2, 1, 3]), torch.tensor([3, 5, 1, 5])
@@ -39,7 +39,7 @@ def test_the_batched_kernel_is_its_twin(iterations):
 
 
 def test_gradient_of_the_batched_kernel():
-    """The gradient goes through all iterations, not the plan as a constant."""
+    """The gradient goes through all iterations and agrees with finite differences."""
     cost = torch.rand(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     lengths = torch.tensor([3, 2]), torch.tensor([2, 4])
     assert torch.autograd.gradcheck(lambda c: sinkhorn(c, 0.3, 4, *lengths), cost)
@@ -47,7 +47,7 @@ def test_gradient_of_the_batched_kernel():
 
 @both_impls
 def test_small_regularisation_neither_overflows_nor_empties_the_plan(impl):
-    """exp(-C / 0.001) is 0 in float32 everywhere: outside the log domain each row is 0 / 0."""
+    """A small regularisation gives finite costs, because the computation is in the log domain."""
     cost = 1 + torch.rand(1, 5, 5, generator=torch.Generator().manual_seed(2))
     value = sinkhorn(cost, 1e-3, 50, impl=impl)
     assert torch.isfinite(value).all()
@@ -55,7 +55,7 @@ def test_small_regularisation_neither_overflows_nor_empties_the_plan(impl):
 
 
 def test_bad_arguments_are_named():
-    """No iteration would give a plan of any mass."""
+    """Arguments without a valid transport plan raise a ValueError that contains their values."""
     cost = torch.zeros(1, 2, 2)
     for regularisation in (0.0, math.inf, math.nan):
         with pytest.raises(ValueError, match=rf"regularisation .*got {regularisation} and 20"):

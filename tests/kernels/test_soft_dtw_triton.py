@@ -1,4 +1,4 @@
-"""The Triton kernel of Soft-DTW, under Triton's interpreter, against its plain twin."""
+"""Test the Triton kernel of Soft-DTW against the naive version; without a GPU, Triton's interpreter runs it."""
 
 import importlib
 
@@ -33,13 +33,13 @@ def assert_twins_agree(cost: Tensor, gamma: float, *lengths: Tensor, **tolerance
 
 
 @pytest.mark.parametrize("gamma", [1e-3, 1.0, 1e3])
-def test_twins_agree_on_a_ragged_batch(gamma: float) -> None:
-    """On a GPU students would train towards another objective; NaN in the padding must leave no trace."""
+def test_kernels_agree_on_a_ragged_batch(gamma: float) -> None:
+    """Values and gradients of a ragged batch equal those of the naive version, whatever the padding contains."""
     torch.manual_seed(0)
     lengths = torch.tensor([11, 1, 7, 5, 1]), torch.tensor([9, 6, 1, 9, 1])
     cost = torch.rand(5, 11, 9) * 2
     cost[0, 3:6, 2] = torch.inf
-    cost[3, :, 4] = torch.inf  # a wall: no path
+    cost[3, :, 4] = torch.inf  # no path
     cost[2, 7:] = torch.nan
     cost[1, :, 6:] = torch.nan
     value, grad = assert_twins_agree(cost, gamma, *lengths, rtol=1e-6, atol=1e-6)
@@ -49,13 +49,13 @@ def test_twins_agree_on_a_ragged_batch(gamma: float) -> None:
 
 
 def test_double_precision() -> None:
-    """In float64 nothing of the way there may be float32, gamma included."""
+    """With float64 costs, the whole computation is in float64."""
     torch.manual_seed(1)
     assert_twins_agree(torch.randn(2, 7, 10, dtype=torch.float64), 0.3, rtol=1e-12, atol=1e-12)
 
 
 def test_rows_beyond_a_block_and_a_hard_band(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More rows than a program has lanes, and the cells that it skips outside a band: no length limit, same numbers."""
+    """Sequences longer than a block and a hard band, outside of which cells are skipped, give the same results."""
     kernel = importlib.import_module("dwakd.kernels.soft_dtw.triton")
     monkeypatch.setattr(kernel, "_LARGEST_BLOCK", 16)
     torch.manual_seed(2)
@@ -67,7 +67,7 @@ def test_rows_beyond_a_block_and_a_hard_band(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_invalid_costs_lengths_and_views() -> None:
-    """A NaN must stop training; a wrong length, which the host cannot see without waiting, must show too."""
+    """NaN and -inf in the costs and lengths out of range make the value NaN. Strided costs are supported."""
     torch.manual_seed(3)
     cost = torch.rand(4, 6, 5).to(torch.bfloat16).transpose(1, 2)
     cost[0, 2, 3] = torch.nan
@@ -85,7 +85,7 @@ def test_invalid_costs_lengths_and_views() -> None:
 
 
 def test_without_gradient() -> None:
-    """Evaluation takes the same values without the memory of the weights."""
+    """Without gradients, the value equals that of the naive version."""
     cost = torch.rand(1, 4, 5, device=DEVICE)
     assert soft_dtw(cost, 1.0, impl="triton").item() == pytest.approx(
         soft_dtw(cost, 1.0, impl="naive").item(), abs=1e-6

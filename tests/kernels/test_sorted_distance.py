@@ -1,4 +1,4 @@
-"""Sorted distances: values known by hand, and the compiled kernel against its plain twin."""
+"""Test sorted distances: values known by hand, and the compiled kernel against the naive version."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def probabilities(rows: int, vocab: int, seed: int, scale: float = 3.0) -> torch
 
 @both_impls
 def test_values_of_the_specification(impl):
-    """Ranks compared from the wrong end, or without the zeros of the smaller vocabulary, give another number."""
+    """The distances of small examples equal those computed by hand, also for vocabularies of different sizes."""
     p, q = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.1, 0.5, 0.15, 0.25]])
     assert sorted_distance(p, q, impl=impl)[0].item() == pytest.approx(0.4, abs=1e-6)
     assert sorted_distance(q, p, impl=impl)[0].item() == pytest.approx(0.4, abs=1e-6)
@@ -26,8 +26,8 @@ def test_values_of_the_specification(impl):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 9, 9), (7, 3000, 5000), (3, 5000, 3000), (0, 4, 6)])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_the_compiled_kernel_is_its_twin(shape, threads):
-    """The radix sort and the shares of threads must change neither value nor gradient."""
+def test_the_compiled_kernel_equals_the_naive_one(shape, threads):
+    """The compiled kernel gives the values and gradients of the naive version for any number of threads."""
     rows, vocab, other = shape
     p, q = probabilities(rows, vocab, 0), probabilities(rows, other, 1)
     before = torch.get_num_threads()
@@ -43,7 +43,7 @@ def test_the_compiled_kernel_is_its_twin(shape, threads):
 
 @both_impls
 def test_rows_of_equal_values_and_of_zeros(impl):
-    """Impossible tokens and half-precision logits give many equal probabilities: no place may be lost."""
+    """Rows with many equal probabilities have the right distance, and a gradient that sums to 0."""
     p = torch.tensor([[0.25, 0.25, 0.25, 0.25, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
     q = torch.tensor([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0]])
     distance, slope = sorted_distance(p, q, impl=impl)
@@ -54,7 +54,7 @@ def test_rows_of_equal_values_and_of_zeros(impl):
 
 @both_impls
 def test_the_gradient_is_that_of_sorting(impl):
-    """The signs by hand against autograd through sort."""
+    """The gradient equals autograd's gradient through `sort`."""
     p, q = probabilities(4, 50, 5).requires_grad_(), probabilities(4, 40, 6)
     gap = torch.nn.functional.pad(q.sort(-1, descending=True).values, (0, 10))
     (expected,) = torch.autograd.grad((p.sort(-1, descending=True).values - gap).abs().sum(), p)
@@ -62,7 +62,7 @@ def test_the_gradient_is_that_of_sorting(impl):
 
 
 def test_bad_arguments_are_named():
-    """A kernel that quietly takes another way hides that it is slow."""
+    """An implementation that is unknown or does not support the dtype raises a ValueError instead of running another one."""
     p = probabilities(2, 5, 0)
     with pytest.raises(ValueError, match="unknown impl 'gpu'; valid are 'auto', 'naive', 'cpu'"):
         sorted_distance(p, p, impl="gpu")
