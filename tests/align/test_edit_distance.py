@@ -1,4 +1,4 @@
-"""Dynamic time warping over edit distances, against its definition."""
+"""Test dynamic time warping over edit distances against its definition."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -28,7 +28,7 @@ def cost_of_path(costs: np.ndarray) -> int:
 @settings(max_examples=80, deadline=None)
 @given(student=TOKENS, teacher=TOKENS)
 def test_the_path_is_monotone_covers_both_ends_and_is_cheapest(student, teacher):
-    """A row that learns from a teacher far away in the text learns noise."""
+    """The path is monotone, goes from the first to the last cell and has the least cost."""
     costs = edit_costs(student, teacher)
     rows, back = one_to_one_rows(costs), np.ascontiguousarray(costs.T)
     assert cost_of_path(costs) == least_cost(costs) == cost_of_path(back)
@@ -42,14 +42,14 @@ def test_the_path_is_monotone_covers_both_ends_and_is_cheapest(student, teacher)
 @settings(max_examples=30, deadline=None)
 @given(tokens=TOKENS)
 def test_identical_sequences_pair_row_by_row(tokens):
-    """Same tokenizer: every position is accepted."""
+    """In two equal sequences, each token is paired with itself."""
     costs = edit_costs(tokens, tokens)
     assert one_to_one_rows(costs).tolist() == list(range(len(tokens)))
     assert cost_of_path(costs) == 0
 
 
 def test_ties_prefer_the_diagonal_then_the_teacher():
-    """The published port's order decides which of two equal tokens is taken."""
+    """Among equally cheap steps, the order of the published code is used."""
     assert one_to_one_rows(np.zeros((2, 3), np.int32)).tolist() == [MANY, 2]
     assert one_to_one_rows(np.zeros((3, 2), np.int32)).tolist() == [0, 0, 1]
     costs = np.array([[0, 0, 0], [0, 9, 0], [0, 0, 0]], np.int32)
@@ -59,7 +59,7 @@ def test_ties_prefer_the_diagonal_then_the_teacher():
 @settings(max_examples=80, deadline=None)
 @given(student=TOKENS, teacher=TOKENS)
 def test_runs_cover_both_sides_and_hold_the_path(student, teacher):
-    """A row in two groups, or in none, would learn twice or never."""
+    """Every token is in exactly one run, and the runs contain the cheapest path."""
     costs = edit_costs(student, teacher)
     runs, rows = warped_runs(costs), one_to_one_rows(costs)
     for side, tokens in zip(runs, (student, teacher), strict=True):
@@ -67,7 +67,7 @@ def test_runs_cover_both_sides_and_hold_the_path(student, teacher):
         assert side.min() > 0
     assert np.minimum(*runs).max() == 1
     starts = [side.cumsum() - side for side in runs]
-    # from run to run the path steps diagonally; within a run it is the cheapest from corner to corner
+    # the path steps diagonally between runs, and is the cheapest path from corner to corner within a run
     blocks = [costs[i : i + n, j : j + m] for i, j, n, m in zip(*starts, *runs, strict=True)]
     assert sum(least_cost(block) for block in blocks) == cost_of_path(costs)
     for i, j, n, m in zip(*starts, *runs, strict=True):
@@ -75,7 +75,7 @@ def test_runs_cover_both_sides_and_hold_the_path(student, teacher):
 
 
 def test_runs_by_hand():
-    """One token where the other side has two, on either side."""
+    """A token that is paired with two tokens of the other side forms one run with them."""
     for student, teacher, expected in (
         (["a", "bb", "cc"], ["a", "bb", "cc", "cc"], ([1, 1, 1], [1, 1, 2])),
         (["the", "cat", "cat"], ["the", "cat"], ([1, 2], [1, 1])),

@@ -1,4 +1,4 @@
-"""Byte groups and exact rows: against two pointers in plain Python, on every kind of tokenizer and twelve scripts."""
+"""Test byte groups and exact pairs against plain Python, on every kind of tokenizer and twelve scripts."""
 
 from collections.abc import Callable
 from functools import cache
@@ -34,7 +34,7 @@ def encoder(build: Callable[[], PreTrainedTokenizerFast]) -> TextEncoder:
 
 
 def ends_of(build: Callable[[], PreTrainedTokenizerFast], text: str) -> list[int]:
-    """Byte ends of a response with its end token."""
+    """Return the byte ends of a response with its end token."""
     return [*encoder(build).response_ids(text)[1], len(text.encode())]
 
 
@@ -48,9 +48,10 @@ def packed(examples: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, .
 
 
 def two_pointers(student: list[int], teacher: list[int]) -> list[tuple[list[int], list[int]]]:
-    """The definition: advance the side that is behind; equal ends close a group; the last tokens end the last one.
+    """Compute the groups by their definition: advance the side that is behind, and end a group at equal ends.
 
-    A token without an offset (a negative end) lies just behind the last one that has one.
+    The last tokens end the last group. A token without an offset (a negative end) is placed directly after the last
+    token that has one.
     """
     groups, i, j = [], 0, 0
     first = (0, 0)
@@ -102,7 +103,7 @@ def check_exact(tensors: tuple[torch.Tensor, ...]) -> None:
     assert matched == sorted(set(matched))
     assert sum(i >= 0 for i in back) == len(matched)
     assert all(back[j] == i and spans[0][i] == spans[1][j] for i, j in enumerate(rows) if j >= 0)
-    if len(tensors[1]) == 1:  # spans that cover something: those of nothing are told apart by rank
+    if len(tensors[1]) == 1:  # only spans that cover bytes: tokens without bytes are paired by rank
         wide = {(a, b) for a, b in set(spans[0]) & set(spans[1]) if 0 <= a < b}
         assert wide <= {spans[0][i] for i, j in enumerate(rows) if j >= 0}
 
@@ -112,10 +113,9 @@ def check_exact(tensors: tuple[torch.Tensor, ...]) -> None:
 @given(texts=st.lists(TEXTS, min_size=1, max_size=3))
 @example(texts=list(SCRIPTS.values()))
 def test_groups_cover_every_byte_once_in_order(pair, texts):
-    """A byte in two groups, or in none, pairs a token with words that are not its own; an exact row which is not exact
-    has a student's token learn from a teacher that read or predicts another text."""
+    """Every token is in exactly one group, in order, and exact pairs have equal start and end."""
     examples = [(ends_of(pair[0], text), ends_of(pair[1], text)) for text in texts]
-    examples = [(s, t) for s, t in examples if len(s) > 1 and len(t) > 1]  # others are refused when data are read
+    examples = [(s, t) for s, t in examples if len(s) > 1 and len(t) > 1]  # no empty responses
     if examples:
         tensors = packed(examples)
         check_groups(tensors, examples)
@@ -123,7 +123,7 @@ def test_groups_cover_every_byte_once_in_order(pair, texts):
 
 
 def test_one_tokenizer_gives_single_tokens():
-    """With identical tokenizers every method must fall back to its same-vocabulary form."""
+    """With one tokenizer, each token is a group and is paired with itself."""
     ends, lengths = torch.tensor([2, 5, 5, 1, 4, 4, 4]), torch.tensor([3, 4])
     groups = byte_groups(ends, lengths, ends, lengths)
     assert groups.student.tolist() == groups.teacher.tolist() == list(range(7))
@@ -131,7 +131,7 @@ def test_one_tokenizer_gives_single_tokens():
 
 
 def test_the_toy_alignment_of_the_specification():
-    """Two pairs of tokens between them cover one word, and have nothing to copy."""
+    """The pairs and groups of the specification's example are found."""
     teacher, student = torch.tensor([3, 7, 11, 13, 16, 20]), torch.tensor([3, 9, 13, 16, 20])
     lengths = torch.tensor([5]), torch.tensor([6])
     assert exact_rows(student, lengths[0], teacher, lengths[1]).tolist() == [0, -1, -1, 4, 5]
@@ -139,7 +139,7 @@ def test_the_toy_alignment_of_the_specification():
 
 
 def test_ends_that_never_meet_form_one_last_group():
-    """Rows with no common end must not run over into the next example's groups."""
+    """An example without common ends is one group, which does not include tokens of the next example."""
     groups = byte_groups(
         torch.tensor([1, 2, 3, 2]), torch.tensor([3, 1]), torch.tensor([5, 7, 2]), torch.tensor([2, 1])
     )
@@ -148,25 +148,25 @@ def test_ends_that_never_meet_form_one_last_group():
 
 
 def partners(student: list[list[int]], teacher: list[list[int]]) -> list[int]:
-    """Of a batch given as byte ends per example."""
+    """Return the exact pairs of a batch that is given as the byte ends of each example."""
     ends = [torch.tensor([end for example in side for end in example], dtype=torch.long) for side in (student, teacher)]
     lengths = [torch.tensor([len(example) for example in side]) for side in (student, teacher)]
     return exact_rows(ends[0], lengths[0], ends[1], lengths[1]).tolist()
 
 
 def test_pairs_of_the_specification():
-    """The|cat|a..|..|is|new and The|catal|....|is|new: (teacher, student) = (0, 0), (4, 3), (5, 4)."""
+    """Of The|cat|a..|..|is|new and The|catal|....|is|new, the pairs (teacher, student) are (0, 0), (4, 3) and (5, 4)."""
     assert partners([[3, 8, 12, 14, 17]], [[3, 6, 10, 12, 14, 17]]) == [0, -1, -1, 4, 5]
 
 
 def test_identical_tokenizers_pair_every_token():
-    """Tokens without bytes included: a mark of SentencePiece in front, the end of the text behind."""
+    """With one tokenizer, every token is paired, including those that cover no bytes."""
     ends = [[0, 0, 3, 7, 7, 9, 9], [2], [0, 0]]
     assert partners(ends, ends) == list(range(10))
 
 
-def test_examples_are_never_crossed():
-    """Equal spans of different examples hold different texts (a flattened batch pairs them)."""
+def test_tokens_of_different_examples_are_never_paired():
+    """Tokens of different examples are never paired, even if their spans are equal."""
     assert partners([[3, 5], [3, 5]], [[1, 5], [3, 5]]) == [-1, -1, 2, 3]
     assert partners([[4], [2, 4]], [[2, 4], [4]]) == [-1, -1, -1]
 
@@ -182,13 +182,13 @@ def test_examples_are_never_crossed():
         ([0, 0, 4], [0, 4], [-1, 0, 1]),
     ],
 )
-def test_end_of_sequence_meets_end_of_sequence(student, teacher, expected):
-    """The end token covers nothing; it must not pair with a mark of normalisation, nor be lost beside one."""
+def test_end_tokens_are_paired_with_each_other(student, teacher, expected):
+    """The end tokens are paired with each other, although other tokens may cover no bytes at the same offset."""
     assert partners([student], [teacher]) == expected
 
 
 def test_an_empty_side_has_no_partner():
-    """A batch without teacher rows must not index into nothing."""
+    """If the teacher has no tokens, no student token is paired."""
     assert partners([[1, 2], []], [[], []]) == [-1, -1]
 
 
@@ -203,7 +203,7 @@ batches = st.integers(1, 4).flatmap(
 @settings(max_examples=150, deadline=None)
 @given(batches)
 def test_alignment_is_the_literal_one(batch):
-    """Against one example at a time; also one-to-one, in order within an example, and the same from either side."""
+    """The pairs equal those of a literal implementation, are one-to-one and in order, and do not depend on the direction."""
     student, teacher = batch
     expected, offset = [], 0
     for s_ends, t_ends in zip(student, teacher, strict=True):

@@ -1,4 +1,4 @@
-"""Vocabularies matched by spelling, against the plain definitions."""
+"""Test the matching of vocabularies by spelling against plain definitions."""
 
 import random
 
@@ -16,7 +16,7 @@ from tests.builders import bpe_byte_fallback, byte_bpe, unigram_byte_fallback
 
 
 def random_tokens(count: int, seed: int) -> list[bytes]:
-    """Distinct tokens of all lengths, scripts and broken characters."""
+    """Return different tokens of many lengths and scripts, some with incomplete characters."""
     generator = random.Random(seed)
     letters = "aaeeiostn" + "éß你好мир😀 \n"
     tokens = [letter.encode() for letter in set(letters)]
@@ -27,7 +27,7 @@ def random_tokens(count: int, seed: int) -> list[bytes]:
 
 
 def test_nearest_is_the_first_of_least_distance():
-    """A teacher's mass on a token that the student lacks goes to the token spelled most like it."""
+    """Each token is mapped to the first token of least edit distance."""
     source, target = random_tokens(400, 1), random_tokens(300, 2)
     found = nearest_tokens((None, *source), (*target, None), (0, len(target))).tolist()
     assert found[0] == len(target)
@@ -37,15 +37,15 @@ def test_nearest_is_the_first_of_least_distance():
 
 
 def test_identical_vocabularies_map_by_id():
-    """Same tokenizer: MinED and GOLD must be the plain divergence over every column, special tokens included."""
+    """With one vocabulary, every token is mapped to itself, special tokens included."""
     tokens = TextEncoder(byte_bpe(), "plain").token_bytes()
     assert None in tokens
     assert torch.equal(nearest_tokens(tokens, tuple(tokens)), torch.arange(len(tokens)))
     assert all(torch.equal(side, torch.arange(len(tokens))) for side in exact_overlap(tokens, tuple(tokens)))
 
 
-def test_a_space_is_a_space():
-    """Compared as strings, the space of SentencePiece and that of byte-level BPE never match."""
+def test_space_marks_of_both_tokenizers_match():
+    """Tokens with the space marks of SentencePiece and of byte-level BPE match, because bytes are compared."""
     student, teacher = (TextEncoder(build(), "plain") for build in (byte_bpe, bpe_byte_fallback))
     ends = student.end_token_id, teacher.end_token_id
     mine, theirs = exact_overlap(student.token_bytes(), teacher.token_bytes(), ends)
@@ -59,7 +59,7 @@ def test_a_space_is_a_space():
 
 
 def test_byte_pieces_pair_with_byte_pieces():
-    """SentencePiece spells "A" twice, as a byte and as a character; only the latter is what texts are made of."""
+    """If a vocabulary has a character also as a byte piece, byte pieces match byte pieces and characters match characters."""
     one, other = (TextEncoder(build(), "plain").token_bytes() for build in (bpe_byte_fallback, unigram_byte_fallback))
     byte, character = (one.index(b"e"), len(one) - 1 - one[::-1].index(b"e"))
     assert byte < character
@@ -70,22 +70,22 @@ def test_byte_pieces_pair_with_byte_pieces():
     assert nearest_tokens((b"a", b"b", b"a"), (b"a",)).tolist() == [0, 0, 0]
 
 
-def test_large_maps_are_kept(monkeypatch, tmp_path):
-    """A minute of matching at the start of every run of a comparison."""
+def test_large_maps_are_stored(monkeypatch, tmp_path):
+    """The map of two large vocabularies, which takes up to a minute, is stored and read again."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     source, target = ([b"%d%c" % (n, letter) for n in range(4000)] for letter in b"ab")
     expected = nearest_tokens(source, target)
     (path,) = tmp_path.rglob("*.safetensors")
     assert list(tmp_path.rglob("*")) == [path.parent, path]
     assert torch.equal(nearest_tokens(source, target), expected)
-    save_file({"nearest": load_file(path)["nearest"] + 1}, path)  # to see that the file is read
+    save_file({"nearest": load_file(path)["nearest"] + 1}, path)  # changed, to check that the file is read
     assert torch.equal(nearest_tokens(source, target, (0, 3))[1:], expected[1:] + 1)
     nearest_tokens(source[:50], target[:40])
     assert list(tmp_path.rglob("*.safetensors")) == [path]
 
 
-def test_an_end_token_that_spells_something_is_the_end_alone():
-    """A chat's end token need not be listed as special; by spelling and as the end it would count twice."""
+def test_an_end_token_is_not_matched_by_its_spelling():
+    """An end token that is not special is paired with the other end token only, not by its spelling."""
     mine, theirs = exact_overlap((b"a", b"<e>", b"b"), (b"<e>", b"a"), (1, 0))
     assert (mine.tolist(), theirs.tolist()) == ([0, 1], [1, 0])
     mine, theirs = exact_overlap((b"a", b"<e>", b"b"), (b"<e>", b"a", None), (1, 2))
@@ -112,7 +112,7 @@ TEXTS = [
 
 
 def nearest(text, others, threshold):
-    """The first of least distance below the threshold, as its place."""
+    """Return the index of the first text of least distance below the threshold."""
     best, place = threshold, None
     for index, other in enumerate(others):
         if text is not None and other is not None:
@@ -124,8 +124,8 @@ def nearest(text, others, threshold):
 
 @settings(max_examples=60, deadline=None)
 @given(st.data(), st.sampled_from([0.0, 0.1, 0.3, 0.6, 1.0]))
-def test_each_candidate_gets_the_nearest_of_its_place(data, threshold):
-    """Bounds skip most distances; one that is too tight would drop the nearest."""
+def test_each_candidate_gets_the_nearest_at_its_position(data, threshold):
+    """Each candidate is matched with the nearest candidate at the same position."""
     vocabularies = [data.draw(st.permutations(TEXTS)) for _ in range(2)]
     tops = [
         np.array([data.draw(st.permutations(range(len(TEXTS))))[:size] for _ in range(2)], np.int64) for size in (7, 9)
