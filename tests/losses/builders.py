@@ -1,4 +1,4 @@
-"""Random batches of response rows, and the bridge between the vectors' names and ours."""
+"""Build random batches for tests of losses, and map the names of options in the test vectors to dwakd's names."""
 
 import sys
 from typing import Any
@@ -28,7 +28,7 @@ OPTIONS = {
 
 
 def smallest_pair() -> ModelPair:
-    """A pair with one token and width 1 on each side, for tests of options."""
+    """Return a pair with one token and width 1 on each side, for tests of options."""
     head = OutputHead(torch.ones(1, 1))
     return ModelPair(Widths(1, 1, 1, 1), (b"a",), (b"a",), head, head)
 
@@ -56,7 +56,7 @@ def side(examples: list[dict[str, Tensor]], name: str, head: Tensor) -> ModelSid
 def random_examples(
     lengths: list[tuple[int, int]], *, seed: int = 0, widths: Widths = WIDTHS, vocabularies=(11, 13)
 ) -> list[dict[str, Tensor]]:
-    """Response rows of a ragged batch in float64."""
+    """Return the tensors of a ragged batch of responses in float64."""
     generator = torch.Generator().manual_seed(seed)
     examples = []
     for s_len, t_len in lengths:
@@ -76,7 +76,7 @@ def random_examples(
 
 
 def random_heads(*, seed: int = 0, widths: Widths = WIDTHS, vocabularies=(11, 13)) -> tuple[Tensor, Tensor]:
-    """A student's and a teacher's head in float64."""
+    """Return the weights of a student's and a teacher's head in float64."""
     generator = torch.Generator().manual_seed(1000 + seed)
     return (
         torch.randn(vocabularies[0], widths.student_hidden, dtype=torch.float64, generator=generator),
@@ -85,7 +85,10 @@ def random_heads(*, seed: int = 0, widths: Widths = WIDTHS, vocabularies=(11, 13
 
 
 def pair_of(heads: tuple[Tensor, Tensor], *, widths: Widths = WIDTHS) -> ModelPair:
-    """A pair with these heads: one letter per token, the teacher's alphabet three letters on; the last ends a text."""
+    """Return a pair in which each token is a letter.
+
+    The teacher's letters begin at d, and the last token of each side ends a text.
+    """
     s_vocab, t_vocab = len(heads[0]), len(heads[1])
     return ModelPair(
         widths,
@@ -98,7 +101,7 @@ def pair_of(heads: tuple[Tensor, Tensor], *, widths: Widths = WIDTHS) -> ModelPa
 
 
 def use_kernels(monkeypatch, **kernels):
-    """Every method computes with these in the place of those of the same names."""
+    """Replace kernels by name in all modules of `dwakd.losses`."""
     for module in [module for name, module in sys.modules.items() if name.startswith("dwakd.losses.")]:
         for name, kernel in kernels.items():
             if hasattr(module, name):

@@ -1,4 +1,4 @@
-"""The whole DWA-KD objective written literally, one example and one cell at a time; shares no code with dwakd."""
+"""Compute the DWA-KD objective literally, one example and one cell at a time, without code of dwakd."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""DSKDv2 and DWA-KDv2 written literally, one example and one token at a time; shares no code with dwakd."""
+"""Compute DSKDv2 and DWA-KDv2 literally, one example and one token at a time, without code of dwakd."""
 
 import math
 
@@ -13,7 +13,7 @@ def spans(ends: list[int]) -> list[tuple[int, int]]:
 
 
 def text_pairs(student_ends: list[int], teacher_ends: list[int]) -> list[tuple[int, int]]:
-    """Tokens with bytes by their span; tokens without in order from the last of their place."""
+    """Pair tokens of equal spans. Tokens without bytes are paired from the last one backwards at each place."""
     student, teacher = spans(student_ends), spans(teacher_ends)
     found = [(i, teacher.index(span)) for i, span in enumerate(student) if span[0] < span[1] and span in teacher]
     for place in {span for span in student if span[0] == span[1]}:
@@ -24,7 +24,7 @@ def text_pairs(student_ends: list[int], teacher_ends: list[int]) -> list[tuple[i
 
 
 def shared(pair) -> dict[int, int]:
-    """Teacher token to student token."""
+    """Return the student token for each shared teacher token."""
     student = {token: index for index, token in enumerate(pair.student_tokens) if token is not None}
     found = {j: student[token] for j, token in enumerate(pair.teacher_tokens) if token in student}
     return found | {pair.end_tokens[1]: pair.end_tokens[0]}
@@ -46,10 +46,10 @@ def exact_token_kd(
     lam: float = 1.0,
     gamma: float = 2.0,
 ) -> dict[str, Tensor]:
-    """Terms of a batch, divided by its student tokens; DWA-KDv2's if `weighted`."""
+    """Return the terms of a batch divided by its student tokens; those of DWA-KDv2 if `weighted`."""
     tokens = shared(pair)
     t_ids, s_ids = list(tokens), list(tokens.values())
-    a_s, a_t = student_head.detach()[s_ids].T, teacher_head[t_ids].T  # columns are tokens
+    a_s, a_t = student_head.detach()[s_ids].T, teacher_head[t_ids].T  # one column per shared token
     w_ts = a_t @ torch.linalg.pinv(a_s) if t2s is None else t2s.T
     w_st = a_s @ torch.linalg.pinv(a_t)
     names = ("ce", "t2s_ce", "kd_student", "kd_teacher")

@@ -1,4 +1,4 @@
-"""Costs of the alignment at the edges of the cosine."""
+"""Test the Soft-DTW divergences of two sequences in special cases."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.losses.builders import WIDTHS, pair_of, random_examples, random_heads
 
 
 def test_zero_row_has_no_gradient():
-    """A new padding or end token has a zero embedding: an epsilon in its norm gives a gradient of 1e12."""
+    """A zero vector, such as an untrained embedding, stays zero and gets a bounded gradient."""
     rows = torch.tensor([[3.0, 4.0], [0.0, 0.0]], requires_grad=True)
     unit = unit_rows(rows, torch.tensor([2]), 2)
     assert torch.equal(unit.detach(), torch.tensor([[[0.6, 0.8], [0.0, 0.0]]]))
@@ -21,10 +21,7 @@ def test_zero_row_has_no_gradient():
 
 
 def test_self_terms_carry_the_whole_gradient():
-    """Half of a self term's gradient is left to symmetry: the sum must be that of the definition, on both sides.
-
-    Without the teacher's self term its projector would be drawn to one point.
-    """
+    """The gradient includes the self terms of both sides, although it is computed with half of them."""
     torch.manual_seed(0)
     lengths = torch.tensor([4, 2]), torch.tensor([3, 5])
     x, y = (torch.randn(int(side.sum()), 6, dtype=torch.float64, requires_grad=True) for side in lengths)
@@ -44,8 +41,8 @@ def test_self_terms_carry_the_whole_gradient():
 
 
 @pytest.mark.parametrize("name", ["dskd", "dwa_kd", "dwa_kd_v2"])
-def test_padding_takes_no_part(name, monkeypatch):
-    """Whatever stands in the padding of a ragged batch: else an example's loss depends on the longest beside it."""
+def test_padding_has_no_effect(name, monkeypatch):
+    """The padding of a ragged batch changes neither the terms nor the gradients."""
     torch.manual_seed(0)
     loss = build_loss(name, {}, widths=WIDTHS, pair=pair_of(random_heads())).double()
     examples, heads = random_examples([(5, 7), (9, 4), (1, 2)]), random_heads()

@@ -1,4 +1,4 @@
-"""ALM against the vectors of its specification and the identities of its chunks."""
+"""Test ALM: values of the specification, the formula, and special cases of the chunks."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ CHUNKS = [([0, 1], [0, 1]), ([2], [2]), ([3], [3, 4]), ([4], [5]), ([5, 6], [6])
     [(-1.0, -2.0, 0.058830, 0.055777), (-5.0, -1.0, 0.234353, 0.234353 - 0.039471), (-10.0, -40.0, 0.467532, None)],
 )
 def test_values_of_the_specification(teacher, student, value, floor):
-    """Value, and its floor, the entropy: what is above it is the divergence."""
+    """The values equal those of the specification. The lowest possible value is the entropy of the teacher."""
     ell = torch.tensor([teacher]).double(), torch.tensor([student]).double()
     assert binary_cross_entropy(*ell, 100.0, 1e-6).item() == pytest.approx(value, abs=1e-6)
     entropy = binary_cross_entropy(ell[0], ell[0], 100.0, 1e-6).item()
@@ -31,14 +31,14 @@ def test_values_of_the_specification(teacher, student, value, floor):
 
 
 def test_the_limit_of_a_high_temperature():
-    """tau x KL tends to a finite divergence; if it didn't, the weight would depend on tau."""
+    """The temperature times the KL approaches a finite value, so the weight does not depend on the temperature."""
     ell = torch.tensor([-1.0]).double(), torch.tensor([-2.0]).double()
     kl = [binary_cross_entropy(ell[0], other, 1e6, 1e-12) for other in (ell[1], ell[0])]
     assert 1e6 * (kl[0] - kl[1]).item() == pytest.approx(0.306853, abs=1e-4)
 
 
 def test_the_least_value_is_where_both_models_agree():
-    """Anything else would pull the student off the teacher's likelihoods."""
+    """The gradient is 0 if both models assign the same likelihoods."""
     ell = torch.tensor([-3.0, -0.01, -80.0]).double()
     student = ell.clone().requires_grad_()
     binary_cross_entropy(ell, student, 100.0, 1e-6).sum().backward()
@@ -46,7 +46,7 @@ def test_the_least_value_is_where_both_models_agree():
 
 
 def test_log1mexp_is_exact_at_both_ends():
-    """A certain chunk gives log 0, a hopeless one loses all digits."""
+    """log(1 - e^x) and its gradient are accurate near 0 and for very negative x."""
     x = torch.tensor([-1e-6, -0.5, -0.8, -60.0], requires_grad=True)
     expected = [math.log(-math.expm1(v)) if v > -0.6 else math.log1p(-math.exp(v)) for v in x.tolist()]
     torch.testing.assert_close(log1mexp(x), torch.tensor(expected), rtol=1e-5, atol=0.0)
@@ -80,7 +80,7 @@ def by_hand(student, teacher, weights: str) -> torch.Tensor:
 @pytest.mark.parametrize("budget", [1, 2**27])
 @pytest.mark.parametrize("weights", ["chunk_count", "token_count"])
 def test_loss_and_gradient_are_those_of_the_formula(monkeypatch, weights, budget):
-    """The engine is told one weight per row; a wrong one trains towards something else than what is logged."""
+    """Loss, terms and gradients equal those of the formula for both kinds of chunk weights."""
     monkeypatch.setattr(sys.modules["dwakd.kernels.head_loss"], "BUDGET_BYTES", budget)
     student, teacher = sides()
     hidden = student.hidden.clone().requires_grad_()
@@ -94,7 +94,7 @@ def test_loss_and_gradient_are_those_of_the_formula(monkeypatch, weights, budget
 
 
 def test_one_chunk_has_the_likelihood_of_the_sequence():
-    """Chunks only group: whatever the grouping, both models are asked for the same text."""
+    """If an example is one chunk, its term compares the likelihoods of the whole response."""
     student, teacher = sides()
     ends = [torch.tensor([9] * 5 + [6] * 2), torch.tensor([1] * 6 + [6])]
     whole = [dataclasses.replace(model, byte_ends=end) for model, end in zip((student, teacher), ends, strict=True)]
@@ -106,7 +106,7 @@ def test_one_chunk_has_the_likelihood_of_the_sequence():
 
 
 def test_one_model_matches_itself_token_by_token():
-    """Same tokenizer and model: single tokens, and nothing left to learn from the teacher."""
+    """For a model and itself, each token is a chunk and the gradient is 0."""
     student, teacher = sides(same=True)
     hidden = student.hidden.clone().requires_grad_()
     AlmLoss(ce_weight=0.0)(dataclasses.replace(student, hidden=hidden), teacher).loss.backward()
@@ -114,6 +114,6 @@ def test_one_model_matches_itself_token_by_token():
 
 
 def test_unknown_weights_are_named():
-    """A misspelled option must not train with the default."""
+    """An unknown value of `chunk_weights` raises a ValueError instead of using the default."""
     with pytest.raises(ValueError, match="'chunk_count' or 'token_count'"):
         AlmLoss(chunk_weights="mean")

@@ -1,4 +1,4 @@
-"""CDM: weights, groups, candidates and loss, against a twin that reads like the paper."""
+"""Test CDM: warping weights, groups, candidates and loss, against a literal implementation of the paper."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ def weight(entropy, entropies):
 
 
 def path_groups(texts, weights):
-    """Groups of rows from the table of the cheapest paths, filled and followed back by the book."""
+    """Compute the groups of positions from the full table of path costs, traced back from the last cell."""
     total = {(-1, -1): 0.0}
 
     def ways(i, j):
@@ -59,7 +59,7 @@ def nearest(text, candidates, threshold):
 
 
 def matched_pairs(tops, twins, texts, threshold):
-    """(student, teacher) tokens: those that the teacher's candidates lead to, then those that the student's do."""
+    """Return pairs (student token, teacher token): first those of the teacher's candidates, then those of the student's."""
     alone = [
         [(token, text[token]) for token in top if token not in twin and token < len(text) and text[token] is not None]
         for top, twin, text in zip(tops, twins, texts, strict=True)
@@ -77,7 +77,7 @@ def matched_pairs(tops, twins, texts, threshold):
 
 
 def twin_kd(models, logits, targets, top_k, threshold, tau):
-    """The term of one example: KL of each group over its pairs, the groups weighing as many tokens as there are."""
+    """Compute the KL term of one example: the mean over its groups, times its number of student tokens."""
     vocabularies = models.student_tokens, models.teacher_tokens
     matched = [ids.tolist() for ids in exact_overlap(*vocabularies, models.end_tokens)]
     twins = [dict(zip(*matched, strict=True)), dict(zip(*matched[::-1], strict=True))]
@@ -96,7 +96,7 @@ def twin_kd(models, logits, targets, top_k, threshold, tau):
 
 
 def tokenized(soft_cap):
-    """Random rows over the tokens of real texts, with the heads of their tokenizers' vocabularies, padded."""
+    """Return random states for the tokens of real texts, and padded heads for the vocabularies of two tokenizers."""
     encoders = [TextEncoder(build(), "plain") for build in (byte_bpe, bpe_byte_fallback)]
     vocabularies = [tuple(encoder.token_bytes()) for encoder in encoders]
     ids = [
@@ -116,7 +116,10 @@ def tokenized(soft_cap):
 
 
 def test_weights_of_the_specification():
-    """f at e = 0, .25, .5, .75, 1; each example has its own range; a constant entropy has e = 0 and no NaN."""
+    """The warping weights equal those of the specification.
+
+    Each example is scaled by itself, and equal entropies give the lowest weight.
+    """
     values = torch.tensor([*SHARES, *(3 + 2 * share for share in SHARES), 7.0, 7.0, 0.0])
     f = warping_weights(values, torch.tensor([5, 5, 2, 1])).tolist()
     assert f == [3, 3, 4, 5, 5] * 2 + [3] * 3
@@ -125,7 +128,7 @@ def test_weights_of_the_specification():
 
 
 def test_rows_read_the_token_before_theirs_in_their_own_example():
-    """A row that reads the last answer's end pairs with another; markers of a space are nothing of a spelling."""
+    """The text of a position is the token before it in the same example, without spaces."""
     two = dataclasses.replace(logit_side(torch.randn(5, 4), [1, 0, 3, 2, 1]), lengths=torch.tensor([2, 3]))
     one = logit_side(torch.randn(1, 1), [0])
     models = pair((b" cat", b"s", None, b" "), (b"x",), (4, 1), None)
@@ -133,7 +136,7 @@ def test_rows_read_the_token_before_theirs_in_their_own_example():
 
 
 def test_mismatched_rows_of_high_entropy_cost_more():
-    """ "ab" is paired with "abc" as long as that is cheap; where the student is uncertain, with its own spelling only."""
+    """Pairing "ab" with "abc" costs more where the entropy is high, which changes the cheapest path."""
     texts = [["\0", "cd", "ab", "ab"], ["\0", "abc", "ab"]]
 
     def sizes(*entropy):
@@ -146,8 +149,8 @@ def test_mismatched_rows_of_high_entropy_cost_more():
 
 
 @pytest.mark.parametrize(("top_k", "soft_cap", "budget"), [(7, None, 1), (7, 2.0, 600_000), (60, None, 2**27)])
-def test_two_tokenizers_give_the_loss_and_gradient_of_the_twin(monkeypatch, top_k, soft_cap, budget):
-    """Rows and groups of several examples, heads wider than their tokenizers, capped logits, all at once."""
+def test_two_tokenizers_give_the_loss_and_gradient_of_the_reference(monkeypatch, top_k, soft_cap, budget):
+    """Terms and gradients equal those of the literal implementation, for several examples, padded heads and soft caps."""
     monkeypatch.setattr(sys.modules["dwakd.kernels.head_loss"], "BUDGET_BYTES", budget)
     models, (student, teacher) = tokenized(soft_cap)
     leaves = student.hidden.requires_grad_(), student.head.weight
@@ -169,7 +172,7 @@ def test_two_tokenizers_give_the_loss_and_gradient_of_the_twin(monkeypatch, top_
 
 @pytest.mark.parametrize("impl", ["naive", "chunked"])
 def test_one_tokenizer_is_kl_over_the_union_of_candidates(monkeypatch, impl):
-    """Same tokenizer: row by row, every token its own counterpart, the token with id 0 among them, none twice."""
+    """With one tokenizer, the loss is the KL over the union of both candidate sets at each position."""
     monkeypatch.setattr(sys.modules["dwakd.losses.cdm"], "head_loss", partial(head_loss, impl=impl))
     generator = torch.Generator().manual_seed(1)
     own, theirs = (torch.randn(4, 203, generator=generator).double() * 2 for _ in range(2))
@@ -189,7 +192,7 @@ def test_one_tokenizer_is_kl_over_the_union_of_candidates(monkeypatch, impl):
 
 
 def test_the_smallest_loss_is_where_the_models_agree():
-    """The ports soften the student alone: there a student that equals its teacher is pulled away from it."""
+    """If student and teacher have equal logits, loss and gradient are 0."""
     rows = torch.randn(3, 6, generator=torch.Generator().manual_seed(2)).double()
     tokens = tuple(f"t{index}".encode() for index in range(6))
     student, teacher = logit_side(rows.clone().requires_grad_(), [1, 2, 3]), logit_side(rows, [1, 2, 3])
@@ -199,8 +202,8 @@ def test_the_smallest_loss_is_where_the_models_agree():
     assert student.hidden.grad.abs().max() < 1e-12
 
 
-def test_places_without_a_match_teach_nothing():
-    """Masked logits alone would be a uniform distribution of what is not known; special tokens match no spelling."""
+def test_groups_without_a_match_have_no_gradient():
+    """If no candidate has a counterpart, loss and gradient are 0. Special tokens match nothing but end tokens."""
     generator = torch.Generator().manual_seed(3)
     own, theirs = (torch.randn(3, 3, generator=generator) for _ in range(2))
     vocabularies = (b"abcd", b"efgh", None), (b"ijkl", b"mnop", None)
@@ -214,14 +217,14 @@ def test_places_without_a_match_teach_nothing():
 
 @pytest.mark.parametrize(("vocabulary", "count"), [(20, 7), (160, 9), (163, 9), (175, 10)])
 def test_blocks_hold_the_largest_logits(vocabulary, count):
-    """A vocabulary that is no multiple of the block has a rest that must not be lost."""
+    """The largest logits are found for vocabularies of any size, also in an incomplete last block."""
     columns = torch.randn(vocabulary, 6, generator=torch.Generator().manual_seed(vocabulary))
     columns[-2, 3] = 50.0
     assert torch.equal(top_tokens(columns, count), columns.t().topk(count).indices)
 
 
 def test_the_smallest_pair_checks_options():
-    """Options are checked before a model is loaded."""
+    """Options are validated with a vocabulary of one token, before any model is loaded."""
     CdmLoss(pair=smallest_pair())
     head = OutputHead(torch.eye(2))
     CdmLoss(pair=ModelPair(Widths(2, 2, 2, 2), (b"a", b"b"), (b"c",), head, head))

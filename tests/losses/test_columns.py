@@ -1,4 +1,4 @@
-"""Sums over the vocabulary against plain torch, over several blocks and with forbidden tokens."""
+"""Test the sums over the vocabulary against plain torch, with several blocks and a forbidden token."""
 
 import math
 
@@ -11,7 +11,7 @@ from dwakd.losses.columns import cross_entropy, entropy, log_probs_at, log_total
 
 @pytest.fixture
 def columns(monkeypatch):
-    """Logits (vocab, tokens) of three blocks; a token is forbidden."""
+    """Return logits (vocab, tokens) that form three blocks and forbid one token."""
     monkeypatch.setattr(statistics, "CPU_BLOCK", 20)
     values = 5 * torch.randn(11, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     values[7] = -math.inf
@@ -20,7 +20,7 @@ def columns(monkeypatch):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_value_and_gradient_are_those_of_logsumexp(columns, temperature):
-    """A block that is left out, or a temperature in the value alone, is a wrong gradient in most methods."""
+    """Value and gradient of `log_total` equal those of `logsumexp` at several temperatures."""
     upstream = torch.arange(1.0, 5.0, dtype=torch.float64)
     results = []
     for value in (log_total(columns, temperature), (columns / temperature).logsumexp(0)):
@@ -30,7 +30,7 @@ def test_value_and_gradient_are_those_of_logsumexp(columns, temperature):
 
 
 def test_log_probs_and_entropy(columns):
-    """Terms of targets, of candidates and of weights all start from these."""
+    """Log-probabilities, cross-entropy and entropy equal those of `log_softmax`."""
     expected = columns.log_softmax(0)
     ids = torch.tensor([[0, 1, 2, 3], [9, 9, 10, 4]])
     torch.testing.assert_close(log_probs_at(columns, ids), expected.gather(0, ids))

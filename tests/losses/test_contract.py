@@ -1,4 +1,4 @@
-"""What every method must keep, whatever it computes."""
+"""Test the properties that every method must have."""
 
 import copy
 import dataclasses
@@ -42,7 +42,7 @@ def build(name, options=None):
 
 
 def batch(loss, lengths=LENGTHS):
-    """Random rows and heads, as many rows on both sides where the models share a tokenizer."""
+    """Return random examples and heads. Both sides have equal lengths if the method requires one tokenizer."""
     if loss.options.needs_same_vocabulary:
         lengths = [(rows, rows) for rows, _ in lengths]
     return random_examples(lengths), random_heads()
@@ -58,7 +58,7 @@ def run(loss, examples, heads, **options):
 
 
 def test_gradient_reaches_the_student_and_own_parameters_never_the_teacher(method):
-    """A teacher that receives gradient drifts towards the student; a projector without one never learns."""
+    """Gradient reaches the student and every parameter of the loss, but not the teacher."""
     name, loss = method
     examples, heads = batch(loss)
     leaves(examples, heads)
@@ -79,12 +79,12 @@ def test_gradient_reaches_the_student_and_own_parameters_never_the_teacher(metho
 
 
 def test_only_the_base_class_checks_and_reduces(method):
-    """A method with its own `forward` could divide by other tokens, or accept sides that no other method accepts."""
+    """No method overrides `forward`, so all methods check the sides and divide by the number of tokens in the same way."""
     assert type(method[1]).forward is DistillationLoss.forward
 
 
 def test_the_students_head_learns_from_its_own_logits_only(method):
-    """The projected logits use the head as a constant; its gradient is that of CE and student-space KD."""
+    """The student's head gets gradient from the student's own logits. Projected logits use it as a constant."""
     _, loss = method
     examples, heads = batch(loss)
     student, teacher = side(examples, "student", heads[0]), side(examples, "teacher", heads[1])
@@ -101,7 +101,7 @@ def test_the_students_head_learns_from_its_own_logits_only(method):
 
 
 def test_batch_order_changes_nothing(method):
-    """A loss that leaks between examples depends on who sits beside whom."""
+    """The terms do not depend on the order of the examples in the batch."""
     _, loss = method
     examples, heads = batch(loss)
     order = [2, 0, 3, 1]
@@ -111,7 +111,7 @@ def test_batch_order_changes_nothing(method):
 
 
 def test_splitting_the_batch_changes_nothing(method):
-    """Gradient accumulation and ranks must give what one batch gives: reduction and N(.) are those of the whole."""
+    """The losses and gradients of several micro-batches sum to those of the whole batch."""
     _, loss = method
     examples, heads = batch(loss)
     tensors = leaves(examples, heads)
@@ -133,7 +133,7 @@ def test_splitting_the_batch_changes_nothing(method):
 
 
 def test_gradcheck(method):
-    """The gradient is that of the value, where the weights are not (they are constants)."""
+    """The gradient agrees with finite differences. Token weights, which are constants, are turned off."""
     name, loss = method
     if name in ("dwa_kd", "dwa_kd_v2"):
         loss = build(name, {"entropy_weights": False, "gate": False})
@@ -148,7 +148,7 @@ def test_gradcheck(method):
 
 
 def test_num_tokens_may_be_a_tensor(method):
-    """The trainer gives a tensor, so that nothing waits for the device; it must act as the number does."""
+    """`num_tokens` may be a tensor, which the trainer passes to avoid synchronising the device."""
     _, loss = method
     examples, heads = batch(loss)
     tensors = leaves(examples, heads)
@@ -166,7 +166,7 @@ def test_num_tokens_may_be_a_tensor(method):
 
 @pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "forward_kl"])
 def test_other_divergences_in_chunks(name, monkeypatch):
-    """The published scripts' divergences have no gradient by hand; cut row by row they must give the same."""
+    """Divergences without a hand-written gradient give the same terms and gradients in chunks of one token."""
     torch.manual_seed(0)
     loss = build_loss("dwa_kd", {"student_divergence": name}, widths=WIDTHS).double()
     examples, heads = random_examples(LENGTHS), random_heads()
@@ -183,7 +183,7 @@ def test_other_divergences_in_chunks(name, monkeypatch):
 
 
 def test_bfloat16_rows_give_a_finite_loss_close_to_float64(method):
-    """Mixed precision hands over bfloat16 rows; inside, float32 is the least."""
+    """bfloat16 hidden states give a float32 loss that is close to the one in float64."""
     _, loss = method
     examples, heads = batch(loss)
     expected = run(loss, examples, heads).loss.item()
@@ -194,7 +194,7 @@ def test_bfloat16_rows_give_a_finite_loss_close_to_float64(method):
 
 
 def test_state_survives_a_round_trip(method):
-    """Projectors that are trained but not saved make a resumed run another run."""
+    """The state dict contains all learned parameters, so that a resumed run has the same loss."""
     _, loss = method
     other = copy.deepcopy(loss)
     for parameter in other.parameters():
@@ -205,7 +205,7 @@ def test_state_survives_a_round_trip(method):
 
 
 def test_bad_options_are_named(method):
-    """A mistyped option that is ignored silently trains the wrong method."""
+    """An unknown option raises a UserError that names it, instead of being ignored."""
     name, _ = method
     with pytest.raises(UserError, match=r"unknown option loss\.tau of method .* valid ones"):
         build(name, {"tau": 2.0})
@@ -234,7 +234,7 @@ def test_bad_options_are_named(method):
     ],
 )
 def test_bad_values_are_named(method_name, options, message):
-    """Values out of range fail before any model is loaded."""
+    """A value that is not allowed raises a UserError when the loss is built, before any model is loaded."""
     with pytest.raises(UserError, match=message):
         build(method_name, options)
 
@@ -242,7 +242,7 @@ def test_bad_values_are_named(method_name, options, message):
 @pytest.mark.parametrize("impl", ["naive", "chunked"])
 @pytest.mark.parametrize("scale", [0.0, 1e2, 1e3, 1e4])
 def test_extreme_logits(method, scale, impl, monkeypatch):
-    """Untrained and diverging models predict uniformly or with all certainty: the step must still be finite."""
+    """Loss, terms and gradients are finite for logits that are all 0 or very large."""
     use_kernels(monkeypatch, head_loss=partial(head_loss, impl=impl))
     loss = method[1].float()
     examples, heads = batch(loss)
@@ -255,7 +255,7 @@ def test_extreme_logits(method, scale, impl, monkeypatch):
 
 
 def train(name, options, optimiser, dtype):
-    """The losses of twelve steps on one batch, and what was learned."""
+    """Train twelve steps on one batch; return the losses and the trained tensors."""
     loss = build(name, options).to(dtype)
     examples, heads = batch(loss)
     examples = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in e.items()} for e in examples]
@@ -283,7 +283,7 @@ def train(name, options, optimiser, dtype):
 )
 @pytest.mark.parametrize(("name", "options"), ALL)
 def test_twelve_steps_of_fast_kernels(name, options, optimiser, dtype, tolerance, monkeypatch):
-    """A gradient that is right once may read what the step before left; an error of a sign shows after a few steps."""
+    """Twelve steps with the fast kernels give the losses and weights of twelve steps with the naive kernels."""
     torch.manual_seed(1)
     with monkeypatch.context() as patch:
         use_kernels(patch, **{k.__name__: partial(k, impl="naive") for k in (head_loss, sinkhorn, soft_dtw)})
@@ -296,7 +296,7 @@ def test_twelve_steps_of_fast_kernels(name, options, optimiser, dtype, tolerance
 
 
 def numbers(name, kind):
-    """The options of a method that are numbers of a type."""
+    """Return the names of the options of a method that have a numeric type."""
     fields = METHODS[name].options_type.model_fields
     kinds = {key: (field.annotation, *typing.get_args(field.annotation)) for key, field in fields.items()}
     return [key for key, found in kinds.items() if kind in [getattr(part, "__origin__", part) for part in found]]
@@ -304,7 +304,7 @@ def numbers(name, kind):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_numbers_that_are_infinite_are_named(name):
-    """In float32 1e39 is infinite, too: the first step would give NaN, and name nothing."""
+    """Infinite numbers, and those that are infinite in float32, raise an error that names the option."""
     values = {float: (math.inf, -math.inf, math.nan, 1e39, 10**400), int: (10**400, -(10**400))}
     for kind, wrong in values.items():
         for option, value in itertools.product(numbers(name, kind), wrong):
@@ -321,7 +321,10 @@ def needs(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_temperatures_have_a_bound_that_keeps_the_cross_entropy_right(name):
-    """One exponential serves all temperatures: far above the bound it would no longer tell the logits apart."""
+    """The kernels derive the cross-entropy from exponentials at the temperature.
+
+    It stays accurate up to the largest allowed temperature.
+    """
     softened = [option for option in numbers(name, float) if option in ("temperature", "sequence_temperature")]
     for option in softened:
         with pytest.raises(ValueError, match=rf"{option} must be at most 1000"):

@@ -1,4 +1,4 @@
-"""A wrong divergence still trains, just towards something else: values against the specification's table."""
+"""Test the divergences against the specification's table and their mathematical properties."""
 
 import math
 
@@ -24,14 +24,14 @@ TABLE = {
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1, 2])
 def test_values_of_the_table(name, temperature):
-    """A swapped argument or a missing factor would go unnoticed in training."""
+    """The values equal those of the specification at two temperatures."""
     value = divergence(name, 0.1)((TEACHER / temperature).log_softmax(-1), (STUDENT / temperature).log_softmax(-1))
     assert value.item() == pytest.approx(TABLE[name][temperature - 1], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_zero_only_where_equal_and_finite_gradient_there(name):
-    """Equal distributions give 0 / 0 in the adaptive KL unless guarded: one NaN ends a run."""
+    """Equal distributions have divergence 0 and zero gradient; different ones have a positive divergence."""
     logits = torch.randn(5, 9, dtype=torch.float64, requires_grad=True)
     log_q = logits.log_softmax(-1)
     value = divergence(name, 0.1)(log_q.detach(), log_q)
@@ -43,7 +43,7 @@ def test_zero_only_where_equal_and_finite_gradient_there(name):
 
 @pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "adaptive_kl"])
 def test_gradient(name):
-    """Gradient of the learned side, in float64; the adaptive KL holds its two gaps constant, so it has another."""
+    """The gradient agrees with finite differences. The adaptive KL is left out, because its weights are constants."""
     torch.manual_seed(1)
     log_p = torch.randn(3, 7, dtype=torch.float64).log_softmax(-1)
     logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
@@ -51,7 +51,7 @@ def test_gradient(name):
 
 
 def test_bounds_and_limits():
-    """Skews of 0 and 1 are the plain divergences and nothing; both skewed forms are bounded by -log(skew)."""
+    """The skewed divergences and Jensen-Shannon are bounded, and skews of 0 and 1 give the plain KL and 0."""
     log_p, log_q = (torch.randn(50, 30).mul(30).log_softmax(-1) for _ in range(2))
     for kind in ("forward", "reverse"):
         skewed, plain = f"skewed_{kind}_kl", f"{kind}_kl"
@@ -63,8 +63,8 @@ def test_bounds_and_limits():
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_tokens_that_both_forbid_take_no_part(name):
-    """Two heads with forbidden padding rows train: the gradient of a mixture at 0 x inf would be NaN."""
+def test_tokens_that_both_forbid_have_no_effect(name):
+    """Tokens with -inf in both distributions have no effect and get zero gradient, not NaN."""
     torch.manual_seed(0)
     logits, forbidden = torch.randn(2, 3, 7, dtype=torch.float64), torch.tensor([2, 5])
     allowed = torch.tensor([0, 1, 3, 4, 6])
@@ -81,7 +81,10 @@ def test_tokens_that_both_forbid_take_no_part(name):
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("forbidding", ["p", "q"])
 def test_a_token_that_one_side_forbids(name, forbidding):
-    """Infinite where the formula is, so that training stops; else the value and gradient of the formula, not NaN."""
+    """If one distribution has -inf for a token, the value is that of the formula, which may be infinite.
+
+    If the value is finite, the gradient is finite, too.
+    """
     p, q = torch.tensor([[0.6, 0.4, 0.0], [0.5, 0.2, 0.3]], dtype=torch.float64)
     p, q = (p, q) if forbidding == "p" else (q, p)
 
@@ -103,7 +106,7 @@ def test_a_token_that_one_side_forbids(name, forbidding):
     (gradient,) = torch.autograd.grad(value, logits)
     if expected.isfinite():
         assert gradient.isfinite().all()
-        assert gradient.sum().abs() < 1e-12  # a shift of all logits changes nothing
+        assert gradient.sum().abs() < 1e-12  # adding a constant to all logits does not change the value
 
 
 @settings(max_examples=60, deadline=None)
@@ -115,7 +118,7 @@ def test_a_token_that_one_side_forbids(name, forbidding):
     name=st.sampled_from(sorted(DIVERGENCES)),
 )
 def test_never_negative(seed, scale, forbidden, skew, name):
-    """A divergence below 0 rewards the student for leaving the teacher."""
+    """No divergence is negative, for any scale of the logits and any number of forbidden tokens."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(2, 4, 9, generator=generator, dtype=torch.float64) * scale
     log_p, log_q = logits.index_fill(-1, torch.arange(forbidden), -torch.inf).log_softmax(-1)

@@ -1,4 +1,4 @@
-"""DSKD against the hand-sized example of its specification."""
+"""Test DSKD against the hand-sized example of its specification."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.losses.test_dwa_kd import tiny
 
 @pytest.mark.parametrize(("mask", "total"), [(True, 2.725876), (False, 2.974819)])
 def test_values_of_the_specification(mask, total):
-    """The accuracy mask silences student-space KD wherever the projected teacher is wrong."""
+    """The terms equal those of the specification with and without the accuracy mask."""
     reference, student, teacher = tiny()
     loss = DskdLoss(widths=Widths(2, 2, 2, 2), accuracy_mask=mask).double()
     loss.projectors.load_state_dict(
@@ -27,7 +27,7 @@ def test_values_of_the_specification(mask, total):
 
 
 def literal(loss, example, heads, temperature=2.0):
-    """The three terms of DSKD within one vocabulary, written out."""
+    """Compute the three distillation terms of DSKD for models with one tokenizer."""
     maps = loss.projectors
     own = example["student_hidden"] @ heads[0].T
     projected = maps.t2s(example["teacher_hidden"]) @ heads[0].T
@@ -48,8 +48,8 @@ def literal(loss, example, heads, temperature=2.0):
 
 
 @pytest.mark.parametrize("mask", [None, True])
-def test_without_attention_rows_meet_in_place(mask):
-    """Models of one tokenizer need no attention: each row's state goes through the projector alone, unscaled."""
+def test_without_attention_states_are_projected_in_place(mask):
+    """Without attention, each state is projected at its own position, without the normalisation N(x)."""
     torch.manual_seed(0)
     loss = DskdLoss(widths=WIDTHS, alignment="position", accuracy_mask=mask).double()
     assert {name.split(".")[1] for name, _ in loss.named_parameters()} == {"t2s", "s2t"}
@@ -72,7 +72,7 @@ def test_without_attention_rows_meet_in_place(mask):
 
 
 def test_without_attention_sides_of_different_rows_are_refused():
-    """Rows paired by number across tokenizers say nothing of each other."""
+    """Without attention, sides with different numbers of tokens raise a ValueError."""
     examples, heads = random_examples([(5, 7)]), random_heads()
     loss = DskdLoss(widths=WIDTHS, alignment="position").double()
     with pytest.raises(ValueError, match=r"DskdLoss .* 5 tokens .* 7"):
@@ -80,7 +80,7 @@ def test_without_attention_sides_of_different_rows_are_refused():
 
 
 def test_without_attention_embeddings_may_have_any_width():
-    """Only attention adds embeddings to hidden states; a teacher with narrow embeddings is refused for it alone."""
+    """Only attention requires that embeddings and hidden states of the teacher have the same width."""
     widths = Widths(6, 8, 6, 5)
     with pytest.raises(ValueError, match="choose another teacher"):
         DskdLoss(widths=widths)

@@ -1,4 +1,4 @@
-"""DSKDv2 against a literal float64 twin and the degenerate cases of its specification."""
+"""Test DSKDv2 against a literal float64 implementation and in special cases."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ NAMES = ("ce", "t2s_ce", "kd_student", "kd_teacher")
 
 
 def sided(examples, heads, ends):
-    """Both sides, with byte ends per example."""
+    """Return both sides with the given byte ends of each example."""
     flat = [torch.tensor([end for pair in ends for end in pair[which]]) for which in (0, 1)]
     return (
         dataclasses.replace(side(examples, "student", heads[0]), byte_ends=flat[0]),
@@ -24,7 +24,10 @@ def sided(examples, heads, ends):
 
 
 def random_batch(seed):
-    """Ragged examples whose tokens have 0 to 3 bytes each; the last pair of each example ends it on both sides."""
+    """Return ragged examples whose tokens have 0 to 3 bytes.
+
+    The last two tokens of each example end at the same byte on both sides.
+    """
     generator = torch.Generator().manual_seed(seed)
     ends, lengths = [], []
     for _ in range(4):
@@ -38,7 +41,7 @@ def random_batch(seed):
 
 
 def twin_batch(*, steps=5):
-    """Two identical models of one tokenizer."""
+    """Return the sides and the pair of two identical models."""
     torch.manual_seed(0)
     weight = torch.randn(20, 8, dtype=torch.float64)
     tokens = (*(bytes([97 + index]) for index in range(19)), None)
@@ -51,8 +54,8 @@ def twin_batch(*, steps=5):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_literal_twin_on_random_ragged_batches(seed):
-    """Every term, and the gradients that reach the student's rows, its head and t2s."""
+def test_random_ragged_batches_equal_the_literal_reference(seed):
+    """Terms and gradients of the student's states, head and t2s equal the literal implementation."""
     examples, heads, ends = random_batch(seed)
     loss = DskdV2Loss(pair=pair_of(heads), kd_rate=0.3)
     leaves = [e["student_hidden"].requires_grad_() for e in examples]
@@ -72,8 +75,8 @@ def test_literal_twin_on_random_ragged_batches(seed):
         torch.testing.assert_close(ours, literal)
 
 
-def test_start_of_the_twin_is_the_pseudo_inverse():
-    """The twin above takes t2s as it is; here it makes its own."""
+def test_untrained_projectors_are_the_pseudo_inverse():
+    """With untrained projectors, the terms equal those of a literal implementation that computes its own pseudo-inverse."""
     examples, heads, ends = random_batch(0)
     output = DskdV2Loss(pair=pair_of(heads))(*sided(examples, heads, ends))
     expected = reference_v2.exact_token_kd(examples, ends, *heads, pair_of(heads))
@@ -81,8 +84,8 @@ def test_start_of_the_twin_is_the_pseudo_inverse():
         torch.testing.assert_close(output.terms[name], torch.as_tensor(expected[name]), msg=name)
 
 
-def test_some_rows_agree_and_some_do_not():
-    """Guards the twins: a batch where no row, or every row, agrees shows nothing of the mask."""
+def test_random_batches_need_the_agreement_mask():
+    """The random batches contain tokens at which the predictions agree and others, so that the tests above check the mask."""
     seen = set()
     for seed in range(6):
         examples, heads, ends = random_batch(seed)
@@ -97,7 +100,7 @@ def test_some_rows_agree_and_some_do_not():
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_identical_models_have_nothing_to_learn(divergence):
-    """One tokenizer, one model: the maps are identities and only the cross-entropies are left."""
+    """For identical models, the maps are the identity and both divergences are 0."""
     student, teacher, pair = twin_batch()
     loss = DskdV2Loss(pair=pair, divergence=divergence)
     terms = loss(student, teacher).terms
@@ -109,7 +112,7 @@ def test_identical_models_have_nothing_to_learn(divergence):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_every_divergence_in_both_spaces(divergence):
-    """The published code uses one divergence for both spaces, the teacher's included; the maps are identities here."""
+    """The divergence is used in the student's and in the teacher's space."""
     student, teacher, pair = twin_batch()
     student = dataclasses.replace(student, hidden=student.hidden.roll(1, 0).requires_grad_())
     loss = DskdV2Loss(pair=pair, divergence=divergence, agreement_mask=False)
@@ -124,7 +127,10 @@ def test_every_divergence_in_both_spaces(divergence):
 
 
 def test_prediction_without_a_token_of_the_students_drops_out():
-    """GPT-2's unknown token is the end of the text: labels of it teach the student to stop."""
+    """Tokens are left out if the student's vocabulary lacks the teacher's prediction.
+
+    The published code uses the unknown token.
+    """
     student, teacher, pair = twin_batch()
     predicted = teacher.head.logits(teacher.hidden).argmax(-1)
     tokens = list(pair.teacher_tokens)
@@ -140,12 +146,12 @@ def test_prediction_without_a_token_of_the_students_drops_out():
 
 
 def test_end_of_the_text_is_a_label():
-    """The end has no bytes, and a teacher that knows when to stop must be able to say so."""
+    """The end token is a valid label if the teacher predicts it, although it has no bytes."""
     student, teacher, pair = twin_batch()
     hidden = teacher.hidden.clone()
     hidden[4] = 5 * pair.teacher_head.weight[19]
     teacher = dataclasses.replace(teacher, hidden=hidden)
-    pair = dataclasses.replace(pair, student_tokens=(*pair.student_tokens, b"more"))  # of one vocabulary all are shared
+    pair = dataclasses.replace(pair, student_tokens=(*pair.student_tokens, b"more"))
     loss = DskdV2Loss(pair=pair)
     without = DskdV2Loss(pair=dataclasses.replace(pair, end_tokens=None))
     without.load_state_dict(loss.state_dict())
@@ -155,7 +161,7 @@ def test_end_of_the_text_is_a_label():
 
 
 def test_no_aligned_token_leaves_the_cross_entropy():
-    """Two tokenisations may share no span; the batch must not become NaN."""
+    """If no token is aligned, the distillation terms are 0 and the gradient is finite."""
     student, teacher, pair = twin_batch()
     student = dataclasses.replace(student, byte_ends=100 + student.byte_ends, hidden=student.hidden.requires_grad_())
     output = DskdV2Loss(pair=pair)(student, teacher)
@@ -165,7 +171,7 @@ def test_no_aligned_token_leaves_the_cross_entropy():
 
 
 def test_needs_a_teacher():
-    """Without one the error names the method."""
+    """A missing teacher raises a ValueError that names the method."""
     student, _, pair = twin_batch()
     with pytest.raises(ValueError, match="DskdV2Loss needs a teacher"):
         DskdV2Loss(pair=pair)(student)

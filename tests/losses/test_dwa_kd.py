@@ -1,4 +1,4 @@
-"""The flagship against the specification's vectors and a literal float64 twin."""
+"""Test DWA-KD against the specification's vectors and a literal float64 implementation."""
 
 import json
 from functools import partial
@@ -34,7 +34,7 @@ def loss_with_maps(widths, maps, **options):
 
 
 def our_terms_and_gradients(examples, heads, maps, **options):
-    """Terms and gradients with respect to the student's head, hidden rows, target embeddings, and the maps."""
+    """Return the terms, and the gradients of the student's head, hidden states, target embeddings and maps."""
     leaves = [e[key].requires_grad_() for e in examples for key in ("student_hidden", "student_out")]
     student_head = heads[0].requires_grad_()
     widths = Widths(heads[0].shape[1], heads[1].shape[1], heads[0].shape[1], heads[1].shape[1])
@@ -53,7 +53,7 @@ def our_terms_and_gradients(examples, heads, maps, **options):
 @pytest.mark.parametrize("path", VECTORS, ids=lambda path: path.stem)
 @pytest.mark.parametrize(("impl", "head"), [("naive", "naive"), ("cpu", "chunked"), ("cpu", "row_by_row")])
 def test_vectors_of_the_specification(path, impl, head, monkeypatch):
-    """Every term and every gradient of the published vectors; anything else is another method."""
+    """Every term and every gradient equals the published test vectors."""
     if head == "naive":
         monkeypatch.setattr("dwakd.losses.dwa_kd.head_loss", partial(head_loss, impl="naive"))
     if head == "row_by_row":
@@ -85,8 +85,8 @@ def test_vectors_of_the_specification(path, impl, head, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_literal_twin_on_random_ragged_batches(seed):
-    """The vectors have few examples and one band each; random batches reach the rest of the code."""
+def test_random_ragged_batches_equal_the_literal_reference(seed):
+    """Terms and gradients equal the literal implementation on random ragged batches with several options."""
     generator = torch.Generator().manual_seed(seed)
     lengths = [tuple(torch.randint(1, 14, (2,), generator=generator).tolist()) for _ in range(4)]
     options = [
@@ -133,7 +133,7 @@ TINY_HEADS = ([[1, 0], [0, 1], [-1, -1]], [[1, 1], [1, -1], [0, 1], [-1, 0]])
 
 
 def tiny(**options):
-    """The hand-sized example of the specification: query is the identity on both halves, so are all maps."""
+    """Return the hand-sized example of the specification, in which all maps are the identity."""
     example = {name: double(value) for name, value in TINY.items()}
     example |= {"student_target": torch.tensor([0, 1]), "teacher_target": torch.tensor([0, 0, 0])}
     sizes = {"query": 4, "t2s": 2, "s2t": 2, "embedding_t2s": 2}
@@ -147,7 +147,7 @@ def tiny(**options):
 
 
 def test_cross_model_attention_of_the_specification():
-    """Attention over the wrong axis or an unscaled key would still give rows that sum to one."""
+    """Attention weights, projected states and standard deviations equal those of the specification."""
     loss, student, teacher = tiny()
     scale = TeacherScale.of(teacher)
     torch.testing.assert_close(scale.std, double([0.834847, 1.211060, 0.894427]), atol=1e-6, rtol=0)
@@ -175,7 +175,7 @@ def test_cross_model_attention_of_the_specification():
     ],
 )
 def test_end_to_end_values_of_the_specification(options, expected):
-    """Sums over the two tokens of the hand-sized example, paper and published readings apart."""
+    """The terms of the hand-sized example equal the specification's, with the paper's options and the published code's."""
     loss, student, teacher = tiny(**options)
     terms = {name: 2 * value.item() for name, value in loss(student, teacher).terms.items()}
     terms["weighted_kd"] = terms["t2s_ce"] + terms["kd_student"] + terms["kd_teacher"]
@@ -185,7 +185,7 @@ def test_end_to_end_values_of_the_specification(options, expected):
 
 
 def test_weights_of_the_specification():
-    """Rescaling before or after the gate changes how much is distilled at all."""
+    """Token weights equal the specification's, with the entropy rescaled before or after the gate is applied."""
     entropies, gate, three = double([0.5, 2, 1]), double([0.9, 0.5, 0.2]), torch.tensor([3])
     torch.testing.assert_close(
         student_weights(entropies, gate, three), double([0.818182, 1.818182, 0.363636]), atol=1e-6, rtol=0
@@ -197,19 +197,19 @@ def test_weights_of_the_specification():
 
 
 def test_certain_student_gives_zero_weights():
-    """A sequence whose student is fully certain must not turn the whole batch into NaN."""
+    """If the student is certain at all tokens of an example, the weights of this example are 0, not NaN."""
     weights = student_weights(double([0, 0, 1, 3]), double([1, 1, 0.5, 0.5]), torch.tensor([2, 2]))
     torch.testing.assert_close(weights, double([0, 0, 0.5, 1.5]))
 
 
 def test_uniform_teacher_gives_zero_weights():
-    """1 - H / log V of a teacher that knows nothing is rounding, which rescaling would blow up to full weight."""
+    """A uniform teacher has weight 0. Rounding errors of 1 - H / log V must not be rescaled."""
     log_probs = torch.zeros(6, 50257).log_softmax(-1)
     assert teacher_weights(entropy(log_probs), 50257, torch.tensor([6])).abs().sum() == 0
 
 
 def test_band_of_the_specification():
-    """Counting from 0 shifts every centre by a fraction of a token."""
+    """The band equals the specification's, in which token indices begin at 1."""
     attention = double([[[0.7, 0.2, 0.1, 0], [0.1, 0.2, 0.3, 0.4]]])
     lengths = (torch.tensor([2]), torch.tensor([4]))
     penalty = band_penalty(attention, *lengths, base=0.5, entropy_factor=0.5)
@@ -219,7 +219,11 @@ def test_band_of_the_specification():
 
 @pytest.mark.parametrize(("gamma", "expected"), [(2.0, 0.715442), (0.8, 0.447470), (0.1, 0.297758)])
 def test_divergence_of_sequences(gamma, expected):
-    """The divergence and its symmetries: swap, row scale, reversal; zero of a sequence with itself."""
+    """The Soft-DTW divergence has the published value.
+
+    It is symmetric, is 0 for a sequence with itself, and depends neither on the norms of the vectors nor on the
+    direction of both sequences.
+    """
     x, y = double([[1, 0], [0, 1], [1, 1]]), double([[1, 0], [1, 1]])
     three, two = torch.tensor([3]), torch.tensor([2])
 
@@ -234,7 +238,7 @@ def test_divergence_of_sequences(gamma, expected):
 
 
 def test_gamma_schedule_follows_optimiser_steps_and_is_saved():
-    """A schedule that restarts on resume sharpens the alignment twice."""
+    """The schedule of gamma follows the optimiser steps, and the state dict contains the step."""
     loss = DwaKdLoss(widths=Widths(4, 4, 4, 4), gamma=2.0, gamma_end=1.0, gamma_steps=10)
     seen = []
     for step in (0, 5, 10, 50):
@@ -248,7 +252,7 @@ def test_gamma_schedule_follows_optimiser_steps_and_is_saved():
 
 
 def test_unweighted_and_unaligned_is_dskd_without_its_mask():
-    """The two files must not drift apart where the methods coincide."""
+    """Without weights and Soft-DTW, DWA-KD has the loss of DSKD without its accuracy mask."""
     from dwakd.losses import DskdLoss
 
     examples, heads, widths = random_examples([(5, 6), (3, 2)]), random_heads(), Widths(6, 8, 6, 8)

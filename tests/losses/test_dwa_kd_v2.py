@@ -1,4 +1,4 @@
-"""DWA-KDv2 against a literal float64 twin, and where it coincides with DSKDv2."""
+"""Test DWA-KDv2 against a literal float64 implementation, and where it equals DSKDv2."""
 
 import dataclasses
 
@@ -15,8 +15,8 @@ NAMES = ("ce", "t2s_ce", "kd_student", "kd_teacher", "dtw_hidden", "dtw_embeddin
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_literal_twin_on_random_ragged_batches(seed):
-    """Every term, and the gradients that reach the student's rows and embeddings, its head and both projectors."""
+def test_random_ragged_batches_equal_the_literal_reference(seed):
+    """Terms and gradients equal those of the literal implementation for several options."""
     options = [{}, {"band_base": 1.0}, {"band_base": 0.5, "band_blend": 0.0, "gamma": 0.5}, {"band_penalty": 0.3}][seed]
     examples, heads, ends = random_batch(seed)
     torch.manual_seed(seed)
@@ -48,7 +48,7 @@ def test_literal_twin_on_random_ragged_batches(seed):
 
 @pytest.mark.parametrize("mask", [True, False])
 def test_unweighted_and_unaligned_is_dskd_v2(mask):
-    """The two files must not drift apart where the methods coincide."""
+    """Without weights and Soft-DTW, DWA-KDv2 has the loss of DSKDv2."""
     examples, heads, ends = random_batch(1)
     off = {"entropy_weights": False, "gate": False, "teacher_weights": False, "dtw_weight": 0.0}
     ours = DwaKdV2Loss(pair=pair_of(heads), agreement_mask=mask, **off)
@@ -60,7 +60,7 @@ def test_unweighted_and_unaligned_is_dskd_v2(mask):
 
 @pytest.mark.parametrize("name", ["entropy_weights", "gate", "teacher_weights"])
 def test_every_weight_changes_its_term_alone(name):
-    """A switch that does nothing makes a row of the ablation a copy of another."""
+    """Turning off one weight changes only the term that it applies to."""
     examples, heads, ends = random_batch(1)
     sides = sided(examples, heads, ends)
     torch.manual_seed(0)
@@ -73,8 +73,8 @@ def test_every_weight_changes_its_term_alone(name):
     assert changed == {"loss", "kd_teacher" if name == "teacher_weights" else "kd_student"}
 
 
-def test_identical_models_leave_the_embeddings_alone():
-    """One model twice: what is distilled is 0, hidden states included; embedding_t2s alone has something to learn."""
+def test_identical_models_train_only_the_map_of_embeddings():
+    """For identical models, all distillation terms are 0 except the one of the embeddings, whose map is untrained."""
     student, teacher, pair = twin_batch()
     terms = DwaKdV2Loss(pair=pair).double()(student, teacher).terms
     for name in ("kd_student", "kd_teacher", "dtw_hidden"):
@@ -83,16 +83,16 @@ def test_identical_models_leave_the_embeddings_alone():
 
 
 def test_band_follows_the_pairs_and_elsewhere_the_diagonal():
-    """The band of a token without alignment follows the diagonal; the only known code puts it outside the sequence."""
+    """The centre of the band is the aligned token, and the diagonal for tokens without alignment."""
     partners, lengths = torch.tensor([2, -1, 3, 4]), (torch.tensor([3, 1]), torch.tensor([4, 3]))
     band = exact_band(partners, *lengths, base=1.0, blend=1.0, penalty=2.0)
-    # centres 3, 2 * 4 / 3 and 4 of four columns
+    # the centres of the rows are 3, 2 * 4 / 3 and 4, counted from 1, in four columns
     assert band[0].tolist() == [[2, 0, 0, 0], [2, 0, 0, 2], [2, 2, 0, 0]]
     assert band[1, 0, :3].tolist() == [0, 0, 2]
 
 
 def test_band_of_identical_tokenisations_is_exact():
-    """Rounding of the centre must not decide about cells that lie exactly b away."""
+    """With identical tokenisations, rounding of the centre does not change which cells are inside the band."""
     count = 40
     band = exact_band(
         torch.arange(count), torch.tensor([count]), torch.tensor([count]), base=5.0, blend=0.7, penalty=1.0
@@ -102,7 +102,7 @@ def test_band_of_identical_tokenisations_is_exact():
 
 
 def test_no_aligned_token_is_finite():
-    """Without a pair only the cross-entropy and the sequences are left."""
+    """If no token is aligned, the three token-level terms are 0 and the gradient is finite."""
     student, teacher, pair = twin_batch()
     student = dataclasses.replace(student, byte_ends=100 + student.byte_ends, hidden=student.hidden.requires_grad_())
     output = DwaKdV2Loss(pair=pair).double()(student, teacher)
@@ -112,7 +112,7 @@ def test_no_aligned_token_is_finite():
 
 
 def test_needs_a_teacher():
-    """Without one the error names the method."""
+    """A missing teacher raises a ValueError that names the method."""
     student, _, pair = twin_batch()
     with pytest.raises(ValueError, match="DwaKdV2Loss needs a teacher"):
         DwaKdV2Loss(pair=pair)(student)

@@ -1,4 +1,4 @@
-"""Heads that forbid tokens by a bias of -inf: every method gives what a head without these tokens gives."""
+"""Test that heads which forbid tokens by a bias of -inf give the same loss as heads without these tokens."""
 
 import dataclasses
 import math
@@ -14,11 +14,11 @@ from tests.losses.builders import WIDTHS, pair_of, random_examples, random_heads
 from tests.losses.test_contract import ALL, LENGTHS
 
 FORBIDDEN = ([2, 5], [1, 4, 7])
-"""Tokens of the student and of the teacher."""
+"""Forbidden tokens of the student and of the teacher."""
 
 
 def run_forbidding(name, options, dtype, *, removed):
-    """The loss and gradients of heads that forbid tokens, or that never had them."""
+    """Return terms and gradients for heads that forbid tokens or, if `removed`, do not contain them."""
     same = method_options(name, options).needs_same_vocabulary
     sizes, forbidden = ((11, 11), (FORBIDDEN[0],) * 2) if same else ((11, 13), FORBIDDEN)
     weights = [weight.to(dtype) for weight in random_heads(vocabularies=sizes)]
@@ -35,7 +35,7 @@ def run_forbidding(name, options, dtype, *, removed):
     for key, parameter in loss.named_parameters():
         if (
             "projectors.t2s" not in key or METHODS[name].options_type.needs_models == "widths"
-        ):  # else it comes from the heads
+        ):  # maps that are initialised from the heads are kept
             torch.nn.init.normal_(parameter)
     sides = []
     for which, index in (("student", 0), ("teacher", 1)):
@@ -61,7 +61,7 @@ def run_forbidding(name, options, dtype, *, removed):
     [*ALL, ("kd", {"divergence": "jensen_shannon"}), ("gold", {"temperature": 2.0}), ("gold", {"beta": 0.0})],
 )
 def test_forbidden_tokens_are_as_if_they_were_not_there(name, options, impl, monkeypatch):
-    """Heads of some checkpoints forbid their padding by a bias of -inf: a loss of 0 x inf or a mean of -inf is wrong."""
+    """Terms and gradients equal those of heads without the forbidden tokens, as 0 x inf must not occur."""
     use_kernels(monkeypatch, head_loss=partial(head_loss, impl=impl))
     expected = run_forbidding(name, options, torch.float64, removed=True)
     torch.testing.assert_close(run_forbidding(name, options, torch.float64, removed=False), expected)
@@ -69,7 +69,7 @@ def test_forbidden_tokens_are_as_if_they_were_not_there(name, options, impl, mon
 
 @pytest.mark.parametrize("name", METHODS)
 def test_forbidden_tokens_in_float32(name):
-    """The compiled kernels compute float32 only."""
+    """The same holds in float32, which the compiled kernels require."""
     expected = run_forbidding(name, {}, torch.float32, removed=True)
     got = run_forbidding(name, {}, torch.float32, removed=False)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-3)
@@ -77,8 +77,8 @@ def test_forbidden_tokens_in_float32(name):
 
 @pytest.mark.parametrize("impl", ["naive", "chunked"])
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_a_token_that_the_student_alone_forbids_is_infinitely_far(impl, temperature, monkeypatch):
-    """Forward KL has no finite value there: training must stop, not follow a number of 1e30 that a kernel stands in for."""
+def test_a_token_that_only_the_student_forbids_gives_an_infinite_loss(impl, temperature, monkeypatch):
+    """If only the student forbids a token, the forward KL is infinite, so that training stops."""
     use_kernels(monkeypatch, head_loss=partial(head_loss, impl=impl))
     examples, heads = random_examples([(4, 4)], vocabularies=(11, 11)), random_heads(vocabularies=(11, 11))
     examples[0]["student_target"].fill_(1)
@@ -94,7 +94,7 @@ def test_a_token_that_the_student_alone_forbids_is_infinitely_far(impl, temperat
 
 
 def test_padding_of_one_vocabulary_is_no_part_of_golds_share():
-    """With padding rows that are forbidden the matched share would exceed 1, and the weight of the rest be negative."""
+    """Forbidden padding of the heads does not count in the fraction of shared tokens, which must not exceed 1."""
     weights = torch.randn(14, 6), torch.randn(14, 8)
     bias = torch.zeros(14).index_fill(0, torch.tensor([11, 12, 13]), -math.inf)
     tokens = (*(bytes([97 + index]) for index in range(10)), None)

@@ -1,4 +1,4 @@
-"""GOLD: merged groups, matched and unmatched columns, and the identities of one tokenizer."""
+"""Test GOLD: merged groups, shared and unmatched tokens, and special cases with one tokenizer."""
 
 import dataclasses
 import math
@@ -36,14 +36,14 @@ def sides():
     ],
 )
 def test_merged_distributions_of_the_specification(last, probs, targets, expected):
-    """The chain rule: what is realised before (or after) times the distribution of the last (first) token."""
+    """The merged distribution is that of the first or last token times the other tokens' probabilities."""
     rows = logit_side(torch.tensor(probs).log(), targets)
     anchors = Anchors(rows.target_ids, torch.tensor([0, 0]), torch.tensor([not last, last]))
     torch.testing.assert_close(anchors.merged(rows.hidden.t(), slice(0, 2), 1.0).t().exp(), torch.tensor([expected]))
 
 
 def by_hand(student, teacher, *, merge: str, beta: float, temperature: float = 1.0):
-    """Per group, in plain probabilities."""
+    """Compute the JSD and the unmatched difference of each group from plain probabilities."""
     merged = []
     for n, model in enumerate((student, teacher)):
         probs = (model.hidden / temperature).softmax(-1)
@@ -53,7 +53,7 @@ def by_hand(student, teacher, *, merge: str, beta: float, temperature: float = 1
             factor = math.prod([probs[row, model.target_ids[row]] for row in before], start=torch.ones(()).double())
             rows.append(probs[anchor] * factor)
         merged.append(torch.stack(rows))
-    # matched by bytes: cat 0-1, s 1-5, dog 2-3, end 3-4; the teacher's cats 0 and x 2 are left
+    # shared ids (student, teacher): cat 0, 1; s 1, 5; dog 2, 3; end 3, 4. The teacher's cats 0 and x 2 are unmatched
     s, t = merged[0], merged[1][:, [1, 5, 3, 4]]
     m = beta * t + (1 - beta) * s
     jsd = (beta * t * (t / m).log() + (1 - beta) * s * (s / m).log()).sum(-1)
@@ -63,14 +63,14 @@ def by_hand(student, teacher, *, merge: str, beta: float, temperature: float = 1
 @pytest.mark.parametrize("budget", [1, 2**27])
 @pytest.mark.parametrize(("merge", "beta", "temperature"), [("bayesian", 0.5, 1.0), ("observed", 0.3, 2.0)])
 def test_loss_and_gradient_are_those_of_the_formula(monkeypatch, sides, merge, beta, temperature, budget):
-    """Value and gradient come chunk by chunk."""
+    """Terms and gradients equal those of the formula, for several chunk sizes."""
     monkeypatch.setattr(sys.modules["dwakd.kernels.head_loss"], "BUDGET_BYTES", budget)
     student, teacher = sides
     options = {"merge": merge, "beta": beta, "temperature": temperature, "ce_weight": 0.25, "kd_weight": 2.0}
     output = GoldLoss(pair=pair(), **options)(student, teacher)
     jsd, uld = by_hand(student, teacher, merge=merge, beta=beta, temperature=temperature)
     ce = torch.nn.functional.cross_entropy(student.hidden, student.target_ids)
-    expected = {"ce": ce, "jsd": jsd.mean(), "uld": uld.mean()}  # one example: shares are 4/3 of 3 groups over 4 tokens
+    expected = {"ce": ce, "jsd": jsd.mean(), "uld": uld.mean()}  # 3 groups of weight 4/3, divided by 4 tokens
     for name, value in expected.items():
         assert output.terms[name].item() == pytest.approx(value.item(), rel=1e-6)
     total = 0.25 * ce + 2 * (4 / 6 * jsd.mean() + 2 / 6 * uld.mean())
@@ -80,7 +80,7 @@ def test_loss_and_gradient_are_those_of_the_formula(monkeypatch, sides, merge, b
 
 
 def test_unmatched_columns_of_both_sides_are_compared_by_rank():
-    """[.7, .2, .1] against [.1, .5, .15, .25] is 0.4, as ULD says; the longer side's surplus counts."""
+    """Sorted probabilities are compared rank by rank. Those that only the longer row has are added."""
     p, q = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.1, 0.5, 0.15, 0.25]])
     assert sorted_difference(p, q).item() == pytest.approx(0.4, abs=1e-6)
     assert sorted_difference(q, p).item() == pytest.approx(0.4, abs=1e-6)
@@ -89,7 +89,7 @@ def test_unmatched_columns_of_both_sides_are_compared_by_rank():
 
 
 def test_the_gradient_goes_through_the_ranks():
-    """No token in common: the loss is ULD on merged groups, and its gradient that of sorting."""
+    """Without shared tokens, the loss and its gradient are those of ULD on the merged groups."""
     generator = torch.Generator().manual_seed(3)
     own, theirs = (torch.randn(3, width, generator=generator).double() for width in (5, 4))
     student, teacher = logit_side(own.requires_grad_(), [2, 0, 1]), logit_side(theirs, [3, 1, 2])
@@ -104,7 +104,7 @@ def test_the_gradient_goes_through_the_ranks():
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_one_tokenizer_is_generalised_jsd(beta):
-    """Same tokenizer: single tokens, every column matched, the padding of the heads too; nothing left for ranks."""
+    """With one tokenizer, the loss is the JSD of each token over the whole head, and the `uld` term is 0."""
     generator = torch.Generator().manual_seed(1)
     own, theirs = (torch.randn(4, 6, generator=generator).double() for _ in range(2))
     tokens = (b"a", None, b"b", b"c", b"ab")
@@ -120,8 +120,8 @@ def test_one_tokenizer_is_generalised_jsd(beta):
     torch.testing.assert_close(*(torch.autograd.grad(x, own)[0] for x in (output.loss, expected.sum(-1).mean())))
 
 
-def test_unequal_mass_costs_something():
-    """Merged distributions need not sum to 1; a negative divergence would reward a loss of mass."""
+def test_jsd_of_unnormalised_distributions_is_not_negative():
+    """The JSD is at least 0 for merged distributions that do not sum to 1."""
     p = torch.tensor([[0.3, 0.2, 0.0]]).log()
     for scale in (0.01, 0.5, 1.0, 3.0):
         assert generalised_jsd(p, p + math.log(scale), 0.5).item() >= 0
@@ -129,7 +129,7 @@ def test_unequal_mass_costs_something():
 
 
 def test_weights_are_adaptive_or_given(sides):
-    """The share of matched tokens decides by default; one weight alone would leave the other a surprise."""
+    """The weights are by default the fractions of shared and unmatched tokens. Setting only one of them is an error."""
     assert GoldLoss(pair=pair()).matched_weight == pytest.approx(4 / 6)
     loss = GoldLoss(pair=pair(), matched_weight=2.0, unmatched_weight=0.0)
     terms = loss(*sides).terms
@@ -141,7 +141,7 @@ def test_weights_are_adaptive_or_given(sides):
 
 
 def test_the_smallest_pair_checks_options():
-    """Options are checked before a model is loaded."""
+    """Options are validated with a vocabulary of one token, before any model is loaded."""
     GoldLoss(pair=smallest_pair())
     head = OutputHead(torch.eye(2))
     GoldLoss(pair=ModelPair(Widths(2, 2, 2, 2), (b"a", b"b"), (b"c",), head, head))
@@ -150,7 +150,7 @@ def test_the_smallest_pair_checks_options():
 @pytest.mark.parametrize("merge", ["bayesian", "observed"])
 @pytest.mark.parametrize("budget", [1, 600, 2**27])
 def test_chunks_of_several_examples_add_up(monkeypatch, merge, budget):
-    """Rows and groups are counted from the start of a chunk; an error of one example would compare unrelated tokens."""
+    """Chunks of the batch give the terms and the gradient of plain torch, although groups are numbered within a chunk."""
     examples, heads = random_examples([(5, 7), (9, 4), (1, 2), (6, 6)]), random_heads()
     student, teacher = side(examples, "student", heads[0]), side(examples, "teacher", heads[1])
     hidden = student.hidden.requires_grad_()

@@ -1,4 +1,4 @@
-"""Projectors that start from the heads: what is kept, and of which tokens."""
+"""Test the projectors that are initialised from the two heads."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ WIDE = Widths(6, 8, 6, 8)
 
 
 def heads(vocabularies=(40, 43), **options):
-    """Enough shared tokens for full column rank; `options` are fields of the heads."""
+    """Return a pair whose shared tokens give full column rank. `options` are fields of the heads."""
     weights = random_heads(vocabularies=vocabularies)
     pair = pair_of(weights)
     return dataclasses.replace(
@@ -25,7 +25,7 @@ def heads(vocabularies=(40, 43), **options):
 
 
 def test_start_is_least_squares():
-    """A start other than the one that keeps the logits throws the method's point away."""
+    """The initial maps are the least-squares solutions that preserve the logits of shared tokens."""
     pair = heads()
     maps, table = HeadMaps(pair), student_tokens(pair)
     teacher_ids = shared_teacher_ids(pair, table)
@@ -41,7 +41,7 @@ def test_start_is_least_squares():
 
 @pytest.mark.parametrize("count", [3, 8, 50])
 def test_pseudo_inverse_of_any_rank(count):
-    """Fewer shared tokens than dimensions, or equal ones, leave the head without full rank: no explosion."""
+    """The pseudo-inverse equals that of torch for matrices without full rank, too."""
     torch.manual_seed(0)
     rows = torch.randn(count, 8, dtype=torch.float64)
     rows[:, 7] = rows[:, 6]
@@ -50,7 +50,7 @@ def test_pseudo_inverse_of_any_rank(count):
 
 
 def test_one_head_gives_the_identity():
-    """Two models with one head must not be turned against each other."""
+    """If both models have the same head, both maps are the identity."""
     weight = torch.randn(40, 8, dtype=torch.float64)
     tokens = (*(bytes([97 + index]) for index in range(39)), None)
     pair = ModelPair(Widths(8, 8, 8, 8), tokens, tokens, OutputHead(weight), OutputHead(weight), (39, 39))
@@ -60,7 +60,7 @@ def test_one_head_gives_the_identity():
 
 
 def test_biases_and_scales_belong_to_the_logits():
-    """A head with a bias (Phi, GPT-J) or a scale (Cohere, Granite) keeps its logits, not its products."""
+    """The maps preserve logits that include the biases and scales of the heads."""
     torch.manual_seed(0)
     bias = torch.randn(40, dtype=torch.float64)
     pair = heads(
@@ -70,7 +70,7 @@ def test_biases_and_scales_belong_to_the_logits():
     weight = torch.randn(8, 6, dtype=torch.float64)
     table = student_tokens(pair)
     teacher_ids = shared_teacher_ids(pair, table)
-    # a teacher whose shared logits the student can express: rows W^T s, bias of the same form
+    # make the teacher's shared logits a linear function of the student's, so that the fit is exact
     rows = pair.teacher_head.weight.clone()
     rows[teacher_ids] = pair.student_head.weight[table[teacher_ids]] @ weight.T * 0.25 / 3.0
     offsets = torch.randn(40, dtype=torch.float64)
@@ -85,7 +85,7 @@ def test_biases_and_scales_belong_to_the_logits():
 
 
 def test_s2t_follows_the_students_head_without_gradient_to_it():
-    """A map from the first head drifts away from the student; one with gradient lets KD move the head."""
+    """s2t is recomputed from the student's current head, which gets no gradient through it."""
     pair = heads()
     maps = HeadMaps(pair)
     head = OutputHead((2 * pair.student_head.weight).requires_grad_())
@@ -100,7 +100,7 @@ def test_s2t_follows_the_students_head_without_gradient_to_it():
 
 
 def test_s2t_of_a_frozen_head_is_kept_and_of_a_trained_one_never():
-    """Under LoRA the map is a constant and dear; a stale one of a head that trains is wrong."""
+    """s2t is cached while the head is frozen and unchanged, and recomputed at each call if the head is trained."""
     pair, hidden = heads(), torch.randn(4, 6, dtype=torch.float64)
     maps, head = HeadMaps(pair), OutputHead(pair.student_head.weight.clone())
     first = maps.s2t(hidden, head, pair.teacher_head)
@@ -118,7 +118,7 @@ def test_s2t_of_a_frozen_head_is_kept_and_of_a_trained_one_never():
 
 
 def test_tokens_are_shared_by_their_bytes():
-    """Byte pieces, padding rows of the head, ends of another spelling; never the unknown token for what is missing."""
+    """Tokens with equal bytes and the end tokens are shared; special tokens and padding of the heads are not."""
     student = (None, b"A", b" a", b"A", b"\n", None)
     teacher = (b"\n", b" a", b"a", b"A", b"", None, None)
     weights = torch.randn(6, 4, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
@@ -129,7 +129,7 @@ def test_tokens_are_shared_by_their_bytes():
 
 
 def test_one_vocabulary_is_shared_whole():
-    """Special tokens and byte pieces included; rows that pad the head are nobody's."""
+    """With one vocabulary, all tokens are shared, special tokens included, but not the padding of the heads."""
     tokens = (None, b"A", b" a", b"A", None)
     weights = torch.randn(6, 4, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
     pair = ModelPair(Widths(4, 5, 4, 5), tokens, tokens, *map(OutputHead, weights), (4, 4))
@@ -137,7 +137,7 @@ def test_one_vocabulary_is_shared_whole():
 
 
 def test_forbidden_tokens_are_not_shared():
-    """A bias of -inf (a token shut out) would make every map NaN."""
+    """Tokens with a bias of -inf are not shared. They would make the maps NaN."""
     bias = torch.zeros(40, dtype=torch.float64)
     bias[3] = -torch.inf
     pair = heads((40, 43), student={"bias": bias})
@@ -152,14 +152,14 @@ def test_forbidden_tokens_are_not_shared():
 
 
 def test_nothing_shared_is_named():
-    """Without one shared token there is nothing to start from, and a map of zeros would train for days."""
+    """Vocabularies without a shared token raise a ValueError."""
     pair = dataclasses.replace(pair_of(random_heads()), teacher_tokens=(b"?",) * 13, end_tokens=None)
     with pytest.raises(ValueError, match="share no token"):
         HeadMaps(pair)
 
 
 def test_half_precision_heads_are_fitted_in_float32():
-    """A Gram matrix in bfloat16 has no inverse worth the name."""
+    """The maps of bfloat16 heads are computed in float32 and stay close to those in float64."""
     pair = heads()
     low = dataclasses.replace(
         pair,

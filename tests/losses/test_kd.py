@@ -1,4 +1,4 @@
-"""KD of one vocabulary against the specification's table, and where heads, rows and tokenizers differ."""
+"""Test KD between models with one tokenizer against the specification's table and in special cases."""
 
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ from tests.losses.test_divergences import STUDENT, TABLE, TEACHER
 
 
 def rows_of(logits: torch.Tensor, head: torch.Tensor | None = None) -> ModelSide:
-    """A side whose logits are these: its head is the identity unless given."""
+    """Return a side with these logits, whose head is the identity by default."""
     rows, vocab = logits.shape
     return ModelSide(
         hidden=logits,
@@ -31,7 +31,7 @@ def rows_of(logits: torch.Tensor, head: torch.Tensor | None = None) -> ModelSide
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1, 2])
 def test_values_of_the_table(name, temperature):
-    """Teacher and student swapped, or the temperature on one side only, still train: towards something else."""
+    """The terms equal the values of the specification for every divergence and two temperatures."""
     loss = KdLoss(divergence=name, temperature=temperature, kd_rate=0.25)
     output = loss(rows_of(STUDENT), rows_of(TEACHER))
     kd, ce = TABLE[name][temperature - 1], -STUDENT.log_softmax(-1)[0, 0].item()
@@ -43,7 +43,7 @@ def test_values_of_the_table(name, temperature):
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("wider", ["student", "teacher"])
 def test_heads_padded_to_different_widths(name, wider):
-    """Qwen's heads differ in unused rows only: they take part in no divergence, whatever they hold."""
+    """Head entries that only one model has do not change the divergence. The cross-entropy includes them."""
     logits = {"student": torch.randn(5, 9).double(), "teacher": torch.randn(5, 9).double()}
     loss = KdLoss(divergence=name)
     even = loss(rows_of(logits["student"]), rows_of(logits["teacher"])).terms["kd"]
@@ -57,7 +57,7 @@ def test_heads_padded_to_different_widths(name, wider):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.0])
 @pytest.mark.parametrize("widths", [(9, 11), (11, 9)])
 def test_the_fast_gradient_is_that_of_the_formula(temperature, widths, monkeypatch):
-    """Value and gradient of the default divergence, which is computed separately, must be those of plain torch."""
+    """The fast implementation of the default divergence gives the loss and gradients of plain torch."""
     results = []
     for impl in ("naive", "chunked"):
         use_kernels(monkeypatch, head_loss=partial(head_loss, impl=impl, budget=1000))
@@ -76,7 +76,7 @@ def test_the_fast_gradient_is_that_of_the_formula(temperature, widths, monkeypat
 
 
 def test_the_same_model_gives_zero():
-    """A pairing shifted by one row would give a divergence between a model and itself."""
+    """The divergence between a model and itself is 0."""
     examples, heads = random_examples([(5, 5), (3, 3)]), random_heads()
     student = side(examples, "student", heads[0])
     for name in DIVERGENCES:
@@ -86,7 +86,7 @@ def test_the_same_model_gives_zero():
 
 
 def test_sides_of_different_rows_are_refused():
-    """Rows of two tokenizers paired by number train towards other positions' distributions."""
+    """Sides with different numbers of tokens and a missing teacher raise a ValueError."""
     examples, heads = random_examples([(5, 7)]), random_heads()
     sides = [side(examples, name, head) for name, head in zip(("student", "teacher"), heads, strict=True)]
     with pytest.raises(ValueError, match=r"KdLoss .* 5 tokens .* 7"):

@@ -1,4 +1,4 @@
-"""MinED: what is carried over, to which token, and where; and the alignment of a data set."""
+"""Test MinED: the map between vocabularies, the loss, and the alignment of a data set."""
 
 import dataclasses
 import sys
@@ -16,12 +16,12 @@ from tests.builders import SAMPLE_TEXTS, bpe_byte_fallback, byte_bpe, unigram_by
 from tests.training.builders import trainer
 
 STUDENT, TEACHER = (b"cat", b"s", b"dog", None), (b"cats", b"cat", b"x", b"dog", None, b"s")
-# by hand: cats -> cat, cat -> cat, x -> s (the first at distance 1), dog -> dog, end -> end, s -> s
+# the nearest tokens: cats -> cat, cat -> cat, x -> s (the first at distance 1), dog -> dog, end -> end, s -> s
 STUDENT_OF = [0, 0, 1, 2, 3, 1]
 
 
 def logit_side(logits: torch.Tensor, targets: list[int], aligned: list[int] | None = None) -> ModelSide:
-    """A side whose head is the identity: its hidden rows are its logits."""
+    """Return a side whose head is the identity, so that its hidden states are its logits."""
     return ModelSide(
         hidden=logits,
         input_embeddings=logits.detach(),
@@ -52,7 +52,7 @@ def kl(p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("tau", [0.7, 1.0, 2.0])
 def test_mass_goes_to_the_nearest_spelling(sides, tau):
-    """The probability of a teacher token without an equal student token goes to the nearest token, and only there."""
+    """The probability of each teacher token is added to the student token of least edit distance."""
     student, teacher = sides
     loss = MinEdLoss(pair=pair(), temperature=tau)
     assert loss.student_of.tolist() == STUDENT_OF
@@ -67,7 +67,11 @@ def test_mass_goes_to_the_nearest_spelling(sides, tau):
 
 
 def test_the_port_keeps_the_first_teacher_token(sides):
-    """As published: logits of the first mapped id, all others -1e5, and 100 on the label where no row is aligned."""
+    """With `vocabulary_map="first"`, the targets are those of the published code.
+
+    Their logits are -1e5 for tokens to which no teacher token is mapped. At unaligned positions, the label has the
+    logit 100.
+    """
     student, teacher = sides
     loss = MinEdLoss(pair=pair(), vocabulary_map="first")
     assert loss.student_of.tolist() == [0, -1, 1, 2, 3, -1]
@@ -81,7 +85,7 @@ def test_the_port_keeps_the_first_teacher_token(sides):
 @pytest.mark.parametrize("budget", [1, 2**27])
 @pytest.mark.parametrize("tau", [0.7, 1.0, 2.0, 3.0])
 def test_the_gradient_by_hand_is_that_of_the_formula(monkeypatch, sides, tau, budget):
-    """Value and gradient are computed in place, block by block."""
+    """The in-place computation gives the loss and the gradient of plain torch."""
     monkeypatch.setattr(sys.modules["dwakd.kernels.head_loss"], "BUDGET_BYTES", budget)
     loss = MinEdLoss(pair=pair(), temperature=tau, kd_rate=0.3)
     results = []
@@ -95,7 +99,7 @@ def test_the_gradient_by_hand_is_that_of_the_formula(monkeypatch, sides, tau, bu
 
 
 def test_one_vocabulary_is_forward_kl():
-    """Same tokenizer: the identity, on every column that both heads share; the teacher's padding takes no part."""
+    """With one tokenizer, the loss is the forward KL over the vocabulary entries that both heads have."""
     generator = torch.Generator().manual_seed(1)
     own, theirs = torch.randn(4, 5, generator=generator), torch.randn(4, 7, generator=generator)
     tokens = (b"a", None, b"b", b"c", b"ab")
@@ -106,7 +110,7 @@ def test_one_vocabulary_is_forward_kl():
 
 
 def test_targets_leave_the_students_logits_alone():
-    """The port's targets are a view of float32 logits: they overwrite the prediction and the loss is 0."""
+    """The computation does not overwrite the student's logits, unlike the published code."""
     generator = torch.Generator().manual_seed(2)
     own = torch.randn(3, 4, generator=generator)
     before = own.clone()
@@ -116,7 +120,7 @@ def test_targets_leave_the_students_logits_alone():
 
 
 def test_same_prefix_drops_rows_that_have_read_other_text(sides):
-    """Warping promises nothing about the text so far; the option does."""
+    """`same_prefix` removes aligned positions at which the models have read different text."""
     student, teacher = sides
     student = dataclasses.replace(student, byte_ends=torch.tensor([2, 4, 4]))
     teacher = dataclasses.replace(teacher, aligned_rows=torch.tensor([0, 1, 2]), byte_ends=torch.tensor([3, 4, 4]))
@@ -126,7 +130,7 @@ def test_same_prefix_drops_rows_that_have_read_other_text(sides):
 
 
 def test_what_is_missing_or_unknown_is_named(sides):
-    """Rows without alignment would all count as unaligned: a second cross-entropy in place of a teacher."""
+    """A missing alignment or an unknown option raises a ValueError that names it."""
     student, teacher = sides
     with pytest.raises(ValueError, match="needs aligned_rows"):
         MinEdLoss(pair=pair())(student, dataclasses.replace(teacher, aligned_rows=None))
@@ -146,14 +150,14 @@ def aligned(*builders):
 
 @pytest.mark.parametrize("build", [byte_bpe, unigram_byte_fallback])
 def test_one_tokenizer_accepts_every_position(build):
-    """Same tokenizer: the alignment is the identity."""
+    """With one tokenizer, each position is aligned with itself."""
     pairs, _ = aligned(build, build)
     for row in pairs.rows:
         assert row.teachers[0].aligned_rows.tolist() == list(range(len(row.student.byte_ends)))
 
 
 def test_aligned_rows_read_the_same_and_reach_the_batch():
-    """A teacher's row one off teaches the word before or after."""
+    """Most positions are aligned, aligned tokens have equal bytes, and the collated batch contains the alignment."""
     pairs, encoders = aligned(byte_bpe, bpe_byte_fallback)
     spelled = [encoder.token_bytes() for encoder in encoders]
     batch = collate([pairs[index] for index in range(len(pairs))])
@@ -174,19 +178,19 @@ def test_aligned_rows_read_the_same_and_reach_the_batch():
 
 
 def test_equal_student_tokens_follow_one_teacher_token():
-    """If only one of them were kept, the others would learn the target a second time instead of the teacher."""
+    """Several student tokens may be aligned with the same teacher token."""
     words = ["abcd", "efgh"]
     encoders = [TextEncoder(byte_bpe(texts), "plain") for texts in (words, [*words, "---"])]
     pairs = encode_pairs([Example(0, "abcd", response="efgh---efgh")], *encoders)
     align_by_spelling(pairs, *encoders)
     student, teacher = pairs.rows[0].student, pairs.rows[0].teachers[0]
     assert [len(side.byte_ends) for side in (student, teacher)] == [6, 4]
-    # read by the student: abcd efgh - - - efgh; by the teacher: abcd efgh --- efgh
+    # the student reads abcd efgh - - - efgh, the teacher abcd efgh --- efgh
     assert teacher.aligned_rows.tolist() == [0, 1, 2, 2, 2, 3]
 
 
 def test_a_run_aligns_its_data_sets(tmp_path):
-    """Only a method that asks for the alignment pays for it, and training and evaluation both get it."""
+    """Training and evaluation data are aligned for methods that need the alignment, and only for these."""
     rows = [{"prompt": "Name one.", "response": "A red door."}]
     run = trainer(tmp_path, method="min_ed", eval_rows=rows, max_steps=2)
     assert "aligned_rows" in run.train_dataset[0]["teachers"][0]

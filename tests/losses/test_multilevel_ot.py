@@ -1,4 +1,4 @@
-"""MultiLevelOT against its specification: hand-sized values, symmetries, its port, and the gradient by hand."""
+"""Test MultiLevelOT: values of the specification, symmetries, the published code, and the hand-written gradient."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def sums(loss, student, teacher, rows=2):
 
 
 def test_values_of_the_specification():
-    """Orders per position, or of the student by the teacher's, would be another method."""
+    """The terms equal those of the specification. Tokens are sorted once for the sequence, by each model on its own."""
     loss = MultiLevelOtLoss(top_k=2, sequence_temperature=1.0)
     terms = sums(loss, rows_of(STUDENT), rows_of(TEACHER))
     assert terms["absolute"] == pytest.approx(0.45, abs=1e-9)
@@ -32,7 +32,7 @@ def test_values_of_the_specification():
 
 
 def test_the_temperature_of_the_sequence_level_is_its_own():
-    """Costs of sinkhorn come from distributions at temperature 2, the other levels' from those at 1."""
+    """The Sinkhorn costs use `sequence_temperature`, the other terms `temperature`."""
     terms = sums(MultiLevelOtLoss(top_k=2), rows_of(STUDENT), rows_of(TEACHER))
     t, s = ((side / 2).softmax(-1) for side in (TEACHER, STUDENT))
     cost = torch.cdist(t[:, [1, 0]], s[:, [2, 0]], p=1)
@@ -41,7 +41,10 @@ def test_the_temperature_of_the_sequence_level_is_its_own():
 
 
 def test_names_of_tokens_change_nothing_unless_they_change_between_positions():
-    """One order for the whole sequence is what separates the method from ULD."""
+    """Renaming tokens changes nothing if it is the same at all positions.
+
+    Unlike ULD, the loss depends on renaming at one position.
+    """
     loss, student = MultiLevelOtLoss(top_k=2), rows_of(STUDENT)
     expected = sums(loss, student, rows_of(TEACHER))
     assert sums(loss, student, rows_of(TEACHER[:, [2, 0, 1]])) == pytest.approx(expected, abs=1e-9)
@@ -52,7 +55,10 @@ def test_names_of_tokens_change_nothing_unless_they_change_between_positions():
 
 
 def test_positions_permuted_together_leave_the_sequence_level():
-    """Transport between positions asks only which are near, not where they stand."""
+    """Permuting the positions of both models changes no term.
+
+    Permuting those of one model changes all but the transport cost.
+    """
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(6, width, generator=generator).double() for width in (9, 11))
     order, other = (torch.randperm(6, generator=generator) for _ in range(2))
@@ -61,13 +67,13 @@ def test_positions_permuted_together_leave_the_sequence_level():
     both = sums(loss, rows_of(student[order]), rows_of(teacher[order]))
     assert [both[name] for name in OT] == pytest.approx([expected[name] for name in OT], abs=1e-9)
     one = sums(loss, rows_of(student[other]), rows_of(teacher))
-    # rows are scaled before columns, and 20 scalings leave the rows' order in the last digits
+    # 20 iterations do not converge fully, so the order of the rows still affects the last digits
     assert one["sinkhorn"] == pytest.approx(expected["sinkhorn"], abs=1e-6)
     assert one["absolute"] != pytest.approx(expected["absolute"], abs=1e-3)
 
 
 def test_the_same_model_gives_zero_distances():
-    """With distinct tokens, the identity is the cheapest transport and costs nothing."""
+    """For a model and itself, the `absolute` and the `sinkhorn` term are 0."""
     distinct = 30 * torch.eye(5, 9).double()
     terms = sums(MultiLevelOtLoss(sequence_temperature=1.0), rows_of(distinct), rows_of(distinct), rows=5)
     assert terms["absolute"] == pytest.approx(0, abs=1e-9)
@@ -76,7 +82,7 @@ def test_the_same_model_gives_zero_distances():
 
 @pytest.mark.parametrize("lengths", [[(3, 5)], [(5, 2)], [(4, 6), (3, 1), (1, 1), (2, 2)]])
 def test_responses_of_unequal_lengths(lengths):
-    """The paper leaves S != T open: pairs up to the shorter, and all positions in the transport."""
+    """For unequal lengths, positions are paired up to the shorter length, and the transport is between all positions."""
     examples, heads = random_examples(lengths), random_heads()
     terms = MultiLevelOtLoss(top_k=4)(side(examples, "student", heads[0]), side(examples, "teacher", heads[1])).terms
     expected = dict.fromkeys(OT, 0.0)
@@ -98,7 +104,7 @@ def test_responses_of_unequal_lengths(lengths):
 
 
 def test_the_port_divides_by_deviations_and_softens_twice():
-    """Tables made with the port can be compared only with what it computes."""
+    """`variant="mcw_kd"` computes the loss of the published port, which normalises logits and softens them twice."""
     generator = torch.Generator().manual_seed(3)
     student, teacher = (torch.randn(4, width, generator=generator).double() for width in (9, 11))
     scaled = [z / (z.std(-1, keepdim=True) + 1e-4) / 2 for z in (student, teacher)]
@@ -113,7 +119,7 @@ def test_the_port_divides_by_deviations_and_softens_twice():
 
 @pytest.mark.parametrize("temperatures", [(1.0, 2.0), (2.0, 2.0), (0.7, 1.5), (1.0, 1.0)])
 def test_chunks_of_several_examples_add_up(temperatures):
-    """Value and gradient in chunks of a few examples are those of all examples at once."""
+    """Chunks of a few examples give the terms and gradients of plain torch."""
     results = []
     for impl in ("naive", "chunked"):
         generator = torch.Generator().manual_seed(1)
@@ -137,7 +143,7 @@ def test_chunks_of_several_examples_add_up(temperatures):
 
 @pytest.mark.parametrize("variant", ["paper", "mcw_kd"])
 def test_the_callers_tensors_stay_as_they_are(variant):
-    """The port writes into the model's own logits and labels."""
+    """The loss does not change the caller's tensors, unlike the published port."""
     examples, heads = random_examples([(4, 6), (3, 2)]), random_heads()
     sides = side(examples, "student", heads[0]), side(examples, "teacher", heads[1])
     tensors = [t for given in sides for t in (given.hidden, given.target_ids, given.head.weight)]

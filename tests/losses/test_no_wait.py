@@ -1,4 +1,4 @@
-"""On a GPU the host must run ahead of the device: no loss may read a value of a tensor."""
+"""Test that losses never read the value of a tensor on the host, which would make it wait for a GPU."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ WAITS = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 def features():
-    """Two examples of other lengths on either side."""
+    """Return the features of two examples with different lengths on both sides."""
     rows = []
     for example, (prompt, own, other) in enumerate([(2, 5, 4), (3, 2, 6)]):
         student, teacher = (
@@ -39,7 +39,7 @@ def model(width):
 
 
 def step(method, batch, options=None, change=lambda side: side):
-    """Rows of both models and the loss with its gradient, over tensors that have no values."""
+    """Run both models, the loss and the backward pass on fake tensors, which have no values."""
     student = model(16)
     loss = build_loss(method, options, widths=WIDTHS)
     teacher = None if method == "sft" else OnlineTeacher(model(24)).side(*batch.teachers)
@@ -49,7 +49,7 @@ def step(method, batch, options=None, change=lambda side: side):
 
 @pytest.fixture
 def without_values(monkeypatch):
-    """Kernels of a CPU read their input: Soft-DTW's waits are its own tests'."""
+    """Use fake tensors. The kernel of Soft-DTW, which reads its input on a CPU, is replaced."""
     monkeypatch.setattr(alignment, "soft_dtw", lambda costs, *arguments, **options: costs.sum((1, 2)))
     with FakeTensorMode():
         yield
@@ -59,11 +59,12 @@ def without_values(monkeypatch):
     ("method", "options"),
     [("sft", {}), ("dskd", {}), ("dwa_kd", {}), ("dwa_kd", {"band": False}), ("dwa_kd", {"entropy_weights": False})],
 )
-def test_a_step_asks_the_device_for_nothing(method, options, without_values):
+def test_a_step_reads_no_values(method, options, without_values):
+    """A training step reads no value of a tensor."""
     step(method, collate(features()), options)
 
 
-def test_the_guard_sees_a_wait(without_values):
-    """Else the test above could not fail."""
+def test_reading_a_value_raises_an_error(without_values):
+    """The fake tensors raise an error if a value is read, so that the test above can fail."""
     with pytest.raises(WAITS):
         step("dwa_kd", collate(features()), change=lambda side: dataclasses.replace(side, num_rows=None))

@@ -1,4 +1,4 @@
-"""Several teachers: shares that sum to one, and a gate that moves them token by token."""
+"""Test several teachers: mixture weights, and the gate weights of each token."""
 
 import copy
 import dataclasses
@@ -30,7 +30,7 @@ def sides(seed=0, same_rows=False):
 
 @pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].options_type.needs_teacher])
 def test_the_same_teacher_twice_is_one_teacher(name):
-    """Whatever the shares: a second opinion that is no other must not change what is learnt, or how much."""
+    """Two copies of one teacher give the loss and the gradient of this teacher, for any mixture weights."""
     loss = build(name)
     student, teacher = sides(same_rows=loss.options.needs_same_vocabulary)
     results = []
@@ -48,7 +48,7 @@ def test_the_same_teacher_twice_is_one_teacher(name):
 
 
 def test_weights_alone_give_the_weighted_sum():
-    """The simple option: no gate, and no terms of one."""
+    """With gate "weights", the loss is the weighted sum of the losses and there are no terms of the gate."""
     (student, first), (_, second) = sides(0), sides(1)
     losses = [build("dwa_kd", seed) for seed in (0, 1)]
     output = SeveralTeachers(losses, [1, 3], gate="weights")(student, [first, second])
@@ -59,7 +59,7 @@ def test_weights_alone_give_the_weighted_sum():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.1])
 def test_the_gate_is_a_softmax_of_projected_confidence(temperature):
-    """By the formula, from the attention up: shares times exp(g / T), over their sum, row by row."""
+    """The gate weights are a softmax over the projected teachers' largest probabilities, with the mixture weights as prior."""
     (student, first), (_, second) = sides(0), sides(1)
     teachers, losses, shares = [first, second], [build("dwa_kd", seed) for seed in (0, 1)], [0.25, 0.75]
     odds = []
@@ -77,12 +77,12 @@ def test_the_gate_is_a_softmax_of_projected_confidence(temperature):
     output = SeveralTeachers(losses, shares, temperature=temperature)(student, teachers)
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-10)
     assert output.terms["gate_1"].item() == pytest.approx(gate_weights[0].mean().item(), rel=1e-10)
-    assert not torch.allclose(gate_weights[0], gate_weights[0].mean(), atol=1e-3)  # else the gate would be the weights
+    assert not torch.allclose(gate_weights[0], gate_weights[0].mean(), atol=1e-3)  # they differ between tokens
 
 
 @pytest.mark.parametrize("name", PROJECTING)
 def test_gate_weights_weigh_rows_of_the_student_space_alone(name):
-    """Twice the gate weight is twice the divergence; the maps and the teacher's space learn as before."""
+    """Gate weights multiply the student-space divergence of each token and no other term."""
     loss = build(name)
     student, teacher = sides()
     rows = len(student.target_ids)
@@ -98,7 +98,7 @@ def test_gate_weights_weigh_rows_of_the_student_space_alone(name):
 
 
 def test_what_does_not_fit_is_named():
-    """Weights that are dropped or negative would train on other teachers than the recipe says."""
+    """Invalid weights and gate options raise a UserError that names the option."""
     losses = [build("dwa_kd"), build("dwa_kd")]
     for options, message in (
         ({"weights": [1.0]}, "teacher_weights .*2 teachers.* got 1"),
@@ -106,9 +106,9 @@ def test_what_does_not_fit_is_named():
         ({"weights": [1.0, math.inf]}, "above 0"),
         ({"gate": "best"}, "teacher_gate must be 'confidence' or 'weights', got 'best'"),
         ({"weights": [1.0, math.nan]}, "teacher_weights"),
-        ({"weights": [1e30, 5e-324]}, "teacher_weights"),  # a share of exactly 0
+        ({"weights": [1e30, 5e-324]}, "teacher_weights"),  # the rescaled weight would be 0
         ({"temperature": 0.0}, "teacher_gate_temperature"),
-        ({"temperature": 1e-300}, "teacher_gate_temperature"),  # infinite odds
+        ({"temperature": 1e-300}, "teacher_gate_temperature"),  # the softmax would overflow
         ({"temperature": math.inf}, "teacher_gate_temperature"),
         ({"temperature": math.nan}, "teacher_gate_temperature"),
     ):

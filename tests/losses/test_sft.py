@@ -1,4 +1,4 @@
-"""SFT is the cross-entropy that torch computes from whole logits."""
+"""Test that SFT is the cross-entropy which torch computes from whole logits."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.losses.builders import random_examples, random_heads, side
 
 
 def test_sft_is_the_cross_entropy_of_the_response():
-    """A sum per token over all examples, divided once: a mean of means would weigh short answers more."""
+    """The loss is the mean over all tokens of the batch, not a mean of the means of the examples."""
     heads = random_heads()
     student = side(random_examples([(5, 7), (9, 4), (1, 2)]), "student", heads[0])
     expected = torch.nn.functional.cross_entropy(student.hidden @ heads[0].T, student.target_ids)

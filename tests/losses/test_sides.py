@@ -1,4 +1,4 @@
-"""What a caller may hand to a loss: all methods refuse the same mistakes, each in one sentence."""
+"""Test that all methods refuse invalid sides with the same messages."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ def sides(lengths=LENGTHS, **options):
 
 
 def changed(given, **fields):
-    """A side with other tensors, whatever their shapes."""
+    """Return a side with replaced tensors, without checking their shapes."""
     other = dataclasses.replace(given)
     for name, value in fields.items():
         object.__setattr__(other, name, value)
@@ -35,7 +35,7 @@ def changed(given, **fields):
 
 
 def wrong_sides(given, name):
-    """Sides that no method takes, and what the message must name."""
+    """Yield invalid sides, each with a pattern of the expected message."""
     target_ids = given.target_ids.clone()
     for value in (-100, -1, given.head.vocab_size):
         target_ids[3] = value
@@ -55,7 +55,7 @@ def wrong_sides(given, name):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("wrong", ["student", "teacher"])
 def test_wrong_sides_are_named(name, wrong):
-    """Token -100 counts from the vocabulary's end and an example without rows shifts all others: training goes wrong."""
+    """Invalid targets, lengths and shapes raise a ValueError that names the tensor and the value."""
     if name == "sft" and wrong == "teacher":
         pytest.skip("the teacher is ignored")
     loss, pair = build(name), dict(zip(("student", "teacher"), sides(), strict=True))
@@ -67,14 +67,14 @@ def test_wrong_sides_are_named(name, wrong):
 
 @pytest.mark.parametrize("name", TEACHERS)
 def test_sides_of_other_examples_are_named(name):
-    """Two examples against three are compared across examples without an error."""
+    """Sides with different numbers of examples raise a ValueError with both numbers."""
     (student, _), (_, teacher) = sides(), sides([(5, 4), (2, 2), (1, 2)])
     with pytest.raises(ValueError, match="student's side has 2 examples and the teacher's side 3"):
         build(name)(student, teacher)
 
 
 def test_one_tokenizer_gives_the_same_rows_in_each_example():
-    """The same number in all would compare the last rows of one answer with the first of the next."""
+    """Methods for one tokenizer require equal lengths in each example, not only equal sums."""
     student, teacher = sides([(5, 3), (3, 5)])
     with pytest.raises(ValueError, match=r"\[3, 5\] and \[5, 3\]"):
         build("kd")(student, teacher)
@@ -82,7 +82,7 @@ def test_one_tokenizer_gives_the_same_rows_in_each_example():
 
 @pytest.mark.parametrize("name", MAPPED)
 def test_widths_of_the_maps_are_named(name):
-    """A model that the maps were not made for ends in a matmul error about shapes."""
+    """Hidden states of another width than the maps raise a ValueError instead of an error of a matrix product."""
     loss, (student, teacher) = build(name), sides()
     for which, given in (("student", student), ("teacher", teacher)):
         width = given.head.hidden_size + 1
@@ -95,7 +95,7 @@ def test_widths_of_the_maps_are_named(name):
 
 @pytest.mark.parametrize("name", ["dwa_kd", "dwa_kd_v2"])
 def test_widths_of_embeddings_are_named(name):
-    """The sequence terms compare embeddings of one width."""
+    """Embeddings of another width than the maps raise a ValueError that names them."""
     loss, (student, teacher) = build(name), sides()
     narrow = dataclasses.replace(teacher, input_embeddings=torch.zeros(8, 2), target_embeddings=torch.zeros(8, 2))
     with pytest.raises(ValueError, match=r"teacher\.\w+_embeddings must have 8 columns.* 2"):
@@ -104,7 +104,7 @@ def test_widths_of_embeddings_are_named(name):
 
 @pytest.mark.parametrize("name", PAIRED)
 def test_vocabularies_of_the_maps_are_named(name):
-    """A map of another vocabulary teaches other tokens."""
+    """A head of another size than the token maps raises a ValueError with both sizes."""
     loss, (student, teacher) = build(name), sides()
     head = dataclasses.replace(teacher.head, weight=torch.cat([teacher.head.weight, torch.zeros(3, 8).double()]))
     with pytest.raises(ValueError, match=r"teacher\.head .*13.* 16"):
@@ -114,7 +114,7 @@ def test_vocabularies_of_the_maps_are_named(name):
 @pytest.mark.parametrize("name", ["uld", "dwa_kd"])
 @pytest.mark.parametrize("gate", ["confidence", "weights"])
 def test_other_numbers_of_teachers_are_named(name, gate):
-    """A teacher that is left out without a word trains another student than was asked for."""
+    """Another number of teachers or scales than losses raises a ValueError instead of leaving some out."""
     module = SeveralTeachers([build(name), build(name)], gate=gate)
     student, teacher = sides()
     module(student, [teacher, teacher])
@@ -129,7 +129,7 @@ def test_other_numbers_of_teachers_are_named(name, gate):
 
 
 def test_devices_that_cannot_assert_are_read(monkeypatch):
-    """On such a device the check waits for the value: better than none."""
+    """On devices without asynchronous assertions, the values are read and checked on the host."""
     monkeypatch.setattr(torch, "_assert_async", lambda *arguments: (_ for _ in ()).throw(NotImplementedError))
     require(torch.tensor(True), "a number", lambda: 1)
     with pytest.raises(ValueError, match="a number, got 1"):

@@ -1,4 +1,4 @@
-"""SRA: spans, their weights, and the three terms against loops over examples and spans."""
+"""Test SRA: spans, weights and the three terms against loops over examples and spans."""
 
 import dataclasses
 import sys
@@ -21,11 +21,11 @@ SPANS = [
     [([0], [0])],
     [([0], [0]), ([1], [1]), ([2, 3], [2]), ([4], [3])],
 ]
-"""Rows of student and teacher, by hand."""
+"""Positions of student and teacher in each span of the examples."""
 
 
 def ragged(order=(0, 1, 2, 3)) -> tuple[ModelSide, ModelSide]:
-    """Four examples in float64, the student's tensors leaves with gradient."""
+    """Return four examples in float64; the student's tensors require gradients."""
     examples, heads = random_examples([(len(s), len(t)) for s, t in ENDS]), random_heads()
     sides = []
     for n, name in enumerate(("student", "teacher")):
@@ -42,7 +42,7 @@ def build(pair: ModelPair | None = None, **options) -> SraLoss:
 
 
 def twin(loss: SraLoss, student: ModelSide, teacher: ModelSide, temperature: float) -> dict[str, torch.Tensor]:
-    """The formulas, one example, span and pair at a time."""
+    """Compute the terms by loops over examples, spans and pairs of spans."""
     totals: dict[str, torch.Tensor] = {
         "ce": cross_entropy(student.head.logits(student.hidden), student.target_ids, reduction="sum")
     }
@@ -60,7 +60,7 @@ def twin(loss: SraLoss, student: ModelSide, teacher: ModelSide, temperature: flo
         total_pairs = torch.zeros(()).double()
         for k, (s, t) in enumerate(zip(own, theirs, strict=True)):
             found["span"] = found["span"] + weights[k] * (1 - cosine_similarity(loss.projector(s), t, dim=0))
-            # the student's letters d to j are the teacher's first seven; the end token comes last on both
+            # the shared tokens are the letters d to j and the end token, which is the last one of both
             log_q = (student.head.logits(s[None])[0, [*range(3, 10), 10]] / temperature).log_softmax(0)
             log_p = (teacher.head.logits(t[None])[0, [*range(7), 12]] / temperature).log_softmax(0)
             found["kd"] = found["kd"] + (log_p.exp() * (log_p - log_q)).sum() / len(spans)
@@ -78,7 +78,7 @@ def twin(loss: SraLoss, student: ModelSide, teacher: ModelSide, temperature: flo
 @pytest.mark.parametrize("budget", [1, 200, 2**27])
 @pytest.mark.parametrize(("span_weights", "temperature"), [("uniform", 0.7), ("attention", 2.0)])
 def test_value_and_gradient_are_those_of_the_formulas(monkeypatch, budget, span_weights, temperature):
-    """Pooling, weights, shared columns and a gradient by hand in chunks: each is easy to shift by one."""
+    """Terms and gradients equal those of the loops, for several chunk sizes and both kinds of span weights."""
     monkeypatch.setattr(sys.modules["dwakd.kernels.head_loss"], "BUDGET_BYTES", budget)
     loss = build(kd_rate=0.3, geo_weight=7.0, temperature=temperature, span_weights=span_weights)
     student, teacher = ragged()
@@ -92,7 +92,7 @@ def test_value_and_gradient_are_those_of_the_formulas(monkeypatch, budget, span_
 
 
 def test_chunks_are_the_plain_formula(monkeypatch):
-    """The gradient by hand is that of `terms`."""
+    """The hand-written gradient equals autograd through `terms`."""
     results = []
     for impl in ("chunked", "naive"):
         use_kernels(monkeypatch, head_loss=partial(head_loss, impl=impl))
@@ -103,7 +103,7 @@ def test_chunks_are_the_plain_formula(monkeypatch):
 
 
 def test_order_of_examples_changes_nothing():
-    """Spans are numbered over the whole batch; one that takes a neighbour's rows depends on who sits there."""
+    """The terms do not depend on the order of the examples, although spans are numbered over the whole batch."""
     loss = build()
     expected, got = loss(*ragged()).terms, loss(*ragged((2, 3, 0, 1))).terms
     for name, value in expected.items():
@@ -111,7 +111,7 @@ def test_order_of_examples_changes_nothing():
 
 
 def one_tokenizer(hidden: torch.Tensor, teacher_hidden: torch.Tensor, heads) -> tuple[SraLoss, ModelSide, ModelSide]:
-    """Two models with the student's tokenizer and width; the projector is the identity."""
+    """Return two models with the same tokenizer and width, and a loss whose projector is the identity."""
     student, teacher = ragged()
     teacher = dataclasses.replace(student, hidden=teacher_hidden, head=OutputHead(heads[1]))
     student = dataclasses.replace(student, hidden=hidden, head=OutputHead(heads[0]))
@@ -125,7 +125,7 @@ def one_tokenizer(hidden: torch.Tensor, teacher_hidden: torch.Tensor, heads) -> 
 
 
 def test_with_one_tokenizer_spans_are_tokens():
-    """Then L_kd is knowledge distillation token by token, and L_span a cosine of rows."""
+    """With one tokenizer, L_kd is the KL of each token and L_span the cosine distance of its states."""
     generator = torch.Generator().manual_seed(5)
     own, theirs = (torch.randn(13, 6, generator=generator).double() for _ in range(2))
     heads = [torch.randn(11, 6, generator=generator).double() for _ in range(2)]
@@ -137,7 +137,7 @@ def test_with_one_tokenizer_spans_are_tokens():
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
-    """A term that isn't 0 there pulls the student away from the teacher."""
+    """If student and teacher are equal, all distillation terms are 0."""
     hidden, head = torch.randn(13, 6).double(), torch.randn(11, 6).double()
     loss, student, teacher = one_tokenizer(hidden, hidden.clone(), [head, head.clone()])
     terms = loss(student, teacher).terms
@@ -146,8 +146,8 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
 
 
 @pytest.mark.parametrize("width", [6, 9])
-def test_geometry_is_blind_to_rotation(width):
-    """L_geo compares relations: a rotated student, even in a narrower space, is as good as the teacher."""
+def test_geometry_does_not_depend_on_rotation(width):
+    """L_geo does not change if the states are rotated, scaled or embedded in a wider space."""
     student, teacher = ragged()
     rotation = torch.linalg.qr(torch.randn(width, width).double()).Q[:6]
     lengths, weights = torch.tensor([4, 1, 8]), torch.rand(13).double()
@@ -157,7 +157,7 @@ def test_geometry_is_blind_to_rotation(width):
 
 
 def test_an_example_of_one_span_has_no_geometry():
-    """0 / 0 in one example would make the whole batch NaN."""
+    """L_geo of an example with one span is 0 with zero gradient, not NaN."""
     rows = torch.randn(2, 4).requires_grad_()
     values = gram_distance(rows, torch.randn(2, 5), torch.ones(2), torch.tensor([1, 1]))
     assert values.tolist() == [0, 0]
@@ -165,8 +165,8 @@ def test_an_example_of_one_span_has_no_geometry():
     assert not gradient.any()
 
 
-def test_a_span_beyond_all_attention_keeps_its_state():
-    """A sliding window ends somewhere; 0 / 0 in the first span of a long answer would make the batch NaN."""
+def test_a_span_without_attention_has_equal_weights():
+    """A span without attention, as outside a sliding window, is averaged with equal weights and has weight 0."""
     hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 3.0]])
     states, mass = pool(hidden, torch.tensor([0.0, 0.0, 2.0]), torch.tensor([0, 0, 1]), 2)
     torch.testing.assert_close(states, torch.tensor([[0.5, 0.5], [3.0, 3.0]]))
@@ -174,7 +174,7 @@ def test_a_span_beyond_all_attention_keeps_its_state():
 
 
 def test_options_and_vocabularies_are_checked():
-    """Checked before training; without a shared token L_kd compares nothing."""
+    """Invalid options, missing attention and vocabularies without a shared token raise a ValueError."""
     SraLoss(pair=smallest_pair())
     with pytest.raises(ValueError, match="span_weights must be 'attention' or 'uniform'"):
         SraLoss(pair=smallest_pair(), span_weights="mean")

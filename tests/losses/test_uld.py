@@ -1,4 +1,4 @@
-"""ULD against its specification: hand-sized values, what it must not see, and the gradient by hand."""
+"""Test ULD: the formula, its invariances, and the hand-written gradient."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.losses.builders import random_examples, random_heads, side
 
 
 def literal(examples, heads, *, temperature=1.0):
-    """Per example: n, S and the sum over its pairs, by a loop."""
+    """Return for each example the number of pairs, the number of student tokens and the sum over its pairs, by loops."""
     results = []
     for example in examples:
         p, q = (
@@ -36,7 +36,7 @@ def run(loss, examples, heads):
 @pytest.mark.parametrize("lengths", [[(3, 3)], [(3, 5)], [(5, 2)], [(4, 6), (3, 1), (1, 1)]])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_both_readings_are_the_formula(lengths, temperature):
-    """Denominators differ by a factor of n between the paper and the port: a wrong one changes lambda by as much."""
+    """The loss equals the formula of the paper and, with `variant="dskd"`, that of the published code."""
     examples, heads = random_examples(lengths), random_heads()
     parts = literal(examples, heads, temperature=temperature)
     tokens = sum(rows for _, rows, _ in parts)
@@ -50,14 +50,14 @@ def test_both_readings_are_the_formula(lengths, temperature):
 
 
 def test_one_example_is_the_papers_mean():
-    """(1 / B) sum_b (1 / n_b) sum_k of a batch of one, for responses of unequal lengths."""
+    """For one example, the term is the mean over the pairs, also for responses of different lengths."""
     examples, heads = random_examples([(6, 4)]), random_heads()
     ((pairs, _, total),) = literal(examples, heads)
     torch.testing.assert_close(run(UldLoss(), examples, heads).terms["uld"], total / pairs)
 
 
 def test_the_same_model_gives_zero():
-    """Positions or ranks that are off by one show up as a distance of a model to itself."""
+    """The distance of a model to itself is 0 with zero gradient."""
     examples, heads = random_examples([(5, 5), (3, 3)]), random_heads()
     student = side(examples, "student", heads[0])
     assert UldLoss()(student, student).terms["uld"].item() < 1e-12
@@ -70,7 +70,7 @@ def test_the_same_model_gives_zero():
 
 
 def test_names_of_tokens_and_impossible_tokens_change_nothing():
-    """The order of either vocabulary is arbitrary; so is a head's padding, as long as it has no probability."""
+    """The term does not depend on the order of the vocabulary, nor on head entries with probability 0."""
     examples, heads = random_examples([(4, 5), (3, 3)]), random_heads()
     student, teacher = side(examples, "student", heads[0]), side(examples, "teacher", heads[1])
     expected = UldLoss()(student, teacher).terms["uld"]
@@ -88,7 +88,7 @@ def test_names_of_tokens_and_impossible_tokens_change_nothing():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_chunks_add_up(dtype, temperature):
-    """Value and gradient in chunks are those of all positions at once."""
+    """Chunks give the terms and gradients of plain torch on all tokens at once."""
     results = []
     for impl in ("naive", "chunked"):
         generator = torch.Generator().manual_seed(1)
@@ -109,7 +109,7 @@ def test_chunks_add_up(dtype, temperature):
 
 @pytest.mark.parametrize("variant", ["paper", "dskd"])
 def test_the_callers_tensors_stay_as_they_are(variant):
-    """The ports roll labels and logits in place: whatever reads them later in the step sees other data."""
+    """The loss does not change the caller's tensors, unlike the published code."""
     examples, heads = random_examples([(4, 6), (3, 2)]), random_heads()
     student, teacher = side(examples, "student", heads[0]), side(examples, "teacher", heads[1])
     tensors = [tensor for given in (student, teacher) for tensor in (given.hidden, given.target_ids, given.head.weight)]
