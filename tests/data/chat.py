@@ -1,4 +1,4 @@
-"""Two tokenizers with chat templates that differ in markers, role names, beginning and end token."""
+"""Build two tokenizers whose chat templates differ in markers, role names, beginning and end token."""
 
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -18,7 +18,7 @@ _GEMMA = (
 
 
 def chatml() -> PreTrainedTokenizerFast:
-    """Qwen's way: byte-level BPE, no beginning-of-sequence token, answers end with `<|im_end|>`."""
+    """Return a tokenizer like Qwen's: byte-level BPE, no beginning-of-sequence token, and `<|im_end|>` after answers."""
     tokenizer = byte_bpe()
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
     tokenizer.chat_template = _CHATML
@@ -26,7 +26,7 @@ def chatml() -> PreTrainedTokenizerFast:
 
 
 def gemma_like() -> PreTrainedTokenizerFast:
-    """Gemma's way: SentencePiece with `<s>` in front of every text, answers end with `<end_of_turn>`."""
+    """Return a tokenizer like Gemma's: SentencePiece, `<s>` before every text, and `<end_of_turn>` after answers."""
     tokenizer = with_bos(unigram_byte_fallback())
     tokenizer.add_tokens(["<start_of_turn>", "<end_of_turn>"], special_tokens=True)
     tokenizer.chat_template = _GEMMA

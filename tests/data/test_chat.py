@@ -1,4 +1,4 @@
-"""Chat templates like those of published models: prompt and answer are exactly what the template writes."""
+"""Test chat templates like those of published models: prompt and answer are exactly what the template writes."""
 
 import json
 from typing import Any
@@ -20,23 +20,23 @@ _PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif
 _TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
 PLAIN = "{% for m in messages %}" + _TURN + "{% endfor %}" + _PROMPT
 NO_PROMPT = "{% for m in messages %}" + _TURN + "{% endfor %}"
-CHANNEL = (  # gpt-oss: the model writes the channel of its answer
+CHANNEL = (  # gpt-oss: an answer begins with its channel
     "{% for m in messages %}{{ '<|im_start|>' + m.role + ('[final]' if m.role == 'assistant' else '') + ': ' + m.content"
     " + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
 )
-R1 = (  # DeepSeek-R1's distilled models: the generation prompt opens a thought, and answers lose theirs
+R1 = (  # DeepSeek-R1's distilled models: the generation prompt opens a reasoning section, which is removed from answers
     "{% for m in messages %}{% set c = m.content.split('</think>')[-1] if m.role == 'assistant' else m.content %}"
     "{{ '<|im_start|>' + m.role + '\n' + c + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
-QWEN3 = (  # every last answer has a thought, if only an empty one; earlier thoughts are dropped
+QWEN3 = (  # the last answer has a reasoning section, which may be empty; those of earlier answers are dropped
     "{% for m in messages %}{% set ns = namespace(r=m.reasoning_content or '', c=m.content) %}"
     "{% if '</think>' in ns.c %}{% set ns.r = ns.c.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
     "{% set ns.c = ns.c.split('</think>')[-1].lstrip('\n') %}{% endif %}{{ '<|im_start|>' + m.role + '\n' }}"
     "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n' + ns.r + '\n</think>\n\n' }}{% endif %}"
     "{{ ns.c + '<|im_end|>\n' }}{% endfor %}" + _PROMPT
 )
-MISTRAL = (  # a space before an answer, and a system text that only the last user turn shows
+MISTRAL = (  # writes a space before an answer, and the system text in the last user turn only
     "{% set loop_messages = messages[1:] if messages[0].role == 'system' else messages %}{% for m in loop_messages %}"
     "{% if m.role == 'user' %}{{ '[INST] ' + (messages[0].content + '\n\n' if loop.last and messages[0].role == 'system'"
     " else '') + m.content + '[/INST]' }}{% else %}{{ ' ' + m.content|trim + eos_token }}{% endif %}{% endfor %}"
@@ -75,10 +75,10 @@ def trained(row: dict[str, Any] | Example, template: str, name: str = "chat") ->
 @pytest.mark.parametrize("template", [PLAIN, NO_PROMPT, CHANNEL, R1, QWEN3, MISTRAL, TOOLS])
 @pytest.mark.parametrize("turns", [[ASK], [say("system", "Add."), say("user", "Hi"), say("assistant", "Ho"), ASK]])
 def test_prompt_and_answer_are_what_the_template_writes(template: str, turns: list[dict[str, Any]]) -> None:
-    """If the prompt differs from the text before an answer, the model is trained on a layout that never occurs in use."""
+    """Prompt and answer together equal the text that the template writes for the whole conversation."""
     prompt, answer = trained({"messages": [*turns, ANSWER]}, template)
     full = with_template(template).apply_chat_template([*turns, ANSWER], tokenize=False)
-    if template == MISTRAL and len(turns) > 1:  # reads the system text, which its full rendering loses
+    if template == MISTRAL and len(turns) > 1:  # only the prompt contains the system text
         assert (prompt, answer) == (
             "[INST] Hi[/INST] Ho<|endoftext|>[INST] Add.\n\n2 + 2?[/INST] ",
             "Four.<|endoftext|>",
@@ -96,7 +96,7 @@ def test_prompt_and_answer_are_what_the_template_writes(template: str, turns: li
     ["Four.", "<think>\n2 and 2\n</think>\n\nFour.", "<think>2 and 2</think>Four.", "2 and 2\n</think>\n\nFour."],
 )
 def test_thoughts_are_opened_and_closed_once(template: str, answer: str) -> None:
-    """A plain answer must not stand in an open reasoning section, and an answer with reasoning must not get two."""
+    """A plain answer is not placed in an open reasoning section, and an answer with reasoning gets no second one."""
     prompt, learnt = trained(Example(0, "2 + 2?", response=answer), template)
     assert prompt.startswith(f"{OPEN}user\n2 + 2?{CLOSE}{OPEN}assistant\n")
     assert learnt.removesuffix("<|im_end|>") == answer
@@ -108,7 +108,7 @@ def test_thoughts_are_opened_and_closed_once(template: str, answer: str) -> None
 
 
 def test_a_space_before_answers_is_read_once() -> None:
-    """SentencePiece writes a space before every answer. A second one in the prompt would add a token."""
+    """SentencePiece writes a space before every answer, so the prompt does not end with one."""
     tokenizer = bpe_byte_fallback()
     tokenizer.chat_template = MISTRAL
     encoder = TextEncoder(tokenizer, "chat")
@@ -118,14 +118,14 @@ def test_a_space_before_answers_is_read_once() -> None:
 
 
 def test_white_space_of_answers_stays_theirs() -> None:
-    """If a template trims white space from an answer, the header before the answer must stay complete."""
+    """The header before an answer is complete, also if the template trims white space from answers."""
     for template in (PLAIN, PLAIN.replace("m.content", "m.content|trim")):
         prompt, answer = trained(Example(0, "Hi", response="\n Ho \n"), template)
         assert (prompt, answer) == (f"{OPEN}user\nHi{CLOSE}{OPEN}assistant\n", "\n Ho \n<|im_end|>")
 
 
 def test_altered_answers_are_refused() -> None:
-    """If the template changes an answer, the model would be trained on a text that the template never writes."""
+    """A template that changes an answer is refused, because the student would learn a text that it never writes."""
     with pytest.raises(UserError, match="does not write an assistant's answer"):
         TextEncoder(with_template(PLAIN.replace("m.content", "m.content|upper")), "chat")
     encoder = TextEncoder(with_template(PLAIN.replace("m.content", "m.content|replace('Four', 'Five')")), "chat")
@@ -150,20 +150,20 @@ SHOWN = {
 
 @pytest.mark.parametrize("what", SHOWN)
 def test_everything_before_the_answer_is_read(what: str) -> None:
-    """If a tool, a call or a document is missing from the prompt, the answer does not follow from it."""
+    """Prompts contain tools, documents, calls, names and system texts of the row."""
     assert "rain_gauge" in trained(SHOWN[what], TOOLS)[0]
 
 
 @pytest.mark.parametrize("template", [PLAIN, "alpaca"])
 @pytest.mark.parametrize("what", ["tools", "documents", "tool_calls", "name", "tools of a prompt that is a string"])
 def test_parts_that_a_template_leaves_out_are_refused(what: str, template: str) -> None:
-    """If a part of the row were omitted without an error, the student would be trained on incomplete prompts."""
+    """A row is refused if the template omits a part of it."""
     with pytest.raises(UserError, match=rf"{what.split()[0]}.* row 0|row 0 .*{what.split()[0]}"):
         trained(SHOWN[what], PLAIN, "alpaca" if template == "alpaca" else "chat")
 
 
 def test_turns_that_a_template_leaves_out_are_refused() -> None:
-    """The templates of Phi-3 and Zephyr omit turns of tools. Empty turns may be omitted."""
+    """A row is refused if the template omits a turn, as those of Phi-3 and Zephyr do. Empty turns may be omitted."""
     template = (
         "{% for m in messages %}{% if m.role != 'system' and (m.role != 'tool') %}"
         + _TURN
@@ -215,7 +215,7 @@ PARTLY = {
 
 @pytest.mark.parametrize("what", PARTLY)
 def test_parts_that_a_template_shows_partly_are_refused(what: str) -> None:
-    """The answer may depend on the omitted part. Each row is checked, also after rows that are complete."""
+    """A row is refused if the template shows a part incompletely. Each row is checked, also after complete ones."""
     row, template, named = PARTLY[what]
     fine = {"messages": [ASK, ANSWER]}
     examples, encoder = load_examples([fine, row]), TextEncoder(with_template(template), "chat")
@@ -229,7 +229,7 @@ _ESCAPED = "".join(f"|replace({c!r}, '\\\\u{ord(c):04x}')" for c in "<>&'")
 
 @pytest.mark.parametrize("written", ["c.function|tojson", f"c.function|tojson{_ESCAPED}", "c.function|string"])
 def test_texts_are_found_as_templates_write_them(written: str) -> None:
-    """A row must not be refused because a template escapes quotes, line ends or other characters."""
+    """Texts are found in the prompt if the template escapes quotes, line ends or other characters."""
     text = 'it\'s <b>\n"Bjørn" \\ & \u2028'
     row = calls(call("a", {"x": [text, 1.5, True, None]}), call("b", {"y": {"id": text}}))
     row["messages"][0]["content"] = f" {text}\n"
@@ -239,7 +239,7 @@ def test_texts_are_found_as_templates_write_them(written: str) -> None:
 
 
 def test_arguments_given_as_a_string_are_written_once() -> None:
-    """OpenAI stores arguments as a JSON string, which `tojson` would encode twice. Other templates expect the string."""
+    """Arguments given as a JSON string are not encoded twice. Templates that expect the string get it."""
     given = '{"place":  "Bergen", "days": null}'
     text, row = '{"place": "Bergen", "days": null}', calls(call("rain_gauge", given))
     assert f'"arguments": {text}' in trained(row, TOOLS)[0]
@@ -252,7 +252,7 @@ def test_arguments_given_as_a_string_are_written_once() -> None:
 
 @pytest.mark.parametrize("thought", ["<think>\n2 and 2\n</think>\n\nFour.", "2 and 2</think>Four."])
 def test_earlier_thoughts_inside_content_may_be_cut(thought: str) -> None:
-    """The templates of DeepSeek-R1 and Qwen3 remove reasoning from earlier answers, but must show the rest of them."""
+    """Templates may remove reasoning from the content of earlier answers, but must show the rest."""
     row = {"messages": [ASK, say("assistant", thought), ASK, ANSWER]}
     for template in (R1, QWEN3):
         assert "2 and 2" not in trained(row, template)[0]
@@ -262,7 +262,7 @@ def test_earlier_thoughts_inside_content_may_be_cut(thought: str) -> None:
 
 
 def test_earlier_thoughts_may_be_left_out() -> None:
-    """Qwen3's template omits earlier reasoning on purpose. A template that ignores reasoning_content is refused."""
+    """A template may omit the reasoning_content of earlier turns as Qwen3's does, unless it ignores this key."""
     row = {"messages": [say("user", "Hi"), say("assistant", "Ho", reasoning_content="greet"), ASK, ANSWER]}
     assert "greet" not in trained(row, QWEN3)[0]
     with pytest.raises(UserError, match="'reasoning_content' of turn 1"):
@@ -270,7 +270,7 @@ def test_earlier_thoughts_may_be_left_out() -> None:
 
 
 def test_options_of_the_template() -> None:
-    """`chat_template_kwargs` are passed to the template, both for the prompt and for the text before the answer."""
+    """`chat_template_kwargs` are passed to the template. Lists and objects that it does not show are refused."""
     switch = "{{ 'terse\n' if terse else '' }}{{ rules or '' }}" + PLAIN
     row = {"messages": [ASK, ANSWER], "chat_template_kwargs": {"terse": True, "rules": "Add.", "more": None}}
     assert trained(row, switch)[0].startswith("terse\nAdd.<|im_start|>")
@@ -285,7 +285,7 @@ def test_options_of_the_template() -> None:
 
 
 def test_harmless_keys_are_no_reason_to_refuse() -> None:
-    """Turns of public data sets contain metadata such as sources, times and weights."""
+    """Rows are accepted if their turns contain metadata such as sources, times and weights."""
     keys = {"id": "a", "timestamp": 3, "weight": None, "images": [], "tool_calls": None}
     row = {"messages": [{**ASK, **keys, "weight": 0}, {**ANSWER, **keys, "weight": 1}]}
     for name in ("chat", "alpaca"):
@@ -293,7 +293,7 @@ def test_harmless_keys_are_no_reason_to_refuse() -> None:
 
 
 def test_the_date_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If prompts changed with the date, a teacher cache and a resumed run would not match the earlier prompts."""
+    """The date that a template prints can be fixed, so that prompts match a teacher cache or an earlier run."""
     real = clock.datetime
     encoder = TextEncoder(with_template(DATED), "chat", date="2024-07-26")
     today = TextEncoder(with_template(DATED), "chat")

@@ -1,4 +1,4 @@
-"""Rows are encoded for all models and collated into batches."""
+"""Test that rows are encoded for all models and collated into batches."""
 
 import logging
 from functools import cache
@@ -55,7 +55,7 @@ def test_layout_of_a_row() -> None:
 
 
 def test_chat_supervises_the_assistant_s_text_alone() -> None:
-    """Student and teacher have their own markers and end token, but the same response text."""
+    """Student and teacher have their own chat markers and end token but the same response text."""
     student, teacher = TextEncoder(chatml(), "chat"), TextEncoder(gemma_like(), "chat")
     history = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"})
     example = Example(0, "Name three colours.", response="Red, green and blue.", history=history)
@@ -70,11 +70,11 @@ def test_chat_supervises_the_assistant_s_text_alone() -> None:
 @settings(max_examples=150, deadline=None)
 @given(text=TEXTS.filter(lambda text: "▁" not in text and "<0x" not in text), room=st.integers(2, 24))
 def test_truncation_covers_the_same_characters(text: str, room: int) -> None:
-    """If responses were truncated by tokens, student and teacher would end at different characters."""
+    """A truncated response has the same characters for student and teacher."""
     student, teacher = sides()
     num_prompt = max(len(side.prompt_ids(row(0, ""))) for side in (student, teacher))
     limits = {"max_length": num_prompt + room, "max_prompt_length": num_prompt}
-    rows = [row(0, text), row(1, "x")]  # the second keeps the set from being empty
+    rows = [row(0, text), row(1, "x")]  # the second row always fits, so that the data set is not empty
     pairs = encode_pairs(rows, student, teacher, **limits, invalid_rows="skip")
     for kept in pairs.rows:
         whole = text if kept.example_id == 0 else "x"
@@ -91,7 +91,7 @@ def test_truncation_covers_the_same_characters(text: str, room: int) -> None:
 
 
 def test_truncation_keeps_what_fits() -> None:
-    """The side with the least room decides where the text ends, and a truncated response has no end token."""
+    """The side with the least room determines where a response is cut. A truncated response has no end token."""
     student, teacher = sides()
     example = row(0, "a🤗b" * 30)
     pairs = encode_pairs([example], student, teacher, max_length=40, max_prompt_length=20)
@@ -118,7 +118,7 @@ def test_a_text_that_fits_without_its_end_token_is_kept_whole() -> None:
 
 
 def test_rows_that_leave_nothing_are_reported(caplog: pytest.LogCaptureFixture) -> None:
-    """A row without a response token on one side would be an empty sequence in the loss."""
+    """A row without a response token on one side is skipped and reported."""
     student, teacher = TextEncoder(byte_bpe(), "plain"), TextEncoder(wordpiece(), "plain")
     rows = [row(3, "The dog"), row(5, "\u200b\x00"), row(8, "fox")]
     with caplog.at_level(logging.WARNING, "dwakd"):
@@ -130,7 +130,7 @@ def test_rows_that_leave_nothing_are_reported(caplog: pytest.LogCaptureFixture) 
 
 
 def test_an_emoji_that_does_not_fit_is_not_cut_in_two() -> None:
-    """Half a character is not text, so the other side could not encode the same response."""
+    """A response is not cut inside a character, because the other side could not encode half of it."""
     student, _ = sides()
     limit = len(student.prompt_ids(row(0, ""))) + 2  # the emoji is three tokens
     with pytest.raises(UserError, match=r"none of its 1 rows can be used \(no response token left: 1\)"):
@@ -138,7 +138,7 @@ def test_an_emoji_that_does_not_fit_is_not_cut_in_two() -> None:
 
 
 def test_invalid_rows_stop_the_run_or_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
-    """The message names row, length, limit, model, count and fix; `skip` leaves out exactly these rows."""
+    """An invalid row raises an error that names row, length, limit and model; with `skip`, it is skipped."""
     student, teacher = sides()
     rows = [row(0, "a"), row(4, "b", "long " * 40), row(5, "c", "long " * 40), row(6, " \n"), row(7, "d", "🤗" * 9)]
     with pytest.raises(UserError) as caught:
@@ -170,13 +170,13 @@ def test_a_prompt_too_long_for_the_teacher_alone() -> None:
 
 
 def test_a_prompt_without_a_token_is_invalid() -> None:
-    """Without a prompt token, no position predicts the first token of the response."""
+    """A prompt without tokens is invalid, because no position predicts the first token of the response."""
     side = TextEncoder(byte_bpe(), "{instruction}")
     with pytest.raises(UserError, match="the prompt has no token for the student"):
         encode_pairs([row(0, "a", "")], side)
 
 
-def test_options_that_cannot_be() -> None:
+def test_invalid_options_are_refused() -> None:
     """Limits without room for a response, an unknown choice and an empty data set are refused."""
     student, teacher = sides()
     with pytest.raises(
@@ -218,7 +218,7 @@ def test_collate_pads_on_the_right() -> None:
 
 
 def test_without_a_teacher_there_is_the_student_only() -> None:
-    """SFT does not need a teacher tokenizer."""
+    """SFT needs no teacher tokenizer."""
     student, _ = sides()
     batch = collate([encode_pairs([row(0, "a")], student)[0]])
     assert batch.teachers == ()
@@ -237,7 +237,7 @@ def test_each_of_several_teachers_gets_its_own_tokens_and_places() -> None:
 
 
 def test_the_first_rows_of_a_batch_are_a_batch() -> None:
-    """Repeated rows of a rank are removed; the alignment of the remaining rows must not change."""
+    """The first examples of a batch form a valid batch, and their alignment does not change."""
     student, teacher = sides()
     pairs = encode_pairs([row(k, "The quick brown fox"[: 5 * k + 4]) for k in range(3)], student, teacher)
     align_by_spelling(pairs, student, teacher)
@@ -254,7 +254,7 @@ def test_the_first_rows_of_a_batch_are_a_batch() -> None:
 
 
 def test_a_batch_moves_as_a_whole() -> None:
-    """Accelerate calls `to` of a batch, and transformers tests whether it contains "input_ids"."""
+    """`to` moves the whole batch, and a batch does not contain "input_ids", for which transformers tests."""
     student, teacher = sides()
     batch = batch_of(encode_pairs([row(0, "a")], student, teacher))
     moved = send_to_device(batch, torch.device("meta"))

@@ -1,4 +1,4 @@
-"""Token ids and byte ends for every kind of tokenizer and any script."""
+"""Test token ids and byte ends for every kind of tokenizer and many scripts."""
 
 from collections.abc import Callable
 from functools import cache
@@ -29,14 +29,14 @@ TEXTS = st.lists(st.sampled_from(SNIPPETS) | st.text(max_size=4), max_size=8).ma
 
 
 def nfc_byte_bpe() -> PreTrainedTokenizerFast:
-    """Like Qwen's: byte-level BPE after NFC normalisation."""
+    """Return a tokenizer like Qwen's: byte-level BPE after NFC normalisation."""
     tokenizer = byte_bpe()
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 
 
 def nfkc_unigram() -> PreTrainedTokenizerFast:
-    """Like T5's: SentencePiece after NFKC normalisation."""
+    """Return a tokenizer like T5's: SentencePiece after NFKC normalisation."""
     tokenizer = unigram_byte_fallback()
     layout = tokenizer.backend_tokenizer.normalizer
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), layout])
@@ -44,7 +44,7 @@ def nfkc_unigram() -> PreTrainedTokenizerFast:
 
 
 def metaspace_bpe() -> PreTrainedTokenizerFast:
-    """Like newer Llama tokenizers: the pre-tokenizer writes `▁`, but not before a space."""
+    """Return a tokenizer like newer Llama tokenizers: the pre-tokenizer writes `▁`, but not before a space."""
     tokenizer = bpe_byte_fallback()
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([])
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
@@ -52,7 +52,7 @@ def metaspace_bpe() -> PreTrainedTokenizerFast:
 
 
 def uncased_wordpiece() -> PreTrainedTokenizerFast:
-    """Like uncased BERT: case, accents, control characters and white space are dropped."""
+    """Return a tokenizer like uncased BERT's, which drops case, accents, control characters and white space."""
     tokenizer = wordpiece()
     tokenizer.backend_tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     return tokenizer
@@ -79,7 +79,7 @@ def encoder(build: Callable[[], PreTrainedTokenizerFast]) -> TextEncoder:
 @given(text=TEXTS)
 @example(text="")
 def test_ends_cover_the_text_once_in_order(build: Callable[[], PreTrainedTokenizerFast], text: str) -> None:
-    """Tokens are aligned by their ends. Decreasing ends or ends outside the text would align unrelated tokens."""
+    """The ends of tokens never decrease, and the last one is the length of the text."""
     ids, ends = encoder(build).response_ids(text)
     assert len(ids) == len(ends)
     offsets = [end for end in ends if end >= 0]  # the others lie in text that normalisation changed
@@ -90,7 +90,7 @@ def test_ends_cover_the_text_once_in_order(build: Callable[[], PreTrainedTokeniz
 @settings(max_examples=150, deadline=None)
 @given(text=TEXTS)
 def test_byte_level_ends_are_exact(text: str) -> None:
-    """A token may end inside a character (trl issue 4393). The reference result is the length of decoded prefixes."""
+    """The ends of byte-level tokens equal the lengths of decoded prefixes, also inside a character."""
     side = encoder(byte_bpe)
     ids, ends = side.response_ids(text)
     for count, end in enumerate(ends, 1):
@@ -101,7 +101,7 @@ def test_byte_level_ends_are_exact(text: str) -> None:
 @settings(max_examples=80, deadline=None)
 @given(text=TEXTS.filter(lambda text: "▁" not in text and "<0x" not in text))
 def test_sentencepiece_ends_are_exact(build: Callable[[], PreTrainedTokenizerFast], text: str) -> None:
-    """A byte piece has one byte and the dummy prefix none; all other tokens end between characters."""
+    """The ends of SentencePiece tokens are exact: a byte piece has one byte and the dummy prefix none."""
     side = encoder(build)
     ids, ends = side.response_ids(text)
     pieces = side.tokenizer.convert_ids_to_tokens(ids)
@@ -127,7 +127,7 @@ def test_sentencepiece_ends_are_exact(build: Callable[[], PreTrainedTokenizerFas
 def test_ends_by_hand(
     build: Callable[[], PreTrainedTokenizerFast], text: str, pieces: list[str], ends: list[int]
 ) -> None:
-    """Examples of byte pieces, the dummy prefix, dropped white space and unknown words."""
+    """The ends equal those by hand for byte pieces, the dummy prefix, dropped white space and unknown words."""
     side = encoder(build)
     ids, got = side.response_ids(text)
     assert side.tokenizer.convert_ids_to_tokens(ids) == pieces
@@ -135,15 +135,15 @@ def test_ends_by_hand(
 
 
 def test_spelled_out_special_tokens_are_text() -> None:
-    """A response that contains "</s>" as text must not train the student to stop there."""
+    """A response that contains "</s>" as text is not encoded with the special token."""
     for side, text in ((encoder(byte_bpe), "a<|endoftext|>b"), (encoder(bpe_byte_fallback), "a</s>b")):
         ids, ends = side.response_ids(text)
         assert side.end_token_id not in ids
         assert ends[-1] == len(text)
 
 
-def test_prompts_keep_special_tokens_and_responses_leave_no_trace() -> None:
-    """Encoding a response changes settings of the tokenizer only temporarily: chat markers remain single tokens."""
+def test_prompts_keep_special_tokens_after_responses_are_encoded() -> None:
+    """Chat markers in prompts are single tokens, and encoding a response does not change the tokenizer."""
     side = TextEncoder(chatml(), "chat")
     side.response_ids("text")
     ids = side.prompt_ids(Example(0, "Hi"))
@@ -153,7 +153,7 @@ def test_prompts_keep_special_tokens_and_responses_leave_no_trace() -> None:
 
 
 def test_beginning_of_sequence_only_where_the_model_wants_it() -> None:
-    """The model must read the beginning-of-sequence token once if it was trained with it, or never with `never`."""
+    """A prompt begins with the beginning-of-sequence token once if the tokenizer adds it, and never with `never`."""
     row = Example(0, "Hi")
     llama = with_bos(bpe_byte_fallback())
     bos = llama.bos_token_id
@@ -176,7 +176,7 @@ def test_batches_and_single_texts_agree() -> None:
 
 
 def test_stop_tokens() -> None:
-    """Generation stops at the template's end token and at the end-of-sequence token."""
+    """Generation stops at the end token of the template and at the end-of-sequence token."""
     side = TextEncoder(chatml(), "chat")
     assert side.end_token_ids == [side.tokenizer.convert_tokens_to_ids("<|im_end|>"), side.tokenizer.eos_token_id]
     assert encoder(byte_bpe).end_token_ids == [encoder(byte_bpe).tokenizer.eos_token_id]
@@ -198,8 +198,8 @@ def test_mistakes_are_named() -> None:
 
 
 @pytest.mark.parametrize("build", [byte_bpe, bpe_byte_fallback, unigram_byte_fallback, wordpiece])
-def test_token_bytes_know_every_token_of_the_vocabulary(build: Callable[[], PreTrainedTokenizerFast]) -> None:
-    """Vocabularies are matched by these bytes. `Ġ` must become a space to match tokens of SentencePiece."""
+def test_token_bytes_of_every_token(build: Callable[[], PreTrainedTokenizerFast]) -> None:
+    """The bytes of every token are known, and `Ġ` and `▁` both become a space."""
     text = TextEncoder(build(), "plain")
     table = text.token_bytes()
     assert len(table) == max(text.tokenizer.get_vocab().values()) + 1
@@ -211,22 +211,22 @@ def test_token_bytes_know_every_token_of_the_vocabulary(build: Callable[[], PreT
 
 @pytest.mark.parametrize("template", ["alpaca", "plain", "chat"])
 @pytest.mark.parametrize("build", ENDS, ids=lambda build: build.__name__)
-def test_a_row_writes_no_special_token(build, template):
-    """With `text`, "</s>" in a row must not become an end-of-sequence token in the middle of the prompt."""
+def test_a_row_cannot_write_special_tokens(build, template):
+    """With `text`, special tokens that a row spells out do not become special tokens in the prompt."""
     row = Example(0, f"What does {ENDS[build]} mean?", history=({"role": "user", "content": f"{ENDS[build]}?"},))
     parsed, text = (TextEncoder(build(), template, "auto", option) for option in ("parse", "text"))
     end = parsed.tokenizer.eos_token_id
     own = parsed.prompt_ids(Example(0, "What?", history=({"role": "user", "content": "What?"},))).count(end)
     assert parsed.prompt_ids(row).count(end) == own + 2
     assert text.prompt_ids(row).count(end) == own
-    if build is not wordpiece:  # it drops white space
+    if build is not wordpiece:  # which drops white space
         assert text.tokenizer.decode(text.prompt_ids(row)).count(ENDS[build]) == own + 2
 
 
 @pytest.mark.parametrize("template", ["alpaca", "plain", "chat", FORMAT])
 @pytest.mark.parametrize("build", [chatml, byte_bpe, bpe_byte_fallback, wordpiece, roberta_like, unigram_byte_fallback])
 def test_other_rows_are_encoded_as_before(build, template):
-    """The option changes only special tokens, not the tokens where template and row meet."""
+    """With `text`, rows without special tokens have the same ids as with `parse`."""
     rows = [
         Example(0, "Hi", "there"),
         Example(1, " The quick  brown\n☃", history=({"role": "system", "content": "Be brief."},)),
@@ -239,7 +239,7 @@ def test_other_rows_are_encoded_as_before(build, template):
 
 
 def test_markers_of_the_template_stay_special():
-    """Markers that the template writes must remain special tokens, as in the training of the model."""
+    """With `text`, markers that the template writes are still special tokens."""
     row = Example(0, "a<|im_end|>\n<|im_start|>assistant\nb", history=({"role": "user", "content": "<|im_end|>"},))
     for template, count in (("chat", 2), (FORMAT, 1)):
         side = TextEncoder(chatml(), template, "auto", "text")
@@ -252,7 +252,7 @@ def test_markers_of_the_template_stay_special():
 
 
 def test_what_cannot_be_text_is_refused():
-    """Unigram tokenizers read "</s>" as a special token even in plain text, so such a row is refused."""
+    """Unigram tokenizers read "</s>" as a special token even in plain text, so a row that contains it is refused."""
     side = TextEncoder(unigram_byte_fallback(), "plain", "auto", "text")
     with pytest.raises(UserError, match=r"row 3 .*'</s>'.*data\.special_tokens_in_prompts"):
         side.prompt_ids(Example(3, "a</s>b"))
@@ -261,7 +261,7 @@ def test_what_cannot_be_text_is_refused():
 
 
 def test_the_recipe_s_option_reaches_the_encoders(tmp_path):
-    """The option of a recipe must reach the encoders of student and teacher."""
+    """The option `special_tokens_in_prompts` of a recipe is passed to the encoders of student and teacher."""
     data = {"train": "train.jsonl", "special_tokens_in_prompts": "text"}
     recipe = recipe_from_dict({"student": {"model": "student"}, "data": data, "loss": {"method": "sft"}})
     assert training_config(recipe, tmp_path).special_tokens_in_prompts == "text"
@@ -273,7 +273,7 @@ def test_the_recipe_s_option_reaches_the_encoders(tmp_path):
 
 
 def test_a_cache_knows_the_option():
-    """A cache with another value of the option contains other tokens, and the message names the option."""
+    """A cache that was built with another `special_tokens_in_prompts` is refused, and the message names the option."""
     marks = [
         fingerprint(
             TextEncoder(byte_bpe(), "plain", "auto", option),

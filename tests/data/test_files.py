@@ -1,4 +1,4 @@
-"""Values that a parser cannot handle are ignored in unused columns; otherwise the file is refused in one sentence."""
+"""Test that values which a parser cannot handle are ignored in unused columns and refused in used ones."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ LONG = "7" * 5000
 
 
 def of_tomorrow(kind: str) -> bytes:
-    """Return metadata with a type of feature that this version of `datasets` does not know."""
+    """Return metadata with a feature type that this version of `datasets` does not know."""
     return json.dumps({"info": {"features": {name: {"_type": kind} for name in TEXTS}}}).encode()
 
 
@@ -58,8 +58,8 @@ def error_of(source: Any, **options: Any) -> str:
     ],
     ids=["map", "map in a struct", "UUID", "year 148108", "later features", "damaged metadata"],
 )
-def test_columns_and_metadata_that_nobody_reads(tmp_path: Path, table: pyarrow.Table) -> None:
-    """Files of Spark or of a later `datasets` must be readable if only unused columns have unknown types."""
+def test_unused_columns_and_metadata_of_unknown_types(tmp_path: Path, table: pyarrow.Table) -> None:
+    """Files of Spark or of a later `datasets` are read if only unused columns have unknown types."""
     parquet.write_table(table, tmp_path / "rows.parquet")
     assert read(tmp_path / "rows.parquet") == [("2 + 2?", "4"), ("3 + 3?", "6")]
 
@@ -76,7 +76,7 @@ def test_columns_and_metadata_that_nobody_reads(tmp_path: Path, table: pyarrow.T
     ids=lambda array: str(array.type),
 )
 def test_text_of_any_arrow_type(tmp_path: Path, responses: pyarrow.Array) -> None:
-    """Polars writes string views and pandas writes dictionaries; both contain the same text."""
+    """String views (Polars) and dictionaries (pandas) are read as text."""
     parquet.write_table(pyarrow.table({"prompt": PROMPTS, "response": responses}), tmp_path / "rows.parquet")
     assert read(tmp_path / "rows.parquet") == [("2 + 2?", "4"), ("3 + 3?", "6")]
 
@@ -116,7 +116,7 @@ def test_columns_that_hold_no_text(tmp_path: Path, responses: pyarrow.Array, mes
 
 
 def test_damaged_parquet_files(tmp_path: Path) -> None:
-    """For damaged files, pyarrow raises OSError, ArrowInvalid, UnicodeDecodeError and others; all name the file."""
+    """A damaged Parquet file raises a UserError that names the file, whatever exception pyarrow raises."""
     path = tmp_path / "rows.parquet"
     parquet.write_table(pyarrow.table(TEXTS), path)
     good = path.read_bytes()
@@ -133,7 +133,7 @@ def test_damaged_parquet_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
 def test_json_that_python_cannot_convert(tmp_path: Path, suffix: str) -> None:
-    """Mathematical data sets contain integers with thousands of digits, mostly in unused columns."""
+    """Integers with thousands of digits, as in mathematical data sets, are accepted in unused columns."""
     path = tmp_path / f"rows.{suffix}"
 
     def write(prompt: str, answer: str) -> Path:
@@ -169,7 +169,7 @@ def test_json_that_python_cannot_convert(tmp_path: Path, suffix: str) -> None:
     ],
 )
 def test_two_columns_of_one_name(tmp_path: Path, name: str, content: str, message: str) -> None:
-    """If a name is repeated, the parser would keep only the last value without an error."""
+    """A file is refused if a used name is repeated, because the parser would keep only the last value."""
     (tmp_path / name).write_text(content)
     error = error_of(tmp_path / name)
     assert error.startswith(str(tmp_path / name))

@@ -1,4 +1,4 @@
-"""Rows that are skipped or truncated when they are encoded are counted and reported."""
+"""Test that rows which are skipped or truncated when they are encoded are counted and reported."""
 
 import logging
 from typing import Any
@@ -15,7 +15,7 @@ ROWS = [Example(n, f"Ask {n}", response=f"Answer {n}") for n in range(6)]
 
 
 class Refusing(TextEncoder):
-    """An encoder whose template refuses some rows; it counts its calls."""
+    """Encoder whose template refuses some rows. It counts its calls."""
 
     def __init__(self, refused: set[int]) -> None:
         super().__init__(byte_bpe(), "plain")
@@ -30,7 +30,7 @@ class Refusing(TextEncoder):
 
 
 def test_cut_responses_are_counted_in_one_warning(caplog: pytest.LogCaptureFixture) -> None:
-    """A truncated response has no end token. Without a warning, users would not notice that most rows lack one."""
+    """One warning states how many responses were truncated and therefore have no end token."""
     rows = [*ROWS[:2], *(Example(n, "Go on.", response="The quick brown fox. " * 40) for n in (2, 3, 4))]
     encoders = TextEncoder(byte_bpe(), "plain"), TextEncoder(bpe_byte_fallback(), "plain")
     with caplog.at_level(logging.WARNING, "dwakd"):
@@ -61,7 +61,7 @@ def test_rows_that_a_template_refuses(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_rows_are_encoded_together() -> None:
-    """Row by row, tokenising a large data set would take several times as long."""
+    """Rows are tokenised in batches. One by one, a large data set would take several times as long."""
     student = Refusing(set())
     encode_pairs(ROWS, student)
     assert student.num_calls == 1

@@ -1,4 +1,4 @@
-"""Prompt texts and end tokens, per template and per model."""
+"""Test prompt texts and end tokens of each template."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ TURNS = (
 
 
 def test_alpaca_is_the_literature_s_prompt() -> None:
-    """With another prompt, results would not be comparable with the paper's."""
+    """The Alpaca prompt is the one that the paper uses. Otherwise, results would not be comparable."""
     assert render_prompt(PLAIN, "alpaca", None) == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "\n\n### Instruction:\nAdd.\n\n### Response:\n"
@@ -43,7 +43,7 @@ def test_alpaca_is_the_literature_s_prompt() -> None:
 
 
 def test_plain_and_format_strings() -> None:
-    """Braces in a row are text and not placeholders."""
+    """Templates insert the texts of a row. Braces in a row are not placeholders."""
     assert render_prompt(PLAIN, "plain", None) == "Add.\n"
     assert render_prompt(WITH_INPUT, "plain", None) == "Add.\n1 2\n"
     assert render_prompt(WITH_INPUT, "{{Q}} {instruction} [{input}]", None) == "{Q} Add. [1 2]"
@@ -51,7 +51,7 @@ def test_plain_and_format_strings() -> None:
 
 
 def test_earlier_turns_stand_before_the_instruction() -> None:
-    """A template without turns shows earlier turns before the instruction, because the answer may refer to them."""
+    """Templates other than `chat` show earlier turns before the instruction."""
     only_system = Example(0, "Add.", history=TURNS[:1])
     assert render_prompt(only_system, "plain", None) == "Be brief.\n\nAdd.\n"
     whole = Example(0, "Add.", history=TURNS)
@@ -59,7 +59,7 @@ def test_earlier_turns_stand_before_the_instruction() -> None:
 
 
 def test_chat_is_the_model_s_own() -> None:
-    """Student and teacher each read the conversation in the format of their own template."""
+    """Student and teacher each read the conversation in the format of their own chat template."""
     row = Example(0, "Add.", "1 2", history=TURNS[1:])
     assert render_prompt(row, "chat", chatml()) == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
@@ -72,7 +72,7 @@ def test_chat_is_the_model_s_own() -> None:
 
 
 def test_end_token_is_what_the_chat_template_writes() -> None:
-    """With another end token than the template's, the student would not stop in applications that use the template."""
+    """The end token is the one that the chat template writes after an answer."""
     for tokenizer, token in ((chatml(), "<|im_end|>"), (gemma_like(), "<end_of_turn>")):
         assert end_token_id(tokenizer, "chat") == tokenizer.convert_tokens_to_ids(token)
         assert end_token_id(tokenizer, "alpaca") == tokenizer.eos_token_id
@@ -103,14 +103,14 @@ def test_end_token_of_templates_that_write_none() -> None:
     ],
 )
 def test_malformed_templates_are_refused(template: str, message: str) -> None:
-    """A template without the instruction would give prompts without the question."""
+    """Unknown names, unknown placeholders and templates without the instruction are refused."""
     with pytest.raises(UserError) as caught:
         render_prompt(PLAIN, template, None)
     assert message in str(caught.value)
 
 
 def test_chat_without_a_template_or_with_one_that_refuses() -> None:
-    """The message names the model and the row, because student and teacher have different templates."""
+    """The message names the model without a chat template, or the row that a template refuses."""
     tokenizer = byte_bpe()
     tokenizer.chat_template = None
     with pytest.raises(UserError, match=r"no chat template: use data\.template: alpaca"):
@@ -120,7 +120,7 @@ def test_chat_without_a_template_or_with_one_that_refuses() -> None:
 
 
 def test_no_end_of_sequence_token_is_refused() -> None:
-    """Without an end token the student would never learn to stop."""
+    """A tokenizer without an end-of-sequence token is refused, because the student could not learn to stop."""
     tokenizer = byte_bpe()
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no end-of-sequence token"):

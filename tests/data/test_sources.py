@@ -1,4 +1,4 @@
-"""Reading rows: every format and layout gives the same examples, every malformed row is named."""
+"""Test reading rows: every format and layout gives the same examples, and the message about a malformed row names it."""
 
 import csv
 import json
@@ -44,7 +44,7 @@ def error_of(source: Any, **options: Any) -> str:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 def test_formats_give_the_same_examples(tmp_path: Path, suffix: str) -> None:
-    """A reader that alters text (line ends, separators, a byte-order mark) would train on other answers."""
+    """All file formats give the same examples, with line ends, separators and byte-order marks as in the data."""
     examples = load_examples(str(write(tmp_path / f"data{suffix}", ROWS)))
     assert examples == [
         Example(n, row["prompt"], response=row["response"], references=(row["response"],)) for n, row in enumerate(ROWS)
@@ -104,7 +104,7 @@ def test_splits_are_read_by_their_use(
     evaluation: str | None,
     test: str | None,
 ) -> None:
-    """An evaluation must not read the training split, where memorised answers would count as good ones."""
+    """Training and evaluation each read their own split. An evaluation never reads the training split."""
     splits = {name: datasets.Dataset.from_list([{"prompt": "a", "response": name}]) for name in names}
     iterables = {name: table.to_iterable_dataset() for name, table in splits.items()}
     monkeypatch.setattr(sources.datasets, "load_dataset", lambda *_, split: splits[split] if split else splits)
@@ -145,7 +145,7 @@ def test_streams_are_read_up_to_the_limit() -> None:
 
 
 def test_features_that_cannot_be_decoded() -> None:
-    """Images and sounds need extra packages to be decoded, so they are decoded only if their column is used."""
+    """Images and sounds, which need extra packages, are decoded only if their column is used."""
     table = datasets.Dataset.from_dict({"prompt": ["a"], "response": ["b"], "image": [{"bytes": b"no", "path": None}]})
     table = table.cast_column("image", datasets.Image())
     for source in (table, table.to_iterable_dataset(), datasets.DatasetDict(train=table)):
@@ -194,7 +194,7 @@ def test_skipping_leaves_conversations_without_an_answer_out() -> None:
 
 
 def test_files_of_the_hub_are_read_as_local_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Some rows of S-NI have one reference and others a list, which `datasets` cannot read as one column."""
+    """A file on the hub is read like a local one, also if a column mixes strings and lists, which `datasets` cannot read."""
     rows = [{"instruction": f"Ask {n}.", "output": f"Answer {n}." if n % 2 else [f"Yes {n}.", "No."]} for n in range(5)]
     (tmp_path / "11_").mkdir()
     (tmp_path / "11_" / "valid.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -265,7 +265,7 @@ def test_files_of_the_hub_are_read_as_local_ones(monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_layouts_are_recognised(row: dict[str, Any], expected: Example) -> None:
-    """If columns were confused, the student would be trained on questions as answers."""
+    """The usual column names and layouts of conversations are recognised."""
     assert load_examples([row]) == [expected]
     assert load_examples(datasets.Dataset.from_list([row])) == [expected]
 
@@ -289,7 +289,7 @@ def test_named_columns_win() -> None:
 
 
 def test_questions_without_answers() -> None:
-    """An evaluation set may lack answers (Vicuna); if it has answers, they are kept."""
+    """An evaluation set may lack answers, as Vicuna does. If it has answers, they are kept."""
     question = {"role": "user", "content": "q"}
     assert load_examples([{"instruction": "q"}], need_response=False) == [Example(0, "q")]
     assert load_examples([{"messages": [question]}], need_response=False) == [Example(0, "q")]
@@ -327,7 +327,7 @@ def test_limit_reads_no_further(tmp_path: Path) -> None:
     ],
 )
 def test_malformed_lines_are_named(tmp_path: Path, line: str | bytes, message: str) -> None:
-    """Blank lines are counted, so the message contains the line number that an editor shows."""
+    """The message contains the line number of a malformed row. Blank lines count, as in an editor."""
     path = tmp_path / "data.jsonl"
     data = line if isinstance(line, bytes) else line.encode()
     path.write_bytes(b'{"prompt": "a", "response": "b"}\n\n' + data + b"\n")
@@ -360,7 +360,7 @@ def test_malformed_lines_are_named(tmp_path: Path, line: str | bytes, message: s
     ],
 )
 def test_malformed_files_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
-    """Each error has its own message, which contains the path."""
+    """Each kind of malformed file has its own message, which contains the path."""
     path = tmp_path / name
     path.write_text(content)
     error = error_of(str(path))
@@ -369,7 +369,7 @@ def test_malformed_files_are_named(tmp_path: Path, name: str, content: str, mess
 
 
 def test_missing_files_and_columns_are_named(tmp_path: Path) -> None:
-    """A path that does not exist must not be taken for a hub id, and a column error lists what there is."""
+    """A missing file is not taken for a hub id, and the message about a missing column lists the columns."""
     for missing in ("data/valid.jsonl", "none.jsonl@[2:4]", tmp_path / "nothing"):
         assert f"{missing}: cannot be read (FileNotFoundError: No such file" in error_of(missing)
     assert f"{tmp_path}: cannot be read" in error_of(str(tmp_path))
@@ -400,5 +400,5 @@ def test_missing_files_and_columns_are_named(tmp_path: Path) -> None:
     ],
 )
 def test_malformed_conversations_are_named(messages: list[Any], message: str) -> None:
-    """A conversation without an answer, or with one that answers nobody, has nothing to learn."""
+    """A conversation without an answer, or with an answer to no question, is refused with a message."""
     assert message in error_of([{"messages": messages}])

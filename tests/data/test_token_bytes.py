@@ -1,4 +1,4 @@
-"""What tokens spell, and which of their ends are known, behind every kind of normalisation."""
+"""Test the bytes that tokens spell, and which ends of tokens are known, for every kind of normalisation."""
 
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -49,7 +49,7 @@ TEXTS = st.lists(st.sampled_from(SNIPPETS), min_size=1, max_size=6).map("".join)
 
 
 def roberta_like() -> PreTrainedTokenizerFast:
-    """Byte-level BPE that puts a space before the text and takes white space off its offsets."""
+    """Return byte-level BPE that puts a space before the text and excludes white space from its offsets."""
     tokenizer = byte_bpe()
     eos = (tokenizer.eos_token, tokenizer.eos_token_id)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -58,7 +58,7 @@ def roberta_like() -> PreTrainedTokenizerFast:
 
 
 def suffix_bpe(suffix: str = "</w>", *, byte_level: bool = False) -> PreTrainedTokenizerFast:
-    """GPT-1's kind, or CLIP's: BPE that marks the end of a word."""
+    """Return a BPE tokenizer like GPT-1's or, if `byte_level`, CLIP's, which marks the end of a word with a suffix."""
     tokenizer = Tokenizer(BPE(unk_token="<unk>", end_of_word_suffix=suffix))
     words = pre_tokenizers.BertPreTokenizer()
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -84,7 +84,7 @@ def encoder(build: Callable[[], PreTrainedTokenizerFast], normalizer: str) -> Te
 
 
 def same_text(texts: Sequence[bytes], *, marks: bool) -> bool:
-    """Whether bytes are the same, or whole characters that are the same but for form, case and white space."""
+    """Return whether the texts are equal, apart from Unicode form, case and white space."""
     try:
         decoded = [text.decode() for text in texts]
     except UnicodeDecodeError:
@@ -102,7 +102,7 @@ def same_text(texts: Sequence[bytes], *, marks: bool) -> bool:
 def assert_paired_by_text(
     sides: Sequence[TextEncoder], text: str, *, tables: Sequence[Any] | None = None, marks: bool = True
 ) -> None:
-    """Every group of tokens, and every exact pair, spells the same text on both sides; the text of the bytes it claims."""
+    """Assert that each group of tokens and each exact pair spells the same text on both sides and in the response."""
     data = text.encode()
     spelled, ends = [], []
     for side, table in zip(sides, tables or [side.token_bytes() for side in sides], strict=True):
@@ -110,7 +110,7 @@ def assert_paired_by_text(
         spelled.append([*(table[index] or b"?" for index in ids), b""])
         ends.append([*found, len(data)])
     if min(map(len, ends)) == 1:
-        return  # a side without tokens; such rows are left out
+        return  # one side has no tokens; such rows are not used
     tensors = [torch.tensor(values) for side in ends for values in (side, [len(side)])]
 
     groups, at = byte_groups(*tensors), [0, 0]
@@ -122,7 +122,7 @@ def assert_paired_by_text(
         )
         start = ends[0][at[0] - 1] if at[0] else 0
         at, stop = [student_last + 1, teacher_last + 1], ends[0][student_last]
-        if b"?" not in mine + theirs:  # unknown words spell nothing
+        if b"?" not in mine + theirs:  # the bytes of unknown words are not known
             if min(start, stop) < 0:
                 assert mine.strip() == theirs.strip()
             else:
@@ -152,7 +152,7 @@ def assert_paired_by_text(
 @example(text="a\u0308\u0323", normalizer="nfd", other_kind=unigram_byte_fallback, other_normalizer="nfc")
 @example(text="The \ufdfa\ufdfa10", normalizer="nfkc", other_kind=roberta_like, other_normalizer="nfkd")
 def test_normalised_text_is_paired_as_a_whole(kind, text, normalizer, other_kind, other_normalizer):
-    """If a normalised character were split differently, tokens of different characters would be aligned."""
+    """Aligned tokens spell the same text, whatever normalisation the two tokenizers use."""
     marks = not {normalizer, other_normalizer} & set(DROPS_MARKS)
     assert_paired_by_text([encoder(kind, normalizer), encoder(other_kind, other_normalizer)], text, marks=marks)
 
@@ -172,7 +172,7 @@ def test_one_tokenizer_pairs_every_token_with_itself(normalizer, text):
 @pytest.mark.parametrize(
     ("build", "normalizer", "text", "known"),
     [
-        (byte_bpe, "nfc", "u\u0301x", [None, 3, 4]),  # Ã and º
+        (byte_bpe, "nfc", "u\u0301x", [None, 3, 4]),  # the tokens are Ã and º
         (byte_bpe, "nfc", "xu\u0301x", [1, None, 4, 5]),
         (byte_bpe, "nfkc", "one \u2026!", [1, 2, 3, 4, None, None, 7, 8]),
         (unigram_byte_fallback, "nfkc", "\u2126", [0, None, 3]),  # the dummy prefix has no bytes
@@ -182,14 +182,14 @@ def test_one_tokenizer_pairs_every_token_with_itself(normalizer, text):
     ],
 )
 def test_only_ends_inside_changed_text_are_unknown(build, normalizer, text, known):
-    """Only ends inside a changed part are unknown; otherwise one accent would prevent the alignment of a whole row."""
+    """Ends are unknown only inside a part that normalisation changed."""
     ends = encoder(build, normalizer).response_ids(text)[1]
     assert [end if end >= 0 else None for end in ends] == known
 
 
 @pytest.mark.parametrize("max_length", range(9, 20))
 def test_a_row_is_cut_outside_changed_text(max_length):
-    """A row must not be truncated at an unknown end, which is a negative number."""
+    """A row is not truncated inside a part that normalisation changed, where ends are unknown."""
     student, teacher = encoder(byte_bpe, "nfkd"), encoder(byte_bpe, "none")
     text = "ab \u1112\u1161\u11ab\ud55c\ufdfa\u2126 x" * 3
     row = encode_pairs([Example(0, "Q", response=text)], student, teacher, max_length=max_length, max_prompt_length=8)
@@ -199,8 +199,8 @@ def test_a_row_is_cut_outside_changed_text(max_length):
 
 
 @pytest.mark.parametrize("options", [{}, {"suffix": "<e>"}, {"byte_level": True}])
-def test_the_mark_of_a_word_s_end_is_no_text(options):
-    """If the end-of-word suffix were part of the text, no whole word would match a token of another vocabulary."""
+def test_the_end_of_word_suffix_is_not_text(options):
+    """The end-of-word suffix is not part of the bytes of a token, so that whole words match those of other vocabularies."""
     side, other = TextEncoder(suffix_bpe(**options), "plain"), TextEncoder(wordpiece(), "plain")
     mine, theirs = side.token_bytes(), other.token_bytes()
     assert not [token for token in mine if token and options.get("suffix", "</w>").encode() in token]

@@ -1,4 +1,4 @@
-"""Turns of a conversation: what is kept, what a template must show, and how arguments of calls are parsed."""
+"""Test turns of conversations: kept keys, texts that a template must show, and arguments of tool calls."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def nested(depth: int) -> list[Any]:
 
 
 def test_both_layouts_of_turns_are_read() -> None:
-    """A turn that is read with another role or without its keys changes the prompt."""
+    """Turns with role and content, and those with from and value, are read with all their keys."""
     shared = [{"from": "human", "value": "a"}, {"from": "gpt", "value": [{"type": "text", "text": "b"}]}]
     openai = [{"role": "user", "content": "a", "tool_calls": []}, {"role": "assistant", "content": "b"}]
     expected = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -32,13 +32,13 @@ def test_both_layouts_of_turns_are_read() -> None:
 
 
 def test_metadata_and_the_name_of_a_tool_need_not_be_shown() -> None:
-    """Rows of public data sets would be refused because of identifiers, or lose a part that the model has to see."""
+    """Metadata of turns and the name of a tool need not occur in the prompt, but other keys must."""
     assert content_keys({"role": "user", "content": "a", "id": 3, "weight": 1, "name": "Ann"}) == ["name"]
     assert content_keys({"role": "tool", "content": "4", "name": "sum", "status": "ok"}) == ["status"]
 
 
 def test_texts_that_a_template_has_to_show() -> None:
-    """A text that is missing from this list can be omitted by a template without an error."""
+    """The texts that a template must show are collected from turns and options."""
     turns: list[dict[str, Any]] = [
         {"role": "user", "content": " a "},
         {"role": "assistant", "content": "2 and 2</think>b", "tool_calls": [{"id": "x", "function": {"name": "f"}}]},
@@ -51,7 +51,7 @@ def test_texts_that_a_template_has_to_show() -> None:
 
 @pytest.mark.parametrize("given", ["[1]", "Oslo", '{"a": 1, "a": 2}'])
 def test_only_objects_are_parsed_from_arguments(given: str) -> None:
-    """Arguments that are parsed into anything but an object would be written in another form than they were given."""
+    """Arguments of calls are parsed only if they are a JSON object. Others keep the form in which they were given."""
     parsed: list[dict[str, Any]] = []
     calls = [{"arguments": '{"place": "Oslo"}'}, {"arguments": given}]
     assert parse_arguments(calls, parsed) == [{"arguments": {"place": "Oslo"}}, {"arguments": given}]
@@ -59,7 +59,7 @@ def test_only_objects_are_parsed_from_arguments(given: str) -> None:
 
 
 def test_options_are_objects_or_their_json() -> None:
-    """A column that only shares the name of an option belongs to the data set, unless the prompt is a conversation."""
+    """Template options are objects or their JSON. In rows without a conversation, other columns of these names are ignored."""
     assert read_options({"tools": '[{"name": "a"}]'}, is_conversation=False) == {"tools": [{"name": "a"}]}
     assert read_options({"tools": "hammer"}, is_conversation=False) == {}
     assert read_options({}, is_conversation=True) == {}
@@ -68,14 +68,14 @@ def test_options_are_objects_or_their_json() -> None:
 
 
 def test_text_is_valid_unicode() -> None:
-    """A lone surrogate cannot be tokenised."""
+    """A text with a lone surrogate, which cannot be tokenised, is refused."""
     assert checked_text("a", "'prompt'") == "a"
     with pytest.raises(UserError, match="'prompt' is not valid Unicode"):
         checked_text("\ud800", "'prompt'")
 
 
 def test_nulls_inside_a_value_are_removed() -> None:
-    """`datasets` writes null for keys that a row lacks. A chat template would print them."""
+    """Nulls, which `datasets` inserts for missing keys and a template would print, are removed."""
     assert usable([{"role": "user", "name": None, "tool_calls": [{"id": None}]}], "messages") == [
         {"role": "user", "tool_calls": [{}]}
     ]
