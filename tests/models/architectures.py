@@ -1,4 +1,4 @@
-"""Small models of every causal class of transformers, from a table of common config fields and some special cases."""
+"""Build small models of every causal class of transformers from a table of config fields and special cases."""
 
 from typing import Any
 
@@ -51,10 +51,10 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(("pad_token_id",), 0),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "decoder_start_token_id"), 1),
 }
-"""Config fields of many architectures, and what they become."""
+"""Config fields of many architectures with their small values."""
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-_LATENT = {"num_key_value_heads": 4}  # multi-head latent attention has no groups
+_LATENT = {"num_key_value_heads": 4}  # multi-head latent attention does not group heads
 _SHARED_BLOCKS = {
     "num_hidden_layers": 4,
     "layers_block_type": ["linear_attention", "hybrid"] * 2,
@@ -89,21 +89,21 @@ _RECIPES: dict[str, dict[str, Any]] = {
     "zamba2": _SHARED_BLOCKS,
     "zaya": {"num_experts_per_tok": 1},
 }
-"""What single architectures need beside the table."""
+"""Additional config fields of single architectures."""
 
 
 def small_config(model_type: str, **options: Any) -> PretrainedConfig:
-    """A config of a model of a few thousand parameters; `options` go to the config as they are."""
+    """Return the config of a model with a few thousand parameters. `options` are set in the config unchanged."""
     return _shrunk(CONFIG_MAPPING[model_type](), {**_RECIPES.get(model_type, {}), **options})
 
 
 def small_model(model_type: str, *, whole: bool = False, **options: Any) -> Any:
-    """A random model in eval mode, every parameter moved off its initial value.
+    """Return a random model in eval mode, with every parameter changed from its initial value.
 
     Args:
-        model_type: of transformers.
-        whole: the encoder-decoder of a model type that has one, instead of its causal class.
-        options: of the config.
+        model_type: model type of transformers.
+        whole: build the encoder-decoder of this model type instead of its causal class.
+        options: fields of the config.
     """
     names = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES if whole else {}
     model_class = getattr(transformers, {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **names}[model_type])
@@ -124,7 +124,7 @@ def small_model(model_type: str, *, whole: bool = False, **options: Any) -> Any:
 
 
 def _shrunk(default: PretrainedConfig, recipe: dict[str, Any]) -> PretrainedConfig:
-    """A config of the class of `default`, and its parts, with the small values of the table and of a recipe."""
+    """Return a config of the class of `default`, and of its parts, with the small values of the table and of a recipe."""
     parts = {name: getattr(default, name) for name in default.sub_configs}
     known = {*default.to_dict(), *default.attribute_map} - {*parts}
     options = {name: value for name, value in _SMALL.items() if name in known}

@@ -1,4 +1,4 @@
-"""A merged model gives the logits of the model with its adapter, also after it was saved and loaded."""
+"""Test that a merged model gives the logits of the model with its adapter, also after it was saved and loaded."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def logits(model):
     ids=lambda config: type(config).__name__,
 )
 def test_adapters_of_vocabulary_matrices_merge_and_survive_saving(family, config, tmp_path):
-    """If a matrix is shared by head and embeddings, merging into both would give completely different logits."""
+    """Adapters on head or embeddings are merged correctly, also if both share one matrix."""
     model = adapted(tiny_model(family), config)
     expected = logits(model)
     merged = merge_adapter(model, "some/adapter")
@@ -79,7 +79,7 @@ def test_adapters_of_vocabulary_matrices_merge_and_survive_saving(family, config
 
 
 def test_a_tied_model_stays_tied_if_its_matrix_is_not_adapted():
-    """An unnecessary copy of the head would need memory and make the student larger."""
+    """A tied model stays tied if the adapter does not change the shared matrix."""
     merged = merge_adapter(adapted(tiny_model("qwen2"), lora("q_proj")), "some/adapter")
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     assert merged.config.tie_word_embeddings
@@ -100,7 +100,7 @@ def one_block(model):
 @pytest.mark.parametrize("share", [one_matrix, one_module, one_block])
 @pytest.mark.parametrize("config", [lora("up_proj"), lora("q_proj"), lora("q_proj", modules_to_save=["up_proj"])])
 def test_layers_that_share_weights_give_the_same_logits_or_are_refused(share, config):
-    """Otherwise the changes of all layers would be added to the shared matrix."""
+    """Layers that share a weight are merged without changing the logits, or refused."""
     model = tiny_model("llama")
     share(model)
     model = adapted(model, config)
@@ -113,13 +113,13 @@ def test_layers_that_share_weights_give_the_same_logits_or_are_refused(share, co
 
 
 def test_shared_blocks_of_an_architecture_are_refused():
-    """Zamba 2 uses one block at several depths, and each depth gets its own adapter."""
+    """Zamba 2, which uses one block at several depths with an adapter for each, is refused."""
     with pytest.raises(UserError, match=r"some/adapter .*shared_transformer"):
         merge_adapter(adapted(small_model("zamba2"), lora("q_proj")), "some/adapter")
 
 
-def test_shared_norms_are_refused():
-    """Norms can be shared, too."""
+def test_an_adapter_on_a_shared_norm_is_refused():
+    """An adapter on a norm is refused if another norm shares its weight."""
     model = tiny_model("llama")
     model.model.layers[0].input_layernorm.weight = model.model.norm.weight
     config = LNTuningConfig(target_modules=["input_layernorm"], task_type="CAUSAL_LM")
@@ -130,14 +130,14 @@ def test_shared_norms_are_refused():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_rounding_of_half_precision_passes(dtype, use_dora):
-    """Merged weights are rounded once more, which must not be treated as an error."""
+    """The rounding of merged half-precision weights is accepted."""
     model = adapted(tiny_model("llama", num_hidden_layers=8).to(dtype), lora("q_proj", "up_proj", use_dora=use_dora))
     assert merge_adapter(model, "some/adapter").dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_merge_that_changes_the_logits_is_refused(dtype, monkeypatch):
-    """The logits are compared, so that new types of adapters are covered as well."""
+    """A merge that changes the logits is refused, for any type of adapter."""
     model = adapted(tiny_model("llama").to(dtype), lora("q_proj"))
     monkeypatch.setattr(type(model.base_model), "merge_and_unload", lambda tuner: tuner.unload())
     with pytest.raises(UserError, match=r"some/adapter .*self_attn\.q_proj"):
@@ -145,7 +145,7 @@ def test_a_merge_that_changes_the_logits_is_refused(dtype, monkeypatch):
 
 
 def test_rows_of_trained_tokens_are_compared(monkeypatch):
-    """Random tokens of a large vocabulary rarely include the few whose embeddings the adapter has trained."""
+    """The comparison uses tokens whose embeddings the adapter has trained, which random tokens rarely include."""
     model = adapted(
         tiny_model("llama", 5000), TrainableTokensConfig(token_indices=[4321], target_modules=["embed_tokens"])
     )
@@ -155,7 +155,7 @@ def test_rows_of_trained_tokens_are_compared(monkeypatch):
 
 
 def test_learned_prompts_are_refused():
-    """Learned prompts change no weights, so merging them would give the base model."""
+    """Learned prompts are refused, because they change no weights that could be merged."""
     with pytest.raises(UserError, match=r"some/adapter .*PROMPT_TUNING"):
         merge_adapter(
             get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
@@ -164,7 +164,7 @@ def test_learned_prompts_are_refused():
 
 
 def test_forbidden_tokens_hide_no_difference(monkeypatch):
-    """A bias of -inf would make the difference NaN, and a very large one would make it look small."""
+    """A bias of -inf or a very large one does not hide a difference of the logits."""
     model = tiny_model("phi")
     with torch.no_grad():
         model.lm_head.bias[290:] = -torch.inf

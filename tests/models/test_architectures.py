@@ -1,4 +1,4 @@
-"""Every causal class of transformers: a slow test, left out unless asked for (`make test-slow`)."""
+"""Test every causal class of transformers: a slow test that runs with `make test-slow` only."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tests of the checks of a model before training: unusable models are refused, others are accepted."""
+"""Test that unusable models are refused before training and others are accepted."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ VOCAB = 300
 
 @pytest.mark.parametrize("family", ["cohere", "granite", "gemma2", "phi"])
 def test_check_head_refuses_a_head_that_lacks_scale_cap_or_bias(family, monkeypatch):
-    """An architecture with an unknown treatment of its logits must stop at start-up, not train on wrong ones."""
+    """A model is refused if its logits differ from those of its output head, as in an unknown architecture."""
     model = tiny_model(family, VOCAB)
     whole = output_head(model)
     bare = OutputHead(whole.weight)
@@ -26,7 +26,7 @@ def test_check_head_refuses_a_head_that_lacks_scale_cap_or_bias(family, monkeypa
 
 
 def test_check_head_names_the_model_and_leaves_every_mode_alone():
-    """A check that left dropout off would silently change training."""
+    """The message names the model, and the check restores the train or eval mode of every module."""
     model = tiny_model("llama", VOCAB)
     model.train()
     model.model.layers[0].eval()
@@ -41,18 +41,18 @@ def test_check_head_names_the_model_and_leaves_every_mode_alone():
 
 
 def test_check_head_runs_without_dropout():
-    """With dropout, two forward passes differ, and every GPT-2 student would be refused."""
+    """The check runs without dropout, with which two forward passes would differ."""
     model = tiny_model("gpt2", VOCAB, resid_pdrop=0.5, embd_pdrop=0.5)
     check_head(model.train())
 
 
 def test_bfloat16_models_pass_the_check():
-    """Rounding in half precision is not an error of the head."""
+    """The rounding of bfloat16 is accepted."""
     check_head(tiny_model("gemma2", VOCAB).to(torch.bfloat16))
 
 
 def changed_output(module, change):
-    """Make a module's output `change(output)`, whether it returns a tensor or a tuple that begins with one."""
+    """Apply `change` to the output of a module, or to its first element if the output is a tuple."""
     module.register_forward_hook(
         lambda _, __, output: (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
     )
@@ -77,7 +77,7 @@ def pairs(states):
     "change", [lookahead, bidirectional_prefix, pairs, lambda states: states + states.mean(1, True)]
 )
 def test_a_model_that_reads_later_tokens_is_refused(change, dtype):
-    """The student would read the tokens that it has to predict, so its loss would be meaningless."""
+    """A model is refused if its hidden states depend on later tokens, which are those to predict."""
     model = tiny_model("llama", VOCAB).to(dtype)
     changed_output(model.model.layers[0], change)
     with pytest.raises(UserError, match="LlamaForCausalLM is not causal"):
@@ -86,7 +86,7 @@ def test_a_model_that_reads_later_tokens_is_refused(change, dtype):
 
 @pytest.mark.parametrize("model_type", ["cpmant", "xlnet", "reformer"])
 def test_architectures_that_read_later_tokens_are_refused(model_type):
-    """Their configs have no setting that says so."""
+    """Bidirectional architectures are refused, although no setting of their config says that they are."""
     with pytest.raises(UserError, match="is not causal"):
         check_head(small_model(model_type))
 
@@ -103,13 +103,13 @@ def test_architectures_that_read_later_tokens_are_refused(model_type):
     ],
 )
 def test_a_model_that_is_not_made_a_decoder_is_refused(model_type, options):
-    """Some settings make an architecture bidirectional. BART passes all other checks, because it shifts its input itself."""
+    """Architectures whose settings make them bidirectional are refused, and so are encoder-decoders such as BART."""
     with pytest.raises(UserError, match="is not causal"):
         check_head(small_model(model_type, whole=True, **options))
 
 
 def test_a_model_that_mixes_the_sequences_of_a_batch_is_refused():
-    """The loss of a row would depend on the other rows of its batch."""
+    """A model is refused if its hidden states depend on other sequences of the batch."""
     model = tiny_model("llama", VOCAB)
     changed_output(model.model.layers[0], lambda states: states + 0.05 * states.mean(0, keepdim=True))
     with pytest.raises(UserError, match="other sequences of a batch"):
@@ -119,12 +119,12 @@ def test_a_model_that_mixes_the_sequences_of_a_batch_is_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("model_type", ["mixtral", "mamba2", "rwkv", "zamba2", "lfm2", "gpt_oss"])
 def test_experts_windows_and_states_pass_the_check(model_type, dtype):
-    """In a mixture of experts, rounding depends on the other tokens. This is not a dependence on later tokens."""
+    """Mixtures of experts, whose rounding depends on other tokens, sliding windows and state-space models are accepted."""
     check_head(small_model(model_type).to(dtype))
 
 
 def test_the_check_of_a_model_leaves_the_random_state_alone():
-    """Otherwise the check of a teacher would change the order of the training rows."""
+    """The check does not change the random state, which determines the order of the training rows."""
     state = torch.get_rng_state()
     check_head(tiny_model("llama", VOCAB).train())
     assert torch.equal(torch.get_rng_state(), state)
@@ -132,7 +132,7 @@ def test_the_check_of_a_model_leaves_the_random_state_alone():
 
 @pytest.mark.parametrize("bias", [-torch.inf, torch.finfo(torch.float32).min])
 def test_a_head_that_forbids_its_padding_rows_is_compared_by_the_others(bias):
-    """Infinite or huge logits of forbidden tokens must neither cause NaN nor hide other differences."""
+    """Infinite or very large logits of forbidden tokens neither cause NaN nor hide other differences."""
     model = tiny_model("phi", VOCAB + 8)
     with torch.no_grad():
         model.lm_head.bias[VOCAB:] = bias
@@ -184,7 +184,7 @@ def test_a_model_that_cannot_run_is_refused_in_one_sentence(make, reason):
 
 @pytest.mark.parametrize("positions", [1, 2, 5])
 def test_models_of_few_positions_are_checked_within_them(positions):
-    """The check must not use more positions than the model has."""
+    """The check uses no more positions than the model has."""
     check_head(tiny_model("gpt2", VOCAB, n_positions=positions))
 
 
@@ -194,17 +194,17 @@ ROUTED = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "phimoe", "granitemoe", 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model_type", ROUTED)
 def test_a_router_balancing_loss_is_refused(model_type, dtype):
-    """Distillation would ignore the balancing loss, and the routers would choose few experts."""
+    """A student with a router-balancing loss is refused, because distillation would ignore this loss."""
     model = small_model(model_type).to(dtype)
     check_training(model, gradient_checkpointing=False)
     model.config.output_router_logits = True
-    check_head(model)  # a teacher's is of no matter
+    check_head(model)  # accepted for a teacher
     with pytest.raises(UserError, match=r"ForCausalLM.*output_router_logits=false"):
         check_training(model, gradient_checkpointing=False)
 
 
 def test_a_router_balancing_loss_of_a_composite_model_is_refused():
-    """The setting of a composite model is that of its text config."""
+    """The setting of a composite model is read from its text config."""
     model = small_model("qwen3_5_moe")
     model.config.get_text_config().output_router_logits = True
     with pytest.raises(UserError, match="output_router_logits=false"):
@@ -212,14 +212,14 @@ def test_a_router_balancing_loss_of_a_composite_model_is_refused():
 
 
 def test_router_logits_without_a_loss_are_accepted():
-    """A coefficient of 0 adds no loss, and DeepSeek's router has none."""
+    """A router without a balancing loss, or with one of weight 0, is accepted."""
     model = small_model("mixtral", output_router_logits=True, router_aux_loss_coef=0.0)
     check_training(model, gradient_checkpointing=False)
     check_training(small_model("deepseek_v3", output_router_logits=True), gradient_checkpointing=False)
 
 
 def test_other_losses_of_a_model_are_refused():
-    """Bamba's z-loss has its own setting, and a subclass may add any loss."""
+    """Other losses are refused, such as Bamba's z-loss or one of a subclass."""
     with pytest.raises(UserError, match="z_loss_coefficient=0"):
         check_training(small_model("bamba", z_loss_coefficient=1e-3), gradient_checkpointing=False)
     model = tiny_model("llama")
@@ -230,20 +230,20 @@ def test_other_losses_of_a_model_are_refused():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_plain_models_are_accepted(family):
-    """Scaled or capped logits do not add a loss."""
+def test_ordinary_models_are_accepted(family):
+    """Ordinary models are accepted, also those with scaled or capped logits."""
     check_training(tiny_model(family), gradient_checkpointing=True)
 
 
 @pytest.mark.parametrize("model_type", ["xlm", "git", "openai-gpt"])
 def test_models_whose_own_loss_is_unusual_are_accepted(model_type):
-    """XLM compares tokens of the same position, and GIT's own loss needs an image; neither is used here."""
+    """Models are accepted if their own loss cannot be compared: XLM's does not shift the labels, and GIT's needs an image."""
     check_training(small_model(model_type), gradient_checkpointing=False)
 
 
 @pytest.mark.parametrize("model_type", ["ctrl", "openai-gpt", "xlm", "jetmoe"])
 def test_gradient_checkpointing_that_a_model_lacks_is_refused(model_type):
-    """transformers raises when the first step begins, after models and data were prepared."""
+    """A model without gradient checkpointing is refused if the option is set, before the data is prepared."""
     model = small_model(model_type)
     check_training(model, gradient_checkpointing=False)
     with pytest.raises(UserError, match=rf"{type(model).__name__}.*gradient_checkpointing=false"):

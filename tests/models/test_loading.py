@@ -1,4 +1,4 @@
-"""Models, adapters and tokenizers are loaded with safe defaults, and each error is one sentence."""
+"""Test that models, adapters and tokenizers are loaded with safe defaults and that each error is one sentence."""
 
 import json
 
@@ -18,7 +18,7 @@ IDS = torch.arange(2, 22).view(2, 10)
 
 @pytest.fixture
 def folder(tmp_path):
-    """A model with its tokenizer."""
+    """Return a folder with a model and its tokenizer."""
     tokenizer = byte_bpe()
     tiny_model("llama", len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -52,14 +52,14 @@ def test_folder(folder):
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "gemma2", "gemma3", "opt_projected", "gpt_neox", "phi"])
 def test_every_family_survives_saving_and_loading(family, tmp_path):
-    """Missing weights are an error, but tied heads, which are not stored, are not missing."""
+    """A saved model of every family loads with the same weights, tied heads included."""
     model = tiny_model(family)
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(load_causal_lm(str(tmp_path))(IDS).logits, model(IDS).logits)
 
 
 def test_adapter_folder_and_adapter_argument_merge(folder, tmp_path):
-    """If the adapter were ignored, the base model would be used as the teacher without a warning."""
+    """An adapter is merged if it is given as the model or with the argument `adapter`."""
     expected = save_adapter(folder, tmp_path / "adapter")
     for model in (
         load_causal_lm(str(tmp_path / "adapter")),
@@ -85,7 +85,7 @@ def test_adapter_mistakes(folder, tmp_path):
 
 
 def test_missing_pad_token_becomes_eos(tmp_path):
-    """GPT-2 and Llama have no pad token, so padding would fail in the first batch."""
+    """A tokenizer without a pad token, as those of GPT-2 and Llama, uses the end-of-sequence token."""
     bare = byte_bpe()
     bare.pad_token = None
     bare.save_pretrained(tmp_path)
@@ -94,14 +94,14 @@ def test_missing_pad_token_becomes_eos(tmp_path):
 
 
 def test_tokenizer_without_end_of_sequence_is_refused(tmp_path):
-    """Without an end-of-sequence token a student does not learn to end its answers."""
+    """A tokenizer without an end-of-sequence token is refused, because the student could not learn to end answers."""
     PreTrainedTokenizerFast(tokenizer_object=byte_bpe().backend_tokenizer).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="eos_token"):
         load_tokenizer(str(tmp_path))
 
 
 def test_tokenizer_larger_than_the_embedding_table_is_refused():
-    """Its ids would raise IndexError during training; a larger embedding table is accepted."""
+    """A tokenizer with more tokens than embeddings is refused; one with fewer is accepted."""
     tokenizer = unigram_byte_fallback()
     check_vocabulary(tiny_model("llama", 512), tokenizer, "x")
     with pytest.raises(UserError, match=rf"x .*{len(tokenizer)} .*300"):
@@ -109,7 +109,7 @@ def test_tokenizer_larger_than_the_embedding_table_is_refused():
 
 
 def test_checkpoint_with_missing_weights_is_refused(folder):
-    """transformers initialises missing weights randomly and only warns."""
+    """A checkpoint with missing weights is refused. transformers would initialise them randomly and only warn."""
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -118,7 +118,7 @@ def test_checkpoint_with_missing_weights_is_refused(folder):
 
 
 def test_remote_code_is_not_run_unless_asked_for(folder, tmp_path):
-    """A downloaded repository must not execute its Python."""
+    """Python code of a downloaded repository runs only with `trust_remote_code`."""
     config = json.loads((folder / "config.json").read_text())
     config.update(model_type="strange", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"})
     (folder / "config.json").write_text(json.dumps(config))
@@ -129,8 +129,8 @@ def test_remote_code_is_not_run_unless_asked_for(folder, tmp_path):
 
 
 def test_settings_take_the_tokenizer_s_special_tokens():
-    """Without the tokenizer's end token in the generation config, answers continue to the limit."""
-    tokenizer = unigram_byte_fallback()  # <s> is 1, </s> 2 and padding
+    """The model's settings get the tokenizer's end token, without which answers would continue to the limit."""
+    tokenizer = unigram_byte_fallback()  # <s> is 1; </s> is 2 and also the pad token
     model = tiny_model("llama", len(tokenizer))
     model.generation_config.eos_token_id = [7, 1]
     model.config.eos_token_id = 1
@@ -142,7 +142,7 @@ def test_settings_take_the_tokenizer_s_special_tokens():
 
 
 def test_merging_an_adapter_is_quiet(folder, tmp_path, recwarn):
-    """A user cannot fix a deprecation inside PEFT, so its warning is hidden."""
+    """PEFT's deprecation warning, which the user cannot fix, is hidden."""
     save_adapter(folder, tmp_path / "adapter")
     recwarn.clear()
     load_causal_lm(str(tmp_path / "adapter"))
@@ -150,14 +150,14 @@ def test_merging_an_adapter_is_quiet(folder, tmp_path, recwarn):
 
 
 def test_a_causal_class_that_auto_classes_do_not_know_is_read_back(tmp_path):
-    """AutoModelForCausalLM cannot load Emu3's language model, so a saved student could not be used."""
+    """A saved model of a class that AutoModelForCausalLM does not support, such as Emu3's, can be loaded."""
     model = small_model("emu3")
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(load_causal_lm(str(tmp_path))(IDS).logits, model(IDS).logits)
 
 
 def test_a_folder_of_named_adapters_is_refused_by_their_names(folder, tmp_path):
-    """PEFT saves an adapter that is not named default in a subfolder."""
+    """A folder with adapters in subfolders only is refused, and the message lists the subfolders."""
     save_adapter(folder, tmp_path / "all" / "poems")
     expected = load_causal_lm(str(tmp_path / "all" / "poems"))(IDS).logits
     torch.testing.assert_close(
@@ -170,7 +170,7 @@ def test_a_folder_of_named_adapters_is_refused_by_their_names(folder, tmp_path):
 
 
 def test_an_adapter_on_the_head_of_a_tied_teacher_gives_its_own_logits(tmp_path):
-    """Head and embeddings share a matrix, and merging into it would change both."""
+    """An adapter on the head of a tied model is merged into a copy of the matrix, so that the embeddings do not change."""
     tiny_model("qwen2", 400).save_pretrained(tmp_path / "model")
     expected = save_adapter(tmp_path / "model", tmp_path / "adapter", targets=["q_proj", "lm_head"])
     for model in (
@@ -182,7 +182,7 @@ def test_an_adapter_on_the_head_of_a_tied_teacher_gives_its_own_logits(tmp_path)
 
 @pytest.mark.parametrize("content", ["[1]", '{"peft_type": "UNKNOWN"}', "{"])
 def test_an_adapter_config_that_cannot_be_read_is_refused(content, folder, tmp_path):
-    """Every exception of a parser becomes a UserError that names the folder."""
+    """An adapter_config.json that cannot be read raises a UserError that names the folder."""
     (tmp_path / "adapter_config.json").write_text(content)
     with pytest.raises(UserError, match=str(tmp_path)):
         load_causal_lm(str(folder), adapter=str(tmp_path))

@@ -1,4 +1,4 @@
-"""Losses read the response positions exactly as the model computes them, for all model families."""
+"""Test that losses read the response positions exactly as the model computes them, for all model families."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def tokens_of(input_ids: torch.Tensor, mask: torch.Tensor, num_prompt: int) -> TokenBatch:
-    """A batch whose responses begin after a prompt; byte ends count all positions."""
+    """Return a batch whose responses begin after a prompt. Byte ends are numbered over all positions."""
     response = mask.bool() & (torch.arange(input_ids.shape[1]) >= num_prompt)
     return TokenBatch(
         input_ids=input_ids,
@@ -53,19 +53,19 @@ def lora(model, **options):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_head_on_final_hidden_gives_the_models_logits(family):
-    """Otherwise losses would use logits that the model does not produce."""
+    """The head applied to the final hidden states gives the model's own logits."""
     model = tiny_model(family, VOCAB)
     check_head(model)
     input_ids, mask = batch()
     hidden = final_hidden(model, input_ids, mask)
     expected = model(input_ids=input_ids, attention_mask=mask).logits
-    seen = mask.bool()  # rows of padding are arbitrary
+    seen = mask.bool()  # values at padding are arbitrary
     torch.testing.assert_close(output_head(model).logits(hidden[seen]), expected[seen])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_right_padding_changes_no_hidden_state(family):
-    """Otherwise the loss of an example would depend on the longest example of its batch."""
+    """Padding on the right does not change the hidden states of an example."""
     model = tiny_model(family, VOCAB)
     input_ids, mask = batch()
     padded = final_hidden(model, input_ids, mask)
@@ -76,7 +76,7 @@ def test_right_padding_changes_no_hidden_state(family):
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "opt", "opt_projected", "qwen2"])
 def test_rows_are_selected_in_batch_order_with_embeddings_of_the_table(family):
-    """Attention and Soft-DTW need the rows in order, and embeddings without scale (Gemma) or offset (OPT)."""
+    """Response positions are in the order of the batch. Embeddings are table entries without scale (Gemma) or offset (OPT)."""
     model = tiny_model(family, VOCAB)
     input_ids, mask = batch()
     tokens = tokens_of(input_ids, mask, 4)
@@ -111,7 +111,7 @@ def test_gradient_reaches_backbone_and_table_but_not_through_the_tokens_read():
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt_projected"])
 def test_lora_stays_active_in_the_backbone(family):
-    """If the backbone ran without its adapters, nothing would be trained."""
+    """LoRA adapters are active in the forward pass and get gradient."""
     plain = tiny_model(family, VOCAB)
     input_ids, mask = batch()
     before = final_hidden(plain, input_ids, mask).detach().clone()
@@ -121,14 +121,14 @@ def test_lora_stays_active_in_the_backbone(family):
     hidden = final_hidden(model, input_ids, mask)
     assert (hidden - before).abs().max() > 1e-2
     expected = model(input_ids=input_ids, attention_mask=mask).logits
-    seen = mask.bool()  # rows of padding are arbitrary
+    seen = mask.bool()  # values at padding are arbitrary
     torch.testing.assert_close(output_head(model).logits(hidden[seen]), expected[seen])
     hidden.sum().backward()
     assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "lora_B" in name)
 
 
 def test_trained_copies_of_head_and_embeddings_are_the_ones_in_use():
-    """With modules_to_save the frozen originals would be distilled instead of the trained matrices."""
+    """With modules_to_save, the trained copies of head and embeddings are used, not the frozen originals."""
     model = lora(tiny_model("llama", VOCAB), target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"])
     check_head(model)
     assert output_head(model).weight.requires_grad
@@ -137,7 +137,7 @@ def test_trained_copies_of_head_and_embeddings_are_the_ones_in_use():
 
 @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
 def test_lora_on_a_vocabulary_matrix_is_refused(module):
-    """LoRA stores its change outside the matrix that the losses read, and no other check finds it before training."""
+    """LoRA on the head or the embeddings is refused, because it does not change the matrix that the losses read."""
     model = get_peft_model(tiny_model("llama", VOCAB), LoraConfig(r=4, target_modules=["q_proj", module]))
     function = output_head if module == "lm_head" else embedding_table
     with pytest.raises(UserError, match="modules_to_save"):
@@ -146,14 +146,14 @@ def test_lora_on_a_vocabulary_matrix_is_refused(module):
 
 @pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
 def test_learned_prompts_are_refused(config):
-    """The backbone alone does not read a learned prompt."""
+    """PEFT methods with learned prompts are refused, because the backbone alone does not read them."""
     model = get_peft_model(tiny_model("llama", VOCAB), config(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(UserError, match="LoRA"):
         final_hidden(model, *batch())
 
 
 def test_head_wider_than_the_tokenizer_keeps_its_padding_rows():
-    """Qwen's heads have rows that no token uses, but they are part of the softmax."""
+    """Head entries without a token, which Qwen's heads have, are part of the softmax."""
     assert output_head(tiny_model("qwen2", 384)).vocab_size == 384
 
 
@@ -171,8 +171,8 @@ def expected(model, input_ids, mask):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("eager", [False, True])
-def test_it_is_the_attention_that_the_model_reports(family, eager):
-    """Families differ in groups of heads, scales, soft caps and windows. The recorded row must not be padding."""
+def test_recorded_attention_is_that_of_the_model(family, eager):
+    """The recorded attention of the last position equals the attention that the model reports, for every family."""
     model = tiny_model(family, VOCAB, **({"attn_logit_softcapping": 0.5} if family == "gemma2" else {}))
     if eager:
         model.set_attn_implementation("eager")
@@ -186,8 +186,8 @@ def test_it_is_the_attention_that_the_model_reports(family, eager):
         assert not attention[row, LENGTHS[row] :].any()
 
 
-def test_a_window_without_a_mask_counts():
-    """Flash attention receives a window size instead of a mask."""
+def test_a_window_without_a_mask_is_applied():
+    """A window size that is passed without a mask, as for flash attention, limits the recorded attention."""
     model = tiny_model("mistral", VOCAB)
     input_ids, mask = batch()
     with last_layer(model.config) as noted:
@@ -199,8 +199,8 @@ def test_a_window_without_a_mask_counts():
     assert not whole[0, :24].any()
 
 
-def test_rows_of_an_adapted_model_carry_it_and_the_registry_is_left_alone():
-    """The recording function is removed afterwards; otherwise it would also record later models."""
+def test_recording_works_with_peft_and_restores_the_registry():
+    """Recording works for a PEFT model, and the attention function of transformers is restored afterwards."""
     before = dict(ALL_ATTENTION_FUNCTIONS)
     model = lora(tiny_model("llama", VOCAB), target_modules=["q_proj", "v_proj"])
     input_ids, mask = batch()
@@ -215,7 +215,7 @@ def test_rows_of_an_adapted_model_carry_it_and_the_registry_is_left_alone():
 
 
 def test_sequences_of_a_group_have_their_own_last_position():
-    """Short sequences of a teacher run in groups and long ones alone; each has its own last position."""
+    """The attention of each sequence is that of its own last position, whether it runs in a group or alone."""
     model = tiny_model("gemma2", VOCAB)
     input_ids, mask = batch()
     sequences = [ids[:length] for ids, length in zip(input_ids, LENGTHS, strict=True)]
@@ -247,7 +247,7 @@ def test_sequences_of_a_group_have_their_own_last_position():
     ids=lambda model: model.config.model_type,
 )
 def test_models_that_attend_in_another_way_are_refused(model):
-    """ALiBi and attention sinks are not supported; without an error, the weights would be wrong."""
+    """Models with ALiBi or attention sinks are refused, because their attention cannot be computed from queries and keys."""
     input_ids, mask = batch()
     with pytest.raises(UserError, match=r"set loss\.span_weights=uniform"):
         final_states(model.eval(), input_ids, mask, attention=True)

@@ -1,4 +1,4 @@
-"""Weights are always saved, and settings that have no effect are reset."""
+"""Test that weights are always saved and that settings without effect are reset."""
 
 import logging
 
@@ -49,7 +49,7 @@ def test_unused_sampling_settings_are_reset_with_a_warning(tmp_path, caplog):
 
 
 def test_an_adapter_is_saved_in_the_folder_itself(tmp_path):
-    """PEFT saves an adapter that is not named "default" in a subfolder, where loading does not find it."""
+    """An adapter that is not named "default" is saved in the folder itself, where loading finds it."""
     for name in ("default", "colours"):
         student = get_peft_model(tiny_model("llama"), LoraConfig(r=2, task_type="CAUSAL_LM"), name)
         save_causal_lm(student, tmp_path / name)

@@ -1,4 +1,4 @@
-"""`paired_sides` gives a user's own training loop the same sides as the trainer."""
+"""Test that `paired_sides` gives a user's own training loop the same sides as the trainer."""
 
 import torch
 
@@ -10,7 +10,7 @@ from tests.training.builders import ROWS, TOKENIZERS, trainer
 
 
 def test_sides_equal_those_of_the_trainer(tmp_path):
-    """Another template, row selection or mode would make results of the two loops differ."""
+    """The sides equal those of the trainer: same template, response positions and modes."""
     run = trainer(tmp_path)
     student, teacher = tiny_model("llama", len(TOKENIZERS[0]), seed=1), tiny_model("gemma2", len(TOKENIZERS[1]), seed=2)
     pairs = dwakd.encode_rows(ROWS, *TOKENIZERS, template="plain")

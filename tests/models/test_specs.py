@@ -1,4 +1,4 @@
-"""Specs are resolved or refused in one sentence, and a GGUF file is converted exactly and only once."""
+"""Test that specs are resolved or refused in one sentence, and that a GGUF file is converted exactly and only once."""
 
 import importlib
 import importlib.util
@@ -81,7 +81,7 @@ def model(tokenizer):
 
 
 def test_conversion_keeps_logits_and_text(tmp_path, model, tokenizer):
-    """A missing permutation or norm would give a teacher that generates nonsense."""
+    """The converted model gives the same logits, and the tokenizer the same tokens, as the original."""
     spec = f"gguf:{write_gguf(tmp_path / 'tiny.gguf', model, tokenizer)}"
     loaded, read = load_causal_lm(spec), load_tokenizer(spec)
     input_ids = torch.arange(20).view(2, 10)
@@ -96,7 +96,7 @@ def test_conversion_keeps_logits_and_text(tmp_path, model, tokenizer):
 
 
 def test_the_folder_is_a_plain_checkpoint_that_can_be_saved_again(tmp_path, cache, model, tokenizer):
-    """save_pretrained fails for the model that transformers reads from a GGUF file."""
+    """The converted model can be saved again, unlike a model that transformers reads from a GGUF file."""
     spec = f"gguf:{write_gguf(tmp_path / 'tiny.gguf', model, tokenizer)}"
     load_causal_lm(spec).save_pretrained(tmp_path / "again")
     (folder,) = cache.iterdir()
@@ -107,7 +107,7 @@ def test_the_folder_is_a_plain_checkpoint_that_can_be_saved_again(tmp_path, cach
 
 
 def test_converted_once_and_again_when_the_content_changes(tmp_path, cache, model, tokenizer, monkeypatch):
-    """The conversion takes half a minute, and a file with new content must be converted again."""
+    """A GGUF file is converted once, and again if its content changes."""
     path = write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
     first = convert_gguf(path)
     with monkeypatch.context() as patch:
@@ -119,7 +119,7 @@ def test_converted_once_and_again_when_the_content_changes(tmp_path, cache, mode
 
 
 def test_without_the_package_the_error_names_the_extra(tmp_path, cache, model, tokenizer, monkeypatch):
-    """transformers' own message asks for torch, and does not say how to get the reader with dwakd."""
+    """Without the package gguf, the message says how to install it."""
     path = write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gguf" else find(name, *rest))
@@ -129,7 +129,7 @@ def test_without_the_package_the_error_names_the_extra(tmp_path, cache, model, t
 
 
 def test_a_failed_conversion_leaves_nothing_behind(tmp_path, cache, model, tokenizer, monkeypatch):
-    """The next run would use an incomplete folder as the model."""
+    """A failed conversion leaves no incomplete folder, which the next run would load."""
     path = write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
 
     def broken(_, folder):
@@ -142,8 +142,8 @@ def test_a_failed_conversion_leaves_nothing_behind(tmp_path, cache, model, token
     assert list(cache.iterdir()) == []
 
 
-def test_a_second_process_that_converts_at_once_wins_or_loses_quietly(tmp_path, cache, model, tokenizer, monkeypatch):
-    """Several ranks may convert the same file at the same time."""
+def test_two_processes_may_convert_the_same_file(tmp_path, cache, model, tokenizer, monkeypatch):
+    """Several processes may convert the same file at the same time."""
     path = write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
 
     def raced(model, folder):
@@ -214,7 +214,7 @@ def test_each_bad_spec_gets_one_sentence(load, spec, message, tmp_path, monkeypa
 
 
 def test_unknown_hub_model_is_told_apart_from_a_missing_network(monkeypatch):
-    """A wrong name must not be reported as a problem of the network."""
+    """A model that does not exist on the hub is reported as such, not as a problem of the network."""
     error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
 
     def unknown(*_, **__):
@@ -226,7 +226,7 @@ def test_unknown_hub_model_is_told_apart_from_a_missing_network(monkeypatch):
 
 
 def test_file_of_a_package_is_found_without_importing_it(tmp_path, monkeypatch):
-    """Importing a package may have side effects or fail because dependencies are missing."""
+    """A file in a package is found without importing the package."""
     package = tmp_path / "site" / "some_models"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
@@ -242,7 +242,7 @@ def test_file_of_a_package_is_found_without_importing_it(tmp_path, monkeypatch):
 
 
 def test_a_folder_has_no_revision(tmp_path):
-    """A revision of a folder would be recorded in the recipe without being used."""
+    """A revision is refused for a folder, for which it would have no effect."""
     tokenizer = byte_bpe()
     tiny_model("llama", len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
