@@ -1,4 +1,4 @@
-"""Runs of a few steps on tiny models, for invariants of training."""
+"""Build runs of a few steps on tiny models."""
 
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ ROWS = [
     {"prompt": f"Name a colour that goes with {noun}.", "response": f"A {colour} {noun} é😀"}
     for noun, colour in zip(NOUNS, COLOURS, strict=True)
 ]
-TOKENIZERS = byte_bpe(), bpe_byte_fallback()  # BPE: Unigram training is not deterministic, and ranks would differ
+TOKENIZERS = byte_bpe(), bpe_byte_fallback()  # not Unigram, whose training is not deterministic
 
 
 def trainer(output: Path, *, rows: list[dict[str, Any]] = ROWS, lora: bool = False, **options: Any) -> DistillTrainer:
-    """A trainer over a Llama-shaped student and a Gemma-shaped teacher with another tokenizer."""
+    """Return a trainer with a Llama-like student and a Gemma-like teacher with another tokenizer."""
     student_tokenizer, teacher_tokenizer = TOKENIZERS
     two_tokenizers = options.pop(
         "two_tokenizers", not method_options(options.get("method", "dwa_kd")).needs_same_vocabulary
@@ -52,12 +52,12 @@ def trainer(output: Path, *, rows: list[dict[str, Any]] = ROWS, lora: bool = Fal
 
 
 def weights(run: DistillTrainer) -> dict[str, torch.Tensor]:
-    """A copy of everything that training changes."""
+    """Return a copy of everything that training changes."""
     return {name: tensor.detach().clone() for name, tensor in run.model.state_dict().items()}
 
 
 def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float = 0.0) -> None:
-    """Equal weights, name by name."""
+    """Assert that two sets of weights are equal, by name."""
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor, atol=atol, rtol=0, msg=f"{name}: {{}}".format)

@@ -1,4 +1,4 @@
-"""One rank of a two-process run over gloo; started by test_ranks.py through torchrun."""
+"""Run one rank of a training with two processes over gloo. test_ranks.py starts it through torchrun."""
 
 import sys
 from pathlib import Path

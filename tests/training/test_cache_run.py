@@ -1,4 +1,4 @@
-"""`dwakd cache`, and `teacher.cache` in a recipe."""
+"""Test `dwakd cache`, and `teacher.cache` in a recipe."""
 
 import json
 
@@ -30,7 +30,7 @@ def recipe(tmp_path):
 
 
 def test_build_check_and_train(recipe, tmp_path, monkeypatch, capsys):
-    """A user builds, verifies and trains; then one byte of a shard changes, and each command has to name the shard."""
+    """A cache is built, verified and used for training. If one byte of it changes, each command names the damaged shard."""
     code, out, err = run(monkeypatch, capsys, "cache", recipe)
     assert code == 0, err
     assert "teacher.cache=" in out.replace(": ", "=")
@@ -86,7 +86,7 @@ def test_build_check_and_train(recipe, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_mistakes(arguments, message, recipe, tmp_path, monkeypatch, capsys):
-    """Each mistake must give one sentence and must not create a folder."""
+    """Each mistake gives one sentence and creates no folder."""
     monkeypatch.chdir(tmp_path)
     paths = {"RECIPE": recipe, "FOLDER": tmp_path}
     code, _, err = run(monkeypatch, capsys, *(paths.get(argument, argument) for argument in arguments))
@@ -109,7 +109,7 @@ def test_a_recipe_without_a_cache_yet(recipe, tmp_path, monkeypatch, capsys):
 
 
 def test_a_method_that_reads_attention_can_be_cached_for_others_only(recipe, tmp_path, monkeypatch, capsys):
-    """A comparison builds the cache for its other methods; a run of this method would have no attention to read."""
+    """`dwakd compare` may build a cache although one method reads attention, but a run of this method refuses it."""
     code, _, err = run(monkeypatch, capsys, "cache", recipe, "loss.method=sra")
     assert (code, "set loss.span_weights=uniform" in one_sentence(err)) == (2, True)
     code, _, err = run(monkeypatch, capsys, "cache", recipe, "loss.method=sra", "compare.methods=[sra, uld]")

@@ -1,4 +1,4 @@
-"""NaN ends a run at the step in which it occurs, and never reaches a saved file."""
+"""Test that NaN ends a run in the step in which it occurs and is never saved."""
 
 from unittest.mock import Mock
 
@@ -12,14 +12,14 @@ from tests.training.builders import trainer
 
 @pytest.mark.parametrize("options", [{"logging_steps": 1}, {"logging_strategy": "no"}, {"logging_steps": 100}])
 def test_a_loss_of_nan_ends_the_run_whatever_is_logged(tmp_path, options):
-    """A check that runs when something is logged lets a run of days end with a student of NaN."""
+    """A loss of NaN ends the run at once, also in steps that are not logged."""
     run = trainer(tmp_path, learning_rate=1e30, lr_scheduler_type="constant", max_grad_norm=0.0, max_steps=6, **options)
     with pytest.raises(UserError, match=r"the loss is \S+ at step [23]"):
         run.train()
 
 
-def test_weights_of_nan_are_not_saved(tmp_path):
-    """The last step has no loss after it that would show what it did to the weights."""
+def test_weights_with_nan_are_not_saved(tmp_path):
+    """Weights are checked after the last step, whose effect no later loss shows."""
     options = {"learning_rate": 1e30, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 1}
     run = trainer(tmp_path / "a", **options, save_strategy="steps", save_steps=1)
     with torch.no_grad():
@@ -42,14 +42,14 @@ def test_weights_of_nan_are_not_saved(tmp_path):
     ],
 )
 def test_a_run_in_which_the_student_gets_no_gradient_ends(tmp_path, options):
-    """Loss weights of 0, or an infinite gradient norm that clips each gradient to 0, leave the student unchanged."""
+    """A run ends with an error if the student gets no gradient, for example because all loss weights are 0."""
     run = trainer(tmp_path, max_steps=6, **options)
     with pytest.raises(UserError, match=r"every gradient of the student is zero at step 3|the loss is"):
         run.train()
 
 
 class OnAccelerator(torch.Tensor):
-    """A tensor that claims to be on a GPU."""
+    """A tensor that reports a GPU as its device."""
 
     @property
     def device(self):
@@ -57,7 +57,7 @@ class OnAccelerator(torch.Tensor):
 
 
 def test_losses_on_an_accelerator_are_checked_without_waiting(monkeypatch):
-    """Waiting for the value of each loss would stop a GPU in every step."""
+    """On a GPU, losses are copied and checked without waiting for the device."""
     events = []
 
     class Event:
@@ -93,12 +93,12 @@ def test_losses_on_an_accelerator_are_checked_without_waiting(monkeypatch):
 
 
 def test_a_forbidden_token_may_keep_its_bias():
-    """Heads that are wider than their tokenizer use a bias of -inf for unused tokens."""
+    """A bias of -inf, by which a head forbids unused tokens, is accepted."""
     FiniteCheck(finished_run()).finish()
 
 
 def finished_run() -> Mock:
-    """A trainer whose model has a bias of -inf."""
+    """Return a trainer whose model has a bias of -inf."""
     model = torch.nn.Linear(2, 2)
     with torch.no_grad():
         model.bias[1] = -torch.inf

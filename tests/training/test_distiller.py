@@ -1,4 +1,4 @@
-"""The student and its loss are built for the given models, and are saved and loaded exactly."""
+"""Test that student and loss are built for the given models, and are saved and loaded exactly."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def adapted(base, name: str):
 
 
 def test_an_adapter_of_any_name_is_restored(tmp_path):
-    """PEFT saves an adapter that is not called "default" in a subfolder, where nothing looks for it."""
+    """An adapter that is not called "default" is saved in the folder itself and can be loaded."""
     tiny_model("llama", 400).save_pretrained(tmp_path / "base")
     byte_bpe().save_pretrained(tmp_path / "base")
     student = adapted(tmp_path / "base", "colours")
@@ -44,7 +44,7 @@ def test_an_adapter_of_any_name_is_restored(tmp_path):
 
 
 def test_each_parameter_keeps_its_own_dtype(tmp_path):
-    """A float32 head on a bfloat16 body would be rounded whenever a checkpoint is loaded."""
+    """Loading a checkpoint keeps the dtype of each parameter, for example a float32 head in a bfloat16 model."""
     student = tiny_model("llama").to(torch.bfloat16)
     student.model.norm.float()
     student.lm_head.float()
@@ -61,7 +61,7 @@ def test_each_parameter_keeps_its_own_dtype(tmp_path):
 
 
 def test_the_tokenizer_and_weights_survive_settings_that_json_cannot_hold(tmp_path):
-    """A callback can put anything into the generation settings."""
+    """Weights and tokenizer are saved even if the generation settings contain values that JSON cannot represent."""
     run = trainer(tmp_path, method="sft", max_steps=1)
     run.student.generation_config.own = object()
     run.save_model()
@@ -71,14 +71,14 @@ def test_the_tokenizer_and_weights_survive_settings_that_json_cannot_hold(tmp_pa
 
 @pytest.mark.parametrize(("method", "options"), ONE_TOKENIZER)
 def test_two_tokenizers_are_refused(tmp_path, method, options):
-    """A comparison of the same index in two vocabularies would compare unrelated tokens."""
+    """Methods for one tokenizer refuse models with two, because equal ids would be unrelated tokens."""
     with pytest.raises(UserError, match=f"method {method} requires a teacher with the student's tokenizer"):
         trainer(tmp_path, method=method, loss_options=options, two_tokenizers=True)
 
 
 @pytest.mark.parametrize(("method", "options"), ONE_TOKENIZER)
 def test_one_tokenizer_and_heads_of_two_widths_train(tmp_path, method, options):
-    """Models of one family often pad their heads to different widths, although they share a tokenizer."""
+    """Models with one tokenizer are accepted if their heads are padded to different sizes."""
     tokenizer = TOKENIZERS[0]
     run = DistillTrainer(
         model=tiny_model("llama", len(tokenizer), seed=1),

@@ -1,4 +1,4 @@
-"""Metrics of a user's own function: numbers of every kind are taken, and mistakes are named."""
+"""Test the metrics of a user's function: numbers of all types are accepted, and mistakes are reported."""
 
 import json
 
@@ -15,7 +15,7 @@ from tests.training.builders import ROWS, trainer
     "value", [0.5, np.float64(0.5), np.float32(0.5), np.int64(3), np.bool_(True), np.array(0.5), torch.tensor(0.5)]
 )
 def test_metrics_of_users_become_plain_numbers(value):
-    """transformers.Trainer takes numbers of numpy and torch; JSON does not, so the first checkpoint would fail."""
+    """Numbers of numpy and torch become plain numbers, because checkpoints store them as JSON."""
     plain = plain_metrics({"score": value})
     assert json.loads(json.dumps(plain))["score"] == float(value)
 
@@ -24,13 +24,13 @@ def test_metrics_of_users_become_plain_numbers(value):
     "metrics", [{"f1": np.array([0.1, 0.2])}, {"f1": object()}, {1: 0.5}, [("f1", 0.5)], 0.5, None]
 )
 def test_metrics_that_are_no_numbers_are_named(metrics):
-    """Found before the first checkpoint, with the metric's name, instead of a TypeError of JSON."""
+    """A value that is not a number raises a UserError that names the metric."""
     with pytest.raises(UserError, match=r"compute_metrics.*(f1|1|list|float|None)"):
         plain_metrics(metrics)
 
 
 def test_metrics_that_the_best_model_needs_are_checked(tmp_path):
-    """A metric that is missing or overwrites a term would end a run at its first evaluation, or choose wrongly."""
+    """A missing `metric_for_best_model`, or a metric with the name of a term, raises a UserError."""
     options = {"method": "sft", "eval_rows": ROWS[:2], "eval_max_new_tokens": 2, "metric_for_best_model": "f1"}
     with pytest.raises(UserError, match="metric_for_best_model f1"):
         trainer(tmp_path, **options)
@@ -43,7 +43,7 @@ def test_metrics_that_the_best_model_needs_are_checked(tmp_path):
 
 
 def test_metrics_are_logged_as_numbers(tmp_path):
-    """The whole way: evaluation, checkpoint and the saved state."""
+    """The metrics appear as numbers in the log and in the saved state."""
     options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     run = trainer(tmp_path, method="sft", max_steps=1, eval_rows=ROWS[:2], eval_max_new_tokens=3, **options)
     run.metrics_function = lambda prediction: {"score": np.float32(0.5)}

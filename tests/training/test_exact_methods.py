@@ -1,4 +1,4 @@
-"""Methods built from the pair of models: trained, stopped and resumed."""
+"""Test training and resuming with the methods whose projectors are initialised from the heads."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ METHODS = ("dskd_v2", "dwa_kd_v2")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("lora", [False, True])
 def test_resumed_run_ends_with_the_same_student(tmp_path, method, lora):
-    """A resumed run builds its maps anew from a student that has been read back since; t2s must be the trained one."""
+    """A resumed run uses the trained t2s, not one that is initialised again from the student."""
     options = {"method": method, "max_steps": 6, "save_strategy": "steps", "save_steps": 4, "lora": lora}
     whole = trainer(tmp_path, **options)
     start = whole.model.loss.projectors.t2s.weight.detach().clone()
@@ -31,7 +31,7 @@ def test_resumed_run_ends_with_the_same_student(tmp_path, method, lora):
     [("gpt2", "phi"), ("phi", "cohere"), ("opt_projected", "granite"), ("gemma2", "opt_projected")],
 )
 def test_heads_with_biases_scales_and_ties(tmp_path, method, student, teacher):
-    """Tied heads, biased ones, scaled ones, soft caps, and widths that differ: aligned tokens in every role."""
+    """Training works with tied heads, biases, scales, soft caps and different widths, for student and teacher."""
     run = trainer(tmp_path, method=method, student=student, teacher=teacher, max_steps=2, learning_rate=1e-3)
     maps = run.model.loss.projectors
     assert (maps.t2s.bias is not None) == ("phi" in (student, teacher))

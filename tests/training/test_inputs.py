@@ -1,4 +1,4 @@
-"""Every form of data that a trainer takes, in both roles."""
+"""Test every form of data that a trainer accepts for training and evaluation."""
 
 import csv
 import json
@@ -55,7 +55,7 @@ FORMS: dict[str, Callable[[Path], tuple[Any, Any]]] = {
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], float]:
-    """What a run on lists of rows gives."""
+    """Return the result of a run on lists of rows."""
     return outcome(tmp_path_factory.mktemp("list"), ROWS[:4], OTHERS)
 
 
@@ -69,14 +69,14 @@ def outcome(folder: Path, rows: Any, eval_rows: Any) -> tuple[dict[str, torch.Te
 def test_every_form_trains_and_evaluates_alike(
     tmp_path: Path, form: str, expected: tuple[dict[str, torch.Tensor], float]
 ) -> None:
-    """Each form must give the same rows, from the same split and columns."""
+    """Each form of the same data gives the same rows, from the same split and columns."""
     found = outcome(tmp_path, *FORMS[form](tmp_path))
     assert_same(found[0], expected[0])
     assert found[1] == expected[1]
 
 
 def test_evaluation_sets_by_name_are_refused(tmp_path: Path) -> None:
-    """transformers evaluates each set of a dict; dwakd must not silently choose one of them."""
+    """A dict is refused if its keys are not the names of splits."""
     with pytest.raises(UserError, match=r"the eval dataset has no split 'validation'.*its splits are news, mail; pass"):
         trainer(tmp_path, method="sft", eval_rows={"news": OTHERS, "mail": OTHERS})
     with pytest.raises(UserError, match=r"the train dataset has no split 'train': its splits are test"):
@@ -86,7 +86,7 @@ def test_evaluation_sets_by_name_are_refused(tmp_path: Path) -> None:
 
 
 def test_rows_without_a_response_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """`invalid_rows: skip` holds for rows that a reader refuses, in a trainer and in a recipe alike."""
+    """`invalid_rows: skip` also skips rows that the reader refuses, in a trainer and in a recipe."""
     rows = [*ROWS[:3], {"prompt": "Why?", "response": None}]
     with caplog.at_level(logging.WARNING, "dwakd"):
         run = trainer(tmp_path, rows=rows, eval_rows=rows[1:], method="sft", invalid_rows="skip")
@@ -100,7 +100,7 @@ def test_rows_without_a_response_are_skipped(tmp_path: Path, caplog: pytest.LogC
 
 
 def test_rows_that_cannot_be_shown_are_not_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A skipped row must also be skipped when answers are generated for ROUGE-L."""
+    """A row that is skipped because the template refuses it is not answered for ROUGE-L."""
     render = Prompts.render
 
     def refuse(prompts: Prompts, example: Any) -> str:
@@ -115,7 +115,7 @@ def test_rows_that_cannot_be_shown_are_not_answered(tmp_path: Path, monkeypatch:
 
 
 def test_one_warning_of_cut_responses_for_each_data_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The log must report truncated responses once for each data set, not once for each model."""
+    """Truncated responses are reported once for each data set, not once for each model."""
     long = [{"prompt": "Go on.", "response": "The quick brown fox jumps. " * 40}]
     with caplog.at_level(logging.WARNING, "dwakd"):
         trainer(tmp_path, rows=[*long, *ROWS[:1]], eval_rows=long, max_length=100, max_prompt_length=50)

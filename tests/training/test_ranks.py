@@ -1,4 +1,4 @@
-"""Two ranks over gloo give what one rank gives on the same global batch."""
+"""Test that two ranks over gloo give the result of one process with the same global batch."""
 
 import json
 from pathlib import Path
@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[2]
     ("method", "accumulation", "num_rows"), [("dwa_kd", 1, 16), ("sft", 2, 16), ("min_ed", 1, 13), ("dwa_kd", 1, 13)]
 )
 def test_two_ranks_equal_one(tmp_path, method, accumulation, num_rows):
-    """Diverging projectors, a mean of means over ranks, or N(.) computed on each rank would raise no error.
+    """Two ranks end with the weights and terms of one process.
 
-    Thirteen rows leave one for the last step, which accelerate fills up by repeating others on both ranks.
+    With thirteen rows, one row is left for the last step, which accelerate fills by repeating other rows on both ranks.
     """
     arguments = [tmp_path / "two", method, 2 // accumulation, accumulation, num_rows]
     run_on_two_ranks("tests.training.rank", *arguments)

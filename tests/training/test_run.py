@@ -1,4 +1,4 @@
-"""`dwakd train`: a recipe becomes a plain folder with scores, and mistakes are found before the training."""
+"""Test `dwakd train`: a recipe gives a plain folder with scores, and mistakes are found before the training."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def test_train_eval_and_resume(workspace, tmp_path, monkeypatch, capsys):
         None,
         "trainer_state.json",
         "dwakd-run.json",
-    ):  # finished, or stopped at its end
+    ):  # the run is finished, or was stopped at its end
         if lost:
             (output / lost).write_text("{")
             (output / "model.safetensors").write_bytes(b"half")
@@ -62,12 +62,12 @@ def test_train_eval_and_resume(workspace, tmp_path, monkeypatch, capsys):
     )  # fmt: skip
     assert code == 0, err
     answers = next((tmp_path / "scores").glob("*.answers.jsonl")).read_text().splitlines()
-    assert len(answers) == 4  # two rows, one seed and greedy
+    assert len(answers) == 4  # two rows, each with one sampled and one greedy answer
     assert json.loads(answers[0])["prompt"] == "Say number 0.\n", "the template is the run's own"
 
 
 def test_test_sets_are_read_once(workspace, tmp_path, monkeypatch, capsys):
-    """A second reading could see a file that was changed during the training: other rows than those that were checked."""
+    """Test sets are read once, so that a file that changes during the training has no effect."""
     from dwakd.evaluation.run import load_examples as load
 
     read = []
@@ -91,8 +91,8 @@ def test_test_sets_are_read_once(workspace, tmp_path, monkeypatch, capsys):
         ),
     ],
 )
-def test_a_run_that_trains_nothing_is_no_success(workspace, tmp_path, monkeypatch, capsys, options, message):
-    """The folder would look like a trained student, although its weights are NaN or unchanged."""
+def test_a_run_that_trains_nothing_ends_with_an_error(workspace, tmp_path, monkeypatch, capsys, options, message):
+    """A run whose weights become NaN, or that has no batch to train on, ends with an error."""
     code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *options, "-o", tmp_path / "run")
     assert code == 2
     assert message in one_sentence(err)
@@ -146,7 +146,7 @@ def test_mistakes_are_one_sentence(name, workspace, tmp_path, monkeypatch, capsy
 
 
 def test_a_malformed_row_is_named_by_file_and_line(workspace, tmp_path, monkeypatch, capsys):
-    """Among thousands of rows, the line is what the user needs."""
+    """The message about a malformed row contains the file and the line."""
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": ')
     train = f"data.train={tmp_path / 'rows.jsonl'}"
     code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", train, "-o", tmp_path / "run")
@@ -154,7 +154,7 @@ def test_a_malformed_row_is_named_by_file_and_line(workspace, tmp_path, monkeypa
 
 
 def test_a_hub_that_refuses_is_one_sentence(workspace, tmp_path, monkeypatch, capsys):
-    """transformers creates the repository before training; errors of the network must be shown without a traceback."""
+    """Errors of the hub, where transformers creates the repository before training, are shown without a traceback."""
 
     def refuse(*_):
         raise ConnectionError("no network\nand more")
@@ -166,8 +166,8 @@ def test_a_hub_that_refuses_is_one_sentence(workspace, tmp_path, monkeypatch, ca
     assert not (tmp_path / "run").exists()
 
 
-def test_a_prompt_without_room_shows_before_the_training(workspace, tmp_path, monkeypatch, capsys):
-    """The error must be raised before hours of training, and `dwakd eval` must raise the same one."""
+def test_a_prompt_without_room_is_refused_before_the_training(workspace, tmp_path, monkeypatch, capsys):
+    """A test prompt that leaves no room for an answer is refused before the training, and by `dwakd eval`."""
     rows = [*ROWS[:2], {"prompt": "word " * 600, "response": "end"}]
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
     test = f"evaluation.test=[{workspace / 'data.jsonl'}, {tmp_path / 'long.jsonl'}]"
@@ -183,7 +183,7 @@ def test_a_prompt_without_room_shows_before_the_training(workspace, tmp_path, mo
 
 @pytest.mark.parametrize(("content", "reason"), [("", "no section data"), ("data: {train: [", "line 1, column 16")])
 def test_a_damaged_recipe_of_a_run_is_named(content, reason, workspace, tmp_path, monkeypatch, capsys):
-    """A crash while the recipe is written can leave an incomplete or empty file."""
+    """If the saved recipe of a run is incomplete or empty, as after a crash, the message names it."""
     folder = shutil.copytree(workspace / "student", tmp_path / "run")
     (folder / "dwakd-recipe.yaml").write_text(content)
     code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", "-o", folder, "--resume")
@@ -241,7 +241,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_options_are_named(name):
-    """Most of them would show only when the training begins."""
+    """Options that transformers or another package refuses are reported before the training begins."""
     options, message = REFUSED[name]
     with pytest.raises(UserError) as caught:
         check_options(recipe_of(training=options), "unused")
@@ -249,7 +249,7 @@ def test_refused_options_are_named(name):
 
 
 def test_sections_become_training_arguments():
-    """An option that a recipe accepts and nothing reads changes nothing in the training."""
+    """The sections of a recipe become training arguments."""
     data = {"train": "x", "eval": "y", "template": "chat", "max_length": 99, "invalid_rows": "skip"}
     teachers = [{"model": "a", "weight": 3}, {"model": "b"}]
     read = recipe_of(

@@ -1,4 +1,4 @@
-"""Runs are never mixed in one folder, and a run is resumed from its newest complete checkpoint."""
+"""Test that runs are never mixed in one folder and that a run resumes from its newest complete checkpoint."""
 
 import json
 import re
@@ -23,13 +23,13 @@ from tests.training.builders import trainer
 
 
 def recipe_of(**sections):
-    """A recipe for a tiny run."""
+    """Return a recipe for a tiny run."""
     content = {"student": {"model": "x"}, "data": {"train": "rows.jsonl"}, "loss": {"method": "sft"}}
     return recipe_from_dict({**content, **sections})
 
 
 def save_run(folder, recipe, step=3):
-    """A finished run of a recipe, with the state of its trainer."""
+    """Write a finished run of a recipe, with the state of its trainer."""
     folder.mkdir()
     (folder / "dwakd-recipe.yaml").write_text(recipe.dump())
     (folder / RUN_FILE).write_text("{}")
@@ -37,13 +37,13 @@ def save_run(folder, recipe, step=3):
 
 
 def test_a_recipe_that_was_never_finished_is_no_run(tmp_path):
-    """The recipe is written under another name first; a run killed in between must start again."""
+    """A run that was killed while its recipe was written starts again from the beginning."""
     (tmp_path / ".dwakd-recipe.yaml.tmp-1").write_text("student:")
     assert check_output(tmp_path, resume=False, recipe=recipe_of()) is None
 
 
 def test_a_folder_with_anything_else_is_refused(tmp_path):
-    """A run would overwrite the files of the user."""
+    """A folder with other files is refused, because a run would overwrite the user's files."""
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(UserError, match=rf"{tmp_path} is not empty"):
         check_output(tmp_path, resume=False, recipe=recipe_of())
@@ -54,7 +54,7 @@ def test_a_folder_with_anything_else_is_refused(tmp_path):
 
 
 def test_the_option_that_differs_is_named(tmp_path):
-    """Two recipes in one folder would share checkpoints; the second of several teachers is teacher.2."""
+    """A folder with the run of another recipe is refused, and the message names the option that differs."""
     teachers = [{"model": "a"}, {"model": "b"}]
     save_run(tmp_path / "run", recipe_of(teacher=teachers))
     saved, never = tmp_path / "run" / "dwakd-recipe.yaml", re.compile("$^")
@@ -83,7 +83,7 @@ def test_a_finished_run_continues_only_if_it_becomes_longer(tmp_path):
 
 
 def test_one_process_trains_in_a_folder(tmp_path):
-    """Two runs would overwrite each other's checkpoints."""
+    """A second process is refused while the first one trains in the folder."""
     folder = tmp_path / "run"
     with alone_in(folder), ExitStack() as second, pytest.raises(UserError, match=str(folder)):
         second.enter_context(alone_in(folder))
@@ -92,7 +92,7 @@ def test_one_process_trains_in_a_folder(tmp_path):
 
 @pytest.mark.parametrize("peft", [None, {"r": 4}])
 def test_the_card_says_how_to_load_the_student(peft, tmp_path):
-    """An adapter must be loaded with another class than a model."""
+    """The model card shows how to load a student, which differs between models and adapters."""
     write_card(recipe_of(student={"model": "base", "peft": peft}, teacher={"model": "big"}), tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert ("AutoPeftModelForCausalLM.from_pretrained" in card) == (peft is not None)
@@ -101,8 +101,8 @@ def test_the_card_says_how_to_load_the_student(peft, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, lora, caplog):
-    """If a full disk or a crash truncates a file, the checkpoint before it can still be used."""
+def test_a_damaged_checkpoint_is_skipped(tmp_path, lora, caplog):
+    """If a file of a checkpoint is truncated, the checkpoint before it is used."""
     run = trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, lora=lora)
     run.train()
     (tmp_path / "checkpoint-foo").mkdir()

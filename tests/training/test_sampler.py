@@ -1,4 +1,4 @@
-"""The rows of each step, in one process and in several."""
+"""Test which rows each step gets, in one process and in several."""
 
 from unittest.mock import Mock
 
@@ -19,7 +19,7 @@ def batch(size: int) -> PairedBatch:
 
 @pytest.mark.parametrize(("rank", "kept", "weight"), [(0, 4, 1.0), (1, 1, 1.0), (2, 1, 0.0)])
 def test_rows_that_fill_the_last_step_are_cut(rank, kept, weight):
-    """Five rows for three ranks of four: accelerate repeats rows, which would count twice in the loss."""
+    """Rows that accelerate repeats to fill the last batches are removed, because they would count twice in the loss."""
     state = Mock(spec=GradientState, end_of_dataloader=True, remainder=5)
     args = Mock(spec=TrainingArguments, world_size=3, process_index=rank)
     whole = [batch(4), batch(4)]
@@ -32,7 +32,7 @@ def test_rows_that_fill_the_last_step_are_cut(rank, kept, weight):
 
 
 def test_steps_have_rows_of_like_length_and_epochs_differ():
-    """Every row once, in another order each epoch, the same when a run is resumed."""
+    """Each epoch contains every row once, in steps of similar length, in an order that depends on seed and epoch only."""
     lengths = torch.randint(1, 500, (4 * BLOCK_STEPS + 3,), generator=torch.Generator().manual_seed(0)).tolist()
     sampler, again, later = (LengthGroupedSampler(lengths, 4, 1, lambda epoch=epoch: epoch) for epoch in (0, 0, 1))
     order = list(sampler)

@@ -1,4 +1,4 @@
-"""Runs with several teachers, each with another tokenizer, cache and maps."""
+"""Test runs with several teachers, each with its own tokenizer, cache and maps."""
 
 import json
 
@@ -18,7 +18,7 @@ EVAL = [{"prompt": "Name one.", "response": "A red door."}]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A student and two teachers, saved with their tokenizers."""
+    """Return the folders of a student and two teachers, each saved with its tokenizer."""
     root, saved = tmp_path_factory.mktemp("models"), []
     for seed, (family, tokenizer) in enumerate(zip(("llama", "gemma2", "gpt2"), TOKENIZERS, strict=True)):
         folder = root / f"{family}-{seed}"
@@ -38,7 +38,7 @@ def trainer_of(output, folders, teachers=None, **options):
 
 @pytest.mark.parametrize("method", ["dwa_kd", "dskd_v2", "min_ed", "alm", "sra"])
 def test_accumulation_changes_nothing(tmp_path, folders, method):
-    """Each teacher must have its own rows, statistics and alignment in each micro-batch."""
+    """Gradient accumulation gives the same weights as one large batch, with two teachers."""
     whole = trainer_of(tmp_path / "whole", folders, method=method)
     split = trainer_of(
         tmp_path / "split", folders, method=method, per_device_train_batch_size=1, gradient_accumulation_steps=4
@@ -55,7 +55,7 @@ def test_accumulation_changes_nothing(tmp_path, folders, method):
 
 
 def test_caches_of_several_teachers_change_nothing_and_a_run_resumes(tmp_path, folders):
-    """Cached and online teachers must give the same weights to the last bit."""
+    """Cached and online teachers give the same weights to the last bit, also in a resumed run."""
     online = trainer_of(tmp_path / "online", folders)
     caches = [tmp_path / f"cache-{k}" for k in range(2)]
     options = {"save_strategy": "steps", "save_steps": 2}
@@ -73,7 +73,7 @@ def test_caches_of_several_teachers_change_nothing_and_a_run_resumes(tmp_path, f
 
 
 def test_a_recipe_names_several(tmp_path, folders, monkeypatch, capsys):
-    """The section teacher may be a list; each teacher has its own weight and cache."""
+    """The section teacher may be a list. Each teacher has its own weight and cache."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
     recipe = {
@@ -103,7 +103,7 @@ def test_a_recipe_names_several(tmp_path, folders, monkeypatch, capsys):
 
 
 def test_teachers_with_and_without_a_cache(tmp_path, folders, monkeypatch, capsys):
-    """A small teacher may run online next to a large one that is cached; only the latter has a cache to build."""
+    """One teacher may run online while another one is cached. `dwakd cache` builds only the latter."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
     recipe = {
@@ -131,7 +131,7 @@ def test_teachers_with_and_without_a_cache(tmp_path, folders, monkeypatch, capsy
 
 
 def test_mistakes_with_several_teachers_are_named(tmp_path, folders):
-    """Mistakes should be found before the models are loaded, where possible."""
+    """Mistakes are reported before the models are loaded, where possible."""
     with pytest.raises(UserError, match="teacher_weights must be a list of 2"):
         trainer_of(tmp_path, folders, teacher_weights=[1.0])
     with pytest.raises(UserError, match="teacher_cache is for one teacher"):
@@ -142,7 +142,7 @@ def test_mistakes_with_several_teachers_are_named(tmp_path, folders):
 
 
 def test_one_teacher_in_a_list_is_one_teacher(tmp_path, folders):
-    """A list with one teacher must give the same run as the teacher itself."""
+    """A list with one teacher gives the same run as the teacher itself."""
     one, listed = (
         trainer_of(tmp_path / "one", folders, folders[1]),
         trainer_of(tmp_path / "list", folders, [folders[1]]),

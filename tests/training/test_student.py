@@ -1,4 +1,4 @@
-"""A student that cannot be trained or restored is refused before the first step."""
+"""Test that a student which cannot be trained or restored is refused before the first step."""
 
 import logging
 
@@ -15,7 +15,7 @@ from tests.training.builders import ROWS, TOKENIZERS
 
 
 def run_of(student, folder, teacher=None, **options) -> DistillTrainer:
-    """A trainer of one step for a student that is given loaded."""
+    """Return a trainer of one step for a student that is passed as a model."""
     arguments = {"max_steps": 1, "use_cpu": True, "disable_tqdm": True, "template": "plain", "save_strategy": "no"}
     own, theirs = TOKENIZERS
     return DistillTrainer(
@@ -30,7 +30,7 @@ def run_of(student, folder, teacher=None, **options) -> DistillTrainer:
 
 @pytest.mark.parametrize("method", ["sft", "uld", "dwa_kd", "dskd_v2"])
 def test_a_frozen_student_is_refused(tmp_path, method):
-    """Only the projectors would be trained, and the student would stay unchanged."""
+    """A student without trainable parameters is refused, because only the projectors would be trained."""
     base = tiny_model("llama", len(TOKENIZERS[0]))
     get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(tiny_model("llama", len(TOKENIZERS[0])), tmp_path / "adapter")
@@ -41,7 +41,7 @@ def test_a_frozen_student_is_refused(tmp_path, method):
 
 
 def test_a_teacher_that_shares_the_students_weights_is_refused(tmp_path):
-    """Freezing the teacher would freeze the student, or the student's steps would change the teacher."""
+    """A teacher that shares parameters with the student is refused, because freezing it would freeze the student."""
     student = tiny_model("llama", len(TOKENIZERS[0]))
     same_table = tiny_model("llama", len(TOKENIZERS[0]), seed=5)
     same_table.model.embed_tokens.weight = student.model.embed_tokens.weight
@@ -54,7 +54,7 @@ def test_a_teacher_that_shares_the_students_weights_is_refused(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_restorable(family):
-    """The check must accept ordinary models and must not change them."""
+    """Ordinary models of every family are accepted and not changed."""
     for dtype in (torch.float32, torch.bfloat16):
         student = tiny_model(family, dtype=dtype).to(dtype)
         before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
@@ -106,7 +106,7 @@ def generation_setting_in_config(model):
     ],
 )
 def test_a_student_that_its_config_does_not_describe_is_refused(change, named):
-    """Its saved folder would load as another model, which would be noticed only after the training."""
+    """A student is refused if its saved folder would load as another model."""
     student = tiny_model("llama")
     change(student)
     with pytest.raises(UserError, match=named):
@@ -114,7 +114,7 @@ def test_a_student_that_its_config_does_not_describe_is_refused(change, named):
 
 
 def test_a_subclass_is_restored_as_what_transformers_loads():
-    """The folder of a subclass is loaded as the registered class, without what the subclass adds."""
+    """A subclass that changes the logits is refused, because its folder loads as the registered class."""
 
     class Doubled(LlamaForCausalLM):
         def forward(self, *args, **kwargs):
@@ -130,7 +130,7 @@ def test_a_subclass_is_restored_as_what_transformers_loads():
 
 
 def test_harmless_differences_are_accepted():
-    """Casting a model rounds its rotary frequencies, and an additional buffer does not change the logits."""
+    """Rotary frequencies that were rounded by a cast and additional buffers are accepted."""
     for family in ("llama", "qwen2", "gemma2"):
         check_student(tiny_model(family).to(torch.bfloat16).float())
         check_student(tiny_model(family, num_hidden_layers=12).to(torch.bfloat16))
@@ -144,7 +144,7 @@ def test_harmless_differences_are_accepted():
 
 
 def test_a_class_that_is_not_registered_is_read_by_its_own_config():
-    """A model of the user's own project has no entry in transformers' tables."""
+    """A model class of the user's own project, which is not registered in transformers, is accepted."""
 
     class OwnConfig(LlamaConfig):
         model_type = "own_llama"
@@ -156,7 +156,7 @@ def test_a_class_that_is_not_registered_is_read_by_its_own_config():
 
 
 def test_adapters_that_cannot_be_read_back_are_refused():
-    """A random initialisation would differ when the adapter is loaded; replicated layers cannot be merged."""
+    """Adapters with a random initialisation that is not saved or with replicated layers are refused."""
     for options, named in (
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
@@ -167,7 +167,7 @@ def test_adapters_that_cannot_be_read_back_are_refused():
 
 
 def test_an_adapter_on_an_adapted_student_is_refused(tmp_path):
-    """PEFT would wrap the wrapped model, whose forward has no hidden states."""
+    """`peft_config` is refused for a student that already has an adapter."""
     config = LoraConfig(r=2, task_type="CAUSAL_LM")
     student = get_peft_model(tiny_model("llama", len(TOKENIZERS[0])), config)
     with pytest.raises(UserError, match="leave out peft_config"):
@@ -182,7 +182,7 @@ def test_an_adapter_on_an_adapted_student_is_refused(tmp_path):
 
 
 def test_settings_that_greedy_decoding_ignores_are_removed(caplog):
-    """Llama 2 Chat was published with a temperature and without sampling, which transformers loads but cannot save."""
+    """Sampling settings without do_sample, as Llama 2 Chat's, are reset, because transformers cannot save them."""
     student = tiny_model("llama")
     student.generation_config.temperature, student.generation_config.top_p = 0.6, 0.9
     with caplog.at_level(logging.WARNING):
@@ -198,7 +198,7 @@ def test_settings_that_greedy_decoding_ignores_are_removed(caplog):
 
 
 def test_adapters_that_would_be_lost_are_refused():
-    """PEFT saves the tensors of one adapter; a second adapter or an unfrozen base weight would be lost."""
+    """A second adapter or a trained base weight is refused, because PEFT saves the tensors of one adapter only."""
     config = LoraConfig(r=2, task_type="CAUSAL_LM")
     two = get_peft_model(tiny_model("llama"), config)
     two.add_adapter("second", config)
@@ -226,7 +226,7 @@ def test_adapters_that_would_be_lost_are_refused():
     ],
 )
 def test_every_dropout_is_disabled(family, rates):
-    """Dropout rates are stored in modules, in plain attributes and in configs; all must be set to 0."""
+    """Dropout rates in modules, plain attributes and configs are set to 0."""
     student = tiny_model(family, **rates)
     noisy, quiet = hidden_of_two_seeds(student), (disable_dropout(student), hidden_of_two_seeds(student))[1]
     assert not torch.equal(*noisy)
@@ -235,7 +235,7 @@ def test_every_dropout_is_disabled(family, rates):
 
 
 def test_dropout_that_a_forward_reads_from_its_config_is_disabled():
-    """Falcon's layers read the rates from the config at every step."""
+    """Dropout rates that a model reads from its config at every step, as Falcon does, are set to 0."""
     from transformers import FalconConfig
 
     config = FalconConfig(
@@ -254,7 +254,7 @@ def test_dropout_that_a_forward_reads_from_its_config_is_disabled():
 
 
 def hidden_of_two_seeds(model) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states in training mode under two seeds of the dropout."""
+    """Return hidden states in training mode for two seeds of the dropout."""
     ids, found = torch.arange(40).view(2, 20), []
     for seed in (1, 2):
         with torch.random.fork_rng(), torch.no_grad():
@@ -265,7 +265,7 @@ def hidden_of_two_seeds(model) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_in_bfloat16(tmp_path, method):
-    """Autocast gives hidden states of another dtype than the head, which must neither fail nor end in NaN."""
+    """Every method trains with autocast, where hidden states have another dtype than the head."""
     own = TOKENIZERS[0]
     same = method_options(method).needs_same_vocabulary
     student = tiny_model("llama", len(own), seed=1)
@@ -276,7 +276,7 @@ def test_every_method_trains_in_bfloat16(tmp_path, method):
 
 
 def test_callbacks_receive_the_student(tmp_path):
-    """Callbacks of other projects call `model.generate`, which the module of student and loss does not have."""
+    """Callbacks get the student as `model`, so that they can call `model.generate`."""
     from transformers import TrainerCallback
 
     class Sample(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Training from a cache gives the same student as training with the online teacher."""
+"""Test that training from a cache gives the same student as training with the online teacher."""
 
 import gc
 
@@ -22,13 +22,13 @@ EVAL = [{"prompt": "Name a colour.", "response": "Any colour will do."}, *LONG[3
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """Return a Llama teacher. Its attention rounds differently in other shapes; that of Gemma 2 does not."""
+    """Return a Llama teacher, whose attention rounds differently for other shapes, unlike that of Gemma 2."""
     return save_teacher(tmp_path_factory.mktemp("teacher") / "llama", "llama")
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt", "qwen2"])
-def test_hidden_states_do_not_depend_on_the_company(family):
-    """A cache is built in other batches than those of training, and in other shapes attention rounds differently."""
+def test_hidden_states_do_not_depend_on_other_sequences(family):
+    """The hidden states of a sequence do not depend on the other sequences of its batch."""
     model = tiny_model(family)
     lengths = [3, 31, 32, 33, 64, 65, 90, 128, 7, 40]
     sequences = [torch.randint(2, 300, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
@@ -52,7 +52,7 @@ def test_hidden_states_do_not_depend_on_the_company(family):
     ],
 )
 def test_cached_and_online_runs_are_bit_equal(tmp_path, teacher, method, options):
-    """A cache that changes a run, even by rounding, makes comparisons with online runs meaningless."""
+    """A run from a cache has the same weights to the last bit as a run with the online teacher."""
     online = trainer(tmp_path / "online", teacher, method=method, **options)
     built = trainer(tmp_path / "built", teacher, cache=tmp_path / "cache", method=method, **options)
     opened = trainer(tmp_path / "opened", teacher, cache=tmp_path / "cache", method=method, **options)
@@ -68,7 +68,7 @@ def test_cached_and_online_runs_are_bit_equal(tmp_path, teacher, method, options
 
 
 def test_a_cached_run_resumes(tmp_path, teacher):
-    """After a resume the data loader skips rows; the hidden states must belong to the rows that follow."""
+    """A resumed run reads the hidden states of the rows that follow the skipped ones."""
     options = {"cache": tmp_path / "cache", "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     whole = trainer(tmp_path / "run", teacher, **options)
     whole.train()
@@ -79,7 +79,7 @@ def test_a_cached_run_resumes(tmp_path, teacher):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_gives_the_same_rows(tmp_path, family):
-    """Tied embeddings, head biases, logit scales and soft caps must be the same without the model."""
+    """The cached side equals the online side for tied embeddings, head biases, logit scales and soft caps."""
     folder = save_teacher(tmp_path / "teacher", family)
     if family == "opt_projected":
         pytest.skip("embeddings narrower than hidden states are for students")
@@ -95,8 +95,8 @@ def test_every_family_gives_the_same_rows(tmp_path, family):
 
 
 def test_no_layer_of_the_teacher_is_loaded(tmp_path, monkeypatch):
-    """A teacher that is too large for this machine could not be used if its layers were loaded."""
-    folder = save_teacher(tmp_path / "teacher", intermediate_size=1009)  # a width that nothing else has
+    """Training from a cache does not load the teacher's layers, so that a teacher can be larger than the memory."""
+    folder = save_teacher(tmp_path / "teacher", intermediate_size=1009)  # only the layers have this width
     trainer(tmp_path / "first", folder, cache=tmp_path / "cache")
 
     def loaded(*args, **kwargs):
@@ -113,7 +113,7 @@ def test_no_layer_of_the_teacher_is_loaded(tmp_path, monkeypatch):
 
 
 def test_half_precision_stores_half(tmp_path, teacher):
-    """Hidden states must be rounded only if the user asks for it; those of a bfloat16 teacher are stored exactly."""
+    """Hidden states are rounded only with `cache_dtype`. Those of a bfloat16 teacher are stored exactly."""
     sets = {}
     for name, dtype, stored in (("a", torch.float32, torch.bfloat16), ("b", torch.bfloat16, None)):
         cached = CachedTeacher(tmp_path / name, str(teacher), dtype=dtype, cache_dtype=stored)
@@ -130,7 +130,7 @@ def test_half_precision_stores_half(tmp_path, teacher):
 
 
 def test_a_loaded_teacher_and_a_foreign_set_are_refused(tmp_path, teacher):
-    """A loaded teacher has no name to compare, and a data set that was not cached has no hidden states."""
+    """A teacher without a name and a data set that the cache does not contain are refused."""
     with pytest.raises(UserError, match="by name"):
         CachedTeacher(tmp_path / "cache", tiny_model("gemma2"))
     run = trainer(tmp_path / "run", teacher, cache=tmp_path / "cache")
@@ -139,7 +139,7 @@ def test_a_loaded_teacher_and_a_foreign_set_are_refused(tmp_path, teacher):
 
 
 def test_methods_that_read_attention_cannot_use_a_cache(tmp_path, teacher):
-    """A build takes hours; a method that cannot use the cache must be refused before it starts."""
+    """Methods that read attention refuse a cache before it is built."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"student: {{model: x}}\nteacher: {{model: x, cache: {tmp_path / 'cache'}}}\n"
@@ -154,8 +154,8 @@ def test_methods_that_read_attention_cannot_use_a_cache(tmp_path, teacher):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_cache_outlives_the_day_it_was_built(tmp_path, monkeypatch):
-    """Llama 3.2's template prints today's date, so on the next day the cache would contain none of the rows."""
+def test_a_cache_can_be_used_on_another_day(tmp_path, monkeypatch):
+    """The date of the chat template is stored in the cache, which can therefore be used on other days."""
     template = (
         "{{ strftime_now('%A %d %B %Y') }}{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     )

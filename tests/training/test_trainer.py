@@ -1,4 +1,4 @@
-"""Invariants of training on tiny models with two tokenizers."""
+"""Test invariants of training on tiny models with two tokenizers."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ from tests.training.builders import ROWS, assert_same, trainer, weights
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_term_is_logged_and_the_student_is_a_plain_folder(tmp_path, method):
-    """The student must load in transformers without dwakd."""
+    """Every term is logged, and the saved student loads in transformers without dwakd."""
     run = trainer(tmp_path, method=method)
     before = weights(run)
     run.train()
@@ -44,7 +44,7 @@ def test_every_term_is_logged_and_the_student_is_a_plain_folder(tmp_path, method
 
 @pytest.mark.parametrize("method", METHODS)
 def test_same_seed_same_numbers(tmp_path, method):
-    """Runs with the same seed must give the same weights to the last bit."""
+    """Two runs with the same seed give the same weights to the last bit."""
     runs = [trainer(tmp_path / str(index), method=method) for index in range(2)]
     for run in runs:
         run.train()
@@ -52,14 +52,14 @@ def test_same_seed_same_numbers(tmp_path, method):
 
 
 def test_another_seed_gives_another_run(tmp_path):
-    """The test above would also pass if the seed had no effect."""
+    """Runs with different seeds differ. Otherwise, the test above would pass without a seed."""
     runs = [trainer(tmp_path / str(seed), seed=seed) for seed in (3, 4)]
     assert not torch.equal(runs[0].model.loss.projectors.t2s.weight, runs[1].model.loss.projectors.t2s.weight)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_accumulation_changes_nothing(tmp_path, method):
-    """The loss must be a mean over all tokens of a step, and N(.) must use the statistics of the whole step."""
+    """Gradient accumulation gives the same terms and weights as one large batch."""
     whole = trainer(tmp_path / "whole", method=method, per_device_train_batch_size=4)
     split = trainer(tmp_path / "split", method=method, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     for run in (whole, split):
@@ -72,7 +72,7 @@ def test_accumulation_changes_nothing(tmp_path, method):
 
 @pytest.mark.parametrize(("lora", "order"), [(False, "random"), (True, "random"), (False, "group_by_length")])
 def test_resumed_run_ends_with_the_same_student(tmp_path, lora, order):
-    """Projectors, optimiser, schedule, gamma and data order must all survive, or a long run cannot be stopped."""
+    """A resumed run continues with the same projectors, optimiser, schedule, gamma and data order."""
     schedule = {"gamma": 2.0, "gamma_end": 0.5, "gamma_steps": 6}
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 5, "loss_options": schedule, "lora": lora}
     options |= {"train_sampling_strategy": order, "logging_steps": 2}
@@ -88,8 +88,8 @@ def test_resumed_run_ends_with_the_same_student(tmp_path, lora, order):
     assert_same(weights(resumed), weights(whole))
 
 
-def test_a_shard_of_the_weights_that_is_missing_shows(tmp_path):
-    """Large students are saved as several files with an index; a missing file must be found."""
+def test_a_missing_shard_of_the_weights_is_found(tmp_path):
+    """A checkpoint of several weight files is incomplete if one of the files is missing."""
     for name in ("model-1.safetensors", "model-2.safetensors"):
         save_file({}, tmp_path / name)
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
@@ -99,8 +99,8 @@ def test_a_shard_of_the_weights_that_is_missing_shows(tmp_path):
     assert checkpoint_fault(tmp_path, ()) == "model.safetensors.index.json is damaged"
 
 
-def test_projectors_have_a_rate_of_their_own(tmp_path):
-    """At the small learning rate of the student, the projectors would hardly be trained."""
+def test_projectors_have_their_own_learning_rate(tmp_path):
+    """Projectors have their own learning rate, because the student's is too small for them."""
     run = trainer(tmp_path, learning_rate=1e-5, projector_learning_rate=3e-3)
     own = {id(parameter) for parameter in run.model.loss.parameters()}
     for group in run.create_optimizer().param_groups:
@@ -111,7 +111,7 @@ def test_projectors_have_a_rate_of_their_own(tmp_path):
 
 
 def test_teacher_is_neither_trained_nor_saved(tmp_path):
-    """A teacher that is a child of the trained module would be wrapped, saved and put into train mode."""
+    """The teacher is not part of the trained module and therefore neither trained, nor saved, nor put into train mode."""
     run = trainer(tmp_path)
     teacher = run.teachers[0].model
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
@@ -123,7 +123,7 @@ def test_teacher_is_neither_trained_nor_saved(tmp_path):
 
 
 def test_lora_adapter_loads_with_peft(tmp_path):
-    """PEFT cannot load an adapter whose parameter names contain the name of dwakd's module."""
+    """PEFT can load the saved adapter: its parameter names do not contain those of dwakd's module."""
     run = trainer(tmp_path, lora=True)
     run.train()
     run.save_model()
@@ -136,7 +136,7 @@ def test_lora_adapter_loads_with_peft(tmp_path):
 
 
 def test_evaluation_is_exact_over_the_set_and_selects_the_best(tmp_path):
-    """Metrics must not depend on the batch size, and the best checkpoint must be loaded at the end."""
+    """Metrics do not depend on the batch size, and the best checkpoint is loaded at the end."""
     results = []
     for size in (1, 5):
         run = trainer(tmp_path / str(size), method="dskd", eval_rows=ROWS[:7], per_device_eval_batch_size=size)
@@ -161,8 +161,8 @@ def test_evaluation_is_exact_over_the_set_and_selects_the_best(tmp_path):
     assert run.evaluate()["eval_ce"] == pytest.approx(best, rel=1e-5)
 
 
-def test_best_checkpoint_brings_its_projectors_back(tmp_path):
-    """The projectors must be those of the best checkpoint, not of the last step."""
+def test_best_checkpoint_restores_its_projectors(tmp_path):
+    """The projectors at the end are those of the best checkpoint."""
     often = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
     run = trainer(tmp_path, max_steps=6, eval_rows=ROWS[:4], projector_learning_rate=0.5, **often, **best)
@@ -172,7 +172,7 @@ def test_best_checkpoint_brings_its_projectors_back(tmp_path):
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
-    """Recomputed activations must give the same gradients through the wrapper."""
+    """Gradient checkpointing gives the same gradients."""
     runs = [trainer(tmp_path / str(on), max_steps=2, gradient_checkpointing=on) for on in (False, True)]
     for run in runs:
         run.train()
@@ -180,7 +180,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
 
 
 def test_answers_during_training(tmp_path):
-    """ROUGE-L of sampled answers and the user's own metric, without touching the training's random numbers."""
+    """Evaluation reports ROUGE-L and the user's metric and does not change the random state of the training."""
     seen = []
 
     def metric(prediction):
@@ -202,7 +202,7 @@ def test_answers_during_training(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_as_student_and_teacher(tmp_path, family):
-    """Each architecture must work as the student and as the teacher."""
+    """Every architecture works as the student and as the teacher."""
     if family != "opt_projected":  # embeddings narrower than hidden states are allowed for students
         run = trainer(tmp_path / "teacher", teacher=family, max_steps=1)
         run.train()
@@ -213,7 +213,7 @@ def test_every_family_as_student_and_teacher(tmp_path, family):
 
 
 def test_noise_on_embeddings_and_other_sets(tmp_path):
-    """NEFTune needs the embeddings of the module; `evaluate` accepts the same data sets as the constructor."""
+    """NEFTune works, and `evaluate` accepts the same data sets as the constructor."""
     run = trainer(tmp_path, max_steps=1, neftune_noise_alpha=5.0)
     run.train()
     metrics = run.evaluate(ROWS[:3], metric_key_prefix="test")
@@ -223,7 +223,7 @@ def test_noise_on_embeddings_and_other_sets(tmp_path):
 
 
 def test_missing_pieces_are_named(tmp_path):
-    """The message must name the missing argument instead of an AttributeError during training."""
+    """A missing or wrong argument raises a UserError that names it."""
     student = tiny_model("llama", 400)
     args = DistillConfig(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(UserError, match="method dwa_kd needs a teacher"):
@@ -247,7 +247,7 @@ def test_missing_pieces_are_named(tmp_path):
         ("loss_options", "a", "loss_options must be"),
     ):
         wrong = DistillConfig(output_dir=str(tmp_path), use_cpu=True)
-        setattr(wrong, name, value)  # given to the constructor, the types that the tests check would refuse it
+        setattr(wrong, name, value)  # the type checker refuses it in the constructor
         with pytest.raises(UserError, match=message):
             wrong.__post_init__()
     short = tiny_model("llama", 400, max_position_embeddings=64)
@@ -258,7 +258,7 @@ def test_missing_pieces_are_named(tmp_path):
 
 
 def test_tokenizer_without_padding_token(tmp_path):
-    """Base models often have no padding token; the end-of-sequence token is used instead."""
+    """If a tokenizer has no padding token, as those of many base models, the end-of-sequence token is used."""
     tokenizer = byte_bpe()
     tokenizer.pad_token = None
     args = {"method": "sft", "max_steps": 1, "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
@@ -275,15 +275,15 @@ def test_tokenizer_without_padding_token(tmp_path):
 
 
 def test_logs_are_json(tmp_path):
-    """Tensors in the log history break saving the state."""
+    """The log history contains plain numbers, so that the trainer state can be saved as JSON."""
     run = trainer(tmp_path, max_steps=1)
     run.train()
     run.save_state()
     assert json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
 
 
-def test_training_starts_without_remarks_on_special_tokens(tmp_path, caplog, recwarn):
-    """Warnings that the user cannot act on would hide those about the data."""
+def test_training_starts_without_warnings_on_special_tokens(tmp_path, caplog, recwarn):
+    """No warning on special tokens is shown, because the user cannot act on it."""
     transformers_logger = logging.getLogger("transformers")
     transformers_logger.addHandler(caplog.handler)
     try:
