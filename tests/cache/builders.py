@@ -1,4 +1,4 @@
-"""Save tiny teachers, and make short training runs with the teacher online or from a cache."""
+"""Build tiny teachers, and short training runs with an online teacher or a cache."""
 
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,12 @@ def trainer(output: Path, teacher: Path, *, cache: Path | None = None, **options
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Read every file of a cache."""
+    """Return the content of every file of a cache."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def repair(folder: Path, teacher: Path) -> None:
-    """Do what `dwakd cache` does with a cache that exists."""
+    """Run `dwakd cache` on an existing cache."""
     run = trainer(folder.parent / "online", teacher)
     cached = CachedTeacher(folder, str(teacher))
     cached.prepare(run._encoders[1], run.args, {"train": run.train_dataset, "eval": None}, repair=True)

@@ -1,4 +1,4 @@
-"""One rank of a run with two processes that first builds its cache; test_build.py starts it through torchrun."""
+"""Run one rank of a training with two processes that builds its cache. test_build.py starts it through torchrun."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""A build that waits after each shard, so that test_build.py can kill it between two shards."""
+"""Build a cache with a pause after each shard, so that test_build.py can kill the process between two shards."""
 
 import sys
 import time

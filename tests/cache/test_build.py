@@ -1,4 +1,4 @@
-"""An interrupted build continues, damaged files are built again, and two processes share the work."""
+"""Test that an interrupted build continues, damaged files are built again, and two processes share the work."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("seconds", [0.0, 0.8])
 def test_killed_at_any_moment_it_resumes(seconds, built, teacher, tmp_path):
-    """After kill -9 every shard is complete. The next start builds only the shards that are missing."""
+    """After a build was killed, every shard is complete, and the next build computes only the missing shards."""
     folder = tmp_path / "cache"
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.cache.slow_build", str(teacher), str(folder)],
@@ -52,7 +52,7 @@ def test_killed_at_any_moment_it_resumes(seconds, built, teacher, tmp_path):
 
 @pytest.mark.parametrize("name", ["index.safetensors", "teacher.safetensors", "cache.json"])
 def test_repair_keeps_finished_shards(name, copied, built, teacher):
-    """Building the shards takes hours, so a small file that is damaged must not require building them again."""
+    """Repairing a small damaged file does not build finished shards again."""
     path = copied / name
     path.write_bytes(path.read_bytes()[:-1])
     if name != "teacher.safetensors":
@@ -90,14 +90,14 @@ def test_a_damaged_a_missing_and_a_foreign_shard(copied, built, teacher, tmp_pat
 
 
 def test_an_unfinished_cache_and_other_data(copied, teacher, tmp_path):
-    """A shard can only be built if all of its rows are in the data."""
+    """An incomplete cache cannot be completed with data that lacks some of its rows."""
     (copied / "shard-00001.safetensors").unlink()
     with pytest.raises(UserError, match="is incomplete and 12 of its rows are not in this data"):
         trainer(tmp_path / "run", teacher, cache=copied, rows=LONG[:4])
 
 
 def test_a_full_disk(built, teacher, tmp_path, monkeypatch):
-    """Finished shards are kept, and the next start continues after them."""
+    """If the disk is full, finished shards are kept and the next build continues after them."""
     folder = tmp_path / "cache"
 
     def full(path, data):
@@ -120,9 +120,9 @@ def test_a_full_disk(built, teacher, tmp_path, monkeypatch):
 
 
 def test_two_ranks_build_half_each(tmp_path):
-    """A shard could be built twice or by no rank, or a rank could read before the other has written.
+    """Two ranks build each shard once, and none reads before all shards are written.
 
-    With 13 rows the ranks have different numbers of rows in the last step.
+    With 13 rows, the ranks have different numbers of rows in the last step.
     """
     teacher = save_teacher(tmp_path / "teacher")
     run_on_two_ranks("tests.cache.rank", teacher, tmp_path)

@@ -1,4 +1,4 @@
-"""A teacher is compared by its content, not by its name or folder."""
+"""Test that a teacher is identified by its content, not by its name or folder."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +13,8 @@ from tests.builders import byte_bpe, tiny_model
 from tests.cache.builders import save_teacher
 
 
-def test_the_hub_and_a_folder_name_a_file_alike(tmp_path, monkeypatch):
-    """A cache that was built with a downloaded teacher must be accepted on a machine without the teacher's files."""
+def test_the_hub_and_a_folder_give_the_same_digest(tmp_path, monkeypatch):
+    """A teacher on the hub and its downloaded copy have the same digest."""
     folder = save_teacher(tmp_path / "teacher")
     digest = fingerprint.file_digest(folder / "model.safetensors")
     listed = [SimpleNamespace(rfilename="model.safetensors", lfs=SimpleNamespace(sha256=digest))]
@@ -28,8 +28,8 @@ def test_the_hub_and_a_folder_name_a_file_alike(tmp_path, monkeypatch):
     assert adapter_digest("owner/name") == adapter_digest(str(folder))
 
 
-def test_an_adapter_is_known_with_its_base_and_without(tmp_path):
-    """An adapter given as the teacher depends on its base model; given beside a teacher it is compared by itself."""
+def test_digests_of_an_adapter_with_and_without_its_base(tmp_path):
+    """The digest of an adapter that is the teacher includes its base model; that of an additional adapter does not."""
     base = save_teacher(tmp_path / "base", "llama")
     adapted = get_peft_model(tiny_model("llama"), LoraConfig(r=2, task_type="CAUSAL_LM"))
     adapted.peft_config["default"].base_model_name_or_path = str(base)
@@ -42,7 +42,7 @@ def test_an_adapter_is_known_with_its_base_and_without(tmp_path):
 
 
 def test_rows_and_folders(tmp_path):
-    """Rows that differ only in where the response begins must not be mixed up; a folder without weights is refused."""
+    """Rows that differ only in where the response begins have different keys, and a folder without weights is refused."""
     assert row_key([5, 6, 7], 1) != row_key([5, 6, 7], 2)
     assert row_key([5, 6, 7], 1) == row_key([5, 6, 7], 1)
     folder = Path(tmp_path / "empty")

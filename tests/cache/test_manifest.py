@@ -1,4 +1,4 @@
-"""The manifest is verified, and rows are assigned to shards completely and once."""
+"""Test that the manifest is verified, and that each row belongs to exactly one shard."""
 
 import json
 
@@ -11,7 +11,7 @@ from tests.cache.builders import LONG, STUDENT, TEACHER, trainer
 
 
 def test_every_byte_of_the_manifest_is_verified(copied):
-    """A changed character of the fingerprint would accept another teacher, or refuse the right one."""
+    """A change of any character of the manifest is found."""
     path = copied / "cache.json"
     data = path.read_bytes()
     for place in range(len(data)):
@@ -22,7 +22,7 @@ def test_every_byte_of_the_manifest_is_verified(copied):
 
 @pytest.mark.parametrize("content", [{}, {"identity": "0", "index": "0"}], ids=["same fields", "other fields"])
 def test_a_cache_of_another_format(content, copied):
-    """If it were reported as damaged, the user would repair it, although its shards cannot be read."""
+    """A cache of another format is refused as such, not as damaged."""
     path = copied / "cache.json"
     path.write_text(json.dumps({**(content or json.loads(path.read_text())), "format": "dwakd teacher cache 2"}))
     with pytest.raises(
@@ -33,7 +33,7 @@ def test_a_cache_of_another_format(content, copied):
 
 
 def test_folders_that_are_no_cache(teacher, tmp_path):
-    """A mistyped folder must not be written to."""
+    """A file, and a folder with other files, are refused."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
     with pytest.raises(UserError, match=r"is not empty and not a teacher cache \(it contains thesis\.tex"):
@@ -46,7 +46,7 @@ def test_folders_that_are_no_cache(teacher, tmp_path):
 
 
 def test_the_plan(teacher, tmp_path, monkeypatch):
-    """A position that two rows share, or that no row has, would give a row the hidden states of another one."""
+    """Each row has its own positions in one shard, equal rows are stored once, and no shard is empty."""
     run = trainer(tmp_path / "run", teacher, rows=[*LONG, LONG[2]], eval_rows=LONG[:2])
     sets = {"train": run.train_dataset, "eval": run.eval_dataset}
     for shard_bytes in (1, 1000, 5000, 1 << 30):

@@ -1,4 +1,4 @@
-"""A cache is verified before it is used, and refused with the reason if it is damaged or belongs to something else."""
+"""Test that a cache is verified before it is used and refused, with the reason, if it does not fit."""
 
 import json
 import pickle
@@ -16,7 +16,7 @@ from tests.cache.builders import LONG, content, save_teacher, trainer
 
 
 def test_files_are_safetensors_and_the_same_every_time(built, teacher, tmp_path):
-    """Other programs must be able to read the files, and a shard that is built again must have the same bytes."""
+    """Shards are safetensors files, and building a shard again gives the same bytes."""
     shards = sorted(built.glob("shard-*"))
     assert len(shards) >= 4
     for path in shards:
@@ -28,7 +28,7 @@ def test_files_are_safetensors_and_the_same_every_time(built, teacher, tmp_path)
 @pytest.mark.parametrize("at", [3, 0.0, 0.4, 0.999])
 @pytest.mark.parametrize("name", ["shard-00002.safetensors", "teacher.safetensors", "index.safetensors", "cache.json"])
 def test_one_flipped_byte(name, at, copied, teacher, tmp_path):
-    """One wrong hidden state would give a wrong student without any error."""
+    """A change of one byte is found in any file."""
     path = copied / name
     data = bytearray(path.read_bytes())
     place = at if isinstance(at, int) else int(at * len(data)) if at else data.index(b'"')
@@ -44,7 +44,7 @@ def test_one_flipped_byte(name, at, copied, teacher, tmp_path):
 
 @pytest.mark.parametrize("name", ["index.safetensors", "shard-00002.safetensors"])
 def test_every_byte_of_a_header_is_verified(name, copied):
-    """A changed name, shape or offset in a header would read other numbers as hidden states."""
+    """A change of any byte in the header of a file is found."""
     path, cache = copied / name, Cache.open(copied)
     data = path.read_bytes()
     for place in range(8 + int.from_bytes(data[:8], "little")):
@@ -59,7 +59,7 @@ def test_every_byte_of_a_header_is_verified(name, copied):
 @pytest.mark.parametrize("name", ["shard-00002.safetensors", "teacher.safetensors", "index.safetensors", "cache.json"])
 @pytest.mark.parametrize("change", ["cut short", "extended", "empty"])
 def test_a_file_of_another_length(change, name, copied, teacher, tmp_path):
-    """An interrupted copy of a cache leaves such files."""
+    """A file that is truncated or too long, as after an interrupted copy, is found."""
     path = copied / name
     data = path.read_bytes()
     path.write_bytes({"cut short": data[:-7], "extended": data + b"\0", "empty": b""}[change])
@@ -71,7 +71,7 @@ def test_a_file_of_another_length(change, name, copied, teacher, tmp_path):
 
 
 def test_shards_that_changed_places(copied):
-    """Both are complete files of this cache, but each row would be read from the wrong shard."""
+    """Two shards with exchanged names are found, although both files are complete."""
     first, second = (copied / f"shard-{n:05}.safetensors" for n in (1, 2))
     for one, other in ((first, second), (second, first)):
         shutil.copy(one, tmp := copied / f"{other.name}.new")
@@ -102,8 +102,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_cache_of_something_else(name, built, teacher, tmp_path):
-    """Without the name of what differs, the user has to compare two recipes and two data files."""
+def test_a_cache_of_other_options_or_data_is_refused(name, built, teacher, tmp_path):
+    """A cache that was built with other options or data is refused, and the message names the difference."""
     options, message = REFUSED[name]
     before = content(built)
     with pytest.raises(UserError, match=message):
@@ -112,7 +112,7 @@ def test_a_cache_of_something_else(name, built, teacher, tmp_path):
 
 
 def test_another_teacher_adapter_dtype_and_tokenizer(built, teacher, tmp_path):
-    """Weights are compared by content: a copy in another folder is accepted, one changed number is refused."""
+    """Teachers are compared by content: a copy in another folder is accepted, changed weights or settings are refused."""
     shutil.copytree(teacher, tmp_path / "same")
     trainer(tmp_path / "run", tmp_path / "same", cache=built)
     other = save_teacher(tmp_path / "other", seed=9)
@@ -130,8 +130,8 @@ def test_another_teacher_adapter_dtype_and_tokenizer(built, teacher, tmp_path):
         CachedTeacher(built, str(teacher)).prepare(run._encoders[0], run.args, sets)
 
 
-def test_part_of_the_rows_in_another_order_is_served(built, teacher, tmp_path, monkeypatch):
-    """Rows are found by their content, so a short run on some of the rows can use the same cache."""
+def test_some_rows_in_another_order_can_be_read(built, teacher, tmp_path, monkeypatch):
+    """A cache can be used for some of its rows in any order."""
 
     def loaded(*args, **kwargs):
         raise AssertionError("the teacher was loaded")
@@ -142,7 +142,7 @@ def test_part_of_the_rows_in_another_order_is_served(built, teacher, tmp_path, m
 
 
 def test_a_cache_survives_pickling(built):
-    """Data-loader workers that are not forked receive a pickled copy."""
+    """A pickled cache, which data-loader workers receive, can be read."""
     cache = Cache.open(built)
     before = cache.read([3, 1])
     assert torch.equal(pickle.loads(pickle.dumps(cache)).read([3, 1]), before)
