@@ -1,4 +1,4 @@
-"""A recipe with a compare section, whose files do not exist."""
+"""Build a recipe with a section `compare`, whose files do not exist."""
 
 from typing import Any
 

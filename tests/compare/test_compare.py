@@ -1,4 +1,4 @@
-"""A comparison refuses what cannot be compared, keeps finished runs, reports failures, and searches the best options."""
+"""Test that a comparison keeps finished runs, reports failures and searches the best options."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from tests.compare.builders import recipe
 
 
 def test_test_sets_without_references_are_refused(tmp_path):
-    """Without references there would be no scores to compare."""
+    """Test sets without references are refused, because they give no scores to compare."""
     path = tmp_path / "questions.jsonl"
     path.write_text('{"prompt": "why?"}\n')
     with pytest.raises(UserError, match=r"questions.jsonl has no references"):
@@ -23,7 +23,7 @@ def test_test_sets_without_references_are_refused(tmp_path):
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
-    """Runs and a large cache must not be written among other files of the user."""
+    """A folder with other files is refused."""
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="contains no comparison"):
         compare_methods(recipe(), tmp_path)
@@ -32,7 +32,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 
 def test_a_comparison_without_a_finished_run_fails(tmp_path, monkeypatch, capsys):
-    """The exit code must stop a script; and a seed that is named twice is one run."""
+    """If no run is finished, the exit code is 1. A seed that is given twice is used once."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "why?", "response": "so"}\n')
     path, started = tmp_path / "recipe.yaml", []
@@ -47,7 +47,7 @@ def test_a_comparison_without_a_finished_run_fails(tmp_path, monkeypatch, capsys
 
 
 def test_a_teacher_that_cannot_be_evaluated_is_reported(tmp_path, monkeypatch):
-    """The table of the students must not be lost, and the reason must be in the results."""
+    """If a teacher cannot be evaluated, the students are still compared, and the results contain the reason."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "why?", "response": "so"}\n')
     monkeypatch.setattr(Runner, "run", lambda self, cells: {})
@@ -59,7 +59,7 @@ def test_a_teacher_that_cannot_be_evaluated_is_reported(tmp_path, monkeypatch):
 
 
 def test_finished_cells_are_kept_and_a_failed_one_says_why(tmp_path, monkeypatch):
-    """A comparison can be stopped and started again, and a run that fails must not stop the others."""
+    """Finished runs are not repeated, and a run that fails does not stop the others."""
     script = (
         "import json, pathlib, sys; folder = pathlib.Path(sys.argv[1]); print('3/4 [00:01'); "
         "sys.exit('error: no luck') if 'dskd' in folder.name else None; "
@@ -83,7 +83,7 @@ def test_finished_cells_are_kept_and_a_failed_one_says_why(tmp_path, monkeypatch
 
 
 def test_cells_of_another_recipe_are_refused(tmp_path):
-    """A table with runs of two recipes would be wrong."""
+    """Finished runs of another recipe are refused."""
     runner, cell = Runner(recipe(), tmp_path, 1), Cell(Variant("sft", "sft", {}), 1)
     folder = runner.cell_folder(cell)
     (folder / "eval").mkdir(parents=True)
@@ -101,7 +101,7 @@ def test_cells_of_another_recipe_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("metric", "best"), [("eval_bits_per_byte", "lr0.33"), ("eval_rouge_l", "lr3")])
 def test_the_search_takes_the_best_on_the_dev_set(tmp_path, monkeypatch, metric, best):
-    """Low is good for bits per byte and high for ROUGE-L; otherwise every method would get its worst rate."""
+    """The search selects the highest ROUGE-L or the lowest bits per byte on the dev set."""
     script = (
         "import json, pathlib, sys; folder = pathlib.Path(sys.argv[1]); folder.mkdir(parents=True); "
         "value = float(folder.name.split('-lr')[1].split('-')[0]); (folder / 'dwakd-run.json').write_text('{}'); "

@@ -1,4 +1,4 @@
-"""Each run of a comparison has the right method, options and seeds."""
+"""Test that each run of a comparison has the right method, options and seeds."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.compare.builders import recipe
 
 
 def test_each_method_gets_its_own_options():
-    """The temperature of the recipe's method must be used for this method and for no other."""
+    """Options of the section `loss` apply only to the method of the recipe."""
     found = {variant.name: variant for variant in variants_of(recipe(), recipe().compare, ablation=False)}
     assert found["dwa_kd"].options == {"temperature": 3.0}
     assert found["dskd"].options == {"kd_rate": 0.3}
@@ -20,14 +20,14 @@ def test_each_method_gets_its_own_options():
 
 
 def test_options_of_the_comparison_stand_above_the_loss_section():
-    """An option of the compare section must not reset the other options of the method."""
+    """An option in the section `compare` overrides the same option in `loss` and leaves the others unchanged."""
     changed = recipe(compare={"methods": ["dwa_kd"], "options": {"dwa_kd": {"dtw_weight": 0.1}}})
     (variant,) = variants_of(changed, changed.compare, ablation=False)
     assert variant.options == {"temperature": 3.0, "dtw_weight": 0.1}
 
 
 def test_a_run_that_reads_attention_has_no_cache():
-    """A comparison caches its teachers once for all runs, but a cache contains no attention."""
+    """Runs of methods that read attention do not use the cache, which contains no attention."""
     cached = recipe(teacher={"model": "teacher", "cache": "folder"})
     caches = [
         Cell(Variant("sra", "sra", {"span_weights": weights}), 1).recipe(cached).teachers[0].cache
@@ -39,7 +39,7 @@ def test_a_run_that_reads_attention_has_no_cache():
 
 
 def test_ablation_rows_switch_what_their_names_say():
-    """A row of the ablation that trains something else would make the table wrong."""
+    """Each row of the ablation turns off what its name says."""
     rows = {variant.name: variant for variant in variants_of(recipe(), recipe().compare, ablation=True)}
     assert len(rows) == 6
     assert rows["dwa_kd without gate"].options == {"temperature": 3.0, "gate": False}
@@ -50,7 +50,7 @@ def test_ablation_rows_switch_what_their_names_say():
 
 @pytest.mark.parametrize("method", [name for name, cls in METHODS.items() if cls.options_type.needs_teacher])
 def test_every_method_has_a_share_of_distillation_to_search(method):
-    """A method whose weight has another name would be searched over learning rates only."""
+    """The search varies a weight of distillation for every method that has one."""
     options = [variant.options for variant in search_of(Variant(method, method, {}))]
     assert len(options) == 6
     (name,) = {name for option in options for name in option}
@@ -58,7 +58,7 @@ def test_every_method_has_a_share_of_distillation_to_search(method):
 
 
 def test_the_search_is_the_same_for_every_method():
-    """A method with fewer candidates would be at a disadvantage."""
+    """The search tries the same number of candidates for every method."""
     sft, dskd, dwa_kd = (search_of(variant) for variant in variants_of(recipe(), recipe().compare, ablation=False))
     assert (len(sft), len(dskd), len(dwa_kd)) == (3, 6, 6)
     assert {variant.options["kd_rate"] for variant in dskd} == {0.3, 0.15}
@@ -81,13 +81,13 @@ def test_the_search_is_the_same_for_every_method():
     ],
 )
 def test_mistakes_show_before_anything_runs(section, message):
-    """Otherwise the last method of a comparison would fail after hours."""
+    """Invalid options are reported before the first run starts."""
     with pytest.raises(UserError, match=message):
         variants_of(recipe(compare=section), recipe(compare=section).compare, ablation=False)
 
 
 def test_the_ablation_reads_all_options():
-    """Options of a method that is not in the ablation are accepted, because a comparison uses them, but validated."""
+    """Options of methods that are not in the ablation are accepted but validated."""
     section = {"methods": ["alm", "dwa_kd"], "options": {"alm": {}, "dskd": {"kd_rate": 0.3}}}
     changed = recipe(compare=section)
     rows = {variant.name: variant for variant in variants_of(changed, changed.compare, ablation=True)}

@@ -1,4 +1,4 @@
-"""Scores are read from the folders of the runs, and their differences are paired."""
+"""Test that scores are read from the folders of the runs and that their differences are paired."""
 
 import json
 
@@ -17,7 +17,7 @@ def scores(*values):
 
 
 def test_differences_are_paired():
-    """Rows differ far more than methods do; without pairing, every interval would contain zero."""
+    """Intervals of differences are paired by row, because rows differ much more than methods do."""
     easy_and_hard = [5.0, 90.0, 40.0, 70.0, 10.0, 55.0]
     ours, other = scores(*(value + 2 for value in easy_and_hard)), scores(*easy_and_hard)
     difference, low, high = paired_interval([ours], [other])
@@ -29,7 +29,7 @@ def test_differences_are_paired():
 
 
 def test_scores_are_the_means_over_generation_seeds(tmp_path):
-    """Scores are written in percent; a second factor of a hundred would give scores above 100."""
+    """Scores are means over the generation seeds, in percent."""
     (tmp_path / "eval").mkdir()
     numbers = {"greedy_rouge_l": {"mean": 12.0}, "bits_per_byte": {"value": 1.5, "ece": 4.0}}
     numbers["signature"] = {"metric": "rougeL F1 x 100"}
@@ -52,7 +52,7 @@ def test_scores_are_the_means_over_generation_seeds(tmp_path):
 
 
 def test_reasons_of_failures_belong_to_their_rows():
-    """Names of ablation rows are not folder names, and a teacher has no seed."""
+    """The reason of a failure is shown in the row of its variant or teacher."""
     reasons = {Cell(Variant("dskd + dtw", "dwa_kd", {}), 2).name: "no luck", "teacher 2": "no memory"}
     rows = summarise_comparison({"dskd + dtw": [], "teacher 2": [], "sft": []}, reasons)["variants"]
     assert rows == {

@@ -1,4 +1,4 @@
-"""Bits per byte equal sums that are computed by hand."""
+"""Test that bits per byte equal sums computed by hand."""
 
 import logging
 import math
@@ -35,7 +35,7 @@ def bits_by_hand(model: Any, encoder: TextEncoder, example: Example) -> float:
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "opt", "cohere"])
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_equals_the_sum_by_hand(family: str, kind: str) -> None:
-    """Prompt tokens in the sum, a missing end token or a forgotten soft cap make two models incomparable."""
+    """The value equals the sum by hand: without prompt tokens, with the end token, for every head."""
     model, encoder = tiny_model(family, VOCAB), TextEncoder(TOKENIZERS[kind](), "plain")
     result = bits_per_byte(model, encoder, EXAMPLES, batch_size=2)
     assert result.bits == pytest.approx(sum(bits_by_hand(model, encoder, example) for example in EXAMPLES), rel=1e-5)
@@ -90,7 +90,7 @@ def test_calibration_error_of_a_model(family: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_batches_and_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padding that reaches the sum would make the value depend on the batch size."""
+    """The value does not depend on the batch size."""
     model, encoder = tiny_model("gpt2", VOCAB), TextEncoder(byte_bpe(), "plain")
     one = bits_per_byte(model, encoder, EXAMPLES, batch_size=1)
     assert bits_per_byte(model, encoder, EXAMPLES[::-1], batch_size=3).bits == pytest.approx(one.bits, rel=1e-6)
@@ -116,7 +116,7 @@ def test_text_without_a_prompt(family: str, kind: str, begins: str) -> None:
 
 
 def test_truncated_responses_are_counted() -> None:
-    """A truncated response has fewer bytes. Dividing by the bytes of the whole response would give too small a value."""
+    """The value of a truncated response is divided by the bytes of its remaining part."""
     model, encoder = tiny_model("gpt2", VOCAB), TextEncoder(byte_bpe(), "plain")
     prompt = len(encoder.prompt_ids(EXAMPLES[0]))
     result = bits_per_byte(model, encoder, EXAMPLES[:1], max_length=prompt + 4)
@@ -126,7 +126,7 @@ def test_truncated_responses_are_counted() -> None:
 
 
 def test_rows_without_a_response_are_left_out() -> None:
-    """A row that has only references has no response whose likelihood could be computed."""
+    """Rows that have only references are left out."""
     model, encoder = tiny_model("gpt2", VOCAB), TextEncoder(byte_bpe(), "plain")
     asked = Example(3, "Hello?", references=("Hi", "Hello"))
     assert bits_per_byte(model, encoder, [*EXAMPLES, asked]).num_examples == 3
@@ -134,7 +134,7 @@ def test_rows_without_a_response_are_left_out() -> None:
 
 
 def test_model_is_left_as_it_was() -> None:
-    """Evaluation during training must not switch dropout off permanently."""
+    """The train or eval mode of the model is restored."""
     model, encoder = tiny_model("gpt2", VOCAB, resid_pdrop=0.5), TextEncoder(byte_bpe(), "plain")
     value = bits_per_byte(model, encoder, EXAMPLES).value
     assert bits_per_byte(model.train(), encoder, EXAMPLES).value == value, "no dropout in an evaluation"
@@ -143,7 +143,7 @@ def test_model_is_left_as_it_was() -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
 def test_a_model_with_few_positions_cuts_like_max_length(family: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A response beyond the model's positions raises IndexError in GPT-2 and gives wrong values in Llama."""
+    """Responses are truncated at the model's last position, beyond which models fail or give wrong values."""
     positions = 48
     encoder = TextEncoder(byte_bpe(), "plain")
     model = tiny_model(family, VOCAB, **{"n_positions" if family == "gpt2" else "max_position_embeddings": positions})

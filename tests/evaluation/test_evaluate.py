@@ -1,4 +1,4 @@
-"""The scores of one model on one test set, and their signature."""
+"""Test the scores of one model on one test set, and their signature."""
 
 import logging
 from dataclasses import replace
@@ -39,7 +39,7 @@ def evaluation(encoder: TextEncoder) -> Evaluation:
 
 
 def test_numbers_are_those_of_the_parts(evaluation: Evaluation, encoder: TextEncoder) -> None:
-    """If answers were scored against the references of other rows, the mean alone would not show it."""
+    """The scores equal those of the single answers, each compared with the references of its own row."""
     model, references = tiny_model("llama", 400), [EXAMPLES[0].references, ("a 1",)]
     *sampled, greedy = (
         generate_answers(model, encoder, EXAMPLES, GenerationOptions(seed=seed, max_new_tokens=12), progress=False)
@@ -82,7 +82,7 @@ def test_decoding_is_part_of_the_signature(evaluation: Evaluation, encoder: Text
 
 
 def test_passes_can_be_left_out(encoder: TextEncoder) -> None:
-    """An evaluation with greedy answers only must not report sampled scores, nor bits per byte without a response."""
+    """With greedy answers only, there are no sampled scores, and without a response there are no bits per byte."""
     asked = [Example(0, "Hi", references=("Hello",))]
     model = tiny_model("llama", 400)
     only_greedy = evaluated(model, encoder, asked, do_sample=False)
@@ -93,16 +93,16 @@ def test_passes_can_be_left_out(encoder: TextEncoder) -> None:
         evaluated(model, encoder, [])
 
 
-def test_a_prompt_without_room_shows_first(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bits per byte take minutes on a large set and only warn of such a row, so prompts are checked before."""
+def test_a_prompt_without_room_is_refused_first(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts without room for an answer are refused before bits per byte are computed, which takes minutes."""
     monkeypatch.setattr("dwakd.evaluation.evaluate.bits_per_byte", lambda *_, **__: pytest.fail("computed first"))
     small = tiny_model("llama", 400, max_position_embeddings=len(encoder.prompt_ids(EXAMPLES[0])))
     with pytest.raises(UserError, match=r"row 4 \(counting from 0\): its prompt"):
         evaluated(small, encoder, EXAMPLES)
 
 
-def test_unscorable_references_are_told(encoder: TextEncoder, caplog: pytest.LogCaptureFixture) -> None:
-    """On Russian or Chinese data every student has ROUGE-L 0; a warning must explain it."""
+def test_unscorable_references_cause_a_warning(encoder: TextEncoder, caplog: pytest.LogCaptureFixture) -> None:
+    """A warning explains why ROUGE-L is 0 on references without the letters a to z and digits."""
     rows = [Example(0, "Hi", response="Привет"), Example(1, "Hi", response="ok")]
     with caplog.at_level(logging.WARNING, logger="dwakd.evaluation.evaluate"):
         evaluated(tiny_model("llama", 400), encoder, rows, do_sample=False)
@@ -110,7 +110,7 @@ def test_unscorable_references_are_told(encoder: TextEncoder, caplog: pytest.Log
 
 
 def test_signature_names_model_and_data(encoder: TextEncoder) -> None:
-    """Without digests, scores of two checkpoints or of two versions of a test set would look comparable."""
+    """The signature contains digests of the weights and of the test set."""
     model = tiny_model("llama", 400)
     identity = model_identity(model, "runs/a")
     assert identity["name"] == "runs/a"

@@ -1,4 +1,4 @@
-"""Answers depend on the model and the options only, not on the batch or the model's own generation settings."""
+"""Test that answers depend only on the model and the options, not on the batch or the model's generation settings."""
 
 from itertools import pairwise
 from typing import Any
@@ -15,7 +15,7 @@ from dwakd.evaluation.generate import SeededSampling, generate_answers, plan_bat
 from dwakd.evaluation.options import DecodingOptions, GenerationOptions
 from tests.builders import FAMILIES, byte_bpe, tiny_model
 
-VOCAB = 420  # wider than the tokenizer, as Qwen's heads are
+VOCAB = 420  # larger than the tokenizer, as in Qwen's models
 EXAMPLES = [
     Example(0, "Hi"),
     Example(1, "Which is larger, 12 or 7?"),
@@ -32,7 +32,7 @@ def answers_of(model: Any, encoder: TextEncoder, examples: list[Example], **opti
 
 
 class EndsAt(TextEncoder):
-    """An encoder whose answers also end at the given tokens."""
+    """Encoder whose answers also end at the given tokens."""
 
     extra: tuple[int, ...] = ()
 
@@ -65,7 +65,7 @@ def greedy_by_hand(model: Any, encoder: TextEncoder, example: Example, steps: in
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batched_greedy_answers_equal_single_ones(family: str, encoder: TextEncoder) -> None:
-    """A wrong padding side, mask or position would lower the score of a student."""
+    """Greedy answers in a batch equal those of single prompts."""
     model = tiny_model(family, VOCAB, tie_word_embeddings=False)
     answers = answers_of(model, encoder, EXAMPLES, seed=None, batch_size=5)
     assert answers == [greedy_by_hand(model, encoder, example, 8) for example in EXAMPLES]
@@ -73,7 +73,7 @@ def test_batched_greedy_answers_equal_single_ones(family: str, encoder: TextEnco
 
 
 def test_sampled_answers_do_not_depend_on_the_batch(encoder: TextEncoder) -> None:
-    """Otherwise the ROUGE-L of a seed would depend on the batch size and on the other rows."""
+    """Sampled answers do not depend on the batch size or on the other rows."""
     model = tiny_model("llama", VOCAB)
     state = torch.get_rng_state()
     answers = answers_of(model, encoder, EXAMPLES, seed=10, batch_size=5)
@@ -116,7 +116,7 @@ def test_repeated_ngrams_are_banned_in_prompt_and_answer(encoder: TextEncoder) -
 
 
 def test_saved_generation_settings_do_not_leak(encoder: TextEncoder) -> None:
-    """Qwen's saved repetition penalty and top-p of 0.8 would raise the scores of a teacher, but not of its students."""
+    """The model's saved generation settings, such as Qwen's repetition penalty, have no effect."""
     model = tiny_model("gpt2", VOCAB)
     clean = [answers_of(model, encoder, EXAMPLES, seed=seed) for seed in (3, None)]
     saved = GenerationConfig(
@@ -129,7 +129,7 @@ def test_saved_generation_settings_do_not_leak(encoder: TextEncoder) -> None:
 
 
 def test_answers_end_at_every_end_token(encoder: EndsAt) -> None:
-    """Otherwise an answer would include the text that a chat model generates after the end of its turn."""
+    """An answer ends at any of the end tokens."""
     model = tiny_model("llama", VOCAB)
     ids = [greedy_ids(model, encoder, example, 8) for example in EXAMPLES]
     encoder.extra = (ids[1][3],)
@@ -144,7 +144,7 @@ def test_answers_end_at_every_end_token(encoder: EndsAt) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
 def test_answers_stay_within_the_positions(family: str, encoder: TextEncoder) -> None:
-    """With learned positions, one token too many raises IndexError after hours of evaluation."""
+    """Answers end at the model's last position, beyond which learned positions raise an IndexError."""
     positions = {"gpt2": "n_positions"}.get(family, "max_position_embeddings")
     lengths = [len(encoder.prompt_ids(example)) for example in EXAMPLES]
     model = tiny_model(family, VOCAB, **{positions: max(lengths) + 2})
@@ -161,7 +161,7 @@ def test_answers_stay_within_the_positions(family: str, encoder: TextEncoder) ->
 
 
 def test_batches_hold_every_row_once(encoder: TextEncoder) -> None:
-    """If a batch lost a row, the answers after it would be compared with the references of other rows."""
+    """The batches contain every row exactly once."""
     batches = plan_batches(
         tiny_model("gpt2", VOCAB), encoder, EXAMPLES, DecodingOptions(max_new_tokens=8, batch_size=2)
     )
@@ -170,8 +170,8 @@ def test_batches_hold_every_row_once(encoder: TextEncoder) -> None:
     assert answers_of(tiny_model("gpt2", VOCAB), encoder, [], seed=0) == []
 
 
-def test_modes_are_put_back(encoder: TextEncoder) -> None:
-    """Evaluation must run without dropout and then restore the train or eval mode of every module."""
+def test_modes_are_restored(encoder: TextEncoder) -> None:
+    """Generation runs without dropout and then restores the train or eval mode of every module."""
     model = tiny_model("gpt2", VOCAB, resid_pdrop=0.5)
     answers = answers_of(model, encoder, EXAMPLES[:1], seed=0)
     model.train()
@@ -183,8 +183,8 @@ def test_modes_are_put_back(encoder: TextEncoder) -> None:
     assert False in before
 
 
-def test_adapters_take_part(encoder: TextEncoder) -> None:
-    """A LoRA student that is evaluated without its adapter has the scores of the untrained model."""
+def test_adapters_are_active(encoder: TextEncoder) -> None:
+    """The adapter of a LoRA student is active during generation."""
     plain = tiny_model("llama", VOCAB)
     untrained = answers_of(plain, encoder, EXAMPLES, seed=1)
     torch.manual_seed(0)
@@ -204,11 +204,11 @@ def draw(logits: list[float], temperature: float = 1.0, top_p: float = 1.0, rows
 
 
 def test_sampling_follows_the_distribution() -> None:
-    """A sampler that is off by one token or ignores the temperature would give wrong scores but plausible text."""
+    """Tokens are sampled with their probabilities, at any temperature and top-p."""
     probabilities = torch.tensor([0.0, 0.5, 0.3, 0.0, 0.15, 0.05, 0.0])
     logits = probabilities.log()
     at_one, at_two, nucleus = draw(logits.tolist()), draw(logits.tolist(), 2.0), draw(logits.tolist(), top_p=0.75)
-    # 20,000 draws: a standard error of at most 0.0036
+    # the standard error of 20,000 draws is at most 0.0036
     torch.testing.assert_close(at_one, probabilities, atol=0.015, rtol=0)
     torch.testing.assert_close(at_two, probabilities.sqrt() / probabilities.sqrt().sum(), atol=0.015, rtol=0)
     torch.testing.assert_close(nucleus, torch.tensor([0, 0.625, 0.375, 0, 0, 0, 0]), atol=0.015, rtol=0)
@@ -216,7 +216,7 @@ def test_sampling_follows_the_distribution() -> None:
 
 
 def test_streams_are_reproducible_and_extend() -> None:
-    """A higher limit of tokens must not change the answers that end before the lower limit."""
+    """With a higher limit of new tokens, a stream begins with the same random numbers."""
     device = torch.device("cpu")
     short, long = streams(10, [3, 7], 5, device), streams(10, [3, 7], 9, device)
     assert torch.equal(long[:, :5], short)

@@ -1,4 +1,4 @@
-"""ROUGE-L and exact match as the published evaluation computes them; mean, spread over seeds, interval over examples."""
+"""Test ROUGE-L, exact match and their summaries."""
 
 import numpy as np
 import pytest
@@ -9,29 +9,29 @@ from dwakd.evaluation.metrics import exact_match, is_scorable, references_of, ro
 
 
 def test_stemmed_vector() -> None:
-    """Without the stemmer this pair has 44.4, and scores could not be compared with published ones."""
+    """ROUGE-L uses a stemmer, as the published scores do."""
     assert rouge_l(["the cats are running"], [["the cat is running fast"]]) == [pytest.approx(66.6667, abs=1e-4)]
 
 
 def test_f_measure_by_hand() -> None:
-    """The longest common subsequence has 2 words, of 3 in the answer and 5 in the reference."""
+    """The score equals the F1 computed by hand: a common subsequence of 2 words, of 3 in the answer and 5 in the reference."""
     assert rouge_l(["a b c"], [["a x b y z"]]) == [pytest.approx(100 * 2 * (2 / 3) * (2 / 5) / (2 / 3 + 2 / 5))]
 
 
 def test_best_reference_counts() -> None:
-    """The first reference or the mean would give lower scores on S-NI, where a third of the rows have several."""
+    """The score is that of the best reference."""
     scores = rouge_l(["red green", "blue"], [["yellow", "red green", "red"], ["blue sky", "grey"]])
     assert scores == [pytest.approx(100.0), pytest.approx(200 / 3)]
 
 
 def test_nothing_to_compare_scores_zero() -> None:
-    """An empty answer has the score 0; it must not raise an error or match an empty reference."""
+    """An empty answer has the score 0."""
     assert rouge_l(["", "  ", "...", "word"], [["a word"], ["a word"], ["a word"], ["..."]]) == [0, 0, 0, 0]
     assert exact_match(["", "word"], [["a word"], [""]]) == [0, 0]
 
 
 def test_other_scripts_are_not_scored() -> None:
-    """The tokenizer of the protocol keeps a-z and 0-9 only; another one would give scores that are not comparable."""
+    """Only a to z and digits are compared, as in the published protocol."""
     assert rouge_l(["Ответ 12", "Ответ"], [["Ответ 12"], ["Ответ"]]) == [pytest.approx(100.0), 0.0]
     assert is_scorable(["Ответ", "Ответ 12"])
     assert not is_scorable(["Ответ", "答案。"])
@@ -52,13 +52,13 @@ def test_exact_match_normalises(answer: str, reference: str, score: float) -> No
 
 
 def test_every_answer_needs_its_references() -> None:
-    """If lists of different lengths were accepted, answers would be compared with the references of other rows."""
+    """Answers and references of different numbers raise an error."""
     with pytest.raises(ValueError, match="shorter"):
         rouge_l(["a", "b"], [["a"]])
 
 
 def test_references_of_a_row() -> None:
-    """A row without response and references is an error; otherwise its score would be 0."""
+    """A row without response and references raises an error."""
     assert references_of(Example(0, "q", response="one")) == ("one",)
     assert references_of(Example(0, "q", response="one", references=("one", "two"))) == ("one", "two")
     with pytest.raises(UserError, match="row 7"):
@@ -89,19 +89,19 @@ def test_interval_has_the_right_width() -> None:
 
 
 def test_interval_averages_the_seeds_first() -> None:
-    """If seeds were treated as examples, more seeds would give a narrower interval without more test data."""
+    """The interval does not become narrower with more seeds of the same rows."""
     values = np.random.default_rng(2).normal(40.0, 10.0, size=100).tolist()
     assert summarise([values] * 5).interval == pytest.approx(summarise([values]).interval)
 
 
 def test_same_scores_same_interval() -> None:
-    """Two summaries of the same scores must be equal."""
+    """Two summaries of the same scores are equal."""
     scores = [np.random.default_rng(3).random(50).tolist()]
     assert summarise(scores) == summarise(scores)
 
 
 @pytest.mark.parametrize("scores", [[], [[]], [[1.0], [1.0, 2.0]]])
 def test_uneven_scores_are_refused(scores: list[list[float]]) -> None:
-    """The mean would give rows unequal weights, or be NaN without scores."""
+    """Seeds with different numbers of scores, or none, are refused."""
     with pytest.raises(UserError, match="every seed"):
         summarise(scores)

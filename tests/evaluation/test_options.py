@@ -1,4 +1,4 @@
-"""Options are validated once, when they are created, and the error names the option."""
+"""Test that options are validated once, when they are created, and that the error names the option."""
 
 from typing import Any
 
@@ -38,26 +38,26 @@ INVALID: list[tuple[type[Options], dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("options", "values", "name"), INVALID)
 def test_values_out_of_range_are_refused(options: type[Options], values: dict[str, Any], name: str) -> None:
-    """Otherwise torch would raise an error that does not name the option."""
+    """Values out of range are refused with the name of the option."""
     with pytest.raises(UserError, match=rf"^{name} ") as caught:
         options(**values)
     assert len(str(caught.value).splitlines()) == 1
 
 
 def test_unknown_options_are_refused_with_the_nearest_name() -> None:
-    """If a misspelt option were ignored, the scores would be made with its default."""
+    """An unknown option is refused, and the message suggests the most similar name."""
     with pytest.raises(UserError, match=r"max_new_token;.* max_new_tokens"):
         EvalOptions(max_new_token=3)
 
 
 def test_options_cannot_be_changed() -> None:
-    """A changed value would not be validated, and the signature could differ from the options of the answers."""
+    """Options cannot be changed after they were validated."""
     with pytest.raises(ValidationError):
         EvalOptions().seeds = 0  # type: ignore[misc]
 
 
 def test_passes() -> None:
-    """The published seeds are 10 to 50, and at least one pass is required."""
+    """The default seeds are 10 to 50, and at least one pass is required."""
     seeds = [generation.seed for generation in EvalOptions().passes()]
     assert seeds == [10, 20, 30, 40, 50, None]
     (only,) = EvalOptions(do_sample=False, temperatures=[0.5], max_new_tokens=3).passes()

@@ -1,4 +1,4 @@
-"""What `dwakd eval` writes and shows."""
+"""Test the files and tables that `dwakd eval` writes."""
 
 import io
 import json
@@ -23,7 +23,7 @@ EXAMPLES = [
 
 
 def evaluated(examples: list[Example], seeds: int) -> Evaluation:
-    """The evaluation of a random model with short answers."""
+    """Return the evaluation of a random model with short answers."""
     options = EvalOptions(max_new_tokens=12, seeds=seeds)
     return evaluate_model(tiny_model("llama", 400), TextEncoder(byte_bpe(), "plain"), examples, options, progress=False)
 
@@ -34,7 +34,7 @@ def evaluation() -> Evaluation:
 
 
 def test_files_carry_signature_and_answers(evaluation: Evaluation, tmp_path: Path) -> None:
-    """Scores can be compared only if the options and versions that produced them are known."""
+    """The files contain the answers, and the options and versions that produced the scores."""
     json_path, answers_path = tmp_path / "new" / "set.json", tmp_path / "new" / "set.answers.jsonl"
     write_evaluation(evaluation, json_path)
     written = json.loads(json_path.read_text(encoding="utf-8"))
@@ -68,7 +68,7 @@ def shown(rows: dict[str, Evaluation], width: int = 80) -> str:
 
 
 def test_table_shows_spread_mean_and_signature(evaluation: Evaluation) -> None:
-    """Tables are copied into reports, so they must state how their numbers were computed."""
+    """The table shows the spread over seeds, the mean over test sets, and how the numbers were computed."""
     assert evaluation.rouge_l is not None
     assert evaluation.bits_per_byte is not None
     other = replace(evaluation, rouge_l=replace(evaluation.rouge_l, mean=evaluation.rouge_l.mean + 10))
@@ -97,7 +97,7 @@ def test_each_temperature_has_a_row(evaluation: Evaluation) -> None:
 
 
 def test_table_fits_80_columns(evaluation: Evaluation) -> None:
-    """Numbers must not wrap within their cells in a terminal of 80 columns."""
+    """The table fits into a terminal of 80 columns."""
     assert evaluation.rouge_l is not None
     wide = replace(evaluation.rouge_l, mean=98.76, std=2.34, interval=(97.6, 99.9))
     wide = replace(evaluation, rouge_l=wide, exact_match=wide, greedy_exact_match=wide)
@@ -108,7 +108,7 @@ def test_table_fits_80_columns(evaluation: Evaluation) -> None:
 
 
 def test_a_set_without_references_is_answered_without_scores(tmp_path: Path) -> None:
-    """Vicuna's questions have no references; their answers are needed for a judge, and scores of 0 would be wrong."""
+    """A test set without references, such as Vicuna's, is answered without scores."""
     rows = [Example(0, "How?"), Example(1, "Why?")]
     evaluation = evaluated(rows, seeds=1)
     write_evaluation(evaluation, tmp_path / "x.json")
@@ -124,7 +124,7 @@ def test_a_set_without_references_is_answered_without_scores(tmp_path: Path) -> 
 
 
 def test_scores_that_are_not_finite_are_not_written(evaluation: Evaluation, tmp_path: Path) -> None:
-    """JSON has no NaN, which is the score of a model with NaN weights."""
+    """Scores that are NaN, which JSON cannot represent, raise an error."""
     assert evaluation.rouge_l is not None
     broken = replace(evaluation, rouge_l=replace(evaluation.rouge_l, mean=float("nan")))
     with pytest.raises(UserError, match=r"x\.json .*NaN"):

@@ -1,4 +1,4 @@
-"""Test sets and options are read and validated before hours of training or answering depend on them."""
+"""Test that test sets and options are read and validated before the training and the answering."""
 
 import json
 from dataclasses import asdict
@@ -30,7 +30,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 @pytest.mark.parametrize("option", ["seeds", "max_new_tokens", "batch_size", "limit"])
 def test_options_below_one_are_refused_by_name(option: str, tmp_path: Path) -> None:
-    """A recipe without seeds, tokens or rows would fail or answer nothing after the training."""
+    """Options below 1, such as zero tokens or rows, are refused with the name of the option."""
     test = write(tmp_path / "test.jsonl", [{"prompt": "2 + 2 =", "response": "4"}])
     section = {"test": [test], option: 0}
     content = {"student": {"model": "x"}, "data": {"train": test}, "loss": {"method": "sft"}, "evaluation": section}
@@ -39,7 +39,7 @@ def test_options_below_one_are_refused_by_name(option: str, tmp_path: Path) -> N
 
 
 def test_the_sets_and_options_of_a_recipe_are_read(tmp_path: Path) -> None:
-    """A test file that is missing must stop the training before it begins."""
+    """The test sets and options of a recipe are read, and a missing file is an error."""
     content: dict[str, Any] = {"student": {"model": "x"}, "loss": {"method": "sft"}}
     content["data"] = {"train": "unused", "prompt": "q", "response": "a"}
     test = write(tmp_path / "test.jsonl", [{"q": "2 + 2 =", "a": "4"}] * 3)
@@ -61,7 +61,7 @@ def read(paths: list[str]) -> list[EvaluationSet]:
 
 
 def test_names_are_unique_and_readable(tmp_path: Path) -> None:
-    """Sets with the same name would overwrite each other's answers."""
+    """Test sets with the same file name get different names, so that no answers are overwritten."""
     paths = [write(tmp_path / folder / "p3" / "test.jsonl", SCORED) for folder in ("a", "b")]
     paths += [write(tmp_path / "dolly" / "Test.jsonl", SCORED), write(tmp_path / "c" / "P3" / "test.jsonl", SCORED)]
     names = [item.name for item in read(paths)]

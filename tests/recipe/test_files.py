@@ -1,4 +1,4 @@
-"""Recipe files are read strictly."""
+"""Test that recipe files are read strictly."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from dwakd.recipe.files import apply_override, parse_yaml, read_recipe, read_sav
 
 
 def test_numbers_and_words_are_what_they_look_like():
-    """YAML 1.1 would read 5e-4 as text, and the word no as false."""
+    """5e-4 is read as a number and `no` as a word, unlike in YAML 1.1."""
     read = parse_yaml("{a: 5e-4, b: no, c: true, d: 1.0e-3, e: '1'}")
     assert read == {"a": 5e-4, "b": "no", "c": True, "d": 1e-3, "e": "1"}
 
@@ -24,7 +24,7 @@ def test_numbers_and_words_are_what_they_look_like():
     ],
 )
 def test_a_file_that_is_no_recipe_is_named(content, message, tmp_path):
-    """YAML would silently use the last of two equal sections."""
+    """A file that is not a recipe is refused, and so are repeated sections."""
     (tmp_path / "recipe.yaml").write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_recipe(tmp_path / "recipe.yaml")
@@ -33,7 +33,7 @@ def test_a_file_that_is_no_recipe_is_named(content, message, tmp_path):
 
 
 def test_overrides_change_and_add_options(tmp_path):
-    """Values are parsed as in the file, so that numbers are numbers."""
+    """Overrides change and add options. Their values are parsed as in the file."""
     (tmp_path / "recipe.yaml").write_text("loss: {method: sft}\ntraining:\n")
     overrides = ["loss.method=uld", "training.learning_rate=5e-4", "student.peft.r=4", "compare.methods=[sft, uld]"]
     assert read_recipe(tmp_path / "recipe.yaml", overrides) == {
@@ -55,14 +55,14 @@ def test_overrides_change_and_add_options(tmp_path):
     ],
 )
 def test_overrides_that_cannot_be_applied(override, message):
-    """A mistyped override must not train with the recipe's own value."""
+    """An override that cannot be applied is refused with a message."""
     with pytest.raises(UserError, match=message):
         apply_override({"teacher": [{"model": "a"}], "loss": {"method": "sft"}}, override)
 
 
 @pytest.mark.parametrize(("content", "reason"), [("", "no section data"), ("data: {train: [", "line 1, column 16")])
 def test_a_damaged_saved_recipe_is_named_with_the_fix(content, reason, tmp_path):
-    """A crash while the recipe is written can leave an incomplete or empty file."""
+    """If a saved recipe is incomplete or empty, as after a crash, the message names it and the fix."""
     (tmp_path / "saved.yaml").write_text(content)
     with pytest.raises(UserError, match=rf"saved.yaml is damaged \(.*{reason}.*; remove it"):
         read_saved_recipe(tmp_path / "saved.yaml", fix="remove it")

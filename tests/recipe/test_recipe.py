@@ -1,4 +1,4 @@
-"""A recipe is validated as a whole before data or models are read."""
+"""Test that a recipe is validated as a whole before data or models are read."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def recipe(command="train", **sections):
 
 
 def test_absent_sections_have_defaults():
-    """An empty section in a file is None, and means the same as none."""
+    """An empty section, which is None in YAML, has the defaults."""
     read = recipe(loss=None, training=None, evaluation=None)
     assert (read.method, read.loss_options, read.training) == ("dwa_kd", {}, {})
     assert read == recipe(loss={}) == recipe(loss={"method": "dwa_kd"})
@@ -37,7 +37,7 @@ def test_absent_sections_have_defaults():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_of_the_repository(path):
-    """A recipe that a user copies must be valid, for transformers too, and must survive saving and resuming."""
+    """Every recipe of the repository is valid, for transformers too, and can be saved and read again."""
     read = load_recipe(path, ["training.bf16=false", "training.use_cpu=true"])
     check_options(read, "unused")
     variants_of(read, read.compare or CompareSection(methods=[read.method]), ablation=False)
@@ -45,7 +45,7 @@ def test_recipes_of_the_repository(path):
 
 
 def test_the_dump_contains_only_the_loss_options_that_were_given():
-    """`variant` changes other defaults; written out, they would override a later `variant`."""
+    """A saved recipe contains only the loss options that were given, because `variant` changes the defaults of others."""
     read = recipe(loss={"method": "uld", "variant": "dskd"})
     assert (read.loss.uld_weight, read.loss_options) == (0.5, {"variant": "dskd"})
     assert recipe_from_dict(parse_yaml(read.dump())) == read
@@ -88,13 +88,13 @@ def test_the_dump_contains_only_the_loss_options_that_were_given():
     ],
 )
 def test_mistakes_are_named(sections, message):
-    """transformers finds some of them after the first evaluation, when an epoch is lost."""
+    """Invalid recipes are refused with a message that names the option."""
     with pytest.raises(UserError, match=message):
         recipe(**sections)
 
 
 def test_what_only_other_commands_can_use():
-    """A comparison gives each method what it needs, and `dwakd cache` takes the folder from --output."""
+    """Some options are allowed for `dwakd compare` or `dwakd cache` only."""
     sections = {"loss": {"method": "sra"}, "teacher": {"model": "x", "cache": "c"}, "compare": {"methods": ["uld"]}}
     for command in ("cache", "compare"):
         assert recipe(command, **sections).method == "sra"
@@ -108,7 +108,7 @@ def test_what_only_other_commands_can_use():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_match_the_schema(path):
-    """An editor that uses the schema must not mark a valid recipe as wrong."""
+    """The JSON Schema accepts every recipe of the repository."""
     jsonschema = pytest.importorskip("jsonschema")
     content = parse_yaml(path.read_text(encoding="utf-8"))
     for valid in (content, parse_yaml(load_recipe(path).dump())):
@@ -116,7 +116,7 @@ def test_recipes_match_the_schema(path):
 
 
 def test_the_schema_describes_every_option():
-    """A completion without a description leaves the user to look the option up."""
+    """The JSON Schema contains a description of every option, which editors show."""
     schema = recipe_schema()
     sections = [*schema["$defs"].values(), schema["properties"]["training"], schema]
     undescribed = {n for section in sections for n, item in section["properties"].items() if "description" not in item}

@@ -1,4 +1,4 @@
-"""The sections of models, data, evaluation and comparison."""
+"""Test the sections of models, data, evaluation and comparison."""
 
 import pytest
 
@@ -30,13 +30,13 @@ from dwakd.validation import Section, parse
     ],
 )
 def test_mistakes_are_named(section: type[Section], values, message):
-    """A value that is read later fails after the models are loaded, or changes what is trained."""
+    """Invalid values are refused with the name of the option before models are loaded."""
     with pytest.raises(UserError, match=message):
         parse(section, values)
 
 
 def test_peft_options_become_a_lora_config():
-    """Nested options and those with several types must not be refused."""
+    """The options of `student.peft` become a LoraConfig, nested options and those of several types included."""
     options = {"r": 4, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 8}, "init_lora_weights": "pissa"}
     assert parse(StudentSection, {"model": "x", "peft": options}).peft == options
     config = lora_config(options)

@@ -1,4 +1,4 @@
-"""Training arguments: declared once, and checked in a recipe and in `DistillConfig`."""
+"""Test the training arguments in a recipe and in `DistillConfig`."""
 
 from typing import Any
 
@@ -42,18 +42,18 @@ def in_recipe(**options: Any) -> None:
     ],
 )
 def test_values_that_no_run_can_use_are_refused_by_name(tmp_path, name, value):
-    """They would end in an error of Python after the models are loaded, or train nothing."""
+    """Values that no run can use are refused, with the name of the option, before models are loaded."""
     with pytest.raises(UserError, match=rf"^training\.{name}"):
         in_recipe(**{name: value})
     config = DistillConfig(output_dir=str(tmp_path), use_cpu=True)
-    setattr(config, name, value)  # the types that the tests check would refuse some in the constructor
+    setattr(config, name, value)  # the type checker refuses it in the constructor
     with pytest.raises(UserError, match=f"^{name}"):
         config.__post_init__()
 
 
 @pytest.mark.parametrize("weights", [["a", 1], 3, [1e40, 1.0], [1.0, -1.0]])
 def test_weights_of_teachers_are_positive_numbers(tmp_path, weights):
-    """A negative weight trains away from a teacher."""
+    """Weights of teachers must be positive."""
     config = DistillConfig(output_dir=str(tmp_path), use_cpu=True)
     config.teacher_weights = weights
     with pytest.raises(UserError, match=r"^teacher_weights"):
@@ -61,7 +61,7 @@ def test_weights_of_teachers_are_positive_numbers(tmp_path, weights):
 
 
 def test_options_of_the_method_are_checked_at_once(tmp_path):
-    """Loading a teacher of 7 billion parameters first would take minutes."""
+    """Options of the method are validated when the arguments are created, before a teacher is loaded."""
     with pytest.raises(UserError, match=r"unknown option loss_options\.temperatures.* did you mean temperature"):
         DistillConfig(output_dir=str(tmp_path), use_cpu=True, loss_options={"temperatures": 2.0})
     config = DistillConfig(
@@ -71,7 +71,7 @@ def test_options_of_the_method_are_checked_at_once(tmp_path):
 
 
 def test_numbers_of_other_types_are_accepted(tmp_path):
-    """Seeds come from NumPy ranges, and step counts are written as 1e4."""
+    """Numbers of NumPy and whole numbers such as 1e4 are accepted."""
     config = DistillConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=10)
     config.seed, config.learning_rate, config.max_steps = np.int64(3), np.float32(1e-3), 1e4
     config.__post_init__()
@@ -101,6 +101,6 @@ def test_numbers_of_other_types_are_accepted(tmp_path):
     ],
 )
 def test_mistakes_in_a_recipe_are_explained(name, value, message):
-    """An option in the wrong place would be ignored, and a word in place of a number would stop the optimiser."""
+    """An option in the wrong section and a word instead of a number are refused with an explanation."""
     with pytest.raises(UserError, match=rf"training\.{name}.*{message}"):
         in_recipe(**{name: value})
