@@ -1,4 +1,4 @@
-"""Representation similarity averages hidden states over the same text on both sides."""
+"""Test that representation similarity averages hidden states over the same text on both sides."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def side(family, tokenizer, seed):
 
 
 def test_equal_models_have_no_distance_and_others_have():
-    """An average over mixed texts or spans would give a distance between equal models."""
+    """Equal models have distance 0, and different models a positive distance."""
     examples = load_examples(ROWS)
     one, same, other = (side("llama", byte_bpe(), seed) for seed in (1, 1, 2))
     equal = structure_distances(one, same, examples)
@@ -29,30 +29,30 @@ def test_equal_models_have_no_distance_and_others_have():
 
 
 def test_spans_are_those_both_tokenisations_share_and_other_texts_change_nothing():
-    """Averages over spans of different texts would make the distances meaningless."""
+    """Spans are those that both tokenisations share, and the distances of a text do not depend on the other texts."""
     examples = load_examples(ROWS)
     student, teacher = side("llama", byte_bpe(), 1), side("gpt2", bpe_byte_fallback(), 2)
     whole, single = (structure_distances(student, teacher, rows) for rows in (examples, examples[2:3]))
     assert (whole.num_spans[2], whole.cosine[2]) == (single.num_spans[0], single.cosine[0])
     for example, count in zip(examples, whole.num_spans, strict=True):
         shared = [set(encoder.response_ids(example.response)[1]) for _, encoder in (student, teacher)]
-        assert count == len(shared[0] & shared[1]) + 1  # the end tokens are a separate span
+        assert count == len(shared[0] & shared[1]) + 1  # the end tokens form one more span
 
 
 def test_rows_without_room_are_those_of_the_file():
-    """The error must name an option of `dwakd similarity` and the file of the rows."""
+    """If no row has room for a response, the message names the file and an option of `dwakd similarity`."""
     sides = [side("llama", byte_bpe(), seed) for seed in (1, 2)]
     with pytest.raises(UserError, match=r"test\.jsonl: none of its 4 rows can be used .*; raise --max-length"):
         structure_distances(*sides, load_examples(ROWS), max_length=3, source="test.jsonl")
 
 
 def test_matrices():
-    """M_cos must not depend on the norms, and each row of M_prod must sum to 1."""
+    """M_cos does not depend on the norms, and each row of M_prod sums to 1."""
     hidden = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
     torch.testing.assert_close(cosine_structure(hidden), torch.tensor([[1.0, 0.8], [0.8, 1.0]]))
     torch.testing.assert_close(product_structure(hidden), torch.tensor([[25 / 33, 8 / 33], [8 / 12, 4 / 12]]))
 
 
 def test_box_plot():
-    """The quartiles must be drawn at their place on the scale."""
+    """The quartiles are drawn at the right places of the scale."""
     assert box_plot((0.0, 0.2, 0.5, 0.7, 1.0), 1.0, 11) == "──▒▒▒█▒▒───"

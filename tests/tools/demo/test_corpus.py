@@ -1,4 +1,4 @@
-"""The demo's corpus: splits without overlap, correct answers, and the same rows for the same seed."""
+"""Test the demo's corpus: splits without overlap, correct answers, and the same rows for the same seed."""
 
 import hashlib
 import os
@@ -46,20 +46,20 @@ def _read_back(instruction: str) -> tuple[Task, dict[str, Word]]:
 
 
 def test_sizes_and_indices(splits: Splits) -> None:
-    """With a wrong index, error messages about the data would name the wrong row."""
+    """The splits have the requested sizes, and each row has its own index."""
     assert [len(split) for split in splits] == [NUM_TRAIN, NUM_TEST]
     for split in splits:
         assert [row.index for row in split] == list(range(len(split)))
 
 
 def test_no_prompt_occurs_twice(splits: Splits) -> None:
-    """A test prompt among the training rows would measure memory and reward overfitting."""
+    """No prompt occurs twice, in one split or in both."""
     prompts = [row.instruction for split in splits for row in split]
     assert len(set(prompts)) == len(prompts)
 
 
 def test_test_combinations_never_occur_in_training(splits: Splits) -> None:
-    """A reworded training row in the test split could be answered by looking the combination up."""
+    """The combinations of words in the test split never occur in the training split."""
     train, test = splits
     trained = set()
     for row in train:
@@ -77,7 +77,7 @@ def test_test_combinations_never_occur_in_training(splits: Splits) -> None:
 
 
 def test_every_task_has_its_share_of_any_leading_part(splits: Splits) -> None:
-    """A student trained on the first few hundred rows would never see some of the tasks it is tested on."""
+    """Any leading part of a split contains all tasks about equally often."""
     kinds = [_read_back(row.instruction)[0].kind for row in splits[0][:850]]
     counts = {task.kind: kinds.count(task.kind) for task in load_tasks()}
     assert len(counts) >= 30
@@ -86,7 +86,7 @@ def test_every_task_has_its_share_of_any_leading_part(splits: Splits) -> None:
 
 
 def test_answers_are_short_and_accepted(splits: Splits) -> None:
-    """A response outside its own references would score the perfect model below 100."""
+    """Responses are short and among their own references."""
     for row in (row for split in splits for row in split):
         assert row.response in row.references
         assert all(3 <= len(reference.split()) <= 15 for reference in row.references), row
@@ -95,7 +95,7 @@ def test_answers_are_short_and_accepted(splits: Splits) -> None:
 
 
 def test_answers_depend_on_the_prompt(splits: Splits) -> None:
-    """With few distinct answers, always giving the most frequent ones would beat any student."""
+    """There are many different answers, so that frequent answers alone give a low score."""
     responses = [row.response for row in splits[1]]
     trained = {reference for row in splits[0] for reference in row.references}
     assert len(set(responses)) > 0.9 * len(responses)
@@ -104,7 +104,7 @@ def test_answers_depend_on_the_prompt(splits: Splits) -> None:
 
 @pytest.mark.parametrize("task", load_tasks(), ids=lambda task: task.kind)
 def test_templates_name_known_slots(task: Task) -> None:
-    """A misspelt slot would end the demo with a KeyError after a minute; answers must follow from the prompt."""
+    """Templates contain only known slots, and each task has several prompts."""
     scene = draw_scene(random.Random(0))
     for template in task.prompts + task.answers:
         assert _slots(template) <= set(scene), template
@@ -114,7 +114,7 @@ def test_templates_name_known_slots(task: Task) -> None:
 
 @pytest.mark.parametrize("seed", range(50))
 def test_scenes_are_true(seed: int) -> None:
-    """Wrong sums, orders or facts would train the teacher and the students on wrong answers."""
+    """Sums, orders and facts of a scene are correct."""
     scene, words = draw_scene(random.Random(seed)), load_words()
     number = {word: value for value, word in enumerate(words["numbers"])}
     assert number[scene["left"]] + number[scene["right"]] == number[scene["total"]]
@@ -134,7 +134,7 @@ def test_scenes_are_true(seed: int) -> None:
 
 
 def test_words_are_unambiguous() -> None:
-    """A word with two opposites, kinds or genders would make a correct answer wrong."""
+    """No word has two opposites, kinds or genders."""
     words = load_words()
     assert not set(words["women"]) & set(words["men"])
     for table in (words["opposites"], words["moods"]):
@@ -146,28 +146,28 @@ def test_words_are_unambiguous() -> None:
 
 
 def test_held_out_share(splits: Splits) -> None:
-    """A share of nothing or everything would leave one split without rows."""
+    """About one combination in eight is held out."""
     rng = random.Random(0)
     task = load_tasks()[0]
     share = sum(is_held_out(task, draw_scene(rng)) for _ in range(2000)) / 2000
     assert 0.08 < share < 0.18
 
 
-def test_seed_decides() -> None:
-    """Two runs with different data could not be compared; two seeds with the same data would count as two."""
+def test_the_seed_determines_the_rows() -> None:
+    """The same seed gives the same rows, and another seed other rows."""
     assert make_corpus(68, 34, seed=1) == make_corpus(68, 34, seed=1)
     assert make_corpus(68, 34, seed=1) != make_corpus(68, 34, seed=2)
 
 
 def test_exhausted_corpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requesting more rows than there are would otherwise never end."""
+    """A request for more rows than the corpus has raises an error."""
     monkeypatch.setattr("dwakd.tools.demo.corpus.MAX_TRIES", 50)
     with pytest.raises(UserError, match="fewer rows"):
         make_corpus(0, 20_000, seed=0)
 
 
 def test_same_corpus_and_tokenizers_in_every_process() -> None:
-    """With vocabularies that change from run to run, no number of the demo could be reproduced."""
+    """Corpus and tokenizers are the same in every process."""
     prints = set()
     for hash_seed, threads in (("1", "1"), ("2", "2")):
         env = os.environ | {"PYTHONHASHSEED": hash_seed, "RAYON_NUM_THREADS": threads}

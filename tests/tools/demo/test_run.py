@@ -1,4 +1,4 @@
-"""The demo runs from the corpus to the table."""
+"""Test the demo from the corpus to the table."""
 
 import json
 
@@ -10,7 +10,7 @@ from dwakd.tools.demo.run import METHODS, QUICK, run_demo
 
 
 def test_every_model_is_trained_evaluated_and_saved(tmp_path):
-    """The demo is the first command that a new user tries."""
+    """The demo trains, evaluates and saves every model."""
     folder = tmp_path / "demo"
     run_demo(folder, seed=1, quick=True)
     content = json.loads((folder / "demo.json").read_text())
@@ -25,6 +25,6 @@ def test_every_model_is_trained_evaluated_and_saved(tmp_path):
 
 @pytest.mark.parametrize("seed", [-1, 2**32 - 1])
 def test_seeds_out_of_range(tmp_path, seed):
-    """Otherwise the error would come from NumPy, after the teacher was trained."""
+    """A seed out of range is refused before anything is trained."""
     with pytest.raises(UserError, match="--seed"):
         run_demo(tmp_path / "demo", seed=seed, quick=True)

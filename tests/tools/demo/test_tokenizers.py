@@ -1,4 +1,4 @@
-"""The demo's two tokenizers are lossless, belong to different families and give short rows."""
+"""Test that the demo's tokenizers are lossless, belong to different families and give short rows."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.tools.demo.builders import Splits
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_tokenizers_are_lossless(tokenizers, texts: list[str], side: int) -> None:
-    """A space or an accent lost in decoding would lower exact match for a perfect model."""
+    """Decoding gives the encoded text, spaces and accents included."""
     tokenizer = tokenizers[side]
     unseen = [" two  spaces ", "naïve Łódź 東京 🙂\n", "e\u0301", "<0x41> and \t tab", "don't, 'quoted'"]
     for text in [*texts[:1500], *unseen]:
@@ -17,7 +17,7 @@ def test_tokenizers_are_lossless(tokenizers, texts: list[str], side: int) -> Non
 
 
 def test_tokenizers_are_of_different_families(tokenizers, texts: list[str]) -> None:
-    """With similar tokenizers the demo would not show distillation across tokenizers."""
+    """The tokenizers split text differently, so that the demo shows distillation across tokenizers."""
     student, teacher = tokenizers
     assert student.bos_token_id is None
     assert teacher("Oslo").input_ids[0] == teacher.bos_token_id
@@ -32,7 +32,7 @@ def test_tokenizers_are_of_different_families(tokenizers, texts: list[str]) -> N
 
 
 def test_rows_are_short_in_tokens(tokenizers, splits: Splits) -> None:
-    """With long rows the demo would take more than five minutes, and prompts beyond the limit are an error."""
+    """Rows are short, so that the demo takes about five minutes."""
     for tokenizer in tokenizers:
         for row in splits[0]:
             assert len(tokenizer(f"{row.instruction}\n{row.response}").input_ids) <= 72

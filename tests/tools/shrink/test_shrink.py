@@ -1,4 +1,4 @@
-"""Shrunk models keep the right layers, have a consistent config and are saved as plain checkpoints."""
+"""Test that shrunk models keep the right layers, have a consistent config and are saved as plain checkpoints."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def same_special_ids(model, tokenizer):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_cuts_in_every_family_give_a_plain_checkpoint(family, tmp_path):
-    """The student must load with transformers alone, without dwakd installed."""
+    """A student with fewer layers and tokens loads in transformers without dwakd, for every family."""
     tokenizer = byte_bpe()
     model = same_special_ids(deep_model(family), tokenizer)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -58,7 +58,7 @@ def test_both_cuts_in_every_family_give_a_plain_checkpoint(family, tmp_path):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "opt"])
 def test_kept_layers_keep_their_weights_in_order(family):
-    """A student with layers in another order has the right shapes but predicts nonsense."""
+    """The kept layers have their old weights and order."""
     tokenizer = byte_bpe()
     model = deep_model(family)
     student, _, kept_layers, _ = shrink_model(model, tokenizer, TEXTS, num_layers=3)
@@ -74,15 +74,15 @@ def test_kept_layers_keep_their_weights_in_order(family):
 
 
 def test_per_layer_lists_follow_their_layers():
-    """Gemma 3 alternates local and global attention; a list cut at its end would give layers the wrong window."""
+    """Lists with one entry per layer, such as the attention types of Gemma 3, keep the entries of the kept layers."""
     kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "full_attention"]
     model = tiny_model("gemma3", 400, num_hidden_layers=5, layer_types=kinds)
     student, _, kept, _ = shrink_model(model, byte_bpe(), TEXTS, num_layers=3)
     assert student.config.layer_types == [kinds[index] for index in kept]
 
 
-def test_influence_is_one_minus_the_cosine_and_the_idle_layer_goes():
-    """A layer that changes nothing has influence 0 and must be removed first."""
+def test_influence_is_one_minus_the_cosine_and_an_idle_layer_is_removed():
+    """The influence is 1 minus the cosine. A layer that changes nothing has influence 0 and is removed first."""
     model, tokenizer = deep_model("llama"), byte_bpe()
     with torch.no_grad():
         for name in ("self_attn.o_proj", "mlp.down_proj"):
@@ -101,7 +101,7 @@ def test_influence_is_one_minus_the_cosine_and_the_idle_layer_goes():
 
 
 def test_influence_skips_empty_texts_and_leaves_the_model_as_it_was():
-    """A model cannot run on a text without tokens, and dropout would make the influence random."""
+    """Empty texts are skipped, dropout is off, and the mode of the model is restored."""
     model, tokenizer = deep_model("gpt2").train(), byte_bpe()
     assert block_influence(model, tokenizer, ["", *TEXTS]) == block_influence(model, tokenizer, TEXTS)
     assert all(module.training for module in model.modules())
@@ -110,7 +110,7 @@ def test_influence_skips_empty_texts_and_leaves_the_model_as_it_was():
 @pytest.mark.parametrize("builder", [byte_bpe, unigram_byte_fallback, bpe_byte_fallback, wordpiece])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi"])
 def test_matrices_start_from_the_old_tokens(builder, family):
-    """Tied, untied and biased heads: a head with the old vocabulary order would predict other tokens."""
+    """Head and embeddings of the new tokens come from the right old tokens, for tied, untied and biased heads."""
     tokenizer = builder()
     model = same_special_ids(deep_model(family, 450, layers=2), tokenizer)
     size = {"byte_bpe": 330, "wordpiece": 250}.get(builder.__name__, 370)
@@ -131,7 +131,7 @@ def test_matrices_start_from_the_old_tokens(builder, family):
 
 
 def test_lists_of_end_tokens_follow_their_strings():
-    """Llama 3 stops at several tokens; with their old ids it would stop at ordinary words or never."""
+    """Lists of end tokens, as in Llama 3, get the new ids of the same strings."""
     tokenizer = byte_bpe()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>", "<gone>"]})
     tokenizer.chat_template = "<turn>"
@@ -143,7 +143,7 @@ def test_lists_of_end_tokens_follow_their_strings():
 
 
 def test_the_report_has_sizes_and_bits_per_byte_of_both_models(workspace, tmp_path):
-    """If a model were measured with the tokenizer of the other one, the report would not show the loss of shrinking."""
+    """The report contains sizes and bits per byte of both models, each measured with its own tokenizer."""
     data, output = str(workspace / "data.jsonl"), tmp_path / "student"
     sizes = {"num_layers": 2, "vocab_size": 300}
     table = shrink_to_folder(str(workspace / "teacher"), data, output, RowOptions(), **sizes, eval_data=data)
@@ -169,7 +169,7 @@ def test_the_report_has_sizes_and_bits_per_byte_of_both_models(workspace, tmp_pa
     ],
 )
 def test_mistakes(options, message):
-    """A size that cannot work must be an error that names the option and the valid range."""
+    """An invalid size raises an error that names the option and the valid range."""
     options = {"texts": TEXTS, **options}
     with pytest.raises(UserError, match=message):
         shrink_model(deep_model("llama"), byte_bpe(), options.pop("texts"), **options)
@@ -177,7 +177,7 @@ def test_mistakes(options, message):
 
 @pytest.mark.parametrize(("layers", "asked"), [(1, 2), (2, 3)])
 def test_models_with_no_layer_to_drop_say_so(layers, asked):
-    """A range from 2 to 1 would not say that the option has to be left out."""
+    """For a model whose layers cannot be reduced, the message says to leave the option out."""
     with pytest.raises(UserError, match=rf"--layers.* has {layers} layers .*leave the option out"):
         shrink_model(deep_model("llama", layers=layers), byte_bpe(), TEXTS, num_layers=asked)
     with pytest.raises(UserError, match=r"--layers.*--vocab-size"):
@@ -185,10 +185,10 @@ def test_models_with_no_layer_to_drop_say_so(layers, asked):
 
 
 def test_the_command(workspace, tmp_path, monkeypatch, capsys):
-    """The command saves a smaller student; the error for a vocabulary below the alphabet names the size."""
+    """The command saves a smaller student. The message about a vocabulary that is too small names the size."""
     student = tmp_path / "student"
     shutil.copytree(workspace / "student", tmp_path / "original")
-    settings = tmp_path / "original" / "generation_config.json"  # as of Llama 2 Chat; transformers refuses to save it
+    settings = tmp_path / "original" / "generation_config.json"  # transformers refuses to save these settings
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "do_sample": False, "temperature": 0.6}))
     arguments = ["shrink", tmp_path / "original", "-d", workspace / "data.jsonl", "--layers", 2]
     code, out, err = run(monkeypatch, capsys, *arguments, "--vocab-size", 300, "-o", student)

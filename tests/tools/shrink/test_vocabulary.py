@@ -1,4 +1,4 @@
-"""Retrained tokenizers keep their kind, and their embeddings come from the right old tokens."""
+"""Test that retrained tokenizers keep their kind and that embeddings come from the right old tokens."""
 
 import re
 
@@ -41,7 +41,7 @@ def retrained(kind, texts=TEXTS, size=None):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_size_special_tokens_template_and_file(kind, tmp_path):
-    """A student without its end token or template could not be prompted; ids must survive saving."""
+    """The new tokenizer has the requested size and keeps special tokens and template, also after saving."""
     old, new = retrained(kind)
     assert SIZES[kind] - 3 <= len(new) <= SIZES[kind]
     assert sorted(new.get_vocab().values()) == list(range(len(new)))
@@ -56,7 +56,7 @@ def test_size_special_tokens_template_and_file(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", LOSSLESS)
 def test_any_text_survives(kind):
-    """Characters that are not in the training texts must fall back to bytes; otherwise text is lost."""
+    """Any text can be encoded and decoded without loss, because unknown characters fall back to bytes."""
     _, new = retrained(kind)
     for text in [*SAMPLE_TEXTS, "", " ", "\n\n  x\t", "unseen ζ \u200d 🙃 e\u0301", "literal <0x0A>"]:
         assert new.decode(new(text, add_special_tokens=False).input_ids) == text
@@ -64,7 +64,7 @@ def test_any_text_survives(kind):
 
 @pytest.mark.parametrize("kind", LOSSLESS)
 def test_learns_the_texts_and_keeps_words_apart(kind):
-    """Tokens across words would not match old tokens, and tokens of one character would make texts longer."""
+    """Tokens are learnt from the texts and do not cross word boundaries."""
     old, new = retrained(kind)
     text = TEXTS[0]
     assert len(new(text).input_ids) < len(old(text).input_ids)
@@ -74,15 +74,15 @@ def test_learns_the_texts_and_keeps_words_apart(kind):
 
 
 def test_digits_stay_single_where_the_old_vocabulary_has_them_single():
-    """Llama and SmolLM2 write numbers digit by digit; joined digits would start from averaged embeddings."""
+    """If the old vocabulary has every digit as a separate token only, so has the new one."""
     single = train_tokenizer(byte_bpe(["no figures here"]), TEXTS, 400)
     assert single.convert_ids_to_tokens(single("x 4567").input_ids)[-4:] == list("4567")
     joined = train_tokenizer(byte_bpe(["12 12 12 12"]), TEXTS, 400)
     assert joined.convert_ids_to_tokens(joined("x 4567").input_ids)[-4:] != list("4567")
 
 
-def test_unused_added_tokens_go_and_used_ones_stay():
-    """Llama 3 reserves 256 tokens, Gemma 6,000: they would fill a small vocabulary."""
+def test_unused_added_tokens_are_removed_and_used_ones_kept():
+    """Reserved added tokens, of which Gemma has 6,000, are removed; used ones are kept."""
     old = byte_bpe()
     old.add_special_tokens({"additional_special_tokens": ["<used>", "<reserved>", "<template>"]})
     old.chat_template = "<template>" + CHAT_TEMPLATE
@@ -94,7 +94,7 @@ def test_unused_added_tokens_go_and_used_ones_stay():
 
 
 def test_post_processor_ids_are_renewed_also_in_a_sequence():
-    """Llama 3's post-processor is a sequence; with the old id of BOS every prompt would be an index error."""
+    """The post-processor, which is a sequence in Llama 3, uses the new ids."""
     old = byte_bpe(vocab_size=400, eos="</s>")
     old.add_special_tokens({"bos_token": "<s>"})
     template = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", old.bos_token_id)])
@@ -107,7 +107,7 @@ def test_post_processor_ids_are_renewed_also_in_a_sequence():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_too_small_a_vocabulary_names_the_minimum_that_works(kind):
-    """The error must name a minimum with which the next attempt succeeds."""
+    """If the vocabulary size is too small, the message contains the smallest size that works."""
     with pytest.raises(UserError, match="--vocab-size") as caught:
         retrained(kind, size=20)
     minimum = max(map(int, re.findall(r"\d+", str(caught.value))))
@@ -117,13 +117,13 @@ def test_too_small_a_vocabulary_names_the_minimum_that_works(kind):
 
 
 def test_texts_too_few_for_the_size_give_a_smaller_vocabulary():
-    """Embeddings without a token would be parameters that are never trained."""
+    """If the texts do not contain enough tokens, the vocabulary is smaller than requested."""
     new = train_tokenizer(byte_bpe(), ["abc"], 5000)
     assert len(new) == max(new.get_vocab().values()) + 1 < 300
 
 
 def test_other_kinds_are_refused():
-    """A word-level tokenizer cannot be cut into pieces."""
+    """A word-level tokenizer is refused."""
     plain = Tokenizer(WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
     with pytest.raises(UserError, match="WordLevel"):
         train_tokenizer(PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>"), TEXTS, 100)
@@ -131,7 +131,7 @@ def test_other_kinds_are_refused():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_embeddings_come_from_the_same_string(kind):
-    """A shift by one id would initialise the student with wrong embeddings although every shape fits."""
+    """Each new token starts from the old token with the same string or from the old tokens of its pieces."""
     old, new = retrained(kind)
     sources = old_tokens_of(old, new)
     old_vocab = old.get_vocab()
@@ -152,7 +152,7 @@ def test_embeddings_come_from_the_same_string(kind):
 
 
 def test_piece_inside_a_word_starts_from_pieces_inside_a_word():
-    """WordPiece has two embeddings of `in`, at the start of a word and within."""
+    """WordPiece has separate embeddings for a piece at the start and inside a word. Each starts from its own kind."""
     old, new = wordpiece(["sing ring in g sin gs ings"] * 3, 24), wordpiece(["singings ringing"] * 9, 60)
     vocab, old_vocab = new.get_vocab(), old.get_vocab()
     inside = [token for token in vocab if token.startswith("##") and token not in old_vocab]
