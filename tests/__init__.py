@@ -1,4 +1,4 @@
-"""The type checker of the test runs: beartype, with an int accepted for a float, as PEP 484 has it."""
+"""Configure the type checker of the tests: beartype, which accepts an int for a float, as PEP 484 does."""
 
 from beartype import BeartypeConf, beartype
 

@@ -1,4 +1,4 @@
-"""Tiny models and tokenizers, built in memory: no file, no network, a few milliseconds each."""
+"""Build tiny models and tokenizers in memory, without files or network, in a few milliseconds each."""
 
 import json
 from collections.abc import Sequence
@@ -83,10 +83,10 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
 
 
 def tiny_model(family: str, vocab_size: int = 300, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random causal LM of a few thousand parameters, in eval mode, without dropout.
+    """Return a random causal language model with a few thousand parameters, in eval mode and without dropout.
 
-    Every parameter is random, biases and norms included, so that one that is forgotten shows. `overrides` go to
-    the config under the names the family itself uses. Special tokens: eos 1, pad 0.
+    All parameters are random, biases and norms included, so that a test fails if one is ignored. `overrides` are set in
+    the config under the names of the model family. Special tokens: eos 1, pad 0.
     """
     config_class, options = FAMILIES[family]
     special = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
@@ -105,7 +105,7 @@ def tiny_model(family: str, vocab_size: int = 300, seed: int = 0, **overrides: A
 def byte_bpe(
     texts: Sequence[str] = SAMPLE_TEXTS, vocab_size: int = 400, *, eos: str = "<|endoftext|>"
 ) -> PreTrainedTokenizerFast:
-    """GPT-2's kind: byte-level BPE, lossless; one token is eos, bos and pad (id 0)."""
+    """Return a tokenizer like GPT-2's: lossless byte-level BPE. Token 0 is eos, bos and pad."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -122,10 +122,10 @@ def byte_bpe(
 def unigram_byte_fallback(
     texts: Sequence[str] = SAMPLE_TEXTS, vocab_size: int = 400, *, prefix_space: bool = True
 ) -> PreTrainedTokenizerFast:
-    """T5's and Gemma's kind: SentencePiece Unigram with `▁` for space and byte pieces `<0x00>` to `<0xFF>`.
+    """Return a tokenizer like T5's and Gemma's: SentencePiece Unigram with `▁` for space and pieces for all bytes.
 
-    `<unk>` is 0, `<s>` 1, `</s>` 2, the bytes 3 to 258; pad is `</s>`. Without `prefix_space` no `▁` is
-    written before the text (Gemma).
+    `<unk>` is 0, `<s>` 1, `</s>` 2 (also pad), the bytes `<0x00>` to `<0xFF>` are 3 to 258. Without `prefix_space`, no
+    `▁` is written before the text (Gemma).
     """
     tokenizer = Tokenizer(Unigram())
     _sentencepiece(tokenizer, prefix_space)
@@ -144,7 +144,10 @@ def unigram_byte_fallback(
 def bpe_byte_fallback(
     texts: Sequence[str] = SAMPLE_TEXTS, vocab_size: int = 400, *, prefix_space: bool = True
 ) -> PreTrainedTokenizerFast:
-    """Llama 2's and Mistral's kind: SentencePiece BPE with `▁` for space and byte pieces; ids as in Unigram's."""
+    """Return a tokenizer like Llama 2's and Mistral's: SentencePiece BPE with `▁` for space and byte pieces.
+
+    The special tokens and bytes have the same ids as in `unigram_byte_fallback`.
+    """
     specials = ["<unk>", "<s>", "</s>"]
     head = specials + [f"<0x{byte:02X}>" for byte in range(256)]
     tokenizer = Tokenizer(BPE())
@@ -165,9 +168,9 @@ def bpe_byte_fallback(
 
 
 def wordpiece(texts: Sequence[str] = SAMPLE_TEXTS, vocab_size: int = 400) -> PreTrainedTokenizerFast:
-    """BERT's kind, cased: whitespace is lost and characters unseen in `texts` become `[UNK]`.
+    """Return a tokenizer like cased BERT's: white space is lost, and characters that are not in `texts` become `[UNK]`.
 
-    `[PAD]` is 0, `[UNK]` 1, `[EOS]` 2 (bos as well).
+    `[PAD]` is 0, `[UNK]` 1, `[EOS]` 2 (also bos).
     """
     tokenizer = Tokenizer(WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
@@ -187,7 +190,7 @@ def _wrapped(tokenizer: Tokenizer, **special_tokens: str) -> PreTrainedTokenizer
 
 
 def _sentencepiece(tokenizer: Tokenizer, prefix_space: bool) -> None:
-    """Llama's own layout: no pre-tokeniser, spaces written as `▁` by the normaliser."""
+    """Use Llama's layout: no pre-tokeniser, and a normaliser that writes spaces as `▁`."""
     steps = [normalizers.Prepend("▁")] if prefix_space else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
     backwards = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -195,7 +198,7 @@ def _sentencepiece(tokenizer: Tokenizer, prefix_space: bool) -> None:
 
 
 def _split_words(tokenizer: Tokenizer) -> None:
-    """For training only: without a pre-tokeniser tokens would cross words."""
+    """Add a pre-tokeniser for the training only. Without it, tokens would cross word boundaries."""
     words = [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(Regex("▁+"), "merged_with_next")]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
 

@@ -1,4 +1,4 @@
-"""Calls of the command line within the process of a test."""
+"""Call the command line within the process of a test."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ def run(monkeypatch, capsys, *arguments):
 
 
 def one_sentence(err):
-    """Return the only line of standard error that begins with error."""
+    """Return the error message, which must be the only line of standard error that begins with error."""
     lines = [line for line in err.splitlines() if line.startswith("error:")]
     assert len(lines) == 1, err
     assert "Traceback" not in err

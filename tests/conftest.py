@@ -1,4 +1,4 @@
-"""The environment of the whole suite, set before any test module is imported."""
+"""Set the environment of all tests before any test module is imported."""
 
 import os
 

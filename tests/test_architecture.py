@@ -1,4 +1,4 @@
-"""The package's imports point one way: modules import lower layers only, and no two modules import each other."""
+"""Test that modules import lower layers only and that there are no import cycles."""
 
 import ast
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ Edge = tuple[str, str]
 
 @cache
 def modules() -> dict[str, ast.Module]:
-    """The syntax tree of every module, by its dotted name; packages end in __init__."""
+    """Return the syntax tree of every module by its dotted name. Names of packages end in __init__."""
     found = {}
     for path in sorted(SOURCE.rglob("*.py")):
         name = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
@@ -37,7 +37,7 @@ def modules() -> dict[str, ast.Module]:
 
 
 def module_level(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes of a module except those within functions: what runs, or is checked by mypy, on import."""
+    """Yield all nodes of a module except those within functions: those that run, or that mypy checks, on import."""
     for node in ast.iter_child_nodes(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             yield node
@@ -45,7 +45,7 @@ def module_level(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def imported(name: str, node: ast.AST) -> Iterator[str]:
-    """The modules of dwakd that an import statement in module `name` names; parent packages are not among them."""
+    """Yield the modules of dwakd that an import statement in module `name` imports, without parent packages."""
     if isinstance(node, ast.Import):
         targets = [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
@@ -62,14 +62,14 @@ def imported(name: str, node: ast.AST) -> Iterator[str]:
 
 
 def named(node: ast.AST) -> list[str]:
-    """The modules that an import statement names, of any package; relative imports are not used."""
+    """Return the modules of any package that an import statement names. Relative imports are not used."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     return [node.module or ""] if isinstance(node, ast.ImportFrom) else []
 
 
 def edges(*, only_module_level: bool) -> set[Edge]:
-    """Which module imports which."""
+    """Return pairs of a module and a module that it imports."""
     walk = module_level if only_module_level else ast.walk
     return {
         (name, target)
@@ -86,7 +86,7 @@ def layer(name: str) -> int:
 
 
 def cycle_in(graph: set[Edge]) -> list[str]:
-    """The modules of one cycle, the first one repeated at the end; empty if there is none."""
+    """Return the modules of one cycle with the first one repeated at the end, or an empty list."""
     targets: dict[str, list[str]] = {}
     for source, target in sorted(graph):
         targets.setdefault(source, []).append(target)
@@ -107,18 +107,18 @@ def cycle_in(graph: set[Edge]) -> list[str]:
 
 @pytest.mark.parametrize("part", sorted({name.split(".")[1] for name in modules()}))
 def test_every_part_has_a_layer(part: str) -> None:
-    """A new package without a layer could be imported by everything and import everything."""
+    """Every package belongs to exactly one layer."""
     assert sum(part in parts for parts in LAYERS) == 1
 
 
 def test_imports_point_to_lower_layers() -> None:
-    """An upward import makes a loss or a kernel depend on the trainer, so that it cannot be used or read alone."""
+    """Modules import their own layer and lower layers only."""
     upward = {(source, target) for source, target in edges(only_module_level=False) if layer(target) > layer(source)}
     assert upward == set()
 
 
 def test_there_are_no_cycles() -> None:
-    """Modules that import each other, be it for type checking alone, cannot be understood one after the other."""
+    """There are no import cycles, imports for type checking included."""
     assert cycle_in(edges(only_module_level=True)) == []
 
 
@@ -126,7 +126,7 @@ def test_there_are_no_cycles() -> None:
     ("part", "forbidden"), [("evaluation", "dwakd.losses"), ("losses", "transformers"), ("kernels", "transformers")]
 )
 def test_packages_that_stay_independent(part: str, forbidden: str) -> None:
-    """Scores must not depend on a method, and a loss must work without transformers."""
+    """`evaluation` does not import `losses`, and `losses` and `kernels` do not import transformers."""
     roots = forbidden, f"{forbidden}."
     users = {
         name
@@ -140,7 +140,7 @@ def test_packages_that_stay_independent(part: str, forbidden: str) -> None:
 
 
 def test_only_the_command_line_imports_the_applications() -> None:
-    """Shrink, similarity and the demo are built from the package; nothing of the package may need them."""
+    """Only the command line imports the applications shrink, similarity and demo."""
     users = {
         source
         for source, target in edges(only_module_level=False)
@@ -150,7 +150,7 @@ def test_only_the_command_line_imports_the_applications() -> None:
 
 
 def test_a_cycle_is_found() -> None:
-    """The search for cycles itself must be able to fail."""
+    """The search for cycles finds a cycle."""
     chain = {("a", "b"), ("b", "c"), ("a", "c"), ("c", "d")}
     assert cycle_in(chain) == []
     found = cycle_in(chain | {("d", "b")})

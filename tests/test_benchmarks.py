@@ -1,4 +1,4 @@
-"""Benchmarks measure the same loss as ours, or their ratios mean nothing."""
+"""Test that the benchmarks measure the same loss as dwakd computes."""
 
 import dataclasses
 import json
@@ -21,8 +21,8 @@ SMALL += ["--student-hidden=64", "--teacher-hidden=64", "--student-layers=1", "-
 SIZES = Sizes(2, 24, 8, 90, 64, 1, 110, 64, 1)
 
 
-def test_plain_steps_are_our_losses():
-    """A plain reading that computes something cheaper would make us look slow, a dearer one fast."""
+def test_plain_steps_compute_the_same_losses():
+    """The plain implementations of the benchmarks give the losses of dwakd, so that their times can be compared."""
     contest, student = Contest(SIZES), build_student(SIZES)
     rows, teacher = response_side(student, contest.batch.student), contest.teacher.side(*contest.batch.teachers)
     dskd = build_loss("dskd", widths=contest.widths)
@@ -34,7 +34,7 @@ def test_plain_steps_are_our_losses():
 
 
 def test_published_dwa_kd_without_prompt_and_padding(monkeypatch):
-    """Where every position is a response position the published structure and ours are the same method."""
+    """If all positions are response positions, the published implementation gives the loss of dwakd."""
     sizes = Sizes(2, 8, 8, 90, 64, 1, 110, 64, 1)
     contest, student = Contest(sizes), build_student(sizes)
     for tokens in contest.batch:
@@ -49,8 +49,8 @@ def test_published_dwa_kd_without_prompt_and_padding(monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["uld", "gold"])
-def test_trl_computes_our_losses(method):
-    """A peer on other rows, vocabularies or groups than ours is no peer. (One example: TRL weighs all alike.)"""
+def test_trl_computes_the_same_losses(method):
+    """For one example, TRL gives the loss and the gradient of dwakd. TRL weights all examples equally."""
     if reason := trl_peer.absent():
         pytest.skip(reason)
     sizes = dataclasses.replace(SIZES, batch=1, length=60, response=40)
@@ -64,15 +64,15 @@ def test_trl_computes_our_losses(method):
     torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-7)
 
 
-def test_an_absent_peer_is_reported(monkeypatch, capsys):
-    """The benchmarks run without TRL."""
+def test_a_missing_package_is_reported(monkeypatch, capsys):
+    """Without TRL, the benchmarks run and report what is left out."""
     monkeypatch.setitem(sys.modules, "trl.experimental.gold.gold_trainer", None)
     assert able(["dwa_kd", "trl_uld"]) == ["dwa_kd"]
     assert "TRL is left out" in capsys.readouterr().out
 
 
 def test_step_writes_a_signed_result(tmp_path, monkeypatch, capsys):
-    """A number without sizes, versions and commit cannot be had again."""
+    """The results contain sizes, options, versions and the commit."""
     path = tmp_path / "step.json"
     monkeypatch.setattr(sys, "argv", ["step", *SMALL, "--rounds=1", "--threads=1", f"--output={path}"])
     step.main()
@@ -83,8 +83,8 @@ def test_step_writes_a_signed_result(tmp_path, monkeypatch, capsys):
     assert "dwa_kd / products" in capsys.readouterr().out
 
 
-def test_every_method_is_a_contestant(tmp_path, monkeypatch):
-    """A method that is measured nowhere may cost anything."""
+def test_every_method_is_measured(tmp_path, monkeypatch):
+    """The benchmark of methods measures every method and writes a table row for each."""
     sizes = [*SMALL, "--student-vocab=120", "--teacher-vocab=160", "--threads=1"]
     names = [*OURS, "sft_head"]
     monkeypatch.setattr(
@@ -101,7 +101,7 @@ def test_every_method_is_a_contestant(tmp_path, monkeypatch):
 
 
 def test_growth_is_drawn_from_what_was_measured(tmp_path, monkeypatch):
-    """A table typed by hand soon tells of another run than the results beside it."""
+    """Tables and figure of the document are generated from the result files."""
     expected = {"length": {"length": (16, 32), "response": (5, 10)}}
     expected["vocab"] = {"student_vocab": (90, 120), "teacher_vocab": (90, 120)}
     for field, sizes in expected.items():
@@ -142,8 +142,8 @@ def test_growth_is_drawn_from_what_was_measured(tmp_path, monkeypatch):
     assert sum("dwa_kd, " in str(name) or "sft_response, " in str(name) for name in groups) == 4
 
 
-def test_help_explains_the_contestants(monkeypatch, capsys):
-    """The name of a contestant says little."""
+def test_help_explains_the_implementations(monkeypatch, capsys):
+    """`--help` explains each implementation that is measured."""
     monkeypatch.setattr(sys, "argv", ["step", "--help"])
     with pytest.raises(SystemExit):
         step.main()
@@ -152,7 +152,7 @@ def test_help_explains_the_contestants(monkeypatch, capsys):
 
 
 def test_cache_writes_a_signed_result(tmp_path, monkeypatch):
-    """What a cache saves is measured with a cache on the disk."""
+    """The benchmark of the cache measures a cache on disk."""
     path = tmp_path / "cache-teacher_vocab.json"
     options = ["--rows=4", "--rounds=1", "--threads=1", "--vary", "teacher_vocab", "110", f"--output={path}"]
     monkeypatch.setattr(sys, "argv", ["cache", *SMALL, *options])
@@ -164,8 +164,8 @@ def test_cache_writes_a_signed_result(tmp_path, monkeypatch):
     assert f"| {ratio:.2f} |" in tables.cache(tmp_path, tmp_path).splitlines()[2]
 
 
-def test_the_document_tells_of_the_results_beside_it(tmp_path, monkeypatch, capsys):
-    """Results measured anew, and a document that still tells of the old ones."""
+def test_the_document_agrees_with_the_results(tmp_path, monkeypatch, capsys):
+    """The tables in docs/performance.md agree with the result files."""
     document = tables.RESULTS.parents[1] / "docs" / "performance.md"
     copy = tmp_path / "performance.md"
     copy.write_text(document.read_text())

@@ -1,4 +1,4 @@
-"""The command line: help of every command, and commands that need no model."""
+"""Test the help of every command, and the commands that need no model."""
 
 import json
 import re
@@ -15,14 +15,14 @@ COMMANDS = ("train", "cache", "eval", "similarity", "compare", "shrink", "demo",
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
 def test_help(command, monkeypatch, capsys):
-    """An annotation that typer cannot read breaks a command for all its users."""
+    """`--help` works for every command."""
     code, out, _ = run(monkeypatch, capsys, *command, "--help")
     assert code == 0
     assert "Usage" in out
 
 
 def test_methods(monkeypatch, capsys):
-    """Names must be whole and allowed values visible on a terminal of the usual width."""
+    """`dwakd methods` shows complete names and allowed values in a terminal of 80 columns."""
     code, out, _ = run(monkeypatch, capsys, "methods")
     assert (code, "dwa_kd" in out) == (0, True)
     monkeypatch.setattr("dwakd.cli.console", Console(width=80))
@@ -38,7 +38,7 @@ def test_methods(monkeypatch, capsys):
 
 
 def test_schema(tmp_path, monkeypatch, capsys):
-    """An editor reads it from a file; a pipe reads it from standard output."""
+    """`dwakd schema` writes the JSON Schema to a file or to standard output."""
     code, out, _ = run(monkeypatch, capsys, "schema")
     assert code == 0
     assert run(monkeypatch, capsys, "schema", "-o", tmp_path / "recipe.json")[0] == 0
@@ -48,7 +48,7 @@ def test_schema(tmp_path, monkeypatch, capsys):
 
 
 def test_help_needs_no_torch():
-    """Its import takes seconds, which every call of `dwakd --help` would wait for."""
+    """`dwakd --help` does not import torch, which takes seconds."""
     script = "import sys, dwakd.cli; sys.argv = ['dwakd', 'train', '--help']; dwakd.cli.app(standalone_mode=False); "
     script += "sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True)

@@ -1,4 +1,4 @@
-"""Command-line options that are made from the fields of an options model."""
+"""Test command-line options that are generated from the fields of an options model."""
 
 from typing import Annotated, Any
 
@@ -11,7 +11,7 @@ from dwakd.evaluation.options import EvalOptions, RowOptions
 
 
 def call(*arguments: str, **decoration: Any) -> tuple[Any, dict[str, Any]]:
-    """The result of a command with both models, and what it received."""
+    """Return the result of a command with both models, and the values that it received."""
     app, received = typer.Typer(), {}
 
     @app.command()
@@ -19,14 +19,14 @@ def call(*arguments: str, **decoration: Any) -> tuple[Any, dict[str, Any]]:
     def command(
         model: Annotated[str, typer.Argument()], rows: RowOptions, options: EvalOptions, adapter: str | None = None
     ) -> None:
-        """Receive options."""
+        """Receive the options."""
         received.update(model=model, rows=rows, options=options, adapter=adapter)
 
     return CliRunner().invoke(app, list(arguments)), received
 
 
 def test_fields_become_options() -> None:
-    """An option that does not arrive would give the scores of its default."""
+    """Values that are given on the command line reach the command."""
     result, received = call(
         "m",
         "--limit",
@@ -50,7 +50,7 @@ def test_fields_become_options() -> None:
 
 
 def test_a_command_may_leave_fields_out_and_change_defaults() -> None:
-    """The default template of `dwakd shrink` is plain: text in another template trains another tokenizer."""
+    """A command may omit fields and change defaults, as `dwakd shrink` does for the template."""
     result, received = call("m", omit=("bos",), template="plain", limit=100)
     assert result.exit_code == 0, result.output
     assert received["rows"] == RowOptions(template="plain", limit=100)
@@ -59,7 +59,7 @@ def test_a_command_may_leave_fields_out_and_change_defaults() -> None:
 
 @pytest.mark.parametrize("arguments", [("--limit", "0"), ("--top-p", "2"), ("--seeds", "x"), ("--temperatures", "0")])
 def test_values_out_of_range_are_refused(arguments: tuple[str, str]) -> None:
-    """The range in the help is the one that is checked."""
+    """Values outside the range that the help shows are refused."""
     result, received = call("m", *arguments)
     assert result.exit_code != 0
     assert not received

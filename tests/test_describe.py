@@ -1,4 +1,4 @@
-"""`dwakd methods`: every option of every method is explained."""
+"""Test `dwakd methods`: it explains every option of every method."""
 
 import io
 import re
@@ -23,7 +23,7 @@ def shown(page) -> str:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_option_has_a_meaning_and_allowed_values(method):
-    """Users would have to guess an option that is not explained."""
+    """Every option has a description and allowed values."""
     fields = METHODS[method].options_type.model_fields
     page = shown(method_page(method))
     for name, field in fields.items():
@@ -33,7 +33,7 @@ def test_every_option_has_a_meaning_and_allowed_values(method):
 
 
 def test_allowed_values_are_those_of_the_field():
-    """A second list of allowed values would soon differ from what is accepted."""
+    """The allowed values are generated from the field of the option."""
     properties = METHODS["dskd"].options_type.model_json_schema()["properties"]
     assert allowed_values(properties["kd_rate"]) == "a number at least 0 and at most 1"
     assert allowed_values(properties["accuracy_mask"]) == "true, false or null"
@@ -42,14 +42,14 @@ def test_allowed_values_are_those_of_the_field():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_its_page_recipe_and_test(method):
-    """What CONTRIBUTING asks of the next method must hold for those that are there."""
+    """Every method has a section in docs/methods.md, a recipe and a test file, as CONTRIBUTING.md requires."""
     assert f"\n## {method}\n" in (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     assert load_recipe(ROOT / "recipes" / "methods" / f"{method}.yaml").method == method
     assert (ROOT / "tests" / "losses" / f"test_{method}.py").is_file()
 
 
 def test_the_method_shown_to_contributors_is_the_real_one():
-    """A diff in a text goes stale unnoticed."""
+    """The diff in CONTRIBUTING.md agrees with the files of the method `sft`."""
     shown = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for path in ("src/dwakd/losses/sft.py", "tests/losses/test_sft.py"):
         (block,) = re.findall(rf"^\+\+\+ b/{path}\n((?:\+.*\n)+)", shown, re.M)
@@ -57,7 +57,7 @@ def test_the_method_shown_to_contributors_is_the_real_one():
 
 
 def test_formulas_keep_their_lines():
-    """Three equations on one line are none."""
+    """Each equation of a formula stays on its own line."""
     lines = shown(method_page("sra")).splitlines()
     assert [line.split("=")[0].strip() for line in lines if line.lstrip().startswith(("L_span", "L_geo", "L_kd"))][
         :3

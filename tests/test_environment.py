@@ -1,4 +1,4 @@
-"""`dwakd env` and `dwakd --version`: what a bug report needs, even from a broken installation."""
+"""Test `dwakd env` and `dwakd --version`, also in a broken installation."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ def run(monkeypatch, capsys, *arguments):
 
 
 def test_the_version_is_that_of_the_installed_package(monkeypatch, capsys):
-    """Without it a report cannot say which release failed."""
+    """`dwakd --version` prints the version of the installed package."""
     assert run(monkeypatch, capsys, "--version") == f"dwakd {metadata.version('dwakd')}\n"
 
 
@@ -32,14 +32,14 @@ def test_env_lists_every_version_and_the_hardware(monkeypatch, capsys):
 
 
 def test_a_missing_package_and_a_broken_torch_are_part_of_the_report(monkeypatch):
-    """The report must not fail in a broken installation, for which it is needed most."""
+    """The report states missing packages and a torch that cannot be imported."""
     assert version_of("dwakd-is-never-called-this") == "not installed"
     monkeypatch.setitem(sys.modules, "torch", None)
     assert "torch could not be imported" in describe_environment()
 
 
 def test_env_is_quick():
-    """Importing transformers and peft takes many seconds; their versions need no import."""
+    """`dwakd env` does not import transformers and peft, which takes many seconds."""
     code = "import sys, dwakd.cli, dwakd.environment as e; e.describe_environment(); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "torch" in loaded

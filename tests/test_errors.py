@@ -1,4 +1,4 @@
-"""Errors of other libraries are quoted within a sentence."""
+"""Test that errors of other libraries are quoted within one sentence."""
 
 import pytest
 
@@ -10,12 +10,12 @@ from dwakd.errors import UserError, explained, reason_of
     [(ValueError("bad value.\nand more"), "bad value"), (KeyError(), "KeyError"), (OSError("  \n"), "OSError")],
 )
 def test_the_reason_is_one_line(error, reason):
-    """Messages of transformers have several lines, and some exceptions have no message."""
+    """The reason is one line, also for messages with several lines and for exceptions without a message."""
     assert reason_of(error) == reason
 
 
 def test_any_exception_becomes_a_user_error():
-    """The command line prints a UserError as one sentence, and any other exception as a traceback."""
+    """Any exception inside the block becomes a UserError, which the command line prints as one sentence."""
     what, sentence = "a.json: cannot be read", r"^a\.json: cannot be read \(PermissionError: Permission denied\)$"
     with pytest.raises(UserError, match=sentence), explained(what):
         raise PermissionError(13, "Permission denied")

@@ -1,4 +1,4 @@
-"""Output folders are checked before hours of work, and files are written completely or not at all."""
+"""Test that output folders are checked before hours of work and that files are written completely or not at all."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from dwakd.folders import CACHE_VARIABLE, cache_folder, check_output_folder, wri
 
 
 def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
-    """Home folders of clusters are often too small for models."""
+    """The cache folder can be set, because home folders of clusters are often too small for models."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     assert cache_folder() == tmp_path
     monkeypatch.setenv(CACHE_VARIABLE, "~/x")
@@ -21,7 +21,7 @@ def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
 
 
 def test_folders_that_cannot_hold_results_are_refused(tmp_path):
-    """Without the check, the error would occur only when the results are written."""
+    """An output folder that cannot be used is refused before anything runs."""
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "deeper"):
         with pytest.raises(UserError, match=rf"{tmp_path}/file is a file.*--output"):
@@ -35,13 +35,13 @@ def test_folders_that_cannot_hold_results_are_refused(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that nobody can write")
 def test_folders_that_cannot_be_written_are_refused():
-    """Permissions of the root user would let any other folder be written."""
+    """A folder without write permission is refused. The test uses /proc, because root may write to any other folder."""
     with pytest.raises(UserError, match="/proc/foo/x cannot be written"):
         check_output_folder(Path("/proc/foo/x"))
 
 
 def test_a_failed_write_leaves_the_previous_file(tmp_path, monkeypatch):
-    """An incomplete file under its final name would be read as a complete one."""
+    """A failed write leaves the previous file unchanged, and no incomplete file."""
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -55,7 +55,7 @@ def test_a_failed_write_leaves_the_previous_file(tmp_path, monkeypatch):
 
 
 def test_another_process_that_finished_first(tmp_path, monkeypatch):
-    """Two runs that build the same cache at once: the first to finish removes the temporary file of the second."""
+    """If another process writes the same file first and removes the temporary file, no error is raised."""
     path = tmp_path / "shard"
 
     def finished(descriptor):

@@ -1,4 +1,4 @@
-"""Every module can be imported first, in a fresh interpreter."""
+"""Test that every module can be imported first in a new interpreter."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ print(len(names), *failed, sep="\\n")
 
 
 def test_each_module_can_be_imported_alone():
-    """A cycle of imports shows only for the user who imports the modules in another order."""
+    """Each module can be imported first, which fails if there is a cycle of imports."""
     done = subprocess.run([sys.executable, "-c", _EACH_ALONE], capture_output=True, text=True, check=True)
     count, *failed = done.stdout.splitlines()
     assert int(count) > 90
@@ -30,7 +30,7 @@ def test_each_module_can_be_imported_alone():
 
 
 def test_imports_point_one_way():
-    """losses and kernels without transformers, evaluation without losses: or the layers grow into each other."""
+    """Importing `losses` or `kernels` does not load transformers, and `evaluation` does not load `losses`."""
     script = (
         "import sys, importlib; importlib.import_module(sys.argv[1]); "
         "sys.exit(any(name.split('.')[: len(bad)] == bad for name in sys.modules for bad in [sys.argv[2].split('.')]))"

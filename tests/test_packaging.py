@@ -14,7 +14,7 @@ WITH_TORCH = {"triton"}
 
 
 def imported_packages():
-    """Top-level packages that any module under src imports, at any depth of its code."""
+    """Return the top-level packages that modules under src import."""
     found = set()
     for path in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -26,13 +26,13 @@ def imported_packages():
 
 
 def test_imports_and_dependencies_agree():
-    """A package that comes with another one today can be missing after that one's next release."""
+    """Every imported package is a declared dependency. A package that only another one installs may be missing later."""
     names = {re.split(r"[^\w-]", requirement)[0].lower() for requirement in PROJECT["dependencies"]}
     declared = {IMPORTED_AS.get(name, name).replace("-", "_") for name in names}
     assert imported_packages() - WITH_TORCH == declared
 
 
 def test_a_citation_names_the_package_s_repository():
-    """The citation and the package's page must lead to the same place."""
+    """The citation and the package metadata name the same repository."""
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"repository-code: {PROJECT['urls']['Homepage']}\n" in citation

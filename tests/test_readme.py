@@ -1,4 +1,4 @@
-"""What a reader copies from the README must run as it stands."""
+"""Test that the examples of the README run unchanged."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ def blocks(language):
 
 
 def test_python_example(tmp_path, monkeypatch):
-    """The example runs verbatim: folders stand where the hub's models would, and a data set of Dolly's columns."""
+    """The Python example runs. Local folders stand for the models and the data set of the hub."""
     monkeypatch.chdir(tmp_path)
     for name, family, tokenizer in (
         ("HuggingFaceTB/SmolLM2-135M", "llama", byte_bpe()),
@@ -42,7 +42,7 @@ def test_python_example(tmp_path, monkeypatch):
 
 
 def test_own_training_loop():
-    """The loop runs verbatim with any two models, and gradient reaches the student."""
+    """The training loop runs with any two models, and gradient reaches the student."""
     student_tokenizer, teacher_tokenizer = byte_bpe(), unigram_byte_fallback()
     student = tiny_model("llama", len(student_tokenizer))
     names = {
@@ -57,14 +57,14 @@ def test_own_training_loop():
 
 
 def test_recipe():
-    """The recipe of the README is read strictly, too."""
+    """The recipe is valid."""
     (recipe,) = blocks("yaml")
     read = recipe_from_dict(parse_yaml(recipe))
     assert training_config(read, "unused").learning_rate == pytest.approx(1e-3)
 
 
 def test_commands_exist():
-    """Every `dwakd` command and `make` target named in the README."""
+    """Every `dwakd` command and `make` target in the README exists."""
     from dwakd.cli import app
 
     names = {command.name or command.callback.__name__ for command in app.registered_commands}

@@ -1,4 +1,4 @@
-"""Options models, and the sentence on a value that is not allowed."""
+"""Test option models and the message about a value that is not allowed."""
 
 from typing import Literal
 
@@ -38,7 +38,7 @@ class Outer(Section):
     ],
 )
 def test_the_sentence_names_the_option_and_what_is_allowed(values, message):
-    """pydantic's own message has four lines, labels of unions and a link."""
+    """The message is one sentence that names the option, the value and the allowed values."""
     with pytest.raises(UserError) as caught:
         parse(Outer, values, "section.")
     assert str(caught.value).startswith(message)
@@ -46,7 +46,7 @@ def test_the_sentence_names_the_option_and_what_is_allowed(values, message):
 
 
 def test_options_raise_when_they_are_created():
-    """A library user must not have to know pydantic's error."""
+    """Options of the library raise a UserError when they are created, not an error of pydantic."""
 
     class Sizes(Options):
         size: int = Field(1, ge=1)

@@ -1,4 +1,4 @@
-"""Run a module of the tests on two gloo ranks."""
+"""Run a module of the tests on two ranks with gloo."""
 
 import os
 import socket

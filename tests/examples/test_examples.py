@@ -1,4 +1,4 @@
-"""The examples run offline, as they are printed in the documentation."""
+"""Test that the examples run offline."""
 
 import importlib.util
 import runpy
@@ -12,13 +12,13 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_own_loop_trains():
-    """The public functions must serve a loop that knows nothing of our trainer."""
+    """The example of a training loop without the trainer trains a student."""
     losses = runpy.run_path(str(EXAMPLES / "own_loop.py"))["main"]([])
     assert sum(losses[-3:]) < sum(losses[:3])
 
 
 def test_sft_trainer_trains_or_says_what_is_missing():
-    """A subclass of TRL's trainer gets the same sides; without TRL, the user reads what to install."""
+    """The example of a subclass of TRL's trainer runs. Without TRL, the message says what to install."""
     run = subprocess.run(
         [sys.executable, EXAMPLES / "sft_trainer.py"], capture_output=True, text=True, timeout=300, check=False
     )
