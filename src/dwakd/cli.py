@@ -184,7 +184,7 @@ def compare(
     from dwakd.compare.compare import compare_methods
     from dwakd.recipe.recipe import load_recipe
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stop the runs, too, as Ctrl-C does
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # also stop the runs, as Ctrl-C does
     chosen = [f"compare.methods=[{methods}]"] if methods else []
     chosen += [f"compare.seeds=[{seeds}]"] if seeds else []
     loaded = load_recipe(recipe, [*(overrides or []), *chosen], "compare")

@@ -172,7 +172,7 @@ def test_a_prompt_too_long_for_the_teacher_alone() -> None:
 def test_a_prompt_without_a_token_is_invalid() -> None:
     """A prompt without tokens is invalid, because no position predicts the first token of the response."""
     side = TextEncoder(byte_bpe(), "{instruction}")
-    with pytest.raises(UserError, match="the prompt has no token for the student"):
+    with pytest.raises(UserError, match="the prompt has no tokens for the student"):
         encode_pairs([row(0, "a", "")], side)
 
 

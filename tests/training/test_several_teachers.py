@@ -99,7 +99,7 @@ def test_a_recipe_names_several(tmp_path, folders, monkeypatch, capsys):
     code, _, error = call(monkeypatch, capsys, "train", path, "teacher.model=x", "-o", tmp_path / "other")
     assert (code, "teacher is a list here" in error) == (2, True)
     code, _, error = call(monkeypatch, capsys, "cache", path, "-o", tmp_path / "one")
-    assert (code, "give each its cache in the recipe" in error) == (2, True)
+    assert (code, "set cache for each teacher in the recipe" in error) == (2, True)
 
 
 def test_teachers_with_and_without_a_cache(tmp_path, folders, monkeypatch, capsys):

@@ -149,7 +149,7 @@ def starts(ends: Int[Tensor, " tokens"], lengths: Int[Tensor, " batch"]) -> Int[
 
 
 def _keys(ends: Int[Tensor, " tokens"], lengths: Int[Tensor, " batch"]) -> Int[Tensor, " tokens"]:
-    """Compute a strictly increasing number per token from its place and its rank among tokens of the same place."""
+    """Compute a strictly increasing key per token from its `_places` number and its rank among equal numbers."""
     index = torch.arange(len(ends), device=ends.device)
     places = _places(ends, lengths)
     rank = index - torch.searchsorted(places, places)
@@ -159,10 +159,10 @@ def _keys(ends: Int[Tensor, " tokens"], lengths: Int[Tensor, " batch"]) -> Int[T
 
 
 def _places(ends: Int[Tensor, " tokens"], lengths: Int[Tensor, " batch"]) -> Int[Tensor, " tokens"]:
-    """Compute a non-decreasing number per token from its example and its end, which orders the tokens of a batch.
+    """Compute one integer per token that orders all tokens of a batch, first by example, then by the end of the token.
 
-    A token whose end is an offset has an even number. A token whose end is unknown has the number of the last offset
-    before it plus 1, which is odd.
+    If the end of a token is a byte offset, the integer is even. If the end is unknown, the integer is that of the last
+    known offset before the token, plus 1.
     """
     firsts = _examples(lengths, len(ends)) << _PLACE_BITS
     return (firsts + 2 * ends.clamp(min=0)).cummax(0).values + (ends < 0)

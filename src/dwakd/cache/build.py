@@ -23,7 +23,7 @@ from dwakd.models.rows import response_hidden
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_TOKENS, _CPU_CHUNK_TOKENS = 16_384, 1_024  # in one forward pass, padding included
+_CHUNK_TOKENS, _CPU_CHUNK_TOKENS = 16_384, 1_024  # tokens in one forward pass, padding included
 
 
 def open_or_build(folder: Path, request: CacheRequest, load: Callable[[], nn.Module], *, repair: bool = False) -> Cache:
@@ -32,7 +32,7 @@ def open_or_build(folder: Path, request: CacheRequest, load: Callable[[], nn.Mod
     `load` loads the teacher on the device where it runs; it is called only if something has to be built.
 
     Raises:
-        UserError: the cache was built from something else, a file is damaged, or the disk is full.
+        UserError: the cache was built with other models, options or data, a file is damaged, or the disk is full.
     """
     teacher = None
     if (folder / MANIFEST).is_file():
@@ -54,7 +54,7 @@ def open_or_build(folder: Path, request: CacheRequest, load: Callable[[], nn.Mod
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
     if request.rank == 0:
-        for path in folder.glob(f".*{UNFINISHED}*"):  # temporary files of killed processes
+        for path in folder.glob(f".*{UNFINISHED}*"):  # remove temporary files of killed processes
             path.unlink(missing_ok=True)
     return cache
 
@@ -111,7 +111,7 @@ def _hidden_states(cache: Cache, shard: int, sides: list[EncodedSide], teacher: 
 
 @contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
-    """Turn errors of the disk into one sentence."""
+    """Turn an OSError into a UserError of one sentence."""
     try:
         yield
     except OSError as error:

@@ -29,10 +29,10 @@ class Manifest:
     """Content of cache.json."""
 
     fingerprint: dict[str, str]  # result of `dwakd.cache.fingerprint.fingerprint`
-    names: dict[str, str]  # of teacher, adapter and tokenizer; used in messages only
-    dtype: str  # of the stored hidden states, for example "float32"
+    names: dict[str, str]  # names of teacher, adapter and tokenizer; used in messages only
+    dtype: str  # dtype of the stored hidden states, for example "float32"
     hidden_size: int
-    scale: float  # as in `OutputHead`, for the teacher's head
+    scale: float  # scale of the teacher's head, as in `OutputHead`
     soft_cap: float | None
     digests: dict[str, str]  # SHA-256 of index.safetensors and teacher.safetensors
 

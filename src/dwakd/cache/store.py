@@ -30,9 +30,9 @@ class CacheRequest:
 
     sets: Mapping[str, EncodedPairs]  # "train" and, if there is one, "eval"
     fingerprint: dict[str, str]  # result of `dwakd.cache.fingerprint.fingerprint`
-    names: dict[str, str]  # of teacher, adapter and tokenizer, for messages
-    dtype: torch.dtype | None = None  # to store; None for the teacher's own
-    rank: int = 0  # of this process
+    names: dict[str, str]  # names of teacher, adapter and tokenizer, for messages
+    dtype: torch.dtype | None = None  # dtype of the stored hidden states; None for the teacher's own
+    rank: int = 0  # rank of this process
     world_size: int = 1  # number of processes that build
     progress: bool = True  # show progress bars and sizes
 
@@ -89,8 +89,8 @@ class Cache:
         """Raise a UserError that names the option or the row that differs from what the cache was built from."""
         if difference := next(self._differences(request), None):
             raise UserError(
-                f"teacher cache {self.folder} was built from something else: {difference}; undo the change, or name a "
-                "new folder in teacher.cache"
+                f"teacher cache {self.folder} was built with other models, options or data: {difference}; undo the "
+                "change, or name a new folder in teacher.cache"
             )
 
     def _differences(self, request: CacheRequest) -> Iterator[str]:

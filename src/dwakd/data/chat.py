@@ -79,7 +79,8 @@ class ChatTemplate:
         if start is None:
             fix = "correct that row, or use data.template: alpaca"
             raise UserError(
-                f"the chat template of {self.name} changes the answer, which would be trained unchanged: {fix}"
+                f"the chat template of {self.name} changes the text of the answer, so the student would learn a text "
+                f"that the template never writes: {fix}"
             )
         if adjusted is None or start.startswith(asked) or asked.startswith(start):
             return start

@@ -29,10 +29,10 @@ _Tokens = list[tuple[list[int], tuple[list[int], list[int]]]]
 class EncodedSide:
     """A row encoded with one tokenizer."""
 
-    ids: NDArray[np.int32]  # of the prompt, the response and, unless the response was truncated, the end token
+    ids: NDArray[np.int32]  # tokens of the prompt, of the response and, unless it was truncated, the end token
     num_prompt: int  # number of tokens of the prompt
     byte_ends: NDArray[np.int32]  # end of each token after the prompt; see `TextEncoder.response_ids`
-    aligned_rows: NDArray[np.int32] | None = None  # of a teacher, if the method needs it; see `align_by_spelling`
+    aligned_rows: NDArray[np.int32] | None = None  # set for a teacher if the method needs it; see `align_by_spelling`
 
     @property
     def length(self) -> int:
@@ -144,7 +144,7 @@ def encode_pairs(
         chunk = examples[start : start + _CHUNK]
         try:
             tokens: list[_Tokens | None] = [*_tokenise(chunk, sides)]
-        except UserError:  # a template refuses a row: find out which
+        except UserError:  # a template refuses a row; the rows are encoded one by one to find it
             tokens = [None] * len(chunk)
         for example, found in zip(chunk, tokens, strict=True):
             try:
@@ -179,7 +179,7 @@ def _check_row(example: Example, tokens: _Tokens, max_prompt_length: int) -> Non
             limit = f"data.max_prompt_length={max_prompt_length}"
             raise _InvalidRowError(PROMPT_TOO_LONG, f"the prompt has {len(ids)} tokens for the {whose}, above {limit}")
         if not ids:
-            raise _InvalidRowError("prompt without a token", f"the prompt has no token for the {whose}")
+            raise _InvalidRowError("prompt without a token", f"the prompt has no tokens for the {whose}'s tokenizer")
     if not example.response.strip():
         raise _InvalidRowError("response empty", "the response is empty")
 

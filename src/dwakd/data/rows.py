@@ -42,7 +42,7 @@ class Example:
 
     @property
     def place(self) -> str:
-        """The place of the row, as messages name it."""
+        """The location of the row in its source, for messages."""
         return f"row {self.index} (counting from 0)"
 
     @property
@@ -54,7 +54,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a data set to read. `optional`: `response` is only read if the conversation has no answer."""
+    """The columns of a data set to read. If `optional` is true, `response` is read only if the conversation has no answer."""
 
     prompt: str
     response: str | None

@@ -33,10 +33,11 @@ class DskdV2Loss(DistillationLoss[DskdV2Options]):
 
         L = (1 - r) CE + r (CE^{t->s} + KD^stu + KD^tea)
 
-    The last three terms include a student token if a teacher token covers the same bytes of the response and the token that
-    the teacher predicts there exists in the student's vocabulary. The label in CE^{t->s} is that prediction instead of the
-    target. `exact_spaces` defines the terms and `HeadMaps` the projectors: t2s is initialised with a pseudo-inverse that
-    preserves the logits of shared tokens and is then trained; s2t is computed from the student's head at each call.
+    r is the option `kd_rate`. The last three terms include a student token if a teacher token covers the same bytes of
+    the response and the token that the teacher predicts there exists in the student's vocabulary. The label in
+    CE^{t->s} is that prediction instead of the target. `exact_spaces` defines the terms and `HeadMaps` the projectors:
+    t2s is initialised with a pseudo-inverse that preserves the logits of shared tokens and is then trained; s2t is
+    computed from the student's head at each call.
 
     Gradient: CE^{t->s} trains only t2s. KD^stu trains only the student. KD^tea trains the student through its hidden
     states. The student's head receives gradient only through the student's own logits.
@@ -45,7 +46,7 @@ class DskdV2Loss(DistillationLoss[DskdV2Options]):
         Zhang et al. 2025. Official code: songmzhang/DSKDv2. It takes means over a micro-batch; we take the mean over each
         example, weighted by its student tokens, so that gradient accumulation and ranks do not change the loss. It compares
         tokens as strings without space marks; we compare the bytes that they cover. If the student has no token for the
-        teacher's prediction, we leave the token out; there it becomes the unknown token.
+        teacher's prediction, we leave the position out; the official code uses the unknown token as the label.
     """
 
     options_type = DskdV2Options

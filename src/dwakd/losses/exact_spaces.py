@@ -21,7 +21,7 @@ class ExactSpaces(NamedTuple):
 
     Args:
         terms: `ce`, `t2s_ce`, `kd_student` and `kd_teacher`.
-        teacher_hidden: all teacher states projected into the student's space. Gradient: t2s.
+        teacher_hidden: all teacher states projected into the student's space. They carry gradient to t2s.
         partners: for each student token, the teacher token in the packed batch that covers the same bytes, or -1.
     """
 
@@ -76,7 +76,7 @@ def exact_spaces(
         WithPrediction(teacher_space(temperature, divergence), side=1),
         by_row=True,
     )
-    found = in_teacher.statistics  # empty if no token is aligned
+    found = in_teacher.statistics  # there are no statistics if no token is aligned
     labels = torch.full_like(partners, -1)
     labels[aligned] = maps.student_tokens[found.get("prediction", partners[aligned])]
     counted, sure = labels >= 0, None

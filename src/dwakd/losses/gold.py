@@ -81,7 +81,7 @@ class GoldLoss(DistillationLoss[GoldOptions]):
     def __init__(self, *, pair: ModelPair, **options: Any) -> None:
         super().__init__(**options)
         self.vocabularies = pair.vocabularies
-        if pair.student_tokens == pair.teacher_tokens:  # the padding of both heads too
+        if pair.student_tokens == pair.teacher_tokens:  # also the padding of both heads
             common = torch.arange(min(pair.vocabularies))
             matched = pair.possible_pairs(common, common)
         else:

@@ -30,8 +30,9 @@ class KdLoss(DistillationLoss[KdOptions]):
 
         L = (1 - r) CE + r sum_i D(p^t_i || p^s_i)
 
-    The divergence D is over the vocabulary entries that both heads have, because one head may be padded with more unused
-    entries than the other. The cross-entropy CE is over all entries of the student's head.
+    r is the option `kd_rate`. The divergence D is over the vocabulary entries that both heads have, because one head
+    may be padded with more unused entries than the other. The cross-entropy CE is over all entries of the student's
+    head.
 
     Gradient: the student's hidden states and head, through both terms.
 

@@ -47,11 +47,11 @@ class MinEdLoss(DistillationLoss[MinEdOptions]):
 
         L = (1 - r) CE + r sum_i KL(m_i || p^s_i),    both at temperature tau
 
-    m_i is the teacher's distribution at the position aligned with i. The probability of each teacher token goes to the
-    student's token of least edit distance. At positions without alignment, m_i is 1 at the target, so that the second term
-    is a second cross-entropy. Positions are aligned once for a data set, by dynamic time warping over the spelling of the
-    tokens that the models read. Position i is aligned if the warping path pairs it with exactly one teacher position and the
-    teacher's token there maps to the student's token.
+    r is the option `kd_rate`. m_i is the teacher's distribution at the position aligned with i. The probability of each
+    teacher token goes to the student's token of least edit distance. At positions without alignment, m_i is 1 at the
+    target, so that the second term is a second cross-entropy. Positions are aligned once for a data set, by dynamic
+    time warping over the spelling of the tokens that the models read. Position i is aligned if the warping path pairs
+    it with exactly one teacher position and the teacher's token there maps to the student's token.
 
     Gradient: the student's hidden states and head.
 
@@ -104,7 +104,7 @@ class CarriedOver(Criterion):
     def terms(self, logits: Sequence[Tensor], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
         own, theirs = logits[0].t(), logits[1].detach().t()
         targets, aligned = self.targets[chunk.rows[0]], self.aligned[chunk.rows[0]]
-        # overwrites the teacher's logits, which nothing reads afterwards
+        # this overwrites the teacher's logits, which are not needed afterwards
         kept = theirs.index_fill_(0, self.dropped, -torch.inf)
         kept.sub_(kept.amax(0)).div_(self.temperature).exp_()
         mapped = torch.zeros_like(own).index_add_(0, self.student_of, kept)

@@ -46,10 +46,11 @@ class SraLoss(DistillationLoss[SraOptions]):
 
         L = (1 - r) CE + r (L_span + geo_weight L_geo + L_kd)
 
-    A span k is the smallest pair of token spans that start and end at the same bytes. Its state s_k (student) or t_k
-    (teacher) is a weighted mean of the final hidden states that predict its tokens. The weights are the attention from the
-    last position of the response to these positions, in the last layer and summed over its heads. The span's weight w_k is
-    its fraction of the teacher's attention to the response. Attention is a constant. P is the only learned map:
+    r is the option `kd_rate`. A span k is the smallest pair of token spans that start and end at the same bytes. Its
+    state s_k (student) or t_k (teacher) is a weighted mean of the final hidden states that predict its tokens. The
+    weights are the attention from the last position of the response to these positions, in the last layer and summed
+    over its heads. The span's weight w_k is its fraction of the teacher's attention to the response. Attention is a
+    constant. P is the only learned map:
 
         L_span = sum_k w_k (1 - cos(P s_k, t_k))
         L_geo  = mean over pairs k != l, weighted by w_k w_l, of (cos(s_k, s_l) - cos(t_k, t_l))^2
@@ -88,12 +89,12 @@ class SraLoss(DistillationLoss[SraOptions]):
         require_width(teacher.hidden, self.projector.out_features, "teacher.hidden", "the projector")
         groups = byte_groups(student.byte_ends, student.lengths, teacher.byte_ends, teacher.lengths)
         examples = example_ids(student.lengths, len(student.target_ids))
-        lengths = sum_by_group(groups.student_last.long(), examples, len(student.lengths))  # in spans
+        lengths = sum_by_group(groups.student_last.long(), examples, len(student.lengths))  # spans
         size = int(lengths.sum())
         own, _ = pool(student.hidden, self._row_weights(student), groups.student, size)
         theirs, mass = pool(teacher.hidden.detach(), self._row_weights(teacher), groups.teacher, size)
         even = tokens_per_group(groups, student.lengths, even=True)[:size].to(theirs.dtype)
-        weights = even * rescale(mass, lengths)  # those of an example sum to its student tokens
+        weights = even * rescale(mass, lengths)  # the weights of an example sum to its number of student tokens
 
         projected = self.projector(own.to(self.projector.weight.dtype))
         cosines = nn.functional.cosine_similarity(projected, theirs, dim=-1)

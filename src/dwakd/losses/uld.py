@@ -67,7 +67,8 @@ def paired_rows(
 ) -> tuple[Int[Tensor, " s_tokens"], Float[Tensor, " s_tokens"]]:
     """Find the teacher's token at the same position of the response for each student token, and the pair's weight.
 
-    The weight is S_b / n_b if `mean`, else 1. After the end of the teacher's response it is 0 and the token is the last one.
+    The weight is S_b / n_b (see `UldLoss`) if `mean` is true, else 1. Student tokens after the end of the teacher's
+    response get the teacher's last token and the weight 0.
     """
     example, place = (part(student.lengths, len(student.target_ids)) for part in (example_ids, positions))
     lengths = teacher.lengths[example]

@@ -1,4 +1,4 @@
-"""Token weights from the uncertainty of student and teacher (DWA-KD, equations 7, 8, 11, 12, 14); constants."""
+"""Compute token weights from the uncertainty of student and teacher (DWA-KD, equations 7, 8, 11, 12, 14)."""
 
 import math
 

@@ -25,7 +25,7 @@ _GROUP_TOKENS = 128  # tokens, padding included, in a group of short sequences; 
 _WIDTHS = (32, 48, 64)  # lengths to which short sequences are padded; longer ones run alone, without padding
 
 
-_UNKNOWN_TERMS = ("s_aux", "sinks", "position_bias")  # of attention scores
+_UNKNOWN_TERMS = ("s_aux", "sinks", "position_bias")  # arguments that add terms to the attention scores
 
 
 class LastLayer:
@@ -35,7 +35,7 @@ class LastLayer:
 
     @torch.no_grad()
     def row(self, last: Int[Tensor, " batch"]) -> Float[Tensor, "batch length"]:
-        """Compute the attention weights of the position `last` of each sequence, summed over the heads, as constants.
+        """Compute the attention weights of the position `last` of each sequence, summed over the heads, without gradient.
 
         A model that does not use transformers' attention functions, or adds other terms to the scores, is refused.
         """
@@ -139,7 +139,7 @@ def response_states(
     for members, size, width in _groups(model, lengths):
         ids = sequences[0].new_zeros(size, width)
         seen = torch.zeros_like(ids)
-        seen[:, 0] = 1  # rows that no sequence fills have one token
+        seen[:, 0] = 1  # unused rows of the batch get one token
         for place, member in enumerate(members):
             ids[place, : lengths[member]] = sequences[member]
             seen[place, : lengths[member]] = 1

@@ -25,7 +25,7 @@ def cache_recipe(recipe: Recipe, folder: str | Path | None = None, *, check: boo
         raise UserError("dwakd cache requires a teacher: add a teacher section to the recipe")
     if folder is not None and len(recipe.teachers) > 1:
         raise UserError(
-            "--output names one folder, but the recipe has several teachers: give each its cache in the recipe"
+            "--output names one folder, but the recipe has several teachers: set cache for each teacher in the recipe"
         )
     folders = [folder or section.cache for section in recipe.teachers]
     if not any(folders):

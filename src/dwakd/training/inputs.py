@@ -41,7 +41,7 @@ def checked_args(args: Any) -> DistillConfig:
 def add_adapter(model: Model, config: PeftConfig) -> PeftModel:
     """Add an adapter to the student; refuse one that changes the head's matrix or that cannot be saved."""
     if isinstance(model, PeftModel):
-        raise UserError("the student has an adapter already: leave out peft_config, or give the model without it")
+        raise UserError("the student has an adapter already: leave out peft_config, or pass its base model")
     try:
         with quiet_peft():
             adapted = get_peft_model(model, config)
@@ -66,7 +66,7 @@ def load_pair(
         tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=args.trust_remote_code)
         model = load_causal_lm(model, trust_remote_code=args.trust_remote_code)
     if tokenizer is None:
-        raise UserError(f"{name} is missing: a model that is given loaded needs its tokenizer beside it")
+        raise UserError(f"{name} is missing: a model that is passed as an object needs its tokenizer")
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer given as {name} has no end-of-sequence token; set its eos_token")
     if tokenizer.pad_token_id is None:
@@ -77,7 +77,8 @@ def load_pair(
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and positions < args.max_length:
         raise UserError(
-            f"data.max_length is {args.max_length}, but {model_name(model)} has only {positions} positions; lower it"
+            f"data.max_length is {args.max_length}, but {model_name(model)} has only {positions} positions; "
+            "lower data.max_length"
         )
     return model, tokenizer
 
@@ -141,5 +142,5 @@ def check_batches(pairs: EncodedPairs | None, args: DistillConfig) -> None:
     if pairs is not None and args.dataloader_drop_last and len(pairs) < size:
         raise UserError(
             f"the {len(pairs)} rows to train on are fewer than a batch of {size}, which training.dataloader_drop_last "
-            "leaves out: lower training.per_device_train_batch_size, or switch it off"
+            "leaves out: lower training.per_device_train_batch_size, or set training.dataloader_drop_last=false"
         )

@@ -61,7 +61,7 @@ def check_options(recipe: Recipe, output_dir: str | Path) -> DistillConfig:
         UserError: transformers or another package refuses an option.
     """
     args = training_config(recipe, output_dir)
-    if args.deepspeed:  # its own file defines the optimiser
+    if args.deepspeed:  # the DeepSpeed config defines the optimiser
         return args
     weight = torch.nn.Parameter(torch.zeros(1, 1))
     steps = max(args.max_steps, 1)

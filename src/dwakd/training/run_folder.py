@@ -97,7 +97,10 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def checkpoint_fault(folder: Path, needed: Sequence[str]) -> str | None:
-    """Return which file of a checkpoint is missing or damaged, or None. `needed`: its files apart from the student's."""
+    """Describe the first missing or damaged file of a checkpoint; None if it is complete.
+
+    `needed` are the names of the required files apart from those of the student.
+    """
     missing = [name for name in needed if not (folder / name).is_file()]
     weights = {path.name for path in folder.glob("*.safetensors")} - set(needed)
     if not weights or list(folder.glob("*.safetensors.tmp")):
@@ -146,7 +149,9 @@ def has_steps_left(checkpoint: str | None, recipe: Recipe) -> bool:
         return True
     done: int = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
     if done > limit:
-        raise UserError(f"{checkpoint} is of step {done}, beyond training.max_steps {limit}: raise it or set --output")
+        raise UserError(
+            f"{checkpoint} is of step {done}, beyond training.max_steps {limit}: raise max_steps or choose another --output"
+        )
     return done < limit
 
 
@@ -162,7 +167,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(f"another process is training into {folder}: wait for it, or set --output") from None
+        raise UserError(f"another process is training into {folder}: wait for it, or choose another --output") from None
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Choose the rows of each step: batches of similar length, and no row twice where ranks share the last step."""
+"""Choose the rows of each step: group rows of similar length, and remove rows that are repeated to fill the last step."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +36,7 @@ class LengthGroupedSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(1000003 * self.seed + self.epoch())
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        full = len(order) - len(order) % self.step_size  # the incomplete step stays last
+        full = len(order) - len(order) % self.step_size  # the incomplete step remains the last one
         steps = []
         for start in range(0, full, BLOCK_STEPS * self.step_size):
             block = order[start : min(start + BLOCK_STEPS * self.step_size, full)]

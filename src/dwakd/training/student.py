@@ -40,7 +40,7 @@ def check_student(student: nn.Module) -> None:
     elif getattr(student, "_hf_peft_config_loaded", False):
         raise UserError(
             f"the student {model_name(student)} has an adapter from add_adapter, whose base model would not be saved: "
-            "give the model without it and the adapter as peft_config, or a peft.PeftModel"
+            "pass the base model and the adapter's config as peft_config, or pass a peft.PeftModel"
         )
     elif isinstance(student, PreTrainedModel):
         # a model that is quantized or lies on several devices cannot be rebuilt from its tensors
@@ -66,7 +66,7 @@ def check_separate(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout rate of a model to 0: of dropout modules, of plain numbers, and of configs read in a forward.
+    """Set every dropout rate of a model to 0: in modules, plain attributes, and configs that the forward pass reads.
 
     The configs of the submodules are replaced by copies, so that the model's own config is saved unchanged.
     """

@@ -126,7 +126,9 @@ class CachedTeacher(Teacher):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         if not isinstance(model, str):
-            raise UserError("teacher_cache requires the teacher by name, so that its layers are not loaded")
+            raise UserError(
+                "teacher_cache requires a teacher given by name or folder, because its layers are not loaded"
+            )
         self.folder = Path(folder).expanduser()
         self.name, self.adapter, self.dtype, self.cache_dtype = model, adapter, dtype, cache_dtype
         self._options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}

@@ -85,7 +85,7 @@ class ChunkedRun:
         weights = criterion.weights(_concatenated(seen), lengths)
         start = first.rows[0].start
         for chunk, statistics in zip(group, seen, strict=True):
-            if len(group) > 1:  # the buffers contain the last chunk
+            if len(group) > 1:  # compute each product again, because the buffers contain the last chunk
                 logits = self._logits(chunk)
                 statistics = criterion.observe(logits, chunk)
             own = None if weights is None else weights[chunk.rows[0].start - start : chunk.rows[0].stop - start]
@@ -102,7 +102,7 @@ class ChunkedRun:
         return [found[index] for index in range(len(self.sides))]
 
     def _pull_back(self, learned: list[int], products: HeadProducts, chunk: Chunk) -> None:
-        """Compute the hidden states' gradients in one product for all sides, and the head's gradient for each side."""
+        """Compute the gradients of a head and of the hidden states of all sides that share this head."""
         if not learned:
             return
         sizes = [_length(chunk.rows[index]) for index in learned]

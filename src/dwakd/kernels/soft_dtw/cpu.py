@@ -5,6 +5,9 @@ differences of the accumulated cost R between neighbours, in units of gamma: the
 R[i, j] - R[i - 1, j], by row, and the step right, R[i, j] - R[i, j - 1], by column. R grows along a path, but these
 differences stay small enough for float32. Other costs take the exact path, one cell at a time in float64.
 
+The weights of a cell are the probabilities of its three predecessors on a path. The flow of a cell is its gradient: the
+probability that a path passes through it.
+
 LLVM vectorises a loop only if it uses few arrays, which it must prove not to overlap, and unsigned indices. All
 compiled functions are in one file, because numba's cache on disk detects changes of the compiled file only.
 `no_type_check` prevents the tests' shape checker from wrapping them.
@@ -78,7 +81,7 @@ def _forward_diagonal(downs, i, rights, j, weights, above, count):
 
     `downs[i ...]` contains the steps down into the cells on the left, `rights[j ...]` the steps right into the cells
     above; both are overwritten by the steps into the cells themselves. `weights[above ...]` contains the costs and is
-    overwritten by the weights of the predecessors above; those on the left follow. The third weight is the rest to 1.
+    overwritten by the weights of the predecessors above; those on the left follow. The third weight is 1 minus the other two.
     """
     i, j, above, count = uint64(i), uint64(j), uint64(above), uint64(count)
     beside = above + count
@@ -209,7 +212,7 @@ def _forward_exact(cost, n, m, gamma, weights):
 @compiled_by_numba
 @no_type_check
 def _backward_exact(grad, n, m, weights):
-    """Compute the same as `_backward_fast` does."""
+    """Write the probability that a path passes through each cell, in float64 (see `_backward_fast`)."""
     downwards, corners = np.zeros(m), np.zeros(m)  # probabilities that arrive from the row below
     for i in range(n - 1, -1, -1):
         sideways, corner = 0.0, 0.0

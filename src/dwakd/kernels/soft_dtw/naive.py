@@ -14,9 +14,10 @@ def solve(
     """Compute the values and, if `keep` is true, their gradients (else an empty tensor).
 
     With A = -R / gamma, the recurrence is A[i, j] = logsumexp of the three predecessors - cost[i, j] / gamma. It is
-    computed one anti-diagonal i + j at a time. The gradient of a cell is its share of all alignments: the sum over the
-    paths to the cell, times the sum over the paths from it, divided by the sum over all paths. The paths from the cell
-    need a second recurrence from the end, computed together with the first. Both are in float64 if the device has it.
+    computed one anti-diagonal i + j at a time. The gradient of a cell is the probability that a path passes through it:
+    the sum over the paths to the cell, times the sum over the paths from it, divided by the sum over all paths. The
+    paths from the cell need a second recurrence from the end, computed together with the first. Both are in float64 if
+    the device has it.
     """
     log_costs = _log_costs(cost, gamma, x_lengths, y_lengths)
     if keep:

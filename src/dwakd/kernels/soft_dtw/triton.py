@@ -1,9 +1,11 @@
 """Compute Soft-DTW on GPUs with Triton: one program per example computes its anti-diagonals, in blocks of rows.
 
-Accumulated costs and flows (gradients) are in float64, in units of gamma. Exponentials and weights have the dtype of
-the costs. Cells at both ends of a diagonal that no path of finite cost reaches are skipped, so a hard band (+inf
-outside) takes time for the cells inside only. The three weights of each cell are stored diagonal by diagonal, and freed
-once the gradient is computed. `no_type_check` prevents the tests' shape checker from wrapping compiled functions.
+The weights of a cell are the probabilities of its three predecessors on a path. The flow of a cell is its gradient: the
+probability that a path passes through it. Accumulated costs, divided by gamma, and flows are in float64. Exponentials
+and weights have the dtype of the costs. Cells at both ends of a diagonal that no path of finite cost reaches are
+skipped, so a hard band (+inf outside) takes time for the cells inside only. The three weights of each cell are stored
+diagonal by diagonal, and freed once the gradient is computed. `no_type_check` prevents the tests' shape checker from
+wrapping compiled functions.
 """
 
 from typing import Any, no_type_check
@@ -46,7 +48,7 @@ def _forward(
     start = tl.zeros([], tl.int64)
     empty = tl.full([], _NOWHERE, tl.int32)
     low_1, high_1 = empty, empty - _NOWHERE  # rows reached on the previous diagonal: from low to high - 1
-    low_2, high_2 = low_1, high_1  # and on the one before it
+    low_2, high_2 = low_1, high_1  # rows reached on the diagonal before the previous one
     end_value = tl.full([block], float("inf"), tl.float64)
     for k in range(n + m - 1):
         first, end = tl.maximum(0, k - m + 1), tl.minimum(n, k + 1)
@@ -114,7 +116,7 @@ def _backward(
     start_0 = 3 * n.to(tl.int64) * m  # end of the weights of this diagonal, then their start
     zero = tl.zeros([], tl.int32)
     start_1, first_1, cells_1, low_1, high_1 = start_0, zero, zero, zero, zero  # the next diagonal
-    start_2, first_2, cells_2, low_2, high_2 = start_0, zero, zero, zero, zero  # and the one after it
+    start_2, first_2, cells_2, low_2, high_2 = start_0, zero, zero, zero, zero  # the diagonal after the next one
     for step in range(n + m - 1):
         k = n + m - 2 - step
         first = tl.maximum(0, k - m + 1)
