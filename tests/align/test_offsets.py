@@ -219,7 +219,7 @@ def test_alignment_is_the_literal_one(batch):
 
 
 def last_read(student: list[int], teacher: list[int]) -> tuple[list[int], list[bool]]:
-    """The definition of `read_rows`, for one example, by comparing every pair of tokens."""
+    """Compute `read_rows` of one example by its definition, comparing every pair of tokens."""
     rows, same = [], []
     starts_of = [[0, *ends[:-1]] for ends in (student, teacher)]
     for i, start in enumerate(starts_of[0]):
@@ -239,7 +239,7 @@ def last_read(student: list[int], teacher: list[int]) -> tuple[list[int], list[b
 @given(texts=st.lists(TEXTS, min_size=1, max_size=3))
 @example(texts=list(SCRIPTS.values()))
 def test_rows_that_have_read_the_same_text(pair, texts):
-    """A teacher token that has read more than the student would tell it the label."""
+    """The teacher token of each student token has read no more text than the student, and so cannot reveal the label."""
     examples = [(ends_of(pair[0], text), ends_of(pair[1], text)) for text in texts]
     examples = [(s, t) for s, t in examples if len(s) > 1 and len(t) > 1]
     if examples:

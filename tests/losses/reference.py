@@ -60,9 +60,10 @@ def dwa_kd(
     alignment: str = "attention",
     values: str = "hidden_and_target",
 ) -> dict[str, Tensor]:
-    """Terms and loss of a batch; `examples` hold student_/teacher_ hidden, in, out and student_target.
+    """Return terms and loss of a batch.
 
-    For the alignments that read offsets, they also hold student_/teacher_ends.
+    `examples` contain the keys hidden, in, out and target with the prefixes student_ and teacher_, and for alignments
+    that read offsets also ends.
     """
 
     def apply(name: str, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Accuracies of the projected teacher and of the teacher, counted one token at a time."""
+"""Test the accuracies of the projected teacher and of the teacher against counts of single tokens."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.losses.test_crossing import ENDS, examples_with_ends
 
 @pytest.mark.parametrize("options", [{}, {"variant": "recommended"}])
 def test_counts_of_exactly_aligned_tokens(options):
-    """A token counts if a teacher token starts and ends at the same bytes."""
+    """The counts include the tokens for which a teacher token starts and ends at the same bytes."""
     torch.manual_seed(0)
     loss = DwaKdLoss(widths=WIDTHS, **options).double()
     examples, heads = examples_with_ends(), random_heads()
@@ -34,14 +34,14 @@ def test_counts_of_exactly_aligned_tokens(options):
 
 
 def test_methods_without_a_projection_have_no_counts():
-    """There is nothing to compare with the teacher."""
+    """Methods without a projection of the teacher have no accuracies."""
     examples, heads = examples_with_ends(), random_heads()
     sides = side(examples, "student", heads[0]), side(examples, "teacher", heads[1])
     assert count_correct(SftLoss(), *sides, TeacherScale.of(sides[1])) == {}
 
 
 def test_a_batch_without_aligned_tokens():
-    """The counts are zero, and no empty tensor reaches the head."""
+    """Without aligned tokens, the counts are 0 and the head is not called with an empty tensor."""
     examples, heads = examples_with_ends()[3:], random_heads()
     sides = side(examples, "student", heads[0]), side(examples, "teacher", heads[1])
     loss = DwaKdLoss(widths=WIDTHS).double()

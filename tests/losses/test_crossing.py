@@ -1,4 +1,4 @@
-"""Alignments and values of DSKD and DWA-KD: literal twins in float64, and whether the projected teacher reads the label."""
+"""Test alignments and values of DSKD and DWA-KD against a literal float64 implementation, and for reading the label."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ def examples_with_ends(seed=0):
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_values_and_gradients_of_a_literal_twin(form):
-    """Every term, and the gradients of the student and of the maps, in float64."""
+    """Terms and gradients of the student and of the maps equal the literal implementation."""
     torch.manual_seed(1)
     loss = DwaKdLoss(widths=WIDTHS, **form).double()
     examples, heads = examples_with_ends(), random_heads()
@@ -71,7 +71,7 @@ def test_without_the_teacher_space():
 
 
 def test_dskd_by_bytes_is_dwa_kd_without_weights_and_alignment():
-    """The two methods share the alignment, so that DSKD without its mask is a special case of DWA-KD."""
+    """Without weights and Soft-DTW, DWA-KD has the loss of DSKD without its mask for the same alignment."""
     torch.manual_seed(1)
     shared = {"alignment": "bytes", "values": "hidden", "temperature": 1.5}
     dskd = DskdLoss(widths=WIDTHS, accuracy_mask=False, kd_rate=0.3, **shared).double()
@@ -88,7 +88,7 @@ def test_dskd_by_bytes_is_dwa_kd_without_weights_and_alignment():
 
 @pytest.mark.parametrize("form", [{"variant": "recommended"}, {"alignment": "bytes"}])
 def test_states_of_any_widths(form):
-    """Without targets among the values, the teacher's embeddings may be narrower than its states; with them, they may not."""
+    """The teacher's embeddings may be narrower than its hidden states only if the values do not include the target."""
     widths = Widths(6, 8, 6, 4)
     if "variant" in form:
         DwaKdLoss(widths=widths, **form)
@@ -98,7 +98,7 @@ def test_states_of_any_widths(form):
 
 
 def test_sampled_responses_are_no_labels():
-    """On the student's own answers, no cross-entropy is trained, and forms that read the target are not allowed."""
+    """Responses that the student sampled are not used as labels, and methods that read the target do not support them."""
     loss = DwaKdLoss(widths=WIDTHS, variant="recommended", dtw_weight=0.0).double()
     examples, heads = examples_with_ends(), random_heads()
     sides = side(examples, "student", heads[0]), side(examples, "teacher", heads[1])
@@ -119,7 +119,7 @@ TEXTS = ("The old red house", ", near the hill, is warm 😀.", " was sold by my
 
 @pytest.fixture(scope="module")
 def two_sides():
-    """Sides of two responses that begin with the same text, on tiny models with different tokenizers."""
+    """Return the sides of two responses that begin with the same text, for tiny models with different tokenizers."""
     student, teacher = tiny_model("llama", len(TOKENIZERS[0]), seed=1), tiny_model("gemma2", len(TOKENIZERS[1]), seed=2)
     pairs = [
         dwakd.encode_rows([{"prompt": "Say it.", "response": TEXTS[0] + end}], *TOKENIZERS, template="plain")
@@ -129,7 +129,7 @@ def two_sides():
 
 
 def change(loss, two_sides):
-    """Largest difference between the two responses of a projected teacher row that predicts no later than the change."""
+    """Return the largest difference between the projected teacher states of the two responses before their texts differ."""
     end = len(TEXTS[0].encode())
     scale = TeacherScale.of(two_sides[0][1])
     rows = [loss.projected(*sides, scale)[sides[0].byte_starts <= end] for sides in two_sides]
@@ -153,7 +153,7 @@ def change(loss, two_sides):
     ids=str,
 )
 def test_whether_the_projected_teacher_reads_the_label(two_sides, options, leaks):
-    """Other text from a byte on must not change what the projected teacher predicts at this byte or before."""
+    """The projected teacher reads the label if and only if its states depend on text from the predicted byte on."""
     torch.manual_seed(0)
     student, teacher = two_sides[0]
     shapes = (
@@ -166,6 +166,6 @@ def test_whether_the_projected_teacher_reads_the_label(two_sides, options, leaks
 
 
 def test_unknown_alignment():
-    """Positions need one tokenizer, which DWA-KD does not ask for."""
+    """DWA-KD refuses the alignment by position, which requires one tokenizer."""
     with pytest.raises(UserError, match=r"alignment must be .*'bytes'.* got 'position'"):
         DwaKdLoss(widths=WIDTHS, alignment="position")
