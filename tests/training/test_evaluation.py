@@ -53,7 +53,7 @@ def test_metrics_are_logged_as_numbers(tmp_path):
 
 
 def test_accuracies_of_the_projected_teacher_and_of_the_teacher(tmp_path):
-    """Evaluation reports both accuracies. With alignment by bytes, they do not depend on the batch size."""
+    """Evaluation reports both accuracies, and the teacher's does not depend on the batch size."""
     options = {"eval_rows": ROWS, "loss_options": {"alignment": "bytes", "values": "hidden"}}
     found = [trainer(tmp_path, per_device_eval_batch_size=size, **options).evaluate() for size in (1, 16)]
     for name in ("eval_t2s_accuracy", "eval_teacher_accuracy"):
