@@ -33,7 +33,9 @@ def one_to_one_rows(costs: Costs) -> Rows:
 
 
 def warped_runs(costs: Costs) -> tuple[Rows, Rows]:
-    """Cut the cheapest path at its diagonal steps into runs of tokens that are paired with each other.
+    """Divide both sequences into runs of tokens that the cheapest path pairs with each other.
+
+    A new run begins at each diagonal step of the path.
 
     Returns:
         The number of student tokens and the number of teacher tokens of each run, in order. At least one of the two is

@@ -155,7 +155,7 @@ def warping_weights(entropy: Float[Tensor, " rows"], lengths: Int[Tensor, " batc
 def top_tokens(columns: Columns, count: int) -> Ids:
     """Find the `count` tokens with the largest logits of each column, in descending order.
 
-    They lie in the blocks with the largest maxima, so only these blocks are searched.
+    Only the blocks of the vocabulary with the largest maxima are searched, because these contain the tokens.
     """
     whole = len(columns) // BLOCK
     if count >= whole:

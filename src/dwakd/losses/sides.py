@@ -1,4 +1,4 @@
-"""Packed and padded tokens of a side, and checks of the sides that a caller passes to a loss."""
+"""Convert between packed and padded tokens, and check the sides that a caller passes to a loss."""
 
 from collections.abc import Sequence
 
@@ -34,7 +34,7 @@ def pad_rows(
 def unpad_rows(
     padded: Float[Tensor, "batch length width"], lengths: Int[Tensor, " batch"], num_tokens: int
 ) -> Float[Tensor, "tokens width"]:
-    """Pack padded matrices: the inverse of `pad_rows`; differentiable."""
+    """Pack the rows of padded matrices. This is the differentiable inverse of `pad_rows`."""
     return padded[example_ids(lengths, num_tokens), positions(lengths, num_tokens)]
 
 

@@ -66,7 +66,7 @@ def load_words(name: str = "words.yaml") -> dict[str, Any]:
 
 
 def draw_scene(rng: random.Random) -> dict[str, Word]:
-    """Draw a value for every slot that a template may name; a slot ending in 2 differs from the one without it."""
+    """Draw a value for every slot that a template may name. The values of two slots such as name and name2 are different."""
     words = load_words()
     scene: dict[str, str] = {}
 
