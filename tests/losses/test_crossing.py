@@ -59,7 +59,7 @@ def test_values_and_gradients_of_a_literal_twin(form):
 
 
 def test_without_the_teacher_space():
-    """The term is left out, and nothing else changes."""
+    """Without the term of the teacher's space, all other terms are unchanged."""
     torch.manual_seed(1)
     loss = DwaKdLoss(widths=WIDTHS, variant="recommended").double()
     other = DwaKdLoss(widths=WIDTHS, variant="recommended", teacher_space=False).double()

@@ -165,7 +165,9 @@ class Columns:
         if "system" in self.extras and (system := row.get("system")):
             turn = {"role": "system", "content": checked_text(system, "'system'")}
             if any(other["role"] == "system" and other != turn for other in turns):
-                raise UserError(f"the column 'system' and the system turn in {self.prompt!r} differ: remove one of them")
+                raise UserError(
+                    f"the column 'system' and the system turn in {self.prompt!r} differ: remove one of them"
+                )
             turns = [turn, *(other for other in turns if other != turn)]
         return turns
 
