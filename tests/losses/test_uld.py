@@ -63,7 +63,7 @@ def test_the_same_model_gives_zero():
     assert UldLoss()(student, student).terms["uld"].item() < 1e-12
     logits = [torch.randn(6, 50) for _ in range(2)]
     logits[1].copy_(logits[0])
-    criterion = SortedDifference(UldOptions(ce_weight=0.0, temperature=2.0), torch.zeros(6).long(), torch.ones(6))
+    criterion = SortedDifference(UldOptions(ce_weight=0.0, temperature=2.0), torch.zeros(6).long(), torch.ones(6), 0.0)
     terms = criterion.differentiate(logits, Chunk((slice(0, 6),) * 2), {}, None, (True, False))
     assert terms["uld"].abs().max() < 1e-6
     assert logits[0].abs().max() < 1e-6
@@ -98,7 +98,7 @@ def test_chunks_add_up(dtype, temperature):
         leaves = [tensor.requires_grad_() for tensor in (hidden, weight)]
         lengths = torch.tensor([40])
         options = UldOptions(ce_weight=0.5, temperature=temperature)
-        criterion = SortedDifference(options, torch.arange(40), torch.linspace(0, 2, 40))
+        criterion = SortedDifference(options, torch.arange(40), torch.linspace(0, 2, 40), 0.5)
         rows = [HeadRows(hidden, OutputHead(weight), lengths), HeadRows(teacher, OutputHead(teacher_weight), lengths)]
         output = head_loss(rows, criterion, impl=impl, budget=12_000)
         results.append((output.loss.detach(), *output.terms.values(), *torch.autograd.grad(output.loss, leaves)))

@@ -1,4 +1,4 @@
-"""How often the projected teacher and the teacher itself predict the text, by which a user sees a label leak."""
+"""Measure how often the projected teacher and the teacher predict the text, which shows whether the projection leaks."""
 
 from typing import Any
 

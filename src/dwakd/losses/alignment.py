@@ -106,8 +106,8 @@ def soft_dtw_divergences(
     scores = soft_dtw(torch.cat(costs), gamma, x_lengths, y_lengths, impl=impl)
     cross, student_self, teacher_self = scores.reshape(len(pairs), 3, -1).unbind(1)
     own = student_self + teacher_self
-    # `own` counts half in the value and fully in the gradient: the gradient through the factors detached above is missing,
-    # and it equals the other half because s of a symmetric cost has a symmetric gradient
+    # The value contains half of each self term, the gradient all of it: the factors above are detached, and for a symmetric
+    # cost the missing half of the gradient equals the other half.
     return list(cross - own + own.detach() / 2)
 
 
@@ -153,7 +153,9 @@ def band_penalty(
     penalty: float = 1.0,
     first_index: int = 1,
 ) -> Float[Tensor, "batch s_length t_length"]:
-    """Compute the penalty lambda_band [|j - c_i| > w_i] on Soft-DTW costs outside a band around the attention; a constant.
+    """Compute the penalty that is added to Soft-DTW costs outside a band around the attention; a constant.
+
+    The band of student token i contains the teacher tokens j with |j - c_i| <= w_i, for its centre c_i and half-width w_i.
 
     Args:
         weights: attention weights A of equation 1; detached here.

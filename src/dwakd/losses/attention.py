@@ -29,7 +29,7 @@ class TeacherScale:
 
     @classmethod
     def of(cls, teacher: ModelSide) -> TeacherScale:
-        """Compute the statistics over all response positions of one batch."""
+        """Compute the statistics of the three tensors over all response positions of one batch."""
         keys = torch.cat([teacher.input_embeddings, teacher.target_embeddings], -1)
         rows = []
         for part in (keys, teacher.hidden, teacher.target_embeddings):

@@ -86,7 +86,7 @@ class DistillationLoss(nn.Module, ABC, Generic[OptionsT]):
         """Compute the loss of one batch.
 
         Args:
-            student: the student's side, with gradient. Without cross-entropy if its responses were sampled.
+            student: the student's side, with gradient. The cross-entropy is left out if the student sampled the responses.
             teacher: the teacher's side of the same examples, without gradient. A method that needs no teacher ignores it.
             num_tokens: number of student response tokens in the whole optimiser batch, over all accumulation steps and
                 ranks. Every term is a sum over this batch divided by it. Default: the tokens of this batch.
@@ -138,15 +138,15 @@ class DistillationLoss(nn.Module, ABC, Generic[OptionsT]):
 
 
 def head_rows(side: ModelSide) -> HeadRows:
-    """Hidden states of a side with its own head, both with gradient."""
+    """Return the hidden states of a side with its own head, both with gradient."""
     return HeadRows(side.hidden, side.head, side.lengths, side.counts)
 
 
 def constant_rows(side: ModelSide) -> HeadRows:
-    """Hidden states of a side with its own head, without gradient: those of a teacher."""
+    """Return the hidden states of a side, usually a teacher's, with its own head, without gradient."""
     return HeadRows(side.hidden.detach(), side.head.detached(), side.lengths, side.counts)
 
 
 def projected_rows(hidden: Tensor, side: ModelSide) -> HeadRows:
-    """Hidden states projected into the space of `side`, with its head. The head receives no gradient."""
+    """Return hidden states that were projected into the space of `side`, with its head. The head receives no gradient."""
     return HeadRows(hidden, side.head.detached(), side.lengths, side.counts)

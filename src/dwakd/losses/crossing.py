@@ -1,4 +1,4 @@
-"""How DSKD and DWA-KD carry the states of one model to the tokens of the other, and what these states contain."""
+"""Project the states of one model to the tokens of the other (DSKD, DWA-KD): alignment and values of the projection."""
 
 from typing import Literal
 
@@ -23,7 +23,7 @@ class CrossingOptions(MethodOptions):
     needs_models = "widths"
     alignment: Alignment = Field(
         "attention",
-        description="Where the weights of the other model's tokens come from. attention (paper) learns them from the "
+        description="How the tokens of the two models are aligned. attention (paper) learns them from the "
         "embeddings, those of the target included. causal_attention learns them from the embeddings of the tokens read, and a "
         "token sees only tokens of the other model at which no more text has been read. bytes takes the token that starts "
         "at the same byte; tokens without one take no part in the distillation terms.",
@@ -81,5 +81,5 @@ def one_hot(
 def kept_weights(
     kept: Bool[Tensor, " tokens"] | None, gate_weights: Float[Tensor, " tokens"] | None
 ) -> Shaped[Tensor, " tokens"] | None:
-    """Multiply the gate weights of several teachers by 0 where a token takes no part."""
+    """Multiply the gate weights of several teachers by 0 at tokens that are left out."""
     return kept if gate_weights is None else gate_weights if kept is None else gate_weights * kept

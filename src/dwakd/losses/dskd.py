@@ -48,7 +48,7 @@ class DskdLoss(DistillationLoss[DskdOptions]):
     p^{t->s} is the student's head applied to projected teacher states, and p^{s->t} is the teacher's head applied to
     projected student states. CE^{t->s} is the cross-entropy of p^{t->s}.
 
-    The option `alignment` says which tokens of the two models belong together. With position, a state is projected at its own
+    The option `alignment` determines which tokens of the two models are aligned, and r is the option `kd_rate`. With position, a state is projected at its own
     position, which requires models with the same tokenizer. The other alignments work for any two tokenizers.
 
     Gradient: CE^{t->s} trains only the maps `query` and `t2s`. KD^stu trains only the student. KD^tea trains the student,
@@ -92,5 +92,5 @@ class DskdLoss(DistillationLoss[DskdOptions]):
 
 
 def accuracy_mask(statistics: dict[str, Tensor], lengths: Tensor | None) -> Tensor:
-    """Weight 1 for tokens where the projected teacher's most probable token is the target, 0 for the others."""
+    """Return weight 1 for tokens where the projected teacher's most probable token is the target, 0 for the others."""
     return statistics["right"].to(statistics["gate"].dtype)

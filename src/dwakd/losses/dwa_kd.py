@@ -75,8 +75,8 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
         KD^stu = sum_i w_i D(p^{t->s}_i || p^s_i)        KD^tea = sum_j w_j KL(p^t_j || p^{s->t}_j)
 
     w_i is large where the student is uncertain and the projected teacher confident, w_j where the teacher is confident. nDTW
-    is the Soft-DTW divergence between hidden states h and between target embeddings e. Its cosine costs are raised outside
-    a band around the cross-model attention. The paper does not give the three weights and gamma; they are the code's.
+    is the Soft-DTW divergence between hidden states h and between target embeddings e. Cosine costs outside a band around
+    the alignment get a penalty. The paper does not state the three weights and gamma; the defaults are those of its code.
 
     Gradient: the student's hidden states, its head through its own logits only, and its embeddings through nDTW.
 

@@ -1,4 +1,4 @@
-"""Watch a run: NaN and missing gradients, means of terms, the time of steps, and the progress bar."""
+"""Callbacks of a run: check for NaN and missing gradients, average the terms, measure steps, and show the progress bar."""
 
 import time
 from collections import deque
