@@ -118,7 +118,7 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class PairedBatch:
-    """The same examples for the student and for each teacher. `dwakd.data.collator.collate` creates it, and it is never changed.
+    """The same examples for the student and for each teacher. Created by `dwakd.data.collator.collate` and never changed.
 
     Args:
         student: tokens of the student.

@@ -48,8 +48,9 @@ class DskdLoss(DistillationLoss[DskdOptions]):
     p^{t->s} is the student's head applied to projected teacher states, and p^{s->t} is the teacher's head applied to
     projected student states. CE^{t->s} is the cross-entropy of p^{t->s}.
 
-    The option `alignment` determines which tokens of the two models are aligned, and r is the option `kd_rate`. With position, a state is projected at its own
-    position, which requires models with the same tokenizer. The other alignments work for any two tokenizers.
+    r is the option `kd_rate`, and the option `alignment` determines which tokens of the two models are aligned. With
+    position, a state is projected at its own position, which requires models with the same tokenizer. The other
+    alignments work for any two tokenizers.
 
     Gradient: CE^{t->s} trains only the maps `query` and `t2s`. KD^stu trains only the student. KD^tea trains the student,
     `s2t` and `query`. The student's head receives gradient only through the student's own logits.

@@ -63,7 +63,7 @@ def mean_terms(
 def generated_metrics(
     model: Model, encoder: TextEncoder, examples: list[Example], args: DistillConfig, compute_metrics: Metrics | None
 ) -> dict[str, float]:
-    """Compute ROUGE-L of sampled answers (temperature 1, a fixed seed) if `args.eval_rouge_l` is set, and the user's metrics."""
+    """Compute ROUGE-L of sampled answers (temperature 1, a fixed seed) if `eval_rouge_l` is set, and the user's metrics."""
     length, size = args.eval_max_new_tokens, args.per_device_eval_batch_size
     options = GenerationOptions(seed=args.seed, max_new_tokens=length, batch_size=size)
     answers = generate_answers(model, encoder, examples, options, progress=not args.disable_tqdm)
