@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dwakd.describe import allowed_values, method_page
+from dwakd.describe import allowed_values, method_page, methods_table
 from dwakd.losses import METHODS
 from dwakd.recipe.recipe import load_recipe
 
@@ -30,6 +30,14 @@ def test_every_option_has_a_meaning_and_allowed_values(method):
         if name != "method":
             assert (field.description or "missing").split()[0] in page, name
             assert name in page
+
+
+def test_the_sum_is_listed_and_explained():
+    """A user who does not find it would write a training loop for two methods."""
+    assert "Sum: add the losses" in shown(methods_table())
+    page = shown(method_page("sum"))
+    assert "losses  required" in page
+    assert "a list" in page
 
 
 def test_allowed_values_are_those_of_the_field():

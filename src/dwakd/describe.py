@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from dwakd.losses import METHODS, method_class
+from dwakd.losses import METHODS, SUM, method_class
 
 _SECTION = re.compile(r"^(Args|Raises|References):$", re.MULTILINE)
 _LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
@@ -21,7 +21,8 @@ _LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at mo
 def methods_table() -> Table:
     """List the methods: whether each needs a teacher, and what it does."""
     table = Table("method", "teacher", "what it does", box=box.HORIZONTALS, show_edge=False)
-    for word, method in METHODS.items():
+    for word in (*METHODS, SUM):
+        method = method_class(word)
         module = inspect.getdoc(inspect.getmodule(method)) or ""
         table.add_row(word, "yes" if method.options_type.needs_teacher else "no", module.splitlines()[0])
     table.caption, table.caption_justify = "dwakd methods NAME lists a method's options", "left"
@@ -41,7 +42,8 @@ def method_page(name: str) -> Group:
         for heading in ("option", "default", "meaning", "allowed"):
             table.add_column(heading, no_wrap=heading == "option", max_width=20 if heading == "allowed" else None)
         for option, field in options.items():
-            default, meaning = json.dumps(field.default).strip('"'), Text(field.description or "")
+            default = "required" if field.is_required() else json.dumps(field.default).strip('"')
+            meaning = Text(field.description or "")
             table.add_row(option, default, meaning, allowed_values(properties[option]))
         parts += [Text(f"\nOptions, in the recipe's loss section or as loss.{next(iter(options))}=VALUE:\n"), table]
     else:
@@ -60,7 +62,7 @@ def allowed_values(schema: dict[str, Any]) -> str:
     if schema["type"] == "boolean":
         return "true, false"
     limits = [f"{words} {schema[name]:g}" for name, words in _LIMITS.items() if schema.get(name, 1e30) < 1e30]
-    kind = {"integer": "a whole number", "number": "a number", "null": "null"}[schema["type"]]
+    kind = {"integer": "a whole number", "number": "a number", "null": "null", "array": "a list"}[schema["type"]]
     return " ".join([kind, " and ".join(limits)]).strip()
 
 

@@ -98,7 +98,7 @@ def user_error(error: ValidationError, values: Any, prefix: str = "") -> UserErr
         return UserError(str(cause))
     if isinstance(cause, _UnknownNameError):
         return unknown_option(f"{name}.{cause.name}".lstrip(".") + cause.owner, cause.name, cause.valid)
-    if kind == "missing":
+    if kind in ("missing", "union_tag_not_found"):
         return UserError(f"{name} is missing")
     if kind == "value_error" and isinstance(found, dict | BaseModel):  # of several options, which the message names
         return UserError(f"{name}: {_words(items[0])}".removeprefix(": "))
@@ -128,6 +128,8 @@ def _path(problem: Any, values: Any) -> list[str]:
         elif isinstance(values, dict) and part in values:
             values = values[part]
             path.append(str(part))
+    if problem["type"] == "union_tag_not_found":
+        path.append(problem["ctx"]["discriminator"].strip("'"))
     return [*path, str(problem["loc"][-1])] if problem["type"] == "missing" else path
 
 

@@ -25,6 +25,10 @@ VARIANTS = [
     ("dwa_kd", {"alignment": "causal_attention", "values": "hidden"}),
     ("uld", {"variant": "dskd"}),
     ("multilevel_ot", {"variant": "mcw_kd"}),
+    (
+        "sum",
+        {"losses": [{"method": "dwa_kd", "entropy_weights": False, "gate": False}, {"method": "alm", "weight": 0.5}]},
+    ),
 ]
 """Options that change what a method computes."""
 ALL = [(name, {}) for name in METHODS] + VARIANTS

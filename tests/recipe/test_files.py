@@ -34,9 +34,11 @@ def test_a_file_that_is_no_recipe_is_named(content, message, tmp_path):
 
 def test_overrides_change_and_add_options(tmp_path):
     """Overrides change and add options. Their values are parsed as in the file."""
-    (tmp_path / "recipe.yaml").write_text("loss: {method: sft}\ntraining:\n")
+    (tmp_path / "recipe.yaml").write_text("loss: {method: sft}\ntraining:\nteacher: [{model: a}, {model: b}]\n")
     overrides = ["loss.method=uld", "training.learning_rate=5e-4", "student.peft.r=4", "compare.methods=[sft, uld]"]
+    overrides += ["teacher.2.weight=3", "teacher.1={model: c}"]
     assert read_recipe(tmp_path / "recipe.yaml", overrides) == {
+        "teacher": [{"model": "c"}, {"model": "b", "weight": 3}],
         "loss": {"method": "uld"},
         "training": {"learning_rate": 5e-4},
         "student": {"peft": {"r": 4}},
@@ -49,8 +51,10 @@ def test_overrides_change_and_add_options(tmp_path):
     [
         ("temperature", "must look like section.option=value"),
         ("loss..a=1", "must look like section.option=value"),
-        ("teacher.model=x", "teacher is a list here"),
-        ("loss.method.a=1", "method is no section"),
+        ("teacher.model=x", r"teacher is a list here, of 1: write teacher\.1 for the first"),
+        ("teacher.0.model=x", "teacher is a list here"),
+        ("teacher.2.model=x", "teacher is a list here"),
+        ("loss.method.a=1", "loss\.method is no section"),
         ("loss.method=[", "not valid YAML"),
     ],
 )

@@ -46,9 +46,15 @@ def test_recipes_of_the_repository(path):
 
 def test_the_dump_contains_only_the_loss_options_that_were_given():
     """A saved recipe contains only the loss options that were given, because `variant` changes the defaults of others."""
-    read = recipe(loss={"method": "uld", "variant": "dskd"})
-    assert (read.loss.uld_weight, read.loss_options) == (0.5, {"variant": "dskd"})
-    assert recipe_from_dict(parse_yaml(read.dump())) == read
+    options = {"method": "uld", "variant": "dskd"}
+    one, several = recipe(loss=options), recipe(loss=[{"method": "alm", "weight": 2.0}, options])
+    assert (one.loss.uld_weight, several.loss.losses[1].uld_weight) == (0.5, 0.5)
+    for read in (one, several):
+        assert parse_yaml(read.dump())["loss"] == read.content()["loss"]
+        assert recipe_from_dict(parse_yaml(read.dump())) == read
+    assert one.content()["loss"] == options
+    assert several.content()["loss"] == [{"method": "alm", "weight": 2.0}, options]
+    assert several == recipe(loss={"method": "sum", "losses": several.content()["loss"]})
 
 
 @pytest.mark.parametrize(
@@ -78,8 +84,19 @@ def test_the_dump_contains_only_the_loss_options_that_were_given():
         ({"teacher": {"model": "x", "cache_dtype": "bfloat16"}}, r"cache_dtype requires teacher\.cache"),
         (
             {"teacher": {"model": "x", "cache": "c"}, "loss": {"method": "sra"}},
-            r"method sra reads the teacher's attention.*loss\.span_weights=uniform",
+            r"method sra reads the teacher's attention.*span_weights=uniform",
         ),
+        (
+            {"teacher": {"model": "x", "cache": "c"}, "loss": [{"method": "alm"}, {"method": "sra"}]},
+            r"method sra reads the teacher's attention",
+        ),
+        ({"loss": [{"method": "alm"}, {"temperature": 1}]}, r"^loss\.2\.method is missing"),
+        (
+            {"loss": [{"method": "alm"}, {"method": "uld", "temperature": -1}]},
+            r"^loss\.2\.temperature must be at least",
+        ),
+        ({"loss": [{"method": "alm"}, {"method": "dwakd"}]}, r"^loss\.2\.method must be .*did you mean dwa_kd"),
+        ({"loss": [{"method": "alm"}, {"method": "alm"}]}, "^loss: each method .* alm is given twice"),
         ({"training": {"eval_strategy": "steps"}}, r"training\.eval_strategy .*set data\.eval"),
         ({"training": {"metric_for_best_model": "ce"}}, r"training\.metric_for_best_model .*set data\.eval"),
         ({"training": {"save_strategy": "best"}}, r"training\.save_strategy=best .*set data\.eval"),
@@ -121,7 +138,13 @@ def test_the_schema_describes_every_option():
     sections = [*schema["$defs"].values(), schema["properties"]["training"], schema]
     undescribed = {n for section in sections for n, item in section["properties"].items() if "description" not in item}
     assert undescribed <= {"method"}
-    methods = schema["properties"]["loss"]["discriminator"]["mapping"]
-    assert list(methods) == sorted(METHODS)
-    required = {name for name, place in methods.items() if "required" in schema["$defs"][place.split("/")[-1]]}
-    assert required == METHODS.keys() - {"dwa_kd"}
+    single, several = schema["properties"]["loss"]["anyOf"]
+    for methods, optional in (
+        (single["discriminator"]["mapping"], {"dwa_kd"}),
+        (several["items"]["discriminator"]["mapping"], {"sum"}),  # in a list, each item names its method
+    ):
+        assert methods.keys() | {"sum"} == {*METHODS, "sum"}
+        required = {name for name, place in methods.items() if "required" in schema["$defs"][place.split("/")[-1]]}
+        assert required == methods.keys() - optional
+    assert "weight" in schema["$defs"]["AlmPart"]["properties"]
+    assert "weight" not in schema["$defs"]["AlmOptions"]["properties"]

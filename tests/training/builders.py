@@ -24,9 +24,8 @@ TOKENIZERS = byte_bpe(), bpe_byte_fallback()  # not Unigram, whose training is n
 def trainer(output: Path, *, rows: list[dict[str, Any]] = ROWS, lora: bool = False, **options: Any) -> DistillTrainer:
     """Return a trainer with a Llama-like student and a Gemma-like teacher with another tokenizer."""
     student_tokenizer, teacher_tokenizer = TOKENIZERS
-    two_tokenizers = options.pop(
-        "two_tokenizers", not method_options(options.get("method", "dwa_kd")).needs_same_vocabulary
-    )
+    needs = method_options(options.get("method", "dwa_kd"), options.get("loss_options"))
+    two_tokenizers = options.pop("two_tokenizers", not needs.needs_same_vocabulary)
     if not two_tokenizers:
         teacher_tokenizer = student_tokenizer
     arguments = {

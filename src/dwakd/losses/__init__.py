@@ -13,6 +13,7 @@ from dwakd.losses.dwa_kd import DwaKdLoss
 from dwakd.losses.dwa_kd_v2 import DwaKdV2Loss
 from dwakd.losses.gold import GoldLoss
 from dwakd.losses.kd import KdLoss
+from dwakd.losses.methods import METHODS
 from dwakd.losses.min_ed import MinEdLoss
 from dwakd.losses.multilevel_ot import MultiLevelOtLoss
 from dwakd.losses.options import MethodOptions
@@ -21,26 +22,12 @@ from dwakd.losses.several_teachers import SeveralTeachers
 from dwakd.losses.sft import SftLoss
 from dwakd.losses.sra import SraLoss
 from dwakd.losses.uld import UldLoss
+from dwakd.losses.weighted_sum import SUM, WeightedSumLoss
 from dwakd.validation import parse
-
-METHODS: dict[str, type[DistillationLoss[Any]]] = {
-    "sft": SftLoss,
-    "kd": KdLoss,
-    "uld": UldLoss,
-    "min_ed": MinEdLoss,
-    "multilevel_ot": MultiLevelOtLoss,
-    "alm": AlmLoss,
-    "gold": GoldLoss,
-    "sra": SraLoss,
-    "cdm": CdmLoss,
-    "dskd": DskdLoss,
-    "dskd_v2": DskdV2Loss,
-    "dwa_kd": DwaKdLoss,
-    "dwa_kd_v2": DwaKdV2Loss,
-}
 
 __all__ = [
     "METHODS",
+    "SUM",
     "AlmLoss",
     "CdmLoss",
     "DistillationLoss",
@@ -59,6 +46,7 @@ __all__ = [
     "SraLoss",
     "TeacherScale",
     "UldLoss",
+    "WeightedSumLoss",
     "Widths",
     "build_loss",
     "method_class",
@@ -69,9 +57,10 @@ __all__ = [
 
 def method_class(method: str, option: str = "loss.method") -> type[DistillationLoss[Any]]:
     """Return the class of a method, or raise UserError with the valid names; `option` says where the name comes from."""
-    if method not in METHODS:
-        raise UserError(f"unknown method {method!r} in {option}; valid ones: {', '.join(METHODS)}")
-    return METHODS[method]
+    known: dict[str, type[DistillationLoss[Any]]] = {**METHODS, SUM: WeightedSumLoss}
+    if method not in known:
+        raise UserError(f"unknown method {method!r} in {option}; valid ones: {', '.join(known)}")
+    return known[method]
 
 
 def method_options(method: str, values: dict[str, Any] | None = None, prefix: str = "loss.") -> MethodOptions:
@@ -94,7 +83,7 @@ def build_loss(
     needs = method_options(method, options).needs_models
     models = {needs: {"widths": widths, "pair": pair}[needs]} if needs else {}
     try:
-        return METHODS[method](**models, **(options or {}))
+        return method_class(method)(**models, **(options or {}))
     except ValueError as error:
         raise UserError(f"method {method}: {error}") from error
 

@@ -1,6 +1,7 @@
 """Base class of the options of a method, and the types of their values."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -34,8 +35,14 @@ class MethodOptions(Section):
     """Defaults that an option named `variant` replaces, by its value."""
 
     @classmethod
+    def method_name(cls) -> str:
+        """Return the name of the method."""
+        (name,) = get_args(cls.model_fields["method"].annotation)
+        return str(name)
+
+    @classmethod
     def owner(cls) -> str:
-        return f" of method {cls.model_fields['method'].default}"
+        return f" of method {cls.method_name()}"
 
     @property
     def cross_entropy_weight(self) -> float:
@@ -58,10 +65,12 @@ class MethodOptions(Section):
         """Whether the method reads `attention` of both sides."""
         return False
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _apply_variant(cls, values: Any) -> Any:
+    def _apply_variant(cls, values: Any, validate: Callable[[Any], Any]) -> Any:
         if not cls.variant_defaults or not isinstance(values, dict):
-            return values
+            return validate(values)
         defaults = cls.variant_defaults.get(str(values.get("variant")), {})
-        return {**defaults, **{name: value for name, value in values.items() if value is not None}}
+        options = validate({**defaults, **{name: value for name, value in values.items() if value is not None}})
+        options.model_fields_set.intersection_update(values)  # defaults that `variant` replaced were not given
+        return options

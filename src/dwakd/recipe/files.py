@@ -88,17 +88,30 @@ def read_saved_recipe(path: Path, *, fix: str) -> dict[str, Any]:
 def apply_override(content: dict[str, Any], override: str) -> None:
     """Set one dotted option of nested sections, `section.name=value`, with the value read as YAML."""
     name, equals, value = override.partition("=")
-    *sections, option = name.split(".")
-    if not equals or not all((*sections, option)):
+    if not equals or not all(name.split(".")):
         raise UserError(f"override {override!r} must look like section.option=value, for example loss.temperature=4")
-    for key in sections:
-        if content.get(key) is None:
-            content[key] = {}
-        content = content[key]
-        if not isinstance(content, dict):
-            kind = "a list" if isinstance(content, list) else "no section"
-            raise UserError(f"override {override!r}: {key} is {kind} here; edit the recipe")
     try:
-        content[option] = parse_yaml(value)
+        set_option(content, name, parse_yaml(value))
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r}: the value is not valid YAML") from error
+    except UserError as error:
+        raise UserError(f"override {override!r}: {error}") from None
+
+
+def set_option(content: Any, name: str, value: Any) -> None:
+    """Set one dotted option of nested sections. Items of lists count from 1: loss.2.weight."""
+    section, place = "", content
+    for key in name.split("."):
+        if isinstance(place, dict) and place.get(key) is None:
+            place[key] = {}
+        if not isinstance(place, dict | list):
+            raise UserError(f"{section} is no section here; edit the recipe")
+        content, index = place, key if isinstance(place, dict) else _index(section, place, key)
+        section, place = f"{section}.{key}".lstrip("."), content[index]
+    content[index] = value
+
+
+def _index(name: str, items: list[Any], key: str) -> int:
+    if not (key.isdecimal() and 1 <= int(key) <= len(items)):
+        raise UserError(f"{name} is a list here, of {len(items)}: write {name}.1 for the first, and so on")
+    return int(key) - 1

@@ -12,7 +12,8 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from dwakd.errors import UserError
-from dwakd.losses import METHODS, MethodOptions
+from dwakd.losses import METHODS, SUM, MethodOptions
+from dwakd.losses.weighted_sum import SumOptions
 from dwakd.recipe.files import read_recipe
 from dwakd.recipe.sections import CompareSection, DataSection, EvaluationSection, StudentSection, TeacherSection
 from dwakd.recipe.training import TrainingSection, check_best_metric, refuse_cached_attention
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     Loss: TypeAlias = MethodOptions
 else:
     Loss = Annotated[
-        functools.reduce(operator.or_, (method.options_type for method in METHODS.values())),
+        functools.reduce(operator.or_, [*(method.options_type for method in METHODS.values()), SumOptions]),
         Field(discriminator="method"),
     ]
 
@@ -37,7 +38,9 @@ class Recipe(Section):
     student: StudentSection = Field(description="The model to train.")
     data: DataSection = Field(description="The rows to train on, and how they become text.")
     teacher: TeacherSection | list[TeacherSection] | None = Field(None, description="One teacher, or several.")
-    loss: Loss = Field(METHODS[DEFAULT_METHOD].options_type(), description="The method and its options.")
+    loss: Loss = Field(
+        METHODS[DEFAULT_METHOD].options_type(), description="The method and its options, or a list of methods to add."
+    )
     training: TrainingSection = Field({}, description="Options of transformers.TrainingArguments and of DistillConfig.")
     evaluation: EvaluationSection = Field(EvaluationSection(), description="Test sets to answer after the training.")
     compare: CompareSection | None = Field(None, description="What `dwakd compare` trains.")
@@ -45,11 +48,9 @@ class Recipe(Section):
     @field_validator("loss", mode="wrap")
     @classmethod
     def _add_method(cls, loss: Any, validate: Callable[[Any], MethodOptions]) -> MethodOptions:
-        if not isinstance(loss, dict):
-            return validate(loss)
-        options = validate({"method": DEFAULT_METHOD, **loss})
-        options.model_fields_set.intersection_update(loss)  # defaults that `variant` replaced were not given
-        return options
+        if isinstance(loss, list):
+            return validate({"method": SUM, "losses": loss})
+        return validate({"method": DEFAULT_METHOD, **loss} if isinstance(loss, dict) else loss)
 
     @property
     def teachers(self) -> list[TeacherSection]:
@@ -61,17 +62,22 @@ class Recipe(Section):
     @property
     def method(self) -> str:
         """Name of the method."""
-        return str(self.loss.method)  # type: ignore[attr-defined]
+        return self.loss.method_name()
 
     @property
     def loss_options(self) -> dict[str, Any]:
         """The options of the method that the recipe gives."""
         return self.loss.model_dump(exclude_unset=True, exclude={"method"})
 
+    def content(self) -> dict[str, Any]:
+        """Return the resolved sections as plain values, of the loss only the options that the recipe gives."""
+        options = self.loss_options
+        loss = options["losses"] if self.method == SUM else {"method": self.method, **options}
+        return self.model_dump() | {"loss": loss}
+
     def dump(self) -> str:
         """Return the resolved recipe as YAML; reading it gives the same recipe."""
-        content = self.model_dump() | {"loss": {"method": self.method, **self.loss_options}}
-        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.content(), sort_keys=False, allow_unicode=True)
 
     def replace(self, **sections: Any) -> Recipe:
         """Return a recipe with other sections, validated for training."""
@@ -88,14 +94,14 @@ class Recipe(Section):
             if teacher.cache is None and teacher.cache_dtype is not None and command == "train":
                 raise UserError("teacher.cache_dtype requires teacher.cache, the folder of the cache")
             if teacher.cache is not None:
-                refuse_cached_attention(self.method, self.loss)
+                refuse_cached_attention(self.loss)
         options = self.training
         used = [name for name in NEED_EVALUATION if options.get(name) not in (None, False, "no")]
         used += ["save_strategy=best"] if options.get("save_strategy") == "best" else []
         if used and self.data.eval is None:
             raise UserError(f"training.{used[0]} requires an evaluation set: set data.eval")
         metric = options.get("metric_for_best_model") or "loss"
-        check_best_metric(metric, self.method, rouge_l=bool(options.get("eval_rouge_l")))
+        check_best_metric(metric, self.loss, rouge_l=bool(options.get("eval_rouge_l")))
         return self
 
 
@@ -121,4 +127,7 @@ def recipe_schema() -> dict[str, Any]:
     for definition in schema["$defs"].values():
         if definition.get("properties", {}).get("method", {}).get("const", DEFAULT_METHOD) != DEFAULT_METHOD:
             definition["required"] = ["method"]  # so that options without a method match the default one alone
+    schema["$defs"]["SumOptions"]["required"] = ["method", "losses"]
+    parts = schema["$defs"]["SumOptions"]["properties"]["losses"]
+    schema["properties"]["loss"] = {"anyOf": [schema["properties"]["loss"], parts], "description": parts["description"]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

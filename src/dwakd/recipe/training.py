@@ -9,9 +9,10 @@ from pydantic import AfterValidator, Field, WithJsonSchema
 from transformers import TrainingArguments
 
 from dwakd.errors import UserError
-from dwakd.losses import MethodOptions, method_class, method_options
+from dwakd.losses import MethodOptions, method_options
 from dwakd.losses.options import Temperature
 from dwakd.losses.several_teachers import Gate
+from dwakd.losses.weighted_sum import SumOptions, term_names
 from dwakd.recipe.sections import Count, DataSection, Share, options_of
 from dwakd.validation import parse
 
@@ -136,7 +137,7 @@ class DistillConfig(TrainingArguments):
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model = "rouge_l" if self.eval_rouge_l else "bits_per_byte"
         if self.metric_for_best_model is not None and self.greater_is_better is None:
-            lower = metric_names(self.method, rouge_l=False)
+            lower = metric_names(self.method_options, rouge_l=False)
             self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") not in lower
         super().__post_init__()
         if not torch.accelerator.is_available():
@@ -174,12 +175,12 @@ TrainingSection = Annotated[dict[str, Any], AfterValidator(_check_section), With
 """The options that a recipe's section training gives; the others have the defaults of `DistillConfig`."""
 
 
-def metric_names(method: str, *, rouge_l: bool) -> list[str]:
+def metric_names(method: MethodOptions, *, rouge_l: bool) -> list[str]:
     """Return the names of the metrics of an evaluation, without their prefix `eval_`."""
-    return [*method_class(method).terms, "loss", "bits_per_byte", *(["rouge_l"] if rouge_l else [])]
+    return [*term_names(method), "loss", "bits_per_byte", *(["rouge_l"] if rouge_l else [])]
 
 
-def check_best_metric(metric: str, method: str, *, rouge_l: bool) -> None:
+def check_best_metric(metric: str, method: MethodOptions, *, rouge_l: bool) -> None:
     """Raise UserError if no evaluation reports the metric by which the best checkpoint is chosen."""
     name, valid = metric.removeprefix("eval_"), metric_names(method, rouge_l=rouge_l)
     if name not in valid:
@@ -187,10 +188,11 @@ def check_best_metric(metric: str, method: str, *, rouge_l: bool) -> None:
         raise UserError(f"training.metric_for_best_model {name} {hint} valid ones: {', '.join(valid)}")
 
 
-def refuse_cached_attention(method: str, options: MethodOptions) -> None:
+def refuse_cached_attention(options: MethodOptions) -> None:
     """Raise UserError if the method reads the teacher's attention, which a cache does not contain."""
-    if options.needs_attention:
-        raise UserError(
-            f"method {method} reads the teacher's attention, which a cache does not contain; set "
-            "loss.span_weights=uniform, or train without teacher.cache"
-        )
+    for part in options.losses if isinstance(options, SumOptions) else [options]:
+        if part.needs_attention:
+            raise UserError(
+                f"method {part.method_name()} reads the teacher's attention, which a cache does not contain; set its option "
+                "span_weights=uniform, or train without teacher.cache"
+            )

@@ -75,7 +75,10 @@ def generated_metrics(
     if compute_metrics is None:
         return metrics
     own = plain_metrics(compute_metrics(EvalPrediction(predictions=answers, label_ids=references)))
-    known, best = metric_names(args.method, rouge_l=True), (args.metric_for_best_model or "loss").removeprefix("eval_")
+    known, best = (
+        metric_names(args.method_options, rouge_l=True),
+        (args.metric_for_best_model or "loss").removeprefix("eval_"),
+    )
     if same := own.keys() & known:
         raise UserError(f"compute_metrics returned {min(same)!r}, which is the name of a metric of the run: rename it")
     value = own.get(best)

@@ -62,7 +62,7 @@ def _load(
     elif isinstance(teacher, OnlineTeacher):
         check_separate(student, teacher.model)
     if isinstance(teacher, CachedTeacher):
-        refuse_cached_attention(args.method, args.method_options)
+        refuse_cached_attention(args.method_options)
     tokenizer = tokenizer or teacher.tokenizer
     if tokenizer is None:
         raise UserError("teacher_processing_class is missing: a loaded teacher needs its tokenizer")

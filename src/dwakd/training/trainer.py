@@ -69,7 +69,7 @@ class DistillTrainer(Trainer):
         args = given.checked_args(args)
         names = dataset_names or {}
         if args.metric_for_best_model is not None and compute_metrics is None:
-            check_best_metric(args.metric_for_best_model, args.method, rouge_l=args.eval_rouge_l)
+            check_best_metric(args.metric_for_best_model, args.method_options, rouge_l=args.eval_rouge_l)
         model, processing_class = given.load_pair(model, processing_class, args, "processing_class")
         if train_dataset is not None:
             check_training(model, gradient_checkpointing=args.gradient_checkpointing)
