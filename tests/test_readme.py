@@ -7,6 +7,7 @@ import datasets
 import pytest
 from transformers import AutoModelForCausalLM
 
+from dwakd.compare.plan import variants_of
 from dwakd.recipe.files import parse_yaml
 from dwakd.recipe.recipe import recipe_from_dict
 from dwakd.training.run import training_config
@@ -58,9 +59,12 @@ def test_own_training_loop():
 
 def test_recipe():
     """The recipe is valid."""
-    (recipe,) = blocks("yaml")
-    read = recipe_from_dict(parse_yaml(recipe))
+    recipe, compare = map(parse_yaml, blocks("yaml"))
+    read = recipe_from_dict(recipe)
     assert training_config(read, "unused").learning_rate == pytest.approx(1e-3)
+    read = recipe_from_dict(recipe | compare, "compare")
+    rows = {row.name: row.recipe(read).method for row in variants_of(read, read.compare, ablation=False)}
+    assert rows == {"sft": "sft", "dwa_kd": "dwa_kd", "more data": "sft", "sum": "sum"}
 
 
 def test_commands_exist():

@@ -164,18 +164,16 @@ def similarity(
 
 @app.command()
 def compare(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file whose section compare names methods and seeds.")],
+    recipe: Annotated[Path, typer.Argument(help="A YAML file whose section compare names rows and seeds.")],
     overrides: Overrides = None,
     output: Annotated[Path | None, _output("Folder of the result; compare/NAME of the recipe by default.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Methods, separated by commas; the recipe's by default.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Methods or rows of the recipe, separated by commas.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Training seeds, separated by commas: 1,2,3.")] = None,
     ablation: Annotated[bool, _flag("--ablation", "Compare the rows of the paper's ablation instead.")] = False,
-    lr_sweep: Annotated[
-        bool, _flag("--lr-sweep", "First choose each method's rates and weight on the dev set.")
-    ] = False,
+    lr_sweep: Annotated[bool, _flag("--lr-sweep", "First choose each row's rates and weight on the dev set.")] = False,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of runs at a time.")] = 1,
 ) -> None:
-    """Train every method from the same student on the same data, with several seeds, and compare them in one table.
+    """Train methods, sums of methods or other variants of a recipe, with several seeds, and compare them in one table.
 
     If the command is started again, it continues with the runs that are not finished. A failed run is reported with
     its reason.

@@ -2,16 +2,19 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
 from dwakd.cli import main
 from dwakd.compare import compare
 from dwakd.compare.compare import Runner, compare_methods, search
-from dwakd.compare.plan import RATES, Cell, Variant
+from dwakd.compare.plan import RATES, Cell, Variant, variants_of
 from dwakd.errors import UserError
 from dwakd.recipe.files import RECIPE_FILE
-from tests.compare.builders import recipe
+from tests.compare.builders import ROWS, recipe
+
+OTHER = {"loss.method": "alm", "teacher": {"model": "other", "cache": "own"}}
 
 
 def test_test_sets_without_references_are_refused(tmp_path):
@@ -73,7 +76,7 @@ def test_finished_cells_are_kept_and_a_failed_one_says_why(tmp_path, monkeypatch
         return [sys.executable, "-c", script, str(folder)]
 
     monkeypatch.setattr(compare, "train_command", command)
-    cells = [Cell(Variant(name, name, {}), seed) for seed in (1, 2) for name in ("sft", "dskd")]
+    cells = [Cell(Variant(name, {"loss.method": name}), seed) for seed in (1, 2) for name in ("sft", "dskd")]
     failures = Runner(recipe(), tmp_path, 2).run(cells)
     assert failures.keys() == {"dskd-1", "dskd-2"}
     assert failures["dskd-1"].startswith("no luck (")
@@ -84,7 +87,7 @@ def test_finished_cells_are_kept_and_a_failed_one_says_why(tmp_path, monkeypatch
 
 def test_cells_of_another_recipe_are_refused(tmp_path):
     """Finished runs of another recipe are refused."""
-    runner, cell = Runner(recipe(), tmp_path, 1), Cell(Variant("sft", "sft", {}), 1)
+    runner, cell = Runner(recipe(), tmp_path, 1), Cell(Variant("sft", {"loss.method": "sft"}), 1)
     folder = runner.cell_folder(cell)
     (folder / "eval").mkdir(parents=True)
     for path in (folder / "dwakd-run.json", folder / "eval" / "test.json"):
@@ -99,6 +102,21 @@ def test_cells_of_another_recipe_are_refused(tmp_path):
             Runner(recipe(**changes), tmp_path, 1).run([cell])
 
 
+def test_rows_with_the_same_data_and_models_share_a_cache(tmp_path):
+    """A cache contains the teacher's states of one data set: another one is refused, after hours of other runs."""
+    given = recipe(teacher={"model": "teacher", "cache": "mine"}, compare={"rows": {**ROWS, "other": {**OTHER}}})
+    runner = Runner(given, tmp_path, 1)
+    rows = {row.name: runner.recipe(Cell(row, 1)) for row in variants_of(given, given.compare, ablation=False)}
+    caches = {name: Path(row.teachers[0].cache).name for name, row in rows.items()}
+    assert (caches["dskd"], caches["dwa_kd"], caches["other"]) == ("mine", "mine", "own")
+    assert caches["dwa_kd + alm"].startswith("teacher-cache-")
+    assert Path(rows["dwa_kd + alm"].teachers[0].cache).parent == tmp_path
+    same = Variant("alm", {"loss.method": "alm", "data.train": "more.jsonl", "training.max_steps": 3})
+    assert runner.recipe(Cell(same, 2)).teachers == rows["dwa_kd + alm"].teachers
+    plain = Runner(recipe(), tmp_path, 1).recipe(Cell(Variant("dwa_kd", {}), 1))
+    assert plain.teachers[0].cache == str(tmp_path / "teacher-cache")
+
+
 @pytest.mark.parametrize(("metric", "best"), [("eval_bits_per_byte", "lr0.33"), ("eval_rouge_l", "lr3")])
 def test_the_search_takes_the_best_on_the_dev_set(tmp_path, monkeypatch, metric, best):
     """The search selects the highest ROUGE-L or the lowest bits per byte on the dev set."""
@@ -111,7 +129,7 @@ def test_the_search_takes_the_best_on_the_dev_set(tmp_path, monkeypatch, metric,
     monkeypatch.setattr(
         compare, "train_command", lambda path, folder: [sys.executable, "-c", script, str(folder), metric]
     )
-    (chosen,), failures = search(Runner(recipe(), tmp_path, 1), [Variant("sft", "sft", {})], 1)
+    (chosen,), failures = search(Runner(recipe(), tmp_path, 1), [Variant("sft", {"loss.method": "sft"})], 1)
     assert not failures
     assert chosen.name == "sft"
     expected = {f"lr{factor:.2g}": factor for factor in RATES}[best]

@@ -1,97 +1,147 @@
-"""Test that each run of a comparison has the right method, options and seeds."""
+"""Each run of a comparison has the right method, options, data and seeds."""
 
 import pytest
 
-from dwakd.compare.plan import Cell, Variant, search_of, variants_of
+from dwakd.compare.plan import Cell, Variant, search_of, sft_row, variants_of
 from dwakd.errors import UserError
 from dwakd.losses import METHODS
-from tests.compare.builders import recipe
+from tests.compare.builders import ROWS, recipe
 
 
-def test_each_method_gets_its_own_options():
-    """Options of the section `loss` apply only to the method of the recipe."""
-    found = {variant.name: variant for variant in variants_of(recipe(), recipe().compare, ablation=False)}
-    assert found["dwa_kd"].options == {"temperature": 3.0}
-    assert found["dskd"].options == {"kd_rate": 0.3}
-    assert found["sft"].options == {}
-    one = Cell(found["dskd"], 7).recipe(recipe())
-    assert (one.method, one.loss_options) == ("dskd", {"kd_rate": 0.3})
+def rows_of(given=None, *, ablation=False):
+    given = given or recipe()
+    return {variant.name: variant for variant in variants_of(given, given.compare, ablation=ablation)}
+
+
+def test_rows_change_the_recipe():
+    """Options of the recipe's method stay unless the row changes the method, which has other options."""
+    recipes = {name: row.recipe(recipe()) for name, row in rows_of().items()}
+    assert list(recipes) == list(ROWS)
+    assert recipes["sft"].loss_options == {}
+    assert (recipes["dskd"].method, recipes["dskd"].loss_options) == ("dskd", {"kd_rate": 0.3})
+    assert recipes["dwa_kd"].loss_options == {"temperature": 3.0, "dtw_weight": 0.1}
+    assert [recipes[name].data.train for name in ("sft", "more data")] == ["train.jsonl", "more.jsonl"]
+    assert recipes["more data"].training == {"learning_rate": 2e-3}
+    assert recipes["dwa_kd + alm"].content()["loss"] == ROWS["dwa_kd + alm"]["loss"]
+    one = Cell(rows_of()["dskd"], 7).recipe(recipe())
     assert (one.training["seed"], one.training["data_seed"], one.compare) == (7, 7, None)
 
 
-def test_options_of_the_comparison_stand_above_the_loss_section():
-    """An option in the section `compare` overrides the same option in `loss` and leaves the others unchanged."""
-    changed = recipe(compare={"methods": ["dwa_kd"], "options": {"dwa_kd": {"dtw_weight": 0.1}}})
-    (variant,) = variants_of(changed, changed.compare, ablation=False)
-    assert variant.options == {"temperature": 3.0, "dtw_weight": 0.1}
+def test_methods_are_rows_of_their_own_and_select_rows():
+    """`--methods` names rows of the recipe or, without such a row, methods."""
+    found = rows_of(recipe(compare={"methods": ["dskd", "uld", "dwa_kd"], "rows": {"dskd": ROWS["dskd"]}}))
+    assert {name: row.recipe(recipe()).loss_options for name, row in found.items()} == {
+        "dskd": {"kd_rate": 0.3},
+        "uld": {},
+        "dwa_kd": {"temperature": 3.0},
+    }
+    every = rows_of(recipe(compare={}))
+    assert every.keys() == METHODS.keys() - {"kd"}
+
+
+def test_a_sum_in_the_recipe_is_kept_and_replaced():
+    """A row that sets a method must not add it to the recipe's sum; a row may also change a part of the sum."""
+    rows = {"alm": {"loss.method": "alm"}, "half": {"loss.2.weight": 0.5}, "sum": {}}
+    losses = [{"method": "dwa_kd"}, {"method": "alm"}]
+    base = recipe(loss=losses, compare={"rows": rows})
+    found = {name: row.recipe(base).content()["loss"] for name, row in rows_of(base).items()}
+    assert found == {"alm": {"method": "alm"}, "half": [losses[0], {**losses[1], "weight": 0.5}], "sum": losses}
 
 
 def test_a_run_that_reads_attention_has_no_cache():
     """Runs of methods that read attention do not use the cache, which contains no attention."""
     cached = recipe(teacher={"model": "teacher", "cache": "folder"})
-    caches = [
-        Cell(Variant("sra", "sra", {"span_weights": weights}), 1).recipe(cached).teachers[0].cache
+    sra = {
+        weights: Variant("sra", {"loss.method": "sra", "loss.span_weights": weights})
         for weights in ("attention", "uniform")
-    ]
+    }
+    caches = [Cell(variant, 1).recipe(cached).teachers[0].cache for variant in sra.values()]
     assert caches == [None, "folder"]
     half = recipe(teacher={"model": "teacher", "cache_dtype": "bfloat16"})
-    assert Cell(Variant("sra", "sra", {}), 1).recipe(half).teachers[0].cache_dtype is None
+    assert Cell(sra["attention"], 1).recipe(half).teachers[0].cache_dtype is None
 
 
 def test_ablation_rows_switch_what_their_names_say():
-    """Each row of the ablation turns off what its name says."""
-    rows = {variant.name: variant for variant in variants_of(recipe(), recipe().compare, ablation=True)}
+    """A row of the ablation that trains something else would make the table wrong."""
+    variants = rows_of(ablation=True)
+    rows = {name: variant.recipe(recipe()) for name, variant in variants.items()}
     assert len(rows) == 6
-    assert rows["dwa_kd without gate"].options == {"temperature": 3.0, "gate": False}
-    assert rows["dskd + dtw"].options["band"] is False
-    assert "dtw_hidden" not in rows["dskd + banded dtw"].options
-    assert len({Cell(variant, 1).name for variant in rows.values()}) == 6
+    assert rows["dskd"].method == "dskd"
+    assert rows["dwa_kd without gate"].loss_options == {"temperature": 3.0, "gate": False}
+    assert rows["dskd + dtw"].loss.band is False
+    assert rows["dskd + banded dtw"].loss.dtw_hidden is True
+    assert len({Cell(variant, 1).name for variant in variants.values()}) == 6
+
+
+def test_the_row_to_compare_with_is_sft_on_the_given_data():
+    """SFT on other data is no baseline of the methods."""
+    variants = list(rows_of().values())
+    assert sft_row(variants, recipe()) == "sft"
+    assert sft_row(variants[1:], recipe()) is None
+    plain = Variant("baseline", {"loss.method": "sft"})
+    assert sft_row([*variants[1:], plain], recipe()) == "baseline"
 
 
 @pytest.mark.parametrize("method", [name for name, cls in METHODS.items() if cls.options_type.needs_teacher])
 def test_every_method_has_a_share_of_distillation_to_search(method):
-    """The search varies a weight of distillation for every method that has one."""
-    options = [variant.options for variant in search_of(Variant(method, method, {}))]
-    assert len(options) == 6
-    (name,) = {name for option in options for name in option}
-    assert len({option[name] for option in options}) == 2
+    """A method whose weight has another name would be searched over learning rates only."""
+    found = [row.recipe(recipe()).loss_options for row in search_of(Variant(method, {"loss.method": method}), recipe())]
+    before = Variant(method, {"loss.method": method}).recipe(recipe()).loss_options
+    changed = [options.items() - before.items() for options in found]
+    assert len(found) == 6
+    (name,) = {name for options in changed for name, _ in options}
+    assert len({options[name] for options in found}) == 2
 
 
-def test_the_search_is_the_same_for_every_method():
-    """The search tries the same number of candidates for every method."""
-    sft, dskd, dwa_kd = (search_of(variant) for variant in variants_of(recipe(), recipe().compare, ablation=False))
-    assert (len(sft), len(dskd), len(dwa_kd)) == (3, 6, 6)
-    assert {variant.options["kd_rate"] for variant in dskd} == {0.3, 0.15}
-    rates = {Cell(variant, 1, search=True).recipe(recipe()).training["learning_rate"] for variant in sft}
-    assert rates == {0.000333, 0.001, 0.003}
-    assert Cell(sft[0], 1, search=True).recipe(recipe()).evaluation.test == []
+def test_the_search_is_the_same_for_every_row():
+    """A row with fewer candidates would be at a disadvantage."""
+    found = {name: search_of(variant, recipe()) for name, variant in rows_of().items()}
+    assert [len(variants) for variants in found.values()] == [3, 6, 6, 3, 6]
+    assert {row.recipe(recipe()).loss.kd_rate for row in found["dskd"]} == {0.3, 0.15}
+    for name, expected in (("sft", {0.000333, 0.001, 0.003}), ("more data", {0.000667, 0.002, 0.006})):
+        rates = {Cell(variant, 1, search=True).recipe(recipe()).training["learning_rate"] for variant in found[name]}
+        assert rates == expected
+    assert Cell(found["sft"][0], 1, search=True).recipe(recipe()).evaluation.test == []
+    sums = [row.recipe(recipe()) for row in found["dwa_kd + alm"]]
+    assert {(row.loss.losses[0].kd_weight, row.loss.losses[1].alm_weight) for row in sums} == {(0.1, 100), (0.05, 50)}
+    assert {row.data.train for row in sums} == {"more.jsonl"}
+    assert len({Cell(row, 1).name for variants in found.values() for row in variants}) == 24
 
 
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"methods": ["dwakd"]}, r"unknown method 'dwakd' in compare\.methods; valid ones"),
-        ({"methods": ["sft"], "options": {"dskd": {}}}, r"compare\.options names dskd"),
-        ({"methods": ["dskd"], "options": {"dskd": {"tau": 1}}}, r"unknown option compare\.options\.dskd\.tau"),
-        (
-            {"methods": ["dskd"], "options": {"dskd": {"kd_rate": "a"}}},
-            r"compare\.options\.dskd\.kd_rate must be a number",
-        ),
-        ({"methods": ["dskd"], "options": {"dskd": 3}}, r"compare\.options\.dskd must be a section with options"),
+        ({"methods": ["dwakd"]}, r"unknown method 'dwakd' in compare\.methods; valid ones: sft"),
+        ({"rows": {"a": {"loss.method": "dwakd"}}}, r"^compare\.rows\.a: loss\.method must be .*did you mean dwa_kd"),
+        ({"rows": {"a": {"loss.method": "dskd", "loss.tau": 1}}}, r"^compare\.rows\.a: unknown option loss\.tau"),
+        ({"rows": {"a": {"loss.2.weight": 1}}}, r"^compare\.rows\.a: unknown option loss\.2 of method dwa_kd"),
+        ({"rows": {"a": {"loss": [{"method": "uld", "tau": 1}]}}}, r"^compare\.rows\.a: unknown option loss\.1\.tau"),
+        ({"rows": {"a": {"data.trian": "x"}}}, r"^compare\.rows\.a: unknown option data\.trian; did you mean train"),
+        ({"rows": {"a": {"training.learning_rate": "x"}}}, r"^compare\.rows\.a: training\.learning_rate must be"),
+        ({"rows": {"a": {"training": {}}}}, r"^compare\.rows\.a\.training cannot be set"),
+        ({"rows": {"a": {"training.seed": 3}}}, r"^compare\.rows\.a\.training\.seed cannot be set"),
+        ({"rows": {"a": {"evaluation.seeds": 3}}}, r"^compare\.rows\.a\.evaluation\.seeds cannot be set"),
+        ({"rows": {"a": {"data.eval": "x"}}}, r"^compare\.rows\.a\.data\.eval cannot be set"),
+        ({"rows": {"a/b": {}}}, r"^compare\.rows\.a/b: a name consists of"),
+        ({"rows": {"teacher 2": {}}}, r"^compare\.rows\.teacher 2: a name .* not that of a teacher"),
+        ({"rows": {"a b": {}, "a_b": {}}}, "the rows 'a b' and 'a_b' would have the same folder"),
     ],
 )
 def test_mistakes_show_before_anything_runs(section, message):
-    """Invalid options are reported before the first run starts."""
+    """Otherwise the last row of a comparison would fail after hours."""
     with pytest.raises(UserError, match=message):
-        variants_of(recipe(compare=section), recipe(compare=section).compare, ablation=False)
+        rows_of(recipe(compare=section))
 
 
-def test_the_ablation_reads_all_options():
-    """Options of methods that are not in the ablation are accepted but validated."""
-    section = {"methods": ["alm", "dwa_kd"], "options": {"alm": {}, "dskd": {"kd_rate": 0.3}}}
-    changed = recipe(compare=section)
-    rows = {variant.name: variant for variant in variants_of(changed, changed.compare, ablation=True)}
-    assert rows["dskd"].options == {"kd_rate": 0.3}
-    changed = recipe(compare={**section, "options": {"alm": {"tau": 1}}})
+def test_rows_that_are_not_selected_are_validated_too():
+    """A mistake in a row would otherwise appear when the row is first selected."""
     with pytest.raises(UserError, match="unknown option"):
-        variants_of(changed, changed.compare, ablation=True)
+        rows_of(recipe(compare={"methods": ["sft"], "rows": {"a": {"loss.tau": 1}}}))
+
+
+def test_a_row_without_a_teacher_is_named():
+    """A comparison of sft alone needs no teacher, but each row of another method does."""
+    given = recipe(teacher=None)
+    assert Cell(rows_of(given)["sft"], 1).recipe(given).teachers == []
+    with pytest.raises(UserError, match=r"^compare\.rows\.dskd: method dskd needs a teacher"):
+        Cell(rows_of(given)["dskd"], 1).recipe(given)

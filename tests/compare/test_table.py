@@ -1,12 +1,16 @@
 """Test that scores are read from the folders of the runs and that their differences are paired."""
 
+import io
 import json
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from dwakd.compare.plan import Cell, Variant
-from dwakd.compare.table import CellScores, paired_interval, read_cell, summarise_comparison
+from dwakd.compare.table import CellScores, comparison_tables, paired_interval, read_cell, summarise_comparison
 from dwakd.evaluation.evaluate import TEXT_METRIC
 
 
@@ -14,6 +18,13 @@ def scores(*values):
     return CellScores(
         {"test": np.array(values, dtype=float)}, {"test": 1.0}, {"test": 2.0}, {"test": 3.0}, {}, {}, 0.5, 1000
     )
+
+
+def shown(tables) -> str:
+    """Return tables as text."""
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(tables)
+    return console.export_text()
 
 
 def test_differences_are_paired():
@@ -53,10 +64,39 @@ def test_scores_are_the_means_over_generation_seeds(tmp_path):
 
 def test_reasons_of_failures_belong_to_their_rows():
     """The reason of a failure is shown in the row of its variant or teacher."""
-    reasons = {Cell(Variant("dskd + dtw", "dwa_kd", {}), 2).name: "no luck", "teacher 2": "no memory"}
+    reasons = {Cell(Variant("dskd + dtw", {}), 2).name: "no luck", "teacher 2": "no memory"}
     rows = summarise_comparison({"dskd + dtw": [], "teacher 2": [], "sft": []}, reasons)["variants"]
     assert rows == {
         "dskd + dtw": {"failed": "no luck"},
         "teacher 2": {"failed": "no memory"},
         "sft": {"failed": "not run"},
     }
+
+
+def test_seconds_until_the_final_value_of_sft():
+    """Users ask what the same quality costs: the mean over seeds decides, at the first evaluation that reaches it."""
+    one = scores(1.0, 2.0)
+    sft = [replace(one, dev=((10, 3.0), (20, 2.0), (30, value))) for value in (1.0, 1.4)]
+    early = [replace(one, seconds_per_step=2.0, dev=((10, 1.2), (20, value))) for value in (1.0, 1.2)]
+    late = [replace(one, dev=((10, 1.3), (20, 1.21)))]
+    rows = {"teacher": [replace(one, seconds_per_step=None)], "base": sft, "early": early, "late": late}
+    summary = summarise_comparison(rows, {}, "base")
+    found = {name: row.get("seconds_until_sft", "-") for name, row in summary["variants"].items()}
+    assert found == {"teacher": "-", "base": 15.0, "early": 20.0, "late": None}
+    assert "versus_sft" in summary["variants"]["late"]
+    text = shown(comparison_tables(summary))
+    assert re.search(r"late +1\.00 .* never *\n", text)
+    assert re.search(r"early +1\.00 .* 20\.0 *\n", text)
+    untimed = summarise_comparison({"sft": [one], "early": early}, {})
+    assert "seconds until" not in shown(comparison_tables(untimed))
+
+
+def test_evaluations_are_read_from_the_log(tmp_path):
+    """The log also contains the losses of the steps."""
+    history = [
+        {"step": 5, "loss": 2.0},
+        {"step": 5, "eval_bits_per_byte": 1.5},
+        {"step": 9, "eval_bits_per_byte": 1.25},
+    ]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    assert read_cell(tmp_path).dev == ((5, 1.5), (9, 1.25))

@@ -8,7 +8,6 @@ import torch
 
 from dwakd.errors import UserError
 from dwakd.losses import SeveralTeachers, WeightedSumLoss, build_loss, method_options
-from dwakd.losses.weighted_sum import term_names
 from tests.losses.builders import WIDTHS, pair_of, random_examples, random_heads, side
 
 LENGTHS = [(5, 7), (9, 4), (1, 2)]
@@ -60,7 +59,7 @@ def test_a_sum_is_its_parts_with_one_cross_entropy(losses, sampled):
     torch.testing.assert_close(
         output.terms, {"ce": ce.detach(), **terms, "loss": output.loss.detach()}, atol=1e-12, rtol=1e-12
     )
-    assert output.terms.keys() - {"loss"} <= set(term_names(loss.options))
+    assert output.terms.keys() - {"loss"} <= set(loss.terms)
 
 
 def test_needs_are_those_of_the_parts():
@@ -75,10 +74,13 @@ def test_needs_are_those_of_the_parts():
     ):
         options = method_options("sum", {"losses": losses})
         assert tuple(getattr(options, name) for name in needs) == expected
-    parts = [("dwa_kd", {}), ("kd", {}), ("uld", {})]
-    for name, _ in parts:
-        own = method_options("sum", {"losses": [{"method": name}]}).supports_sampled
-        assert own == method_options(name).supports_sampled
+    for names, expected in (
+        (["sft"], False),
+        (["sft", "alm"], True),
+        (["alm", "dwa_kd"], method_options("dwa_kd").supports_sampled),
+    ):
+        options = method_options("sum", {"losses": [{"method": name} for name in names]})
+        assert options.supports_sampled == expected
 
 
 def test_schedules_and_projections_are_those_of_the_parts():

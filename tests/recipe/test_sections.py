@@ -26,7 +26,7 @@ from dwakd.validation import Section, parse
         (EvaluationSection, {"seeds": 0}, "seeds must be at least 1"),
         (EvaluationSection, {"test": "x.jsonl"}, "test must be a list, got 'x.jsonl'"),
         (EvaluationSection, {"test": [3]}, r"test\.1 must be text"),
-        (CompareSection, {"options": {"dskd": 3}}, r"options\.dskd must be a section with options"),
+        (CompareSection, {"rows": {"dskd": 3}}, r"rows\.dskd must be a section with options"),
     ],
 )
 def test_mistakes_are_named(section: type[Section], values, message):

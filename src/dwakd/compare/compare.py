@@ -1,4 +1,4 @@
-"""Train several methods with several seeds from one recipe and compare them in a table: the work of `dwakd compare`.
+"""Train several rows of a comparison with several seeds and compare them in a table: the work of `dwakd compare`.
 
 Each run is a separate process. Finished runs are kept, and failures are reported.
 """
@@ -6,6 +6,7 @@ Each run is a separate process. Finished runs are kept, and failures are reporte
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import subprocess
@@ -13,16 +14,16 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group
 
-from dwakd.compare.plan import Cell, Variant, search_of, variants_of
+from dwakd.compare.plan import Cell, Variant, search_of, sft_row, variants_of
 from dwakd.compare.table import CellScores, comparison_tables, num_evaluated, read_cell, summarise_comparison
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import progress_bar
 from dwakd.evaluation.run import EvaluationPlan, evaluate_sets, plan_evaluation
 from dwakd.folders import check_output_folder, write_file, write_json
-from dwakd.losses import method_options
 from dwakd.recipe.files import RECIPE_FILE
 from dwakd.recipe.recipe import Recipe
 from dwakd.recipe.sections import CompareSection, TeacherSection
@@ -40,9 +41,9 @@ def compare_methods(
     """Run every run that is not finished, write all numbers to comparison.json and return the tables.
 
     Args:
-        recipe: its `compare` section names methods, training seeds and options of each method.
+        recipe: its `compare` section names methods or rows, and training seeds.
         folder: folder of the comparison. If it contains an unfinished one, that one is continued.
-        ablation: compare the rows of the paper's table 3 instead of methods.
+        ablation: compare the rows of the paper's table 3 instead.
         lr_sweep: first choose the learning rate and the weight of distillation of every row on the dev set.
         jobs: number of runs at a time.
 
@@ -64,16 +65,14 @@ def compare_methods(
     if not seeds:
         raise UserError("compare.seeds is empty: set at least one training seed")
     variants = variants_of(recipe, section, ablation=ablation)
-    cached = _with_teacher_caches(recipe, folder)
-    for variant in variants:
-        check_options(Cell(variant, seeds[0]).recipe(cached), folder)
-    plan = _plan(recipe)
-    options = [method_options(variant.method, variant.options) for variant in variants]
-    with_teacher = [item for item in options if item.needs_teacher]
-    if not all(item.needs_attention for item in with_teacher):
-        recipe = cached
-        cache_recipe(recipe)
     runner = Runner(recipe, folder, jobs)
+    rows = [runner.recipe(Cell(variant, seeds[0])) for variant in variants]
+    for variant, row in zip(variants, rows, strict=True):
+        with variant.named():
+            check_options(row, folder)
+    plan = _plan(recipe)
+    with_teacher = [row for row in rows if row.loss.needs_teacher]
+    _build_caches(with_teacher)
     failures: dict[str, str] = {}
     if lr_sweep:
         variants, failures = search(runner, variants, seeds[0])
@@ -90,18 +89,39 @@ def compare_methods(
     finished = [cell for cell in cells if runner.finished(cell)]
     for variant in variants:
         scores[variant.name] = [read_cell(runner.cell_folder(cell)) for cell in finished if cell.variant == variant]
-    summary = summarise_comparison(scores, failures)
+    summary = summarise_comparison(scores, failures, sft_row(variants, recipe))
     summary["chosen"] = {variant.name: dataclasses.asdict(variant) for variant in variants}
     write_json(folder / "comparison.json", summary)
     return comparison_tables(summary), bool(finished)
 
 
-def _with_teacher_caches(recipe: Recipe, folder: Path) -> Recipe:
-    """Return the recipe with a cache for each teacher, which all runs share."""
-    names = ["teacher-cache", *(f"teacher-cache-{number}" for number in range(2, len(recipe.teachers) + 1))]
-    pairs = zip(recipe.teachers, names, strict=False)
-    teachers = [one.model_copy(update={"cache": one.cache or str(folder / name)}) for one, name in pairs]
-    return recipe.model_copy(update={"teacher": teachers})
+def _with_caches(row: Recipe, recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe of a row with a cache for each teacher, which all rows with the same data and models share."""
+    if not row.loss.needs_teacher or row.loss.needs_attention:
+        return row
+    content, common = _cached_content(row), _cached_content(recipe)
+    digest = "" if content == common else "-" + hashlib.sha256(repr(content).encode()).hexdigest()[:8]
+    shared = {one.cache for one in recipe.teachers} if digest else set()
+    teachers = []
+    for number, one in enumerate(row.teachers, start=1):
+        name = f"teacher-cache{digest}" + (f"-{number}" if number > 1 else "")
+        cache = one.cache if one.cache not in {None, *shared} else str(folder / name)
+        teachers.append(one.model_copy(update={"cache": cache}))
+    return row.replace(teacher=teachers)
+
+
+def _build_caches(rows: list[Recipe]) -> None:
+    """Build the caches of the rows, each of them once."""
+    for row in {tuple(one.cache for one in row.teachers): row for row in rows}.values():
+        if any(one.cache for one in row.teachers):
+            cache_recipe(row)
+
+
+def _cached_content(recipe: Recipe) -> dict[str, Any]:
+    """Return the options of a recipe that determine what a teacher's cache contains."""
+    content = recipe.model_dump()
+    teachers = [one.model_dump(exclude={"cache", "weight"}) for one in recipe.teachers]
+    return {name: content.get(name) for name in ("student", "data", "generate")} | {"teachers": teachers}
 
 
 def _plan(recipe: Recipe) -> EvaluationPlan:
@@ -127,9 +147,13 @@ def evaluate_teacher(plan: EvaluationPlan, teacher: TeacherSection, folder: Path
 class Runner:
     """Run `dwakd train` for each cell, `jobs` at a time; write recipes/NAME.yaml, cells/NAME/ and logs/NAME.log."""
 
-    def __init__(self, recipe: Recipe, folder: Path, jobs: int) -> None:
-        self.recipe, self.folder, self.jobs = recipe, folder, jobs
+    def __init__(self, base: Recipe, folder: Path, jobs: int) -> None:
+        self.base, self.folder, self.jobs = base, folder, jobs
         self._processes: list[subprocess.Popen[bytes]] = []
+
+    def recipe(self, cell: Cell) -> Recipe:
+        """Return the recipe of a cell, which names the caches of its teachers."""
+        return _with_caches(cell.recipe(self.base), self.base, self.folder)
 
     def cell_folder(self, cell: Cell) -> Path:
         return self.folder / "cells" / cell.name
@@ -137,7 +161,7 @@ class Runner:
     def finished(self, cell: Cell) -> bool:
         """Return whether a run is finished, including its evaluation."""
         folder = self.cell_folder(cell)
-        section = self.recipe.evaluation
+        section = self.base.evaluation
         tests = 0 if cell.search else len(section.test) + len(section.text)
         return (folder / RUN_FILE).is_file() and num_evaluated(folder) >= tests
 
@@ -151,7 +175,7 @@ class Runner:
         for cell in cells:
             saved = self.cell_folder(cell) / RECIPE_FILE
             if cell not in waiting and saved.is_file():
-                check_same_recipe(saved, cell.recipe(self.recipe), changeable=MOVABLE)
+                check_same_recipe(saved, self.recipe(cell), changeable=MOVABLE)
         with progress_bar(disable=False) as bar, ThreadPoolExecutor(self.jobs) as pool:
             try:
                 found = bar.track(pool.map(self._run_cell, waiting), total=len(waiting), description="runs")
@@ -166,7 +190,7 @@ class Runner:
     def _run_cell(self, cell: Cell) -> str | None:
         """Run one cell and return the reason if it failed."""
         path = self.folder / "recipes" / f"{cell.name}.yaml"
-        write_file(path, cell.recipe(self.recipe).dump().encode())
+        write_file(path, self.recipe(cell).dump().encode())
         log = self.folder / "logs" / f"{cell.name}.log"
         log.parent.mkdir(exist_ok=True)
         with log.open("wb") as stream:
@@ -193,7 +217,7 @@ def failure_reason(log: Path, code: int) -> str:
 
 def search(runner: Runner, variants: list[Variant], seed: int) -> tuple[list[Variant], dict[str, str]]:
     """Return each variant with the best learning rate and weight on the dev set, unchanged if its search failed."""
-    tried = [[Cell(item, seed, search=True) for item in search_of(variant)] for variant in variants]
+    tried = [[Cell(item, seed, search=True) for item in search_of(variant, runner.base)] for variant in variants]
     failures = runner.run([cell for cells in tried for cell in cells])
     chosen = []
     for variant, cells in zip(variants, tried, strict=True):

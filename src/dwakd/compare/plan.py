@@ -1,43 +1,81 @@
-"""Plan the runs of a comparison: methods, rows of an ablation or a search, each with several training seeds."""
+"""Plan the runs of a comparison: rows, each a set of overrides of the recipe, with several training seeds."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from dwakd.errors import UserError
-from dwakd.losses import METHODS, method_class, method_options
-from dwakd.recipe.recipe import Recipe
+from dwakd.losses import METHODS, MethodOptions, method_options
+from dwakd.losses.weighted_sum import SumOptions
+from dwakd.recipe.files import set_option
+from dwakd.recipe.recipe import Recipe, recipe_from_dict
 from dwakd.recipe.sections import CompareSection
 
-_NO_WEIGHTS = {"entropy_weights": False, "gate": False, "teacher_weights": False}
-_NO_ALIGNMENT = {"dtw_hidden": False, "dtw_embedding": False}
-ABLATION: dict[str, tuple[str, dict[str, Any]]] = {
-    "dskd": ("dskd", {}),
-    "dskd + entropy weights": ("dwa_kd", {"gate": False, **_NO_ALIGNMENT}),
-    "dskd + dtw": ("dwa_kd", {**_NO_WEIGHTS, "band": False}),
-    "dskd + banded dtw": ("dwa_kd", _NO_WEIGHTS),
-    "dwa_kd without gate": ("dwa_kd", {"gate": False}),
-    "dwa_kd": ("dwa_kd", {}),
+_NO_WEIGHTS = {"loss.entropy_weights": False, "loss.gate": False, "loss.teacher_weights": False}
+_NO_ALIGNMENT = {"loss.dtw_hidden": False, "loss.dtw_embedding": False}
+ABLATION: dict[str, dict[str, Any]] = {
+    "dskd": {"loss.method": "dskd"},
+    "dskd + entropy weights": {"loss.method": "dwa_kd", "loss.gate": False, **_NO_ALIGNMENT},
+    "dskd + dtw": {"loss.method": "dwa_kd", **_NO_WEIGHTS, "loss.band": False},
+    "dskd + banded dtw": {"loss.method": "dwa_kd", **_NO_WEIGHTS},
+    "dwa_kd without gate": {"loss.method": "dwa_kd", "loss.gate": False},
+    "dwa_kd": {"loss.method": "dwa_kd"},
 }
-"""Method and options of each row of DWA-KD's table 3."""
+"""The rows of DWA-KD's table 3."""
 RATES, SHARES = (1 / 3, 1.0, 3.0), (0.5, 1.0)
 """Factors of the search, for the learning rates and for the weight of distillation."""
+_NAME = re.compile(r"\w[\w .,+=-]*")
+_CHANGEABLE = re.compile(r"loss$|teacher$|(student|teacher|data|loss|training|generate)\..")
+_FIXED = re.compile(r"data\.eval(_limit)?$|training\.(data_)?seed$")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table: a method with options."""
+    """A row of the table.
+
+    Args:
+        name: its name.
+        overrides: options by their dotted names, with the values that replace those of the recipe.
+        rate_factor: factor of the learning rates.
+        option: the option of the recipe that defines the row, which messages name.
+    """
 
     name: str
-    method: str
-    options: dict[str, Any]
+    overrides: dict[str, Any]
     rate_factor: float = 1.0
+    option: str = ""
 
     @property
     def folder_name(self) -> str:
         """The name as a valid folder name."""
         return self.name.replace(" ", "_").replace("+", "plus")
+
+    @contextlib.contextmanager
+    def named(self) -> Iterator[None]:
+        """Begin the message of a UserError with the option that defines the row."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{self.option}: {error}" if self.option else str(error)) from None
+
+    def recipe(self, base: Recipe) -> Recipe:
+        """Return the recipe with the overrides, validated for a comparison.
+
+        If a row changes `loss.method`, the options of the recipe's own method do not apply.
+        """
+        content = copy.deepcopy(base.content())
+        method = self.overrides.get("loss.method", base.method)
+        if method != base.method:
+            content["loss"] = {}
+        with self.named():
+            for name in sorted(self.overrides, key=lambda name: name.count(".")):
+                set_option(content, name, copy.deepcopy(self.overrides[name]))
+            return recipe_from_dict(content, "compare")
 
 
 @dataclass(frozen=True)
@@ -53,62 +91,118 @@ class Cell:
         """Name of the run, unique in the comparison and valid as a folder name."""
         return f"{self.variant.folder_name}-{self.seed}"
 
-    def recipe(self, recipe: Recipe) -> Recipe:
+    def recipe(self, base: Recipe) -> Recipe:
         """Return the recipe of this run."""
+        recipe = self.variant.recipe(base)
         training = {**recipe.training, "seed": self.seed, "data_seed": self.seed}
         if self.variant.rate_factor != 1:
-            base = {"learning_rate": 5e-4, "projector_learning_rate": 1e-3} | recipe.training
+            rates = {"learning_rate": 5e-4, "projector_learning_rate": 1e-3} | recipe.training
             for name in ("learning_rate", "projector_learning_rate"):
-                training[name] = float(f"{base[name] * self.variant.rate_factor:.3g}")
+                training[name] = float(f"{rates[name] * self.variant.rate_factor:.3g}")
         evaluation = recipe.evaluation
         if self.search:
             training |= {"load_best_model_at_end": False, "save_strategy": "no"}
             evaluation = evaluation.model_copy(update={"test": []})
         teachers = recipe.teachers
-        if method_options(self.variant.method, self.variant.options).needs_attention:  # a cache contains no attention
+        if recipe.loss.needs_attention:  # a cache contains no attention
             teachers = [teacher.model_copy(update={"cache": None, "cache_dtype": None}) for teacher in teachers]
-        loss = {"method": self.variant.method, **self.variant.options}
-        changed = {"loss": loss, "teacher": teachers or None, "training": training, "evaluation": evaluation}
-        return recipe.replace(**changed, compare=None)
+        with self.variant.named():
+            return recipe.replace(teacher=teachers or None, training=training, evaluation=evaluation, compare=None)
+
+
+def is_teacher(name: str) -> bool:
+    """Return whether a row of the tables is a teacher, which is evaluated but not trained."""
+    return re.fullmatch(r"teacher( \d+)?", name) is not None
 
 
 def variants_of(recipe: Recipe, section: CompareSection, *, ablation: bool) -> list[Variant]:
-    """Return the rows of the comparison.
+    """Return the rows of the comparison, validated.
 
-    The recipe's own method also gets the options of the `loss` section, unless `compare.options` sets them. In an
-    ablation this applies to every row of that method.
+    The recipe's own method also has the options of the `loss` section. In an ablation this applies to every row of that
+    method.
 
     Raises:
-        UserError: the compare section names an unknown method, options of a method that is not compared, or an invalid
-            option.
+        UserError: the compare section names an unknown method, or a row has an unsuitable name or an invalid option.
     """
-    for method in section.methods:
-        method_class(method, "compare.methods")
-    methods = section.methods or [name for name in METHODS if not method_options(name).needs_same_vocabulary]
-    rows = ABLATION if ablation else {name: (name, {}) for name in methods}
-    known = dict.fromkeys([*methods, *(method for method, _ in rows.values())])
-    for name, options in section.options.items():
-        if name not in known:
-            raise UserError(f"compare.options names {name}, which is not among the compared methods {', '.join(known)}")
-        method_options(name, options, f"compare.options.{name}.")
-    given = section.options | {recipe.method: recipe.loss_options | section.options.get(recipe.method, {})}
-    return [Variant(name, method, {**given.get(method, {}), **options}) for name, (method, options) in rows.items()]
+    rows = {name: _row(name, overrides) for name, overrides in section.rows.items()}
+    default = [name for name in METHODS if not method_options(name).needs_same_vocabulary]
+    for name in section.methods:
+        if name not in rows and name not in METHODS:
+            valid = ", ".join(dict.fromkeys([*rows, *METHODS]))
+            raise UserError(f"unknown method {name!r} in compare.methods; valid ones: {valid}")
+    names = dict.fromkeys(section.methods or list(rows) or default)
+    variants = [rows.get(name) or Variant(name, {"loss.method": name}) for name in names]
+    if ablation:
+        variants = [Variant(name, overrides) for name, overrides in ABLATION.items()]
+    folders: dict[str, str] = {}
+    for variant in [*rows.values(), *variants]:
+        other = folders.setdefault(variant.folder_name, variant.name)
+        if other != variant.name:
+            raise UserError(f"the rows {other!r} and {variant.name!r} would have the same folder: rename one")
+        variant.recipe(recipe)
+    return variants
 
 
-def search_of(variant: Variant) -> list[Variant]:
-    """Return the variants of the search: three learning rates, and two weights of distillation if the method has one.
+def _row(name: str, overrides: dict[str, Any]) -> Variant:
+    """Return a row of `compare.rows` whose name and options suit a comparison."""
+    option = f"compare.rows.{name}"
+    if not _NAME.fullmatch(name) or is_teacher(name):
+        raise UserError(
+            f"{option}: a name consists of letters, digits, spaces and _.,+=- and is not that of a teacher; rename the row"
+        )
+    for key in overrides:
+        if _FIXED.match(key) or not _CHANGEABLE.match(key):
+            raise UserError(
+                f"{option}.{key} cannot be set: a row sets single options of student, teacher, data, loss and training, such "
+                "as training.learning_rate, or the whole loss or teacher; test sets, data.eval and seeds are those of all rows"
+            )
+    return Variant(name, overrides, option=option)
 
-    The weight is the method's option `kd_rate`, `kd_weight` or else its first weight apart from the cross-entropy's.
+
+def sft_row(variants: list[Variant], recipe: Recipe) -> str | None:
+    """Return the name of the row to compare the others with: `sft`, or else the first with this method and the same data."""
+    fitting = [
+        variant.name
+        for variant in variants
+        if variant.name == "sft"
+        or (variant.recipe(recipe).method == "sft" and not any(name.startswith("data.") for name in variant.overrides))
+    ]
+    return "sft" if "sft" in fitting else next(iter(fitting), None)
+
+
+def search_of(variant: Variant, recipe: Recipe) -> list[Variant]:
+    """Return the variants of the search: three learning rates, and two weights of distillation if the row has one.
+
+    The weight is the method's option `kd_rate`, `kd_weight` or else its first weight apart from the cross-entropy's. In a
+    sum of methods, the weights of all methods change together.
     """
-    known = method_options(variant.method, variant.options)
-    others = [name for name in type(known).model_fields if name.endswith("_weight") and name != "ce_weight"]
-    weight = next((name for name in ("kd_rate", "kd_weight", *others) if hasattr(known, name)), None)
-    changes: dict[str, dict[str, float]] = {"": {}}
-    if weight is not None:
-        usual = float(getattr(known, weight))
-        changes = {f"-{weight}{usual * share:g}": {weight: usual * share} for share in SHARES}
+    row = variant.recipe(recipe)
+    changes: dict[str, dict[str, Any]] = {"": {}}
+    if weights := _distillation_weights(row.loss):
+        changes = {}
+        for share in SHARES:
+            content = {"loss": row.content()["loss"]}
+            for name, value in weights.items():
+                set_option(content, name, value * share)
+            changes[f"-weight{share:g}"] = content
+    others = {name: value for name, value in variant.overrides.items() if not re.match(r"loss(\.|$)", name)}
     return [
-        Variant(f"{variant.name}-lr{factor:.2g}{suffix}", variant.method, {**variant.options, **change}, factor)
+        Variant(
+            f"{variant.name}-lr{factor:.2g}{suffix}",
+            {**(others if change else variant.overrides), **change},
+            factor,
+            variant.option,
+        )
         for factor in RATES
         for suffix, change in changes.items()
     ]
+
+
+def _distillation_weights(loss: MethodOptions, prefix: str = "loss.") -> dict[str, float]:
+    """Return the option that is the weight of distillation, by its dotted name; for a sum those of all methods."""
+    if isinstance(loss, SumOptions):
+        parts = (_distillation_weights(part, f"{prefix}{number}.") for number, part in enumerate(loss.losses, start=1))
+        return {name: value for part in parts for name, value in part.items()}
+    others = [name for name in type(loss).model_fields if name.endswith("_weight") and name != "ce_weight"]
+    name = next((name for name in ("kd_rate", "kd_weight", *others) if hasattr(loss, name)), None)
+    return {} if name is None else {f"{prefix}{name}": float(getattr(loss, name))}

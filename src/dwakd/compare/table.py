@@ -12,8 +12,9 @@ import numpy as np
 from rich import box
 from rich.console import Group
 from rich.table import Table
+from transformers.trainer import TRAINER_STATE_NAME
 
-from dwakd.compare.plan import Variant
+from dwakd.compare.plan import Variant, is_teacher
 from dwakd.evaluation.evaluate import TEXT_METRIC
 from dwakd.evaluation.metrics import RESAMPLES
 from dwakd.training.run_folder import RUN_FILE
@@ -31,6 +32,7 @@ class CellScores:
     text_bits_per_byte: dict[str, float] = field(default_factory=dict)  # of sets of texts without a prompt
     seconds_per_step: float | None = None  # median; None for a model that was not trained here
     peak_bytes: int | None = None  # peak memory of the process, on the GPU if there is one
+    dev: tuple[tuple[int, float], ...] = ()  # optimiser step and bits per byte of each evaluation on the dev set
 
     @property
     def mean(self) -> float:
@@ -70,7 +72,11 @@ def read_cell(folder: Path) -> CellScores:
             ece[path.stem] = numbers["bits_per_byte"]["ece"]
     record = folder / RUN_FILE
     run: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    return CellScores(rouge, greedy, bits, ece, others, text, run.get("seconds_per_step"), run.get("peak_memory_bytes"))
+    state = folder / TRAINER_STATE_NAME
+    history = json.loads(state.read_text(encoding="utf-8"))["log_history"] if state.is_file() else []
+    dev = tuple((entry["step"], entry["eval_bits_per_byte"]) for entry in history if "eval_bits_per_byte" in entry)
+    cost = run.get("seconds_per_step"), run.get("peak_memory_bytes")
+    return CellScores(rouge, greedy, bits, ece, others, text, *cost, dev)
 
 
 def paired_interval(ours: Sequence[CellScores], other: Sequence[CellScores]) -> tuple[float, float, float]:
@@ -94,15 +100,34 @@ def paired_interval(ours: Sequence[CellScores], other: Sequence[CellScores]) -> 
     return float(difference), float(low), float(high)
 
 
-def summarise_comparison(variants: Mapping[str, Sequence[CellScores]], failures: Mapping[str, str]) -> dict[str, Any]:
-    """Return every number of the tables as JSON values; a variant without a finished run has only its reason."""
+def seconds_until(cells: Sequence[CellScores], bits_per_byte: float) -> float | None:
+    """Compute after how many seconds of training a row reached a value of bits per byte on the dev set; None if never.
+
+    The values are means over the training seeds, and the time is the number of steps times the mean over the seeds of the
+    median time of a step. It does not include evaluations, the teacher's cache and the teacher's answers.
+    """
+    per_step = _mean(cell.seconds_per_step for cell in cells)
+    for evaluations in zip(*(cell.dev for cell in cells), strict=False):
+        if per_step is not None and np.mean([value for _, value in evaluations]) <= bits_per_byte:
+            return per_step * evaluations[0][0]
+    return None
+
+
+def summarise_comparison(
+    variants: Mapping[str, Sequence[CellScores]], failures: Mapping[str, str], sft: str | None = "sft"
+) -> dict[str, Any]:
+    """Return every number of the tables as JSON values; a variant without a finished run has only its reason.
+
+    `sft` is the name of the row with which the others are compared.
+    """
     means = {name: [cell.mean for cell in cells] for name, cells in variants.items() if cells}
-    trained = [name for name in means if not name.startswith("teacher")]
+    trained = [name for name in means if not is_teacher(name)]
+    finals = [cell.dev[-1][1] for cell in variants.get(sft or "", ()) if cell.dev]
     best = max(trained, key=lambda name: np.mean(means[name]), default=None)
     rows: dict[str, Any] = {}
     for name, cells in variants.items():
         if not cells:
-            folder = Variant(name, "", {}).folder_name  # failures have the name of a teacher or of a run, NAME-SEED
+            folder = Variant(name, {}).folder_name  # failures have the name of a teacher or of a run, NAME-SEED
             reasons = [why for run, why in failures.items() if run == name or run.rpartition("-")[0] == folder]
             rows[name] = {"failed": "; ".join(dict.fromkeys(reasons)) or "not run"}
             continue
@@ -122,7 +147,9 @@ def summarise_comparison(variants: Mapping[str, Sequence[CellScores]], failures:
             "seconds_per_step": _mean(cell.seconds_per_step for cell in cells),
             "peak_memory_bytes": max((cell.peak_bytes for cell in cells if cell.peak_bytes is not None), default=None),
         }
-        for label, reference in (("versus_sft", "sft"), ("versus_best", best)):
+        if finals and rows[name]["seconds_per_step"] is not None:
+            rows[name]["seconds_until_sft"] = seconds_until(cells, float(np.mean(finals)))
+        for label, reference in (("versus_sft", sft), ("versus_best", best)):
             if name in trained and reference != name and reference in means:
                 rows[name][label] = paired_interval(cells, variants[reference])
     return {"best": best, "variants": rows, "failures": dict(failures)}
@@ -141,24 +168,29 @@ def comparison_tables(summary: Mapping[str, Any]) -> Group:
     if any(row["text_bits_per_byte"] is not None for row in rows.values()):
         columns.append(("bits per\nbyte, text", "text_bits_per_byte", 3))
     columns += [("ECE\nin %", "ece", 2), ("seconds\nper step", "seconds_per_step", 3)]
-    costs = _table("Other measures", *(heading for heading, *_ in columns), "peak memory\nin GB", "training\nseeds")
+    headings = [*(heading for heading, *_ in columns), "peak\nmemory\nin GB", "training\nseeds"]
+    if timed := any("seconds_until_sft" in row for row in rows.values()):
+        headings.append("seconds until\nSFT's final\nbits per byte")
+    costs = _table("Other measures", *headings)
     for name, row in rows.items():
         spread, peak = row["rouge_l_std_over_training_seeds"], row["peak_memory_bytes"]
         mean = f"{row['rouge_l']:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
         scores.add_row(name, *(f"{row['sets'][key]:.2f}" for key in sets), mean)
-        if not name.startswith("teacher"):
+        if not is_teacher(name):
             found = (row.get("versus_sft"), row.get("versus_best"))
             gaps.add_row(name, *("-" if gap is None else "{:+.2f} [{:.2f}, {:.2f}]".format(*gap) for gap in found))
         shown = [({**row, **row["other_temperatures"]}[key], digits) for _, key, digits in columns]
         shown += [(None if peak is None else peak / 1e9, 2), (row["training_seeds"], 0)]
-        costs.add_row(name, *("-" if value is None else f"{value:.{digits}f}" for value, digits in shown))
+        until = row.get("seconds_until_sft", "-")
+        ends = [f"{until:.1f}" if isinstance(until, float) else until or "never"] if timed else []
+        costs.add_row(name, *("-" if value is None else f"{value:.{digits}f}" for value, digits in shown), *ends)
     failures = [f"run {name} failed: {reason}" for name, reason in summary["failures"].items()]
     return Group(scores, "", gaps, "", costs, *failures)
 
 
 def _table(title: str, *headings: str) -> Table:
     table = Table(title=title, title_justify="left", box=box.HORIZONTALS, show_edge=False)
-    table.add_column("method", overflow="fold")
+    table.add_column("row", overflow="fold")
     for heading in headings:
         table.add_column(heading, justify="right")
     return table

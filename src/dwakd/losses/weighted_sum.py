@@ -72,7 +72,8 @@ class SumOptions(MethodOptions):
 
     @property
     def supports_sampled(self) -> bool:
-        return all(part.supports_sampled for part in self.losses)
+        others = [part for part in self.losses if part.method_name() != "sft"]  # which has only the cross-entropy
+        return bool(others) and all(part.supports_sampled for part in others)
 
     @model_validator(mode="after")
     def _check_parts(self) -> "SumOptions":
@@ -106,7 +107,6 @@ class WeightedSumLoss(DistillationLoss[SumOptions]):
     """
 
     options_type = SumOptions
-    terms: ClassVar[tuple[str, ...]] = ("ce",)
 
     def __init__(self, *, widths: Widths | None = None, pair: ModelPair | None = None, **options: Any) -> None:
         super().__init__(**options)
@@ -117,6 +117,11 @@ class WeightedSumLoss(DistillationLoss[SumOptions]):
             needs = part.needs_models
             self.parts[name] = METHODS[name](**({needs: models[needs]} if needs else {}), **own)
         self.vocabularies = next((loss.vocabularies for loss in self._losses if loss.vocabularies is not None), None)
+
+    @property
+    def terms(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Names of the terms that the methods can report, in addition to `loss`."""
+        return term_names(self.options)
 
     @property
     def _losses(self) -> list[DistillationLoss[Any]]:

@@ -150,6 +150,13 @@ class EvaluationSection(Section):
 class CompareSection(Section):
     """What `dwakd compare` trains."""
 
-    methods: list[str] = Field([], description="Methods. By default all that work with these models.")
+    methods: list[str] = Field(
+        [],
+        description="Methods, or names of rows. By default all rows, or else all methods that work with these models.",
+    )
     seeds: list[int] = Field([1], description="Training seeds.")
-    options: dict[str, dict[str, Json]] = Field({}, description="Options of each method, by its name.")
+    rows: dict[str, dict[str, Json]] = Field(
+        {},
+        description="Rows of the table by their names: options by their dotted names, such as loss.method or data.train, with "
+        "values that replace those of the recipe.",
+    )
