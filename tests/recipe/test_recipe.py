@@ -84,11 +84,11 @@ def test_the_dump_contains_only_the_loss_options_that_were_given():
         ({"teacher": {"model": "x", "cache_dtype": "bfloat16"}}, r"cache_dtype requires teacher\.cache"),
         (
             {"teacher": {"model": "x", "cache": "c"}, "loss": {"method": "sra"}},
-            r"method sra reads the teacher's attention.*span_weights=uniform",
+            r"method sra reads the teacher's attention.*loss\.span_weights=uniform",
         ),
         (
             {"teacher": {"model": "x", "cache": "c"}, "loss": [{"method": "alm"}, {"method": "sra"}]},
-            r"method sra reads the teacher's attention",
+            r"method sra reads the teacher's attention.*loss\.2\.span_weights=uniform",
         ),
         ({"loss": [{"method": "alm"}, {"temperature": 1}]}, r"^loss\.2\.method is missing"),
         (

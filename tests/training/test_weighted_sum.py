@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from dwakd import DistillConfig, DistillTrainer
+from dwakd import DistillConfig, DistillTrainer, UserError
 from tests.builders import bpe_byte_fallback, byte_bpe, tiny_model, wordpiece
 from tests.command_line import run as call
 from tests.training.builders import ROWS, assert_same, trainer, weights
@@ -57,6 +57,13 @@ def test_two_teachers(tmp_path, folders):
     assert metrics["eval_min_ed.kd"] > 0
 
 
+def test_two_tokenizers_are_refused(tmp_path):
+    """The message must name the part, because a sum as such works with any tokenizers."""
+    losses = {"losses": [{"method": "alm"}, {"method": "kd"}]}
+    with pytest.raises(UserError, match="method kd requires a teacher with the student's tokenizer"):
+        trainer(tmp_path, method="sum", loss_options=losses, two_tokenizers=True)
+
+
 def test_a_recipe_lists_the_methods(tmp_path, folders, monkeypatch, capsys):
     """From the file to the run folder: caches, overrides of a part, metrics by their names, and the saved recipe."""
     rows = tmp_path / "rows.jsonl"
@@ -76,6 +83,7 @@ def test_a_recipe_lists_the_methods(tmp_path, folders, monkeypatch, capsys):
     assert code == 0, error
     saved = yaml.safe_load((out / "dwakd-recipe.yaml").read_text(encoding="utf-8"))
     assert saved["loss"] == [LOSSES[0], {**LOSSES[1], "weight": 0.25}]
+    assert "method `dwa_kd + min_ed`" in (out / "README.md").read_text(encoding="utf-8")
     history = json.loads((out / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     terms = {"ce", "dwa_kd.t2s_ce", "dwa_kd.kd_student", "dwa_kd.kd_teacher", "min_ed.kd"}
     assert terms <= history[0].keys()

@@ -45,6 +45,11 @@ class MethodOptions(Section):
         return f" of method {cls.method_name()}"
 
     @property
+    def parts(self) -> "list[MethodOptions]":
+        """The options of the methods of a sum, or else these alone."""
+        return [self]
+
+    @property
     def cross_entropy_weight(self) -> float:
         """Weight of the cross-entropy: the option `ce_weight`, or else 1 - `kd_rate`, or else 1."""
         rest: float = 1.0 - getattr(self, "kd_rate", 0.0)

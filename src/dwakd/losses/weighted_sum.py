@@ -56,6 +56,10 @@ class SumOptions(MethodOptions):
         return max((part.needs_models for part in self.losses), key=(None, "widths", "pair").index)
 
     @property
+    def parts(self) -> list[MethodOptions]:
+        return self.losses
+
+    @property
     def names(self) -> list[str]:
         """The methods of the parts."""
         return [part.method_name() for part in self.losses]

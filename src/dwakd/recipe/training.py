@@ -12,7 +12,7 @@ from dwakd.errors import UserError
 from dwakd.losses import MethodOptions, method_options
 from dwakd.losses.options import Temperature
 from dwakd.losses.several_teachers import Gate
-from dwakd.losses.weighted_sum import SumOptions, term_names
+from dwakd.losses.weighted_sum import term_names
 from dwakd.recipe.sections import Count, DataSection, Share, options_of
 from dwakd.validation import parse
 
@@ -190,9 +190,10 @@ def check_best_metric(metric: str, method: MethodOptions, *, rouge_l: bool) -> N
 
 def refuse_cached_attention(options: MethodOptions) -> None:
     """Raise UserError if the method reads the teacher's attention, which a cache does not contain."""
-    for part in options.losses if isinstance(options, SumOptions) else [options]:
+    for number, part in enumerate(options.parts, start=1):
         if part.needs_attention:
+            prefix = "loss." if part is options else f"loss.{number}."
             raise UserError(
-                f"method {part.method_name()} reads the teacher's attention, which a cache does not contain; set its option "
-                "span_weights=uniform, or train without teacher.cache"
+                f"method {part.method_name()} reads the teacher's attention, which a cache does not contain; set "
+                f"{prefix}span_weights=uniform, or train without teacher.cache"
             )

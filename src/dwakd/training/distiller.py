@@ -111,9 +111,10 @@ def build_method(
         if needs.needs_models == "pair":
             ends = own.end_token_id, encoder.end_token_id
             pair = ModelPair(widths, own.token_bytes(), encoder.token_bytes(), head, teacher.head, ends)
-        if needs.needs_same_vocabulary and own.tokenizer.get_vocab() != encoder.tokenizer.get_vocab():
+        one_tokenizer = [part.method_name() for part in needs.parts if part.needs_same_vocabulary]
+        if one_tokenizer and own.tokenizer.get_vocab() != encoder.tokenizer.get_vocab():
             raise UserError(
-                f"method {args.method} requires a teacher with the student's tokenizer, and their tokenizers differ: "
+                f"method {one_tokenizer[0]} requires a teacher with the student's tokenizer, and their tokenizers differ: "
                 "use dwa_kd, or dskd with attention, which work with any tokenizers"
             )
         losses.append(build_loss(args.method, args.loss_options, widths=widths, pair=pair))

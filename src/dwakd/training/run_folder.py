@@ -179,7 +179,8 @@ def alone_in(folder: Path) -> Iterator[None]:
 def write_card(recipe: Recipe, folder: Path) -> None:
     """Write README.md: from what and how the student was made, and how to load it."""
     teachers = "`, `".join(teacher.model for teacher in recipe.teachers) or "none"
-    header = {"library_name": "transformers", "tags": ["dwakd", "knowledge-distillation", recipe.method]}
+    methods = [part.method_name() for part in recipe.loss.parts]
+    header = {"library_name": "transformers", "tags": ["dwakd", "knowledge-distillation", *methods]}
     if recipe.student.peft:
         header |= {"library_name": "peft", "base_model": recipe.student.model}
     loader = "AutoPeftModelForCausalLM" if recipe.student.peft else "AutoModelForCausalLM"
@@ -187,7 +188,7 @@ def write_card(recipe: Recipe, folder: Path) -> None:
 {yaml.safe_dump(header, sort_keys=False)}---
 # {folder.name}
 
-Student `{recipe.student.model}`, teacher `{teachers}`, method `{recipe.method}`, data `{recipe.data.train}`, prompts by
+Student `{recipe.student.model}`, teacher `{teachers}`, method `{" + ".join(methods)}`, data `{recipe.data.train}`, prompts by
 the template `{recipe.data.template!r}`. This folder also contains the whole recipe and the versions of all packages.
 
 ```python
