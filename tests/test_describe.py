@@ -33,7 +33,7 @@ def test_every_option_has_a_meaning_and_allowed_values(method):
 
 
 def test_the_sum_is_listed_and_explained():
-    """A user who does not find it would write a training loop for two methods."""
+    """The sum of methods is in the list of methods and has a page."""
     assert "Sum: add the losses" in shown(methods_table())
     page = shown(method_page("sum"))
     assert "losses  required" in page

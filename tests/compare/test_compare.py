@@ -103,7 +103,7 @@ def test_cells_of_another_recipe_are_refused(tmp_path):
 
 
 def test_rows_with_the_same_data_and_models_share_a_cache(tmp_path):
-    """A cache contains the teacher's states of one data set: another one is refused, after hours of other runs."""
+    """Rows share a teacher cache if, and only if, their data and models are the same."""
     given = recipe(teacher={"model": "teacher", "cache": "mine"}, compare={"rows": {**ROWS, "other": {**OTHER}}})
     runner = Runner(given, tmp_path, 1)
     rows = {row.name: runner.recipe(Cell(row, 1)) for row in variants_of(given, given.compare, ablation=False)}

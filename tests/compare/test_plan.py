@@ -1,4 +1,4 @@
-"""Each run of a comparison has the right method, options, data and seeds."""
+"""Test that each run of a comparison has the right method, options, data and seeds."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def rows_of(given=None, *, ablation=False):
 
 
 def test_rows_change_the_recipe():
-    """Options of the recipe's method stay unless the row changes the method, which has other options."""
+    """A row keeps the options of the recipe's method, unless it changes the method."""
     recipes = {name: row.recipe(recipe()) for name, row in rows_of().items()}
     assert list(recipes) == list(ROWS)
     assert recipes["sft"].loss_options == {}
@@ -28,7 +28,7 @@ def test_rows_change_the_recipe():
 
 
 def test_methods_are_rows_of_their_own_and_select_rows():
-    """`--methods` names rows of the recipe or, without such a row, methods."""
+    """`compare.methods` contains names of rows, or of methods without a row."""
     found = rows_of(recipe(compare={"methods": ["dskd", "uld", "dwa_kd"], "rows": {"dskd": ROWS["dskd"]}}))
     assert {name: row.recipe(recipe()).loss_options for name, row in found.items()} == {
         "dskd": {"kd_rate": 0.3},
@@ -40,7 +40,7 @@ def test_methods_are_rows_of_their_own_and_select_rows():
 
 
 def test_a_sum_in_the_recipe_is_kept_and_replaced():
-    """A row that sets a method must not add it to the recipe's sum; a row may also change a part of the sum."""
+    """A row can replace the recipe's sum by a method, or change one part of the sum."""
     rows = {"alm": {"loss.method": "alm"}, "half": {"loss.2.weight": 0.5}, "sum": {}}
     losses = [{"method": "dwa_kd"}, {"method": "alm"}]
     base = recipe(loss=losses, compare={"rows": rows})
@@ -62,7 +62,7 @@ def test_a_run_that_reads_attention_has_no_cache():
 
 
 def test_ablation_rows_switch_what_their_names_say():
-    """A row of the ablation that trains something else would make the table wrong."""
+    """Each row of the ablation turns off what its name says."""
     variants = rows_of(ablation=True)
     rows = {name: variant.recipe(recipe()) for name, variant in variants.items()}
     assert len(rows) == 6
@@ -74,7 +74,7 @@ def test_ablation_rows_switch_what_their_names_say():
 
 
 def test_the_row_to_compare_with_is_sft_on_the_given_data():
-    """SFT on other data is no baseline of the methods."""
+    """The baseline is the row `sft`, or else the first row with this method on the recipe's data."""
     variants = list(rows_of().values())
     assert sft_row(variants, recipe()) == "sft"
     assert sft_row(variants[1:], recipe()) is None
@@ -84,7 +84,7 @@ def test_the_row_to_compare_with_is_sft_on_the_given_data():
 
 @pytest.mark.parametrize("method", [name for name, cls in METHODS.items() if cls.options_type.needs_teacher])
 def test_every_method_has_a_share_of_distillation_to_search(method):
-    """A method whose weight has another name would be searched over learning rates only."""
+    """The search varies a weight of distillation for every method that has one."""
     found = [row.recipe(recipe()).loss_options for row in search_of(Variant(method, {"loss.method": method}), recipe())]
     before = Variant(method, {"loss.method": method}).recipe(recipe()).loss_options
     changed = [options.items() - before.items() for options in found]
@@ -94,7 +94,7 @@ def test_every_method_has_a_share_of_distillation_to_search(method):
 
 
 def test_the_search_is_the_same_for_every_row():
-    """A row with fewer candidates would be at a disadvantage."""
+    """The search tries the same number of candidates for every row that distils."""
     found = {name: search_of(variant, recipe()) for name, variant in rows_of().items()}
     assert [len(variants) for variants in found.values()] == [3, 6, 6, 3, 6]
     assert {row.recipe(recipe()).loss.kd_rate for row in found["dskd"]} == {0.3, 0.15}
@@ -128,19 +128,19 @@ def test_the_search_is_the_same_for_every_row():
     ],
 )
 def test_mistakes_show_before_anything_runs(section, message):
-    """Otherwise the last row of a comparison would fail after hours."""
+    """Invalid rows are reported before the first run starts."""
     with pytest.raises(UserError, match=message):
         rows_of(recipe(compare=section))
 
 
 def test_rows_that_are_not_selected_are_validated_too():
-    """A mistake in a row would otherwise appear when the row is first selected."""
+    """Rows that `compare.methods` does not select are validated too."""
     with pytest.raises(UserError, match="unknown option"):
         rows_of(recipe(compare={"methods": ["sft"], "rows": {"a": {"loss.tau": 1}}}))
 
 
 def test_a_row_without_a_teacher_is_named():
-    """A comparison of sft alone needs no teacher, but each row of another method does."""
+    """A comparison of sft alone needs no teacher; a row of another method without one is named."""
     given = recipe(teacher=None)
     assert Cell(rows_of(given)["sft"], 1).recipe(given).teachers == []
     with pytest.raises(UserError, match=r"^compare\.rows\.dskd: method dskd needs a teacher"):

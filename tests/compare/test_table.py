@@ -74,7 +74,7 @@ def test_reasons_of_failures_belong_to_their_rows():
 
 
 def test_seconds_until_the_final_value_of_sft():
-    """Users ask what the same quality costs: the mean over seeds decides, at the first evaluation that reaches it."""
+    """The time is that of the first evaluation whose mean over the seeds reaches the final mean of SFT."""
     one = scores(1.0, 2.0)
     sft = [replace(one, dev=((10, 3.0), (20, 2.0), (30, value))) for value in (1.0, 1.4)]
     early = [replace(one, seconds_per_step=2.0, dev=((10, 1.2), (20, value))) for value in (1.0, 1.2)]
@@ -92,7 +92,7 @@ def test_seconds_until_the_final_value_of_sft():
 
 
 def test_evaluations_are_read_from_the_log(tmp_path):
-    """The log also contains the losses of the steps."""
+    """Evaluations on the dev set are read from the log of the training."""
     history = [
         {"step": 5, "loss": 2.0},
         {"step": 5, "eval_bits_per_byte": 1.5},

@@ -1,4 +1,4 @@
-"""A sum is its parts, added: values, gradients, names, needs and mistakes."""
+"""Test that a sum of methods has the value, the gradients, the terms and the needs of its parts."""
 
 import copy
 import dataclasses
@@ -39,7 +39,7 @@ def gradients(value, loss, student):
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("losses", SUMS, ids=lambda losses: "+".join(part["method"] for part in losses))
 def test_a_sum_is_its_parts_with_one_cross_entropy(losses, sampled):
-    """A second cross-entropy would change the balance that the weights describe; on sampled responses there is none."""
+    """A sum is the weighted sum of its parts with the cross-entropy of the first; sampled responses have none."""
     loss = build(losses)
     student, teacher = sides(sampled=sampled)
     output = loss(student, teacher)
@@ -63,7 +63,7 @@ def test_a_sum_is_its_parts_with_one_cross_entropy(losses, sampled):
 
 
 def test_needs_are_those_of_the_parts():
-    """A need that is lost would show as a crash after the models are loaded, or as a loss without its input."""
+    """A sum needs what any of its parts needs."""
     needs = ("needs_teacher", "needs_models", "needs_attention", "needs_edit_alignment", "needs_same_vocabulary")
     for losses, expected in (
         ([{"method": "sft"}], (False, None, False, False, False)),
@@ -84,7 +84,7 @@ def test_needs_are_those_of_the_parts():
 
 
 def test_schedules_and_projections_are_those_of_the_parts():
-    """Without the step, a schedule would stay at its start; without the projection, several teachers have no gate."""
+    """A sum sets the step of its parts, and has the projection of the first part that has one."""
     loss = build([{"method": "alm"}, {"method": "dwa_kd", "gamma_end": 2.0, "gamma_steps": 4}])
     loss.set_step(4)
     assert loss.parts["dwa_kd"].gamma == 2.0
@@ -111,6 +111,6 @@ def test_schedules_and_projections_are_those_of_the_parts():
     ],
 )
 def test_mistakes_in_parts_are_named(losses, message):
-    """An option without effect would make the user believe in another loss than the one that is trained."""
+    """Invalid parts, and parts or options without an effect, are refused in one sentence."""
     with pytest.raises(UserError, match=message):
         WeightedSumLoss(losses=losses)

@@ -1,4 +1,4 @@
-"""Runs that train with a sum of methods."""
+"""Test runs that train with a sum of methods."""
 
 import json
 
@@ -26,7 +26,7 @@ def folders(tmp_path_factory):
 
 
 def test_accumulation_changes_nothing_and_a_run_resumes(tmp_path):
-    """Parts whose maps or steps were not in the checkpoint would continue as another run."""
+    """Gradient accumulation does not change a run, and checkpoints contain the maps and steps of all parts."""
     options = {"method": "sum", "loss_options": {"losses": LOSSES}, "save_strategy": "steps", "save_steps": 2}
     whole = trainer(tmp_path / "whole", **options)
     whole.train()
@@ -39,7 +39,7 @@ def test_accumulation_changes_nothing_and_a_run_resumes(tmp_path):
 
 
 def test_two_teachers(tmp_path, folders):
-    """Each teacher has its own sum, with its own maps and alignment; the gate is that of dwa_kd."""
+    """Each teacher has its own sum, with its own maps and alignment. The gate is that of dwa_kd."""
     args = DistillConfig(
         output_dir=str(tmp_path),
         method="sum",
@@ -58,14 +58,14 @@ def test_two_teachers(tmp_path, folders):
 
 
 def test_two_tokenizers_are_refused(tmp_path):
-    """The message must name the part, because a sum as such works with any tokenizers."""
+    """The message names the part that requires one tokenizer."""
     losses = {"losses": [{"method": "alm"}, {"method": "kd"}]}
     with pytest.raises(UserError, match="method kd requires a teacher with the student's tokenizer"):
         trainer(tmp_path, method="sum", loss_options=losses, two_tokenizers=True)
 
 
 def test_a_recipe_lists_the_methods(tmp_path, folders, monkeypatch, capsys):
-    """From the file to the run folder: caches, overrides of a part, metrics by their names, and the saved recipe."""
+    """A recipe with a list of methods trains: with a cache, overrides of a part, metrics of parts, and a saved recipe."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
     training = {"max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True}

@@ -102,7 +102,7 @@ class Cell:
         evaluation = recipe.evaluation
         if self.search:
             training |= {"load_best_model_at_end": False, "save_strategy": "no"}
-            evaluation = evaluation.model_copy(update={"test": []})
+            evaluation = evaluation.model_copy(update={"test": [], "text": []})
         teachers = recipe.teachers
         if recipe.loss.needs_attention:  # a cache contains no attention
             teachers = [teacher.model_copy(update={"cache": None, "cache_dtype": None}) for teacher in teachers]
