@@ -17,6 +17,7 @@ LAYERS = (
     ("recipe", "data"),
     ("models", "cache"),
     ("evaluation",),
+    ("answers",),
     ("training",),
     ("compare", "report", "tools", "describe", "environment"),
     ("cli", "cli_options", "__init__", "__main__"),

@@ -1,4 +1,4 @@
-"""The command line: `dwakd train | cache | eval | similarity | compare | shrink | demo | methods | schema | env`."""
+"""The command line: `dwakd train | cache | generate | eval | similarity | compare | shrink | demo | methods | schema | env`."""
 
 from __future__ import annotations
 
@@ -106,6 +106,25 @@ def cache(
     if os.environ.get("RANK", "0") == "0":
         console.print(text, soft_wrap=True, highlight=False)
     end_of_run()
+
+
+@app.command()
+def generate(
+    recipe: Annotated[Path, typer.Argument(help="A recipe whose section generate names prompts and options.")],
+    overrides: Overrides = None,
+    output: Annotated[Path | None, _output("The jsonl file of the answers; generate.output by default.")] = None,
+) -> None:
+    """Let the teacher of a recipe, or an endpoint, answer prompts, and write prompts and answers as jsonl.
+
+    If the command is started again, it continues with the prompts that are not answered. data.responses=teacher trains
+    on the answers; dwakd train then runs this command first if the file is missing.
+    """
+    _silence_transformers()
+    from dwakd.answers.run import generate_command
+
+    text = generate_command(recipe, overrides or [], output)
+    if os.environ.get("RANK", "0") == "0":
+        console.print(text, soft_wrap=True, highlight=False)
 
 
 @app.command("eval")

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from dwakd.answers.run import training_examples
 from dwakd.cli import main
 from dwakd.compare import compare
 from dwakd.compare.compare import Runner, compare_methods, search
 from dwakd.compare.plan import RATES, Cell, Variant, variants_of
 from dwakd.errors import UserError
 from dwakd.recipe.files import RECIPE_FILE
+from dwakd.recipe.recipe import load_recipe
+from tests.answers.builders import make_folder
 from tests.compare.builders import ROWS, recipe
 
 OTHER = {"loss.method": "alm", "teacher": {"model": "other", "cache": "own"}}
@@ -59,6 +62,30 @@ def test_a_teacher_that_cannot_be_evaluated_is_reported(tmp_path, monkeypatch):
     compare_methods(given, tmp_path / "out")
     failed = json.loads((tmp_path / "out" / "comparison.json").read_text())["variants"]["teacher"]["failed"]
     assert "./missing does not exist" in failed
+
+
+def test_the_teacher_answers_once_for_all_runs(tmp_path, monkeypatch):
+    """Each run would otherwise load the teacher and answer every prompt, and two at a time would do so twice."""
+    make_folder(tmp_path)
+    read = load_recipe(
+        tmp_path / "recipe.yaml",
+        [
+            "data.responses=teacher",
+            "generate.output=null",
+            f"evaluation.test=[{tmp_path / 'labelled.jsonl'}]",
+            "compare={methods: [sft], seeds: [1, 2]}",
+        ],
+        "compare",
+    )
+    monkeypatch.setattr(
+        Runner, "run", lambda self, cells: runs.extend(cell.recipe(self.recipe) for cell in cells) or {}
+    )
+    runs = []
+    compare_methods(read, tmp_path / "out")
+    assert (tmp_path / "out" / "answers.jsonl").is_file()
+    monkeypatch.setattr("dwakd.answers.run.load_causal_lm", lambda *args, **options: pytest.fail("loaded"))
+    assert [len(training_examples(run)) for run in runs] == [len(training_examples(runs[0]))] * 2
+    compare_methods(read, tmp_path / "out")
 
 
 def test_finished_cells_are_kept_and_a_failed_one_says_why(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import torch
 
 from dwakd.data.prompts import Prompts
 from dwakd.errors import UserError
-from dwakd.recipe.sections import DataSection
+from dwakd.recipe.recipe import recipe_from_dict
 from dwakd.training.run import recipe_examples
 from tests.training.builders import ROWS, assert_same, trainer, weights
 
@@ -95,7 +95,9 @@ def test_rows_without_a_response_are_skipped(tmp_path: Path, caplog: pytest.LogC
     with pytest.raises(UserError, match=r"the train dataset, row 3 .*'response' .*null"):
         trainer(tmp_path, rows=rows, method="sft")
     path = str(write(tmp_path / "rows.jsonl", rows))
-    train, evaluation = recipe_examples(DataSection(train=path, eval=path, invalid_rows="skip"))
+    data = {"train": path, "eval": path, "invalid_rows": "skip"}
+    recipe = recipe_from_dict({"student": {"model": "x"}, "data": data, "loss": {"method": "sft"}})
+    train, evaluation = recipe_examples(recipe)
     assert [len(train), len(evaluation or [])] == [3, 3]
 
 

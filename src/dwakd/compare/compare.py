@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Group
 
+from dwakd.answers.run import answer_recipe
 from dwakd.compare.plan import Cell, Variant, search_of, sft_row, variants_of
 from dwakd.compare.table import CellScores, comparison_tables, num_evaluated, read_cell, summarise_comparison
 from dwakd.errors import UserError
@@ -31,8 +32,8 @@ from dwakd.training.cache_run import cache_recipe
 from dwakd.training.run import check_options
 from dwakd.training.run_folder import RUN_FILE, check_same_recipe
 
-MOVABLE = re.compile(r"teacher\.(\d+\.)?cache$")
-"""Options that may differ between finished runs, because they only name a folder."""
+MOVABLE = re.compile(r"(teacher\.(\d+\.)?cache|generate\.(output|batch_size))$")
+"""Options that may differ between finished runs, because they only name a file or change the speed."""
 
 
 def compare_methods(
@@ -56,7 +57,7 @@ def compare_methods(
     """
     check_output_folder(folder)
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if names and not names & {"recipes", "cells", "teacher-cache"}:
+    if names and not names & {"recipes", "cells", "teacher-cache", "answers.parts"}:
         raise UserError(f"{folder} is not empty and contains no comparison: choose another folder with --output")
     section = recipe.compare or CompareSection()
     if lr_sweep and recipe.data.eval is None:
@@ -65,12 +66,14 @@ def compare_methods(
     if not seeds:
         raise UserError("compare.seeds is empty: set at least one training seed")
     variants = variants_of(recipe, section, ablation=ablation)
+    recipe = _with_answer_file(recipe, folder)
     runner = Runner(recipe, folder, jobs)
     rows = [runner.recipe(Cell(variant, seeds[0])) for variant in variants]
     for variant, row in zip(variants, rows, strict=True):
         with variant.named():
             check_options(row, folder)
     plan = _plan(recipe)
+    _answer_prompts(rows, plan)
     with_teacher = [row for row in rows if row.loss.needs_teacher]
     _build_caches(with_teacher)
     failures: dict[str, str] = {}
@@ -93,6 +96,18 @@ def compare_methods(
     summary["chosen"] = {variant.name: dataclasses.asdict(variant) for variant in variants}
     write_json(folder / "comparison.json", summary)
     return comparison_tables(summary), bool(finished)
+
+
+def _with_answer_file(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe with a file of the teacher's answers, which all runs share."""
+    output = recipe.generate.output or str(folder / "answers.jsonl")
+    return recipe.model_copy(update={"generate": recipe.generate.model_copy(update={"output": output})})
+
+
+def _answer_prompts(rows: Sequence[Recipe], plan: EvaluationPlan) -> None:
+    """Let the teacher answer the prompts of the rows that train on its answers, unless that is done."""
+    for row in {repr(row.generate): row for row in rows if row.data.responses == "teacher"}.values():
+        answer_recipe(row, plan)
 
 
 def _with_caches(row: Recipe, recipe: Recipe, folder: Path) -> Recipe:

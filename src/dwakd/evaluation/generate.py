@@ -7,7 +7,7 @@ that number. Apart from rounding in padded forward passes, an answer depends onl
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby, takewhile
 from typing import Any, NamedTuple, TypeAlias
@@ -60,9 +60,18 @@ def answer_passes(
     work = [(texts, options, batch) for texts, options in zip(answers, passes, strict=True) for batch in batches]
     with evaluating(model), progress_bar(disable=not progress) as bar:
         for texts, options, batch in bar.track(work, description="answers"):
-            for row, text in zip(batch.rows, _answer(base, encoder, batch, options), strict=True):
-                texts[row] = text
+            for row, answer in zip(batch.rows, generate_batch(base, encoder, batch, options), strict=True):
+                texts[row] = answer.text
     return answers
+
+
+class Generated(NamedTuple):
+    """An answer of a model."""
+
+    text: str
+    ids: list[int]  # without the end token
+    ended: bool  # false if the answer was cut before an end token
+    log_prob: float  # the model's mean log-probability per token at temperature 1, with the end token
 
 
 class PromptBatch(NamedTuple):
@@ -107,29 +116,37 @@ def answerable_prompts(
     return prompts
 
 
-def _answer(model: PreTrainedModel, encoder: TextEncoder, batch: PromptBatch, options: GenerationOptions) -> list[str]:
+def generate_batch(
+    model: PreTrainedModel, encoder: TextEncoder, batch: PromptBatch, options: GenerationOptions
+) -> list[Generated]:
+    """Answer the prompts of a batch; `batch.rows` select the random numbers of each prompt."""
     prompts = [torch.tensor(ids) for ids in batch.prompts]
     ends, pad_id = encoder.end_token_ids, encoder.tokenizer.pad_token_id
     pad_id = encoder.end_token_id if pad_id is None else int(pad_id)  # padding is masked, so any token is correct
     pad = partial(pad_sequence, batch_first=True, padding_side="left")
     input_ids, mask = pad(prompts, padding_value=pad_id), pad([torch.ones_like(ids) for ids in prompts])
     length = input_ids.shape[1]
-    sampler = []
+    recorder = LogProbs()
     if options.seed is not None:
         uniforms = streams(options.seed, batch.rows, batch.max_new_tokens, model.device)
-        sampler = [SeededSampling(uniforms, length, options.temperature, options.top_p)]
+        recorder.sampler = SeededSampling(uniforms, length, options.temperature, options.top_p)
     settings = {"max_new_tokens": batch.max_new_tokens, "eos_token_id": ends, "pad_token_id": pad_id, "use_cache": True}
     settings["no_repeat_ngram_size"] = options.no_repeat_ngram_size  # bans tokens before the sampler chooses one
     config = GenerationConfig(do_sample=False, **settings)  # the sampler, if any, leaves only one token possible
     inputs = {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device)}
     saved, model.generation_config = model.generation_config, config  # `generate` reads the unset values from the model
     try:
-        output = model.generate(**inputs, generation_config=config, logits_processor=sampler)
+        output = model.generate(**inputs, generation_config=config, logits_processor=[recorder])
     finally:
         model.generation_config = saved
-    new_ids = [list(takewhile(lambda id: id not in ends, ids)) for ids in output[:, length:].tolist()]
     decode = partial(encoder.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return [decode(ids).strip() for ids in new_ids]
+    answers = []
+    for new_ids, log_probs in zip(output[:, length:].tolist(), torch.stack(recorder.steps, 1).tolist(), strict=True):
+        ids = list(takewhile(lambda id: id not in ends, new_ids))
+        count = min(len(ids) + 1, len(new_ids))
+        mean = sum(log_probs[:count]) / count
+        answers.append(Generated(decode(ids).strip(), ids, len(ids) < len(new_ids), mean))
+    return answers
 
 
 def streams(seed: int, rows: Sequence[int], steps: int, device: torch.device) -> Float[Tensor, "batch steps"]:
@@ -161,6 +178,23 @@ class SeededSampling:
         # the first token whose cumulative probability exceeds the threshold, so never a token of probability 0
         chosen = torch.searchsorted(cumulative, threshold, right=True).clamp(max=scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+@dataclass(eq=False)
+class LogProbs:
+    """Logits processor that records the log-probability of each next token, greedy or chosen by `sampler`."""
+
+    sampler: SeededSampling | None = None
+    steps: list[Float[Tensor, " batch"]] = field(default_factory=list)
+
+    def __call__(
+        self, input_ids: Int[Tensor, "batch length"], scores: Float[Tensor, "batch vocab"]
+    ) -> Float[Tensor, "batch vocab"]:
+        """Return the scores of the sampler, or `scores`, the logits of the next token, if there is none."""
+        left = scores if self.sampler is None else self.sampler(input_ids, scores)
+        chosen = scores.gather(1, left.argmax(dim=1, keepdim=True)).squeeze(1)
+        self.steps.append(chosen - scores.logsumexp(dim=1))
+        return left
 
 
 def progress_bar(*, disable: bool) -> bars.Progress:

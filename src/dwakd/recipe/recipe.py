@@ -15,13 +15,20 @@ from dwakd.errors import UserError
 from dwakd.losses import METHODS, SUM, MethodOptions
 from dwakd.losses.weighted_sum import SumOptions
 from dwakd.recipe.files import read_recipe
-from dwakd.recipe.sections import CompareSection, DataSection, EvaluationSection, StudentSection, TeacherSection
+from dwakd.recipe.sections import (
+    CompareSection,
+    DataSection,
+    EvaluationSection,
+    GenerateSection,
+    StudentSection,
+    TeacherSection,
+)
 from dwakd.recipe.training import TrainingSection, check_best_metric, refuse_cached_attention
 from dwakd.validation import Section, parse
 
 DEFAULT_METHOD = "dwa_kd"
 NEED_EVALUATION = ("eval_strategy", "eval_rouge_l", "load_best_model_at_end", "metric_for_best_model")
-Command = Literal["train", "cache", "compare"]
+Command = Literal["train", "cache", "compare", "generate"]
 
 if TYPE_CHECKING:
     Loss: TypeAlias = MethodOptions
@@ -33,7 +40,7 @@ else:
 
 
 class Recipe(Section):
-    """A training run. Validation with the context "cache" or "compare" permits what only those commands can use."""
+    """A training run. Validation with another command as the context permits what only that command can use."""
 
     student: StudentSection = Field(description="The model to train.")
     data: DataSection = Field(description="The rows to train on, and how they become text.")
@@ -43,6 +50,7 @@ class Recipe(Section):
     )
     training: TrainingSection = Field({}, description="Options of transformers.TrainingArguments and of DistillConfig.")
     evaluation: EvaluationSection = Field(EvaluationSection(), description="Test sets to answer after the training.")
+    generate: GenerateSection = Field(GenerateSection(), description="The prompts that the teacher answers.")
     compare: CompareSection | None = Field(None, description="What `dwakd compare` trains.")
 
     @field_validator("loss", mode="wrap")
@@ -86,8 +94,13 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_run(self, info: Any) -> Recipe:  # a ValidationInfo, a protocol that beartype cannot check
         command = info.context or "train"
-        if command == "compare" or (command == "cache" and self.compare is not None):
+        answers = command == "generate" or self.data.responses == "teacher"
+        if answers and not self.teachers and self.generate.endpoint is None:
+            raise UserError("nobody answers the prompts: add a teacher section to the recipe, or set generate.endpoint")
+        if command in ("compare", "generate") or (command == "cache" and self.compare is not None):
             return self
+        if self.data.responses == "teacher" and self.generate.output is None:
+            raise UserError("data.responses: teacher requires generate.output, the file of the teacher's answers")
         if self.loss.needs_teacher and not self.teachers:
             raise UserError(f"method {self.method} needs a teacher: add a teacher section to the recipe")
         for teacher in self.teachers:

@@ -9,10 +9,10 @@ import typing
 from typing import Annotated, Any, Literal
 
 from peft import LoraConfig
-from pydantic import AfterValidator, Field, JsonValue, WithJsonSchema, create_model
+from pydantic import AfterValidator, Field, JsonValue, WithJsonSchema, create_model, model_validator
 
 from dwakd.data.prompts import check_template
-from dwakd.validation import Section, parse
+from dwakd.validation import Options, Section, parse
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=1e-30, le=1e30)]
@@ -125,8 +125,47 @@ class DataSection(Section):
     invalid_rows: Literal["error", "skip"] = Field(
         "error", description="Whether malformed rows, empty responses and too long prompts are an error or skipped."
     )
+    responses: Literal["given", "teacher"] = Field(
+        "given", description="Train on the responses of the rows, or on the teacher's answers to generate.prompts."
+    )
     limit: Count | None = Field(None, description="Only the first rows of the training set.")
     eval_limit: Count | None = Field(None, description="Only the first rows of the evaluation set.")
+
+
+class EndpointSection(Section):
+    """A server with the API of OpenAI. Its key, if it needs one, is read from the variable OPENAI_API_KEY."""
+
+    base_url: str = Field(description="Address of the API, such as http://localhost:8000/v1.")
+    model: str = Field(description="Name of the model on the server.")
+
+
+class GenerateSection(Options):
+    """Which prompts the teacher answers, how it decodes, and which answers are left out."""
+
+    prompts: list[str] = Field([], description="Files or ids on the hub. By default the recipe's data.train.")
+    output: str | None = Field(None, description="The jsonl file of the answers. It is made if it is missing.")
+    endpoint: EndpointSection | None = Field(None, description="A server that answers instead of the teacher.")
+    samples: Count = Field(1, description="Answers to each prompt; several need a temperature above 0.")
+    temperature: float = Field(0.0, ge=0, description="Sampling temperature; 0 decodes greedily.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens that together reach this.")
+    seed: int = Field(0, ge=0, description="Seed of the sampling; sample number i, from 0, has the seed plus i.")
+    max_new_tokens: Count = Field(256, description="Most tokens of an answer; longer ones are cut and left out.")
+    batch_size: Count = Field(16, description="Prompts in one forward pass, or requests at a time to an endpoint.")
+    limit: Count | None = Field(None, description="Only the first prompts of each file.")
+    min_characters: Count = Field(1, description="Leave out answers with fewer characters.")
+    max_characters: Count | None = Field(None, description="Leave out answers with more characters.")
+    max_repetition: float | None = Field(
+        None, ge=0, le=1, description="Leave out answers with a larger share of four-word sequences that are repeated."
+    )
+    min_log_prob: float | None = Field(
+        None, le=0, description="Leave out answers whose mean log-probability per token, by the teacher, is lower."
+    )
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> GenerateSection:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("samples above 1 requires a temperature above 0: greedy answers are all equal")
+        return self
 
 
 class EvaluationSection(Section):

@@ -33,7 +33,7 @@ def cache_recipe(recipe: Recipe, folder: str | Path | None = None, *, check: boo
             "teacher.cache is missing: name the folder of a teacher's cache in the recipe (or with --output)"
         )
     args = training_config(recipe, "unused")
-    train, evaluation = recipe_examples(recipe.data)
+    train, evaluation = recipe_examples(recipe)
     teachers = [
         None if place is None else load_section(section.model_copy(update={"cache": str(place)}))[0]
         for section, place in zip(recipe.teachers, folders, strict=True)

@@ -16,14 +16,16 @@ from transformers import Trainer, get_scheduler
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, Example, load_examples
+from dwakd.answers.prompts import eval_rows, train_rows
+from dwakd.answers.run import training_examples
+from dwakd.data.sources import Example
 from dwakd.errors import UserError
 from dwakd.evaluation.run import EvaluationPlan, check_room
 from dwakd.folders import write_file, write_json
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.recipe.files import RECIPE_FILE
 from dwakd.recipe.recipe import Recipe
-from dwakd.recipe.sections import DataSection, StudentSection, TeacherSection, lora_config
+from dwakd.recipe.sections import StudentSection, TeacherSection, lora_config
 from dwakd.recipe.training import DATA_OPTIONS, DistillConfig
 from dwakd.training.distiller import load_student
 from dwakd.training.inputs import make_encoder
@@ -88,20 +90,21 @@ def load_section(section: StudentSection | TeacherSection) -> tuple[Any, Any]:
     return load_causal_lm(section.model, **loading), load_tokenizer(section.model, **options)
 
 
-def recipe_examples(data: DataSection) -> tuple[list[Example], list[Example] | None]:
-    """Read the rows to train on and, if the recipe has an evaluation set, those to evaluate on."""
-    options: dict[str, Any] = data.model_dump(include={"prompt", "response", "input", "invalid_rows"})
-    train = load_examples(data.train, split=TRAIN_SPLITS, limit=data.limit, **options)
-    if data.eval is None:
-        return train, None
-    return train, load_examples(data.eval, split=EVAL_SPLITS, limit=data.eval_limit, **options)
+def recipe_examples(recipe: Recipe, plan: EvaluationPlan | None = None) -> tuple[list[Example], list[Example] | None]:
+    """Read the rows to train on and, if the recipe has an evaluation set, those to evaluate on.
+
+    With `data.responses: teacher` the teacher's answers are made if they are missing; `plan` as in `answer_recipe`.
+    """
+    answered = recipe.data.responses == "teacher"
+    train = training_examples(recipe, plan) if answered else train_rows(recipe.data)
+    return train, eval_rows(recipe.data)
 
 
 def build_trainer(recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan | None = None) -> DistillTrainer:
     """Load the data and the models of a recipe into a trainer; check that the student has room for the plan's prompts."""
     args = check_options(recipe, output_dir)
     peft, data = recipe.student.peft, recipe.data
-    examples, eval_examples = recipe_examples(data)
+    examples, eval_examples = recipe_examples(recipe, plan)
     student, student_tokenizer = load_section(recipe.student)
     if plan is not None:
         check_room(plan, student, make_encoder(student_tokenizer, args))

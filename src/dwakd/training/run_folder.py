@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 RUN_FILE = "dwakd-run.json"
 LOCK_FILE = ".lock"
 _LENGTH = re.compile(r"training\.(max_steps|num_train_epochs)$")
-_CHANGEABLE = re.compile(rf"evaluation\.|training\.disable_tqdm$|{_LENGTH.pattern}")
+_CHANGEABLE = re.compile(rf"evaluation\.|generate\.(output|batch_size)$|training\.disable_tqdm$|{_LENGTH.pattern}")
 """Options that may differ when a run is resumed."""
 
 

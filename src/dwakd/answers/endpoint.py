@@ -1,0 +1,129 @@
+"""A server with the API of OpenAI that answers prompts: vLLM, SGLang, the server of llama.cpp, or a service."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from dwakd.answers.answers import Answer
+from dwakd.answers.local import Advance
+from dwakd.data.rows import Example
+from dwakd.errors import UserError, reason_of
+from dwakd.recipe.sections import EndpointSection, GenerateSection
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+_RETRIES = 5  # with exponential backoff, for errors of the network, of the server, and too many requests
+_DIGITS = 4
+
+
+class EndpointTeacher:
+    """A model behind the chat completions of a server, which applies its own chat template.
+
+    Args:
+        section: address and model.
+        options: how to decode; `batch_size` requests are sent at a time.
+        skip: whether prompts that the server refuses are left out, instead of an error.
+
+    Raises:
+        UserError: the package openai is not installed.
+    """
+
+    def __init__(self, section: EndpointSection, options: GenerateSection, *, skip: bool = False) -> None:
+        try:
+            import openai
+        except ImportError:
+            raise UserError(
+                "generate.endpoint requires the package openai; install it with pip install 'dwakd[openai]'"
+            ) from None
+        self._section, self._options, self._skip, self._openai = section, options, skip, openai
+        key = os.environ.get(KEY_VARIABLE, "none")  # servers of one's own need no key
+        self._client = openai.OpenAI(base_url=section.base_url, api_key=key, max_retries=_RETRIES)
+
+    def check(self, examples: Sequence[Example], source: str) -> None:
+        """Do nothing: only the server knows which prompts are too long."""
+
+    def answer(self, first: int, examples: Sequence[Example], advance: Advance) -> list[list[Answer]]:
+        """Return the samples of each prompt; `first` is not used."""
+        samples = range(self._options.samples)
+
+        def one(work: tuple[Example, int]) -> Answer:
+            answer = self._answer(*work)
+            advance(1)
+            return answer
+
+        with ThreadPoolExecutor(self._options.batch_size) as pool:
+            work = [(example, sample) for example in examples for sample in samples]
+            try:
+                answers = list(pool.map(one, work))
+            except BaseException:  # leave the other requests out
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return [answers[start : start + len(samples)] for start in range(0, len(answers), len(samples))]
+
+    def _answer(self, example: Example, sample: int) -> Answer:
+        options, openai = self._options, self._openai
+        others = dict(example.options or {})
+        request: dict[str, Any] = {"tools": others.pop("tools")} if "tools" in others else {}
+        if documents := others.pop("documents", None):
+            request["extra_body"] = {"documents": documents}
+        if others:
+            request["extra_body"] = {**request.get("extra_body", {}), "chat_template_kwargs": others}
+        if options.min_log_prob is not None:
+            request["logprobs"] = True
+        create = partial(self._client.chat.completions.create, model=self._section.model, messages=example.turns)
+        try:
+            completion = create(
+                max_tokens=options.max_new_tokens,
+                temperature=options.temperature,
+                top_p=options.top_p,
+                seed=options.seed + sample,
+                **request,
+            )
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            if self._skip:
+                return Answer("", 0, "refused", None)
+            raise UserError(
+                f"{example.place}: {self._name} refuses the prompt ({reason_of(error):.300}); shorten or remove it, or "
+                "set data.invalid_rows: skip"
+            ) from error
+        except openai.OpenAIError as error:
+            raise self._failure(error) from error
+        return self._read(completion)
+
+    @property
+    def _name(self) -> str:
+        return f"the endpoint {self._section.base_url}"
+
+    def _failure(self, error: Exception) -> UserError:
+        """Return the sentence for an error that another prompt would have, too."""
+        openai, kept = self._openai, "answers so far are kept"
+        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+            return UserError(f"{self._name} refuses the key; set the variable {KEY_VARIABLE}")
+        if isinstance(error, openai.NotFoundError):
+            fix = "correct generate.endpoint.model or base_url (which often ends in /v1)"
+            return UserError(f"{self._name} does not know the model {self._section.model} or the address; {fix}")
+        if isinstance(error, openai.RateLimitError):
+            fix = f"lower generate.batch_size, or start the command again later: {kept}"
+            return UserError(f"{self._name} still limits the rate of requests after {_RETRIES} retries; {fix}")
+        if isinstance(error, openai.APIConnectionError):
+            fix = f"start the server, or correct generate.endpoint.base_url: {kept}"
+            return UserError(f"{self._name} cannot be reached ({reason_of(error.__cause__ or error):.200}); {fix}")
+        return UserError(f"{self._name} failed ({reason_of(error):.300}); start the command again: {kept}")
+
+    def _read(self, completion: Any) -> Answer:
+        """Convert a response of the server. A refused or filtered answer has no text, so it is left out as empty."""
+        if not getattr(completion, "choices", None):
+            raise UserError(f"{self._name} sent no chat completion; correct generate.endpoint.base_url")
+        choice, usage = completion.choices[0], completion.usage
+        log_prob = None
+        if self._options.min_log_prob is not None:
+            tokens = choice.logprobs.content if choice.logprobs is not None else None
+            if not tokens:
+                raise UserError(f"{self._name} sends no log-probabilities; leave out generate.min_log_prob")
+            log_prob = round(sum(token.logprob for token in tokens) / len(tokens), _DIGITS)
+        count = None if usage is None else usage.completion_tokens
+        text = (choice.message.content or "").strip()
+        return Answer(text, count, "cut" if choice.finish_reason == "length" else "end", log_prob)

@@ -1,0 +1,72 @@
+"""The prompts that a teacher answers, and those of them that also occur in a test set."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from dwakd.data.rows import Example
+from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, load_examples
+from dwakd.evaluation.run import EvaluationPlan
+from dwakd.recipe.recipe import Recipe
+from dwakd.recipe.sections import DataSection
+
+logger = logging.getLogger(__name__)
+
+
+class PromptSet(NamedTuple):
+    """The prompts of one file or hub id."""
+
+    source: str
+    examples: list[Example]
+
+
+def read_prompts(recipe: Recipe) -> list[PromptSet]:
+    """Read `generate.prompts`, or else the prompts of `data.train`; responses need not exist and are ignored."""
+    data, limit = recipe.data, recipe.generate.limit
+    sets = []
+    for source in recipe.generate.prompts or [data.train]:
+        options = _reading(data)
+        if source == data.train:
+            options["limit"] = min(filter(None, (limit, data.limit)), default=None)
+        else:
+            options |= {"limit": limit, "response": None}
+        sets.append(PromptSet(source, load_examples(source, split=TRAIN_SPLITS, need_response=False, **options)))
+    return sets
+
+
+def train_rows(data: DataSection) -> list[Example]:
+    """Read the rows of `data.train`, which must have responses."""
+    return load_examples(data.train, split=TRAIN_SPLITS, limit=data.limit, **_reading(data))
+
+
+def eval_rows(data: DataSection) -> list[Example] | None:
+    """Read the rows of `data.eval`, if there is such a set."""
+    if data.eval is None:
+        return None
+    return load_examples(data.eval, split=EVAL_SPLITS, limit=data.eval_limit, **_reading(data))
+
+
+def _reading(data: DataSection) -> dict[str, Any]:
+    return data.model_dump(include={"prompt", "response", "input", "invalid_rows"})
+
+
+def warn_of_overlap(recipe: Recipe, sets: Sequence[PromptSet], plan: EvaluationPlan) -> None:
+    """Warn if prompts also occur in the test sets of a plan or in `data.eval`; case and white space do not matter."""
+    held_out = {item.source: item.examples for item in plan.sets}
+    if recipe.data.eval is not None:
+        held_out[recipe.data.eval] = eval_rows(recipe.data) or []
+    asked = [_key(example) for one in sets for example in one.examples]
+    for source, examples in held_out.items():
+        known = set(map(_key, examples))
+        if count := sum(key in known for key in asked):
+            logger.warning(
+                "%d of the %d prompts to answer also occur in %s: its scores will be too good; remove them from "
+                "generate.prompts",
+                *(count, len(asked), source),
+            )
+
+
+def _key(example: Example) -> tuple[str, ...]:
+    return tuple(" ".join(str(turn["content"]).casefold().split()) for turn in example.turns)

@@ -1,0 +1,251 @@
+"""Answer the prompts of a recipe, or of rows in memory: the work of `dwakd generate` and of `data.responses: teacher`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from rich.progress import Progress
+
+from dwakd.answers.answers import Answer, Collected, collect, describe
+from dwakd.answers.endpoint import EndpointTeacher
+from dwakd.answers.local import Advance, LocalTeacher
+from dwakd.answers.prompts import PromptSet, read_prompts, train_rows, warn_of_overlap
+from dwakd.answers.store import AnswerFile, read_request
+from dwakd.cache.fingerprint import DATE, adapter_digest, fingerprint, weights_digest
+from dwakd.data.encoding import TextEncoder
+from dwakd.data.rows import Example
+from dwakd.data.sources import load_examples
+from dwakd.errors import UserError
+from dwakd.evaluation.evaluate import data_identity
+from dwakd.evaluation.generate import progress_bar
+from dwakd.evaluation.run import EvaluationPlan, plan_evaluation
+from dwakd.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
+from dwakd.recipe.recipe import Recipe, load_recipe
+from dwakd.recipe.sections import GenerateSection
+
+logger = logging.getLogger(__name__)
+
+_DECODING = ("samples", "temperature", "top_p", "seed", "max_new_tokens")
+_PACKAGES = ("dwakd", "torch", "transformers", "tokenizers")
+
+
+class Teacher(Protocol):
+    """Answers prompts: a loaded model or an endpoint."""
+
+    def check(self, examples: Sequence[Example], source: str) -> None: ...
+
+    def answer(self, first: int, examples: Sequence[Example], advance: Advance) -> list[list[Answer]]: ...
+
+
+class Source(NamedTuple):
+    """A teacher that is not loaded yet. `request`: what its answers depend on, by the name of the option."""
+
+    name: str
+    request: dict[str, Any]
+    load: Callable[[], Teacher]
+
+
+def answer_prompts(
+    model: Any,
+    tokenizer: Any,
+    rows: Any,
+    options: GenerateSection | None = None,
+    *,
+    template: str = "alpaca",
+    bos: str = "auto",
+    special_tokens_in_prompts: str = "parse",
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Return rows with a teacher's answers, which `DistillTrainer`, `encode_rows` and TRL can train on.
+
+    Args:
+        model: the teacher: a loaded causal language model, or the name of one.
+        tokenizer: its tokenizer; may be None if the model is given by name.
+        rows: the prompts, in any form that `load_examples` reads; responses are ignored.
+        options: how to decode and which answers to leave out; `prompts`, `output` and `endpoint` are not used.
+        template: how a row becomes a prompt; `bos` and `special_tokens_in_prompts` as in `TextEncoder`.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: a prompt is empty or too long for the teacher, or no answer is left.
+
+    Examples:
+        >>> answered = answer_prompts("runs/teacher", None, "prompts.jsonl")  # doctest: +SKIP
+        >>> trainer = DistillTrainer(..., train_dataset=answered)  # doctest: +SKIP
+    """
+    options = options or GenerateSection()
+    examples = load_examples(rows, need_response=False, limit=options.limit)
+    name = model if isinstance(model, str) else model.config.name_or_path or type(model).__name__
+    if isinstance(model, str):
+        tokenizer = tokenizer or load_tokenizer(model)
+        model = load_causal_lm(model)
+    check_vocabulary(model, tokenizer, name)
+    teacher = LocalTeacher(model, TextEncoder(tokenizer, template, bos, special_tokens_in_prompts), options)
+    teacher.check(examples, "the rows")
+    with progress_bar(disable=not progress) as bar:
+        answers = teacher.answer(0, examples, _advance(bar, len(examples) * options.samples))
+    return collect(examples, answers, options, name).rows
+
+
+def answer_recipe(
+    recipe: Recipe, plan: EvaluationPlan | None = None, output: str | Path | None = None
+) -> tuple[AnswerFile, Collected]:
+    """Answer the prompts of a recipe, or continue; each rank answers its own part of the prompts.
+
+    Args:
+        recipe: its section `generate` says what to answer and how.
+        plan: test sets; a warning says how many prompts also occur in them or in the recipe's data.eval.
+        output: the file to write; `generate.output` by default.
+
+    Raises:
+        UserError: the teacher, the endpoint or the prompts cannot be used, no answer is left, or there are other
+            answers or files at the output.
+    """
+    options = recipe.generate
+    place = output or options.output
+    if place is None:
+        raise UserError("name the file of the answers with --output or generate.output")
+    path = Path(place).expanduser()
+    sets = read_prompts(recipe)
+    if plan is not None:
+        warn_of_overlap(recipe, sets, plan)
+    examples = [example for one in sets for example in one.examples]
+    source = _source(recipe, path)
+    request = source.request | {f"generate.{name}": getattr(options, name) for name in _DECODING}
+    request["prompts"] = data_identity(examples)["sha256"]
+    file = AnswerFile(path, request, len(examples), options.samples)
+    file.open(_rank())
+    _answer_missing(file, source, sets)
+    answers = file.read()
+    collected = collect(examples, answers, options, source.name)
+    if _rank() == 0:
+        file.write(collected.rows, _about(source, options, sets, collected, answers))
+    return file, collected
+
+
+def training_examples(recipe: Recipe, plan: EvaluationPlan | None = None) -> list[Example]:
+    """Return the rows to train on with `data.responses: teacher`; the answers are made if they are missing.
+
+    They are the answers to `generate.prompts`, and the rows of `data.train` with their own responses unless this data
+    set is among the prompts.
+    """
+    _, collected = answer_recipe(recipe, plan)
+    is_answered = recipe.data.train in (recipe.generate.prompts or [recipe.data.train])
+    rows = [*([] if is_answered else train_rows(recipe.data)), *collected.examples]
+    return [replace(row, index=index) for index, row in enumerate(rows)]
+
+
+def generate_command(path: Path, overrides: list[str], output: Path | None) -> str:
+    """Answer the prompts of a recipe file and return the text to print."""
+    recipe = load_recipe(path, overrides, "generate")
+    file, collected = answer_recipe(recipe, plan_evaluation(recipe), output)
+    manifest = file.manifest()
+    left_out = f" ({describe(collected.left_out)} left out)" if collected.left_out else ""
+    return (
+        f"{file.path}: {len(collected.rows):,} of {manifest['num_answers']:,} answers to {file.num_prompts:,} prompts"
+        f"{left_out}; train on them with data.responses=teacher, or with data.train={file.path}"
+    )
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _answer_missing(file: AnswerFile, source: Source, sets: Sequence[PromptSet]) -> None:
+    """Answer the prompts of this rank's shards that are missing."""
+    examples = [example for one in sets for example in one.examples]
+    shards = file.shards()
+    own = range(_rank(), len(shards), int(os.environ.get("WORLD_SIZE", "1")))
+    missing = [shard for shard in own if file.read_shard(shard) is None]
+    if not missing:
+        return
+    teacher = source.load()
+    for one in sets:
+        teacher.check(one.examples, one.source)
+    done = sum(len(shards[shard]) for shard in own if shard not in missing)
+    total = sum(len(shards[shard]) for shard in own)
+    with progress_bar(disable=_rank() != 0) as bar:
+        advance = _advance(bar, total * file.samples, done * file.samples)
+        for shard in missing:
+            rows = shards[shard]
+            found = teacher.answer(rows.start, [examples[row] for row in rows], advance)
+            file.write_shard(shard, found)
+            if shard == missing[0] and {one.finish for samples in found for one in samples} == {"cut"}:
+                text = "all %d answers so far are cut at generate.max_new_tokens; stop and raise it if this goes on"
+                logger.warning(text, len(rows) * file.samples)
+
+
+def _advance(bar: Progress, total: int, done: int = 0) -> Advance:
+    """Add a line to a progress bar and return the function that advances it."""
+    task = bar.add_task("answers", total=total, completed=done)
+    return lambda count: bar.advance(task, count)
+
+
+def _source(recipe: Recipe, path: Path) -> Source:
+    """Return the endpoint or else the first teacher of a recipe."""
+    data, options = recipe.data, recipe.generate
+    skip = data.invalid_rows == "skip"
+    if options.endpoint is not None:
+        endpoint = options.endpoint
+        name = f"{endpoint.model} at {endpoint.base_url}"
+        return Source(
+            name, {"generate.endpoint.model": endpoint.model}, lambda: EndpointTeacher(endpoint, options, skip=skip)
+        )
+    section = recipe.teachers[0]
+    loading: dict[str, Any] = {"trust_remote_code": section.trust_remote_code, "revision": section.revision}
+    tokenizer = load_tokenizer(section.model, **loading)
+    date = (read_request(path) or {}).get(DATE)  # templates print the same date in a run that continues
+    encoder = TextEncoder(tokenizer, data.template, data.bos, data.special_tokens_in_prompts, date=date)
+    request = fingerprint(
+        encoder,
+        bos=data.bos,
+        max_length=data.max_length,
+        teacher=weights_digest(section.model, **loading),
+        adapter=None if section.adapter is None else adapter_digest(section.adapter),
+        dtype=section.dtype,
+    )
+    del request["data.max_length"]  # does not matter here
+
+    def load() -> LocalTeacher:
+        dtype = getattr(torch, section.dtype)
+        model = load_causal_lm(section.model, adapter=section.adapter, dtype=dtype, **loading)
+        check_vocabulary(model, tokenizer, section.model)
+        return LocalTeacher(model.to(_device(recipe)), encoder, options, skip=skip)
+
+    return Source(section.model, request, load)
+
+
+def _device(recipe: Recipe) -> torch.device:
+    """Return this rank's accelerator, or the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or recipe.training.get("use_cpu"):
+        return torch.device("cpu")
+    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _about(
+    source: Source,
+    options: GenerateSection,
+    sets: Sequence[PromptSet],
+    collected: Collected,
+    answers: Sequence[Sequence[Answer]],
+) -> dict[str, Any]:
+    """Return what the manifest says besides the request."""
+    lengths = [row["num_tokens"] for row in collected.rows if row["num_tokens"] is not None]
+    return {
+        "teacher": source.name,
+        "prompts": [data_identity(one.examples, one.source) for one in sets],
+        "options": options.model_dump(exclude={"prompts", "output"}),
+        "num_answers": sum(map(len, answers)),
+        "num_rows": len(collected.rows),
+        "left_out": collected.left_out,
+        "mean_tokens": sum(lengths) / len(lengths) if lengths else None,
+        "versions": {name: version(name) for name in _PACKAGES},
+    }

@@ -1,0 +1,275 @@
+"""`dwakd generate` and `data.responses: teacher`: killed and continued, on two ranks, changed, and in training."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dwakd import UserError, load_examples
+from dwakd.answers import GenerateSection, answer_prompts, answer_recipe
+from dwakd.answers.run import training_examples
+from dwakd.answers.store import read_json
+from dwakd.recipe.recipe import recipe_from_dict
+from tests.answers.builders import LABELLED, PROMPTS, TOKENIZER, changed, read_rows, teacher, write_rows
+from tests.command_line import one_sentence, run
+from tests.two_ranks import run_on_two_ranks
+
+ROOT = Path(__file__).parents[2]
+
+
+def content(path):
+    """Read the answer file, its manifest and its shards."""
+    files = [path, path.with_suffix(".json"), *sorted(path.with_suffix(".parts").iterdir())]
+    return {file.name: file.read_bytes() for file in files}
+
+
+def test_the_command_writes_what_train_reads(models, finished, tmp_path, monkeypatch, capsys):
+    """The file must be complete by itself, and the command must say how much is left out."""
+    folder, _ = models
+    output = tmp_path / "answers.jsonl"
+    code, out, err = run(monkeypatch, capsys, "generate", folder / "recipe.yaml", "-o", output)
+    assert code == 0, err
+    assert content(output) == content(finished)
+    rows = read_rows(output)
+    left_out = read_json(output.with_suffix(".json"))["left_out"]
+    assert sum(left_out.values()) == 40 - len(rows)
+    shares = f"{left_out['cut']} cut at generate.max_new_tokens, {left_out['empty']} empty"
+    assert f"{len(rows)} of 40 answers to 40 prompts ({shares} left out)" in out
+    assert 5 < len(rows) < 40
+    examples = load_examples(str(output))
+    assert [example.instruction for example in examples] == [PROMPTS[row["prompt_number"]] for row in rows]
+    assert [example.response for example in examples] == [row["completion"] for row in rows]
+    train = ["train", folder / "recipe.yaml", f"data.train={output}", "-o", tmp_path / "run"]
+    code, _, err = run(monkeypatch, capsys, *train)
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0])
+def test_killed_at_any_moment_it_continues(seconds, models, finished, tmp_path):
+    """After kill -9 the next start answers only the prompts of missing shards, and the file is the same to the byte."""
+    folder, recipe = models
+    output = tmp_path / "answers.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.answers.slow_answers", str(folder / "recipe.yaml"), str(output)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    parts = tmp_path / "answers.parts"
+    try:
+        deadline = time.monotonic() + 200
+        while not list(parts.glob("shard-*")):
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(seconds)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = {path.name: path.stat().st_mtime_ns for path in parts.glob("shard-*")}
+    assert 0 < len(done) < 5
+    (parts / ".shard-00004.jsonl.tmp-1").write_bytes(b"half")
+    answer_recipe(changed(recipe), output=output)
+    assert content(output) == content(finished)
+    assert all((parts / name).stat().st_mtime_ns == at for name, at in done.items())
+
+
+def test_two_ranks_make_the_same_file(models, finished, tmp_path):
+    """A prompt could be answered twice or by no rank, with another seed, or a rank could train before all is answered."""
+    folder, _ = models
+    run_on_two_ranks("tests.answers.rank", folder / "recipe.yaml", tmp_path)
+    assert content(tmp_path / "answers.jsonl") == content(finished)
+    assert [(tmp_path / f"rank-{rank}.txt").read_text().split() for rank in (0, 1)] == [["0", "2", "4"], ["1", "3"]]
+    assert (tmp_path / "run" / "dwakd-run.json").is_file()
+
+
+def test_other_filters_need_no_new_answers(models, copied, monkeypatch):
+    """The answers of a large teacher cost hours or money; choosing a filter by trying must cost nothing."""
+    monkeypatch.setattr("dwakd.answers.run.load_causal_lm", lambda *args, **options: pytest.fail("loaded"))
+    before = content(copied)
+    shorter = changed(models[1], generate={"max_characters": 4, "batch_size": 3})
+    file, collected = answer_recipe(shorter, output=copied)
+    rows = read_rows(copied)
+    assert rows == [row for row in map(dict, collected.rows) if len(row["completion"]) <= 4]
+    assert 0 < len(rows) < before["answers.jsonl"].count(b"\n")
+    assert file.manifest()["left_out"]["max_characters"] == before["answers.jsonl"].count(b"\n") - len(rows)
+    answer_recipe(changed(models[1]), output=copied)
+    assert content(copied) == before
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"generate": {"temperature": 0.5}}, r"generate\.temperature is 1\.0 there and 0\.5 here"),
+        ({"generate": {"max_new_tokens": 13}}, r"generate\.max_new_tokens is 12 there and 13 here"),
+        ({"data": {"template": "alpaca"}}, r"data\.template is plain there and alpaca here"),
+        ({"generate": {"limit": 20}}, "the content of the prompts differs"),
+        ({"teacher": {"model": "student"}}, "the content of the teacher differs"),
+        ({"generate": {"endpoint": {"base_url": "http://x", "model": "m"}}}, "made from something else"),
+    ],
+)
+def test_other_options_are_refused(sections, message, models, copied):
+    """A file with answers of two teachers or templates would look like any other."""
+    folder, recipe = models
+    if "teacher" in sections:
+        sections = {"teacher": {"model": str(folder / "student")}}
+    before = content(copied)
+    with pytest.raises(UserError, match=message):
+        answer_recipe(changed(recipe, **sections), output=copied)
+    assert content(copied) == before
+
+
+def test_files_of_the_user_are_kept(models, copied, tmp_path):
+    """Answers that the user has corrected by hand must not be replaced by the teacher's."""
+    recipe = changed(models[1])
+    with copied.open("a") as file:
+        file.write('{"prompt": "mine", "completion": "mine"}\n')
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("{}\n")
+    for path in (copied, mine):
+        before = path.read_bytes()
+        with pytest.raises(UserError, match=rf"{path.name} was not written by dwakd generate, .*--output"):
+            answer_recipe(recipe, output=path)
+        assert path.read_bytes() == before
+    with pytest.raises(UserError, match=r"must end in \.jsonl"):
+        answer_recipe(recipe, output=tmp_path / "answers.txt")
+
+
+def test_a_damaged_shard_is_answered_again(models, copied, finished, caplog):
+    """A disk that was full or a wrong edit must not end in a file with fewer answers."""
+    shard = copied.with_suffix(".parts") / "shard-00002.jsonl"
+    lines = shard.read_text().splitlines(keepends=True)
+    for damaged in ("".join(lines[:-1]), "".join(lines)[:-20], "".join([*lines[:-1], lines[0]])):
+        shard.write_text(damaged)
+        answer_recipe(changed(models[1]), output=copied)
+        assert content(copied) == content(finished)
+        assert "shard-00002.jsonl is damaged" in caplog.text
+        caplog.clear()
+
+
+def test_what_is_trained_on(models, finished, copied):
+    """Labelled rows keep their responses, unless the teacher answers their prompts, too."""
+    _, recipe = models
+    responses = {"responses": "teacher"}
+    added = training_examples(changed(recipe, data=responses, generate={"output": str(copied)}))
+    answered = read_rows(finished)
+    assert [row.response for row in added] == [row["response"] for row in LABELLED] + [
+        row["completion"] for row in answered
+    ]
+    assert [row.index for row in added] == list(range(len(added)))
+    kept = {"output": str(copied.parent / "all.jsonl"), "prompts": [recipe["data"]["train"]]}
+    replaced = changed(recipe, data=responses, generate=kept)
+    by_default = changed(recipe, data=responses, generate={**kept, "prompts": None})
+    for one in (replaced, by_default):
+        rows = training_examples(one)
+        assert {row.instruction for row in rows} <= {row["prompt"] for row in LABELLED}
+        assert not {row.response for row in rows} & {row["response"] for row in LABELLED}
+
+
+def test_limits(models, tmp_path):
+    """`data.limit` must not limit other files, and `generate.limit` holds for each file."""
+    _, recipe = models
+    both = {"prompts": [*recipe["generate"]["prompts"], recipe["data"]["train"]], "output": str(tmp_path / "a.jsonl")}
+    file, _ = answer_recipe(changed(recipe, data={"limit": 2}, generate={**both, "limit": 9}))
+    assert file.num_prompts == 9 + 2
+    assert [one["rows"] for one in file.manifest()["prompts"]] == [9, 2]
+
+
+def test_train_answers_first_and_resumes(models, tmp_path, monkeypatch, capsys):
+    """The answers are made if they are missing, read if they are there, and part of what a run is identified by."""
+    folder, _ = models
+    output = tmp_path / "answers.jsonl"
+    base = ["train", folder / "recipe.yaml", "data.responses=teacher", f"generate.output={output}"]
+    code, _, err = run(monkeypatch, capsys, *base, "loss.method=uld", "-o", tmp_path / "run")
+    assert code == 0, err
+    monkeypatch.setattr("dwakd.answers.run.load_causal_lm", lambda *args, **options: pytest.fail("loaded"))
+    code, _, err = run(monkeypatch, capsys, *base, "-o", tmp_path / "second")
+    assert code == 0, err
+    code, _, err = run(monkeypatch, capsys, *base, "generate.seed=1", "-o", tmp_path / "second", "--resume")
+    assert (code, "generate.seed is 0 there and 1 here" in one_sentence(err)) == (2, True)
+
+
+def test_a_prompt_that_is_too_long(models, tmp_path, monkeypatch, capsys):
+    """The message names the row, before hours of answering; or the row is skipped and counted."""
+    folder, _ = models
+    prompts = write_rows(tmp_path / "long.jsonl", [*({"prompt": p} for p in PROMPTS), {"prompt": "word " * 600}])
+    base = ["generate", folder / "recipe.yaml", f"generate.prompts=[{prompts}]", "-o", tmp_path / "answers.jsonl"]
+    code, _, err = run(monkeypatch, capsys, *base)
+    assert code == 2
+    assert "long.jsonl, row 40 (counting from 0): its prompt of " in one_sentence(err)
+    code, out, err = run(monkeypatch, capsys, *base, "data.invalid_rows=skip")
+    assert code == 0, err
+    assert "1 refused" in out
+
+
+def test_a_teacher_that_never_ends(models, tmp_path, monkeypatch, capsys, caplog):
+    """An answer without an end would teach the student to stop in the middle of a sentence."""
+    folder, _ = models
+    base = ["generate", folder / "recipe.yaml", "-o", tmp_path / "answers.jsonl"]
+    code, _, err = run(monkeypatch, capsys, *base, "generate.max_new_tokens=1", "generate.seed=5", "generate.limit=3")
+    assert code == 2
+    assert "all 3 answers of" in one_sentence(err)
+    assert "generate.max_new_tokens=1 without an end token: raise it" in one_sentence(err)
+    assert not (tmp_path / "answers.jsonl").exists()
+    assert "all 3 answers so far are cut" in caplog.text, "a warning after the first shard, not after hours"
+
+
+def test_an_empty_answer(tmp_path, caplog):
+    """An empty response would be refused by the training, hours later."""
+    with pytest.raises(UserError, match=r"all 40 answers of \w+ are empty: use the data\.template"):
+        answer_prompts(teacher(end_bias=50.0), TOKENIZER, [{"prompt": p} for p in PROMPTS], progress=False)
+    options = GenerateSection(temperature=1.0, max_new_tokens=12)
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    with caplog.at_level(logging.WARNING, "dwakd"):
+        answered = answer_prompts(teacher(end_bias=7.0), TOKENIZER, rows, options, template="plain", progress=False)
+    assert all(row["completion"] for row in answered)
+    assert "empty" in caplog.text
+
+
+def test_rows_in_memory_equal_the_command(models, finished):
+    """A script and a recipe with the same options must train on the same text."""
+    _, recipe = models
+    options = GenerateSection(temperature=1.0, max_new_tokens=12, batch_size=7)
+    rows = [{"prompt": prompt, "response": "ignored"} for prompt in PROMPTS]
+    from_memory = answer_prompts(teacher(), TOKENIZER, rows, options, template="plain", progress=False)
+    by_name = answer_prompts(recipe["teacher"]["model"], None, rows, options, template="plain", progress=False)
+    without_numbers = [{key: row[key] for key in ("prompt", "completion")} for row in read_rows(finished)]
+    for made in (from_memory, by_name):
+        assert [{key: row[key] for key in ("prompt", "completion")} for row in made] == without_numbers
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"generate": {"output": None}}, r"--output or generate\.output"),
+        ({"generate": {"prompts": ["nowhere.jsonl"]}}, r"nowhere\.jsonl"),
+        ({"teacher": {"model": "./nowhere"}}, "nowhere does not exist"),
+    ],
+)
+def test_mistakes_are_one_sentence(sections, message, models, tmp_path, monkeypatch):
+    """Each is found before the teacher is loaded, and no file is left."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dwakd.answers.run.load_causal_lm", lambda *args, **options: pytest.fail("loaded"))
+    given = {"generate": {"output": "answers.jsonl"}} | sections
+    if "generate" in sections:
+        given["generate"] = {"output": "answers.jsonl"} | sections["generate"]
+    with pytest.raises(UserError, match=message):
+        answer_recipe(changed(models[1], **given))
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_on_answers_needs_a_file_and_a_teacher():
+    """The file is named once, so that every run reads the same text."""
+    base = {"student": {"model": "s"}, "loss": {"method": "sft"}}
+    data = {"train": "t", "responses": "teacher"}
+    with pytest.raises(UserError, match=r"requires generate\.output"):
+        recipe_from_dict({**base, "data": data, "teacher": {"model": "t"}})
+    for command in ("train", "compare"):
+        with pytest.raises(UserError, match=r"nobody answers the prompts: add a teacher"):
+            recipe_from_dict({**base, "data": data, "generate": {"output": "a.jsonl"}}, command)
+    endpoint = {"output": "a.jsonl", "endpoint": {"base_url": "http://localhost", "model": "m"}}
+    assert recipe_from_dict({**base, "data": data, "generate": endpoint}).teachers == []
