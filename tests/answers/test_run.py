@@ -28,7 +28,7 @@ def content(path):
     return {file.name: file.read_bytes() for file in files}
 
 
-def test_the_command_writes_what_train_reads(models, finished, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_what_train_reads(models, finished, tmp_path, monkeypatch, capsys, caplog):
     """The file must be complete by itself, and the command must say how much is left out."""
     folder, _ = models
     output = tmp_path / "answers.jsonl"
@@ -38,8 +38,8 @@ def test_the_command_writes_what_train_reads(models, finished, tmp_path, monkeyp
     rows = read_rows(output)
     left_out = read_json(output.with_suffix(".json"))["left_out"]
     assert sum(left_out.values()) == 40 - len(rows)
-    shares = f"{left_out['cut']} cut at generate.max_new_tokens, {left_out['empty']} empty"
-    assert f"{len(rows)} of 40 answers to 40 prompts ({shares} left out)" in out
+    assert f"{len(rows)} of 40 answers to 40 prompts" in out
+    assert f"{left_out['cut']} cut at generate.max_new_tokens, {left_out['empty']} empty" in caplog.text
     assert 5 < len(rows) < 40
     examples = load_examples(str(output))
     assert [example.instruction for example in examples] == [PROMPTS[row["prompt_number"]] for row in rows]
@@ -49,7 +49,7 @@ def test_the_command_writes_what_train_reads(models, finished, tmp_path, monkeyp
     assert code == 0, err
 
 
-@pytest.mark.parametrize("seconds", [0.0, 1.0])
+@pytest.mark.parametrize("seconds", [0.0, 0.5])
 def test_killed_at_any_moment_it_continues(seconds, models, finished, tmp_path):
     """After kill -9 the next start answers only the prompts of missing shards, and the file is the same to the byte."""
     folder, recipe = models
@@ -71,8 +71,8 @@ def test_killed_at_any_moment_it_continues(seconds, models, finished, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     done = {path.name: path.stat().st_mtime_ns for path in parts.glob("shard-*")}
-    assert 0 < len(done) < 5
-    (parts / ".shard-00004.jsonl.tmp-1").write_bytes(b"half")
+    assert 0 < len(done) < 3
+    (parts / ".shard-00002.jsonl.tmp-1").write_bytes(b"half")
     answer_recipe(changed(recipe), output=output)
     assert content(output) == content(finished)
     assert all((parts / name).stat().st_mtime_ns == at for name, at in done.items())
@@ -83,7 +83,7 @@ def test_two_ranks_make_the_same_file(models, finished, tmp_path):
     folder, _ = models
     run_on_two_ranks("tests.answers.rank", folder / "recipe.yaml", tmp_path)
     assert content(tmp_path / "answers.jsonl") == content(finished)
-    assert [(tmp_path / f"rank-{rank}.txt").read_text().split() for rank in (0, 1)] == [["0", "2", "4"], ["1", "3"]]
+    assert [(tmp_path / f"rank-{rank}.txt").read_text().split() for rank in (0, 1)] == [["0", "2"], ["1"]]
     assert (tmp_path / "run" / "dwakd-run.json").is_file()
 
 
@@ -201,9 +201,9 @@ def test_a_prompt_that_is_too_long(models, tmp_path, monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, *base)
     assert code == 2
     assert "long.jsonl, row 40 (counting from 0): its prompt of " in one_sentence(err)
-    code, out, err = run(monkeypatch, capsys, *base, "data.invalid_rows=skip")
+    code, _, err = run(monkeypatch, capsys, *base, "data.invalid_rows=skip")
     assert code == 0, err
-    assert "1 refused" in out
+    assert read_json(tmp_path / "answers.json")["left_out"]["refused"] == 1
 
 
 def test_a_teacher_that_never_ends(models, tmp_path, monkeypatch, capsys, caplog):

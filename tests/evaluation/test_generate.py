@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
-from dwakd.evaluation.generate import SeededSampling, generate_answers, plan_batches, streams
+from dwakd.evaluation.generate import SeededSampling, generate_answers, generate_batch, plan_batches, streams
 from dwakd.evaluation.options import DecodingOptions, GenerationOptions
 from tests.builders import FAMILIES, byte_bpe, tiny_model
 
@@ -113,6 +113,28 @@ def test_repeated_ngrams_are_banned_in_prompt_and_answer(encoder: TextEncoder) -
     assert banned == answers_of(model, encoder, EXAMPLES, seed=10, batch_size=2, **settings)
     # the draws are the same, so an answer that repeats nothing stays as it is
     assert answers_of(model, encoder, EXAMPLES, seed=10, max_new_tokens=steps, no_repeat_ngram_size=200) == plain
+
+
+@pytest.mark.parametrize(("seed", "temperature"), [(None, 1.0), (10, 0.5)])
+def test_ends_and_log_probabilities(encoder: EndsAt, seed: int | None, temperature: float) -> None:
+    """A filter by likelihood needs that of the teacher itself, whatever the temperature, and with the end token."""
+    model = tiny_model("llama", VOCAB)
+    options = GenerationOptions(seed=seed, temperature=temperature, max_new_tokens=8, batch_size=5)
+    (batch,) = plan_batches(model, encoder, EXAMPLES, options)
+    first = generate_batch(model, encoder, batch, options)
+    assert not any(answer.ended for answer in first)
+    encoder.extra = (first[1].ids[5],)
+    try:
+        answers = generate_batch(model, encoder, batch, options)
+    finally:
+        end, encoder.extra = encoder.extra[0], ()
+    assert [answer.ended for answer in answers] == [end in answer.ids for answer in first]
+    for prompt, answer in zip(batch.prompts, answers, strict=True):
+        new = [*answer.ids, *([end] if answer.ended else [])]
+        with torch.no_grad():
+            log_probs = model(torch.tensor([prompt + new])).logits[0, len(prompt) - 1 : -1].log_softmax(dim=-1)
+        expected = log_probs.gather(1, torch.tensor(new)[:, None]).mean().item()
+        assert answer.log_prob == pytest.approx(expected, abs=1e-4)
 
 
 def test_saved_generation_settings_do_not_leak(encoder: TextEncoder) -> None:

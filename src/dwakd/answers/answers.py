@@ -80,14 +80,14 @@ def collect(
     Raises:
         UserError: no answer is left; the message says why.
     """
-    conversations = any(example.history or example.turn or example.options for example in examples)
+    layout = _layout(examples)
     rows, kept, faults = [], [], []
     for number, (example, samples) in enumerate(zip(examples, answers, strict=True)):
         for sample, answer in enumerate(samples):
             fault = fault_of(answer, options)
             if fault is None:
                 rows.append({
-                    **_texts(example, answer.text, conversation=conversations),
+                    **_texts(example, answer.text, layout),
                     "prompt_number": number,
                     "sample": sample,
                     "num_tokens": answer.num_tokens,
@@ -128,14 +128,20 @@ def _nothing_left(left_out: dict[str, int], options: GenerateSection, teacher: s
     return f"no answer of {teacher} is left ({describe(left_out)}): change these options"
 
 
-def _texts(example: Example, answer: str, *, conversation: bool) -> dict[str, Any]:
+def _layout(examples: Sequence[Example]) -> Literal["messages", "instruction", "prompt"]:
+    """Choose the columns of a file, which are the same for all of its rows."""
+    if any(example.history or example.turn or example.options for example in examples):
+        return "messages"
+    return "instruction" if any(example.input for example in examples) else "prompt"
+
+
+def _texts(example: Example, answer: str, layout: str) -> dict[str, Any]:
     """Return the columns of prompt and answer, by the names that `load_examples` and TRL both read."""
-    if conversation:
+    if layout == "messages":
         options = dict(example.options or {})
         columns: dict[str, Any] = {name: options.pop(name) for name in ("tools", "documents") if name in options}
         columns |= {"chat_template_kwargs": options} if options else {}
         return {"prompt": example.turns, "completion": [{"role": "assistant", "content": answer}], **columns}
-    if example.input:
-        own = {"instruction": example.instruction, "input": example.input}
-        return {**own, "prompt": f"{example.instruction}\n{example.input}", "completion": answer}
-    return {"prompt": example.instruction, "completion": answer}
+    prompt = example.turns[-1]["content"]  # instruction and input
+    own = {"instruction": example.instruction, "input": example.input} if layout == "instruction" else {}
+    return {**own, "prompt": prompt, "completion": answer}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 from dwakd.answers.answers import Answer
@@ -39,23 +38,25 @@ class EndpointTeacher:
                 "generate.endpoint requires the package openai; install it with pip install 'dwakd[openai]'"
             ) from None
         self._section, self._options, self._skip, self._openai = section, options, skip, openai
+        self._sources: list[str] = []
         key = os.environ.get(KEY_VARIABLE, "none")  # servers of one's own need no key
         self._client = openai.OpenAI(base_url=section.base_url, api_key=key, max_retries=_RETRIES)
 
     def check(self, examples: Sequence[Example], source: str) -> None:
-        """Do nothing: only the server knows which prompts are too long."""
+        """Note the source of these prompts, for messages; only the server knows which of them are too long."""
+        self._sources += [source] * len(examples)
 
     def answer(self, first: int, examples: Sequence[Example], advance: Advance) -> list[list[Answer]]:
-        """Return the samples of each prompt; `first` is not used."""
+        """Return the samples of each prompt; `first` is the number of the first prompt among all prompts."""
         samples = range(self._options.samples)
 
-        def one(work: tuple[Example, int]) -> Answer:
+        def one(work: tuple[int, Example, int]) -> Answer:
             answer = self._answer(*work)
             advance(1)
             return answer
 
         with ThreadPoolExecutor(self._options.batch_size) as pool:
-            work = [(example, sample) for example in examples for sample in samples]
+            work = [(number, example, sample) for number, example in enumerate(examples, first) for sample in samples]
             try:
                 answers = list(pool.map(one, work))
             except BaseException:  # leave the other requests out
@@ -63,35 +64,38 @@ class EndpointTeacher:
                 raise
         return [answers[start : start + len(samples)] for start in range(0, len(answers), len(samples))]
 
-    def _answer(self, example: Example, sample: int) -> Answer:
-        options, openai = self._options, self._openai
-        others = dict(example.options or {})
-        request: dict[str, Any] = {"tools": others.pop("tools")} if "tools" in others else {}
-        if documents := others.pop("documents", None):
-            request["extra_body"] = {"documents": documents}
-        if others:
-            request["extra_body"] = {**request.get("extra_body", {}), "chat_template_kwargs": others}
-        if options.min_log_prob is not None:
-            request["logprobs"] = True
-        create = partial(self._client.chat.completions.create, model=self._section.model, messages=example.turns)
+    def _answer(self, number: int, example: Example, sample: int) -> Answer:
+        openai = self._openai
         try:
-            completion = create(
-                max_tokens=options.max_new_tokens,
-                temperature=options.temperature,
-                top_p=options.top_p,
-                seed=options.seed + sample,
-                **request,
-            )
+            completion = self._client.chat.completions.create(**self._request(example, sample))
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             if self._skip:
                 return Answer("", 0, "refused", None)
             raise UserError(
-                f"{example.place}: {self._name} refuses the prompt ({reason_of(error):.300}); shorten or remove it, or "
-                "set data.invalid_rows: skip"
+                f"{self._sources[number]}, {example.place}: {self._name} refuses the prompt ({reason_of(error):.300}); "
+                "shorten or remove it, or set data.invalid_rows: skip"
             ) from error
         except openai.OpenAIError as error:
             raise self._failure(error) from error
         return self._read(completion)
+
+    def _request(self, example: Example, sample: int) -> dict[str, Any]:
+        """Return the arguments of a request; only servers with chat templates of open models read `extra_body`."""
+        options, others = self._options, dict(example.options or {})
+        request: dict[str, Any] = {"tools": others.pop("tools")} if "tools" in others else {}
+        extra = {"documents": others.pop("documents")} if "documents" in others else {}
+        extra |= {"chat_template_kwargs": others} if others else {}
+        return {
+            **request,
+            **({"logprobs": True} if options.min_log_prob is not None else {}),
+            **({"extra_body": extra} if extra else {}),
+            "model": self._section.model,
+            "messages": example.turns,
+            "max_tokens": options.max_new_tokens,
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "seed": options.seed + sample,
+        }
 
     @property
     def _name(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from rich.progress import Progress
 
-from dwakd.answers.answers import Answer, Collected, collect, describe
+from dwakd.answers.answers import Answer, Collected, collect
 from dwakd.answers.endpoint import EndpointTeacher
 from dwakd.answers.local import Advance, LocalTeacher
 from dwakd.answers.prompts import PromptSet, read_prompts, train_rows, warn_of_overlap
@@ -147,10 +147,9 @@ def generate_command(path: Path, overrides: list[str], output: Path | None) -> s
     recipe = load_recipe(path, overrides, "generate")
     file, collected = answer_recipe(recipe, plan_evaluation(recipe), output)
     manifest = file.manifest()
-    left_out = f" ({describe(collected.left_out)} left out)" if collected.left_out else ""
     return (
-        f"{file.path}: {len(collected.rows):,} of {manifest['num_answers']:,} answers to {file.num_prompts:,} prompts"
-        f"{left_out}; train on them with data.responses=teacher, or with data.train={file.path}"
+        f"{file.path}: {len(collected.rows):,} of {manifest['num_answers']:,} answers to {file.num_prompts:,} prompts; "
+        f"train on them with data.responses=teacher, or with data.train={file.path}"
     )
 
 

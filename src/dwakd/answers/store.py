@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 FORMAT = "dwakd answers 1"
 REQUEST = "request.json"
 _WAIT_SECONDS = 0.2
-_LEAST, _MOST, _SHARDS = 8, 256, 16  # prompts in a shard, and shards of a small set, which ranks divide
+_LEAST, _MOST, _SHARDS = 16, 256, 16  # prompts in a shard, and shards of a small set, which ranks divide
 
 
 @dataclass(frozen=True)
