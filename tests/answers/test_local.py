@@ -40,3 +40,11 @@ def test_an_answer_does_not_depend_on_its_shard():
     whole = local.answer(0, examples, lambda count: None)
     assert len({answers[0].text for answers in whole}) > 3
     assert local.answer(4, examples[4:], lambda count: None) == whole[4:]
+
+
+def test_a_teacher_of_nan_is_refused():
+    """In half precision some models overflow; their answers would be the first token of the vocabulary."""
+    broken = teacher()
+    broken.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"NaN: check its weights, .*teacher\.dtype"):
+        answer_prompts(broken, TOKENIZER, ROWS, progress=False)

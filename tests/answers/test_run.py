@@ -1,11 +1,14 @@
 """`dwakd generate` and `data.responses: teacher`: killed and continued, on two ranks, changed, and in training."""
 
+import errno
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,10 @@ from dwakd import UserError, load_examples
 from dwakd.answers import GenerateSection, answer_prompts, answer_recipe
 from dwakd.answers.run import training_examples
 from dwakd.answers.store import read_json
+from dwakd.folders import write_file
 from dwakd.recipe.recipe import recipe_from_dict
 from tests.answers.builders import LABELLED, PROMPTS, TOKENIZER, changed, read_rows, teacher, write_rows
+from tests.builders import byte_bpe, tiny_model
 from tests.command_line import one_sentence, run
 from tests.two_ranks import run_on_two_ranks
 
@@ -85,6 +90,13 @@ def test_two_ranks_make_the_same_file(models, finished, tmp_path):
     assert content(tmp_path / "answers.jsonl") == content(finished)
     assert [(tmp_path / f"rank-{rank}.txt").read_text().split() for rank in (0, 1)] == [["0", "2"], ["1"]]
     assert (tmp_path / "run" / "dwakd-run.json").is_file()
+
+
+def test_the_command_on_two_ranks(models, finished, tmp_path):
+    """A rank that is ready first must neither fail nor wait for files that another rank has not written yet."""
+    folder, _ = models
+    run_on_two_ranks("dwakd", "generate", folder / "recipe.yaml", "-o", tmp_path / "answers.jsonl")
+    assert content(tmp_path / "answers.jsonl") == content(finished)
 
 
 def test_other_filters_need_no_new_answers(models, copied, monkeypatch):
@@ -273,3 +285,35 @@ def test_training_on_answers_needs_a_file_and_a_teacher():
             recipe_from_dict({**base, "data": data, "generate": {"output": "a.jsonl"}}, command)
     endpoint = {"output": "a.jsonl", "endpoint": {"base_url": "http://localhost", "model": "m"}}
     assert recipe_from_dict({**base, "data": data, "generate": endpoint}).teachers == []
+
+
+def test_a_disk_that_is_full(models, tmp_path, monkeypatch):
+    """The answers of finished shards must be kept, and the message must say so."""
+
+    def full(path, data):
+        if path.name == "shard-00001.jsonl":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_file(path, data)
+
+    monkeypatch.setattr("dwakd.answers.store.write_file", full)
+    with pytest.raises(UserError, match=r"finished answers are kept.*No space left on device"):
+        answer_recipe(changed(models[1]), output=tmp_path / "answers.jsonl")
+    assert len(list((tmp_path / "answers.parts").glob("shard-*"))) == 1
+
+
+def test_the_example_of_the_documentation(tmp_path, monkeypatch):
+    """What a reader copies must run as it stands."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "generate.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    monkeypatch.setattr("dwakd.answers.GenerateSection", partial(GenerateSection, temperature=1.0))
+    names = {
+        "teacher": teacher(),
+        "teacher_tokenizer": TOKENIZER,
+        "prompts": [{"prompt": prompt} for prompt in PROMPTS],
+        "student": tiny_model("llama", len(byte_bpe())),
+        "student_tokenizer": byte_bpe(),
+        "labelled": [{"prompt": row["prompt"], "completion": row["response"]} for row in LABELLED],
+    }
+    exec(example, names)
+    assert len(names["trainer"].train_dataset) > len(LABELLED)

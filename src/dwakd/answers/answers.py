@@ -41,6 +41,13 @@ class Collected(NamedTuple):
     examples: list[Example]
     left_out: dict[str, int]
 
+    def warn(self, teacher: str) -> None:
+        """Warn of the answers that were left out, if there are any."""
+        if self.left_out:
+            total = sum(self.left_out.values())
+            parts = total, len(self.rows) + total, teacher, describe(self.left_out)
+            logger.warning("%d of %d answers of %s are left out: %s", *parts)
+
 
 def repetition(text: str) -> float:
     """Compute the share of sequences of four words that occurred before in the text; 0 if it has at most four words.
@@ -100,9 +107,6 @@ def collect(
     left_out = {name: counts[name] for name in ("cut", "refused", "empty", *_FILTERS) if counts[name]}
     if not rows:
         raise UserError(_nothing_left(left_out, options, teacher))
-    if left_out:
-        total = len(rows) + len(faults)
-        logger.warning("%d of %d answers of %s are left out: %s", len(faults), total, teacher, describe(left_out))
     return Collected(rows, kept, left_out)
 
 

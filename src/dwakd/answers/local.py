@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,6 +67,11 @@ class LocalTeacher:
                     numbered = batch._replace(rows=[first + row for row in rows])
                     found = generate_batch(self.base, self.encoder, numbered, options)
                     for row, one in zip(rows, found, strict=True):
+                        if not math.isfinite(one.log_prob):
+                            raise UserError(
+                                "the teacher's probabilities are NaN: check its weights, or load it with another "
+                                "teacher.dtype, such as bfloat16"
+                            )
                         finish: Finish = "end" if one.ended else "cut"
                         count = len(one.ids) + one.ended
                         answers[row].append(Answer(one.text, count, finish, round(one.log_prob, _DIGITS)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from dwakd.data.rows import Example
@@ -32,7 +33,8 @@ def read_prompts(recipe: Recipe) -> list[PromptSet]:
             options["limit"] = min(filter(None, (limit, data.limit)), default=None)
         else:
             options |= {"limit": limit, "response": None}
-        sets.append(PromptSet(source, load_examples(source, split=TRAIN_SPLITS, need_response=False, **options)))
+        examples = load_examples(source, split=TRAIN_SPLITS, need_response=False, **options)
+        sets.append(PromptSet(source, [replace(example, response="", references=()) for example in examples]))
     return sets
 
 

@@ -91,7 +91,9 @@ def answer_prompts(
     teacher.check(examples, "the rows")
     with progress_bar(disable=not progress) as bar:
         answers = teacher.answer(0, examples, _advance(bar, len(examples) * options.samples))
-    return collect(examples, answers, options, name).rows
+    collected = collect(examples, answers, options, name)
+    collected.warn(name)
+    return collected.rows
 
 
 def answer_recipe(
@@ -114,7 +116,7 @@ def answer_recipe(
         raise UserError("name the file of the answers with --output or generate.output")
     path = Path(place).expanduser()
     sets = read_prompts(recipe)
-    if plan is not None:
+    if plan is not None and _rank() == 0:
         warn_of_overlap(recipe, sets, plan)
     examples = [example for one in sets for example in one.examples]
     source = _source(recipe, path)
@@ -126,6 +128,7 @@ def answer_recipe(
     answers = file.read()
     collected = collect(examples, answers, options, source.name)
     if _rank() == 0:
+        collected.warn(source.name)
         file.write(collected.rows, _about(source, options, sets, collected, answers))
     return file, collected
 
@@ -146,9 +149,8 @@ def generate_command(path: Path, overrides: list[str], output: Path | None) -> s
     """Answer the prompts of a recipe file and return the text to print."""
     recipe = load_recipe(path, overrides, "generate")
     file, collected = answer_recipe(recipe, plan_evaluation(recipe), output)
-    manifest = file.manifest()
     return (
-        f"{file.path}: {len(collected.rows):,} of {manifest['num_answers']:,} answers to {file.num_prompts:,} prompts; "
+        f"{file.path}: {len(collected.rows):,} of {file.num_prompts * file.samples:,} answers to {file.num_prompts:,} prompts; "
         f"train on them with data.responses=teacher, or with data.train={file.path}"
     )
 
@@ -223,7 +225,7 @@ def _source(recipe: Recipe, path: Path) -> Source:
 
 def _device(recipe: Recipe) -> torch.device:
     """Return this rank's accelerator, or the CPU."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None or recipe.training.get("use_cpu"):
         return torch.device("cpu")
     return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))

@@ -18,13 +18,14 @@ from typing import Any
 
 from dwakd.answers.answers import Answer
 from dwakd.cache.fingerprint import file_digest
-from dwakd.errors import UserError
+from dwakd.errors import UserError, explained
 from dwakd.folders import UNFINISHED, check_output_folder, write_file, write_json
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "dwakd answers 1"
 REQUEST = "request.json"
+_UNWRITTEN = "{} cannot be written; finished answers are kept: free some space and start the command again"
 _WAIT_SECONDS = 0.2
 _LEAST, _MOST, _SHARDS = 16, 256, 16  # prompts in a shard, and shards of a small set, which ranks divide
 
@@ -93,7 +94,8 @@ class AnswerFile:
             for row, samples in zip(self.shards()[shard], answers, strict=True)
             for sample, answer in enumerate(samples)
         ]
-        write_file(self.shard_path(shard), "".join(f"{line}\n" for line in lines).encode())
+        with explained(_UNWRITTEN.format(self.parts)):
+            write_file(self.shard_path(shard), "".join(f"{line}\n" for line in lines).encode())
 
     def read_shard(self, shard: int) -> list[list[Answer]] | None:
         """Return the answers to the prompts of a shard, or None if its file is missing or damaged."""
@@ -127,9 +129,10 @@ class AnswerFile:
         manifest = {"format": FORMAT, "sha256": hashlib.sha256(data).hexdigest(), **about, "request": self.request}
         if self.path.exists() and self.manifest() == manifest:
             return
-        self.path.unlink(missing_ok=True)  # the manifest never describes another file
-        write_json(self.manifest_path, manifest)
-        write_file(self.path, data)
+        with explained(_UNWRITTEN.format(self.path)):
+            self.path.unlink(missing_ok=True)  # the manifest never describes another file
+            write_json(self.manifest_path, manifest)
+            write_file(self.path, data)
         for path in self.parts.glob(f".*{UNFINISHED}*"):  # temporary files of killed processes
             path.unlink(missing_ok=True)
 
