@@ -71,6 +71,7 @@ def test_a_file_of_answers_is_read_as_its_prompts_and_answers(kind, tmp_path):
     assert [example.response for example in read] == ["Answer 0.", "Answer 1."]
     assert [example.turns for example in read] == [example.turns for example in asked]
     assert left_out == {}
+    assert len({"chat_template_kwargs" in row for row in rows}) == 1, "`datasets` would insert null, which TRL refuses"
     kinds = {type(value) for row in rows for value in (row["prompt"], row["completion"])}
     assert kinds == ({list} if kind == "conversations" else {str}), "TRL reads texts or messages, but not both"
 

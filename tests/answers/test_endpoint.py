@@ -56,6 +56,8 @@ def test_samples_have_their_own_seeds(at, server):
     file, _ = answer_recipe(at(samples=2, seed=7, limit=3, batch_size=2))
     assert sorted(body["seed"] for body in server.requests) == [7, 7, 7, 8, 8, 8]
     assert all("logprobs" not in body for body in server.requests), "some servers refuse it"
+    with pytest.raises(UserError, match=r"was not asked for the log-probabilities of these answers"):
+        answer_recipe(at(samples=2, seed=7, limit=3, min_log_prob=-1.0))
     assert any(first.text != second.text for first, second in file.read())
 
 

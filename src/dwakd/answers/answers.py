@@ -74,9 +74,18 @@ def fault_of(answer: Answer, options: GenerateSection) -> str | None:
         "min_characters": length >= options.min_characters,
         "max_characters": options.max_characters is None or length <= options.max_characters,
         "max_repetition": options.max_repetition is None or repetition(answer.text) <= options.max_repetition,
-        "min_log_prob": None in (options.min_log_prob, answer.log_prob) or answer.log_prob >= options.min_log_prob,  # type: ignore[operator]
+        "min_log_prob": options.min_log_prob is None or _log_prob(answer) >= options.min_log_prob,
     }
     return next((name for name in _FILTERS if not passed[name]), None)
+
+
+def _log_prob(answer: Answer) -> float:
+    if answer.log_prob is None:
+        raise UserError(
+            "the endpoint was not asked for the log-probabilities of these answers: leave out generate.min_log_prob, or "
+            "choose another file with --output (generate.output)"
+        )
+    return answer.log_prob
 
 
 def collect(
@@ -103,6 +112,8 @@ def collect(
                 kept.append(replace(example, response=answer.text, references=(answer.text,)))
             else:
                 faults.append(fault)
+    if any("chat_template_kwargs" in row for row in rows):
+        rows = [row | {"chat_template_kwargs": row.get("chat_template_kwargs", {})} for row in rows]  # TRL accepts no null
     counts = Counter(faults)
     left_out = {name: counts[name] for name in ("cut", "refused", "empty", *_FILTERS) if counts[name]}
     if not rows:
