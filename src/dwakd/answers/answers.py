@@ -113,7 +113,9 @@ def collect(
             else:
                 faults.append(fault)
     if any("chat_template_kwargs" in row for row in rows):
-        rows = [row | {"chat_template_kwargs": row.get("chat_template_kwargs", {})} for row in rows]  # TRL accepts no null
+        rows = [
+            row | {"chat_template_kwargs": row.get("chat_template_kwargs", {})} for row in rows
+        ]  # TRL accepts no null
     counts = Counter(faults)
     left_out = {name: counts[name] for name in ("cut", "refused", "empty", *_FILTERS) if counts[name]}
     if not rows:

@@ -56,7 +56,7 @@ def _reading(data: DataSection) -> dict[str, Any]:
 
 def warn_of_overlap(recipe: Recipe, sets: Sequence[PromptSet], plan: EvaluationPlan) -> None:
     """Warn if prompts also occur in the test sets of a plan or in `data.eval`; case and white space do not matter."""
-    held_out = {item.source: item.examples for item in plan.sets}
+    held_out = {item.source: item.examples for item in plan.sets if not item.is_text}
     if recipe.data.eval is not None:
         held_out[recipe.data.eval] = eval_rows(recipe.data) or []
     asked = [_key(example) for one in sets for example in one.examples]
