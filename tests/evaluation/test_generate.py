@@ -218,7 +218,7 @@ def test_adapters_are_active(encoder: TextEncoder) -> None:
 
 def draw(logits: list[float], temperature: float = 1.0, top_p: float = 1.0, rows: int = 20_000) -> torch.Tensor:
     """Return how often each token is chosen by `rows` rows with their own streams."""
-    sampler = SeededSampling(streams(10, range(rows), 1, torch.device("cpu")), 3, temperature, top_p)
+    sampler = SeededSampling(streams((10,), range(rows), 1, torch.device("cpu")), 3, temperature, top_p)
     scores = torch.tensor(logits).expand(rows, -1)
     chosen = sampler(torch.zeros(rows, 3, dtype=torch.long), scores)
     assert (chosen == 0).sum(dim=1).eq(1).all(), "exactly one token stays possible"
@@ -240,7 +240,7 @@ def test_sampling_follows_the_distribution() -> None:
 def test_streams_are_reproducible_and_extend() -> None:
     """With a higher limit of new tokens, a stream begins with the same random numbers."""
     device = torch.device("cpu")
-    short, long = streams(10, [3, 7], 5, device), streams(10, [3, 7], 9, device)
+    short, long = streams((10,), [3, 7], 5, device), streams((10,), [3, 7], 9, device)
     assert torch.equal(long[:, :5], short)
-    assert torch.equal(streams(10, [7], 5, device)[0], short[1])
-    assert not torch.equal(streams(20, [7], 5, device)[0], short[1])
+    assert torch.equal(streams((10,), [7], 5, device)[0], short[1])
+    assert not torch.equal(streams((20,), [7], 5, device)[0], short[1])

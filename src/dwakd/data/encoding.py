@@ -6,6 +6,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
+from itertools import takewhile
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
@@ -14,7 +15,7 @@ from tokenizers.models import WordLevel
 from dwakd.data.chat import check_tokenizer, tokenizer_name
 from dwakd.data.prompts import Prompts
 from dwakd.data.rows import Example, check_choice
-from dwakd.data.token_bytes import TokenBytes, byte_ends
+from dwakd.data.token_bytes import TokenBytes, byte_ends, exact_ends
 from dwakd.errors import UserError
 
 
@@ -118,6 +119,26 @@ class TextEncoder:
             (ids, byte_ends(text, [self._token_bytes[token_id] for token_id in ids], encoding.offsets))
             for text, ids, encoding in zip(texts, encoded["input_ids"], encoded.encodings, strict=True)
         ]
+
+    def spelling(self, ids: Sequence[int]) -> tuple[str, list[int]]:
+        """Decode token ids that a model generated, and compute the offset at which each token ends.
+
+        Unlike those of `response_ids`, the ids need not be the tokens into which the tokenizer splits the text. Special
+        tokens are part of the text.
+
+        Returns:
+            The text, and the end of each token in its UTF-8 bytes, as `response_ids` returns them.
+        """
+        decode = partial(self.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text, pieces = decode(list(ids)), [self._token_bytes[token_id] for token_id in ids]
+        ends = exact_ends(text, pieces)
+        if ends is not None:
+            return text, ends
+        before = [decode(list(ids[:count])) for count in range(len(ids) + 1)]
+        kept = [sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(part, text))) for part in before]  # noqa: B905
+        # a token whose last character changes when more tokens follow ends inside this character
+        stops = [min(count + (count < len(part)), len(text)) for count, part in zip(kept, before, strict=True)]
+        return text, byte_ends(text, pieces, list(zip(kept[:-1], stops[1:], strict=True)))
 
 
 class _SpecialTokensAsText:

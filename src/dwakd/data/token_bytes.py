@@ -65,21 +65,26 @@ def byte_ends(text: str, pieces: Sequence[bytes], offsets: Sequence[tuple[int, i
 
     `pieces` are the bytes that each token spells, `offsets` its first character and its end by the tokenizer.
     """
-    whole = _exact_ends(text, pieces) if pieces else []
+    whole = exact_ends(text, pieces)
     if whole is not None:
         return whole
     ends: list[int] = []
     start = 0
     for (token, character), (next_token, next_character) in pairwise(_cuts(text, pieces, offsets)):
         part, tokens = text[character:next_character], pieces[token:next_token]
-        inner = _exact_ends(part, tokens)
+        inner = exact_ends(part, tokens)
         ends += _marks(start, part, tokens) if inner is None else [start + end for end in inner]
         start += len(part.encode())
     return ends
 
 
-def _exact_ends(text: str, pieces: Sequence[bytes]) -> list[int] | None:
-    """Compute the ends if the tokens spell the text, apart from dropped outer white space or one space put before it."""
+def exact_ends(text: str, pieces: Sequence[bytes]) -> list[int] | None:
+    """Compute the ends if the tokens spell the text, apart from dropped outer white space or one space put before it.
+
+    The result is None if they do not.
+    """
+    if not pieces:
+        return []
     spelled, data = b"".join(pieces), text.encode()
     if spelled == data:
         dropped = 0

@@ -75,7 +75,7 @@ class Generated(NamedTuple):
 
 
 class PromptBatch(NamedTuple):
-    """Prompts that are answered together, without padding; `rows` are their positions in the list of examples."""
+    """Prompts that are answered together, without padding; `rows` are their positions in the list of prompts."""
 
     rows: list[int]
     prompts: list[list[int]]
@@ -85,15 +85,20 @@ class PromptBatch(NamedTuple):
 def plan_batches(
     model: Model, encoder: TextEncoder, examples: Sequence[Example], options: DecodingOptions
 ) -> list[PromptBatch]:
-    """Group prompts of similar length, the longest first; the prompts of a batch have the same limit of new tokens."""
+    """Group the prompts of examples as `group_prompts` does, limited by the positions of the model."""
     prompts = answerable_prompts(model, encoder, examples)
     limits = [min(options.max_new_tokens, max_positions(model) - len(ids)) for ids in prompts]
+    return group_prompts(prompts, limits, options.batch_size)
+
+
+def group_prompts(prompts: Sequence[list[int]], limits: Sequence[int], batch_size: int) -> list[PromptBatch]:
+    """Group prompts of similar length, the longest first; the prompts of a batch have the same limit of new tokens."""
     order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
     batches = []
     for limit, group in groupby(order, key=limits.__getitem__):
         rows = list(group)
-        for start in range(0, len(rows), options.batch_size):
-            chosen = rows[start : start + options.batch_size]
+        for start in range(0, len(rows), batch_size):
+            chosen = rows[start : start + batch_size]
             batches.append(PromptBatch(chosen, [prompts[row] for row in chosen], limit))
     return batches
 
@@ -117,9 +122,17 @@ def answerable_prompts(
 
 
 def generate_batch(
-    model: PreTrainedModel, encoder: TextEncoder, batch: PromptBatch, options: GenerationOptions
+    model: PreTrainedModel,
+    encoder: TextEncoder,
+    batch: PromptBatch,
+    options: GenerationOptions,
+    uniforms: Float[Tensor, "batch steps"] | None = None,
 ) -> list[Generated]:
-    """Answer the prompts of a batch; `batch.rows` select the random numbers of each prompt."""
+    """Answer the prompts of a batch.
+
+    If `options.seed` is not None, tokens are sampled with the uniform numbers, by default those of the seed and
+    `batch.rows` (see `streams`).
+    """
     prompts = [torch.tensor(ids) for ids in batch.prompts]
     ends, pad_id = encoder.end_token_ids, encoder.tokenizer.pad_token_id
     pad_id = encoder.end_token_id if pad_id is None else int(pad_id)  # padding is masked, so any token is correct
@@ -128,7 +141,8 @@ def generate_batch(
     length = input_ids.shape[1]
     recorder = LogProbs()
     if options.seed is not None:
-        uniforms = streams(options.seed, batch.rows, batch.max_new_tokens, model.device)
+        if uniforms is None:
+            uniforms = streams((options.seed,), batch.rows, batch.max_new_tokens, model.device)
         recorder.sampler = SeededSampling(uniforms, length, options.temperature, options.top_p)
     settings = {"max_new_tokens": batch.max_new_tokens, "eos_token_id": ends, "pad_token_id": pad_id, "use_cache": True}
     settings["no_repeat_ngram_size"] = options.no_repeat_ngram_size  # bans tokens before the sampler chooses one
@@ -149,9 +163,9 @@ def generate_batch(
     return answers
 
 
-def streams(seed: int, rows: Sequence[int], steps: int, device: torch.device) -> Float[Tensor, "batch steps"]:
+def streams(seed: Sequence[int], rows: Sequence[int], steps: int, device: torch.device) -> Float[Tensor, "batch steps"]:
     """Draw `steps` uniform numbers in [0, 1) for each row; more steps only append numbers."""
-    numbers = np.stack([np.random.default_rng((seed, row)).random(steps) for row in rows])
+    numbers = np.stack([np.random.default_rng((*seed, row)).random(steps) for row in rows])
     dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     return torch.from_numpy(numbers).to(dtype).to(device)
 
