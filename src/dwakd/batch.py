@@ -94,7 +94,6 @@ class TokenBatch:
         num_rows: number of response positions of each example.
         aligned_rows: see `ModelSide`.
         cache_places: index of each example in the cache of its teacher, if the teacher has one.
-        sampled: see `ModelSide`.
     """
 
     input_ids: Int[Tensor, "batch length"]
@@ -106,7 +105,6 @@ class TokenBatch:
     num_rows: tuple[int, ...]
     aligned_rows: Int[Tensor, " s_tokens"] | None = None
     cache_places: tuple[int, ...] | None = None
-    sampled: bool = False
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "TokenBatch":
         """Apply a function to each tensor."""
@@ -125,12 +123,14 @@ class PairedBatch:
         teachers: tokens of each teacher.
         example_ids: index in the data set of each example.
         weight: weight in the optimiser batch: 1, or 0 if the examples only repeat those of other batches.
+        num_sampled: number of examples whose responses the student sampled. They are the last ones.
     """
 
     student: TokenBatch
     teachers: tuple[TokenBatch, ...]
     example_ids: tuple[int, ...]
     weight: float = 1.0
+    num_sampled: int = 0
 
     def __len__(self) -> int:
         return len(self.example_ids)
@@ -157,9 +157,7 @@ class PairedBatch:
         ends = {"aligned_rows": sum(self.student.num_rows[:count])}
 
         def cut(tokens: TokenBatch) -> TokenBatch:
-            fields: dict[str, Any] = {
-                n: value for n, value in vars(tokens).items() if isinstance(value, (Tensor, tuple))
-            }
+            fields = {name: value for name, value in vars(tokens).items() if value is not None}
             return replace(tokens, **{name: value[: ends.get(name, count)] for name, value in fields.items()})
 
         student, *teachers = map(cut, self)
@@ -206,6 +204,17 @@ class ModelSide:
     def byte_starts(self) -> Int[Tensor, " tokens"]:
         """Offset at which the predicted token starts: `byte_ends` of the token before it, 0 at the start of a response."""
         return self.byte_ends.roll(1).index_fill(0, self.lengths.cumsum(0) - self.lengths, 0)
+
+    def examples(self, start: int, stop: int) -> "ModelSide":
+        """Return the side of some of the examples. It has no `aligned_rows` and no `gate_weights`."""
+        rows = slice(sum(self.counts[:start]), sum(self.counts[:stop]))
+        names = ("hidden", "input_embeddings", "target_embeddings", "target_ids", "byte_ends")
+        cut: dict[str, Any] = {name: getattr(self, name)[rows] for name in names}
+        attention = None if self.attention is None else self.attention[rows]
+        lengths, counts = self.lengths[start:stop], self.counts[start:stop]
+        return ModelSide(
+            **cut, attention=attention, lengths=lengths, num_rows=counts, head=self.head, sampled=self.sampled
+        )
 
     @cached_property
     def counts(self) -> tuple[int, ...]:

@@ -40,7 +40,8 @@ def trainer(output: Path, *, rows: list[dict[str, Any]] = ROWS, lora: bool = Fal
     eval_rows = options.pop("eval_rows", None)
     return DistillTrainer(
         model=tiny_model(options.pop("student", "llama"), len(student_tokenizer), seed=1),
-        teacher_model=tiny_model(options.pop("teacher", "gemma2"), len(teacher_tokenizer), seed=2),
+        teacher_model=options.pop("teacher_model", None)
+        or tiny_model(options.pop("teacher", "gemma2"), len(teacher_tokenizer), seed=2),
         args=DistillConfig(output_dir=str(output), **{**arguments, **options}),
         train_dataset=rows,
         eval_dataset=eval_rows,

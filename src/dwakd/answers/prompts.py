@@ -38,9 +38,10 @@ def read_prompts(recipe: Recipe) -> list[PromptSet]:
     return sets
 
 
-def train_rows(data: DataSection) -> list[Example]:
-    """Read the rows of `data.train`, which must have responses."""
-    return load_examples(data.train, split=TRAIN_SPLITS, limit=data.limit, **_reading(data))
+def train_rows(data: DataSection, *, need_response: bool = True) -> list[Example]:
+    """Read the rows of `data.train`; with `need_response` false, rows may have no response."""
+    options = _reading(data)
+    return load_examples(data.train, split=TRAIN_SPLITS, limit=data.limit, need_response=need_response, **options)
 
 
 def eval_rows(data: DataSection) -> list[Example] | None:

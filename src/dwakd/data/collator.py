@@ -30,6 +30,24 @@ def collate(features: Sequence[dict[str, Any]], find_places: Sequence[FindPlace 
     )
 
 
+def separate(batch: PairedBatch) -> list[dict[str, Any]]:
+    """Return the items from which `collate` made a batch, without their `aligned_rows`."""
+    sides = [_rows(tokens) for tokens in batch]
+    return [
+        {"example_id": example_id, "student": student, "teachers": teachers}
+        for example_id, (student, *teachers) in zip(batch.example_ids, zip(*sides, strict=True), strict=True)
+    ]
+
+
+def _rows(tokens: TokenBatch) -> list[dict[str, list[Any]]]:
+    names = ("input_ids", "target_ids", "response_mask", "byte_ends")
+    columns = [getattr(tokens, name).tolist() for name in names]
+    return [
+        {name: values[:count] for name, values in zip(names, row, strict=True)}
+        for count, *row in zip(tokens.num_tokens, *columns, strict=True)
+    ]
+
+
 def _pad(ids: Sequence[int], side: Sequence[dict[str, Any]], find: FindPlace | None) -> TokenBatch:
     num_tokens = tuple(len(row["input_ids"]) for row in side)
     width = max(num_tokens)

@@ -113,6 +113,7 @@ def encode_pairs(
     invalid_rows: str = "error",
     source: str = "train data",
     length_option: str | None = "data.max_length",
+    need_response: bool = True,
 ) -> EncodedPairs:
     """Encode rows with all tokenizers, so that all sides contain the same characters of each response.
 
@@ -129,6 +130,7 @@ def encode_pairs(
             chat template refuses; `skip` skips such rows and reports them.
         source: name of the data set in messages.
         length_option: name of the option that sets `max_length`, for messages; None for no warning of truncation.
+        need_response: False if a response may be empty; its only token is then the end token.
 
     Raises:
         UserError: a row is invalid (see `invalid_rows`), no row can be used, or no room is left for a response.
@@ -149,7 +151,7 @@ def encode_pairs(
         for example, found in zip(chunk, tokens, strict=True):
             try:
                 found = found or _tokenise([example], sides)[0]
-                _check_row(example, found, max_prompt_length)
+                _check_row(example, found, max_prompt_length, need_response=need_response)
                 pairs.rows.append(_encode_row(example, found, sides, max_length))
             except UserError as error:
                 reason = error.reason if isinstance(error, _InvalidRowError) else REFUSED
@@ -172,7 +174,7 @@ def _tokenise(chunk: Sequence[Example], sides: Sequence[TextEncoder]) -> list[_T
     return [list(row) for row in zip(*tokens, strict=True)]
 
 
-def _check_row(example: Example, tokens: _Tokens, max_prompt_length: int) -> None:
+def _check_row(example: Example, tokens: _Tokens, max_prompt_length: int, *, need_response: bool) -> None:
     for k, (ids, _) in enumerate(tokens):
         whose = "student" if k == 0 else "teacher" if k == 1 else f"teacher {k}"
         if len(ids) > max_prompt_length:
@@ -180,7 +182,7 @@ def _check_row(example: Example, tokens: _Tokens, max_prompt_length: int) -> Non
             raise _InvalidRowError(PROMPT_TOO_LONG, f"the prompt has {len(ids)} tokens for the {whose}, above {limit}")
         if not ids:
             raise _InvalidRowError("prompt without a token", f"the prompt has no tokens for the {whose}'s tokenizer")
-    if not example.response.strip():
+    if need_response and not example.response.strip():
         raise _InvalidRowError("response empty", "the response is empty")
 
 
@@ -198,7 +200,7 @@ def _encode_row(example: Example, tokens: _Tokens, sides: Sequence[TextEncoder],
         tokens = [(prompt, side.response_ids(text)) for side, (prompt, _) in zip(sides, tokens, strict=True)]
     encoded = []
     for side, (prompt, (ids, ends)) in zip(sides, tokens, strict=True):
-        if not ids:
+        if not ids and example.response:
             raise _InvalidRowError(NOTHING_SUPERVISED)
         last, last_end = ([], []) if truncated else ([side.end_token_id], [len(text.encode())])
         byte_ends = np.array([*ends, *last_end], dtype=np.int32)

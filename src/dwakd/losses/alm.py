@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dwakd.align.offsets import byte_groups, sum_by_group, tokens_per_group
 from dwakd.batch import ModelSide
-from dwakd.kernels.head_loss import Chunk, Criterion, CrossEntropy, head_loss
+from dwakd.kernels.head_loss import Chunk, Criterion, CrossEntropy, active_weights, head_loss
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, Terms, constant_rows, head_rows
 from dwakd.losses.columns import cross_entropy
@@ -66,7 +66,7 @@ class AlmLoss(DistillationLoss[AlmOptions]):
         weights = tokens_per_group(groups, student.lengths, even=options.chunk_weights == "chunk_count")
         with torch.no_grad():
             own, theirs = (
-                head_loss([constant_rows(side)], CrossEntropy(side.target_ids), by_row=True).loss
+                head_loss([constant_rows(side)], CrossEntropy(side.target_ids), by_row=True).terms["ce"]
                 for side in (student, teacher)
             )
         # A chunk's term depends on all of its tokens. So the derivative by each token's cross-entropy is computed first, and
@@ -78,7 +78,8 @@ class AlmLoss(DistillationLoss[AlmOptions]):
             )
             losses = binary_cross_entropy(*likelihoods, options.chunk_temperature, options.epsilon)
             sums = {"ce": own.sum(), "alm": (losses * weights).sum()}
-            value = ce_weight * sums["ce"] + options.alm_weight * sums["alm"]
+            term_weights = active_weights({"ce": ce_weight, "alm": options.alm_weight})
+            value = torch.stack([term_weights[name] * term for name, term in sums.items()]).sum()
             slope: Tensor
             (slope,) = torch.autograd.grad(value, own)
         linear = head_loss([head_rows(student)], WeightedCrossEntropy(student.target_ids, slope)).loss
@@ -89,7 +90,8 @@ class WeightedCrossEntropy(Criterion):
     """Compute the cross-entropy of each token times a constant."""
 
     def __init__(self, targets: Int[Tensor, " tokens"], factors: Float[Tensor, " tokens"]) -> None:
-        super().__init__({"ce": 1.0})
+        super().__init__({})
+        self.rates = {"ce": 1.0}  # in `only_term` too, because the factors contain the weights of all terms
         self.targets, self.factors = targets, factors
 
     def terms(self, logits: Sequence[Tensor], chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:

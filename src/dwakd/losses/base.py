@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dwakd.batch import LossOutput, ModelSide
-from dwakd.kernels.head_loss import HeadLoss, HeadRows
+from dwakd.kernels.head_loss import HeadLoss, HeadRows, active_weights
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.options import MethodOptions
 from dwakd.losses.sides import require_same_lengths, require_side, require_vocabularies
@@ -107,7 +107,7 @@ class DistillationLoss(nn.Module, ABC, Generic[OptionsT]):
             require_side(student, "student")
             terms = self.compute(student, teacher, teacher_scale, ce_weight)  # type: ignore[arg-type]
         count = len(student.target_ids) if num_tokens is None else num_tokens
-        weighted = [weight * terms.sums[name] for name, weight in terms.weights.items()]
+        weighted = [weight * terms.sums[name] for name, weight in active_weights(terms.weights).items()]
         loss = torch.stack([terms.total, *weighted]).sum() / count
         means = {name: value.detach() / count for name, value in terms.sums.items()}
         return LossOutput(loss, {**means, "loss": loss.detach()})

@@ -38,6 +38,10 @@ class CrossingOptions(MethodOptions):
     def supports_sampled(self) -> bool:
         return self.values == "hidden" and self.alignment != "attention"
 
+    @property
+    def needs_given(self) -> bool:
+        return True  # t2s_ce, which trains the map to the student's space, has no weight on sampled responses
+
     def projectors(self, widths: Widths, *, with_embedding: bool) -> Projectors:
         """Create the maps that these options use."""
         parts = {"attention": 2, "causal_attention": 1}.get(self.alignment, 0)

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dwakd.batch import OutputHead
-from dwakd.kernels.head_loss import HeadLoss, HeadRows, forward_kl, head_loss, student_space
+from dwakd.kernels.head_loss import HeadLoss, HeadRows, active_weights, forward_kl, head_loss, student_space
 from dwakd.kernels.sorted_distance import sorted_distance
 
 LogProbs = Float[Tensor, "tokens vocab"]
@@ -120,15 +120,16 @@ def compare_with_teacher(
     The teacher's side is a constant. `targets` may be None if `ce_weight` is 0. `token_weights` are constant factors of the
     divergence at each token.
     """
-    count = len(sides[0].hidden)
+    count, rates = len(sides[0].hidden), active_weights({"ce": ce_weight, "kd": kd_weight})
     space = student_space(divergence)(
         first_possible(sides[0].head, count) if targets is None else targets,
         temperature,
-        {"ce": ce_weight, "t2s_ce": 0.0, "kd_student": kd_weight},
+        {},
         divergence=divergence,
         projected_targets=first_possible(sides[1].head, count),  # `StudentSpace` needs targets of the teacher as well
         token_weights=token_weights,
     )
+    space.rates = {"ce": rates["ce"], "t2s_ce": 0.0, "kd_student": rates["kd"]}
     output = head_loss(sides, space)
     return HeadLoss(output.loss, {"ce": output.terms["ce"], "kd": output.terms["kd_student"]}, {})
 

@@ -61,6 +61,11 @@ class MethodOptions(Section):
         return True
 
     @property
+    def needs_given(self) -> bool:
+        """Whether some responses must be given, because maps of the method learn nothing from sampled ones."""
+        return False
+
+    @property
     def needs_same_vocabulary(self) -> bool:
         """Whether student and teacher must have the same tokenizer."""
         return False

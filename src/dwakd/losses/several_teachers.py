@@ -74,6 +74,7 @@ class SeveralTeachers(nn.Module):
         self.shares = [weight / sum(weights) for weight in weights]
         self.gate, self.temperature = gate, temperature
         self.needs_attention = any(loss.needs_attention for loss in losses)
+        self.terms = losses[0].terms
 
     def set_step(self, step: int) -> None:
         """Set the number of finished optimiser steps for all losses."""

@@ -190,7 +190,6 @@ def select_side(
         aligned_rows=tokens.aligned_rows,
         attention=attention,
         num_rows=tokens.num_rows,
-        sampled=tokens.sampled,
     )
 
 

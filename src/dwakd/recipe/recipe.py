@@ -23,7 +23,7 @@ from dwakd.recipe.sections import (
     StudentSection,
     TeacherSection,
 )
-from dwakd.recipe.training import TrainingSection, check_best_metric, refuse_cached_attention
+from dwakd.recipe.training import TrainingSection, check_best_metric, refuse_cached_attention, refuse_cached_sampling
 from dwakd.validation import Section, parse
 
 DEFAULT_METHOD = "dwa_kd"
@@ -108,6 +108,7 @@ class Recipe(Section):
                 raise UserError("teacher.cache_dtype requires teacher.cache, the folder of the cache")
             if teacher.cache is not None:
                 refuse_cached_attention(self.loss)
+                refuse_cached_sampling(self.training.get("lmbda") or 0.0)
         options = self.training
         used = [name for name in NEED_EVALUATION if options.get(name) not in (None, False, "no")]
         used += ["save_strategy=best"] if options.get("save_strategy") == "best" else []

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from dwakd.errors import UserError
 from dwakd.losses import MethodOptions, method_options
-from dwakd.losses.options import Temperature
+from dwakd.losses.options import Rate, Steps, Temperature
 from dwakd.losses.several_teachers import Gate
 from dwakd.losses.weighted_sum import term_names
 from dwakd.recipe.sections import Count, DataSection, Share, options_of
@@ -30,11 +30,13 @@ ELSEWHERE = {
     "trust_remote_code": "use student.trust_remote_code and teacher.trust_remote_code",
     "output_dir": "use --output",
     "resume_from_checkpoint": "use --resume",
+    "on_policy": "use lmbda",
+    "seq_kd": "use data.responses=teacher",
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), "leave it out"),
     **{f"{name}_column": f"use data.{name}" for name in ("prompt", "response", "input")},
     **{name: f"use data.{name}" for name in DATA_OPTIONS},
 }
-"""Options of `DistillConfig` that the section training does not have, and what to do instead."""
+"""Options of `DistillConfig` and TRL that the section training does not have, and what to do instead."""
 
 
 def _option(default: object, description: str) -> Any:
@@ -107,6 +109,12 @@ class DistillConfig(TrainingArguments):
     prompt_column: str | None = _data_option("prompt")
     response_column: str | None = _data_option("response")
     input_column: str | None = _data_option("input")
+    lmbda: Rate = _option(0.0, "Share of the prompts that the current student answers (on-policy distillation).")
+    sampling_temperature: Temperature = _option(1.0, "Temperature of the student's sampling for lmbda.")
+    max_new_tokens: Count = _option(128, "Most tokens of an answer of the student for lmbda.")
+    term_gradient_steps: Steps = _option(
+        0, "Steps between two measurements of each term's gradient at the student's hidden states; 0 for none."
+    )
     disable_dropout: bool = _option(False, "Set each dropout of the student to 0, but not the noise of routers.")
     teacher_cache: str | None = _option(None, "Folder of the teacher's hidden states. It is built if it is missing.")
     trust_remote_code: bool = _option(False, "Run modelling code from the hub; only for models given by name.")
@@ -133,7 +141,7 @@ class DistillConfig(TrainingArguments):
         own = DistillConfig.__annotations__.keys() | LIMITS.keys()  # transformers replaces others by objects
         checked = {n: _number(v) for n, v in values.items() if n in own or isinstance(v, int | float | dict)}
         parse(TrainingOptions, checked)
-        _ = self.method_options  # validates them
+        self._check_sampling(self.method_options)
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model = "rouge_l" if self.eval_rouge_l else "bits_per_byte"
         if self.metric_for_best_model is not None and self.greater_is_better is None:
@@ -142,6 +150,17 @@ class DistillConfig(TrainingArguments):
         super().__post_init__()
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to pin memory for, and torch would warn
+
+    def _check_sampling(self, options: MethodOptions) -> None:
+        if self.lmbda and not options.supports_sampled:
+            raise UserError(
+                f"method {self.method} cannot train on the student's own answers (training.lmbda={self.lmbda:g}), because it "
+                "trains models to predict the response: set lmbda to 0, or use another method such as alm"
+            )
+        if self.lmbda == 1 and options.needs_given:
+            raise UserError(
+                f"method {self.method} needs some given responses to train its maps: set training.lmbda below 1"
+            )
 
     @property
     def method_options(self) -> MethodOptions:
@@ -186,6 +205,15 @@ def check_best_metric(metric: str, method: MethodOptions, *, rouge_l: bool) -> N
     if name not in valid:
         hint = "requires training.eval_rouge_l=true; other" if name == "rouge_l" else "is unknown;"
         raise UserError(f"training.metric_for_best_model {name} {hint} valid ones: {', '.join(valid)}")
+
+
+def refuse_cached_sampling(lmbda: float) -> None:
+    """Raise UserError if the teacher reads the student's answers, which a cache does not contain."""
+    if lmbda:
+        raise UserError(
+            f"training.lmbda is {lmbda:g}, but a teacher cache does not contain the student's answers: train without "
+            "teacher.cache"
+        )
 
 
 def refuse_cached_attention(options: MethodOptions) -> None:

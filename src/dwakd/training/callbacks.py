@@ -2,50 +2,83 @@
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
+from dwakd.batch import PairedBatch
 from dwakd.errors import UserError
+from dwakd.training.on_policy import AnswerCounts, answer_metrics
 
 _FIX = "lower training.learning_rate, or set training.warmup_steps"
 
 
 class RunCallback(TrainerCallback):
-    """Collect the means of terms and the time of steps, and give later callbacks the student as `model`."""
+    """Collect what is logged and the time of steps, and give later callbacks the student as `model`."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.seconds: list[float] = []
         """Time of each optimiser step from its first batch on, without logging, evaluation and saving."""
-        self._sums: dict[str, Tensor] = {}
-        self._first_step = 0
+        self.answers = AnswerCounts()
+        """Counts of the answers that the student has sampled."""
+        self._start(0)
 
-    def add_terms(self, terms: dict[str, Tensor], weight: float) -> None:
-        """Add the terms of a micro-batch to the sums of their means."""
-        for name, value in terms.items():
-            self._sums[name] = self._sums.get(name, 0.0) + weight * value
+    def _start(self, step: int) -> None:
+        self._first_step, self._num_seconds = step, len(self.seconds)
+        self._terms: dict[str, Tensor] = {}
+        self._squares: dict[str, Tensor] = {}
+        self._tokens = [0.0, 0.0]
 
-    def mean_terms(self) -> dict[str, float]:
-        """Return the mean of each term over the optimiser steps since the last call, over all ranks."""
-        if not self._sums:
+    def add_tokens(self, batches: Sequence[PairedBatch]) -> float:
+        """Count the student's tokens in the micro-batches of a step; return the number of response tokens."""
+        responses = sum(batch.weight * sum(batch.student.num_rows) for batch in batches)
+        read = sum(batch.weight * sum(batch.student.num_tokens) for batch in batches)
+        self._tokens = [total + new for total, new in zip(self._tokens, (responses, read), strict=True)]
+        return responses
+
+    def add_output(self, output: dict[str, Any], weight: float) -> None:
+        """Add the terms of a micro-batch, and the squared norms of their gradients if they were measured."""
+        for name, value in output["terms"].items():
+            self._terms[name] = self._terms.get(name, 0.0) + weight * value
+        for name, value in output.get("gradient_squares", {}).items():
+            self._squares[name] = self._squares.get(name, 0.0) + weight**2 * value
+
+    def metrics(self) -> dict[str, float]:
+        """Return what is logged about the optimiser steps since the last call, over all ranks.
+
+        These are the mean of each term, the root mean square of the gradient norms, tokens per second, and properties of the
+        student's answers. Seconds are without evaluation and saving.
+        """
+        if not self._terms:
             return {}
-        steps = max(self.trainer.state.global_step - self._first_step, 1)
-        sums = self.trainer.accelerator.reduce(torch.stack(list(self._sums.values())), "sum") / steps
-        means = dict(zip(self._sums, sums.tolist(), strict=True))
-        self._sums, self._first_step = {}, self.trainer.state.global_step
-        return means
+        seconds = sum(self.seconds[self._num_seconds :]) + time.perf_counter() - self._step_ended
+        step, every = self.trainer.state.global_step, self.trainer.args.term_gradient_steps
+        sums = torch.stack([*self._terms.values(), *self._squares.values()])
+        counts = sums.new_tensor([*self._tokens, *self.answers.take()])
+        sums, counts = (self.trainer.accelerator.reduce(values, "sum") for values in (sums, counts))
+        num_measured = sum(index % every == 0 for index in range(self._first_step, step)) if every else 1
+        means = (sums[: len(self._terms)] / max(step - self._first_step, 1)).tolist()
+        norms = (sums[len(self._terms) :] / max(num_measured, 1)).sqrt().tolist()
+        responses, read = (counts[:2] / seconds).tolist()
+        metrics = dict(zip(self._terms, means, strict=True))
+        metrics |= {f"grad_norm/{name}": norm for name, norm in zip(self._squares, norms, strict=True)}
+        metrics |= {"response_tokens_per_second": responses, "tokens_per_second": read, **answer_metrics(counts[2:])}
+        self._start(step)
+        return metrics
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.callback_handler.model = self.trainer.student  # the Distiller has no `generate`
-        self._sums, self._first_step = {}, state.global_step
+        self._start(state.global_step)
 
     on_init_end = on_train_begin  # an evaluation may come before the training
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.trainer.step_started)
+        self._step_ended = time.perf_counter()
+        self.seconds.append(self._step_ended - self.trainer.step_started)
 
 
 class TermsProgressCallback(ProgressCallback):

@@ -1,6 +1,7 @@
 """Student and loss in one module, so that wrappers reduce the gradients of both and checkpoints contain both."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from dwakd.batch import LossOutput, ModelSide, TokenBatch
 from dwakd.data.encoding import TextEncoder
 from dwakd.errors import UserError
+from dwakd.kernels.head_loss import only_term
 from dwakd.losses import DistillationLoss, ModelPair, SeveralTeachers, TeacherScale, Widths, build_loss
 from dwakd.losses.accuracy import count_correct
 from dwakd.models.head import embedding_table, output_head
@@ -50,6 +52,9 @@ class Distiller(nn.Module):
         teachers: Sequence[ModelSide] = (),
         teacher_scales: Sequence[TeacherScale] = (),
         num_tokens: Tensor | float | None = None,
+        *,
+        num_sampled: int = 0,
+        term_gradients: bool = False,
     ) -> dict[str, Any]:
         """Compute the loss of a batch as {"loss": scalar with gradient, "terms": {name: detached scalar}}.
 
@@ -60,22 +65,66 @@ class Distiller(nn.Module):
             teachers: the side of each teacher.
             teacher_scales: statistics of each teacher over the whole optimiser batch. Default: those of this batch.
             num_tokens: see `DistillationLoss.forward`.
+            num_sampled: number of examples at the end of the batch whose responses the student sampled. They have no
+                cross-entropy, and do not count in the term `ce`.
+            term_gradients: whether to return `gradient_squares` as "gradient_squares".
         """
         side = response_side(self.student, student, attention=self.loss.needs_attention)
-        output = self._loss(side, teachers, teacher_scales, num_tokens)
-        result = {"loss": output.loss, "terms": output.terms}
+        output = self._loss(side, teachers, teacher_scales, num_tokens, num_sampled)
+        result: dict[str, Any] = {"loss": output.loss, "terms": output.terms}
+        if term_gradients:
+            names = [name for name in self.loss.terms if name in output.terms]
+            arguments = teachers, teacher_scales, num_tokens, num_sampled
+            result["gradient_squares"] = self.gradient_squares(names, side, *arguments)
         if not self.training and teachers and not isinstance(self.loss, SeveralTeachers):
             scale = next(iter(teacher_scales), None) or TeacherScale.of(teachers[0])
             result["counts"] = count_correct(self.loss, side, teachers[0], scale)
         return result
 
+    def gradient_squares(self, names: Sequence[str], student: ModelSide, *arguments: Any) -> dict[str, Tensor]:
+        """Compute, for each term, the squared norm of its gradient at the student's hidden states.
+
+        The gradient is that of the term times its weight in the loss. The loss is computed once more for each term, on
+        detached hidden states, so that no gradient reaches a parameter.
+        """
+        hidden = student.hidden.detach().requires_grad_()
+        embeddings, head = student.target_embeddings.detach(), student.head.detached()
+        side = replace(student, hidden=hidden, target_embeddings=embeddings, head=head)
+        squares = {}
+        for name in names:
+            with torch.enable_grad(), only_term(name):
+                loss = self._loss(side, *arguments).loss
+            (gradient,) = torch.autograd.grad(loss, hidden, allow_unused=True, materialize_grads=True)
+            squares[name] = gradient.float().square().sum()
+        return squares
+
     # The kernels bring their own compiled code; `torch_compile` is for the student.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _loss(self, student: ModelSide, teachers: Any, scales: Any, num_tokens: Any) -> LossOutput:
+    def _loss(self, student: ModelSide, teachers: Any, scales: Any, num_tokens: Any, num_sampled: int) -> LossOutput:
+        num_given, count = len(student.counts) - num_sampled, len(student.counts)
+        if num_given and num_sampled:
+            num_tokens = len(student.target_ids) if num_tokens is None else num_tokens
+            parts = [(0, num_given, 0), (num_given, count, num_sampled)]
+            given, sampled = (
+                self._loss(
+                    student.examples(start, stop),
+                    [teacher.examples(start, stop) for teacher in teachers],
+                    scales,
+                    num_tokens,
+                    part_sampled,
+                )
+                for start, stop, part_sampled in parts
+            )
+            terms = {name: value + sampled.terms[name] for name, value in given.terms.items()}
+            return LossOutput(given.loss + sampled.loss, terms)
+        if num_sampled:
+            student = replace(student, sampled=True)
         if not isinstance(self.loss, SeveralTeachers):
             teachers, scales = (next(iter(values), None) for values in (teachers, scales))
         with torch.autocast(student.hidden.device.type, enabled=False):
             output: LossOutput = self.loss(student, teachers, num_tokens=num_tokens, teacher_scale=scales or None)
+        if student.sampled and "ce" in output.terms:
+            output.terms["ce"] = torch.zeros_like(output.terms["ce"])
         return output
 
     def load_checkpoint(self, folder: str | Path) -> None:

@@ -1,6 +1,7 @@
 """Load and check what a trainer is given: models and tokenizers by name or as objects, and data sets of any form."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -105,6 +106,7 @@ def encode_source(
     """
     if source is None:
         return [], None
+    need_response = role == "eval" or args.lmbda < 1
     if isinstance(source, EncodedPairs):
         examples, pairs = [], source
     else:
@@ -118,9 +120,12 @@ def encode_source(
                 prompt=args.prompt_column,
                 response=args.response_column,
                 input=args.input_column,
+                need_response=need_response,
                 invalid_rows=args.invalid_rows,
                 name=name,
             )
+        if not need_response:
+            examples = [replace(example, response="") for example in examples]
         pairs = encode_pairs(
             examples,
             *encoders,
@@ -128,6 +133,7 @@ def encode_source(
             max_prompt_length=args.max_prompt_length,
             invalid_rows=args.invalid_rows,
             source=name,
+            need_response=need_response,
         )
         refused = set(pairs.report.get(REFUSED, ()))
         examples = [example for example in examples if example.index not in refused]

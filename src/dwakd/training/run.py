@@ -95,9 +95,10 @@ def recipe_examples(recipe: Recipe, plan: EvaluationPlan | None = None) -> tuple
 
     With `data.responses: teacher` the teacher's answers are made if they are missing; `plan` as in `answer_recipe`.
     """
-    answered = recipe.data.responses == "teacher"
-    train = training_examples(recipe, plan) if answered else train_rows(recipe.data)
-    return train, eval_rows(recipe.data)
+    if recipe.data.responses == "teacher":
+        return training_examples(recipe, plan), eval_rows(recipe.data)
+    on_policy = recipe.training.get("lmbda") == 1
+    return train_rows(recipe.data, need_response=not on_policy), eval_rows(recipe.data)
 
 
 def build_trainer(recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan | None = None) -> DistillTrainer:

@@ -29,6 +29,7 @@ from dwakd.training import inputs as given
 from dwakd.training.callbacks import FiniteCheck, RunCallback, TermsProgressCallback
 from dwakd.training.distiller import LOSS_STATE, Distiller, build_method
 from dwakd.training.evaluation import generated_metrics, mean_terms
+from dwakd.training.on_policy import StudentAnswers, check_teachers
 from dwakd.training.sampler import LengthGroupedSampler, cut_repeats
 from dwakd.training.student import check_student, disable_dropout
 from dwakd.training.teacher import Teacher
@@ -80,6 +81,7 @@ class DistillTrainer(Trainer):
         date = next((teacher.date for teacher in self.teachers if teacher.date), None)
         self.student_encoder = given.make_encoder(processing_class, args, date)
         self._encoders = (self.student_encoder, *(encoder for _, encoder in found))
+        check_teachers(args, self.teachers, self._encoders)
         _, train_pairs = given.encode_source(train_dataset, self._encoders, args, "train", names.get("train"))
         self._eval_examples, eval_pairs = given.encode_source(
             eval_dataset, self._encoders, args, "eval", names.get("eval")
@@ -98,6 +100,7 @@ class DistillTrainer(Trainer):
             disable_dropout(model)
         self.metrics_function = compute_metrics
         self.clock, self.finite = RunCallback(self), FiniteCheck(self)
+        self.student_answers = StudentAnswers(args, self._encoders, self.clock.answers) if args.lmbda else None
         super().__init__(
             model=Distiller(model, loss),
             args=args,
@@ -129,16 +132,17 @@ class DistillTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        micro_batches = self._micro_batches(batches)
-        count = sum(micro.batch.weight * sum(micro.batch.student.num_rows) for micro in micro_batches)
-        num_tokens = torch.tensor(count, device=device)
+        micro_batches = self._micro_batches(batches, answer=self.student_answers)
+        num_tokens = torch.tensor(self.clock.add_tokens([micro.batch for micro in micro_batches]), device=device)
         if self.args.world_size > 1:
             num_tokens = self.accelerator.gather(num_tokens).sum()
         self._distiller.loss.set_step(self.state.global_step)
         return micro_batches, num_tokens
 
-    def _micro_batches(self, batches: list[PairedBatch]) -> list[MicroBatch]:
+    def _micro_batches(self, batches: list[PairedBatch], answer: StudentAnswers | None = None) -> list[MicroBatch]:
         kept = cut_repeats(batches, self.accelerator.gradient_state, self.args)
+        if answer is not None:
+            kept = answer.replace(kept, self.student, self.state.global_step)
         batches = [batch.to(self.args.device) for batch in kept]
         return run_teachers(batches, self.teachers, self.accelerator.gather if self.args.world_size > 1 else None)
 
@@ -149,23 +153,31 @@ class DistillTrainer(Trainer):
         self, model: nn.Module, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         batch, sides, scales = inputs
-        output = model(batch.student, sides, scales, num_items_in_batch)
+        every = self.args.term_gradient_steps
+        measure = bool(every) and self.state.global_step % every == 0
+        output = model(
+            batch.student, sides, scales, num_items_in_batch, num_sampled=batch.num_sampled, term_gradients=measure
+        )
+        if self.args.lmbda == 1:
+            output["terms"].pop("ce", None)
         self.finite.add(output["loss"])
-        self.clock.add_terms(output["terms"], batch.weight)
+        self.clock.add_output(output, batch.weight)
         # Wrappers average gradients over ranks; the division by the global number of tokens requires their sum.
         loss = output["loss"] * self.accelerator.num_processes * batch.weight
         return (loss, output) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the mean of every term over the optimiser steps since the last log."""
+        """Add the means of the terms, and the other values of `RunCallback.metrics`, since the last log."""
         if "loss" in logs:
-            logs |= self.clock.mean_terms()
+            logs |= self.clock.metrics()
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as in transformers; raise UserError if a loss or a parameter becomes NaN or infinite."""
         if self.train_dataset is None:
             raise UserError("there is nothing to train on: give train_dataset")
+        if self.student_answers and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise UserError("training.lmbda: a student sharded by FSDP or DeepSpeed cannot answer prompts; use DDP")
         output = super().train(*args, **kwargs)
         self.finite.finish()
         return output

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from dwakd.kernels.checks import require_targets
 from dwakd.kernels.dispatch import resolve
-from dwakd.kernels.head_loss.criterion import Chunk, Criterion, CrossEntropy, HeadRows, Statistics, WithPrediction
+from dwakd.kernels.head_loss.criterion import (
+    Chunk,
+    Criterion,
+    CrossEntropy,
+    HeadRows,
+    Statistics,
+    WithPrediction,
+    active_weights,
+    only_term,
+)
 from dwakd.kernels.head_loss.dual_space import student_space, teacher_space
 from dwakd.kernels.head_loss.engine import ChunkedHeadLoss, ChunkedRun
 from dwakd.kernels.head_loss.statistics import entropy, forward_kl
@@ -22,9 +31,11 @@ __all__ = [
     "HeadLoss",
     "HeadRows",
     "WithPrediction",
+    "active_weights",
     "entropy",
     "forward_kl",
     "head_loss",
+    "only_term",
     "student_space",
     "teacher_space",
 ]

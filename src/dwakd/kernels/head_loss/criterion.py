@@ -1,7 +1,9 @@
 """Define the interface between the chunked engine and the loss terms that a method computes from logits."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,25 @@ from dwakd.kernels.head_loss.statistics import blocks, most_probable, peak_of, p
 Logits = Float[Tensor, "_ _"]
 Sides = Sequence[Logits]
 Statistics = dict[str, Tensor]
+
+
+_only: ContextVar[str | None] = ContextVar("only_term", default=None)
+
+
+@contextmanager
+def only_term(name: str) -> Iterator[None]:
+    """Give all other terms the weight 0 in losses that are computed inside a `with` block."""
+    token = _only.set(name)
+    try:
+        yield
+    finally:
+        _only.reset(token)
+
+
+def active_weights(weights: Mapping[str, float]) -> dict[str, float]:
+    """Return the weights of terms, with those that `only_term` switches off as 0."""
+    only = _only.get()
+    return {name: weight if only in (None, name) else 0.0 for name, weight in weights.items()}
 
 
 @dataclass(frozen=True)
@@ -64,7 +85,7 @@ class Criterion(ABC):
     """Target of each token of the first side, validated by `head_loss`. A criterion may have no targets."""
 
     def __init__(self, rates: dict[str, float]) -> None:
-        self.rates = rates
+        self.rates = active_weights(rates)
 
     def targets_by_side(self) -> dict[int, Int[Tensor, " tokens"]]:
         """Return the targets by the index of their side, for the sides that have targets."""

@@ -1,0 +1,208 @@
+"""On-policy distillation: the current student answers some of the prompts of each optimiser step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from dwakd.batch import PairedBatch
+from dwakd.data.collator import collate, separate
+from dwakd.data.encoding import TextEncoder
+from dwakd.data.pairs import EncodedSide
+from dwakd.errors import UserError
+from dwakd.evaluation.generate import Answer, Model, PromptBatch, answer_ids, group_prompts, streams
+from dwakd.evaluation.options import GenerationOptions
+from dwakd.models.rows import evaluating
+from dwakd.recipe.training import DistillConfig, refuse_cached_sampling
+from dwakd.training.teacher import CachedTeacher, Teacher
+
+CHOICE, TOKENS = 1, 2
+"""Purposes of random numbers, so that the choice of a prompt and its answer are independent."""
+NGRAM = 4
+
+
+def check_teachers(args: DistillConfig, teachers: Sequence[Teacher], encoders: Sequence[TextEncoder]) -> None:
+    """Raise UserError if the student is to answer prompts and a teacher cannot train it on its answers.
+
+    `encoders` begins with the student's. A method that compares probabilities token by token would train the student to
+    write the teacher's end token. If the student's answers do not end there, they become longer and longer.
+    """
+    if not args.lmbda:
+        return
+    own = encoders[0]
+    for teacher, encoder in zip(teachers, encoders[1:], strict=True):
+        if isinstance(teacher, CachedTeacher):
+            refuse_cached_sampling(args.lmbda)
+        if args.method_options.needs_same_vocabulary and encoder.end_token_id not in own.end_token_ids:
+            theirs, ours = (side.tokenizer.convert_ids_to_tokens(side.end_token_id) for side in (encoder, own))
+            raise UserError(
+                f"training.lmbda: the teacher ends its answers with {theirs!r} and the student with {ours!r}, so the "
+                "student's answers would not end: use data.template=plain, or models with the same chat template"
+            )
+
+
+class StudentAnswers:
+    """Answer the share `lmbda` of the prompts with the student.
+
+    A prompt is chosen and answered with random numbers that depend on the seed, the optimiser step and the row only, so
+    that a resumed run, other batch sizes and other numbers of ranks give the same answers.
+
+    Args:
+        args: the training arguments.
+        encoders: the encoder of the student, then that of each teacher.
+        counts: count the answers.
+    """
+
+    def __init__(self, args: DistillConfig, encoders: Sequence[TextEncoder], counts: "AnswerCounts") -> None:
+        self.args, self.counts = args, counts
+        self.encoder = AnswerEncoder(encoders, args.max_length)
+
+    def replace(self, batches: Sequence[PairedBatch], student: Model, step: int) -> list[PairedBatch]:
+        """Return the micro-batches of a step, in which the student has answered the chosen prompts.
+
+        The answered rows of a batch are its last ones, and their number is its `num_sampled`.
+        """
+        rows = [separate(batch) for batch in batches]
+        ids = [row["example_id"] for own in rows for row in own]
+        draws = streams((self.args.seed, step, CHOICE), ids, 1, torch.device("cpu"))[:, 0]
+        chosen = dict(zip(ids, (draws < self.args.lmbda).tolist(), strict=True))
+        asked = {row["example_id"]: row for own in rows for row in own if chosen[row["example_id"]]}
+        answered = self._answer(list(asked.values()), student, step)
+        replaced = []
+        for batch, own in zip(batches, rows, strict=True):
+            given = [row for row in own if not chosen[row["example_id"]]]
+            sampled = [answered[row["example_id"]] for row in own if chosen[row["example_id"]]]
+            if batch.weight:
+                self.counts.add(sampled)
+            new = collate([*given, *(row.features for row in sampled)])
+            replaced.append(replace(new, weight=batch.weight, num_sampled=len(sampled)))
+        return replaced
+
+    def _answer(self, rows: list[dict[str, Any]], student: Model, step: int) -> dict[int, "AnsweredRow"]:
+        """Sample the answers to the prompts of these rows, by example id."""
+        args = self.args
+        prompts = [[_prompt(side) for side in (row["student"], *row["teachers"])] for row in rows]
+        limits = [min(args.max_new_tokens, args.max_length - len(own)) for own, *_ in prompts]
+        options = GenerationOptions(seed=args.seed, temperature=args.sampling_temperature)
+        base = student.get_base_model() if isinstance(student, PeftModel) else student
+        answers: dict[int, AnsweredRow] = {}
+        with evaluating(student):
+            for batch in group_prompts([own for own, *_ in prompts], limits, args.per_device_eval_batch_size):
+                ids = [rows[place]["example_id"] for place in batch.rows]
+                found = self._sample(base, batch, options, ids, step)
+                for place, example_id, answer in zip(batch.rows, ids, found, strict=True):
+                    answers[example_id] = self.encoder.encode(example_id, prompts[place], answer)
+        return answers
+
+    def _sample(
+        self, model: Any, batch: PromptBatch, options: GenerationOptions, ids: list[int], step: int
+    ) -> list[Answer]:
+        uniforms = streams((self.args.seed, step, TOKENS), ids, batch.max_new_tokens, model.device)
+        return answer_ids(model, self.encoder.encoders[0], batch, options, uniforms)
+
+
+@dataclass(frozen=True)
+class AnsweredRow:
+    """A row whose response the student sampled.
+
+    Args:
+        features: the row as an item for `collate`.
+        ids: the student's answer without an end token.
+        ended: whether the answer ends with an end token. If not, it was cut.
+    """
+
+    features: dict[str, Any]
+    ids: list[int]
+    ended: bool
+
+
+class AnswerEncoder:
+    """Encode the student's answers for all models.
+
+    The student keeps the sampled token ids. Teachers with the same vocabulary read these ids, and the others read the text. If
+    a teacher has no room for all of it, the answer is cut after the last token of the student that fits. It is also cut
+    before a token that the tokenizer does not have, as heads may have more entries. An answer that is cut has no end token. If
+    no token is left on some side, all sides get an empty answer, whose only token is the end token.
+
+    Args:
+        encoders: the encoder of the student, then that of each teacher.
+        max_length: maximum number of tokens of each side.
+    """
+
+    def __init__(self, encoders: Sequence[TextEncoder], max_length: int) -> None:
+        self.encoders, self.max_length = encoders, max_length
+        own, *others = (encoder.tokenizer.get_vocab() for encoder in encoders)
+        self._known, self._same = set(own.values()), [vocab == own for vocab in others]
+
+    def encode(self, example_id: int, prompts: list[list[int]], answer: Answer) -> AnsweredRow:
+        """Encode an answer to a prompt, which is given as the token ids of each model."""
+        ids = list(takewhile(self._known.__contains__, answer.ids))
+        rooms = [self.max_length - len(prompt) for prompt in prompts[1:]]
+        text, parts = self._read(ids)
+        fits = all(len(part) < room for (part, _), room in zip(parts[1:], rooms, strict=True))
+        ended = answer.ended and fits and len(ids) == len(answer.ids)
+        while cuts := [
+            max(0, *ends[:room]) for (part, ends), room in zip(parts[1:], rooms, strict=True) if len(part) > room
+        ]:
+            fitting = [count for count, end in enumerate(parts[0][1], start=1) if 0 <= end <= min(cuts)]
+            ids = ids[: min(max(fitting, default=0), len(ids) - 1)]
+            text, parts = self._read(ids)
+        with_end = ended
+        if not all(part for part, _ in parts):
+            text, parts, with_end = "", [([], []) for _ in parts], True
+        sides = []
+        for encoder, prompt, (part, ends) in zip(self.encoders, prompts, parts, strict=True):
+            last, last_end = ([encoder.end_token_id], [len(text.encode())]) if with_end else ([], [])
+            whole, byte_ends = (np.array(n, dtype=np.int32) for n in ([*prompt, *part, *last], [*ends, *last_end]))
+            sides.append(EncodedSide(whole, len(prompt), byte_ends).features())
+        return AnsweredRow({"example_id": example_id, "student": sides[0], "teachers": sides[1:]}, ids, ended)
+
+    def _read(self, ids: list[int]) -> tuple[str, list[tuple[list[int], list[int]]]]:
+        """Return the text of the student's tokens, and for each model the tokens and byte ends that it reads."""
+        own, *others = self.encoders
+        text, ends = own.spelling(ids)
+        theirs = (
+            (ids, ends) if same else other.response_ids(text) for other, same in zip(others, self._same, strict=True)
+        )
+        return text, [(ids, ends), *theirs]
+
+
+class AnswerCounts:
+    """Count what the logs say about the student's answers."""
+
+    def __init__(self) -> None:
+        self.values = [0] * 6
+
+    def add(self, rows: Sequence[AnsweredRow]) -> None:
+        """Count the answers of these rows."""
+        for row in rows:
+            ngrams = [tuple(row.ids[start : start + NGRAM]) for start in range(len(row.ids) - NGRAM + 1)]
+            repeated = len(ngrams) - len(set(ngrams))
+            new = (1, len(row.ids), not row.ended, row.ended and not row.ids, repeated, len(ngrams))
+            self.values = [total + int(value) for total, value in zip(self.values, new, strict=True)]
+
+    def take(self) -> list[int]:
+        """Return the counts and start again."""
+        values, self.values = self.values, [0] * 6
+        return values
+
+
+def answer_metrics(counts: Tensor) -> dict[str, float]:
+    """Return the logged values for counts of `AnswerCounts`, summed over ranks; nothing if there are no answers."""
+    answers, tokens, cut, empty, repeated, ngrams = counts.tolist()
+    if not answers:
+        return {}
+    shares = {"mean_length": tokens, "clipped_ratio": cut, "empty_ratio": empty}
+    metrics = {name: value / answers for name, value in shares.items()} | {"repetition": repeated / max(ngrams, 1)}
+    return {f"completions/{name}": value for name, value in metrics.items()}
+
+
+def _prompt(side: dict[str, Any]) -> list[int]:
+    """Return the token ids of the prompt of an encoded row. The last one is read at the first response position."""
+    ids: list[int] = side["input_ids"]
+    return ids[: len(ids) - sum(side["response_mask"]) + 1]
