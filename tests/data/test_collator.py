@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dwakd.batch import PairedBatch
-from dwakd.data.collator import collate
+from dwakd.data.collator import collate, separate
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedPairs, align_by_spelling, encode_pairs
 from dwakd.data.rows import Example
@@ -52,6 +52,13 @@ def test_layout_of_a_row() -> None:
         assert features(item, name)["target_ids"] == whole[1:]
         assert features(item, name)["response_mask"] == [False] * (len(prompt) - 1) + [True] * (len(ids) + 1)
         assert features(item, name)["byte_ends"] == [0] * (len(prompt) - 1) + ends + [6]
+
+
+def test_a_batch_gives_its_items_back() -> None:
+    """Rows that keep their given response are collated again with rows that the student answered."""
+    pairs = encode_pairs([row(3, "a 😀"), row(5, "Some longer answer."), row(6, "x")], *sides(), sides()[1])
+    items = [pairs[index] for index in range(3)]
+    assert separate(collate(items)) == items
 
 
 def test_chat_supervises_the_assistant_s_text_alone() -> None:

@@ -134,6 +134,55 @@ def test_ends_by_hand(
     assert got == ends
 
 
+@pytest.mark.parametrize("build", ALL)
+@settings(max_examples=40, deadline=None)
+@given(seeds=st.lists(st.integers(0, 10**6), max_size=12))
+def test_the_spelling_of_any_tokens(build: Callable[[], PreTrainedTokenizerFast], seeds: list[int]) -> None:
+    """A student samples tokens that no text is split into: half characters, special tokens, single letters."""
+    side = encoder(build)
+    ids = [seed % len(side.tokenizer) for seed in seeds]
+    text, ends = side.spelling(ids)
+    assert text == side.tokenizer.decode(ids)
+    offsets = [end for end in ends if end >= 0]
+    assert offsets == sorted(offsets)
+    assert len(ends) == len(ids)
+    assert not ends or ends[-1] == len(text.encode())
+    if build is byte_bpe:
+        for count, end in enumerate(ends, 1):
+            if end >= 0 and "\ufffd" not in text:
+                assert side.tokenizer.decode(ids[:count]) == text.encode()[:end].decode(errors="replace")
+
+
+@pytest.mark.parametrize("build", ALL)
+@settings(max_examples=40, deadline=None)
+@given(text=TEXTS)
+def test_the_spelling_of_a_text_s_own_tokens(build: Callable[[], PreTrainedTokenizerFast], text: str) -> None:
+    """The same tokens must have the same ends, whether they were read from a text or sampled."""
+    side = encoder(build)
+    ids, ends = side.response_ids(text)
+    spelled, own_ends = side.spelling(ids)
+    if spelled == text and build in SPELLING:
+        assert own_ends == ends
+
+
+@pytest.mark.parametrize(
+    ("build", "pieces", "text", "ends"),
+    [
+        (byte_bpe, ["r", "e", "d", "Ġ", "Ĥ"], "red \ufffd", [1, 2, 3, 4, 7]),  # a byte that continues no character
+        (byte_bpe, ["r", "ðŁ"], "r\ufffd", [1, 4]),  # cut inside a character
+        (byte_bpe, ["ðŁ", "¤", "Ĺ", "r"], "🤗r", [2, 3, 4, 5]),
+        (bpe_byte_fallback, ["▁", "r", "e", "d", "</s>"], "red</s>", [0, 1, 2, 3, 7]),
+        (wordpiece, ["The", "dog", "##s"], "The dogs", [3, 7, 8]),
+    ],
+)
+def test_spelling_by_hand(
+    build: Callable[[], PreTrainedTokenizerFast], pieces: list[str], text: str, ends: list[int]
+) -> None:
+    """Examples of invalid bytes, of special tokens, and of spaces that only the decoder writes."""
+    side = encoder(build)
+    assert side.spelling(side.tokenizer.convert_tokens_to_ids(pieces)) == (text, ends)
+
+
 def test_spelled_out_special_tokens_are_text() -> None:
     """A response that contains "</s>" as text is not encoded with the special token."""
     for side, text in ((encoder(byte_bpe), "a<|endoftext|>b"), (encoder(bpe_byte_fallback), "a</s>b")):

@@ -12,6 +12,7 @@ import torch
 
 from dwakd.errors import UserError
 from dwakd.kernels import head_loss, sinkhorn, soft_dtw
+from dwakd.kernels.head_loss import only_term
 from dwakd.losses import METHODS, DistillationLoss, TeacherScale, Widths, build_loss
 from dwakd.losses.divergences import DIVERGENCES
 from tests.losses.builders import pair_of, random_examples, random_heads, side, use_kernels
@@ -80,6 +81,27 @@ def test_gradient_reaches_the_student_and_own_parameters_never_the_teacher(metho
     for parameter in loss.parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0 or parameter.ndim == 1
+
+
+def test_the_gradient_is_the_sum_of_the_gradients_of_the_terms(method):
+    """The logged gradient norms of terms would be wrong if a term could not be computed without the others."""
+    _, loss = method
+    examples, heads = batch(loss)
+    student, teacher = side(examples, "student", heads[0]), side(examples, "teacher", heads[1])
+    hidden = student.hidden.detach().requires_grad_()
+    student = dataclasses.replace(student, hidden=hidden)
+
+    def gradient():
+        value = loss(student, teacher).loss
+        return torch.autograd.grad(value, hidden, allow_unused=True, materialize_grads=True)[0]
+
+    parts = {}
+    for name in loss.terms:
+        with only_term(name):
+            parts[name] = gradient()
+    torch.testing.assert_close(sum(parts.values()), gradient(), atol=1e-12, rtol=1e-8)
+    assert parts["ce"].abs().sum() > 0 or loss.options.cross_entropy_weight == 0
+    assert sum(part.abs().sum() > 0 for part in parts.values()) > 1 or not loss.options.needs_teacher
 
 
 def test_only_the_base_class_checks_and_reduces(method):

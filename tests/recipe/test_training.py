@@ -98,6 +98,9 @@ def test_numbers_of_other_types_are_accepted(tmp_path):
         ("teacher_cache", "x", r": use teacher\.cache"),
         ("resume_from_checkpoint", "x", ": use --resume"),
         ("do_train", False, ": leave it out"),
+        ("on_policy", 0.5, ": use lmbda"),
+        ("seq_kd", True, r": use data\.responses=teacher"),
+        ("lmbda", 1.5, "must be at most 1"),
     ],
 )
 def test_mistakes_in_a_recipe_are_explained(name, value, message):

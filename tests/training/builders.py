@@ -51,6 +51,11 @@ def trainer(output: Path, *, rows: list[dict[str, Any]] = ROWS, lora: bool = Fal
     )
 
 
+def on_policy(lmbda: float) -> dict[str, Any]:
+    """Options of a run in which the student answers this share of the prompts."""
+    return {"lmbda": lmbda, "max_new_tokens": 9, "max_length": 64, "max_prompt_length": 40, "term_gradient_steps": 2}
+
+
 def weights(run: DistillTrainer) -> dict[str, torch.Tensor]:
     """Return a copy of everything that training changes."""
     return {name: tensor.detach().clone() for name, tensor in run.model.state_dict().items()}

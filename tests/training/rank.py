@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from dwakd.training.run import end_of_run
-from tests.training.builders import ROWS, trainer, weights
+from tests.training.builders import ROWS, on_policy, trainer, weights
 
 if __name__ == "__main__":
-    output, method, batch_size, accumulation, num_rows = sys.argv[1:]
+    output, method, batch_size, accumulation, num_rows, *lmbda = sys.argv[1:]
     torch.set_num_threads(1)
     run = trainer(
         Path(output),
@@ -19,6 +19,7 @@ if __name__ == "__main__":
         per_device_train_batch_size=int(batch_size),
         gradient_accumulation_steps=int(accumulation),
         ddp_backend="gloo",
+        **(on_policy(float(lmbda[0])) if lmbda else {}),
     )
     run.train()
     if run.is_world_process_zero():

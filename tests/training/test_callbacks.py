@@ -7,7 +7,7 @@ import torch
 
 from dwakd import UserError
 from dwakd.training.callbacks import FiniteCheck
-from tests.training.builders import trainer
+from tests.training.builders import ROWS, trainer
 
 
 @pytest.mark.parametrize("options", [{"logging_steps": 1}, {"logging_strategy": "no"}, {"logging_steps": 100}])
@@ -103,3 +103,21 @@ def finished_run() -> Mock:
     with torch.no_grad():
         model.bias[1] = -torch.inf
     return Mock(model=model)
+
+
+def test_tokens_per_second_and_the_norms_of_the_terms(tmp_path):
+    """Evaluation and saving are not training, and padding is not text."""
+    options = {"method": "sft", "logging_steps": 2, "term_gradient_steps": 3, "eval_rows": ROWS}
+    run = trainer(tmp_path, eval_strategy="steps", eval_steps=1, **options)
+    run.train()
+    first, second = (log for log in run.state.log_history if "ce" in log)
+    sides = [row.student for row in run.train_dataset.rows]
+    responses, read = sum(len(side.byte_ends) for side in sides), sum(side.length for side in sides)
+    seconds = [sum(run.clock.seconds[:2]), sum(run.clock.seconds[2:])]
+    names = ("response_tokens_per_second", "tokens_per_second")
+    for name, count in zip(names, (responses, read), strict=True):  # four steps of four rows are an epoch
+        total = sum(log[name] * time for log, time in zip((first, second), seconds, strict=True))
+        assert 0.6 * count < total <= count
+    assert first["grad_norm/ce"] > 0
+    assert second["grad_norm/ce"] > 0, "measured at the first and the fourth step"
+    assert "grad_norm/ce" not in trainer(tmp_path / "off", method="sft").state.log_history

@@ -98,3 +98,24 @@ def test_one_tokenizer_and_heads_of_two_widths_train(tmp_path, method, options):
         teacher_processing_class=tokenizer,
     )
     assert run.train().training_loss > 0
+
+
+def test_the_gradient_of_each_term_at_the_hidden_states(tmp_path):
+    """The norm is that of the term as it enters the loss: weighted, and divided by the tokens of the step."""
+    run = trainer(tmp_path, method="kd", loss_options={"kd_rate": 0.25})
+    micro_batches, num_tokens = run.get_batch_samples(iter(run.get_train_dataloader()), 1, torch.device("cpu"))
+    batch, sides, scales = micro_batches[0]
+    output = run.model(batch.student, sides, scales, num_tokens, term_gradients=True)
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+    hidden = run.student.model(batch.student.input_ids, batch.student.attention_mask).last_hidden_state
+    hidden = hidden[batch.student.response_mask].detach().requires_grad_()
+    logits = run.student.lm_head(hidden)
+    targets = batch.student.target_ids[batch.student.response_mask]
+    theirs = sides[0].head.logits(sides[0].hidden).div(2).softmax(-1)
+    terms = {
+        "ce": 0.75 * torch.nn.functional.cross_entropy(logits, targets),
+        "kd": 0.25 * torch.nn.functional.cross_entropy(logits / 2, theirs),
+    }
+    for name, term in terms.items():
+        (gradient,) = torch.autograd.grad(term, hidden, retain_graph=True)
+        assert output["gradient_squares"][name].item() == pytest.approx(gradient.square().sum().item(), rel=1e-4)

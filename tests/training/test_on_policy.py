@@ -1,23 +1,26 @@
 """On-policy training: who answers which prompt, what student and teacher read of the answer, and what is refused."""
 
+import json
+
 import pytest
 import torch
 
-from dwakd import METHODS, DistillConfig, UserError
+from dwakd import METHODS, DistillConfig, DistillTrainer, UserError
 from dwakd.data.encoding import TextEncoder
 from dwakd.evaluation.generate import Answer
 from dwakd.losses import method_options
 from dwakd.training.on_policy import AnswerCounts, AnswerEncoder, answer_metrics
 from dwakd.training.teacher import CachedTeacher
 from tests.builders import bpe_byte_fallback, byte_bpe, tiny_model, wordpiece
-from tests.training.builders import ROWS, assert_same, trainer, weights
+from tests.command_line import one_sentence
+from tests.command_line import run as command
+from tests.training.builders import ROWS, assert_same, on_policy, trainer, weights
 
-SHORT = {"max_new_tokens": 9, "max_length": 64, "max_prompt_length": 40}
-HALF = {"lmbda": 0.5, **SHORT}
+HALF = on_policy(0.5)
 BYTES = {"alignment": "bytes", "values": "hidden"}
 OPTIONS = {"dskd": BYTES, "dwa_kd": BYTES}
 CAPABLE = [name for name in METHODS if method_options(name, OPTIONS.get(name, {})).supports_sampled]
-ALL = {"method": "alm", "lmbda": 1.0, **SHORT}
+ALL = {"method": "alm", **on_policy(1.0)}
 
 
 def step_of(run, step=0):
@@ -68,7 +71,7 @@ def test_sampled_tokens_come_from_the_current_student(tmp_path):
 
 def test_the_share_of_answered_prompts(tmp_path):
     """Each prompt is chosen on its own: neither always the same rows, nor the same number in every step."""
-    run = trainer(tmp_path, rows=ROWS * 3, method="alm", lmbda=0.3, **SHORT)
+    run = trainer(tmp_path, rows=ROWS * 3, method="alm", **on_policy(0.3))
     chosen = []
     for step in range(12):
         batches = [micro.batch for micro in step_of(run, step)[1]]
@@ -82,7 +85,7 @@ def test_the_share_of_answered_prompts(tmp_path):
 @pytest.mark.parametrize("method", CAPABLE)
 def test_every_capable_method_trains_and_accumulation_changes_nothing(tmp_path, method):
     """Which prompts are answered, the answers, and the sums over tokens must not depend on the batch size."""
-    options = {"method": method, "loss_options": OPTIONS.get(method, {}), "term_gradient_steps": 1, **HALF}
+    options = {"method": method, "loss_options": OPTIONS.get(method, {}), **HALF}
     whole = trainer(tmp_path / "whole", per_device_train_batch_size=4, **options)
     split = trainer(tmp_path / "split", per_device_train_batch_size=1, gradient_accumulation_steps=4, **options)
     for run in (whole, split):
@@ -260,3 +263,51 @@ def test_teachers_that_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="a teacher cache does not contain the student's answers"):
         trainer(tmp_path / "cached", teacher_model=cached, method="alm", **HALF)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_student_that_is_sharded_is_refused(tmp_path):
+    """Its parameters are not whole outside of its own forward pass."""
+    run = trainer(tmp_path, method="alm", **HALF)
+    run.is_fsdp_enabled = True
+    with pytest.raises(UserError, match=r"training\.lmbda: a student sharded by FSDP or DeepSpeed"):
+        run.train()
+
+
+def test_several_teachers_read_the_answers(tmp_path):
+    """Each teacher has its own tokens of the same answer."""
+    tokenizers = [byte_bpe(), bpe_byte_fallback(), byte_bpe()]
+    models = [
+        tiny_model(family, len(tok), seed=n)
+        for n, (family, tok) in enumerate(zip(("llama", "gpt2", "qwen2"), tokenizers, strict=True))
+    ]
+    args = DistillConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        template="plain",
+        max_steps=2,
+        disable_tqdm=True,
+        **{**HALF, "method": "dskd_v2"},
+    )
+    run = DistillTrainer(models[0], models[1:], args, ROWS, None, tokenizers[0], tokenizers[1:])
+    batch = step_of(run)[1][0].batch
+    assert [tokens.num_rows[-1] for tokens in batch.teachers][1] == batch.student.num_rows[-1]
+    run.train()
+    logs = [entry for entry in run.state.log_history if "ce" in entry]
+    assert len(logs) == 2
+    assert all({"gate_1", "gate_2", "grad_norm", "completions/mean_length"} <= entry.keys() for entry in logs)
+
+
+def test_a_recipe_with_prompts_alone_and_one_with_a_cache(workspace, tmp_path, monkeypatch, capsys):
+    """The command line must find these mistakes before it loads a model, and must accept rows without a response."""
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in ROWS))
+    call = ["train", workspace / "recipe.yaml", "-o", tmp_path / "run", f"data.train={tmp_path / 'prompts.jsonl'}"]
+    call += ["loss.method=alm", "training.lmbda=1", "training.max_new_tokens=4"]
+    code, _, err = command(monkeypatch, capsys, *call, f"teacher.cache={tmp_path / 'cache'}")
+    assert code == 2
+    assert "a teacher cache does not contain the student's answers" in one_sentence(err)
+    code, _, err = command(monkeypatch, capsys, *call, "loss.method=sft")
+    assert code == 2
+    assert "method sft cannot train on the student's own answers" in one_sentence(err)
+    code, out, err = command(monkeypatch, capsys, *call)
+    assert code == 0, err
+    assert "after 2 steps" in out

@@ -67,24 +67,24 @@ class StudentAnswers:
 
         The answered rows of a batch are its last ones, and their number is its `num_sampled`.
         """
-        rows = [separate(batch) for batch in batches]
-        ids = [row["example_id"] for own in rows for row in own]
+        rows = [row for batch in batches for row in separate(batch)]
+        ids = [row["example_id"] for row in rows]
         draws = streams((self.args.seed, step, CHOICE), ids, 1, torch.device("cpu"))[:, 0]
-        chosen = dict(zip(ids, (draws < self.args.lmbda).tolist(), strict=True))
-        asked = {row["example_id"]: row for own in rows for row in own if chosen[row["example_id"]]}
-        answered = self._answer(list(asked.values()), student, step)
-        replaced = []
-        for batch, own in zip(batches, rows, strict=True):
-            given = [row for row in own if not chosen[row["example_id"]]]
-            sampled = [answered[row["example_id"]] for row in own if chosen[row["example_id"]]]
+        chosen = (draws < self.args.lmbda).nonzero()[:, 0].tolist()
+        answered = dict(zip(chosen, self._answer([rows[place] for place in chosen], student, step), strict=True))
+        replaced, start = [], 0
+        for batch in batches:
+            places = range(start, start := start + len(batch))
+            sampled = [answered[place] for place in places if place in answered]
             if batch.weight:
                 self.counts.add(sampled)
+            given = [rows[place] for place in places if place not in answered]
             new = collate([*given, *(row.features for row in sampled)])
             replaced.append(replace(new, weight=batch.weight, num_sampled=len(sampled)))
         return replaced
 
-    def _answer(self, rows: list[dict[str, Any]], student: Model, step: int) -> dict[int, "AnsweredRow"]:
-        """Sample the answers to the prompts of these rows, by example id."""
+    def _answer(self, rows: list[dict[str, Any]], student: Model, step: int) -> list["AnsweredRow"]:
+        """Sample the answers to the prompts of these rows."""
         args = self.args
         prompts = [[_prompt(side) for side in (row["student"], *row["teachers"])] for row in rows]
         limits = [min(args.max_new_tokens, args.max_length - len(own)) for own, *_ in prompts]
@@ -96,8 +96,8 @@ class StudentAnswers:
                 ids = [rows[place]["example_id"] for place in batch.rows]
                 found = self._sample(base, batch, options, ids, step)
                 for place, example_id, answer in zip(batch.rows, ids, found, strict=True):
-                    answers[example_id] = self.encoder.encode(example_id, prompts[place], answer)
-        return answers
+                    answers[place] = self.encoder.encode(example_id, prompts[place], answer)
+        return [answers[place] for place in range(len(rows))]
 
     def _sample(
         self, model: Any, batch: PromptBatch, options: GenerationOptions, ids: list[int], step: int
