@@ -159,7 +159,8 @@ class DistillTrainer(Trainer):
             batch.student, sides, scales, num_items_in_batch, num_sampled=batch.num_sampled, term_gradients=measure
         )
         if self.args.lmbda == 1:
-            output["terms"].pop("ce", None)
+            for values in (output["terms"], output.get("gradient_squares", {})):
+                values.pop("ce", None)
         self.finite.add(output["loss"])
         self.clock.add_output(output, batch.weight)
         # Wrappers average gradients over ranks; the division by the global number of tokens requires their sum.
