@@ -15,7 +15,7 @@ from dwakd.data.collator import collate, separate
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedSide
 from dwakd.errors import UserError
-from dwakd.evaluation.generate import Answer, Model, PromptBatch, answer_ids, group_prompts, streams
+from dwakd.evaluation.generate import Generated, Model, PromptBatch, generate_batch, group_prompts, streams
 from dwakd.evaluation.options import GenerationOptions
 from dwakd.models.rows import evaluating
 from dwakd.recipe.training import DistillConfig, refuse_cached_sampling
@@ -101,9 +101,9 @@ class StudentAnswers:
 
     def _sample(
         self, model: Any, batch: PromptBatch, options: GenerationOptions, ids: list[int], step: int
-    ) -> list[Answer]:
+    ) -> list[Generated]:
         uniforms = streams((self.args.seed, step, TOKENS), ids, batch.max_new_tokens, model.device)
-        return answer_ids(model, self.encoder.encoders[0], batch, options, uniforms)
+        return generate_batch(model, self.encoder.encoders[0], batch, options, uniforms)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class AnswerEncoder:
         own, *others = (encoder.tokenizer.get_vocab() for encoder in encoders)
         self._known, self._same = set(own.values()), [vocab == own for vocab in others]
 
-    def encode(self, example_id: int, prompts: list[list[int]], answer: Answer) -> AnsweredRow:
+    def encode(self, example_id: int, prompts: list[list[int]], answer: Generated) -> AnsweredRow:
         """Encode an answer to a prompt, which is given as the token ids of each model."""
         ids = list(takewhile(self._known.__contains__, answer.ids))
         rooms = [self.max_length - len(prompt) for prompt in prompts[1:]]
