@@ -7,7 +7,7 @@ import torch
 
 from dwakd import METHODS, DistillConfig, DistillTrainer, UserError
 from dwakd.data.encoding import TextEncoder
-from dwakd.evaluation.generate import Answer
+from dwakd.evaluation.generate import Generated
 from dwakd.losses import method_options
 from dwakd.training.on_policy import AnswerCounts, AnswerEncoder, answer_metrics
 from dwakd.training.teacher import CachedTeacher
@@ -125,7 +125,7 @@ def test_a_resumed_run_gives_the_same_student(tmp_path):
 
 def row_of(student, ids, *teachers, ended=True, max_length=100):
     encoders = [TextEncoder(tokenizer, "plain") for tokenizer in (student, *teachers)]
-    return AnswerEncoder(encoders, max_length).encode(0, [[5, 6] for _ in encoders], Answer(ids, ended))
+    return AnswerEncoder(encoders, max_length).encode(0, [[5, 6] for _ in encoders], Generated("", ids, ended, 0.0))
 
 
 def targets(side):
