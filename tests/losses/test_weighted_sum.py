@@ -85,9 +85,9 @@ def test_needs_are_those_of_the_parts():
 
 def test_schedules_and_projections_are_those_of_the_parts():
     """A sum sets the step of its parts, and has the projection of the first part that has one."""
-    loss = build([{"method": "alm"}, {"method": "dwa_kd", "gamma_end": 2.0, "gamma_steps": 4}])
+    loss = build([{"method": "alm"}, {"method": "dwa_kd", "gamma_end": 0.5, "gamma_steps": 4}])
     loss.set_step(4)
-    assert loss.parts["dwa_kd"].gamma == 2.0
+    assert loss.parts["dwa_kd"].gamma == 0.5
     student, teacher = sides()
     twice = SeveralTeachers([loss, copy.deepcopy(loss)], [3, 1])(student, [teacher, teacher])
     once = loss(student, teacher)
