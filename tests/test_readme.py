@@ -64,7 +64,7 @@ def test_recipe():
     assert training_config(read, "unused").learning_rate == pytest.approx(1e-3)
     read = recipe_from_dict(recipe | compare, "compare")
     rows = {row.name: row.recipe(read).method for row in variants_of(read, read.compare, ablation=False)}
-    assert rows == {"sft": "sft", "dwa_kd": "dwa_kd", "more data": "sft", "sum": "sum"}
+    assert rows == {"sft": "sft", "dwa_kd": "dwa_kd", "seqkd": "sft", "sum": "sum"}
 
 
 def test_commands_exist():

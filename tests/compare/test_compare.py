@@ -69,26 +69,25 @@ def test_a_teacher_that_cannot_be_evaluated_is_reported(tmp_path, monkeypatch):
 
 
 def test_the_teacher_answers_once_for_all_runs(tmp_path, monkeypatch):
-    """Each run would otherwise load the teacher and answer every prompt, and two at a time would do so twice."""
+    """The teacher answers before the runs, for all rows that train on its answers; the other rows train on the data."""
     make_folder(tmp_path)
     read = load_recipe(
         tmp_path / "recipe.yaml",
         [
-            "data.responses=teacher",
             "generate.output=null",
             f"evaluation.test=[{tmp_path / 'labelled.jsonl'}]",
-            "compare={methods: [sft], seeds: [1, 2]}",
+            "compare.rows={sft: {}, seqkd: {data.responses: teacher}, alm: {data.responses: teacher, loss.method: alm}}",
         ],
         "compare",
     )
-    monkeypatch.setattr(
-        Runner, "run", lambda self, cells: runs.extend(cell.recipe(self.recipe) for cell in cells) or {}
-    )
+    monkeypatch.setattr(Runner, "run", lambda self, cells: runs.extend(map(self.recipe, cells)) or {})
     runs = []
     compare_methods(read, tmp_path / "out")
     assert (tmp_path / "out" / "answers.jsonl").is_file()
     monkeypatch.setattr("dwakd.answers.run.load_causal_lm", lambda *args, **options: pytest.fail("loaded"))
-    assert [len(training_examples(run)) for run in runs] == [len(training_examples(runs[0]))] * 2
+    assert [run.data.responses for run in runs] == ["given", "teacher", "teacher"]
+    assert len(training_examples(runs[1])) == len(training_examples(runs[2])) > 6
+    assert [path.name[:14] for path in (tmp_path / "out").glob("teacher-cache*")] == ["teacher-cache-"]
     compare_methods(read, tmp_path / "out")
 
 

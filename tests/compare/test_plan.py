@@ -48,8 +48,8 @@ def test_a_sum_in_the_recipe_is_kept_and_replaced():
     assert found == {"alm": {"method": "alm"}, "half": [losses[0], {**losses[1], "weight": 0.5}], "sum": losses}
 
 
-def test_a_run_that_reads_attention_has_no_cache():
-    """Runs of methods that read attention do not use the cache, which contains no attention."""
+def test_runs_that_cannot_use_a_cache_have_none():
+    """A cache contains no attention and not the student's own answers, so runs that need these do not use it."""
     cached = recipe(teacher={"model": "teacher", "cache": "folder"})
     sra = {
         weights: Variant("sra", {"loss.method": "sra", "loss.span_weights": weights})
@@ -57,6 +57,8 @@ def test_a_run_that_reads_attention_has_no_cache():
     }
     caches = [Cell(variant, 1).recipe(cached).teachers[0].cache for variant in sra.values()]
     assert caches == [None, "folder"]
+    sampled = Variant("on-policy", {"loss.method": "alm", "training.lmbda": 0.5})
+    assert Cell(sampled, 1).recipe(cached).teachers[0].cache is None
     half = recipe(teacher={"model": "teacher", "cache_dtype": "bfloat16"})
     assert Cell(sra["attention"], 1).recipe(half).teachers[0].cache_dtype is None
 

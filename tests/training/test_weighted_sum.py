@@ -96,3 +96,17 @@ def test_a_recipe_lists_the_methods(tmp_path, folders, monkeypatch, capsys):
     ):
         code, _, error = call(monkeypatch, capsys, "train", path, *overrides, "--resume", "-o", out)
         assert (code, message in error) == (2, True), error
+
+
+def test_on_policy_training_with_the_gradient_of_each_term(tmp_path):
+    """A sum trains on the student's own answers if its parts can, and the gradient of each part's terms is measured."""
+    losses = {"losses": [{"method": "dwa_kd", "variant": "recommended"}, {"method": "alm"}]}
+    sampling = {"lmbda": 0.5, "max_new_tokens": 8, "term_gradient_steps": 1}
+    run = trainer(tmp_path, method="sum", loss_options=losses, max_steps=2, **sampling)
+    run.train()
+    logs = run.state.log_history[0]
+    for term in ("ce", "dwa_kd.kd_student", "dwa_kd.kd_teacher", "alm.alm"):
+        assert logs[f"grad_norm/{term}"] > 0
+    losses["losses"][0].pop("variant")
+    with pytest.raises(UserError, match="method sum cannot train on the student's own answers"):
+        trainer(tmp_path, method="sum", loss_options=losses, **sampling)

@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Group
 
 from dwakd.answers.run import answer_recipe
-from dwakd.compare.plan import Cell, Variant, search_of, sft_row, variants_of
+from dwakd.compare.plan import Cell, Variant, cacheable, search_of, sft_row, variants_of
 from dwakd.compare.table import CellScores, comparison_tables, num_evaluated, read_cell, summarise_comparison
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import progress_bar
@@ -108,13 +108,13 @@ def _with_answer_file(recipe: Recipe, folder: Path) -> Recipe:
 
 def _answer_prompts(rows: Sequence[Recipe], plan: EvaluationPlan) -> None:
     """Let the teacher answer the prompts of the rows that train on its answers, unless that is done."""
-    for row in {repr(row.generate): row for row in rows if row.data.responses == "teacher"}.values():
+    for row in {repr(_cached_content(row)): row for row in rows if row.data.responses == "teacher"}.values():
         answer_recipe(row, plan)
 
 
 def _with_caches(row: Recipe, recipe: Recipe, folder: Path) -> Recipe:
     """Return the recipe of a row with a cache for each teacher, which all rows with the same data and models share."""
-    if not row.loss.needs_teacher or row.loss.needs_attention:
+    if not row.loss.needs_teacher or not cacheable(row):
         return row
     content, common = _cached_content(row), _cached_content(recipe)
     digest = "" if content == common else "-" + hashlib.sha256(repr(content).encode()).hexdigest()[:8]
@@ -136,9 +136,9 @@ def _build_caches(rows: list[Recipe]) -> None:
 
 def _cached_content(recipe: Recipe) -> dict[str, Any]:
     """Return the options of a recipe that determine what a teacher's cache contains."""
-    content = recipe.model_dump()
+    content = recipe.model_dump(exclude={"generate": {"output", "batch_size"}})
     teachers = [one.model_dump(exclude={"cache", "weight"}) for one in recipe.teachers]
-    return {name: content.get(name) for name in ("student", "data", "generate")} | {"teachers": teachers}
+    return {name: content[name] for name in ("student", "data", "generate")} | {"teachers": teachers}
 
 
 def _plan(recipe: Recipe) -> EvaluationPlan:

@@ -78,6 +78,11 @@ class Variant:
             return recipe_from_dict(content, "compare")
 
 
+def cacheable(recipe: Recipe) -> bool:
+    """Return whether a run can use a teacher cache, which contains no attention and not the student's own answers."""
+    return not recipe.loss.needs_attention and not recipe.training.get("lmbda")
+
+
 @dataclass(frozen=True)
 class Cell:
     """A run: a variant with a training seed."""
@@ -104,7 +109,7 @@ class Cell:
             training |= {"load_best_model_at_end": False, "save_strategy": "no"}
             evaluation = evaluation.model_copy(update={"test": [], "text": []})
         teachers = recipe.teachers
-        if recipe.loss.needs_attention:  # a cache contains no attention
+        if not cacheable(recipe):
             teachers = [teacher.model_copy(update={"cache": None, "cache_dtype": None}) for teacher in teachers]
         with self.variant.named():
             return recipe.replace(teacher=teachers or None, training=training, evaluation=evaluation, compare=None)

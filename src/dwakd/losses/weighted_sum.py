@@ -9,6 +9,7 @@ from pydantic import Field, create_model, model_validator
 from torch import Tensor, nn
 
 from dwakd.batch import ModelSide
+from dwakd.kernels.head_loss import only_part
 from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, Terms
 from dwakd.losses.methods import METHODS
@@ -49,6 +50,7 @@ class SumOptions(MethodOptions):
     needs_edit_alignment: ClassVar[Any] = _any_part("needs_edit_alignment")
     needs_same_vocabulary: ClassVar[Any] = _any_part("needs_same_vocabulary")
     needs_attention: ClassVar[Any] = _any_part("needs_attention")
+    needs_given: ClassVar[Any] = _any_part("needs_given")
 
     @property
     def needs_models(self) -> Literal["widths", "pair"] | None:  # type: ignore[override]
@@ -136,7 +138,8 @@ class WeightedSumLoss(DistillationLoss[SumOptions]):
         factors: dict[str, float] = {}
         totals: list[Tensor] = []
         for name, loss, weight in zip(self.parts, self._losses, self.options.weights, strict=True):
-            found = loss.compute(student, teacher, scale, 0.0 if totals else ce_weight / weight)
+            with only_part(name):
+                found = loss.compute(student, teacher, scale, 0.0 if totals else ce_weight / weight)
             totals.append(weight * found.total)
             for term, value in found.sums.items():
                 sums.setdefault(term if term == "ce" else f"{name}.{term}", value)

@@ -17,6 +17,7 @@ from dwakd.kernels.head_loss.criterion import (
     Statistics,
     WithPrediction,
     active_weights,
+    only_part,
     only_term,
 )
 from dwakd.kernels.head_loss.dual_space import student_space, teacher_space
@@ -35,6 +36,7 @@ __all__ = [
     "entropy",
     "forward_kl",
     "head_loss",
+    "only_part",
     "only_term",
     "student_space",
     "teacher_space",

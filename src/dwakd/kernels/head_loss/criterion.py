@@ -33,6 +33,18 @@ def only_term(name: str) -> Iterator[None]:
         _only.reset(token)
 
 
+@contextmanager
+def only_part(name: str) -> Iterator[None]:
+    """Inside `only_term("NAME.TERM")`, give all terms but the term TERM of the part NAME the weight 0."""
+    only = _only.get() or ""
+    part, dot, term = only.partition(".")
+    if not dot:
+        yield
+        return
+    with only_term(term if part == name else ""):
+        yield
+
+
 def active_weights(weights: Mapping[str, float]) -> dict[str, float]:
     """Return the weights of terms, with those that `only_term` switches off as 0."""
     only = _only.get()
