@@ -91,6 +91,25 @@ def test_the_teacher_answers_once_for_all_runs(tmp_path, monkeypatch):
     compare_methods(read, tmp_path / "out")
 
 
+def test_rows_with_other_answers_have_their_own_file(tmp_path):
+    """Two rows that rewrite one file would train on each other's answers; rows that only differ in the loss share one."""
+    rows = {
+        "sft": {"loss.method": "sft"},
+        "seqkd": {"loss.method": "sft", "data.responses": "teacher"},
+        "alm": {"loss.method": "alm", "data.responses": "teacher", "data.max_length": 99},
+        "sampled": {"loss.method": "sft", "data.responses": "teacher", "generate.temperature": 1.0},
+        "short": {"loss.method": "sft", "data.responses": "teacher", "generate.max_characters": 9},
+        "own": {"loss.method": "sft", "data.responses": "teacher", "generate.output": "own.jsonl"},
+    }
+    given = recipe(generate={"output": "shared.jsonl"}, compare={"rows": rows})
+    variants = variants_of(given, given.compare, ablation=False)
+    files = [Runner(given, tmp_path, 1).recipe(Cell(variant, 1)).generate.output for variant in variants]
+    assert files[:3] == ["shared.jsonl"] * 3
+    assert {str(Path(file).parent) for file in files[3:5]} == {str(tmp_path)}
+    assert len(set(files[2:])) == 4
+    assert files[5] == "own.jsonl"
+
+
 def test_finished_cells_are_kept_and_a_failed_one_says_why(tmp_path, monkeypatch):
     """Finished runs are not repeated, and a run that fails does not stop the others."""
     script = (

@@ -108,8 +108,29 @@ def _with_answer_file(recipe: Recipe, folder: Path) -> Recipe:
 
 def _answer_prompts(rows: Sequence[Recipe], plan: EvaluationPlan) -> None:
     """Let the teacher answer the prompts of the rows that train on its answers, unless that is done."""
-    for row in {repr(_cached_content(row)): row for row in rows if row.data.responses == "teacher"}.values():
+    for row in {row.generate.output: row for row in rows if row.data.responses == "teacher"}.values():
         answer_recipe(row, plan)
+
+
+def _with_answers(row: Recipe, recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe of a row with a file of its own if its answers differ from those of the other rows."""
+    content, output = _answered_content(row), row.generate.output
+    if content == _answered_content(recipe) or output != recipe.generate.output:
+        return row
+    output = str(folder / f"answers-{hashlib.sha256(repr(content).encode()).hexdigest()[:8]}.jsonl")
+    return row.replace(generate=row.generate.model_copy(update={"output": output}))
+
+
+def _answered_content(recipe: Recipe) -> dict[str, Any]:
+    """Return the options of a recipe that determine the teacher's answers."""
+    reading = {"train", "prompt", "response", "input", "template", "bos", "special_tokens_in_prompts"}
+    data = recipe.data.model_dump(include=reading | {"invalid_rows", "limit"})
+    teachers = [one.model_dump(exclude={"cache", "cache_dtype", "weight"}) for one in recipe.teachers[:1]]
+    return {
+        "data": data,
+        "teachers": teachers,
+        "generate": recipe.generate.model_dump(exclude={"output", "batch_size"}),
+    }
 
 
 def _with_caches(row: Recipe, recipe: Recipe, folder: Path) -> Recipe:
@@ -169,8 +190,9 @@ class Runner:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def recipe(self, cell: Cell) -> Recipe:
-        """Return the recipe of a cell, which names the caches of its teachers."""
-        return _with_caches(cell.recipe(self.base), self.base, self.folder)
+        """Return the recipe of a cell, which names the file of the teacher's answers and the caches of its teachers."""
+        row = _with_answers(cell.recipe(self.base), self.base, self.folder)
+        return _with_caches(row, self.base, self.folder)
 
     def cell_folder(self, cell: Cell) -> Path:
         return self.folder / "cells" / cell.name
