@@ -18,8 +18,9 @@ from tests.training.builders import ROWS, assert_same, on_policy, trainer, weigh
 
 HALF = on_policy(0.5)
 BYTES = {"alignment": "bytes", "values": "hidden"}
-OPTIONS = {"dskd": BYTES, "dwa_kd": BYTES}
-CAPABLE = [name for name in METHODS if method_options(name, OPTIONS.get(name, {})).supports_sampled]
+SUM = {"losses": [{"method": "dwa_kd", "variant": "recommended"}, {"method": "alm", "weight": 0.5}]}
+OPTIONS = {"dskd": BYTES, "dwa_kd": BYTES, "sum": SUM}
+CAPABLE = [name for name in METHODS if method_options(name, OPTIONS.get(name, {})).supports_sampled] + ["sum"]
 ALL = {"method": "alm", **on_policy(1.0)}
 
 
@@ -237,6 +238,11 @@ def test_an_adapter_answers_and_learns(tmp_path):
         ({"method": "min_ed"}, "method min_ed cannot train"),
         ({"method": "dwa_kd"}, "method dwa_kd cannot train"),
         ({"method": "dskd", "loss_options": BYTES, "lmbda": 1.0}, "set training.lmbda below 1"),
+        ({"method": "sum", "loss_options": SUM, "lmbda": 1.0}, "method dwa_kd needs some given responses"),
+        (
+            {"method": "sum", "loss_options": {"losses": [{"method": "sft"}, {"method": "min_ed"}]}},
+            "method min_ed cannot",
+        ),
         ({"method": "alm", "lmbda": 1.5}, "lmbda"),
         ({"method": "alm", "sampling_temperature": 0.0}, "sampling_temperature"),
     ],

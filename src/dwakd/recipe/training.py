@@ -153,14 +153,14 @@ class DistillConfig(TrainingArguments):
 
     def _check_sampling(self, options: MethodOptions) -> None:
         if self.lmbda and not options.supports_sampled:
+            name = [part.method_name() for part in options.parts if not part.supports_sampled][-1]
             raise UserError(
-                f"method {self.method} cannot train on the student's own answers (training.lmbda={self.lmbda:g}), because it "
-                "trains models to predict the response: set lmbda to 0, or use another method such as alm"
+                f"method {name} cannot train on the student's own answers (training.lmbda={self.lmbda:g}), because it trains "
+                "models to predict the response: set lmbda to 0, or use another method such as alm"
             )
         if self.lmbda == 1 and options.needs_given:
-            raise UserError(
-                f"method {self.method} needs some given responses to train its maps: set training.lmbda below 1"
-            )
+            name = next(part.method_name() for part in options.parts if part.needs_given)
+            raise UserError(f"method {name} needs some given responses to train its maps: set training.lmbda below 1")
 
     @property
     def method_options(self) -> MethodOptions:
