@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from dwakd.cache.fingerprint import fingerprint
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.rows import Example
+from dwakd.data.templates import TEMPLATES
 from dwakd.errors import UserError
 from dwakd.recipe.recipe import recipe_from_dict
 from dwakd.training.run import training_config
@@ -242,8 +243,8 @@ def test_mistakes_are_named() -> None:
         TextEncoder(Slow())
     with pytest.raises(UserError, match=r"data\.bos 'always' is unknown: use auto or never"):
         TextEncoder(byte_bpe(), bos="always")
-    with pytest.raises(UserError, match=r"data\.template 'vicuna' is unknown"):
-        TextEncoder(byte_bpe(), "vicuna")
+    with pytest.raises(UserError, match=r"data\.template 'no-such' is unknown"):
+        TextEncoder(byte_bpe(), "no-such")
 
 
 @pytest.mark.parametrize("build", [byte_bpe, bpe_byte_fallback, unigram_byte_fallback, wordpiece])
@@ -258,7 +259,7 @@ def test_token_bytes_of_every_token(build: Callable[[], PreTrainedTokenizerFast]
     assert spelled.replace(b" ", b"") == b"thecatsat"
 
 
-@pytest.mark.parametrize("template", ["alpaca", "plain", "chat"])
+@pytest.mark.parametrize("template", [*TEMPLATES, "chat"])
 @pytest.mark.parametrize("build", ENDS, ids=lambda build: build.__name__)
 def test_a_row_cannot_write_special_tokens(build, template):
     """With `text`, special tokens that a row spells out do not become special tokens in the prompt."""
@@ -272,7 +273,7 @@ def test_a_row_cannot_write_special_tokens(build, template):
         assert text.tokenizer.decode(text.prompt_ids(row)).count(ENDS[build]) == own + 2
 
 
-@pytest.mark.parametrize("template", ["alpaca", "plain", "chat", FORMAT])
+@pytest.mark.parametrize("template", [*TEMPLATES, "chat", FORMAT])
 @pytest.mark.parametrize("build", [chatml, byte_bpe, bpe_byte_fallback, wordpiece, roberta_like, unigram_byte_fallback])
 def test_other_rows_are_encoded_as_before(build, template):
     """With `text`, rows without special tokens have the same ids as with `parse`."""

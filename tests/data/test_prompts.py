@@ -7,6 +7,7 @@ import pytest
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.prompts import Prompts
 from dwakd.data.rows import Example
+from dwakd.data.templates import TEMPLATES
 from dwakd.errors import UserError
 from tests.builders import byte_bpe
 from tests.data.chat import chatml, gemma_like
@@ -92,7 +93,7 @@ def test_end_token_of_templates_that_write_none() -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("vicuna", "data.template 'vicuna' is unknown: use alpaca, chat, plain, or a format string"),
+        ("no-such", f"data.template 'no-such' is unknown: use {', '.join(TEMPLATES)}, chat, or a format string"),
         ("{instruction} {context}", "unknown placeholder {context}"),
         ("{instruction.__class__}", "unknown placeholder {instruction.__class__}"),
         ("{instruction!r}", "unknown placeholder {instruction!r}"),

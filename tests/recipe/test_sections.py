@@ -20,7 +20,7 @@ from dwakd.validation import Section, parse
         (DataSection, {"train": "x", "max_length": "long"}, "max_length must be a whole number, got 'long'"),
         (DataSection, {"train": "x", "max_prompt_length": 0}, "max_prompt_length must be at least 1"),
         (DataSection, {"train": "x", "eval_limit": 0}, "eval_limit must be at least 1"),
-        (DataSection, {"train": "x", "template": "alpacca"}, r"data\.template 'alpacca' is unknown: use alpaca"),
+        (DataSection, {"train": "x", "template": "alpacca"}, r"data\.template 'alpacca' is unknown: use "),
         (DataSection, {"train": "x", "bos": "always"}, "bos must be 'auto' or 'never', got 'always'"),
         (DataSection, {"train": "x", "invalid_rows": "skp"}, "did you mean skip"),
         (EvaluationSection, {"seeds": 0}, "seeds must be at least 1"),

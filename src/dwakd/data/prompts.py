@@ -1,7 +1,7 @@
 """Render a row as a prompt, which is the text that a model reads before its answer.
 
-Templates: `alpaca` (used by the paper), `chat` (each model's own chat template), `plain`, or a format string with
-`{instruction}` and optionally `{input}`. A format string without `{input}` omits the input.
+A template is `chat` (each model's own chat template), a name in `TEMPLATES` (the paper uses `alpaca`), or a format string
+with `{instruction}` and optionally `{input}`. A format string without `{input}` omits the input.
 
 Earlier turns: `chat` passes them to the model's template, with all their keys and with the row's tools and documents.
 A row with a part that the template omits is refused. The other templates have no turns. They put the texts of the
@@ -9,53 +9,13 @@ turns before the instruction, in order and separated by empty lines. A system te
 their role, "User: " or "Assistant: ", and so does the instruction if such a turn precedes it.
 """
 
-import re
 from typing import Any
 
 from dwakd.data.chat import ChatTemplate
 from dwakd.data.rows import Example
+from dwakd.data.templates import TEMPLATES, check_template
 from dwakd.data.turns import content_keys, structured
 from dwakd.errors import UserError
-
-_TEMPLATES = {  # without and with an input
-    "alpaca": (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-        "\n\n### Instruction:\n{instruction}\n\n### Response:\n",
-        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-        "response that appropriately completes the request."
-        "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
-    ),
-    "plain": ("{instruction}\n", "{instruction}\n{input}\n"),
-}
-TEMPLATES = ("alpaca", "chat", "plain")
-
-
-def check_template(template: str) -> None:
-    """Refuse a string that is neither the name of a template nor a format string with the right placeholders.
-
-    Examples:
-        >>> check_template("Q: {instruction}\\nA: ")
-        >>> check_template("vicuna")  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ...
-        dwakd.errors.UserError: data.template 'vicuna' is unknown: use alpaca, chat, plain, or a format string ...
-    """
-    if template in TEMPLATES:
-        return
-    unescaped = template.replace("{{", "").replace("}}", "")
-    found = re.findall(r"\{[^{}]*\}", unescaped)
-    unknown = [name for name in found if name not in ("{instruction}", "{input}")]
-    problem = ""
-    if len(found) != unescaped.count("{") or len(found) != unescaped.count("}"):
-        problem = "is not a valid format string: write literal braces twice"
-    elif not found:
-        problem = f"is unknown: use {', '.join(TEMPLATES)}, or a format string with {{instruction}} and {{input}}"
-    elif unknown:
-        problem = f"has the unknown placeholder {unknown[0]}: use {{instruction}} and {{input}}, and write literal braces twice"
-    elif "{instruction}" not in found:
-        problem = "lacks the placeholder {instruction}: add it"
-    if problem:
-        raise UserError(f"data.template {template!r} {problem}")
 
 
 class Prompts:
@@ -84,7 +44,7 @@ class Prompts:
         if hidden:
             fix = "use data.template: chat, or remove it"
             raise UserError(f"the row has {hidden[0]}, which only a chat template can show: {fix}")
-        variants = _TEMPLATES.get(self.template, (self.template, self.template))
+        variants = TEMPLATES.get(self.template, (self.template, self.template))
         turns = [*example.history, {**(example.turn or {"role": "user"}), "content": example.instruction}]
         labels = ["" if turn["role"] == "system" else f"{turn['role'].capitalize()}: " for turn in turns]
         if not any(labels[:-1]):

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from dwakd.data.templates import TEMPLATE_CHOICES
 from dwakd.validation import Options
 
 Count = Annotated[int, Field(ge=1)]
@@ -78,7 +79,7 @@ class RowOptions(Options):
     response: str | None = Field(None, description="Column of the response or the references.")
     input: str | None = Field(None, description="Column of the optional input.")
     limit: int | None = Field(None, ge=1, description="Only the first rows of each set.")
-    template: str | None = Field(None, description="alpaca, chat, plain or a format string that renders the prompt.")
+    template: str | None = Field(None, description=f"How a row becomes a prompt: {TEMPLATE_CHOICES}.")
     bos: str | None = Field(None, description="Beginning of a text: auto or never.")
     special_tokens_in_prompts: str | None = Field(None, description="Special tokens in prompts: parse or text.")
 

@@ -33,7 +33,7 @@ def encode_rows(
         rows: a list of rows with prompt and response, a `datasets.Dataset`, or another source of `load_examples`.
         student_tokenizer: a fast tokenizer of transformers.
         teacher_tokenizer: a fast tokenizer of transformers.
-        template: `alpaca`, `chat`, `plain`, or a format string with {instruction} and {input}.
+        template: `chat`, another name of a template, or a format string with {instruction} and {input}.
         max_length: maximum number of tokens of prompt and response. Longer responses are truncated.
         max_prompt_length: maximum number of tokens of the prompt.
 

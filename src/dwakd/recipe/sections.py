@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from peft import LoraConfig
 from pydantic import AfterValidator, Field, JsonValue, WithJsonSchema, create_model, model_validator
 
-from dwakd.data.prompts import check_template
+from dwakd.data.templates import TEMPLATE_CHOICES, check_template
 from dwakd.validation import Options, Section, parse
 
 Count = Annotated[int, Field(ge=1)]
@@ -112,7 +112,7 @@ class DataSection(Section):
     response: str | None = Field(None, description="Column of the response. By default it is guessed.")
     input: str | None = Field(None, description="Column of the optional input. By default it is guessed.")
     template: Annotated[str, AfterValidator(_check_template)] = Field(
-        "alpaca", description="How a row becomes a prompt: alpaca, chat, plain, or a format string with {instruction}."
+        "alpaca", description=f"How a row becomes a prompt: {TEMPLATE_CHOICES}."
     )
     bos: Literal["auto", "never"] = Field(
         "auto", description="Whether texts begin with the BOS token: as is usual for each model, or never."
