@@ -3,7 +3,7 @@
 import functools
 import importlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 logger = logging.getLogger(__name__)
@@ -11,14 +11,15 @@ logger = logging.getLogger(__name__)
 COMPILED_BY = {"cpu": "numba", "triton": "triton"}  # package, by implementation
 
 
-def resolve(kernel: str, impl: str, unmet: Mapping[str, str | None]) -> str:
+def resolve(kernel: str, impl: str, unmet: Mapping[str, str | None], preferred: Sequence[str]) -> str:
     """Return the name of the implementation to run.
 
     Args:
         kernel: name of the kernel.
-        impl: "auto", "naive" or a key of `unmet`. "auto" selects the first of these that supports the input and can be
-            imported, else "naive".
-        unmet: for each implementation other than "naive", its requirement that the input does not meet, or None.
+        impl: "auto", "naive" or a key of `unmet`. "auto" selects the first name in `preferred` that supports the input
+            and can be imported, else "naive".
+        unmet: the other implementations, by name: None if the input is supported, else what the implementation requires.
+        preferred: names that "auto" tries in this order; a slow implementation is left out.
 
     Raises:
         ValueError: `impl` is unknown or does not support the input.
@@ -27,7 +28,7 @@ def resolve(kernel: str, impl: str, unmet: Mapping[str, str | None]) -> str:
     if impl not in valid:
         raise ValueError(f"{kernel}: unknown impl {impl!r}; valid are {', '.join(map(repr, valid))}")
     if impl == "auto":
-        return next((name for name, reason in unmet.items() if not reason and is_usable(kernel, name)), "naive")
+        return next((name for name in preferred if not unmet[name] and is_usable(kernel, name)), "naive")
     if unmet.get(impl):
         raise ValueError(f"{kernel}: impl {impl!r} requires {unmet[impl]}: use impl='auto'")
     return impl

@@ -53,7 +53,7 @@ def sinkhorn(
     if not 0 < regularisation < math.inf or iterations < 1:
         found = f"{regularisation} and {iterations}"
         raise ValueError(f"sinkhorn: regularisation and iterations must be positive and finite, got {found}")
-    solve = _naive if resolve("sinkhorn", impl, {"batched": None}) == "naive" else _batched
+    solve = _naive if resolve("sinkhorn", impl, {"batched": None}, ["batched"]) == "naive" else _batched
     batch, n, m = cost.shape
     cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
     x_lengths = torch.full((batch,), n, device=cost.device) if x_lengths is None else x_lengths

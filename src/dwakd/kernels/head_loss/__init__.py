@@ -96,7 +96,7 @@ def head_loss(
         >>> head.weight.grad.shape
         torch.Size([50, 8])
     """
-    impl = resolve("head_loss", impl, {"chunked": None})
+    impl = resolve("head_loss", impl, {"chunked": None}, ["chunked"])
     budget = BUDGET_BYTES if budget is None else budget
     if budget < 1:
         raise ValueError(f"head_loss: budget must be at least 1 byte, got {budget}")

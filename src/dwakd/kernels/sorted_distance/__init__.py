@@ -35,7 +35,7 @@ def sorted_distance(
     fits = learned.device.type == "cpu" and learned.dtype == target.dtype == torch.float32
     unmet = None if fits else f"float32 on the CPU, got {learned.dtype} and {target.dtype} on {learned.device}"
     learned, target = learned.detach(), target.detach()
-    if resolve("sorted_distance", impl, {"cpu": unmet}) == "naive":
+    if resolve("sorted_distance", impl, {"cpu": unmet}, ["cpu"]) == "naive":
         return _naive(learned, target)
     pair: tuple[Tensor, Tensor] = module_of("sorted_distance", "cpu").sorted_distance_cpu(learned, target)
     return pair
