@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dwakd.losses.divergences import DIVERGENCES, adaptive_kl, divergence
+from dwakd.losses.divergences import DIVERGENCES, SKEWED, adaptive_kl, divergence
 
 TEACHER = torch.tensor([[2.0, 1.0, 0.0, -1.0]], dtype=torch.float64)
 STUDENT = torch.tensor([[0.5, 1.5, -0.5, 0.0]], dtype=torch.float64)
@@ -48,6 +48,14 @@ def test_gradient(name):
     log_p = torch.randn(3, 7, dtype=torch.float64).log_softmax(-1)
     logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda z: divergence(name, 0.1)(log_p, z.log_softmax(-1)), logits)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_skew_applies_to_the_skewed_divergences(name):
+    """`skew` changes the value of the skewed divergences and of no other one."""
+    log_p, log_q = TEACHER.log_softmax(-1), STUDENT.log_softmax(-1)
+    same = torch.equal(divergence(name, 0.1)(log_p, log_q), divergence(name, 0.3)(log_p, log_q))
+    assert same == (name not in SKEWED)
 
 
 def test_bounds_and_limits():

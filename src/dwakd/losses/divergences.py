@@ -12,7 +12,7 @@ and q is not, and the adaptive KL in both cases. The skewed divergences and Jens
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -77,24 +77,28 @@ def adaptive_kl(log_p: LogProbs, log_q: LogProbs, tail: float = 0.5) -> PerToken
     return (head_gap * forward_kl(log_p, log_q) + tail_gap * reverse_kl(log_p, log_q)) / total
 
 
-DivergenceName = Literal[
-    "forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl", "jensen_shannon", "adaptive_kl"
-]
-DIVERGENCES: dict[DivergenceName, Callable[..., Tensor]] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
+SKEWED: dict[str, Callable[..., Tensor]] = {
     "skewed_forward_kl": skewed_forward_kl,
     "skewed_reverse_kl": skewed_reverse_kl,
+}
+"""Divergences with the argument `skew`."""
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    **SKEWED,
     "jensen_shannon": jensen_shannon,
     "adaptive_kl": adaptive_kl,
 }
+"""All divergences, by the name that an option gives to them."""
+if TYPE_CHECKING:
+    DivergenceName = str
+else:
+    DivergenceName = Literal[tuple(DIVERGENCES)]
 
 
 def divergence(name: DivergenceName, skew: float) -> Divergence:
-    """Return the divergence with this name. `skew` applies to the skewed divergences only."""
-    if name.startswith("skewed"):
-        return partial(DIVERGENCES[name], skew=skew)
-    return DIVERGENCES[name]
+    """Return the divergence with this name. `skew` applies to those in `SKEWED` only."""
+    return partial(SKEWED[name], skew=skew) if name in SKEWED else DIVERGENCES[name]
 
 
 def sorted_difference(p: Float[Tensor, "rows p_vocab"], q: Float[Tensor, "rows q_vocab"]) -> Float[Tensor, " rows"]:
