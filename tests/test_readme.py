@@ -8,12 +8,15 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from dwakd.compare.plan import variants_of
+from dwakd.losses import METHODS
+from dwakd.losses.divergences import DIVERGENCES
 from dwakd.recipe.files import parse_yaml
 from dwakd.recipe.recipe import recipe_from_dict
 from dwakd.training.run import training_config
 from tests.builders import byte_bpe, tiny_model, unigram_byte_fallback
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 ROWS = {"instruction": ["Say hello.", "Add."], "context": ["", "1 and 2"], "response": ["Hello.", "3"]}
 
 
@@ -76,3 +79,13 @@ def test_commands_exist():
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
     for target in re.findall(r"make (\w+)", README):
         assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_methods_and_divergences_are_listed():
+    """The README's table has a row for each method, and docs/methods.md names each divergence in the section `kd`."""
+    (table,) = re.findall(r"^## Methods\n(.*?)^## ", README, re.M | re.S)
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.M)) == sorted(METHODS)
+    (section,) = re.findall(
+        r"^## kd\n(.*?)^## ", (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"), re.M | re.S
+    )
+    assert set(DIVERGENCES) <= set(re.findall(r"`(\w+)`", section))

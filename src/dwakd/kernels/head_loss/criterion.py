@@ -112,7 +112,10 @@ class Criterion(ABC):
         return {}
 
     def weights(self, statistics: Statistics, lengths: Int[Tensor, " batch"] | None) -> Float[Tensor, " tokens"] | None:
-        """Compute one constant weight per token, unless `unit` is "rows" from whole examples of these lengths."""
+        """Compute one constant weight per token.
+
+        `lengths` are those of the examples in the chunk, or None if `unit` is "rows".
+        """
         return None
 
     def observe(self, logits: Sides, chunk: Chunk) -> Statistics:
