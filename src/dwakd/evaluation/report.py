@@ -1,7 +1,7 @@
 """Write evaluations to disk and show them as a table."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
@@ -14,15 +14,15 @@ from dwakd.errors import UserError
 from dwakd.evaluation.evaluate import Evaluation
 from dwakd.folders import write_file
 
-_COLUMNS = (
-    ("ROUGE-L\nsampled", "rouge_l", "mean", 2),
-    ("ROUGE-L\ngreedy", "greedy_rouge_l", "mean", 2),
-    ("exact\nsampled", "exact_match", "mean", 2),
-    ("exact\ngreedy", "greedy_exact_match", "mean", 2),
-    ("bits per\nbyte", "bits_per_byte", "value", 3),
-    ("\nECE", "bits_per_byte", "ece", 2),
+_COLUMNS: tuple[tuple[str, Callable[[Evaluation], float | None], int], ...] = (
+    ("ROUGE-L\nsampled", lambda one: getattr(one.rouge_l, "mean", None), 2),
+    ("ROUGE-L\ngreedy", lambda one: getattr(one.greedy_rouge_l, "mean", None), 2),
+    ("exact\nsampled", lambda one: getattr(one.exact_match, "mean", None), 2),
+    ("exact\ngreedy", lambda one: getattr(one.greedy_exact_match, "mean", None), 2),
+    ("bits per\nbyte", lambda one: getattr(one.bits_per_byte, "value", None), 3),
+    ("\nECE", lambda one: getattr(one.bits_per_byte, "ece", None), 2),
 )
-"""Heading, field of `Evaluation`, attribute of this field, and digits after the decimal point."""
+"""Heading, number (None is shown as a dash), and digits after the decimal point."""
 
 
 def write_evaluation(evaluation: Evaluation, path: Path) -> None:
@@ -94,7 +94,7 @@ def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:
     groups: dict[str, list[list[float | None]]] = {}  # numbers of all sets, by the temperature after the first
     for name, evaluation in rows.items():
         for label, one in {"": evaluation, **_other_temperatures(evaluation)}.items():
-            numbers = [getattr(getattr(one, field), attribute, None) for _, field, attribute, _ in _COLUMNS]
+            numbers = [number(one) for _, number, _ in _COLUMNS]
             if not one.is_text:
                 groups.setdefault(label, []).append(numbers)
             sampled, *cells = _cells(numbers)
