@@ -114,7 +114,7 @@ def evaluation_scores(evaluations: Iterable[dict[str, Any]]) -> dict[str, Score]
 def comparison_scores(comparison: dict[str, Any]) -> dict[str, dict[str, Score]]:
     """Return the mean score of each method and of the teacher, from comparison.json of `dwakd compare`."""
     rows = {name: row for name, row in comparison["variants"].items() if "failed" not in row}
-    spreads = {name: row["rouge_l_std_over_training_seeds"] for name, row in rows.items()}
+    spreads = {name: row["std_over_training_seeds"]["rouge_l"] for name, row in rows.items()}
     weights = {name: rows[name]["training_seeds"] - 1 for name, spread in spreads.items() if spread is not None}
     freedom = sum(weights.values())
     pooled = math.sqrt(sum(weights[name] * spreads[name] ** 2 for name in weights) / freedom) if freedom else None

@@ -64,7 +64,7 @@ def comparison(stds: dict[str, float | None], seeds: int) -> dict[str, Any]:
         ("MiniLLM-dolly-valid", "MiniLLM-self-inst-valid", "MiniLLM-Vicuna-valid", "sinst-11_-valid"), 17.0
     )
     row: dict[str, Any] = {"training_seeds": seeds, "rouge_l": 17.0, "sets": sets}
-    return {"variants": {name: {**row, "rouge_l_std_over_training_seeds": std} for name, std in stds.items()}}
+    return {"variants": {name: {**row, "std_over_training_seeds": {"rouge_l": std}} for name, std in stds.items()}}
 
 
 def test_noise_of_an_evaluation(tmp_path: Path) -> None:

@@ -10,14 +10,14 @@ import pytest
 from rich.console import Console
 
 from dwakd.compare.plan import Cell, Variant
-from dwakd.compare.table import CellScores, comparison_tables, paired_interval, read_cell, summarise_comparison
+from dwakd.compare.table import CellScores, comparison_tables, paired_intervals, read_cell, summarise_comparison
 from dwakd.evaluation.evaluate import TEXT_METRIC
 
 
 def scores(*values):
-    return CellScores(
-        {"test": np.array(values, dtype=float)}, {"test": 1.0}, {"test": 2.0}, {"test": 3.0}, {}, {}, 0.5, 1000
-    )
+    rows = np.stack([np.array(values, dtype=float), np.ones(len(values))])
+    bits = {"test": np.array([[2.0, 6.0], [1.0, 3.0]])}
+    return CellScores({"rouge_l": {"test": rows}, "bits_per_byte": bits}, {"test": 3.0}, {}, {}, 0.5, 1000)
 
 
 def shown(tables) -> str:
@@ -31,31 +31,50 @@ def test_differences_are_paired():
     """Intervals of differences are paired by row, because rows differ much more than methods do."""
     easy_and_hard = [5.0, 90.0, 40.0, 70.0, 10.0, 55.0]
     ours, other = scores(*(value + 2 for value in easy_and_hard)), scores(*easy_and_hard)
-    difference, low, high = paired_interval([ours], [other])
-    assert (difference, low, high) == pytest.approx((2.0, 2.0, 2.0))
+    found = paired_intervals({"ours": [ours], "other": [other]}, "rouge_l")
+    assert found["ours", "other"] == pytest.approx((2.0, 2.0, 2.0))
+    assert found["other", "ours"] == pytest.approx((-2.0, -2.0, -2.0))
     summary = summarise_comparison({"sft": [other], "dwa_kd": [ours, ours], "dskd": []}, {"dskd-1": "no luck"})
-    assert summary["best"] == "dwa_kd"
-    assert summary["variants"]["dwa_kd"]["versus_sft"][0] == pytest.approx(2.0)
+    versus = summary["variants"]["dwa_kd"]["versus"]
+    assert versus["sft"]["rouge_l"][0] == pytest.approx(2.0)
+    assert versus["sft"]["bits_per_byte"] == pytest.approx((0.0, 0.0, 0.0))
+    assert versus.keys() == {"sft"}
     assert summary["variants"]["dskd"] == {"failed": "no luck"}
+
+
+def test_intervals_contain_the_noise_of_rows_and_of_seeds():
+    """The interval of a mean difference is about 1.96 standard errors wide on each side, and seeds widen it."""
+    noise = np.random.default_rng(1).normal(0, 10, 400)
+    ours, other = scores(*(50 + noise)), scores(*([49.0] * 400))
+    difference, low, high = paired_intervals({"a": [ours], "b": [other]}, "rouge_l")["a", "b"]
+    assert difference == pytest.approx(1 + noise.mean())
+    assert (high - low) / 2 == pytest.approx(1.96 * noise.std() / 20, rel=0.15)
+    seeds = [scores(*(value + noise)) for value in (40.0, 60.0)]
+    _, low, high = paired_intervals({"a": seeds, "b": [other]}, "rouge_l")["a", "b"]
+    assert high - low > 18
 
 
 def test_scores_are_the_means_over_generation_seeds(tmp_path):
     """Scores are means over the generation seeds, in percent."""
     (tmp_path / "eval").mkdir()
-    numbers = {"greedy_rouge_l": {"mean": 12.0}, "bits_per_byte": {"value": 1.5, "ece": 4.0}}
+    numbers = {"greedy_rouge_l": {"mean": 12.0}, "bits_per_byte": {"rows": [[0, 1.0, 2], [1, 8.0, 4]], "ece": 4.0}}
     numbers["signature"] = {"metric": "rougeL F1 x 100"}
     text = {"signature": {"metric": TEXT_METRIC}, "bits_per_byte": {"value": 0.9, "ece": 1.0}}
     (tmp_path / "eval" / "text.json").write_text(json.dumps(text))
     numbers["other_temperatures"] = {"0.7": {"rouge_l": {"mean": 20.0}}}
     (tmp_path / "eval" / "test.json").write_text(json.dumps(numbers))
     answers = [
-        {"row": row, "seed": seed, "rouge_l": 10.0 * row + (seed or 0)} for row in (1, 0) for seed in (2, 4, None)
+        {"row": row, "seed": seed, "rouge_l": 10.0 * row + (seed or 7), "exact_match": 100.0 * row}
+        for row in (1, 0)
+        for seed in (2, 4, None)
     ]
-    answers += [{"row": row, "seed": 2, "temperature": 0.7, "rouge_l": 20.0} for row in (0, 1)]
+    answers += [{"row": row, "seed": 2, "temperature": 0.7, "rouge_l": 20.0, "exact_match": 0.0} for row in (0, 1)]
     (tmp_path / "eval" / "test.answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
     cell = read_cell(tmp_path)
-    assert cell.rouge_l["test"].tolist() == [3.0, 13.0]
-    assert (cell.greedy["test"], cell.bits_per_byte["test"]) == (12.0, 1.5)
+    assert cell.scores["rouge_l"]["test"][0].tolist() == [3.0, 13.0]
+    assert cell.scores["greedy_rouge_l"]["test"][0].tolist() == [7.0, 17.0]
+    assert cell.scores["greedy_exact_match"]["test"][0].tolist() == [0.0, 100.0]
+    assert (cell.mean("greedy_rouge_l"), cell.mean("bits_per_byte")) == (12.0, 1.5)
     assert (cell.ece["test"], cell.other_temperatures) == (4.0, {"0.7": [20.0]})
     row = summarise_comparison({"sft": [cell, cell]}, {})["variants"]["sft"]
     assert (row["bits_per_byte"], row["text_bits_per_byte"]) == (1.5, 0.9)
@@ -83,10 +102,10 @@ def test_seconds_until_the_final_value_of_sft():
     summary = summarise_comparison(rows, {}, "base")
     found = {name: row.get("seconds_until_sft", "-") for name, row in summary["variants"].items()}
     assert found == {"teacher": "-", "base": 15.0, "early": 20.0, "late": None}
-    assert "versus_sft" in summary["variants"]["late"]
+    assert "base" in summary["variants"]["late"]["versus"]
     text = shown(comparison_tables(summary))
-    assert re.search(r"late +1\.00 .* never *\n", text)
-    assert re.search(r"early +1\.00 .* 20\.0 *\n", text)
+    assert re.search(r"late +- .* never *\n", text)
+    assert re.search(r"early +- .* 20\.0 *\n", text)
     untimed = summarise_comparison({"sft": [one], "early": early}, {})
     assert "seconds until" not in shown(comparison_tables(untimed))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -226,6 +227,13 @@ class Runner:
                 raise
         return {name: reason for name, reason in reasons.items() if reason is not None}
 
+    def _environment(self) -> dict[str, str]:
+        """Divide the cores among the runs; processes that share cores through more threads slow each other down."""
+        if self.jobs == 1:
+            return dict(os.environ)
+        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
+        return {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads, **os.environ}
+
     def _run_cell(self, cell: Cell) -> str | None:
         """Run one cell and return the reason if it failed."""
         path = self.folder / "recipes" / f"{cell.name}.yaml"
@@ -234,7 +242,7 @@ class Runner:
         log.parent.mkdir(exist_ok=True)
         with log.open("wb") as stream:
             command = train_command(path, self.cell_folder(cell))
-            process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=self._environment())
             self._processes.append(process)
             process.wait()
         return None if process.returncode == 0 else failure_reason(log, process.returncode)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from rich import box
 from rich.console import Group
 from rich.table import Table
@@ -19,25 +21,38 @@ from dwakd.evaluation.evaluate import TEXT_METRIC
 from dwakd.evaluation.metrics import RESAMPLES
 from dwakd.training.run_folder import RUN_FILE
 
+METRICS = {
+    "rouge_l": "ROUGE-L\nsampled",
+    "greedy_rouge_l": "ROUGE-L\ngreedy",
+    "greedy_exact_match": "exact\ngreedy",
+    "bits_per_byte": "bits per\nbyte",
+}
+"""Scores that are compared row by row, with their headings. Sampled ROUGE-L is that of the first temperature."""
+
+Ratio = Float[np.ndarray, "2 rows"]
+"""A score of a test set by row: the sum of the first line divided by the sum of the second one."""
+
 
 @dataclass(frozen=True)
 class CellScores:
-    """Scores and cost of a finished run, by test set."""
+    """Scores and cost of a finished run."""
 
-    rouge_l: dict[str, np.ndarray]  # sampled ROUGE-L of each row in percent, averaged over the generation seeds
-    greedy: dict[str, float]  # mean greedy ROUGE-L in percent
-    bits_per_byte: dict[str, float]
-    ece: dict[str, float] = field(default_factory=dict)  # calibration error in percent
+    scores: dict[str, dict[str, Ratio]]  # by metric and test set
+    ece: dict[str, float] = field(default_factory=dict)  # calibration error in percent, by test set
     other_temperatures: dict[str, list[float]] = field(default_factory=dict)  # mean ROUGE-L of each test set
     text_bits_per_byte: dict[str, float] = field(default_factory=dict)  # of sets of texts without a prompt
     seconds_per_step: float | None = None  # median; None for a model that was not trained here
     peak_bytes: int | None = None  # peak memory of the process, on the GPU if there is one
     dev: tuple[tuple[int, float], ...] = ()  # optimiser step and bits per byte of each evaluation on the dev set
 
-    @property
-    def mean(self) -> float:
-        """Unweighted mean of the sampled ROUGE-L over the test sets."""
-        return float(np.mean([rows.mean() for rows in self.rouge_l.values()]))
+    def mean(self, metric: str) -> float | None:
+        """Return the unweighted mean of a score over the test sets, or None if no set has it."""
+        return _mean(value(rows) for rows in self.scores.get(metric, {}).values())
+
+
+def value(rows: Ratio) -> float:
+    """Return the score of a test set."""
+    return float(rows[0].sum() / rows[1].sum())
 
 
 def num_evaluated(folder: Path) -> int:
@@ -47,7 +62,8 @@ def num_evaluated(folder: Path) -> int:
 
 def read_cell(folder: Path) -> CellScores:
     """Read the scores from the folder of a run."""
-    rouge, greedy, bits, ece, text = {}, {}, {}, {}, {}
+    scores: dict[str, dict[str, Ratio]] = {metric: {} for metric in METRICS}
+    ece, text = {}, {}
     others: dict[str, list[float]] = {}
     for path in sorted((folder / "eval").glob("*.json")):
         numbers = json.loads(path.read_text(encoding="utf-8"))
@@ -55,49 +71,65 @@ def read_cell(folder: Path) -> CellScores:
             text[path.stem] = numbers["bits_per_byte"]["value"]
             continue
         other_temperatures = numbers.get("other_temperatures", {})
-        for temperature, scores in other_temperatures.items():
-            others.setdefault(temperature, []).append(scores["rouge_l"]["mean"])
-        rows: dict[int, list[float]] = {}
-        for line in path.with_suffix(".answers.jsonl").read_text(encoding="utf-8").splitlines():
-            answer = json.loads(line)
-            other = str(answer.get("temperature")) in other_temperatures
-            if answer["seed"] is not None and answer["rouge_l"] is not None and not other:
-                rows.setdefault(answer["row"], []).append(answer["rouge_l"])
-        if rows:
-            rouge[path.stem] = np.array([np.mean(rows[row]) for row in sorted(rows)])
-        if numbers["greedy_rouge_l"]:
-            greedy[path.stem] = numbers["greedy_rouge_l"]["mean"]
+        for temperature, found in other_temperatures.items():
+            others.setdefault(temperature, []).append(found["rouge_l"]["mean"])
+        for metric, rows in _by_row(path.with_suffix(".answers.jsonl"), other_temperatures).items():
+            scores[metric][path.stem] = rows
         if numbers["bits_per_byte"]:
-            bits[path.stem] = numbers["bits_per_byte"]["value"]
+            _, bits, num_bytes = zip(*numbers["bits_per_byte"]["rows"], strict=True)
+            scores["bits_per_byte"][path.stem] = np.array([bits, num_bytes], dtype=float)
             ece[path.stem] = numbers["bits_per_byte"]["ece"]
     record = folder / RUN_FILE
     run: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     state = folder / TRAINER_STATE_NAME
     history = json.loads(state.read_text(encoding="utf-8"))["log_history"] if state.is_file() else []
     dev = tuple((entry["step"], entry["eval_bits_per_byte"]) for entry in history if "eval_bits_per_byte" in entry)
-    cost = run.get("seconds_per_step"), run.get("peak_memory_bytes")
-    return CellScores(rouge, greedy, bits, ece, others, text, *cost, dev)
+    return CellScores(scores, ece, others, text, run.get("seconds_per_step"), run.get("peak_memory_bytes"), dev)
 
 
-def paired_interval(ours: Sequence[CellScores], other: Sequence[CellScores]) -> tuple[float, float, float]:
-    """Compute the difference of two variants' mean scores and its 95 % bootstrap interval.
+def _by_row(path: Path, other_temperatures: Mapping[str, Any]) -> dict[str, Ratio]:
+    """Read the scores of the answers to each row, sampled ones averaged over the generation seeds."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        answer = json.loads(line)
+        if answer["rouge_l"] is None or str(answer.get("temperature")) in other_temperatures:
+            continue
+        names = ("rouge_l",) if answer["seed"] is not None else ("greedy_rouge_l", "greedy_exact_match")
+        for name in names:
+            found.setdefault(name, {}).setdefault(answer["row"], []).append(answer[name.removeprefix("greedy_")])
+    means = {name: [np.mean(rows[row]) for row in sorted(rows)] for name, rows in found.items()}
+    return {name: np.stack([np.array(rows), np.ones(len(rows))]) for name, rows in means.items()}
 
-    Each resample draws rows of every test set with replacement, the same for both variants, and training seeds of
-    each variant with replacement.
+
+def bootstrap(cells: Sequence[CellScores], metric: str, seed: int) -> Float[np.ndarray, " resamples"]:
+    """Resample the mean score of a row of the table.
+
+    Each resample draws the rows of every test set with replacement, the same ones for every row of the table, and the
+    training seeds with replacement, which depend on `seed`.
     """
-    rng = np.random.default_rng(0)
-    sets = [[np.stack([cell.rouge_l[name] for cell in cells]) for cells in (ours, other)] for name in ours[0].rouge_l]
-    draws = []
-    for _ in range(RESAMPLES):
-        seeds = [rng.integers(len(cells), size=len(cells)) for cells in (ours, other)]
-        gaps = []
-        for one, two in sets:
-            rows = rng.integers(one.shape[1], size=one.shape[1])
-            gaps.append(one[seeds[0]][:, rows].mean() - two[seeds[1]][:, rows].mean())
-        draws.append(np.mean(gaps))
-    difference = np.mean([cell.mean for cell in ours]) - np.mean([cell.mean for cell in other])
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return float(difference), float(low), float(high)
+    draws = np.random.default_rng(seed).integers(len(cells), size=(RESAMPLES, len(cells)))
+    sets = []
+    for number, name in enumerate(cells[0].scores[metric]):
+        rows = np.stack([cell.scores[metric][name] for cell in cells])  # cells, 2, rows
+        size = rows.shape[2]
+        counts = np.random.default_rng((number, size)).multinomial(size, np.full(size, 1 / size), RESAMPLES)
+        sums = rows @ counts.T
+        sets.append(np.take_along_axis((sums[:, 0] / sums[:, 1]).T, draws, axis=1).mean(1))
+    return np.mean(sets, axis=0)
+
+
+def paired_intervals(
+    rows: Mapping[str, Sequence[CellScores]], metric: str
+) -> dict[tuple[str, str], tuple[float, float, float]]:
+    """Compute the difference of each two rows of the table and its 95 % bootstrap interval, where both have the score."""
+    known = {name: cells for name, cells in rows.items() if all(cell.scores.get(metric) for cell in cells)}
+    drawn = {name: bootstrap(cells, metric, seed) for seed, (name, cells) in enumerate(known.items())}
+    means = {name: float(np.mean([cell.mean(metric) for cell in cells])) for name, cells in known.items()}
+    found = {}
+    for name, other in itertools.permutations(known, 2):
+        low, high = np.percentile(drawn[name] - drawn[other], [2.5, 97.5])
+        found[name, other] = means[name] - means[other], float(low), float(high)
+    return found
 
 
 def seconds_until(cells: Sequence[CellScores], bits_per_byte: float) -> float | None:
@@ -118,12 +150,12 @@ def summarise_comparison(
 ) -> dict[str, Any]:
     """Return every number of the tables as JSON values; a variant without a finished run has only its reason.
 
-    `sft` is the name of the row with which the others are compared.
+    `sft` is the name of the row whose final bits per byte the others have to reach. `versus` contains the difference of a row
+    to each other one, by metric, with its 95 % interval (`paired_intervals`).
     """
-    means = {name: [cell.mean for cell in cells] for name, cells in variants.items() if cells}
-    trained = [name for name in means if not is_teacher(name)]
+    trained = {name: cells for name, cells in variants.items() if cells and not is_teacher(name)}
     finals = [cell.dev[-1][1] for cell in variants.get(sft or "", ()) if cell.dev]
-    best = max(trained, key=lambda name: np.mean(means[name]), default=None)
+    intervals = {metric: paired_intervals(trained, metric) for metric in METRICS}
     rows: dict[str, Any] = {}
     for name, cells in variants.items():
         if not cells:
@@ -133,15 +165,15 @@ def summarise_comparison(
             continue
         rows[name] = {
             "training_seeds": len(cells),
-            "rouge_l": _mean(means[name]),
-            "rouge_l_std_over_training_seeds": float(np.std(means[name], ddof=1)) if len(cells) > 1 else None,
-            "sets": {key: _mean(cell.rouge_l[key].mean() for cell in cells) for key in cells[0].rouge_l},
-            "greedy_rouge_l": _mean(value for cell in cells for value in cell.greedy.values()),
+            **{metric: _mean(cell.mean(metric) for cell in cells) for metric in METRICS},
+            "std_over_training_seeds": {metric: _spread(cell.mean(metric) for cell in cells) for metric in METRICS},
+            "sets": {
+                key: _mean(value(cell.scores["rouge_l"][key]) for cell in cells) for key in cells[0].scores["rouge_l"]
+            },
             "other_temperatures": {
                 key: _mean(value for cell in cells for value in cell.other_temperatures[key])
                 for key in cells[0].other_temperatures
             },
-            "bits_per_byte": _mean(value for cell in cells for value in cell.bits_per_byte.values()),
             "text_bits_per_byte": _mean(value for cell in cells for value in cell.text_bits_per_byte.values()),
             "ece": _mean(value for cell in cells for value in cell.ece.values()),
             "seconds_per_step": _mean(cell.seconds_per_step for cell in cells),
@@ -149,10 +181,12 @@ def summarise_comparison(
         }
         if finals and rows[name]["seconds_per_step"] is not None:
             rows[name]["seconds_until_sft"] = seconds_until(cells, float(np.mean(finals)))
-        for label, reference in (("versus_sft", sft), ("versus_best", best)):
-            if name in trained and reference != name and reference in means:
-                rows[name][label] = paired_interval(cells, variants[reference])
-    return {"best": best, "variants": rows, "failures": dict(failures)}
+        rows[name]["versus"] = {
+            other: {metric: found[name, other] for metric, found in intervals.items() if (name, other) in found}
+            for other in trained
+            if name in trained and other != name
+        }
+    return {"sft": sft, "variants": rows, "failures": dict(failures)}
 
 
 def comparison_tables(summary: Mapping[str, Any]) -> Group:
@@ -160,11 +194,15 @@ def comparison_tables(summary: Mapping[str, Any]) -> Group:
     rows = {name: row for name, row in summary["variants"].items() if "failed" not in row}
     sets = list(next(iter(rows.values()))["sets"]) if rows else []
     scores = _table("ROUGE-L, sampled, in percent", *sets, "mean ± training seeds")
-    gaps = _table("Differences of means [95 % paired bootstrap over rows and seeds]", "to SFT", "to the best")
+    compared = [metric for metric in METRICS if metric != "greedy_exact_match"]
+    reference = summary["sft"]
+    gaps = _table(
+        f"Differences to {reference} [95 % paired bootstrap over rows and seeds]", *(METRICS[name] for name in compared)
+    )
     columns = [
         (f"ROUGE-L\nT = {key}", key, 2) for key in (next(iter(rows.values()))["other_temperatures"] if rows else ())
     ]
-    columns += [("ROUGE-L\ngreedy", "greedy_rouge_l", 2), ("bits per\nbyte", "bits_per_byte", 3)]
+    columns += [(METRICS[name], name, 2 + (name == "bits_per_byte")) for name in METRICS if name != "rouge_l"]
     if any(row["text_bits_per_byte"] is not None for row in rows.values()):
         columns.append(("bits per\nbyte, text", "text_bits_per_byte", 3))
     columns += [("ECE\nin %", "ece", 2), ("seconds\nper step", "seconds_per_step", 3)]
@@ -173,19 +211,19 @@ def comparison_tables(summary: Mapping[str, Any]) -> Group:
         headings.append("seconds until\nSFT's final\nbits per byte")
     costs = _table("Other measures", *headings)
     for name, row in rows.items():
-        spread, peak = row["rouge_l_std_over_training_seeds"], row["peak_memory_bytes"]
+        spread, peak = row["std_over_training_seeds"]["rouge_l"], row["peak_memory_bytes"]
         mean = f"{row['rouge_l']:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
         scores.add_row(name, *(f"{row['sets'][key]:.2f}" for key in sets), mean)
         if not is_teacher(name):
-            found = (row.get("versus_sft"), row.get("versus_best"))
-            gaps.add_row(name, *("-" if gap is None else "{:+.2f} [{:.2f}, {:.2f}]".format(*gap) for gap in found))
+            found = row["versus"].get(reference, {})
+            gaps.add_row(name, *("-" if key not in found else _gap(*found[key], key) for key in compared))
         shown = [({**row, **row["other_temperatures"]}[key], digits) for _, key, digits in columns]
         shown += [(None if peak is None else peak / 1e9, 2), (row["training_seeds"], 0)]
         until = row.get("seconds_until_sft", "-")
         ends = [f"{until:.1f}" if isinstance(until, float) else until or "never"] if timed else []
         costs.add_row(name, *("-" if value is None else f"{value:.{digits}f}" for value, digits in shown), *ends)
     failures = [f"run {name} failed: {reason}" for name, reason in summary["failures"].items()]
-    return Group(scores, "", gaps, "", costs, *failures)
+    return Group(scores, *(("", gaps) if reference in rows else ()), "", costs, *failures)
 
 
 def _table(title: str, *headings: str) -> Table:
@@ -194,6 +232,16 @@ def _table(title: str, *headings: str) -> Table:
     for heading in headings:
         table.add_column(heading, justify="right")
     return table
+
+
+def _gap(difference: float, low: float, high: float, metric: str) -> str:
+    digits = 3 if metric == "bits_per_byte" else 2
+    return f"{difference:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _spread(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.std(known, ddof=1)) if len(known) > 1 else None
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

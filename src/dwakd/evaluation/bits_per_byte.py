@@ -42,6 +42,8 @@ class BitsPerByte:
     """Responses that were cut. Two tokenizers cut at different places: compare their values only if both are 0."""
     ece: float
     """Expected calibration error of the response tokens, in percent; see `calibration_gaps`."""
+    rows: tuple[tuple[int, float, int], ...] = ()
+    """Index, bits and bytes of each example."""
 
 
 def bits_per_byte(
@@ -85,18 +87,22 @@ def bits_per_byte(
     )
     lengths = pairs.student_lengths
     alike = Subset(pairs, sorted(range(len(pairs)), key=lambda row: -lengths[row]))
-    bits, num_bytes, num_tokens, gaps = 0.0, 0, 0, torch.zeros(NUM_BINS, dtype=torch.float64)
+    rows: list[tuple[int, float, int]] = []
+    num_tokens, gaps = 0, torch.zeros(NUM_BINS, dtype=torch.float64)
     loader = DataLoader(alike, batch_size=batch_size, collate_fn=collate)
     with evaluating(model), torch.no_grad(), progress_bar(disable=not progress) as bar:
         for batch in bar.track(loader, description="bits per byte"):
             side = response_side(model, batch.to(model.device).student)
             nats, found = _nats_and_gaps(side)
-            bits += nats / math.log(2)
             gaps += found
-            num_tokens += len(side.target_ids)
-            num_bytes += int(side.byte_ends[side.lengths.cumsum(0) - 1].sum())  # the ends of the last tokens
+            num_tokens += len(nats)
+            bits = [part.sum().item() / math.log(2) for part in nats.split(side.counts)]
+            ends = side.byte_ends[side.lengths.cumsum(0) - 1].tolist()  # of the last tokens
+            rows += zip(batch.example_ids, bits, ends, strict=True)
+    total, num_bytes = (sum(values) for values in list(zip(*rows, strict=True))[1:])
     ece = 100 * gaps.abs().sum().item() / num_tokens
-    return BitsPerByte(bits / num_bytes, bits, num_bytes, len(pairs), pairs.num_truncated, ece)
+    shown = tuple(sorted(rows))
+    return BitsPerByte(total / num_bytes, total, int(num_bytes), len(pairs), pairs.num_truncated, ece, shown)
 
 
 def text_encoder(tokenizer: Any) -> TextEncoder:
@@ -112,18 +118,18 @@ def text_encoder(tokenizer: Any) -> TextEncoder:
     return TextEncoder(tokenizer, separator + "{instruction}")
 
 
-def _nats_and_gaps(side: ModelSide) -> tuple[float, Float[Tensor, "bins"]]:
-    """Sum the negative log-likelihoods of all target tokens and their calibration gaps in float64."""
+def _nats_and_gaps(side: ModelSide) -> tuple[Float[Tensor, " tokens"], Float[Tensor, "bins"]]:
+    """Compute the negative log-likelihood of each target token, and sum the calibration gaps, in float64."""
     rows = max(1, LOGITS_AT_ONCE // side.head.vocab_size)
-    nats, gaps = 0.0, torch.zeros(NUM_BINS, dtype=torch.float64)
+    nats, gaps = [], torch.zeros(NUM_BINS, dtype=torch.float64)
     for hidden, targets in zip(torch.split(side.hidden, rows), torch.split(side.target_ids, rows), strict=True):
         logits = side.head.logits(hidden)
         losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-        nats += losses.cpu().double().sum().item()
+        nats.append(losses.cpu().double())
         top, predicted = logits.max(dim=-1)
         normaliser = losses + logits.gather(1, targets[:, None]).squeeze(1)
         gaps += calibration_gaps((top - normaliser).exp().cpu(), (predicted == targets).cpu())
-    return nats, gaps
+    return torch.cat(nats), gaps
 
 
 def calibration_gaps(confidence: Float[Tensor, "tokens"], correct: Bool[Tensor, "tokens"]) -> Float[Tensor, "bins"]:
