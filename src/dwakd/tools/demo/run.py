@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 from transformers import (
@@ -96,7 +97,9 @@ def run_demo(output: Path | None, *, seed: int, quick: bool) -> Group:
     _train_teacher(folder / "teacher", sizes, train, teacher_tokenizer, seed)
     console.rule(f"student: pretraining on the prompts as raw text (vocabulary of {len(student_tokenizer):,})")
     _pretrain_student(folder / "student", sizes, train, student_tokenizer, seed)
-    console.rule(f"comparison: {sizes.num_labelled:,} labelled rows; with seqkd, the teacher's answers to other prompts")
+    console.rule(
+        f"comparison: {sizes.num_labelled:,} labelled rows; with seqkd, the teacher's answers to other prompts"
+    )
     path = folder / "recipe.yaml"
     write_file(path, yaml.safe_dump(demo_recipe(folder, sizes, seed), sort_keys=False).encode())
     compare_methods(load_recipe(path, [], "compare"), folder / "comparison", jobs=2)
@@ -195,7 +198,9 @@ def _train_teacher(
         data_seed=seed,
         use_cpu=True,
     )
-    trainer = DistillTrainer(_model(tokenizer, sizes.teacher_width, 512, 4), None, args, rows, processing_class=tokenizer)
+    trainer = DistillTrainer(
+        _model(tokenizer, sizes.teacher_width, 512, 4), None, args, rows, processing_class=tokenizer
+    )
     trainer.train()
     trainer.save_model()
 
@@ -231,9 +236,10 @@ def _pretrain_student(
 
 def _table(rows: Mapping[str, Mapping[str, Any]], sizes: DemoSizes) -> Table:
     """Return a table with the scores and the training time of the teacher and the students."""
-    table = Table(title="Test prompts that are not in the corpus", title_justify="left", caption_justify="left")
+    title = "ROUGE-L, exact match, bits per byte and calibration error on unseen prompts"
+    table = Table(title=title, title_justify="left", caption_justify="left", box=box.HORIZONTALS, show_edge=False)
     table.add_column("", no_wrap=True)
-    for heading in ("T = 1", "T = 0.7", "greedy", "exact", "bits/byte", "ECE", "seconds"):
+    for heading in ("T=1", "T=0.7", "greedy", "exact", "bits", "ECE", "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, row in rows.items():
         if "failed" in row:
@@ -265,7 +271,9 @@ def conclusions(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     finished = {name: row for name, row in rows.items() if row.get("versus")}
     sentences = []
     if {"sft", "dwa_kd"} <= finished.keys():
-        sentences.append(f"On the labelled rows, dwa_kd against sft: {_differences(finished['dwa_kd']['versus']['sft'])}.")
+        sentences.append(
+            f"On the labelled rows, dwa_kd against sft: {_differences(finished['dwa_kd']['versus']['sft'])}."
+        )
     others = [name for name in finished if name.startswith("seqkd +")]
     if "seqkd" in finished and others:
         best = min(others, key=lambda name: finished[name]["bits_per_byte"])
@@ -282,7 +290,6 @@ def conclusions(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _differences(found: Mapping[str, Any]) -> str:
     greedy, bits = found["greedy_rouge_l"], found["bits_per_byte"]
-    return (
-        "{:+.1f} greedy ROUGE-L [{:+.1f}, {:+.1f}] and ".format(*greedy)
-        + "{:+.3f} bits per byte [{:+.3f}, {:+.3f}]".format(*bits)
-    )
+    return "{:+.1f} greedy ROUGE-L [{:+.1f}, {:+.1f}] and ".format(
+        *greedy
+    ) + "{:+.3f} bits per byte [{:+.3f}, {:+.3f}]".format(*bits)
