@@ -8,7 +8,7 @@ import typer
 from benchmarks.paper import TABLES, option_parser
 
 from dwakd.cli import app
-from dwakd.losses import method_options
+from dwakd.compare.plan import variants_of
 from dwakd.recipe.recipe import load_recipe
 from dwakd.recipe.sections import CompareSection
 
@@ -28,8 +28,8 @@ def test_commands_are_accepted() -> None:
             if given[0].endswith(".yaml"):
                 overrides = [option for option in given if "=" in option]
                 recipe = load_recipe(ROOT / given[0], overrides, "compare" if name == "compare" else "train")
-                for method, options in (recipe.compare or CompareSection()).options.items():
-                    method_options(method, options)
+                for variant in variants_of(recipe, recipe.compare or CompareSection(), ablation=False):
+                    variant.recipe(recipe)
         else:
             assert [program, *arguments[:2]] == ["python", "-m", "benchmarks.paper"]
             chosen = option_parser().parse_args(arguments[2:])

@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Distil a large language model into a small one whose tokenizer is different.",
-    epilog="Start with [bold]dwakd demo[/bold]: it needs no network and takes about five minutes on two cores.",
+    epilog="Start with [bold]dwakd demo[/bold]: it needs no network and takes about ten minutes on two cores.",
 )
 console = Console()
 
@@ -202,8 +202,7 @@ def compare(
     from dwakd.recipe.recipe import load_recipe
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # also stop the runs, as Ctrl-C does
-    chosen = [f"compare.methods=[{methods}]"] if methods else []
-    chosen += [f"compare.seeds=[{seeds}]"] if seeds else []
+    chosen = [f"compare.{name}=[{given}]" for name, given in (("methods", methods), ("seeds", seeds)) if given]
     loaded = load_recipe(recipe, [*(overrides or []), *chosen], "compare")
     folder = output or Path("compare") / recipe.stem
     tables, any_finished = compare_methods(loaded, folder, ablation=ablation, lr_sweep=lr_sweep, jobs=jobs)
@@ -244,7 +243,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of the corpus, the models and the training.")] = 0,
     quick: Annotated[bool, _flag("--quick", "Take a few steps only, to check that everything works.")] = False,
 ) -> None:
-    """Train a teacher, then SFT, DSKD and DWA-KD students with another tokenizer, and compare them. Offline."""
+    """Pretrain a student, let a teacher with another tokenizer answer prompts, and compare ways to learn from it. Offline."""
     _silence_transformers()
     from dwakd.tools.demo.run import run_demo
 

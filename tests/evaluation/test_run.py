@@ -136,7 +136,7 @@ def test_texts_have_their_own_bits_per_byte(tmp_path: Path) -> None:
     (numbers,) = (json.loads(path.read_text()) for path in (tmp_path / "eval").glob("*held-out.json"))
     texts = [Example(0, "", response="Red, green and blue."), Example(1, "", response="Hello.")]
     expected = bits_per_byte(model, text_encoder(tokenizer), texts)
-    assert numbers["bits_per_byte"] == asdict(expected)
+    assert numbers["bits_per_byte"] == json.loads(json.dumps(asdict(expected)))
     assert numbers["rouge_l"] is None
     assert set(numbers["signature"]) == {"metric", "model", "data", "max_length", "dtype", "versions"}
     assert isinstance(table, Table)

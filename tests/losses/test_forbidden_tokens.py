@@ -34,7 +34,7 @@ def run_forbidding(name, options, dtype, *, removed):
     torch.manual_seed(0)
     for key, parameter in loss.named_parameters():
         if (
-            "projectors.t2s" not in key or METHODS[name].options_type.needs_models == "widths"
+            "projectors.t2s" not in key or method_options(name, options).needs_models == "widths"
         ):  # maps that are initialised from the heads are kept
             torch.nn.init.normal_(parameter)
     sides = []
