@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 setup: $(STAMP) ## make the virtual environment with the pinned versions
 
-demo: $(STAMP) ## train a teacher and three students offline and compare them (about five minutes)
+demo: $(STAMP) ## compare ways to learn from a teacher, offline, with a pretrained student (about ten minutes)
 	$(BIN)/dwakd demo
 
 test: $(STAMP) ## run the test suite (under ten minutes, no network)
