@@ -8,6 +8,7 @@ import pytest
 
 from dwakd.errors import UserError
 from dwakd.recipe.recipe import recipe_from_dict
+from dwakd.training.distiller import LOSS_STATE
 from dwakd.training.run import check_options, training_config
 from tests.command_line import ROWS, one_sentence, run
 
@@ -34,7 +35,7 @@ def test_train_eval_and_resume(workspace, tmp_path, monkeypatch, capsys):
     )
     assert code == 2
     assert "loss.temperature is unset there" in one_sentence(err)
-    whole = (output / "model.safetensors").read_bytes()
+    whole, maps = ((output / name).read_bytes() for name in ("model.safetensors", LOSS_STATE))
     for lost in (
         None,
         "trainer_state.json",
@@ -49,6 +50,7 @@ def test_train_eval_and_resume(workspace, tmp_path, monkeypatch, capsys):
         assert code == 0
         assert "after 2 steps" in out
         assert (output / "model.safetensors").read_bytes() == whole
+        assert (output / LOSS_STATE).read_bytes() == maps
         assert json.loads((output / "dwakd-run.json").read_text())["num_steps"] == 2
     assert not (output / ".lock").exists()
     shorter = [*extra, "training.max_steps=1", "-o", output, "--resume"]

@@ -138,7 +138,8 @@ def train(
     steps_left = not finished and has_steps_left(checkpoint, recipe)
     trainer = build_trainer(recipe, folder, plan)
     if finished:
-        _restore(trainer, folder, folder)
+        _restore(trainer, folder)
+        load_student(trainer.student, folder)
         return trainer
     with alone_in(folder) if trainer.is_world_process_zero() else contextlib.nullcontext():
         if trainer.is_world_process_zero():
@@ -146,7 +147,9 @@ def train(
         if steps_left:
             trainer.train(resume_from_checkpoint=checkpoint)
         else:  # the run was stopped after its last checkpoint; transformers would take another step
-            _restore(trainer, Path(str(checkpoint)), None)
+            _restore(trainer, Path(str(checkpoint)))
+            best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+            trainer.model.load_checkpoint(best or checkpoint)
         trainer.save_model()
         trainer.save_state()
         if trainer.is_world_process_zero():
@@ -155,11 +158,9 @@ def train(
     return trainer
 
 
-def _restore(trainer: DistillTrainer, folder: Path, weights: Path | None) -> None:
-    """Load the state of training from a folder and `weights`, by default those of the best checkpoint or the folder."""
+def _restore(trainer: DistillTrainer, folder: Path) -> None:
+    """Load the state of training from a folder."""
     trainer.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    load_student(trainer.student, weights or best or folder)
 
 
 def end_of_run() -> None:
