@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dwakd.errors import UserError
+from dwakd.kernels.head_loss import only_term
 from dwakd.losses import METHODS, SeveralTeachers, TeacherScale, build_loss
 from dwakd.losses.attention import cross_model_attention
 from tests.losses.builders import WIDTHS, pair_of, random_examples, random_heads, side
@@ -114,3 +115,21 @@ def test_what_does_not_fit_is_named():
     ):
         with pytest.raises(UserError, match=message):
             SeveralTeachers(losses, **options)
+
+
+@pytest.mark.parametrize("name", ["dwa_kd", "sum"])
+def test_the_gate_is_the_same_when_one_term_is_measured(name):
+    """The gradient is the sum of the gradients of the terms, so a term that is measured alone has the same gate weights."""
+    parts = {"losses": [{"method": "dwa_kd"}, {"method": "alm"}]} if name == "sum" else {}
+    (student, first), (_, second) = sides(0), sides(1)
+    several = SeveralTeachers([build(name, seed, **parts) for seed in (0, 1)], temperature=0.1)
+
+    def gradient():
+        loss = several(student, [first, second]).loss
+        return torch.autograd.grad(loss, student.hidden, allow_unused=True, materialize_grads=True)[0]
+
+    measured = []
+    for term in several.terms:
+        with only_term(term):
+            measured.append(gradient())
+    torch.testing.assert_close(sum(measured), gradient(), rtol=1e-9, atol=1e-12)

@@ -128,7 +128,9 @@ class SeveralTeachers(nn.Module):
             rows = loss.projected(student, teacher, scale)  # type: ignore[operator]
             if rows is None:
                 return None
-            confidences.append(head_loss([projected_rows(rows, student)], Confidence(), by_row=True).loss)
+            confidences.append(
+                head_loss([projected_rows(rows, student)], Confidence(), by_row=True).terms["confidence"]
+            )
         stacked = torch.stack(confidences) / self.temperature
         return (stacked + stacked.new_tensor(self.shares).log()[:, None]).softmax(0)
 
