@@ -107,6 +107,12 @@ def test_sampled_responses_are_no_labels():
     for name in ("ce", "t2s_ce", "kd_student", "kd_teacher"):
         assert sampled.terms[name] == terms[name] > 0
     torch.testing.assert_close(sampled.loss, 0.1 * (terms["kd_student"] + terms["kd_teacher"]))
+    dskd = DskdLoss(widths=WIDTHS, kd_rate=0.1, alignment="bytes", values="hidden").double()
+    without_mask = DskdLoss(widths=WIDTHS, **dskd.options.model_dump() | {"accuracy_mask": False}).double()
+    without_mask.load_state_dict(dskd.state_dict())
+    assert dskd(*sides).terms["kd_student"] < without_mask(*sides).terms["kd_student"]
+    sampled = dskd(dataclasses.replace(sides[0], sampled=True), sides[1])
+    torch.testing.assert_close(sampled.terms["kd_student"], without_mask(*sides).terms["kd_student"])
     supports = {
         "sft": False, "min_ed": False, "alm": True, "gold": True, "dskd": False, "dwa_kd": False, "dwa_kd_v2": True,
     }  # fmt: skip

@@ -25,8 +25,9 @@ class DskdOptions(CrossingOptions):
     skew: Skew = 0.1
     accuracy_mask: bool | None = Field(
         None,
-        description="Whether KD^stu includes only tokens that the projected teacher predicts correctly. By default this is "
-        "true unless alignment is position, as in the published code; the paper does not mention the mask.",
+        description="Whether KD^stu includes only tokens that the projected teacher predicts correctly; in responses that the "
+        "student sampled it includes all. By default this is true unless alignment is position, as in the published code; "
+        "the paper does not mention the mask.",
     )
 
     @property
@@ -76,7 +77,7 @@ class DskdLoss(DistillationLoss[DskdOptions]):
             temperature,
             {"ce": ce_weight, "t2s_ce": 0.0 if student.sampled else rate, "kd_student": rate},
             divergence=self.divergence,
-            weigh=accuracy_mask if self.options.uses_accuracy_mask else None,
+            weigh=accuracy_mask if self.options.uses_accuracy_mask and not student.sampled else None,
             projected_weights=crossed.student_kept,
             token_weights=kept_weights(crossed.student_kept, teacher.gate_weights),
         )
