@@ -207,7 +207,7 @@ def test_resume_names_what_differs_and_skips_a_damaged_checkpoint(workspace, tmp
     code, _, err = run(monkeypatch, capsys, *base, "loss.temperature=3", "--resume")
     assert code == 2
     assert "loss.temperature is unset there and 3.0 here" in one_sentence(err)
-    (tmp_path / "run" / "checkpoint-2" / "distillation.safetensors").unlink()
+    (tmp_path / "run" / "checkpoint-2" / LOSS_STATE).unlink()
     code, _, err = run(monkeypatch, capsys, *base, "training.max_steps=3", "--resume")
     assert code == 0, err
     assert re.search("incomplete .*checkpoint-2", caplog.text)

@@ -33,6 +33,8 @@ def test_every_term_is_logged_and_the_student_is_a_plain_folder(tmp_path, method
     for name, tensor in run.student.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], tensor)
     assert AutoTokenizer.from_pretrained(tmp_path)("a cat")["input_ids"] == run.processing_class("a cat")["input_ids"]
+    # vLLM and SGLang load all tensors of these files into the student
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
     saved = tmp_path / LOSS_STATE
     assert saved.is_file() is any(True for _ in run.model.loss.parameters())
     if saved.is_file():  # later tools can load the maps

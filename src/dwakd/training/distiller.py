@@ -22,7 +22,8 @@ from dwakd.recipe.training import DistillConfig
 from dwakd.training.student import widest_dtype
 from dwakd.training.teacher import Teacher
 
-LOSS_STATE = "distillation.safetensors"
+LOSS_STATE = "distillation/maps.safetensors"
+"""State of the loss. Servers such as vLLM read every safetensors file that lies directly in a model's folder."""
 Loss = DistillationLoss[Any] | SeveralTeachers
 
 

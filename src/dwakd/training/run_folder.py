@@ -102,12 +102,11 @@ def checkpoint_fault(folder: Path, needed: Sequence[str]) -> str | None:
     `needed` are the names of the required files apart from those of the student.
     """
     missing = [name for name in needed if not (folder / name).is_file()]
-    weights = {path.name for path in folder.glob("*.safetensors")} - set(needed)
-    if not weights or list(folder.glob("*.safetensors.tmp")):
+    if not list(folder.glob("*.safetensors")) or list(folder.glob("*.safetensors.tmp")):
         missing.append("model.safetensors (or adapter_model.safetensors)")
     if missing:
         return f"{missing[0]} is missing"
-    damaged = [path.name for path in sorted(folder.iterdir()) if not ends_well(path)]
+    damaged = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if not ends_well(path)]
     return f"{damaged[0]} is damaged" if damaged else None
 
 

@@ -267,11 +267,12 @@ class DistillTrainer(Trainer):
             self.processing_class.save_pretrained(folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the student, and beside it the trained maps of the loss in a file that transformers ignores."""
+        """Save the student, and the trained maps of the loss in a subfolder, which readers of models ignore."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save and (_internal_call or any(True for _ in self._distiller.loss.parameters())):
             options = json.dumps({"method": self.args.method, **self.args.loss_options})
             path = Path(output_dir or self.args.output_dir) / LOSS_STATE
+            path.parent.mkdir(exist_ok=True)
             save_file(self._distiller.loss.state_dict(), path, {"loss": options})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
