@@ -164,6 +164,9 @@ def test_rows_with_the_same_data_and_models_share_a_cache(tmp_path):
     assert runner.recipe(Cell(same, 2)).teachers == rows["dwa_kd + alm"].teachers
     plain = Runner(recipe(), tmp_path, 1).recipe(Cell(Variant("dwa_kd", {}), 1))
     assert plain.teachers[0].cache == str(tmp_path / "teacher-cache")
+    half = recipe(teacher={"model": "teacher", "cache_dtype": "bfloat16"})
+    teacher = Runner(half, tmp_path, 1).recipe(Cell(Variant("dwa_kd", {"teacher.revision": "x"}), 1)).teachers[0]
+    assert (teacher.cache_dtype, Path(teacher.cache).parent, teacher.revision) == ("bfloat16", tmp_path, "x")
 
 
 @pytest.mark.parametrize(("metric", "best"), [("eval_bits_per_byte", "lr0.33"), ("eval_rouge_l", "lr3")])

@@ -134,6 +134,16 @@ def _answered_content(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def _with_shared_caches(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe with a cache for each teacher, which the rows that change neither data nor models share."""
+    names = ["teacher-cache", *(f"teacher-cache-{number}" for number in range(2, len(recipe.teachers) + 1))]
+    pairs = zip(recipe.teachers, names, strict=False)
+    teachers = [one.model_copy(update={"cache": one.cache or str(folder / name)}) for one, name in pairs]
+    return recipe.model_copy(
+        update={"teacher": teachers if isinstance(recipe.teacher, list) else next(iter(teachers), None)}
+    )
+
+
 def _with_caches(row: Recipe, recipe: Recipe, folder: Path) -> Recipe:
     """Return the recipe of a row with a cache for each teacher, which all rows with the same data and models share."""
     if not row.loss.needs_teacher or not cacheable(row):
@@ -187,7 +197,7 @@ class Runner:
     """Run `dwakd train` for each cell, `jobs` at a time; write recipes/NAME.yaml, cells/NAME/ and logs/NAME.log."""
 
     def __init__(self, base: Recipe, folder: Path, jobs: int) -> None:
-        self.base, self.folder, self.jobs = base, folder, jobs
+        self.base, self.folder, self.jobs = _with_shared_caches(base, folder), folder, jobs
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def recipe(self, cell: Cell) -> Recipe:
