@@ -54,10 +54,30 @@ def test_intervals_contain_the_noise_of_rows_and_of_seeds():
     assert high - low > 18
 
 
+def test_rows_that_a_model_could_not_score_are_left_out_for_all():
+    """Otherwise the rows of two models would be paired by chance, and models be compared on different rows."""
+
+    def cell(**sets):
+        return CellScores({"bits_per_byte": {name: np.array(rows, dtype=float) for name, rows in sets.items()}})
+
+    generator = np.random.default_rng(0)
+    bits, num_bytes = generator.uniform(1, 50, 40), np.full(40, 10)
+    gap = np.arange(40) != 7
+    whole = cell(long=[bits, num_bytes], short=[bits * 2, num_bytes])
+    cut = cell(long=[(bits + 10) * gap, num_bytes * gap], short=[bits * 2 + 10, num_bytes])
+    other = cell(long=[bits[:30], num_bytes[:30]])
+    found = paired_intervals({"whole": [whole, whole], "cut": [cut]}, "bits_per_byte")
+    assert found["cut", "whole"] == pytest.approx((1.0, 1.0, 1.0))
+    found = paired_intervals({"whole": [whole], "cut": [cut], "other": [other]}, "bits_per_byte")
+    assert found["cut", "other"] == pytest.approx((1.0, 1.0, 1.0))
+    assert found["whole", "other"] == pytest.approx((0.0, 0.0, 0.0))
+    assert paired_intervals({"whole": [whole], "text": [cell(text=[[1.0], [1.0]])]}, "bits_per_byte") == {}
+
+
 def test_scores_are_the_means_over_generation_seeds(tmp_path):
     """Scores are means over the generation seeds, in percent."""
     (tmp_path / "eval").mkdir()
-    numbers = {"greedy_rouge_l": {"mean": 12.0}, "bits_per_byte": {"rows": [[0, 1.0, 2], [1, 8.0, 4]], "ece": 4.0}}
+    numbers = {"greedy_rouge_l": {"mean": 12.0}, "bits_per_byte": {"rows": [[0, 1.0, 2], [3, 8.0, 4]], "ece": 4.0}}
     numbers["signature"] = {"metric": "rougeL F1 x 100"}
     text = {"signature": {"metric": TEXT_METRIC}, "bits_per_byte": {"value": 0.9, "ece": 1.0}}
     (tmp_path / "eval" / "text.json").write_text(json.dumps(text))
@@ -75,6 +95,7 @@ def test_scores_are_the_means_over_generation_seeds(tmp_path):
     assert cell.scores["greedy_rouge_l"]["test"][0].tolist() == [7.0, 17.0]
     assert cell.scores["greedy_exact_match"]["test"][0].tolist() == [0.0, 100.0]
     assert (cell.mean("greedy_rouge_l"), cell.mean("bits_per_byte")) == (12.0, 1.5)
+    assert cell.scores["bits_per_byte"]["test"].tolist() == [[1.0, 0.0, 0.0, 8.0], [2.0, 0.0, 0.0, 4.0]]
     assert (cell.ece["test"], cell.other_temperatures) == (4.0, {"0.7": [20.0]})
     row = summarise_comparison({"sft": [cell, cell]}, {})["variants"]["sft"]
     assert (row["bits_per_byte"], row["text_bits_per_byte"]) == (1.5, 0.9)

@@ -30,7 +30,7 @@ METRICS = {
 """Scores that are compared row by row, with their headings. Sampled ROUGE-L is that of the first temperature."""
 
 Ratio = Float[np.ndarray, "2 rows"]
-"""A score of a test set by row: the sum of the first line divided by the sum of the second one."""
+"""A score of a test set by row: the sum of the first line divided by the sum of the second one. Missing rows are 0."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ def read_cell(folder: Path) -> CellScores:
         for metric, rows in _by_row(path.with_suffix(".answers.jsonl"), other_temperatures).items():
             scores[metric][path.stem] = rows
         if numbers["bits_per_byte"]:
-            _, bits, num_bytes = zip(*numbers["bits_per_byte"]["rows"], strict=True)
-            scores["bits_per_byte"][path.stem] = np.array([bits, num_bytes], dtype=float)
+            scores["bits_per_byte"][path.stem] = _bits_by_row(numbers["bits_per_byte"]["rows"])
             ece[path.stem] = numbers["bits_per_byte"]["ece"]
     record = folder / RUN_FILE
     run: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
@@ -101,16 +100,36 @@ def _by_row(path: Path, other_temperatures: Mapping[str, Any]) -> dict[str, Rati
     return {name: np.stack([np.array(rows), np.ones(len(rows))]) for name, rows in means.items()}
 
 
-def bootstrap(cells: Sequence[CellScores], metric: str, seed: int) -> Float[np.ndarray, " resamples"]:
-    """Resample the mean score of a row of the table.
+def _bits_by_row(rows: Sequence[Sequence[float]]) -> Ratio:
+    """Return bits and bytes by row; a row that did not fit into the model is missing."""
+    places, bits, num_bytes = zip(*rows, strict=True)
+    found = np.zeros((2, 1 + max(places)))
+    found[:, places] = bits, num_bytes
+    return found
+
+
+def common(cells: Sequence[CellScores], metric: str) -> list[dict[str, Ratio]]:
+    """Return the scores of each cell by test set, without the rows and the sets that another cell lacks."""
+    shared: list[dict[str, Ratio]] = [{} for _ in cells]
+    for name in cells[0].scores[metric] if cells else ():
+        given = [cell.scores[metric].get(name, np.zeros((2, 0))) for cell in cells]
+        size = min(rows.shape[1] for rows in given)
+        known = np.all([rows[1, :size] > 0 for rows in given], axis=0)
+        for scores, rows in zip(shared if known.any() else (), given, strict=False):
+            scores[name] = rows[:, :size][:, known]
+    return shared
+
+
+def bootstrap(cells: Sequence[Mapping[str, Ratio]], seed: int) -> Float[np.ndarray, " resamples"]:
+    """Resample the mean score of a row of the table, whose cells have these scores by test set.
 
     Each resample draws the rows of every test set with replacement, the same ones for every row of the table, and the
     training seeds with replacement, which depend on `seed`.
     """
     draws = np.random.default_rng(seed).integers(len(cells), size=(RESAMPLES, len(cells)))
     sets = []
-    for number, name in enumerate(cells[0].scores[metric]):
-        rows = np.stack([cell.scores[metric][name] for cell in cells])  # cells, 2, rows
+    for number, name in enumerate(cells[0]):
+        rows = np.stack([cell[name] for cell in cells])  # cells, 2, rows
         size = rows.shape[2]
         counts = np.random.default_rng((number, size)).multinomial(size, np.full(size, 1 / size), RESAMPLES)
         sums = rows @ counts.T
@@ -121,10 +140,20 @@ def bootstrap(cells: Sequence[CellScores], metric: str, seed: int) -> Float[np.n
 def paired_intervals(
     rows: Mapping[str, Sequence[CellScores]], metric: str
 ) -> dict[tuple[str, str], tuple[float, float, float]]:
-    """Compute the difference of each two rows of the table and its 95 % bootstrap interval, where both have the score."""
+    """Compute the difference of each two rows of the table and its 95 % bootstrap interval, where both have the score.
+
+    The test sets and the rows of them that some model could not score are left out for all.
+    """
     known = {name: cells for name, cells in rows.items() if all(cell.scores.get(metric) for cell in cells)}
-    drawn = {name: bootstrap(cells, metric, seed) for seed, (name, cells) in enumerate(known.items())}
-    means = {name: float(np.mean([cell.mean(metric) for cell in cells])) for name, cells in known.items()}
+    shared = iter(common([cell for cells in known.values() for cell in cells], metric))
+    paired = {name: [scores for _, scores in zip(cells, shared, strict=False)] for name, cells in known.items()}
+    if not any(scores for cells in paired.values() for scores in cells):
+        return {}
+    drawn = {name: bootstrap(cells, seed) for seed, (name, cells) in enumerate(paired.items())}
+    means = {
+        name: float(np.mean([value(scores) for cell in cells for scores in cell.values()]))
+        for name, cells in paired.items()
+    }
     found = {}
     for name, other in itertools.permutations(known, 2):
         low, high = np.percentile(drawn[name] - drawn[other], [2.5, 97.5])
