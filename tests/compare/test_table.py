@@ -20,9 +20,9 @@ def scores(*values):
     return CellScores({"rouge_l": {"test": rows}, "bits_per_byte": bits}, {"test": 3.0}, {}, {}, 0.5, 1000)
 
 
-def shown(tables) -> str:
+def shown(tables, width=120) -> str:
     """Return tables as text."""
-    console = Console(width=120, record=True, file=io.StringIO())
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(tables)
     return console.export_text()
 
@@ -125,10 +125,20 @@ def test_seconds_until_the_final_value_of_sft():
     assert found == {"teacher": "-", "base": 15.0, "early": 20.0, "late": None}
     assert "base" in summary["variants"]["late"]["versus"]
     text = shown(comparison_tables(summary))
-    assert re.search(r"late +- .* never *\n", text)
-    assert re.search(r"early +- .* 20\.0 *\n", text)
+    assert re.search(r"late .* never *\n", text)
+    assert re.search(r"early .* 20\.0 *\n", text)
     untimed = summarise_comparison({"sft": [one], "early": early}, {})
     assert "seconds until" not in shown(comparison_tables(untimed))
+
+
+def test_all_columns_fit_into_80(tmp_path):
+    """The widest tables, with several temperatures, texts and the time until SFT's value, are shown whole."""
+    one = replace(scores(12.0, 99.0), dev=((10, 3.0),), text_bits_per_byte={"text": 1.5})
+    one = replace(one, other_temperatures={"0.5": [70.0], "0.7": [60.0]}, seconds_per_step=1234.5)
+    summary = summarise_comparison({"teacher": [replace(one, dev=())], "sft": [one], "dwa_kd + alm": [one, one]}, {})
+    text = shown(comparison_tables(summary), width=80)
+    assert "…" not in text
+    assert all(value in text for value in ("1234.500", "70.00", "60.00", "12345.0"))
 
 
 def test_evaluations_are_read_from_the_log(tmp_path):

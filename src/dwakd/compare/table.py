@@ -219,7 +219,7 @@ def summarise_comparison(
 
 
 def comparison_tables(summary: Mapping[str, Any]) -> Group:
-    """Show the summary as tables of 80 columns: scores by test set, differences, and the cost of each variant."""
+    """Show the summary as tables of 80 columns: scores by test set, differences, other scores and cost of each variant."""
     rows = {name: row for name, row in summary["variants"].items() if "failed" not in row}
     sets = list(next(iter(rows.values()))["sets"]) if rows else []
     scores = _table("ROUGE-L, sampled, in percent", *sets, "mean ± training seeds")
@@ -234,25 +234,29 @@ def comparison_tables(summary: Mapping[str, Any]) -> Group:
     columns += [(METRICS[name], name, 2 + (name == "bits_per_byte")) for name in METRICS if name != "rouge_l"]
     if any(row["text_bits_per_byte"] is not None for row in rows.values()):
         columns.append(("bits per\nbyte, text", "text_bits_per_byte", 3))
-    columns += [("ECE\nin %", "ece", 2), ("seconds\nper step", "seconds_per_step", 3)]
-    headings = [*(heading for heading, *_ in columns), "peak\nmemory\nin GB", "training\nseeds"]
+    columns.append(("ECE\nin %", "ece", 2))
+    others = _table("Other scores", *(heading for heading, *_ in columns))
+    headings = ["seconds\nper step", "peak memory\nin GB", "training\nseeds"]
     if timed := any("seconds_until_sft" in row for row in rows.values()):
-        headings.append("seconds until\nSFT's final\nbits per byte")
-    costs = _table("Other measures", *headings)
+        headings.append("seconds until SFT's\nfinal bits per byte")
+    costs = _table("Cost", *headings)
     for name, row in rows.items():
-        spread, peak = row["std_over_training_seeds"]["rouge_l"], row["peak_memory_bytes"]
+        spread, peak, seconds = (
+            row["std_over_training_seeds"]["rouge_l"], row["peak_memory_bytes"], row["seconds_per_step"]
+        )  # fmt: skip
         mean = f"{row['rouge_l']:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
         scores.add_row(name, *(f"{row['sets'][key]:.2f}" for key in sets), mean)
         if not is_teacher(name):
             found = row["versus"].get(reference, {})
             gaps.add_row(name, *("-" if key not in found else _gap(*found[key], key) for key in compared))
-        shown = [({**row, **row["other_temperatures"]}[key], digits) for _, key, digits in columns]
-        shown += [(None if peak is None else peak / 1e9, 2), (row["training_seeds"], 0)]
+        values = {**row, **row["other_temperatures"]}
+        others.add_row(name, *(_cell(values[key], digits) for _, key, digits in columns))
         until = row.get("seconds_until_sft", "-")
         ends = [f"{until:.1f}" if isinstance(until, float) else until or "never"] if timed else []
-        costs.add_row(name, *("-" if value is None else f"{value:.{digits}f}" for value, digits in shown), *ends)
+        gigabytes = None if peak is None else peak / 1e9
+        costs.add_row(name, _cell(seconds, 3), _cell(gigabytes, 2), str(row["training_seeds"]), *ends)
     failures = [f"run {name} failed: {reason}" for name, reason in summary["failures"].items()]
-    return Group(scores, *(("", gaps) if reference in rows else ()), "", costs, *failures)
+    return Group(scores, *(("", gaps) if reference in rows else ()), "", others, "", costs, *failures)
 
 
 def _table(title: str, *headings: str) -> Table:
@@ -261,6 +265,10 @@ def _table(title: str, *headings: str) -> Table:
     for heading in headings:
         table.add_column(heading, justify="right")
     return table
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _gap(difference: float, low: float, high: float, metric: str) -> str:
