@@ -203,6 +203,9 @@ def test_train_answers_first_and_resumes(models, tmp_path, monkeypatch, capsys):
     assert code == 0, err
     code, _, err = run(monkeypatch, capsys, *base, "generate.seed=1", "-o", tmp_path / "second", "--resume")
     assert (code, "generate.seed is 0 there and 1 here" in one_sentence(err)) == (2, True)
+    code, _, err = run(monkeypatch, capsys, *base, "data.max_prompt_length=2", "-o", tmp_path / "third")
+    rows = f"the rows of {folder / 'labelled.jsonl'}, then the answers in {output}, row 0 (counting from 0)"
+    assert (code, rows in one_sentence(err)) == (2, True)
 
 
 def test_a_prompt_that_is_too_long(models, tmp_path, monkeypatch, capsys):

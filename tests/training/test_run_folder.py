@@ -98,6 +98,13 @@ def test_the_card_says_how_to_load_the_student(peft, tmp_path):
     assert ("AutoPeftModelForCausalLM.from_pretrained" in card) == (peft is not None)
     assert ("base_model: base" in card) == (peft is not None)
     assert "teacher `big`" in card
+    answered = recipe_of(
+        data={"train": "x", "responses": "teacher"}, generate={"output": "y.jsonl"}, teacher={"model": "big"}
+    )
+    write_card(answered, tmp_path)
+    assert "data `x` and the teacher's answers in `y.jsonl`" in (tmp_path / "README.md").read_text()
+    write_card(recipe_of(training={"lmbda": 0.5}), tmp_path)
+    assert "training.lmbda 0.5" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -10,7 +10,7 @@ from dwakd.models.loading import load_tokenizer
 from dwakd.recipe.recipe import Recipe, load_recipe
 from dwakd.recipe.sections import StudentSection, TeacherSection
 from dwakd.training.inputs import encode_source, make_encoder
-from dwakd.training.run import load_section, recipe_examples, training_config
+from dwakd.training.run import load_section, recipe_examples, train_name, training_config
 
 
 def cache_recipe(recipe: Recipe, folder: str | Path | None = None, *, check: bool = False) -> list[Cache]:
@@ -46,7 +46,7 @@ def cache_recipe(recipe: Recipe, folder: str | Path | None = None, *, check: boo
     dates = [teacher and teacher.date for teacher in teachers]
     dates = [next(filter(None, dates), None), *dates]  # both sides must be truncated at the same characters as before
     encoders = tuple(make_encoder(tokenizer, args, date) for tokenizer, date in zip(tokenizers, dates, strict=True))
-    sources = {"train": (train, recipe.data.train), "eval": (evaluation, recipe.data.eval)}
+    sources = {"train": (train, train_name(recipe)), "eval": (evaluation, recipe.data.eval)}
     sets = {role: encode_source(rows, encoders, args, role, name)[1] for role, (rows, name) in sources.items()}
     caches = []
     for index, (teacher, encoder) in enumerate(zip(teachers, encoders[1:], strict=True)):

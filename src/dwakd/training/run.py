@@ -101,6 +101,15 @@ def recipe_examples(recipe: Recipe, plan: EvaluationPlan | None = None) -> tuple
     return train_rows(recipe.data, need_response=not on_policy), eval_rows(recipe.data)
 
 
+def train_name(recipe: Recipe) -> str:
+    """Return the name of the rows to train on in messages, in which rows are numbered as `recipe_examples` returns them."""
+    data, answers = recipe.data, recipe.generate
+    if data.responses == "given":
+        return data.train
+    others = "" if data.train in (answers.prompts or [data.train]) else f"the rows of {data.train}, then "
+    return f"{others}the answers in {answers.output}"
+
+
 def build_trainer(recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan | None = None) -> DistillTrainer:
     """Load the data and the models of a recipe into a trainer; check that the student has room for the plan's prompts."""
     args = check_options(recipe, output_dir)
@@ -120,7 +129,7 @@ def build_trainer(recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan |
             processing_class=student_tokenizer,
             teacher_processing_class=[tokenizer for _, tokenizer in teachers],
             peft_config=None if peft is None else lora_config(peft),
-            dataset_names={"train": data.train, "eval": data.eval or ""},
+            dataset_names={"train": train_name(recipe), "eval": data.eval or ""},
         )
     except (ImportError, ValueError, RuntimeError) as error:
         if isinstance(error, UserError) or (type(error) is RuntimeError and "requires" not in str(error)):

@@ -182,12 +182,17 @@ def write_card(recipe: Recipe, folder: Path) -> None:
     header = {"library_name": "transformers", "tags": ["dwakd", "knowledge-distillation", *methods]}
     if recipe.student.peft:
         header |= {"library_name": "peft", "base_model": recipe.student.model}
+    data = f"`{recipe.data.train}`"
+    if recipe.data.responses == "teacher":
+        data += f" and the teacher's answers in `{recipe.generate.output}`"
+    if share := recipe.training.get("lmbda"):
+        data += f" (training.lmbda {share:g}: the student itself answered this share of the prompts)"
     loader = "AutoPeftModelForCausalLM" if recipe.student.peft else "AutoModelForCausalLM"
     text = f"""---
 {yaml.safe_dump(header, sort_keys=False)}---
 # {folder.name}
 
-Student `{recipe.student.model}`, teacher `{teachers}`, method `{" + ".join(methods)}`, data `{recipe.data.train}`, prompts by
+Student `{recipe.student.model}`, teacher `{teachers}`, method `{" + ".join(methods)}`, data {data}, prompts by
 the template `{recipe.data.template!r}`. This folder also contains the whole recipe and the versions of all packages.
 
 ```python
