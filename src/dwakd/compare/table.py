@@ -248,7 +248,7 @@ def comparison_tables(summary: Mapping[str, Any]) -> Group:
         scores.add_row(name, *(f"{row['sets'][key]:.2f}" for key in sets), mean)
         if not is_teacher(name):
             found = row["versus"].get(reference, {})
-            gaps.add_row(name, *("-" if key not in found else _gap(*found[key], key) for key in compared))
+            gaps.add_row(name, *("-" if key not in found else _gap(found[key], key) for key in compared))
         values = {**row, **row["other_temperatures"]}
         others.add_row(name, *(_cell(values[key], digits) for _, key, digits in columns))
         until = row.get("seconds_until_sft", "-")
@@ -271,7 +271,8 @@ def _cell(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _gap(difference: float, low: float, high: float, metric: str) -> str:
+def _gap(interval: Sequence[float], metric: str) -> str:
+    difference, low, high = interval
     digits = 3 if metric == "bits_per_byte" else 2
     return f"{difference:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 

@@ -96,7 +96,7 @@ def bits_per_byte(
             nats, found = _nats_and_gaps(side)
             gaps += found
             num_tokens += len(nats)
-            bits = [part.sum().item() / math.log(2) for part in nats.split(side.counts)]
+            bits = [part.sum().item() / math.log(2) for part in torch.split(nats, list(side.counts))]
             ends = side.byte_ends[side.lengths.cumsum(0) - 1].tolist()  # of the last tokens
             rows += zip(batch.example_ids, bits, ends, strict=True)
     total, num_bytes = (sum(values) for values in list(zip(*rows, strict=True))[1:])
