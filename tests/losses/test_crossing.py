@@ -70,6 +70,16 @@ def test_without_the_teacher_space():
     torch.testing.assert_close(both[0].loss - 0.1 * both[0].terms["kd_teacher"], both[1].loss)
 
 
+@pytest.mark.parametrize("alignment", ["attention", "causal_attention", "bytes"])
+@pytest.mark.parametrize("off", [{"teacher_space": False}, {"dtw_weight": 0.0}, {"kd_weight": 0.0}], ids=str)
+def test_every_trained_map_takes_part_in_the_loss(alignment, off):
+    """DistributedDataParallel ends a run in which a trained parameter is not used."""
+    loss = DwaKdLoss(widths=WIDTHS, alignment=alignment, values="hidden", **off).double()
+    examples, heads = examples_with_ends(), random_heads()
+    loss(side(examples, "student", heads[0]), side(examples, "teacher", heads[1])).loss.backward()
+    assert all(map_.grad is not None for map_ in loss.parameters() if map_.requires_grad)
+
+
 def test_dskd_by_bytes_is_dwa_kd_without_weights_and_alignment():
     """Without weights and Soft-DTW, DWA-KD has the loss of DSKD without its mask for the same alignment."""
     torch.manual_seed(1)

@@ -95,6 +95,8 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
             logger.warning("variant=authors uses response positions only, unlike the published code")
         self.divergence = divergence(options.student_divergence, options.skew)
         self.projectors = options.projectors(widths, with_embedding=options.aligns_embedding)
+        if not options.teacher_space:
+            self.projectors.s2t.requires_grad_(False)  # nothing trains it, which DDP refuses
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
     def set_step(self, step: int) -> None:
