@@ -35,10 +35,11 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         compare_methods(recipe(), tmp_path)
     with pytest.raises(UserError, match=r"notes\.txt is a file"):
         compare_methods(recipe(), tmp_path / "notes.txt")
-    stopped = tmp_path / "stopped" / "teacher-cache-0123abcd"
-    stopped.mkdir(parents=True)
-    with pytest.raises(UserError, match="compare needs test sets"):
-        compare_methods(recipe(evaluation={"test": []}, compare={"methods": ["sft"]}), stopped.parent)
+    for name in ("teacher-cache-0123abcd", "answers.parts", "answers-0123abcd.parts"):
+        stopped = tmp_path / f"stopped at {name}" / name
+        stopped.mkdir(parents=True)
+        with pytest.raises(UserError, match="compare needs test sets"):
+            compare_methods(recipe(evaluation={"test": []}, compare={"methods": ["sft"]}), stopped.parent)
 
 
 def test_a_comparison_without_a_finished_run_fails(tmp_path, monkeypatch, capsys):

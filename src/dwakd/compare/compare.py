@@ -33,8 +33,8 @@ from dwakd.training.cache_run import cache_recipe
 from dwakd.training.run import check_options
 from dwakd.training.run_folder import RUN_FILE, check_same_recipe
 
-KNOWN = ("recipes", "cells", "teacher-cache", "answers.parts")
-"""Beginnings of the names in the folder of a comparison; an unfinished one contains at least one of them."""
+KNOWN = re.compile(r"recipes$|cells$|teacher-cache|answers(-[0-9a-f]{8})?\.parts$")
+"""Names in the folder of a comparison; an unfinished one contains at least one of them."""
 MOVABLE = re.compile(r"(teacher\.(\d+\.)?cache|generate\.(output|batch_size))$")
 """Options that may differ between finished runs, because they only name a file or change the speed."""
 
@@ -60,7 +60,7 @@ def compare_methods(
     """
     check_output_folder(folder)
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if names and not any(name.startswith(KNOWN) for name in names):
+    if names and not any(map(KNOWN.match, names)):
         raise UserError(f"{folder} is not empty and contains no comparison: choose another folder with --output")
     section = recipe.compare or CompareSection()
     if lr_sweep and recipe.data.eval is None:
