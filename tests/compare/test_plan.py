@@ -118,7 +118,7 @@ def test_the_search_is_the_same_for_every_row():
         ({"rows": {"a": {"loss.method": "dskd", "loss.tau": 1}}}, r"^compare\.rows\.a: unknown option loss\.tau"),
         ({"rows": {"a": {"loss.2.weight": 1}}}, r"^compare\.rows\.a: unknown option loss\.2 of method dwa_kd"),
         ({"rows": {"a": {"loss": [{"method": "uld", "tau": 1}]}}}, r"^compare\.rows\.a: unknown option loss\.1\.tau"),
-        ({"rows": {"a": {"data.trian": "x"}}}, r"^compare\.rows\.a: unknown option data\.trian; did you mean train"),
+        ({"rows": {"a": {"data.trains": "x"}}}, r"^compare\.rows\.a: unknown option data\.trains; did you mean train"),
         ({"rows": {"a": {"training.learning_rate": "x"}}}, r"^compare\.rows\.a: training\.learning_rate must be"),
         ({"rows": {"a": {"training": {}}}}, r"^compare\.rows\.a\.training cannot be set"),
         ({"rows": {"a": {"training.seed": 3}}}, r"^compare\.rows\.a\.training\.seed cannot be set"),
