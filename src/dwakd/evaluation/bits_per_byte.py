@@ -152,8 +152,9 @@ def calibration_gaps(confidence: Float[Tensor, "tokens"], correct: Bool[Tensor, 
         Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, arXiv 1706.04599, section 2.
 
     Examples:
-        >>> calibration_gaps(torch.tensor([0.9, 0.9]), torch.tensor([True, False])).sum().item()  # 1.8 expected, 1 correct
-        0.8
+        >>> gaps = calibration_gaps(torch.tensor([0.75, 0.75]), torch.tensor([True, False]))
+        >>> gaps.sum().item()  # 1.5 correct predictions are expected, and there is one
+        0.5
     """
     edges = torch.linspace(0, 1, NUM_BINS + 1, dtype=torch.float64)[1:-1]
     bins = torch.bucketize(confidence.double(), edges)
