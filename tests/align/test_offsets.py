@@ -108,18 +108,44 @@ def check_exact(tensors: tuple[torch.Tensor, ...]) -> None:
         assert wide <= {spans[0][i] for i, j in enumerate(rows) if j >= 0}
 
 
+def last_read(student: list[int], teacher: list[int]) -> tuple[list[int], list[bool]]:
+    """Compute `read_rows` of one example by its definition, comparing every pair of tokens."""
+    rows, same = [], []
+    starts_of = [[0, *ends[:-1]] for ends in (student, teacher)]
+    for i, start in enumerate(starts_of[0]):
+        behind = starts_of[0][i + 1 :].count(start)
+        equal = [j for j, other in enumerate(starts_of[1]) if other == start]
+        read = max(0, *starts_of[0][: i + 1])
+        later = [
+            j for j in range(len(teacher)) if max(0, *[e for e in teacher[j - 1 :] if e >= 0][:1] if j else [0]) <= read
+        ]
+        rows.append(equal[-1 - behind] if behind < len(equal) else later[-1])
+        same.append(behind < len(equal))
+    return rows, same
+
+
+def check_read(tensors: tuple[torch.Tensor, ...], examples: list[tuple[list[int], list[int]]]) -> None:
+    rows, same = read_rows(*tensors)
+    first, expected = 0, []
+    for s_ends, t_ends in examples:
+        expected += [(row + first, match) for row, match in zip(*last_read(s_ends, t_ends), strict=True)]
+        first += len(t_ends)
+    assert list(zip(rows.tolist(), same.tolist(), strict=True)) == expected
+
+
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(build.__name__ for build in pair))
 @settings(max_examples=6, deadline=None)
 @given(texts=st.lists(TEXTS, min_size=1, max_size=3))
 @example(texts=list(SCRIPTS.values()))
-def test_groups_cover_every_byte_once_in_order(pair, texts):
-    """Every token is in exactly one group, in order, and exact pairs have equal start and end."""
+def test_alignment_of_two_tokenisations(pair, texts):
+    """Groups, exact pairs and rows that have read the same text agree with their definitions."""
     examples = [(ends_of(pair[0], text), ends_of(pair[1], text)) for text in texts]
     examples = [(s, t) for s, t in examples if len(s) > 1 and len(t) > 1]  # no empty responses
     if examples:
         tensors = packed(examples)
         check_groups(tensors, examples)
         check_exact(tensors)
+        check_read(tensors, examples)
 
 
 def test_one_tokenizer_gives_single_tokens():
@@ -216,36 +242,3 @@ def test_alignment_is_the_literal_one(batch):
     assert kept == sorted(set(kept))
     back = partners(teacher, student)
     assert [(i, j) for i, j in enumerate(got) if j >= 0] == sorted((i, j) for j, i in enumerate(back) if i >= 0)
-
-
-def last_read(student: list[int], teacher: list[int]) -> tuple[list[int], list[bool]]:
-    """Compute `read_rows` of one example by its definition, comparing every pair of tokens."""
-    rows, same = [], []
-    starts_of = [[0, *ends[:-1]] for ends in (student, teacher)]
-    for i, start in enumerate(starts_of[0]):
-        behind = starts_of[0][i + 1 :].count(start)
-        equal = [j for j, other in enumerate(starts_of[1]) if other == start]
-        read = max(0, *starts_of[0][: i + 1])
-        later = [
-            j for j in range(len(teacher)) if max(0, *[e for e in teacher[j - 1 :] if e >= 0][:1] if j else [0]) <= read
-        ]
-        rows.append(equal[-1 - behind] if behind < len(equal) else later[-1])
-        same.append(behind < len(equal))
-    return rows, same
-
-
-@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(build.__name__ for build in pair))
-@settings(max_examples=4, deadline=None)
-@given(texts=st.lists(TEXTS, min_size=1, max_size=3))
-@example(texts=list(SCRIPTS.values()))
-def test_rows_that_have_read_the_same_text(pair, texts):
-    """The teacher token of each student token has read no more text than the student, and so cannot reveal the label."""
-    examples = [(ends_of(pair[0], text), ends_of(pair[1], text)) for text in texts]
-    examples = [(s, t) for s, t in examples if len(s) > 1 and len(t) > 1]
-    if examples:
-        rows, same = read_rows(*packed(examples))
-        first, expected = 0, []
-        for s_ends, t_ends in examples:
-            expected += [(row + first, match) for row, match in zip(*last_read(s_ends, t_ends), strict=True)]
-            first += len(t_ends)
-        assert list(zip(rows.tolist(), same.tolist(), strict=True)) == expected
