@@ -1,6 +1,5 @@
 """One rank of two that answer and then train; test_run.py starts it through torchrun."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -9,18 +8,12 @@ import torch
 from dwakd.answers.store import AnswerFile
 from dwakd.recipe.recipe import load_recipe
 from dwakd.training.run import end_of_run, train
+from tests.shards import record_shards
 
 if __name__ == "__main__":
     recipe, folder = map(Path, sys.argv[1:])
     torch.set_num_threads(1)
-    write = AnswerFile.write_shard
-
-    def recorded(self, shard, answers):
-        with (folder / f"rank-{os.environ['RANK']}.txt").open("a") as file:
-            file.write(f"{shard}\n")
-        write(self, shard, answers)
-
-    AnswerFile.write_shard = recorded  # type: ignore[method-assign]
+    record_shards(AnswerFile, folder)
     options = ["data.responses=teacher", f"generate.output={folder / 'answers.jsonl'}", "training.ddp_backend=gloo"]
     options += ["training.per_device_train_batch_size=2"]
     train(load_recipe(recipe, options), folder / "run")

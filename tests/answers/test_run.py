@@ -2,12 +2,7 @@
 
 import errno
 import logging
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +17,7 @@ from dwakd.recipe.recipe import recipe_from_dict
 from tests.answers.builders import LABELLED, PROMPTS, TOKENIZER, changed, read_rows, teacher, write_rows
 from tests.builders import byte_bpe, tiny_model
 from tests.command_line import one_sentence, run
+from tests.shards import kill_after_first_shard
 from tests.two_ranks import run_on_two_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -59,22 +55,8 @@ def test_killed_at_any_moment_it_continues(seconds, models, finished, tmp_path):
     """After kill -9 the next start answers only the prompts of missing shards, and the file is the same to the byte."""
     folder, recipe = models
     output = tmp_path / "answers.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.answers.slow_answers", str(folder / "recipe.yaml"), str(output)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
     parts = tmp_path / "answers.parts"
-    try:
-        deadline = time.monotonic() + 200
-        while not list(parts.glob("shard-*")):
-            assert process.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        time.sleep(seconds)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    kill_after_first_shard("tests.answers.slow_answers", folder / "recipe.yaml", output, shards=parts, seconds=seconds)
     done = {path.name: path.stat().st_mtime_ns for path in parts.glob("shard-*")}
     assert 0 < len(done) < 3
     (parts / ".shard-00002.jsonl.tmp-1").write_bytes(b"half")
@@ -121,7 +103,7 @@ def test_other_filters_need_no_new_answers(models, copied, monkeypatch):
         ({"data": {"template": "alpaca"}}, r"data\.template is plain there and alpaca here"),
         ({"generate": {"limit": 20}}, "the content of the prompts differs"),
         ({"teacher": {"model": "student"}}, "the content of the teacher differs"),
-        ({"generate": {"endpoint": {"base_url": "http://x", "model": "m"}}}, "made from something else"),
+        ({"generate": {"endpoint": {"base_url": "http://x", "model": "m"}}}, "made with other options"),
     ],
 )
 def test_other_options_are_refused(sections, message, models, copied):

@@ -1,6 +1,5 @@
 """Run one rank of a training with two processes that builds its cache. test_build.py starts it through torchrun."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -10,19 +9,13 @@ from safetensors.torch import save_file
 from dwakd.cache.store import Cache
 from dwakd.training.run import end_of_run
 from tests.cache.builders import LONG, trainer
+from tests.shards import record_shards
 from tests.training.builders import weights
 
 if __name__ == "__main__":
     teacher, folder = map(Path, sys.argv[1:])
     torch.set_num_threads(1)
-    write = Cache.write_shard
-
-    def recorded(self, shard, hidden):
-        with (folder / f"rank-{os.environ['RANK']}.txt").open("a") as file:
-            file.write(f"{shard}\n")
-        write(self, shard, hidden)
-
-    Cache.write_shard = recorded  # type: ignore[method-assign]
+    record_shards(Cache, folder)
     run = trainer(
         folder / "two",
         teacher,

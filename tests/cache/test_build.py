@@ -1,12 +1,7 @@
 """Test that an interrupted build continues, damaged files are built again, and two processes share the work."""
 
 import errno
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +12,7 @@ from dwakd.cache import store
 from dwakd.cache.store import open_complete
 from dwakd.folders import write_file
 from tests.cache.builders import LONG, content, repair, save_teacher, trainer
+from tests.shards import kill_after_first_shard
 from tests.training.builders import assert_same, weights
 from tests.two_ranks import run_on_two_ranks
 
@@ -27,21 +23,7 @@ ROOT = Path(__file__).parents[2]
 def test_killed_at_any_moment_it_resumes(seconds, built, teacher, tmp_path):
     """After a build was killed, every shard is complete, and the next build computes only the missing shards."""
     folder = tmp_path / "cache"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.cache.slow_build", str(teacher), str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        deadline = time.monotonic() + 200
-        while not list(folder.glob("shard-*")):
-            assert process.poll() is None, "the build ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        time.sleep(seconds)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    kill_after_first_shard("tests.cache.slow_build", teacher, folder, shards=folder, seconds=seconds)
     finished = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
     assert 0 < len(finished) < len(list(built.glob("shard-*")))
     (folder / ".shard-00099.safetensors.tmp-1").write_bytes(b"half")
