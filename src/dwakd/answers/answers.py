@@ -11,13 +11,13 @@ from typing import Any, Literal, NamedTuple
 
 from dwakd.data.rows import Example
 from dwakd.errors import UserError
+from dwakd.evaluation.metrics import repeated_sequences
 from dwakd.recipe.sections import GenerateSection
 
 logger = logging.getLogger(__name__)
 
 # A word, or a single character: a punctuation mark, or a character of Chinese, Japanese or Korean
 _WORD = re.compile(r"[^\W぀-ヿ㐀-鿿가-힣]+|\S")
-_NGRAM = 4
 _FILTERS = ("min_characters", "max_characters", "max_repetition", "min_log_prob")
 
 
@@ -58,9 +58,8 @@ def repetition(text: str) -> float:
         >>> repetition("a b a b a b a b a b")
         0.7142857142857143
     """
-    words = _WORD.findall(text)
-    grams = list(zip(*(words[start:] for start in range(_NGRAM)), strict=False))
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    repeated, total = repeated_sequences(_WORD.findall(text))
+    return repeated / max(total, 1)
 
 
 def fault_of(answer: Answer, options: GenerateSection) -> str | None:

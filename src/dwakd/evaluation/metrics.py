@@ -2,7 +2,7 @@
 
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,17 @@ RESAMPLES = 2000
 """Number of bootstrap resamples for an interval."""
 _SCORER = RougeScorer(["rougeL"], use_stemmer=True)
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def repeated_sequences(items: Sequence[Hashable], length: int = 4) -> tuple[int, int]:
+    """Count the sequences of `length` consecutive items that occurred before, and all such sequences.
+
+    Examples:
+        >>> repeated_sequences("abababa")
+        (2, 4)
+    """
+    found = list(zip(*(items[start:] for start in range(length)), strict=False))
+    return len(found) - len(set(found)), len(found)
 
 
 def rouge_l(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:

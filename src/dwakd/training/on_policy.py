@@ -16,6 +16,7 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedSide
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import Generated, Model, PromptBatch, generate_batch, group_prompts, streams
+from dwakd.evaluation.metrics import repeated_sequences
 from dwakd.evaluation.options import GenerationOptions
 from dwakd.models.rows import evaluating
 from dwakd.recipe.training import DistillConfig, refuse_cached_sampling
@@ -23,7 +24,6 @@ from dwakd.training.teacher import CachedTeacher, Teacher
 
 CHOICE, TOKENS = 1, 2
 """Purposes of random numbers, so that the choice of a prompt and its answer are independent."""
-NGRAM = 4
 
 
 def check_teachers(args: DistillConfig, teachers: Sequence[Teacher], encoders: Sequence[TextEncoder]) -> None:
@@ -181,9 +181,7 @@ class AnswerCounts:
     def add(self, rows: Sequence[AnsweredRow]) -> None:
         """Count the answers of these rows."""
         for row in rows:
-            ngrams = [tuple(row.ids[start : start + NGRAM]) for start in range(len(row.ids) - NGRAM + 1)]
-            repeated = len(ngrams) - len(set(ngrams))
-            new = (1, len(row.ids), not row.ended, row.ended and not row.ids, repeated, len(ngrams))
+            new = (1, len(row.ids), not row.ended, row.ended and not row.ids, *repeated_sequences(row.ids))
             self.values = [total + int(value) for total, value in zip(self.values, new, strict=True)]
 
     def take(self) -> list[int]:
@@ -194,11 +192,11 @@ class AnswerCounts:
 
 def answer_metrics(counts: Tensor) -> dict[str, float]:
     """Return the logged values for counts of `AnswerCounts`, summed over ranks; nothing if there are no answers."""
-    answers, tokens, cut, empty, repeated, ngrams = counts.tolist()
+    answers, tokens, cut, empty, repeated, sequences = counts.tolist()
     if not answers:
         return {}
     shares = {"mean_length": tokens, "clipped_ratio": cut, "empty_ratio": empty}
-    metrics = {name: value / answers for name, value in shares.items()} | {"repetition": repeated / max(ngrams, 1)}
+    metrics = {name: value / answers for name, value in shares.items()} | {"repetition": repeated / max(sequences, 1)}
     return {f"completions/{name}": value for name, value in metrics.items()}
 
 
