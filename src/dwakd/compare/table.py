@@ -47,10 +47,10 @@ class CellScores:
 
     def mean(self, metric: str) -> float | None:
         """Return the unweighted mean of a score over the test sets, or None if no set has it."""
-        return _mean(value(rows) for rows in self.scores.get(metric, {}).values())
+        return _mean(set_score(rows) for rows in self.scores.get(metric, {}).values())
 
 
-def value(rows: Ratio) -> float:
+def set_score(rows: Ratio) -> float:
     """Return the score of a test set."""
     return float(rows[0].sum() / rows[1].sum())
 
@@ -151,7 +151,7 @@ def paired_intervals(
         return {}
     drawn = {name: bootstrap(cells, seed) for seed, (name, cells) in enumerate(paired.items())}
     means = {
-        name: float(np.mean([value(scores) for cell in cells for scores in cell.values()]))
+        name: float(np.mean([set_score(scores) for cell in cells for scores in cell.values()]))
         for name, cells in paired.items()
     }
     found = {}
@@ -197,7 +197,8 @@ def summarise_comparison(
             **{metric: _mean(cell.mean(metric) for cell in cells) for metric in METRICS},
             "std_over_training_seeds": {metric: _spread(cell.mean(metric) for cell in cells) for metric in METRICS},
             "sets": {
-                key: _mean(value(cell.scores["rouge_l"][key]) for cell in cells) for key in cells[0].scores["rouge_l"]
+                key: _mean(set_score(cell.scores["rouge_l"][key]) for cell in cells)
+                for key in cells[0].scores["rouge_l"]
             },
             "other_temperatures": {
                 key: _mean(value for cell in cells for value in cell.other_temperatures[key])

@@ -96,13 +96,12 @@ def bits_per_byte(
             nats, found = _nats_and_gaps(side)
             gaps += found
             num_tokens += len(nats)
-            bits = [part.sum().item() / math.log(2) for part in torch.split(nats, list(side.counts))]
+            row_bits = [part.sum().item() / math.log(2) for part in torch.split(nats, list(side.counts))]
             ends = side.byte_ends[side.lengths.cumsum(0) - 1].tolist()  # of the last tokens
-            rows += zip(batch.example_ids, bits, ends, strict=True)
-    total, num_bytes = (sum(values) for values in list(zip(*rows, strict=True))[1:])
+            rows += zip(batch.example_ids, row_bits, ends, strict=True)
+    bits, num_bytes = sum(row[1] for row in rows), sum(row[2] for row in rows)
     ece = 100 * gaps.abs().sum().item() / num_tokens
-    shown = tuple(sorted(rows))
-    return BitsPerByte(total / num_bytes, total, int(num_bytes), len(pairs), pairs.num_truncated, ece, shown)
+    return BitsPerByte(bits / num_bytes, bits, num_bytes, len(pairs), pairs.num_truncated, ece, tuple(sorted(rows)))
 
 
 def text_encoder(tokenizer: Any) -> TextEncoder:
