@@ -39,7 +39,7 @@ def evaluation(encoder: TextEncoder) -> Evaluation:
 
 
 def test_numbers_are_those_of_the_parts(evaluation: Evaluation, encoder: TextEncoder) -> None:
-    """The scores equal those of the single answers, each compared with the references of its own row."""
+    """Each score of the evaluation equals the score of that answer alone, compared with the references of the same row."""
     model, references = tiny_model("llama", 400), [EXAMPLES[0].references, ("a 1",)]
     *sampled, greedy = (
         generate_answers(model, encoder, EXAMPLES, GenerationOptions(seed=seed, max_new_tokens=12), progress=False)

@@ -215,7 +215,7 @@ def test_recording_works_with_peft_and_restores_the_registry():
 
 
 def test_sequences_of_a_group_have_their_own_last_position():
-    """The attention of each sequence is that of its own last position, whether it runs in a group or alone."""
+    """For each sequence, the attention is that of its last position, and the same whether it runs in a group or alone."""
     model = tiny_model("gemma2", VOCAB)
     input_ids, mask = batch()
     sequences = [ids[:length] for ids, length in zip(input_ids, LENGTHS, strict=True)]

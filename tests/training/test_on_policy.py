@@ -272,7 +272,7 @@ def test_teachers_that_are_refused(tmp_path, monkeypatch):
 
 
 def test_a_student_that_is_sharded_is_refused(tmp_path):
-    """Its parameters are not whole outside of its own forward pass."""
+    """A sharded student is refused, because its parameters are complete only during the forward pass of the wrapper."""
     run = trainer(tmp_path, method="alm", **HALF)
     run.is_fsdp_enabled = True
     with pytest.raises(UserError, match=r"training\.lmbda: a student sharded by FSDP or DeepSpeed"):

@@ -39,7 +39,7 @@ class EndpointTeacher:
             ) from None
         self._section, self._options, self._skip, self._openai = section, options, skip, openai
         self._sources: list[str] = []
-        key = os.environ.get(KEY_VARIABLE, "none")  # servers of one's own need no key
+        key = os.environ.get(KEY_VARIABLE, "none")  # a local server needs no key
         self._client = openai.OpenAI(base_url=section.base_url, api_key=key, max_retries=_RETRIES)
 
     def check(self, examples: Sequence[Example], source: str) -> None:

@@ -6,7 +6,6 @@ Each run is a separate process. Finished runs are kept, and failures are reporte
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from typing import Any
 from rich.console import Group
 
 from dwakd.answers.run import answer_recipe
+from dwakd.cache.fingerprint import json_digest
 from dwakd.compare.plan import Cell, Variant, cacheable, search_of, sft_row, variants_of
 from dwakd.compare.table import CellScores, comparison_tables, num_evaluated, read_cell, summarise_comparison
 from dwakd.errors import UserError
@@ -114,11 +114,11 @@ def _answer_prompts(rows: Sequence[Recipe], plan: EvaluationPlan) -> None:
 
 
 def _with_answers(row: Recipe, recipe: Recipe, folder: Path) -> Recipe:
-    """Return the recipe of a row with a file of its own if its answers differ from those of the other rows."""
+    """Return the recipe of a row, with another file of answers if the row changes what the teacher answers."""
     content, output = _answered_content(row), row.generate.output
     if content == _answered_content(recipe) or output != recipe.generate.output:
         return row
-    output = str(folder / f"answers-{hashlib.sha256(repr(content).encode()).hexdigest()[:8]}.jsonl")
+    output = str(folder / f"answers-{json_digest(content)[:8]}.jsonl")
     return row.replace(generate=row.generate.model_copy(update={"output": output}))
 
 
@@ -149,7 +149,7 @@ def _with_caches(row: Recipe, recipe: Recipe, folder: Path) -> Recipe:
     if not row.loss.needs_teacher or not cacheable(row):
         return row
     content, common = _cached_content(row), _cached_content(recipe)
-    digest = "" if content == common else "-" + hashlib.sha256(repr(content).encode()).hexdigest()[:8]
+    digest = "" if content == common else "-" + json_digest(content)[:8]
     shared = {one.cache for one in recipe.teachers} if digest else set()
     teachers = []
     for number, one in enumerate(row.teachers, start=1):
