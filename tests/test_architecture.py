@@ -20,7 +20,7 @@ LAYERS = (
     ("answers",),
     ("training",),
     ("compare", "report", "tools", "describe", "environment"),
-    ("cli", "cli_options", "__init__", "__main__"),
+    ("cli", "__init__", "__main__"),
 )
 """The order of docs/architecture.md, lower layers first; parts of one layer may import each other."""
 
@@ -147,7 +147,7 @@ def test_only_the_command_line_imports_the_applications() -> None:
         for source, target in edges(only_module_level=False)
         if target.startswith("dwakd.tools.") and not source.startswith("dwakd.tools.")
     }
-    assert users == {"dwakd.cli"}
+    assert {user.rpartition(".")[0] for user in users} == {"dwakd.cli"}
 
 
 def test_a_cycle_is_found() -> None:

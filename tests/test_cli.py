@@ -25,7 +25,7 @@ def test_methods(monkeypatch, capsys):
     """`dwakd methods` shows complete names and allowed values in a terminal of 80 columns."""
     code, out, _ = run(monkeypatch, capsys, "methods")
     assert (code, "dwa_kd" in out) == (0, True)
-    monkeypatch.setattr("dwakd.cli.console", Console(width=80))
+    monkeypatch.setattr("dwakd.cli.tools.console", Console(width=80))
     code, out, _ = run(monkeypatch, capsys, "methods", "dwa_kd")
     assert re.search(r"band_blend +0\.7 .* a number at least", out)
     assert re.search(r"weight_normalisation +product .* product,", out)

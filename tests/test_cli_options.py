@@ -6,7 +6,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from dwakd.cli_options import with_options
+from dwakd.cli.options import with_options
 from dwakd.evaluation.options import EvalOptions, RowOptions
 
 

@@ -1,0 +1,68 @@
+"""The commands that measure what was trained: `dwakd eval | similarity`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dwakd.cli.app import app, console, flag, output_option, silence_transformers
+from dwakd.cli.options import ModelName, with_options
+from dwakd.evaluation.options import EvalOptions, RowOptions
+
+
+@app.command("eval")
+@with_options(omit=("do_sample", "max_length"))
+def evaluate(
+    model: ModelName,
+    data: Annotated[list[str], typer.Option("--data", "-d", help="Test set: a file or a hub id; may be repeated.")],
+    rows: RowOptions,
+    options: EvalOptions,
+    text: Annotated[
+        list[str] | None, typer.Option(help="Text for bits per byte without a prompt: rows with a column text.")
+    ] = None,
+    output: Annotated[
+        Path | None, output_option("Folder of scores and answers; eval/ in the model's by default.")
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to merge into the model.")] = None,
+    overwrite: Annotated[bool, flag("--overwrite", "Replace results that were made with other options.")] = False,
+) -> None:
+    """Answer test sets and score them: ROUGE-L over seeds, exact match, bits per byte, calibration error.
+
+    Sampling at temperature 1 over five seeds with --decoding minillm is the protocol of the published tables. Bits per
+    byte can be compared between models with different tokenizers. Template, bos and special-tokens-in-prompts are by
+    default those of the recipe in the model's folder, if there is one.
+    """
+    silence_transformers()
+    from dwakd.evaluation.run import evaluate_sets
+
+    table = evaluate_sets(
+        model, data, rows, options, text=text or (), adapter=adapter, output=output, overwrite=overwrite
+    )
+    console.print(table)
+
+
+@app.command()
+@with_options(template="alpaca", bos="auto", special_tokens_in_prompts="parse", limit=100)
+def similarity(
+    students: Annotated[list[str], typer.Argument(help="One or more: folder, hub id, gguf:PATH, package:NAME/FILE.")],
+    teacher: Annotated[str, typer.Option("--teacher", "-t", help="The teacher: folder, hub id, GGUF file.")],
+    data: Annotated[str, typer.Option("--data", "-d", help="Prompts with responses: a file or a hub id.")],
+    rows: RowOptions,
+    output: Annotated[Path | None, output_option("JSON file for every value.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to merge into the teacher.")] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Most tokens of prompt and response.")] = 512,
+) -> None:
+    """Compare how students and a teacher relate the parts of a text to each other, whatever their tokenizers.
+
+    Hidden states are averaged over the spans of text that both tokenisations share. Box plots show the distances
+    between the cosine matrices and between the inner-product matrices of student and teacher, one value for each text.
+    """
+    silence_transformers()
+    from dwakd.tools.similarity import compare_representations
+
+    report = compare_representations(
+        students, teacher, data, rows, adapter=adapter, max_length=max_length, output=output
+    )
+    console.print(report)
