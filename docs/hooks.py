@@ -32,9 +32,8 @@ def on_files(files: Any, config: Any) -> None:
     """Add a page for each notebook."""
     for file in list(files):
         if file.src_uri.endswith(".ipynb"):
-            page = notebook_page(
-                json.loads(Path(file.abs_src_path).read_text("utf-8")), posixpath.basename(file.src_uri)
-            )
+            cells = json.loads(Path(file.abs_src_path).read_text("utf-8"))["cells"]
+            page = notebook_page(cells, posixpath.basename(file.src_uri))
             files.append(File.generated(config, file.src_uri.removesuffix("ipynb") + "md", content=page))
 
 
@@ -62,7 +61,7 @@ def generated(name: str, part: str, argument: str | None) -> str:
     """Return a generated part of the page of a method."""
     intro, sections = method_sections(name)
     if part == "formula":
-        return re.sub(r"^(\w+:)$", r"**\1**", intro, flags=re.MULTILINE)
+        return intro
     if part == "requirements":
         return table(("", "with the default options"), requirements(name))
     if part == "options":
@@ -84,22 +83,23 @@ def requirements(name: str) -> list[tuple[str, str]]:
     kind = method_class(name).options_type
 
     def answers(options: Any) -> dict[str, str]:
+        weight = {"Weight of the cross-entropy": f"{options.cross_entropy_weight:g}"}
+        if not options.needs_teacher:
+            return {"Teacher": "not used", **weight}
         on_policy = ("yes, below 1" if options.needs_given else "yes") if options.supports_sampled else "no"
         return {
-            "Teacher": "required" if options.needs_teacher else "not used",
+            "Teacher": "required",
             "Tokenizers": "must be the same" if options.needs_same_vocabulary else "any two",
             "[Teacher cache](../cache.md)": "no" if options.needs_attention else "yes",
             "[On-policy](../on-policy.md) (`training.lmbda`)": on_policy,
-            "Weight of the cross-entropy": f"{options.cross_entropy_weight:g}",
+            **weight,
         }
 
     found = answers(kind())
     for variant in kind.variant_defaults:
         for label, answer in answers(kind(variant=variant)).items():
             if answer != answers(kind())[label]:
-                found[label] += f"; {answer} with `variant: {variant}`"
-    if not kind.needs_teacher:
-        found = {label: answer for label, answer in found.items() if label[:2] in ("Te", "We")}
+                found[label] += f"; with `variant: {variant}` {answer}"
     return [*found.items(), ("Terms in the log", ", ".join(f"`{term}`" for term in method_class(name).terms))]
 
 
@@ -132,10 +132,10 @@ def table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def notebook_page(notebook: dict[str, Any], name: str) -> str:
+def notebook_page(cells: list[dict[str, Any]], name: str) -> str:
     """Write the cells of a notebook and the text that they print as a page."""
     parts = []
-    for cell in notebook["cells"]:
+    for cell in cells:
         text = "".join(cell["source"])
         parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
         for output in cell.get("outputs", []):

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from dwakd.cli import app
 from dwakd.compare.plan import variants_of
+from dwakd.data.sources import load_examples
 from dwakd.losses import METHODS
 from dwakd.losses.divergences import DIVERGENCES
 from dwakd.recipe.files import parse_yaml
@@ -99,6 +100,13 @@ def test_recipes_are_valid(text):
     training_config(read, "unused")
     for variant in variants_of(read, read.compare or CompareSection(), ablation=False):
         variant.recipe(read)
+
+
+@pytest.mark.parametrize("text", blocks("json").values(), ids=blocks("json"))
+def test_rows_are_valid(text):
+    """A row that is shown as an example is refused."""
+    (example,) = load_examples([json.loads(text)], name="rows")
+    assert example.response
 
 
 def test_commands_are_accepted(tmp_path):
