@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-IMPORTED_AS = {"pyyaml": "yaml"}
+IMPORTED_AS = {"pyyaml": "yaml", "vl-convert-python": "vl_convert"}
 WITH_TORCH = {"triton"}
 """Installed with those builds of torch that can use it."""
 
@@ -27,7 +27,8 @@ def imported_packages():
 
 def test_imports_and_dependencies_agree():
     """Every imported package is a declared dependency. A package that only another one installs may be missing later."""
-    requirements = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["openai"]]
+    extras = PROJECT["optional-dependencies"]
+    requirements = [*PROJECT["dependencies"], *extras["openai"], *extras["report"]]
     names = {re.split(r"[^\w-]", requirement)[0].lower() for requirement in requirements}
     declared = {IMPORTED_AS.get(name, name).replace("-", "_") for name in names}
     assert imported_packages() - WITH_TORCH == declared

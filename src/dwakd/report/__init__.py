@@ -1,0 +1,1 @@
+"""Standalone HTML pages: the layout that all pages share, and `dwakd report`."""
