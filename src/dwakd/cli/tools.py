@@ -1,4 +1,4 @@
-"""The other commands: `dwakd shrink | demo | methods | schema | env`."""
+"""The other commands: `dwakd inspect | shrink | demo | methods | schema | env`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,36 @@ from typing import Annotated
 import typer
 
 from dwakd.cli.app import app, console, flag, output_option, silence_transformers
-from dwakd.cli.options import ModelName, with_options
+from dwakd.cli.options import ModelName, Overrides, with_options
 from dwakd.environment import describe_environment
 from dwakd.evaluation.options import RowOptions
 from dwakd.folders import check_output_folder
+
+
+@app.command("inspect")
+def inspect_rows(
+    target: Annotated[
+        Path | None, typer.Argument(metavar="RECIPE|RUN", help="A recipe, or the folder of a run.")
+    ] = None,
+    overrides: Overrides = None,
+    text: Annotated[str | None, typer.Option(help="Inspect this response instead of the rows.")] = None,
+    student: Annotated[str | None, typer.Option(help="With --text, without a recipe: the student's tokenizer.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="With --text, without a recipe: the teacher's tokenizer.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Number of rows to show.")] = 3,
+    row: Annotated[int | None, typer.Option(min=0, help="Show only this row, counted from 0.")] = None,
+    sample: Annotated[int, typer.Option(min=1, help="Number of rows over which matches are counted.")] = 200,
+    output: Annotated[Path | None, output_option("HTML file to write instead.", dir_okay=False)] = None,
+) -> None:
+    """Show prompts, the tokens of both models side by side, what is supervised, and common mistakes.
+
+    For the folder of a run, the models also run on the rows. The page (-o FILE.html) then has heat maps of the
+    cross-model attention and of the Soft-DTW alignment, and the response coloured by entropy, gate and weights.
+    """
+    silence_transformers()
+    from dwakd.inspection.inspect import inspect_command
+
+    options = {"text": text, "rows": rows, "row": row, "sample": sample}
+    console.print(inspect_command(target, overrides or [], (student, teacher), output, **options), highlight=False)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from torch import Tensor
 from dwakd.batch import ModelSide
 from dwakd.kernels.soft_dtw import Impl, soft_dtw
 from dwakd.losses.options import MethodOptions, Positive, Rate, Skew, Softening, Weight
+from dwakd.losses.record import record
 from dwakd.losses.sides import pad_rows
 
 Pair = tuple[Float[Tensor, "s_tokens _"], Float[Tensor, "t_tokens _"]]
@@ -101,6 +102,7 @@ def soft_dtw_divergences(
                 band.to(x.dtype), (0, longest - band.shape[2], 0, longest - band.shape[1])
             )
         costs += [_costs(offset, x, y), _costs(one, x, x.detach()), _costs(one, y, y.detach())]
+    record(cross_costs=costs[::3], gamma=gamma)
     x_lengths = torch.cat([student_lengths, student_lengths, teacher_lengths]).repeat(len(pairs))
     y_lengths = torch.cat([teacher_lengths, student_lengths, teacher_lengths]).repeat(len(pairs))
     scores = soft_dtw(torch.cat(costs), gamma, x_lengths, y_lengths, impl=impl)
@@ -130,6 +132,7 @@ def sequence_terms(
     known = {name: (own, theirs) for name, (own, theirs) in pairs.items() if theirs is not None}
     if not known:
         return {}
+    record(sequence_terms=list(known))
     longest = max(*student.counts, *teacher.counts)
     lengths = student.lengths, teacher.lengths
     values = list(known.values())
@@ -175,4 +178,5 @@ def band_penalty(
     centre = diagonal + blend * (attention @ columns - diagonal)
     width = base + entropy_factor * torch.special.entr(attention).sum(-1)
     outside = (columns - centre[..., None]).abs() > width[..., None]
+    record(outside_band=outside)
     return penalty * outside.to(attention.dtype)

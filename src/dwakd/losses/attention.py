@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dwakd.align.offsets import text_read
 from dwakd.batch import ModelSide
 from dwakd.losses.pair import Widths
+from dwakd.losses.record import record
 from dwakd.losses.sides import pad_rows, require_width, unpad_rows, valid
 
 
@@ -170,6 +171,7 @@ def cross_model_attention(
         read, others = _bounds(student, s_length), _bounds(teacher, t_length)
         t_hidden, s_hidden = t_hidden | (others[1] > read[0].mT), s_hidden | (read[1].mT > others[0])
     weights = scores.masked_fill(t_hidden, -torch.inf).softmax(-1)
+    record(attention=weights)
     reverse = scores.masked_fill(s_hidden, -torch.inf).softmax(1).transpose(1, 2)
     t2s_hidden = weights @ pad_rows(value, teacher.lengths, t_length)
     s2t_hidden = reverse @ pad_rows(back, student.lengths, s_length)

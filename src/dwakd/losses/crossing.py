@@ -12,6 +12,7 @@ from dwakd.batch import ModelSide
 from dwakd.losses.attention import CrossModelAttention, Projectors, TeacherScale, cross_model_attention, teacher_values
 from dwakd.losses.options import MethodOptions
 from dwakd.losses.pair import Widths
+from dwakd.losses.record import record
 from dwakd.losses.sides import example_ids, positions
 
 Alignment = Literal["attention", "causal_attention", "bytes", "position"]
@@ -66,9 +67,9 @@ def cross(
     rows, student_kept = read_rows(*own, *theirs)
     back_rows, teacher_kept = read_rows(*theirs, *own)
     values = projectors.t2s(teacher_values(teacher, scale, dtype, with_targets=with_targets))
-    return CrossModelAttention(
-        values[rows], back[back_rows], one_hot(rows, student, teacher), student_kept, teacher_kept
-    )
+    weights = one_hot(rows, student, teacher)
+    record(attention=weights)
+    return CrossModelAttention(values[rows], back[back_rows], weights, student_kept, teacher_kept)
 
 
 def one_hot(

@@ -13,6 +13,7 @@ from dwakd.losses.crossing import CrossingOptions, cross, kept_weights
 from dwakd.losses.divergences import DivergenceName, divergence
 from dwakd.losses.options import Rate, Skew, Softening
 from dwakd.losses.pair import Widths
+from dwakd.losses.record import record
 
 
 class DskdOptions(CrossingOptions):
@@ -95,4 +96,6 @@ class DskdLoss(DistillationLoss[DskdOptions]):
 
 def accuracy_mask(statistics: dict[str, Tensor], lengths: Tensor | None) -> Tensor:
     """Return weight 1 for tokens where the projected teacher's most probable token is the target, 0 for the others."""
-    return statistics["right"].to(statistics["gate"].dtype)
+    weights = statistics["right"].to(statistics["gate"].dtype)
+    record(student_entropy=statistics["entropy"], gate=statistics["gate"], student_weight=weights)
+    return weights

@@ -16,6 +16,7 @@ from dwakd.losses.crossing import CrossingOptions, cross, kept_weights
 from dwakd.losses.divergences import DivergenceName, divergence
 from dwakd.losses.options import Positive, Steps, Weight
 from dwakd.losses.pair import Widths
+from dwakd.losses.record import record
 from dwakd.losses.weights import student_weights, teacher_weights
 
 logger = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
         gate = statistics["gate"]
         if options.gate_warmup_steps:
             gate = gate * (self.step / options.gate_warmup_steps).clamp(max=1.0)
-        return student_weights(
+        weights = student_weights(
             statistics["entropy"] * kept,
             gate * kept,
             lengths,
@@ -156,6 +157,8 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
             use_gate=options.gate,
             normalise=options.weight_normalisation,
         )
+        record(student_entropy=statistics["entropy"], gate=gate, student_weight=weights)
+        return weights
 
     def _teacher_space(self, teacher: ModelSide, crossed: CrossModelAttention) -> Tensor:
         """Compute `kd_teacher` (equations 8, 14, 15). The head is constant, so weights can be applied after `head_loss`."""
@@ -167,6 +170,7 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
         if self.options.teacher_weights:
             entropy = output.statistics["entropy"]
             weights = teacher_weights(entropy, teacher.head.num_possible, teacher.lengths, weights)
+            record(teacher_entropy=entropy, teacher_weight=weights)
         assert weights is not None
         return (weights * output.loss).sum()
 

@@ -12,6 +12,7 @@ from dwakd.kernels.head_loss import HeadRows, WithPrediction, head_loss, student
 from dwakd.losses.base import Terms, head_rows, projected_rows
 from dwakd.losses.divergences import Divergence
 from dwakd.losses.head_maps import HeadMaps
+from dwakd.losses.record import record
 from dwakd.losses.sides import example_ids
 from dwakd.losses.weights import certainty, rescale
 
@@ -83,14 +84,18 @@ def exact_spaces(
     if teacher_weights:
         sure = torch.zeros_like(labels, dtype=in_teacher.loss.dtype)
         sure[aligned] = certainty(found.get("entropy", in_teacher.loss), head.num_possible)
-    kd_teacher = (_mean_weights(counted, lengths, in_teacher.loss.dtype, sure)[aligned] * in_teacher.loss).sum()
+    teacher_weight = _mean_weights(counted, lengths, in_teacher.loss.dtype, sure)
+    record(paired_teacher_weight=teacher_weight)
+    kd_teacher = (teacher_weight[aligned] * in_teacher.loss).sum()
 
     def weigh(statistics: dict[str, Tensor], lengths: Tensor | None) -> Tensor:
         assert lengths is not None
         counted = statistics["projected_weight"] > 0
         kept = counted & statistics["right"] if agreement_mask else counted
         factors = [statistics[name] for name, used in (("entropy", entropy_weights), ("gate", gate)) if used]
-        return _mean_weights(kept, lengths, statistics["gate"].dtype, *factors)
+        weights = _mean_weights(kept, lengths, statistics["gate"].dtype, *factors)
+        record(student_entropy=statistics["entropy"], gate=statistics["gate"], student_weight=weights)
+        return weights
 
     teacher_hidden = maps.t2s(teacher.hidden.detach().to(maps.t2s.weight.dtype))
     in_student = head_loss(
