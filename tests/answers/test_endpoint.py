@@ -98,7 +98,7 @@ def test_retries_and_then_continues(at, server):
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        ("unknown", {}, "does not know the model unknown or the address; correct generate.endpoint.model or base_url"),
+        ("unknown", {}, "does not know the model unknown or the address; correct generate.endpoint.model or generate.endpoint.base_url"),
         ("locked", {}, f"refuses the key; set the variable {KEY_VARIABLE}"),
         ("limited", {}, "still limits the rate of requests after 5 retries; lower generate.batch_size"),
         ("failing", {}, "failed (Error code: 500"),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from dwakd.answers.answers import Answer
 from dwakd.answers.local import Advance
@@ -16,6 +16,95 @@ from dwakd.recipe.sections import EndpointSection, GenerateSection
 KEY_VARIABLE = "OPENAI_API_KEY"
 _RETRIES = 5  # with exponential backoff, for errors of the network, of the server, and too many requests
 _DIGITS = 4
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+
+class OptionNames(NamedTuple):
+    """What a user calls the options of an endpoint, for messages, and the extra that installs its client."""
+
+    endpoint: str
+    model: str
+    base_url: str
+    batch_size: str
+    extra: str
+
+
+_GENERATE = OptionNames(
+    "generate.endpoint", "generate.endpoint.model", "generate.endpoint.base_url", "generate.batch_size", "openai"
+)
+
+
+class RefusedError(Exception):
+    """The server refuses one request, for example because its prompt is too long. Others may be accepted."""
+
+
+class Endpoint:
+    """The chat completions of a server. Its key is read from the variable OPENAI_API_KEY.
+
+    Args:
+        section: address and model.
+        names: the names of options in messages.
+
+    Raises:
+        UserError: the package openai is not installed.
+    """
+
+    def __init__(self, section: EndpointSection, names: OptionNames) -> None:
+        try:
+            import openai
+        except ImportError:
+            raise UserError(
+                f"{names.endpoint} requires the package openai; install it with pip install 'dwakd[{names.extra}]'"
+            ) from None
+        self.name = f"the endpoint {section.base_url}"
+        self._section, self._names, self._openai = section, names, openai
+        key = os.environ.get(KEY_VARIABLE, "none")  # a local server needs no key
+        self._client = openai.OpenAI(base_url=section.base_url, api_key=key, max_retries=_RETRIES)
+
+    def complete(self, **request: Any) -> Any:
+        """Return the chat completion of openai for a request without its model, with at least one choice.
+
+        Raises:
+            RefusedError: the server refuses this request; the message is its reason.
+            UserError: any other error, which other requests would have, too.
+        """
+        openai = self._openai
+        try:
+            completion = self._client.chat.completions.create(model=self._section.model, **request)
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            raise RefusedError(f"{reason_of(error):.300}") from error
+        except openai.OpenAIError as error:
+            raise self._failure(error) from error
+        if not getattr(completion, "choices", None):
+            raise UserError(f"{self.name} sent no chat completion; correct {self._names.base_url}")
+        return completion
+
+    def _failure(self, error: Exception) -> UserError:
+        """Return the sentence for an error that another prompt would have, too."""
+        openai, names, kept = self._openai, self._names, "answers so far are kept"
+        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+            return UserError(f"{self.name} refuses the key; set the variable {KEY_VARIABLE}")
+        if isinstance(error, openai.NotFoundError):
+            fix = f"correct {names.model} or {names.base_url} (which often ends in /v1)"
+            return UserError(f"{self.name} does not know the model {self._section.model} or the address; {fix}")
+        if isinstance(error, openai.RateLimitError):
+            fix = f"lower {names.batch_size}, or start the command again later: {kept}"
+            return UserError(f"{self.name} still limits the rate of requests after {_RETRIES} retries; {fix}")
+        if isinstance(error, openai.APIConnectionError):
+            fix = f"start the server, or correct {names.base_url}: {kept}"
+            return UserError(f"{self.name} cannot be reached ({reason_of(error.__cause__ or error):.200}); {fix}")
+        return UserError(f"{self.name} failed ({reason_of(error):.300}); start the command again: {kept}")
+
+
+def in_parallel(function: Callable[[ItemT], ResultT], items: Iterable[ItemT], batch_size: int) -> list[ResultT]:
+    """Call a function for all items, `batch_size` at a time. After an error, no further call is started."""
+    with ThreadPoolExecutor(batch_size) as pool:
+        try:
+            return list(pool.map(function, items))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 class EndpointTeacher:
@@ -31,16 +120,8 @@ class EndpointTeacher:
     """
 
     def __init__(self, section: EndpointSection, options: GenerateSection, *, skip: bool = False) -> None:
-        try:
-            import openai
-        except ImportError:
-            raise UserError(
-                "generate.endpoint requires the package openai; install it with pip install 'dwakd[openai]'"
-            ) from None
-        self._section, self._options, self._skip, self._openai = section, options, skip, openai
+        self._endpoint, self._options, self._skip = Endpoint(section, _GENERATE), options, skip
         self._sources: list[str] = []
-        key = os.environ.get(KEY_VARIABLE, "none")  # a local server needs no key
-        self._client = openai.OpenAI(base_url=section.base_url, api_key=key, max_retries=_RETRIES)
 
     def check(self, examples: Sequence[Example], source: str) -> None:
         """Note the source of these prompts, for messages; only the server knows which of them are too long."""
@@ -55,28 +136,20 @@ class EndpointTeacher:
             advance(1)
             return answer
 
-        with ThreadPoolExecutor(self._options.batch_size) as pool:
-            work = [(number, example, sample) for number, example in enumerate(examples, first) for sample in samples]
-            try:
-                answers = list(pool.map(one, work))
-            except BaseException:  # leave the other requests out
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        work = [(number, example, sample) for number, example in enumerate(examples, first) for sample in samples]
+        answers = in_parallel(one, work, self._options.batch_size)
         return [answers[start : start + len(samples)] for start in range(0, len(answers), len(samples))]
 
     def _answer(self, number: int, example: Example, sample: int) -> Answer:
-        openai = self._openai
         try:
-            completion = self._client.chat.completions.create(**self._request(example, sample))
-        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            completion = self._endpoint.complete(**self._request(example, sample))
+        except RefusedError as error:
             if self._skip:
                 return Answer("", 0, "refused", None)
             raise UserError(
-                f"{self._sources[number]}, {example.place}: {self._name} refuses the prompt ({reason_of(error):.300}); "
+                f"{self._sources[number]}, {example.place}: {self._endpoint.name} refuses the prompt ({error}); "
                 "shorten or remove it, or set data.invalid_rows: skip"
             ) from error
-        except openai.OpenAIError as error:
-            raise self._failure(error) from error
         return self._read(completion)
 
     def _request(self, example: Example, sample: int) -> dict[str, Any]:
@@ -89,7 +162,6 @@ class EndpointTeacher:
             **request,
             **({"logprobs": True} if options.min_log_prob is not None else {}),
             **({"extra_body": extra} if extra else {}),
-            "model": self._section.model,
             "messages": example.turns,
             "max_tokens": options.max_new_tokens,
             "temperature": options.temperature,
@@ -97,36 +169,14 @@ class EndpointTeacher:
             "seed": options.seed + sample,
         }
 
-    @property
-    def _name(self) -> str:
-        return f"the endpoint {self._section.base_url}"
-
-    def _failure(self, error: Exception) -> UserError:
-        """Return the sentence for an error that another prompt would have, too."""
-        openai, kept = self._openai, "answers so far are kept"
-        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-            return UserError(f"{self._name} refuses the key; set the variable {KEY_VARIABLE}")
-        if isinstance(error, openai.NotFoundError):
-            fix = "correct generate.endpoint.model or base_url (which often ends in /v1)"
-            return UserError(f"{self._name} does not know the model {self._section.model} or the address; {fix}")
-        if isinstance(error, openai.RateLimitError):
-            fix = f"lower generate.batch_size, or start the command again later: {kept}"
-            return UserError(f"{self._name} still limits the rate of requests after {_RETRIES} retries; {fix}")
-        if isinstance(error, openai.APIConnectionError):
-            fix = f"start the server, or correct generate.endpoint.base_url: {kept}"
-            return UserError(f"{self._name} cannot be reached ({reason_of(error.__cause__ or error):.200}); {fix}")
-        return UserError(f"{self._name} failed ({reason_of(error):.300}); start the command again: {kept}")
-
     def _read(self, completion: Any) -> Answer:
         """Convert a response of the server. A refused or filtered answer has no text, so it is left out as empty."""
-        if not getattr(completion, "choices", None):
-            raise UserError(f"{self._name} sent no chat completion; correct generate.endpoint.base_url")
         choice, usage = completion.choices[0], completion.usage
         log_prob = None
         if self._options.min_log_prob is not None:
             tokens = choice.logprobs.content if choice.logprobs is not None else None
             if not tokens:
-                raise UserError(f"{self._name} sends no log-probabilities; leave out generate.min_log_prob")
+                raise UserError(f"{self._endpoint.name} sends no log-probabilities; leave out generate.min_log_prob")
             log_prob = round(sum(token.logprob for token in tokens) / len(tokens), _DIGITS)
         count = None if usage is None else usage.completion_tokens
         text = (choice.message.content or "").strip()
