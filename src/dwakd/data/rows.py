@@ -51,6 +51,14 @@ class Example:
         content = f"{self.instruction}\n{self.input}" if self.input else self.instruction
         return [*self.history, {"role": "user", **(self.turn or {}), "content": content}]
 
+    @property
+    def question(self) -> str:
+        """The text of the prompt without a template: that of the user, or all turns of a conversation with their roles."""
+        turns = self.turns
+        if len(turns) == 1:
+            return str(turns[0]["content"])
+        return "\n\n".join(f"{turn['role']}: {turn.get('content') or ''}" for turn in turns)
+
 
 @dataclass(frozen=True)
 class Columns:

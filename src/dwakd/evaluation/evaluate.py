@@ -28,7 +28,7 @@ _PACKAGES = ("dwakd", "rouge-score", "torch", "transformers")
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer and its scores.
+    """One answer and its scores. `question` is the text of the row without a template, `prompt` is what the model read.
 
     Seed and temperature of a greedy answer are None, and so are scores without references.
     """
@@ -36,6 +36,7 @@ class Answer:
     row: int
     seed: int | None
     temperature: float | None
+    question: str
     prompt: str
     answer: str
     references: tuple[str, ...]
@@ -124,7 +125,16 @@ def evaluate_model(
             scores = zip(metrics.rouge_l(texts, references), metrics.exact_match(texts, references), strict=True)
         temperature = None if one.seed is None else one.temperature
         answers += [
-            Answer(example.index, one.seed, temperature, encoder.prompt_text(example), text, expected, *pair)
+            Answer(
+                example.index,
+                one.seed,
+                temperature,
+                example.question,
+                encoder.prompt_text(example),
+                text,
+                expected,
+                *pair,
+            )
             for example, text, expected, pair in zip(examples, texts, references, scores, strict=True)
         ]
 

@@ -28,7 +28,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Evaluation], float | None], int], ...] = (
 def write_evaluation(evaluation: Evaluation, path: Path) -> None:
     """Write the numbers and their signature to a JSON file, and before it any answers to NAME.answers.jsonl.
 
-    A line of the answers has the row, seed and temperature (null if greedy), prompt, answer, references and scores.
+    A line of the answers has the row, seed and temperature (null if greedy), question, prompt, answer, references and scores.
 
     Raises:
         UserError: a number is NaN or infinite.
