@@ -19,7 +19,7 @@ LAYERS = (
     ("evaluation",),
     ("answers",),
     ("training",),
-    ("compare", "inspection", "report", "tools", "describe", "environment"),
+    ("compare", "inspection", "judge", "report", "tools", "describe", "environment"),
     ("cli", "__init__", "__main__"),
 )
 """The order of docs/architecture.md, lower layers first; parts of one layer may import each other."""

@@ -10,7 +10,20 @@ from rich.console import Console
 
 from tests.command_line import one_sentence, run
 
-COMMANDS = ("train", "cache", "eval", "similarity", "inspect", "compare", "shrink", "demo", "methods", "schema", "env")
+COMMANDS = (
+    "train",
+    "cache",
+    "eval",
+    "judge",
+    "similarity",
+    "inspect",
+    "compare",
+    "shrink",
+    "demo",
+    "methods",
+    "schema",
+    "env",
+)
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])

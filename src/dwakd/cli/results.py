@@ -1,4 +1,4 @@
-"""The commands that measure what was trained: `dwakd eval | similarity`."""
+"""The commands that measure what was trained: `dwakd eval | judge | similarity`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from dwakd.cli.app import app, console, flag, output_option, silence_transformers
 from dwakd.cli.options import ModelName, with_options
 from dwakd.evaluation.options import EvalOptions, RowOptions
+from dwakd.judge.options import JudgeOptions
 
 
 @app.command("eval")
@@ -41,6 +42,31 @@ def evaluate(
         model, data, rows, options, text=text or (), adapter=adapter, output=output, overwrite=overwrite
     )
     console.print(table)
+
+
+@app.command()
+@with_options()
+def judge(
+    a: Annotated[Path, typer.Argument(help="A run with results of dwakd eval, or a jsonl file of answers.")],
+    b: Annotated[Path, typer.Argument(help="The run to compare it with.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="The judge's name at the endpoint.")],
+    options: JudgeOptions,
+    base_url: Annotated[str, typer.Option(help="Address of an API like OpenAI's.")] = "https://api.openai.com/v1",
+    output: Annotated[Path | None, output_option("Folder of the results; judge/A-B by default.")] = None,
+    overwrite: Annotated[bool, flag("--overwrite", "Replace results that were made with other options.")] = False,
+    yes: Annotated[bool, flag("--yes", "Start also if the estimated cost is above 1.")] = False,
+) -> None:
+    """Let a language model compare the answers of two runs: win, tie and loss with intervals.
+
+    The key is read from OPENAI_API_KEY. Every verdict is stored as it arrives, so an interrupted command can be started
+    again and asks for nothing twice.
+    """
+    silence_transformers()
+    from dwakd.judge.run import judge_runs
+    from dwakd.recipe.sections import EndpointSection
+
+    section = EndpointSection(base_url=base_url, model=model)
+    console.print(judge_runs((a, b), section, options, output=output, overwrite=overwrite, yes=yes))
 
 
 @app.command()

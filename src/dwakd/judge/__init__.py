@@ -1,0 +1,1 @@
+"""A language model compares the answers of two runs, pair by pair: the work of `dwakd judge`."""
