@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src"
 
 LAYERS = (
-    ("errors", "folders", "validation", "batch"),
+    ("errors", "folders", "trl_names", "validation", "batch"),
     ("align", "kernels"),
     ("losses",),
     ("recipe", "data"),

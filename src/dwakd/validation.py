@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from dwakd.errors import UserError
+from dwakd.trl_names import instead_of
 
 _WORDS = {
     r"^(Value error, |Input )(should be )?": "",
@@ -97,7 +98,8 @@ def user_error(error: ValidationError, values: Any, prefix: str = "") -> UserErr
     if isinstance(cause, UserError):
         return UserError(str(cause))
     if isinstance(cause, _UnknownNameError):
-        return unknown_option(f"{name}.{cause.name}".lstrip(".") + cause.owner, cause.name, cause.valid)
+        name = f"{name}.{cause.name}".lstrip(".") + cause.owner
+        return unknown_option(name, cause.name, cause.valid, method=bool(cause.owner))
     if kind in ("missing", "union_tag_not_found"):
         return UserError(f"{name} is missing")
     if kind == "value_error" and isinstance(found, dict | BaseModel):  # of several options, which the message names
@@ -110,8 +112,13 @@ def user_error(error: ValidationError, values: Any, prefix: str = "") -> UserErr
     return UserError(f"{name} {must}{allowed}, got {found!r}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
-def unknown_option(name: str, word: object, valid: Sequence[str]) -> UserError:
-    """Return the error for an option that does not exist; it names the closest option and lists the others."""
+def unknown_option(name: str, word: str, valid: Sequence[str], *, method: bool = False) -> UserError:
+    """Return the error for an option that does not exist; it names the closest option and lists the others.
+
+    For a name of TRL, it says what to write instead, unless it is an option of a method.
+    """
+    if (instead := instead_of(word)) and not method:
+        return UserError(f"{name} is not an option of dwakd: {instead}")
     near = difflib.get_close_matches(str(word), valid, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     shown = ", ".join(valid) if 0 < len(valid) <= 40 else f"{len(valid) or 'none'} of them"

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dwakd.errors import UserError
 from dwakd.models.loading import align_special_tokens, check_vocabulary, load_causal_lm, load_tokenizer
-from tests.builders import byte_bpe, tiny_model, unigram_byte_fallback
+from tests.builders import CHAT_TEMPLATE, byte_bpe, tiny_model, unigram_byte_fallback
+from tests.data.chat import chatml
 from tests.models.architectures import small_model
 
 IDS = torch.arange(2, 22).view(2, 10)
@@ -186,3 +187,26 @@ def test_an_adapter_config_that_cannot_be_read_is_refused(content, folder, tmp_p
     (tmp_path / "adapter_config.json").write_text(content)
     with pytest.raises(UserError, match=str(tmp_path)):
         load_causal_lm(str(folder), adapter=str(tmp_path))
+
+
+def test_a_chat_template_from_elsewhere_is_saved_with_the_tokenizer(folder, tmp_path):
+    """A base model gets the template of a file or of a chat model, and keeps it when it is saved."""
+    plain = byte_bpe()
+    plain.chat_template = None
+    plain.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    chatml().save_pretrained(tmp_path / "chat")
+    file = tmp_path / "template.jinja"
+    file.write_text(CHAT_TEMPLATE, encoding="utf-8")
+    for source, expected in ((tmp_path / "chat", chatml().chat_template), (file, CHAT_TEMPLATE)):
+        tokenizer = load_tokenizer(str(folder), chat_template_path=str(source))
+        assert len(tokenizer) == len(load_tokenizer(str(folder)))
+        tokenizer.save_pretrained(tmp_path / "saved")
+        assert load_tokenizer(str(tmp_path / "saved")).chat_template == expected
+    for source, message in (
+        (folder, "has no chat template; give a file with one"),
+        (tmp_path / "none.jinja", "could not read the chat template in .*none.jinja"),
+        (tmp_path / "none", "none does not exist"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_tokenizer(str(folder), chat_template_path=str(source))

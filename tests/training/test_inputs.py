@@ -11,6 +11,7 @@ import datasets
 import pytest
 import torch
 
+from dwakd import DistillConfig, DistillTrainer
 from dwakd.data.prompts import Prompts
 from dwakd.errors import UserError
 from dwakd.recipe.recipe import recipe_from_dict
@@ -75,14 +76,55 @@ def test_every_form_trains_and_evaluates_alike(
     assert found[1] == expected[1]
 
 
-def test_evaluation_sets_by_name_are_refused(tmp_path: Path) -> None:
-    """A dict is refused if its keys are not the names of splits."""
-    with pytest.raises(UserError, match=r"the eval dataset has no split 'validation'.*its splits are news, mail; pass"):
-        trainer(tmp_path, method="sft", eval_rows={"news": OTHERS, "mail": OTHERS})
+def test_evaluation_sets_by_name(tmp_path: Path) -> None:
+    """As in transformers, each set of a dict has its own metrics, and the best checkpoint is that of one set."""
+    often = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    options = {"method": "sft", "learning_rate": 0.05, "load_best_model_at_end": True, **often}
+    options |= {"eval_rouge_l": True, "eval_max_new_tokens": 3, "metric_for_best_model": "bits_per_byte"}
+    sets = {"news": OTHERS, "mail": datasets.Dataset.from_list(ROWS[11:13])}
+    run = trainer(tmp_path / "first", eval_rows=sets, **options)
+    assert (run.args.metric_for_best_model, run.args.greater_is_better) == ("news_bits_per_byte", False)
+    run.train()
+    logged = {name for entry in run.state.log_history for name in entry}
+    wanted = {"ce", "loss", "bits_per_byte", "rouge_l"}
+    assert logged >= {f"eval_{one}_{name}" for one in sets for name in wanted}
+    assert "eval_loss" not in logged
+    found = run.evaluate()
+    best = min(entry["eval_news_ce"] for entry in run.state.log_history if "eval_news_ce" in entry)
+    assert found["eval_news_ce"] == pytest.approx(best, rel=1e-5)
+    assert found["eval_mail_ce"] == pytest.approx(run.evaluate(ROWS[11:13])["eval_ce"], rel=1e-6)
+    assert run.evaluate({"x": OTHERS})["eval_x_ce"] == pytest.approx(best, rel=1e-5)
+    named = trainer(tmp_path / "second", eval_rows=sets, **{**options, "metric_for_best_model": "eval_mail_rouge_l"})
+    assert (named.args.metric_for_best_model, named.args.greater_is_better) == ("eval_mail_rouge_l", True)
+    with pytest.raises(UserError, match="metric_for_best_model foo is unknown"):
+        trainer(tmp_path, eval_rows=sets, **{**options, "metric_for_best_model": "mail_foo"})
+
+
+def test_dicts_of_splits_are_one_data_set(tmp_path: Path) -> None:
+    """A dict with a split train is one data set, and an empty dict is refused."""
+    with pytest.raises(UserError, match="eval_dataset is an empty dict"):
+        trainer(tmp_path, method="sft", eval_rows={})
+    with pytest.raises(UserError, match=r"the eval dataset news, row 0 .*'response'"):
+        trainer(tmp_path, method="sft", eval_rows={"news": [{"prompt": "Why?", "response": None}]})
     with pytest.raises(UserError, match=r"the train dataset has no split 'train': its splits are test"):
         trainer(tmp_path, method="sft", rows=datasets.DatasetDict(test=datasets.Dataset.from_list(ROWS)))
     run = trainer(tmp_path, method="sft")
     assert run.evaluate({"train": ROWS, "test": OTHERS}) == run.evaluate(OTHERS)
+
+
+def test_models_by_name_are_loaded_as_model_init_kwargs_say(workspace: Path, tmp_path: Path) -> None:
+    """TRL's model_init_kwargs give the dtype of the models; with a loaded model they would have no effect."""
+    arguments: dict[str, Any] = {"output_dir": str(tmp_path), "use_cpu": True, "template": "plain", "method": "sft"}
+    kwargs = {"teacher_model_init_kwargs": {"dtype": "bfloat16"}, "model_init_kwargs": {"torch_dtype": torch.float16}}
+    models = str(workspace / "student"), str(workspace / "teacher")
+    run = DistillTrainer(*models, DistillConfig(**{**arguments, "method": "dwa_kd"}, **kwargs))
+    assert (run.student.dtype, run.teachers[0].model.dtype) == (torch.float16, torch.bfloat16)
+    with pytest.raises(UserError, match="model_init_kwargs requires a model given by name"):
+        trainer(tmp_path, method="sft", model_init_kwargs={"dtype": "bfloat16"})
+    with pytest.raises(UserError, match="teacher_model_init_kwargs requires a teacher_model given by name"):
+        trainer(tmp_path, teacher_model_init_kwargs={"dtype": "bfloat16"})
+    with pytest.raises(UserError, match=r"^model_init_kwargs\.dtype must be 'float32'.* got 'auto'"):
+        DistillConfig(**arguments, model_init_kwargs={"dtype": "auto"})
 
 
 def test_rows_without_a_response_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

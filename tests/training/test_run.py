@@ -5,12 +5,16 @@ import re
 import shutil
 
 import pytest
+from transformers import AutoTokenizer
 
+from dwakd import DistillConfig, DistillTrainer
 from dwakd.errors import UserError
 from dwakd.recipe.recipe import recipe_from_dict
 from dwakd.training.distiller import LOSS_STATE
 from dwakd.training.run import check_options, training_config
+from tests.builders import CHAT_TEMPLATE
 from tests.command_line import ROWS, one_sentence, run
+from tests.data.chat import chatml
 
 
 def test_train_eval_and_resume(workspace, tmp_path, monkeypatch, capsys):
@@ -265,3 +269,39 @@ def test_sections_become_training_arguments():
     steps = training_config(recipe_of(data=data, training={"eval_strategy": "steps", "eval_steps": 5}), "folder")
     assert (steps.eval_strategy, steps.save_strategy) == ("steps", "steps")
     assert training_config(recipe_of(), "folder").eval_strategy == "no"
+
+
+def test_a_student_without_a_chat_template(workspace, tmp_path, monkeypatch, capsys):
+    """A base student trains with the template of a chat model, which `dwakd eval` of the saved student uses."""
+    for role in ("student", "teacher"):
+        shutil.copytree(workspace / role, tmp_path / role)
+        (tmp_path / role / "chat_template.jinja").unlink()
+    chatml().save_pretrained(tmp_path / "chat")
+    file = tmp_path / "template.jinja"
+    file.write_text(CHAT_TEMPLATE, encoding="utf-8")
+    options = [f"{role}.model={tmp_path / role}" for role in ("student", "teacher")]
+    options += ["data.template=chat", f"student.chat_template_path={tmp_path / 'chat'}"]
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *options, "-o", tmp_path / "none")
+    assert code == 2
+    assert "has no chat template" in one_sentence(err)  # the teacher's
+    options.append(f"teacher.chat_template_path={file}")
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *options, "-o", tmp_path / "run")
+    assert code == 0, err
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").chat_template == chatml().chat_template
+    rows = ["--data", workspace / "data.jsonl", "--limit", 2, "--seeds", 1, "--max-new-tokens", 4]
+    code, _, err = run(monkeypatch, capsys, "eval", tmp_path / "run", *rows)
+    assert code == 0, err
+    answers = next((tmp_path / "run" / "eval").glob("*.answers.jsonl")).read_text(encoding="utf-8")
+    assert json.loads(answers.splitlines()[0])["prompt"].startswith("<|im_start|>user\nSay number 0.<|im_end|>")
+
+
+def test_a_student_without_a_chat_template_in_python(workspace, tmp_path):
+    """`chat_template_path` is TRL's option; without template='chat' it would have no effect."""
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "method": "sft", "max_steps": 1, "disable_tqdm": True}
+    chatml().save_pretrained(tmp_path / "chat")
+    with pytest.raises(UserError, match="chat_template_path requires template='chat', got template='alpaca'"):
+        DistillConfig(**options, chat_template_path=str(tmp_path / "chat"))
+    args = DistillConfig(**options, chat_template_path=str(tmp_path / "chat"), template="chat")
+    trainer = DistillTrainer(str(workspace / "student"), args=args, train_dataset=ROWS)
+    trainer.save_model()
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == chatml().chat_template

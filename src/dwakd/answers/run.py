@@ -201,7 +201,7 @@ def _source(recipe: Recipe, path: Path) -> Source:
         )
     section = recipe.teachers[0]
     loading: dict[str, Any] = {"trust_remote_code": section.trust_remote_code, "revision": section.revision}
-    tokenizer = load_tokenizer(section.model, **loading)
+    tokenizer = load_tokenizer(section.model, chat_template_path=section.chat_template_path, **loading)
     date = (read_request(path) or {}).get(DATE)  # templates print the same date in a run that continues
     encoder = TextEncoder(tokenizer, data.template, data.bos, data.special_tokens_in_prompts, date=date)
     request = fingerprint(

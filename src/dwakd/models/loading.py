@@ -25,7 +25,13 @@ from dwakd.models.specs import only_cached, resolve_spec
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
 
 
-def load_tokenizer(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+def load_tokenizer(
+    spec: str,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    chat_template_path: str | None = None,
+) -> Any:
     """Load the tokenizer of a model: a fast one with an end-of-sequence and a pad token.
 
     For a PEFT adapter without a tokenizer, the tokenizer of its base model is loaded. If the tokenizer has no pad token,
@@ -35,6 +41,7 @@ def load_tokenizer(spec: str, *, trust_remote_code: bool = False, revision: str 
         spec: a folder, a hub id, gguf:PATH or package:NAME/FILE, see `dwakd.models.specs`.
         trust_remote_code: run the Python code of a hub repository. Set it only if you have read that code.
         revision: branch, tag or commit of a hub id.
+        chat_template_path: see `set_chat_template`.
 
     Raises:
         UserError: the tokenizer cannot be loaded, has no fast version or has no end-of-sequence token.
@@ -44,14 +51,41 @@ def load_tokenizer(spec: str, *, trust_remote_code: bool = False, revision: str 
         adapter = adapter_config(location, revision)
         if adapter is None:
             raise UserError(f"{spec} contains no tokenizer.json; give the folder or hub id of the tokenizer")
-        return load_tokenizer(adapter_base(adapter, spec), trust_remote_code=trust_remote_code)
+        base = adapter_base(adapter, spec)
+        return load_tokenizer(base, trust_remote_code=trust_remote_code, chat_template_path=chat_template_path)
     options = {"revision": revision, "local_files_only": only_cached(location, revision)}
     with explained(_failure("tokenizer", spec)):
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
     check_tokenizer(tokenizer, spec)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if chat_template_path is not None:
+        set_chat_template(tokenizer, chat_template_path, trust_remote_code=trust_remote_code)
     return tokenizer
+
+
+def set_chat_template(tokenizer: Any, source: str, *, trust_remote_code: bool = False) -> None:
+    """Give a tokenizer the chat template of a file, or that of another model, and no new tokens.
+
+    Markers of the template that are no special tokens of the tokenizer are encoded like other text.
+
+    Args:
+        tokenizer: the tokenizer. Its `save_pretrained` also saves the template.
+        source: a file with a Jinja template, or a model as in `load_tokenizer`.
+        trust_remote_code: as in `load_tokenizer`.
+
+    Raises:
+        UserError: the file cannot be read, or the model has no chat template.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() or path.suffix in (".jinja", ".jinja2", ".j2", ".txt"):
+        with explained(f"chat_template_path: could not read the chat template in {source}"):
+            template = path.read_text(encoding="utf-8")
+    else:
+        template = load_tokenizer(source, trust_remote_code=trust_remote_code).chat_template
+    if not (template and str(template).strip()):
+        raise UserError(f"chat_template_path: {source} has no chat template; give a file with one, or a chat model")
+    tokenizer.chat_template = template
 
 
 def load_causal_lm(

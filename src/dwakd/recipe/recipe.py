@@ -94,6 +94,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_run(self, info: Any) -> Recipe:  # a ValidationInfo, a protocol that beartype cannot check
         command = info.context or "train"
+        templates = [section.chat_template_path for section in (self.student, *self.teachers)]
+        if any(templates) and self.data.template != "chat":
+            raise UserError(f"chat_template_path requires data.template: chat, got data.template: {self.data.template}")
         answers = command == "generate" or self.data.responses == "teacher"
         if answers and not self.teachers and self.generate.endpoint is None:
             raise UserError("nobody answers the prompts: add a teacher section to the recipe, or set generate.endpoint")
@@ -103,12 +106,7 @@ class Recipe(Section):
             raise UserError("data.responses: teacher requires generate.output, the file of the teacher's answers")
         if self.loss.needs_teacher and not self.teachers:
             raise UserError(f"method {self.method} needs a teacher: add a teacher section to the recipe")
-        for teacher in self.teachers:
-            if teacher.cache is None and teacher.cache_dtype is not None and command == "train":
-                raise UserError("teacher.cache_dtype requires teacher.cache, the folder of the cache")
-            if teacher.cache is not None:
-                refuse_cached_attention(self.loss)
-                refuse_cached_sampling(self.training.get("lmbda") or 0.0)
+        self._check_caches(command)
         options = self.training
         used = [name for name in NEED_EVALUATION if options.get(name) not in (None, False, "no")]
         used += ["save_strategy=best"] if options.get("save_strategy") == "best" else []
@@ -117,6 +115,14 @@ class Recipe(Section):
         metric = options.get("metric_for_best_model") or "loss"
         check_best_metric(metric, self.loss, rouge_l=bool(options.get("eval_rouge_l")))
         return self
+
+    def _check_caches(self, command: str) -> None:
+        for teacher in self.teachers:
+            if teacher.cache is None and teacher.cache_dtype is not None and command == "train":
+                raise UserError("teacher.cache_dtype requires teacher.cache, the folder of the cache")
+            if teacher.cache is not None:
+                refuse_cached_attention(self.loss)
+                refuse_cached_sampling(self.training.get("lmbda") or 0.0)
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None, command: Command = "train") -> Recipe:

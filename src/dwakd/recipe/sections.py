@@ -84,6 +84,9 @@ class ModelSection(Section):
     revision: str | None = Field(None, description="Branch, tag or commit of a model on the hub.")
     dtype: Dtype = Field("float32", description="Type of the weights.")
     trust_remote_code: bool = Field(False, description="Whether to run modelling code from the hub.")
+    chat_template_path: str | None = Field(
+        None, description="A file with a chat template, or another model's folder or hub id, for data.template: chat."
+    )
 
 
 class StudentSection(ModelSection):

@@ -1,7 +1,9 @@
 """The training arguments of `DistillTrainer`, which are also the options of a recipe's section `training`."""
 # ruff: noqa: RUF009 (`_option` returns a dataclass field)
 
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 import torch
@@ -13,8 +15,8 @@ from dwakd.losses import MethodOptions, method_options
 from dwakd.losses.options import Rate, Steps, Temperature
 from dwakd.losses.several_teachers import Gate
 from dwakd.losses.weighted_sum import term_names
-from dwakd.recipe.sections import Count, DataSection, Share, options_of
-from dwakd.validation import parse
+from dwakd.recipe.sections import Count, DataSection, Dtype, Share, options_of
+from dwakd.validation import Section, parse, unknown_option
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -28,6 +30,9 @@ ELSEWHERE = {
     "teacher_weights": "use teacher.weight",
     "teacher_cache": "use teacher.cache",
     "trust_remote_code": "use student.trust_remote_code and teacher.trust_remote_code",
+    "model_init_kwargs": "use student.dtype, student.revision and student.trust_remote_code",
+    "teacher_model_init_kwargs": "use teacher.dtype, teacher.revision and teacher.trust_remote_code",
+    "chat_template_path": "use student.chat_template_path and teacher.chat_template_path",
     "output_dir": "use --output",
     "resume_from_checkpoint": "use --resume",
     "on_policy": "use lmbda",
@@ -118,6 +123,14 @@ class DistillConfig(TrainingArguments):
     disable_dropout: bool = _option(False, "Set each dropout of the student to 0, but not the noise of routers.")
     teacher_cache: str | None = _option(None, "Folder of the teacher's hidden states. It is built if it is missing.")
     trust_remote_code: bool = _option(False, "Run modelling code from the hub; only for models given by name.")
+    model_init_kwargs: dict[str, Any] | None = _option(
+        None, "How to load a student given by name: dtype, revision and trust_remote_code."
+    )
+    teacher_model_init_kwargs: dict[str, Any] | None = _option(None, "The same for teachers given by name.")
+    chat_template_path: str | None = _option(
+        None, "Chat template of the student: a file, or another model's folder or hub id. It is saved with the student."
+    )
+    warmup_ratio: Beta | None = _option(None, "Share of the steps with warmup, instead of warmup_steps.")
     eval_rouge_l: bool = _option(False, "Also answer the evaluation prompts and report eval_rouge_l.")
     eval_max_new_tokens: Count = _option(128, "Most tokens of an answer for eval_rouge_l.")
 
@@ -137,16 +150,27 @@ class DistillConfig(TrainingArguments):
     disable_tqdm: bool | None = _option(False, "Show no progress bars.")
 
     def __post_init__(self) -> None:
+        for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+            setattr(self, name, _loading_options(getattr(self, name), f"{name}."))
+        if self.chat_template_path is not None and self.template != "chat":
+            raise UserError(f"chat_template_path requires template='chat', got template={self.template!r}")
         values = {name: getattr(self, name) for name in TrainingOptions.model_fields}
         own = DistillConfig.__annotations__.keys() | LIMITS.keys()  # transformers replaces others by objects
         checked = {n: _number(v) for n, v in values.items() if n in own or isinstance(v, int | float | dict)}
         parse(TrainingOptions, checked)
         self._check_sampling(self.method_options)
+        if self.warmup_ratio is not None:
+            if self.warmup_steps:  # type: ignore[has-type]
+                raise UserError("warmup_steps and warmup_ratio are both given: remove one of them")
+            self.warmup_steps, self.warmup_ratio = (
+                self.warmup_ratio,
+                None,
+            )  # transformers reads a number below 1 as a share
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model = "rouge_l" if self.eval_rouge_l else "bits_per_byte"
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             lower = metric_names(self.method_options, rouge_l=False)
-            self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") not in lower
+            self.greater_is_better = not f"_{self.metric_for_best_model}".endswith(tuple(f"_{name}" for name in lower))
         super().__post_init__()
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to pin memory for, and torch would warn
@@ -166,6 +190,37 @@ class DistillConfig(TrainingArguments):
     def method_options(self) -> MethodOptions:
         """The options of the method, validated."""
         return method_options(self.method, self.loss_options, "loss_options.")
+
+
+class _LoadingOptions(Section):
+    revision: str | None = None
+    dtype: Dtype = "float32"
+    trust_remote_code: bool = False
+
+
+def _loading_options(given: dict[str, Any] | None, prefix: str) -> dict[str, Any] | None:
+    """Validate `model_init_kwargs`; a dtype of torch becomes its name."""
+    if given is None:
+        return None
+    named = {"dtype" if name == "torch_dtype" else name: value for name, value in given.items()}
+    if isinstance(named.get("dtype"), torch.dtype):
+        named["dtype"] = str(named["dtype"]).removeprefix("torch.")
+    return parse(_LoadingOptions, named, prefix).model_dump(exclude_unset=True)
+
+
+def _refuse_unknown(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def checked(self: DistillConfig, *args: Any, **options: Any) -> None:
+        valid = [item.name for item in fields(self)]
+        for name in options:
+            if name not in valid:
+                raise unknown_option(name, name, valid)
+        init(self, *args, **options)
+
+    return checked
+
+
+DistillConfig.__init__ = _refuse_unknown(DistillConfig.__init__)  # type: ignore[method-assign]
 
 
 def _number(value: Any) -> Any:

@@ -40,7 +40,9 @@ def cache_recipe(recipe: Recipe, folder: str | Path | None = None, *, check: boo
     ]
     sections: list[StudentSection | TeacherSection] = [recipe.student, *recipe.teachers]
     tokenizers = [
-        load_tokenizer(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
+        load_tokenizer(
+            section.model, **section.model_dump(include={"revision", "trust_remote_code", "chat_template_path"})
+        )
         for section in sections
     ]
     dates = [teacher and teacher.date for teacher in teachers]

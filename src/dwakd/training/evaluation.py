@@ -2,28 +2,36 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import EvalPrediction
 from transformers.trainer_utils import denumpify_detensorize
 
 from dwakd.data.encoding import TextEncoder
+from dwakd.data.pairs import EncodedPairs
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import generate_answers
 from dwakd.evaluation.metrics import references_of, rouge_l
 from dwakd.evaluation.options import GenerationOptions
 from dwakd.models.rows import evaluating
-from dwakd.recipe.training import DistillConfig, metric_names
+from dwakd.recipe.training import DistillConfig, check_best_metric, metric_names
 from dwakd.training.distiller import Distiller
 from dwakd.training.inputs import Model
 from dwakd.training.teachers import MicroBatch
 
 Metrics = Callable[[EvalPrediction], dict[str, Any]]
+
+
+def eval_loader(pairs: EncodedPairs, args: DistillConfig, collate_fn: Callable[..., Any]) -> DataLoader[Any]:
+    """Return the batches of an evaluation set. Trainer.get_eval_dataloader would apply dataloader_drop_last."""
+    workers, pin = args.dataloader_num_workers, args.dataloader_pin_memory
+    return DataLoader(pairs, args.eval_batch_size, collate_fn=collate_fn, num_workers=workers, pin_memory=pin)
 
 
 def mean_terms(
@@ -60,10 +68,43 @@ def mean_terms(
     return terms
 
 
+def choose_best(args: DistillConfig, sets: Sequence[str], *, own_metrics: bool) -> tuple[str, str]:
+    """Return the evaluation set and the metric by which the best checkpoint is chosen, and check that they exist.
+
+    With several sets, `metric_for_best_model` may name one, as in NAME_bits_per_byte. Otherwise it becomes that of the
+    first set.
+
+    Args:
+        args: the training arguments.
+        sets: names of the evaluation sets; the name of a single one is empty.
+        own_metrics: whether there is a `compute_metrics`, whose names are not known yet.
+    """
+    metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    owner = max((name for name in sets if metric.startswith(f"{name}_")), key=len, default="")
+    if not owner or metric in metric_names(args.method_options, rouge_l=True):
+        owner = next(iter(sets), "")
+        if owner and args.metric_for_best_model is not None:
+            args.metric_for_best_model = f"{owner}_{metric}"
+    else:
+        metric = metric.removeprefix(f"{owner}_")
+    if args.metric_for_best_model is not None and not own_metrics:
+        check_best_metric(metric, args.method_options, rouge_l=args.eval_rouge_l)
+    return owner, metric
+
+
 def generated_metrics(
-    model: Model, encoder: TextEncoder, examples: list[Example], args: DistillConfig, compute_metrics: Metrics | None
+    model: Model,
+    encoder: TextEncoder,
+    examples: list[Example],
+    args: DistillConfig,
+    compute_metrics: Metrics | None,
+    *,
+    best: str,
 ) -> dict[str, float]:
-    """Compute ROUGE-L of sampled answers (temperature 1, a fixed seed) if `eval_rouge_l` is set, and the user's metrics."""
+    """Compute ROUGE-L of sampled answers (temperature 1, a fixed seed) if `eval_rouge_l` is set, and the user's metrics.
+
+    `best` is the metric of this set by which the best checkpoint is chosen.
+    """
     length, size = args.eval_max_new_tokens, args.per_device_eval_batch_size
     options = GenerationOptions(seed=args.seed, max_new_tokens=length, batch_size=size)
     answers = generate_answers(model, encoder, examples, options, progress=not args.disable_tqdm)
@@ -75,10 +116,7 @@ def generated_metrics(
     if compute_metrics is None:
         return metrics
     own = plain_metrics(compute_metrics(EvalPrediction(predictions=answers, label_ids=references)))
-    known, best = (
-        metric_names(args.method_options, rouge_l=True),
-        (args.metric_for_best_model or "loss").removeprefix("eval_"),
-    )
+    known = metric_names(args.method_options, rouge_l=True)
     if same := own.keys() & known:
         raise UserError(f"compute_metrics returned {min(same)!r}, which is the name of a metric of the run: rename it")
     value = own.get(best)

@@ -1,11 +1,12 @@
 """Load and check what a trainer is given: models and tokenizers by name or as objects, and data sets of any form."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from datasets import Dataset, IterableDataset
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,8 +14,16 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import REFUSED, EncodedPairs, align_by_spelling, encode_pairs
 from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, Example, load_examples
 from dwakd.errors import UserError
+from dwakd.evaluation.generate import answerable_prompts
 from dwakd.models.head import embedding_table, model_name, output_head
-from dwakd.models.loading import align_special_tokens, check_vocabulary, load_causal_lm, load_tokenizer, quiet_peft
+from dwakd.models.loading import (
+    align_special_tokens,
+    check_vocabulary,
+    load_causal_lm,
+    load_tokenizer,
+    quiet_peft,
+    set_chat_template,
+)
 from dwakd.models.rows import check_head
 from dwakd.recipe.training import DistillConfig
 from dwakd.training.student import check_student
@@ -54,24 +63,44 @@ def add_adapter(model: Model, config: PeftConfig) -> PeftModel:
     return adapted
 
 
+def loading_options(args: DistillConfig, role: str) -> dict[str, Any]:
+    """Return the keyword arguments of `load_causal_lm` for models given by name; `role` is empty or "teacher_"."""
+    options = {"trust_remote_code": args.trust_remote_code, **(getattr(args, f"{role}model_init_kwargs") or {})}
+    return options | {"dtype": getattr(torch, options.get("dtype", "float32"))}
+
+
+def check_named(args: DistillConfig, role: str, models: Sequence[Any]) -> None:
+    """Raise UserError if there are options of loading for a role, but no model that is loaded."""
+    if getattr(args, f"{role}model_init_kwargs") and not any(isinstance(model, str) for model in models):
+        raise UserError(
+            f"{role}model_init_kwargs requires a {role}model given by name; leave it out for a loaded model"
+        )
+
+
 def load_pair(
     model: str | Model, tokenizer: PreTrainedTokenizerBase | None, args: DistillConfig, name: str
 ) -> tuple[Model, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer if they are given by name, and check that losses can use them.
 
+    The student's tokenizer gets the chat template of `args`.
+
     Raises:
         UserError: a loaded model has no tokenizer (the argument `name`), its logits are not its head applied to its
             hidden states, or the tokenizer has no end of sequence or more tokens than the model.
     """
+    role = name.removesuffix("processing_class")
     if isinstance(model, str):
-        tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=args.trust_remote_code)
-        model = load_causal_lm(model, trust_remote_code=args.trust_remote_code)
+        options = loading_options(args, role)
+        tokenizer = tokenizer or load_tokenizer(model, **{n: v for n, v in options.items() if n != "dtype"})
+        model = load_causal_lm(model, **options)
     if tokenizer is None:
         raise UserError(f"{name} is missing: a model that is passed as an object needs its tokenizer")
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer given as {name} has no end-of-sequence token; set its eos_token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if not role and args.chat_template_path is not None:
+        set_chat_template(tokenizer, args.chat_template_path, trust_remote_code=args.trust_remote_code)
     check_head(model)
     check_vocabulary(model, tokenizer, model_name(model))
     align_special_tokens(model, tokenizer)
@@ -87,6 +116,21 @@ def load_pair(
 def make_encoder(tokenizer: PreTrainedTokenizerBase, args: DistillConfig, date: str | None = None) -> TextEncoder:
     """Make the encoder of a tokenizer; `date` is the date that a chat template prints as today's."""
     return TextEncoder(tokenizer, args.template, args.bos, args.special_tokens_in_prompts, date=date)
+
+
+def evaluation_sets(source: Source | None) -> dict[str, Source]:
+    """Return the evaluation sets by name. A single one has an empty name.
+
+    A dict is several sets, as in transformers. A `DatasetDict`, and a dict with a split `train`, is one data set.
+    """
+    if source is None:
+        return {}
+    splits = isinstance(source, DatasetDict | IterableDatasetDict)
+    if not isinstance(source, Mapping) or splits or "train" in source:
+        return {"": source}
+    if not source:
+        raise UserError("eval_dataset is an empty dict: give a data set, or data sets by their names")
+    return dict(source)
 
 
 def encode_source(
@@ -140,6 +184,25 @@ def encode_source(
     if args.method_options.needs_edit_alignment:
         align_by_spelling(pairs, *encoders)
     return examples, pairs
+
+
+def encode_evaluation(
+    sources: dict[str, Source],
+    encoders: tuple[TextEncoder, ...],
+    args: DistillConfig,
+    label: str | None,
+    answering: Model | None,
+) -> dict[str, tuple[list[Example], EncodedPairs]]:
+    """Encode the evaluation sets by `encode_source`, and check that the model `answering` can answer their prompts."""
+    sets = {}
+    for name, source in sources.items():
+        shown = f"{label or 'the eval dataset'} {name}" if name else label
+        examples, pairs = encode_source(source, encoders, args, "eval", shown)
+        if answering is not None:
+            answerable_prompts(answering, encoders[0], examples, shown or "the eval dataset")
+        if pairs is not None:
+            sets[name] = examples, pairs
+    return sets
 
 
 def check_batches(pairs: EncodedPairs | None, args: DistillConfig) -> None:

@@ -83,11 +83,12 @@ def load_section(section: StudentSection | TeacherSection) -> tuple[Any, Any]:
     """Load the model of a section, or open its cache, and load its tokenizer."""
     options: dict[str, Any] = {"trust_remote_code": section.trust_remote_code, "revision": section.revision}
     loading = {**options, "dtype": getattr(torch, section.dtype), "adapter": getattr(section, "adapter", None)}
+    tokenizer = load_tokenizer(section.model, chat_template_path=section.chat_template_path, **options)
     if isinstance(section, TeacherSection) and section.cache is not None:
         stored = section.cache_dtype and getattr(torch, section.cache_dtype)
-        teacher = CachedTeacher(section.cache, section.model, cache_dtype=stored, **loading)
-        return teacher, teacher.tokenizer
-    return load_causal_lm(section.model, **loading), load_tokenizer(section.model, **options)
+        teacher = CachedTeacher(section.cache, section.model, cache_dtype=stored, tokenizer=tokenizer, **loading)
+        return teacher, tokenizer
+    return load_causal_lm(section.model, **loading), tokenizer
 
 
 def recipe_examples(recipe: Recipe, plan: EvaluationPlan | None = None) -> tuple[list[Example], list[Example] | None]:

@@ -11,7 +11,7 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.errors import UserError
 from dwakd.losses import TeacherScale
 from dwakd.recipe.training import DistillConfig, refuse_cached_attention
-from dwakd.training.inputs import Model, load_pair, make_encoder
+from dwakd.training.inputs import Model, check_named, load_pair, loading_options, make_encoder
 from dwakd.training.student import check_separate
 from dwakd.training.teacher import CachedTeacher, OnlineTeacher, Teacher
 
@@ -46,6 +46,7 @@ def load_teachers(
         raise UserError(
             "teacher_cache is for one teacher: give several as a list of dwakd.training.teacher.CachedTeacher"
         )
+    check_named(args, "teacher_", given)
     return [_load(student, teacher, tokenizer, args) for teacher, tokenizer in zip(given, own, strict=True)]
 
 
@@ -53,8 +54,8 @@ def _load(
     student: Model, teacher: AnyTeacher, tokenizer: PreTrainedTokenizerBase | None, args: DistillConfig
 ) -> tuple[Teacher, TextEncoder]:
     if args.teacher_cache is not None:
-        remote = args.trust_remote_code
-        teacher = CachedTeacher(args.teacher_cache, teacher, tokenizer=tokenizer, trust_remote_code=remote)
+        options = loading_options(args, "teacher_")
+        teacher = CachedTeacher(args.teacher_cache, teacher, tokenizer=tokenizer, **options)
     if not isinstance(teacher, Teacher):
         model, tokenizer = load_pair(teacher, tokenizer, args, "teacher_processing_class")
         check_separate(student, model)  # before the teacher is frozen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -13,27 +14,29 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from dwakd.batch import PairedBatch
 from dwakd.data.collator import collate
+from dwakd.data.pairs import EncodedPairs
+from dwakd.data.sources import Example
 from dwakd.errors import UserError
-from dwakd.evaluation.generate import answerable_prompts
 from dwakd.models.checks import check_training
 from dwakd.models.saving import save_causal_lm
-from dwakd.recipe.training import DistillConfig, check_best_metric
+from dwakd.recipe.training import DistillConfig
 from dwakd.training import inputs as given
 from dwakd.training.callbacks import FiniteCheck, RunCallback, TermsProgressCallback
 from dwakd.training.distiller import LOSS_STATE, Distiller, build_method
-from dwakd.training.evaluation import generated_metrics, mean_terms
+from dwakd.training.evaluation import choose_best, eval_loader, generated_metrics, mean_terms
 from dwakd.training.on_policy import StudentAnswers, check_teachers
 from dwakd.training.sampler import LengthGroupedSampler, cut_repeats
 from dwakd.training.student import check_student, disable_dropout
 from dwakd.training.teacher import Teacher
 from dwakd.training.teachers import AnyTeacher, MicroBatch, load_teachers, run_teachers
+from dwakd.validation import unknown_option
 
 
 class DistillTrainer(Trainer):
@@ -43,7 +46,8 @@ class DistillTrainer(Trainer):
         model: the student: a model, or a name or folder for `load_causal_lm`.
         teacher_model: the teacher, given like the student or as a `Teacher`; a list for several. Not needed by `sft`.
         train_dataset: a hub id, a file, a `datasets.Dataset`, a list of rows or examples, or encoded pairs.
-        eval_dataset: the same. Of a dict of splits, `validation` or else `test` is read (and `train` to train on).
+        eval_dataset: the same, or several sets by name, whose metrics are named eval_NAME_loss and so on. Of a
+            `DatasetDict` or a dict with `train`, `validation` or else `test` is read (and `train` to train on).
         processing_class: the student's tokenizer. It is loaded with a student given by name.
         teacher_processing_class: the teacher's tokenizer, loaded with a teacher given by name. A list for several.
         peft_config: trains adapters on the student instead of its weights.
@@ -66,11 +70,16 @@ class DistillTrainer(Trainer):
         compute_metrics: Callable[..., dict[str, float]] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         dataset_names: dict[str, str] | None = None,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            name = next(iter(unknown))
+            raise unknown_option(name, name, [*inspect.signature(DistillTrainer).parameters][:-1])
         args = given.checked_args(args)
         names = dataset_names or {}
-        if args.metric_for_best_model is not None and compute_metrics is None:
-            check_best_metric(args.metric_for_best_model, args.method_options, rouge_l=args.eval_rouge_l)
+        sources = given.evaluation_sets(eval_dataset)
+        choose_best(args, list(sources), own_metrics=compute_metrics is not None)
+        given.check_named(args, "", [model])
         model, processing_class = given.load_pair(model, processing_class, args, "processing_class")
         if train_dataset is not None:
             check_training(model, gradient_checkpointing=args.gradient_checkpointing)
@@ -83,12 +92,12 @@ class DistillTrainer(Trainer):
         self._encoders = (self.student_encoder, *(encoder for _, encoder in found))
         check_teachers(args, self.teachers, self._encoders)
         _, train_pairs = given.encode_source(train_dataset, self._encoders, args, "train", names.get("train"))
-        self._eval_examples, eval_pairs = given.encode_source(
-            eval_dataset, self._encoders, args, "eval", names.get("eval")
-        )
-        if args.eval_rouge_l or compute_metrics:
-            answerable_prompts(model, self.student_encoder, self._eval_examples, names.get("eval", "the eval dataset"))
-        sets = {role: pairs for role, pairs in (("train", train_pairs), ("eval", eval_pairs)) if pairs is not None}
+        answering = model if args.eval_rouge_l or compute_metrics else None
+        self._eval_sets = given.encode_evaluation(sources, self._encoders, args, names.get("eval"), answering)
+        eval_pairs = {name: pairs for name, (_, pairs) in self._eval_sets.items()}
+        sets = {f"eval {name}".rstrip(): pairs for name, pairs in eval_pairs.items()}
+        if train_pairs is not None:
+            sets = {"train": train_pairs, **sets}
         for index, (teacher, encoder) in enumerate(found):
             teacher.prepare(encoder, args, {role: pairs.of_teacher(index) for role, pairs in sets.items()})
         set_seed(args.seed)
@@ -106,7 +115,7 @@ class DistillTrainer(Trainer):
             args=args,
             data_collator=partial(collate, find_places=[teacher.find_place for teacher in self.teachers]),
             train_dataset=train_pairs,
-            eval_dataset=eval_pairs,
+            eval_dataset=eval_pairs.get("", eval_pairs or None),
             processing_class=processing_class,
             callbacks=[self.clock, self.finite, *(callbacks or [])],
             optimizers=optimizers,
@@ -213,37 +222,39 @@ class DistillTrainer(Trainer):
         """Compute every term in nats per student response token, bits per byte, and ROUGE-L if `args` asks for it.
 
         N(.) is computed for each batch, so the terms of distillation depend a little on `per_device_eval_batch_size`.
-        `ce`, `bits_per_byte` and `rouge_l` do not.
+        `ce`, `bits_per_byte` and `rouge_l` do not. Metrics of several sets have the prefix eval_NAME.
 
         Args:
-            eval_dataset: as in the constructor. Default: the constructor's, the only one that is answered for ROUGE-L.
+            eval_dataset: as in the constructor. Default: the constructor's, the only ones that are answered for ROUGE-L.
             ignore_keys: unused.
         """
-        pairs = self.eval_dataset
-        if eval_dataset is not None:
-            _, pairs = given.encode_source(eval_dataset, self._encoders, self.args, "eval")
-        if pairs is None:
+        sets, own = self._eval_sets, eval_dataset is None
+        if not own:
+            sources = given.evaluation_sets(eval_dataset)
+            sets = given.encode_evaluation(sources, self._encoders, self.args, None, None)
+        if not sets:
             raise UserError("there is nothing to evaluate on: give eval_dataset")
+        found: dict[str, float] = {}
+        for name, (examples, pairs) in sets.items():
+            metrics = self._evaluate_set(pairs, examples if own else None, name)
+            prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
+            metrics = {prefix + key.removeprefix(prefix): value for key, value in metrics.items()}
+            self.log(dict(metrics))
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
+            found |= metrics
+        return found
+
+    def _evaluate_set(self, pairs: EncodedPairs, examples: list[Example] | None, name: str) -> dict[str, float]:
         with torch.random.fork_rng():  # a run must not depend on how often it is evaluated
-            loader = DataLoader(  # get_eval_dataloader would apply dataloader_drop_last
-                pairs,
-                self.args.eval_batch_size,
-                collate_fn=self.data_collator,
-                num_workers=self.args.dataloader_num_workers,
-                pin_memory=self.args.dataloader_pin_memory,
-            )
-            bar = tqdm(
-                self.accelerator.prepare(loader), "evaluating", delay=2, leave=False, disable=self.args.disable_tqdm
-            )
+            loader = self.accelerator.prepare(eval_loader(pairs, self.args, self.data_collator))
+            bar = tqdm(loader, "evaluating", delay=2, leave=False, disable=self.args.disable_tqdm)
             batches = (self._micro_batches([batch])[0] for batch in bar)
             metrics = mean_terms(self._distiller, batches, self.accelerator.reduce)
-            if eval_dataset is None and (self.args.eval_rouge_l or self.metrics_function):
-                own = self.student, self.student_encoder, self._eval_examples, self.args, self.metrics_function
-                metrics |= generated_metrics(*own)
-        prefix = f"{metric_key_prefix}_"
-        metrics = {prefix + name.removeprefix(prefix): value for name, value in metrics.items()}
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
+            if examples is not None and (self.args.eval_rouge_l or self.metrics_function):
+                chosen, metric = choose_best(self.args, list(self._eval_sets), own_metrics=True)
+                best = metric if name == chosen else "loss"
+                own = self.student, self.student_encoder, examples, self.args, self.metrics_function
+                metrics |= generated_metrics(*own, best=best)
         return metrics
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
