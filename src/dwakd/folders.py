@@ -59,3 +59,17 @@ def write_file(path: Path, data: bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write indented JSON by `write_file`."""
     write_file(path, f"{json.dumps(content, indent=2)}\n".encode())
+
+
+def without_paths(content: Any) -> Any:
+    """Return nested values in which each absolute path of this machine is replaced by its last part."""
+    if isinstance(content, dict):
+        return {key: without_paths(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [without_paths(value) for value in content]
+    if not isinstance(content, str):
+        return content
+    prefix = "gguf:" if content.startswith("gguf:") else ""
+    path = Path(content.removeprefix(prefix)).expanduser()
+    is_path = path.is_absolute() and "\n" not in content and (path.exists() or path.parent.exists())
+    return prefix + path.name if is_path and path.name else content

@@ -118,6 +118,6 @@ def test_tokens_per_second_and_the_norms_of_the_terms(tmp_path):
     for name, count in zip(names, (responses, read), strict=True):  # four steps of four rows are an epoch
         total = sum(log[name] * time for log, time in zip((first, second), seconds, strict=True))
         assert 0.6 * count < total <= count
-    assert first["grad_norm/ce"] > 0
-    assert second["grad_norm/ce"] > 0, "measured at the first and the fourth step"
-    assert "grad_norm/ce" not in trainer(tmp_path / "off", method="sft").state.log_history
+    assert first["term_grad_norm/ce"] > 0
+    assert second["term_grad_norm/ce"] > 0, "measured at the first and the fourth step"
+    assert "term_grad_norm/ce" not in trainer(tmp_path / "off", method="sft").state.log_history

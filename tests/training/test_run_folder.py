@@ -17,7 +17,6 @@ from dwakd.training.run_folder import (
     has_steps_left,
     is_finished,
     last_checkpoint,
-    write_card,
 )
 from tests.training.builders import trainer
 
@@ -88,23 +87,6 @@ def test_one_process_trains_in_a_folder(tmp_path):
     with alone_in(folder), ExitStack() as second, pytest.raises(UserError, match=str(folder)):
         second.enter_context(alone_in(folder))
     assert list(folder.iterdir()) == []
-
-
-@pytest.mark.parametrize("peft", [None, {"r": 4}])
-def test_the_card_says_how_to_load_the_student(peft, tmp_path):
-    """The model card shows how to load a student, which differs between models and adapters."""
-    write_card(recipe_of(student={"model": "base", "peft": peft}, teacher={"model": "big"}), tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    assert ("AutoPeftModelForCausalLM.from_pretrained" in card) == (peft is not None)
-    assert ("base_model: base" in card) == (peft is not None)
-    assert "teacher `big`" in card
-    answered = recipe_of(
-        data={"train": "x", "responses": "teacher"}, generate={"output": "y.jsonl"}, teacher={"model": "big"}
-    )
-    write_card(answered, tmp_path)
-    assert "data `x` and the teacher's answers in `y.jsonl`" in (tmp_path / "README.md").read_text()
-    write_card(recipe_of(training={"lmbda": 0.5}), tmp_path)
-    assert "training.lmbda 0.5" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -26,6 +26,7 @@ def train(
     The result is a plain Hugging Face folder: AutoModelForCausalLM.from_pretrained(FOLDER).
     """
     silence_transformers()
+    from dwakd.evaluation.card import update_results
     from dwakd.evaluation.run import evaluate_plan, plan_evaluation
     from dwakd.recipe.recipe import load_recipe
     from dwakd.training.run import end_of_run
@@ -40,6 +41,9 @@ def train(
     if plan.sets and trainer.is_world_process_zero():
         student, encoder = trainer.student, trainer.student_encoder
         console.print(evaluate_plan(plan, student, encoder, folder / "eval", name=str(folder), overwrite=True))
+        update_results(folder)
+        if trainer.args.push_to_hub:
+            trainer.push_card()
     end_of_run()
 
 

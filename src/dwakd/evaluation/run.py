@@ -15,6 +15,7 @@ from rich.text import Text
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import SUFFIXES, TEST_SPLITS, Example, load_examples
 from dwakd.errors import UserError
+from dwakd.evaluation.card import update_results
 from dwakd.evaluation.evaluate import (
     evaluate_model,
     evaluate_text,
@@ -156,7 +157,10 @@ def evaluate_sets(
         loaded.to(torch.accelerator.current_accelerator())
     check_head(loaded)
     check_room(plan, loaded, encoder)
-    return evaluate_plan(plan, loaded, encoder, folder, name=model, overwrite=overwrite)
+    table = evaluate_plan(plan, loaded, encoder, folder, name=model, overwrite=overwrite)
+    if adapter is None and folder == Path(model) / "eval":
+        update_results(Path(model))
+    return table
 
 
 def evaluate_plan(

@@ -28,7 +28,13 @@ def save_causal_lm(model: Any, folder: str | Path, state_dict: dict[str, Tensor]
     """
     folder = Path(folder)
     if isinstance(model, PeftModel):
+        card = folder / "README.md"
+        before = card.read_bytes() if card.exists() else None
         model.save_pretrained(folder, state_dict=state_dict)
+        if before is not None:
+            card.write_bytes(before)
+        else:  # PEFT's card, with the path of a local base model
+            card.unlink(missing_ok=True)
         (adapter,) = model.peft_config
         if (folder / adapter / "adapter_config.json").is_file():
             for path in (folder / adapter).iterdir():

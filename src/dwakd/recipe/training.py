@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 from transformers import TrainingArguments
 
 from dwakd.errors import UserError
@@ -44,6 +44,21 @@ ELSEWHERE = {
 """Options of `DistillConfig` and TRL that the section training does not have, and what to do instead."""
 
 
+class LoadingOptions(Section):
+    """The keyword arguments of `from_pretrained` that `model_init_kwargs` may have."""
+
+    revision: str | None = None
+    dtype: Dtype = "float32"
+    trust_remote_code: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names(cls, given: Any) -> Any:
+        """Read the older name `torch_dtype`, and dtypes of torch."""
+        named = {"dtype" if name == "torch_dtype" else name: value for name, value in given.items()}
+        return {n: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for n, v in named.items()}
+
+
 def _option(default: object, description: str) -> Any:
     return field(default=default, metadata={"help": description})
 
@@ -73,6 +88,7 @@ LIMITS: dict[str, Any] = {
     "max_steps": Count | Literal[-1],
     "remove_unused_columns": Annotated[bool, _only(False, "the method reads every column")],
     "optim_args": Annotated[str, AfterValidator(_check_assignments)] | None,
+    "hub_strategy": Literal["end", "every_save"],
     "label_smoothing_factor": Annotated[float, _only(0, "the method defines it")],
     "use_liger_kernel": Annotated[bool, _only(False, "load a student with Liger")],
     "train_sampling_strategy": Literal["random", "sequential", "group_by_length"],
@@ -150,11 +166,11 @@ class DistillConfig(TrainingArguments):
     disable_tqdm: bool | None = _option(False, "Show no progress bars.")
 
     def __post_init__(self) -> None:
-        for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
-            setattr(self, name, _loading_options(getattr(self, name), f"{name}."))
         if self.chat_template_path is not None and self.template != "chat":
             raise UserError(f"chat_template_path requires template='chat', got template={self.template!r}")
         values = {name: getattr(self, name) for name in TrainingOptions.model_fields}
+        for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+            parse(LoadingOptions, values.pop(name) or {}, f"{name}.")
         own = DistillConfig.__annotations__.keys() | LIMITS.keys()  # transformers replaces others by objects
         checked = {n: _number(v) for n, v in values.items() if n in own or isinstance(v, int | float | dict)}
         parse(TrainingOptions, checked)
@@ -190,22 +206,6 @@ class DistillConfig(TrainingArguments):
     def method_options(self) -> MethodOptions:
         """The options of the method, validated."""
         return method_options(self.method, self.loss_options, "loss_options.")
-
-
-class _LoadingOptions(Section):
-    revision: str | None = None
-    dtype: Dtype = "float32"
-    trust_remote_code: bool = False
-
-
-def _loading_options(given: dict[str, Any] | None, prefix: str) -> dict[str, Any] | None:
-    """Validate `model_init_kwargs`; a dtype of torch becomes its name."""
-    if given is None:
-        return None
-    named = {"dtype" if name == "torch_dtype" else name: value for name, value in given.items()}
-    if isinstance(named.get("dtype"), torch.dtype):
-        named["dtype"] = str(named["dtype"]).removeprefix("torch.")
-    return parse(_LoadingOptions, named, prefix).model_dump(exclude_unset=True)
 
 
 def _refuse_unknown(init: Callable[..., None]) -> Callable[..., None]:

@@ -65,7 +65,7 @@ class RunCallback(TrainerCallback):
         norms = (sums[len(self._terms) :] / max(num_measured, 1)).sqrt().tolist()
         responses, read = (counts[:2] / seconds).tolist()
         metrics = dict(zip(self._terms, means, strict=True))
-        metrics |= {f"grad_norm/{name}": norm for name, norm in zip(self._squares, norms, strict=True)}
+        metrics |= {f"term_grad_norm/{name}": norm for name, norm in zip(self._squares, norms, strict=True)}
         metrics |= {"response_tokens_per_second": responses, "tokens_per_second": read, **answer_metrics(counts[2:])}
         self._start(step)
         return metrics

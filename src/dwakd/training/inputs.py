@@ -25,7 +25,7 @@ from dwakd.models.loading import (
     set_chat_template,
 )
 from dwakd.models.rows import check_head
-from dwakd.recipe.training import DistillConfig
+from dwakd.recipe.training import DistillConfig, LoadingOptions
 from dwakd.training.student import check_student
 
 Rows: TypeAlias = str | Path | Dataset | IterableDataset | Mapping[str, Any] | list[dict[str, Any]] | list[Example]
@@ -65,8 +65,11 @@ def add_adapter(model: Model, config: PeftConfig) -> PeftModel:
 
 def loading_options(args: DistillConfig, role: str) -> dict[str, Any]:
     """Return the keyword arguments of `load_causal_lm` for models given by name; `role` is empty or "teacher_"."""
-    options = {"trust_remote_code": args.trust_remote_code, **(getattr(args, f"{role}model_init_kwargs") or {})}
-    return options | {"dtype": getattr(torch, options.get("dtype", "float32"))}
+    given = LoadingOptions.model_validate(getattr(args, f"{role}model_init_kwargs") or {}).model_dump(
+        exclude_unset=True
+    )
+    options = {"trust_remote_code": args.trust_remote_code, "dtype": "float32", **given}
+    return options | {"dtype": getattr(torch, options["dtype"])}
 
 
 def check_named(args: DistillConfig, role: str, models: Sequence[Any]) -> None:

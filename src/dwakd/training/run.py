@@ -27,13 +27,12 @@ from dwakd.recipe.files import RECIPE_FILE
 from dwakd.recipe.recipe import Recipe
 from dwakd.recipe.sections import StudentSection, TeacherSection, lora_config
 from dwakd.recipe.training import DATA_OPTIONS, DistillConfig
+from dwakd.training.card import PACKAGES
 from dwakd.training.distiller import load_student
 from dwakd.training.inputs import make_encoder
-from dwakd.training.run_folder import RUN_FILE, alone_in, check_output, has_steps_left, is_finished, write_card
+from dwakd.training.run_folder import RUN_FILE, alone_in, check_output, has_steps_left, is_finished
 from dwakd.training.teacher import CachedTeacher
 from dwakd.training.trainer import DistillTrainer
-
-PACKAGES = ("dwakd", "torch", "transformers", "tokenizers", "peft", "datasets", "accelerate", "numba")
 
 
 def training_config(recipe: Recipe, output_dir: str | Path) -> DistillConfig:
@@ -121,7 +120,7 @@ def build_trainer(recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan |
         check_room(plan, student, make_encoder(student_tokenizer, args))
     teachers = [load_section(section) for section in recipe.teachers] if recipe.loss.needs_teacher else []
     try:
-        return DistillTrainer(
+        trainer = DistillTrainer(
             model=student,
             teacher_model=[teacher for teacher, _ in teachers],
             args=args,
@@ -136,6 +135,8 @@ def build_trainer(recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan |
         if isinstance(error, UserError) or (type(error) is RuntimeError and "requires" not in str(error)):
             raise
         raise UserError(f"training options: {error}") from error  # a tracker or a backend that is not installed
+    trainer.recipe = recipe.content()
+    return trainer
 
 
 def train(
@@ -163,7 +164,6 @@ def train(
         trainer.save_model()
         trainer.save_state()
         if trainer.is_world_process_zero():
-            write_card(recipe, folder)
             write_json(folder / RUN_FILE, run_record(trainer))
     return trainer
 

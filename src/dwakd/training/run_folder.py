@@ -1,4 +1,4 @@
-"""The folder of a run: which run it contains, how far the run got, its lock, and the model card of the student."""
+"""The folder of a run: which run it contains, how far the run got, and its lock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
@@ -173,32 +172,3 @@ def alone_in(folder: Path) -> Iterator[None]:
         # deleted before the release: a process that has opened the file in the meantime detects that it was deleted
         (folder / LOCK_FILE).unlink(missing_ok=True)
         lock.release()
-
-
-def write_card(recipe: Recipe, folder: Path) -> None:
-    """Write README.md: from what and how the student was made, and how to load it."""
-    teachers = "`, `".join(teacher.model for teacher in recipe.teachers) or "none"
-    methods = [part.method_name() for part in recipe.loss.parts]
-    header = {"library_name": "transformers", "tags": ["dwakd", "knowledge-distillation", *methods]}
-    if recipe.student.peft:
-        header |= {"library_name": "peft", "base_model": recipe.student.model}
-    data = f"`{recipe.data.train}`"
-    if recipe.data.responses == "teacher":
-        data += f" and the teacher's answers in `{recipe.generate.output}`"
-    if share := recipe.training.get("lmbda"):
-        data += f" (training.lmbda {share:g}: the student itself answered this share of the prompts)"
-    loader = "AutoPeftModelForCausalLM" if recipe.student.peft else "AutoModelForCausalLM"
-    text = f"""---
-{yaml.safe_dump(header, sort_keys=False)}---
-# {folder.name}
-
-Student `{recipe.student.model}`, teacher `{teachers}`, method `{" + ".join(methods)}`, data {data}, prompts by
-the template `{recipe.data.template!r}`. This folder also contains the whole recipe and the versions of all packages.
-
-```python
-from {header["library_name"]} import {loader}
-
-model = {loader}.from_pretrained("{folder.name}")
-```
-"""
-    (folder / "README.md").write_text(text, encoding="utf-8")

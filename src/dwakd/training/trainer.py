@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from dwakd.batch import PairedBatch
@@ -29,8 +29,10 @@ from dwakd.models.saving import save_causal_lm
 from dwakd.recipe.training import DistillConfig
 from dwakd.training import inputs as given
 from dwakd.training.callbacks import FiniteCheck, RunCallback, TermsProgressCallback
+from dwakd.training.card import recipe_of, write_card
 from dwakd.training.distiller import LOSS_STATE, Distiller, build_method
 from dwakd.training.evaluation import choose_best, eval_loader, generated_metrics, mean_terms
+from dwakd.training.hub import HubTrainer
 from dwakd.training.on_policy import StudentAnswers, check_teachers
 from dwakd.training.sampler import LengthGroupedSampler, cut_repeats
 from dwakd.training.student import check_student, disable_dropout
@@ -39,7 +41,7 @@ from dwakd.training.teachers import AnyTeacher, MicroBatch, load_teachers, run_t
 from dwakd.validation import unknown_option
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(HubTrainer):
     """Distil a teacher into a student whose tokenizer may differ.
 
     Args:
@@ -79,6 +81,7 @@ class DistillTrainer(Trainer):
         names = dataset_names or {}
         sources = given.evaluation_sets(eval_dataset)
         choose_best(args, list(sources), own_metrics=compute_metrics is not None)
+        self.recipe = recipe_of(args, model, teacher_model, train_dataset, peft=peft_config is not None)
         given.check_named(args, "", [model])
         model, processing_class = given.load_pair(model, processing_class, args, "processing_class")
         if train_dataset is not None:
@@ -261,12 +264,6 @@ class DistillTrainer(Trainer):
         """Not supported, because the logits of a batch are never computed as a whole."""
         raise UserError("DistillTrainer has no predict; use dwakd.evaluation.generate.generate_answers for answers")
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        try:
-            super().init_hf_repo(token, private)
-        except Exception as error:  # the hub and the network raise many unrelated types
-            raise UserError(f"push_to_hub: {' '.join(str(error).split())}") from error
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         self.finite.finish()
         folder = output_dir or self.args.output_dir
@@ -278,8 +275,10 @@ class DistillTrainer(Trainer):
             self.processing_class.save_pretrained(folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the student, and the trained maps of the loss in a subfolder, which readers of models ignore."""
+        """Save the student and its card, and the trained maps of the loss in a subfolder, which readers of models ignore."""
         super().save_model(output_dir, _internal_call)
+        if self.is_world_process_zero() and not _internal_call:
+            write_card(self.recipe, Path(output_dir or self.args.output_dir))
         if self.args.should_save and (_internal_call or any(True for _ in self._distiller.loss.parameters())):
             options = json.dumps({"method": self.args.method, **self.args.loss_options})
             path = Path(output_dir or self.args.output_dir) / LOSS_STATE
