@@ -139,7 +139,7 @@ def test_every_method_of_a_paper_is_cited(tmp_path):
     """The citation comes from the first line of a method's module."""
     for method in set(METHODS) - {"sft", "kd", "gold"}:
         write_card(recipe(loss={"method": method}), tmp_path / method)
-        assert f"`{method}`: [arXiv:" in (tmp_path / method / "README.md").read_text(), method
+        assert f"`{method}`: https://arxiv.org/abs/" in (tmp_path / method / "README.md").read_text(), method
 
 
 def test_training_and_evaluation_write_the_card(workspace, tmp_path, monkeypatch, capsys):
