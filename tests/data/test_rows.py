@@ -7,9 +7,13 @@ from typing import Any
 import datasets
 import pytest
 
+from dwakd.data.encoding import TextEncoder
+from dwakd.data.pairs import encode_pairs
 from dwakd.data.rows import Example
 from dwakd.data.sources import load_examples
 from dwakd.errors import UserError
+from tests.builders import bpe_byte_fallback, byte_bpe
+from tests.data.chat import chatml
 from tests.data.test_chat import ANSWER, ASK, CALL, say
 
 
@@ -49,15 +53,15 @@ def test_earlier_turns_of_a_completion_are_read() -> None:
         ({"messages": [ASK, {**ANSWER, "weight": 0.5}]}, r"row 0 .*weight 0.5"),
         ({"messages": [ASK, {**ANSWER, "train": False}]}, r"row 0 .*train False"),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 0}]}, "weight 0"),
-        ({"prompt": "q", "completion": [{**ANSWER, "tool_calls": [CALL]}]}, "row 0 .*'tool_calls'"),
-        ({"messages": [ASK, {**ANSWER, "reasoning_content": "2 and 2"}]}, "row 0 .*'reasoning_content'"),
-        ({"messages": [ASK, say("assistant", None, tool_calls=[CALL])]}, "row 0 .*'tool_calls'"),
+        ({"messages": [ASK, {**ANSWER, "function_call": {"name": "f"}}]}, "row 0 .*'function_call'"),
         ({"messages": [ASK, {**ANSWER, "audio": {"id": 3}}]}, "row 0 .*'audio'"),
         ({"messages": [say("user", None), ANSWER]}, r"row 0 .*content must be a string, got null"),
         (
             {"messages": [say("user", [{"type": "image", "url": "x"}]), ANSWER]},
-            r"row 0 .*content must be a string, got list",
+            r"row 0 .*content has a part of type 'image', but only parts",
         ),
+        ({"messages": [say("user", [{"type": "text"}]), ANSWER]}, r"row 0 .*a part of type text without a text"),
+        ({"messages": [say("user", ["a"]), ANSWER]}, r"row 0 .*a part of type 'str'"),
         ({"messages": [ASK, ANSWER], "tools": "{"}, "row 0 .*'tools' .*JSON"),
         ({"messages": [ASK, ANSWER], "tools": ["x"]}, "row 0 .*'tools' must be a list of objects"),
         ({"messages": [ASK, ANSWER], "chat_template_kwargs": [{}]}, "row 0 .*'chat_template_kwargs' must be an object"),
@@ -126,3 +130,155 @@ def test_a_column_answers_a_conversation_that_ends_without_an_answer(column: str
     assert [row.references for row in load_examples(rows)] == [("Four.",)] * 2
     assert load_examples(rows, need_response=False)[1].references == ("Four.",)
     assert read({"messages": turns, column: None}).response == "Ho"
+
+
+def every(row: dict[str, Any], **options: Any) -> list[Example]:
+    return load_examples([row], supervise="all", **options)
+
+
+GREET, HELLO = say("user", "Hi"), say("assistant", "Ho")
+SYSTEM = say("system", "Add.")
+
+
+def test_every_assistant_turn_is_an_example() -> None:
+    """With `supervise: all`, each answer is learned after exactly the turns before it."""
+    rows = [{"messages": [SYSTEM, GREET, HELLO, ASK, ANSWER, GREET]}, {"messages": [ASK, ANSWER]}]
+    found = load_examples(rows, supervise="all")
+    assert [(contents(one), one.response) for one in found] == [
+        (["Add.", "Hi"], "Ho"), (["Add.", "Hi", "Ho", "2 + 2?"], "Four."), (["2 + 2?"], "Four."),
+    ]  # fmt: skip
+    assert [one.index for one in found] == [0, 1, 2]  # random numbers and caches tell examples apart by them
+    assert [one.place for one in found] == [f"row {r}, turn {t} (counting from 0)" for r, t in ((0, 2), (0, 4), (1, 1))]
+    assert [one.response for one in load_examples(rows)] == ["Four.", "Four."]
+    assert load_examples(rows)[0].place == "row 0 (counting from 0)"
+
+
+def test_every_turn_is_read_in_its_own_context() -> None:
+    """Each example trains on the turn that the message names, and only on it; a limit counts rows of the data."""
+    tokenizer, rows = chatml(), [{"messages": [GREET, HELLO, ASK, ANSWER]}] * 2
+    pairs = encode_pairs(load_examples(rows, supervise="all", limit=1), TextEncoder(tokenizer, "chat"))
+    texts = [tokenizer.decode(row.student.ids) for row in pairs.rows]
+    assert texts == [
+        tokenizer.apply_chat_template(turns, tokenize=False).removesuffix("\n")
+        for turns in ([GREET, HELLO], [GREET, HELLO, ASK, ANSWER])
+    ]
+    long = {"messages": [GREET, HELLO, say("user", "Why? " * 50), ANSWER]}
+    examples = load_examples([rows[0], long], supervise="all")
+    with pytest.raises(UserError, match=r"row 1, turn 3 \(counting from 0\): the prompt has"):
+        encode_pairs(examples, TextEncoder(tokenizer, "chat"), max_prompt_length=99)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": [GREET, {**HELLO, "weight": 0}, ASK, {**ANSWER, "weight": 1}]}, [("Hi Ho 2 + 2?", "Four.")]),
+        ({"messages": [{**HELLO, "weight": 0}, ASK, ANSWER]}, [("Ho 2 + 2?", "Four.")]),
+        ({"messages": [GREET, HELLO, ASK], "response": "Four."}, [("Hi", "Ho"), ("Hi Ho 2 + 2?", "Four.")]),
+        ({"prompt": [GREET, HELLO, ASK], "completion": [ANSWER]}, [("Hi Ho 2 + 2?", "Four.")]),
+        ({"prompt": [GREET], "completion": [HELLO, ASK, ANSWER]}, [("Hi", "Ho"), ("Hi Ho 2 + 2?", "Four.")]),
+        ({"prompt": "Hi", "response": ["Ho", "Hello"]}, [("Hi", "Ho")]),
+    ],
+)
+def test_which_turns_are_examples(row: dict[str, Any], expected: list[tuple[str, str]]) -> None:
+    """Turns of weight 0 and answers inside a prompt are context; they are not learned."""
+    assert [(" ".join(contents(one)), one.response) for one in every(row)] == expected
+
+
+def test_prompts_of_every_answer_can_be_answered() -> None:
+    """`dwakd generate` answers before each assistant turn, and after a last turn that has no answer yet."""
+    row = {"messages": [GREET, {**HELLO, "weight": 0}, ASK]}
+    assert [contents(one) for one in every(row, need_response=False)] == [["Hi"], ["Hi", "Ho", "2 + 2?"]]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [GREET, {**HELLO, "weight": 0}]}, "no assistant turn"),
+        ({"messages": [HELLO, ASK, ANSWER]}, "turn before the answer .*none; give turn 0 the weight 0"),
+        ({"messages": [ASK, ANSWER, HELLO]}, "role 'assistant'; give turn 2 the weight 0"),
+        ({"prompt": [GREET], "completion": [HELLO, ASK]}, "'completion' must be an assistant turn"),
+    ],
+)
+def test_turns_that_answer_nothing_are_refused(row: dict[str, Any], message: str) -> None:
+    """An assistant turn without a question before it would have no prompt."""
+    with pytest.raises(UserError, match=f"row 0 .*{message}"):
+        every(row)
+
+
+def test_the_further_context_belongs_to_the_first_question() -> None:
+    """The input column is read once, before the first answer, and stays in the context of the later ones."""
+    found = every({"messages": [GREET, HELLO, ASK, ANSWER], "hint": "x"}, input="hint")
+    assert [contents(one) for one in found] == [["Hi\nx"], ["Hi\nx", "Ho", "2 + 2?"]]
+
+
+def test_parts_of_text_are_joined() -> None:
+    """OpenAI's content parts are read as text, with their other keys ignored, in every role and in the answer."""
+    parts = [
+        {"type": "text", "text": "Four"},
+        {"type": "text", "text": ".", "cache_control": {"type": "x"}, "image": None},
+    ]
+    assert read({"messages": [say("user", parts), say("assistant", parts)]}).references == ("Four.",)
+
+
+def test_a_row_with_text_only_says_what_to_write() -> None:
+    """TRL trains on a column `text`; the message says which columns dwakd needs."""
+    with pytest.raises(
+        UserError, match="only responses to prompts are trained: write 'prompt' and 'response', or 'messages'"
+    ):
+        load_examples([{"text": "Once upon a time"}])
+
+
+PRIVATE = {"prompt": "2 + 2?", "response": "Four.", "hint": "It is four. Now answer: 2 + 2?", "system": "Add."}
+
+
+def test_only_teachers_read_their_prompt() -> None:
+    """The private prompt reaches every teacher and never the student; all learn the same response."""
+    rows = [PRIVATE, {**PRIVATE, "hint": None}, {**PRIVATE, "hint": [say("system", "Cheat."), say("user", "4?")]}]
+    examples = load_examples(rows, teacher_prompt="hint")
+    sides = TextEncoder(chatml(), "chat"), TextEncoder(bpe_byte_fallback(), "plain"), TextEncoder(chatml(), "chat")
+    pairs = encode_pairs(examples, *sides)
+
+    def prompts(row: int) -> list[str]:
+        found = pairs.rows[row]
+        every = zip(sides, (found.student, *found.teachers), strict=True)
+        return [side.tokenizer.decode(encoded.ids[: encoded.num_prompt]) for side, encoded in every]
+
+    assert all("Add." in text for text in prompts(1))
+    own, *others = prompts(0)
+    assert "four" not in own
+    assert "Add." in own
+    assert all("It is four." in text and "Add." not in text for text in others)
+    assert "Cheat." in prompts(2)[2]
+    assert {row.text for row in pairs.rows} == {"Four."}
+
+
+def test_the_length_of_the_teachers_prompt_is_not_limited() -> None:
+    """A long private prompt is not refused, is not cut, and leaves the response the room of a longest usual prompt."""
+    hint = "Look at this. " * 60
+    row = {"prompt": "Say it.", "response": "It is four. " * 30, "hint": hint}
+    encoder = TextEncoder(byte_bpe(), "plain")
+    pairs = encode_pairs(
+        load_examples([row], teacher_prompt="hint"), encoder, encoder, max_length=64, max_prompt_length=32
+    )
+    side = pairs.rows[0].teachers[0]
+    assert side.ids[: side.num_prompt].tolist() == encoder.prompt_ids(Example(0, hint))
+    assert side.num_prompt > 64
+    assert len(side.ids) - side.num_prompt == 32
+    with pytest.raises(UserError, match=r"above data\.max_prompt_length=32"):
+        encode_pairs([Example(0, hint, response="a")], encoder, encoder, max_length=64, max_prompt_length=32)
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        (PRIVATE, {"teacher_prompt": "context"}, "no column 'context'.*data.teacher_prompt"),
+        (PRIVATE, {"teacher_prompt": "hint", "supervise": "all"}, "data.supervise: last"),
+        ({**PRIVATE, "hint": 3}, {"teacher_prompt": "hint"}, "row 0 .*'hint' must be a string"),
+        ({**PRIVATE, "hint": [ANSWER]}, {"teacher_prompt": "hint"}, "row 0 .*turn before the answer in 'hint'"),
+        (PRIVATE, {"supervise": "each"}, "data.supervise 'each' is unknown: use last or all"),
+    ],
+)
+def test_prompts_of_teachers_are_checked(row: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    """A wrong column, value or combination is refused before training."""
+    with pytest.raises(UserError, match=message):
+        load_examples([row], **options)

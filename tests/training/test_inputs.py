@@ -143,6 +143,15 @@ def test_rows_without_a_response_are_skipped(tmp_path: Path, caplog: pytest.LogC
     assert [len(train), len(evaluation or [])] == [3, 3]
 
 
+def test_a_recipe_reads_every_turn(tmp_path: Path) -> None:
+    """`data.supervise` of a recipe holds for the rows to train on and for those to evaluate on."""
+    turns = [{"role": role, "content": role} for role in ("user", "assistant")] * 2
+    path = str(write(tmp_path / "rows.jsonl", [{"messages": turns}]))
+    data = {"train": path, "eval": path, "supervise": "all"}
+    recipe = recipe_from_dict({"student": {"model": "x"}, "data": data, "loss": {"method": "sft"}})
+    assert [[len(one.turns) for one in rows or []] for rows in recipe_examples(recipe)] == [[1, 3], [1, 3]]
+
+
 def test_rows_that_cannot_be_shown_are_not_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row that is skipped because the template refuses it is not answered for ROUGE-L."""
     render = Prompts.render
@@ -168,3 +177,51 @@ def test_one_warning_of_cut_responses_for_each_data_set(tmp_path: Path, caplog: 
         "the train dataset: 1 of 2",
         "the eval dataset: 1 of 1",
     ]
+
+
+def test_every_turn_trains_as_a_row_of_its_own(tmp_path: Path) -> None:
+    """With `supervise: all`, a conversation trains and evaluates exactly as the rows that repeat its context."""
+    rows, unrolled = [], []
+    for first, second in zip(ROWS[:8:2], ROWS[1:8:2], strict=True):
+        turns = []
+        for row in (first, second):
+            turns.append({"role": "user", "content": row["prompt"]})
+            unrolled.append({"prompt": [*turns], "completion": [{"role": "assistant", "content": row["response"]}]})
+            turns += unrolled[-1]["completion"]
+        rows.append({"messages": turns})
+    options: dict[str, Any] = {"max_steps": 2, "lmbda": 0.5, "max_new_tokens": 4, "method": "alm"}
+    runs = [
+        trainer(
+            tmp_path / name, rows=data, eval_rows=data[:2] if name == "all" else data[:4], supervise=name, **options
+        )
+        for name, data in (("all", rows), ("last", unrolled))
+    ]
+    for run in runs:
+        run.train()
+    assert_same(weights(runs[0]), weights(runs[1]))
+    assert runs[0].evaluate()["eval_ce"] == runs[1].evaluate()["eval_ce"]
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1.0])
+def test_a_prompt_of_the_teacher_changes_only_the_teacher(tmp_path: Path, lmbda: float) -> None:
+    """The student's cross-entropy is that of a run without private prompts, and the teacher's part of the loss is not."""
+    found = {}
+    for name, hint in (("own", None), ("same", "{}"), ("hint", "Speak like a pirate. " * 9 + "{}")):
+        rows = [row | {"hint": hint and hint.format(row["prompt"])} for row in ROWS[:4]]
+        column = {"teacher_prompt_column": "hint"} if hint else {}
+        options = {"lmbda": lmbda, "max_new_tokens": 9, "max_length": 64, "max_prompt_length": 48}
+        run = trainer(tmp_path / name, rows=rows, eval_rows=rows, method="alm", max_steps=1, **options, **column)
+        run.train()
+        found[name] = run.evaluate()
+    terms = [
+        name for name in found["own"] if name.startswith("eval_") and name not in ("eval_ce", "eval_bits_per_byte")
+    ]
+    assert found["own"]["eval_loss"] == found["same"]["eval_loss"] != found["hint"]["eval_loss"]
+    assert any(found["own"][name] != found["hint"][name] for name in terms)
+
+
+def test_a_teacher_without_room_for_its_prompt_is_refused(tmp_path: Path) -> None:
+    """A private prompt is not cut, so one that the teacher cannot read is refused before training, with its row."""
+    rows = [ROWS[0] | {"hint": None}, ROWS[1] | {"hint": "Look here. " * 200}]
+    with pytest.raises(UserError, match=r"row 1 \(counting from 0\): prompt and response have up to .* 512 positions"):
+        trainer(tmp_path, rows=rows, method="alm", teacher_prompt_column="hint")

@@ -126,7 +126,9 @@ def test_a_resumed_run_gives_the_same_student(tmp_path):
 
 def row_of(student, ids, *teachers, ended=True, max_length=100):
     encoders = [TextEncoder(tokenizer, "plain") for tokenizer in (student, *teachers)]
-    return AnswerEncoder(encoders, max_length).encode(0, [[5, 6] for _ in encoders], Generated("", ids, ended, 0.0))
+    return AnswerEncoder(encoders, max_length, max_length).encode(
+        0, [[5, 6] for _ in encoders], Generated("", ids, ended, 0.0)
+    )
 
 
 def targets(side):

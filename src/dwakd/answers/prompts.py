@@ -32,9 +32,9 @@ def read_prompts(recipe: Recipe) -> list[PromptSet]:
         if source == data.train:
             options["limit"] = min(filter(None, (limit, data.limit)), default=None)
         else:
-            options |= {"limit": limit, "response": None}
+            options |= {"limit": limit, "response": None, "teacher_prompt": None}
         examples = load_examples(source, split=TRAIN_SPLITS, need_response=False, **options)
-        sets.append(PromptSet(source, [replace(example, response="", references=()) for example in examples]))
+        sets.append(PromptSet(source, [replace(each, response="", references=(), answer=None) for each in examples]))
     return sets
 
 
@@ -52,7 +52,7 @@ def eval_rows(data: DataSection) -> list[Example] | None:
 
 
 def _reading(data: DataSection) -> dict[str, Any]:
-    return data.model_dump(include={"prompt", "response", "input", "invalid_rows"})
+    return data.model_dump(include={"prompt", "response", "input", "teacher_prompt", "supervise", "invalid_rows"})
 
 
 def warn_of_overlap(recipe: Recipe, sets: Sequence[PromptSet], plan: EvaluationPlan) -> None:

@@ -142,7 +142,7 @@ def training_examples(recipe: Recipe, plan: EvaluationPlan | None = None) -> lis
     _, collected = answer_recipe(recipe, plan)
     is_answered = recipe.data.train in (recipe.generate.prompts or [recipe.data.train])
     rows = [*([] if is_answered else train_rows(recipe.data)), *collected.examples]
-    return [replace(row, index=index) for index, row in enumerate(rows)]
+    return [replace(row, index=index, source=None) for index, row in enumerate(rows)]
 
 
 def generate_command(path: Path, overrides: list[str], output: Path | None) -> str:
@@ -161,7 +161,7 @@ def _rank() -> int:
 
 def _answer_missing(file: AnswerFile, source: Source, sets: Sequence[PromptSet]) -> None:
     """Answer the prompts of this rank's shards that are missing."""
-    examples = [example for one in sets for example in one.examples]
+    examples = [example.for_teacher() for one in sets for example in one.examples]
     shards = file.shards()
     own = range(_rank(), len(shards), int(os.environ.get("WORLD_SIZE", "1")))
     missing = [shard for shard in own if file.read_shard(shard) is None]
@@ -169,7 +169,7 @@ def _answer_missing(file: AnswerFile, source: Source, sets: Sequence[PromptSet])
         return
     teacher = source.load()
     for one in sets:
-        teacher.check(one.examples, one.source)
+        teacher.check([example.for_teacher() for example in one.examples], one.source)
     done = sum(len(shards[shard]) for shard in own if shard not in missing)
     total = sum(len(shards[shard]) for shard in own)
     with progress_bar(disable=_rank() != 0) as bar:

@@ -115,7 +115,7 @@ class Cache:
                 if row.truncated:
                     problem += " (the row is cut to data.max_length; another student's tokenizer may cut it elsewhere)"
                 count = f"{len(rows)} of {len(pairs)} rows differ" if len(rows) > 1 else "only this row differs"
-                yield f"row {row.example_id} (counting from 0) of {pairs.source} {problem} ({count})"
+                yield f"{row.place} of {pairs.source} {problem} ({count})"
 
     def problems(self, rank: int = 0, world_size: int = 1, *, progress: bool = False) -> dict[str, str]:
         """Read every byte of the teacher file and of one rank's shards; return what is wrong by file name."""

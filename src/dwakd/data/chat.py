@@ -13,7 +13,7 @@ from typing import Any
 from transformers.utils import chat_template_utils as clock
 
 from dwakd.data.rows import Example
-from dwakd.data.turns import THOUGHTS, Turn, parse_arguments, texts_to_show
+from dwakd.data.turns import THOUGHTS, Turn, parse_arguments, texts_to_show, write_arguments
 from dwakd.errors import UserError
 
 _MARK = "zyxanswerxyz"
@@ -51,23 +51,75 @@ class ChatTemplate:
 
         If the row has no answer, an answer of plain text is assumed.
         """
-        turns, options = example.turns, example.options or {}
-        parsed: list[dict[str, Any]] = []
-        with_objects = parse_arguments(turns, parsed)
-        asked = self._try(with_objects, options)
-        if asked is None or any(str(each) in asked for each in parsed if each):  # it expects JSON strings
-            asked = self._render(turns, options, generation=True)
-        else:
-            turns = with_objects
+        options = example.options or {}
+        turns, asked = self._read(example.turns, options, generation=True)
         self._check_shown(turns, options, asked)
-        prompt = self._before_answer(turns, options, asked, example.response)
+        if example.answer is None:
+            prompt = self._before_answer(turns, options, asked, example.response)
+        else:
+            prompt, _ = self._around_parts(turns, options, asked, example.answer)
         if self._adds_space and prompt != asked and prompt.endswith(" "):
             return prompt[:-1]  # the tokens of the answer begin with this space
         return prompt
 
+    def answer(self, example: Example) -> str:
+        """Render the answer of a row that has tool calls or reasoning; refuse it if the template omits a part of it."""
+        assert example.answer is not None
+        options = example.options or {}
+        turns, asked = self._read(example.turns, options, generation=True)
+        text = self._around_parts(turns, options, asked, example.answer)[1]
+        parts = texts_to_show([example.answer], {}, thoughts=True)
+        whole = "\0".join(part for *_, part in parts)
+        for _, key, part in parts:
+            if not _occurs(part, text, whole.count(part)):
+                fix = "write it in the content between <think> and </think>, or remove it" if key in THOUGHTS else ""
+                raise self._omits(f"{key!r} of the answer", part, fix)
+        return text
+
+    def _read(self, turns: list[Turn], options: dict[str, Any], *, generation: bool = False) -> tuple[list[Turn], str]:
+        """Render turns and return them with the text. Arguments of calls are objects, or JSON if the template needs it."""
+        parsed: list[dict[str, Any]] = []
+        with_objects = parse_arguments(turns, parsed)
+        text = self._try(with_objects, options, generation=generation)
+        if text is None or any(str(each) in text for each in parsed if each):  # it expects JSON strings
+            turns = write_arguments(turns) if text is None else turns
+            return turns, self._render(turns, options, generation=generation)
+        return with_objects, text
+
+    def _adjusted(self, asked: str) -> str | None:
+        """Return a generation prompt with the usual header of an answer; None if it does not end in the usual way."""
+        return asked.removesuffix(self._cut) + self._header if asked.endswith(self._cut) else None
+
+    def _around_parts(self, turns: list[Turn], options: dict[str, Any], asked: str, answer: Turn) -> tuple[str, str]:
+        """Return the prompt of an answer that has tool calls or reasoning, and the text that the template writes for it.
+
+        The prompt is the longest usual beginning of an answer with which the rendered conversation begins. If the template
+        renders earlier turns differently before an answer, the prompt has them as in generation.
+        """
+        _, full = self._read([*turns, answer], options)
+        before, tail = self._around_answer(turns, options)
+        adjusted = self._adjusted(asked)
+        starts = {
+            before.rstrip(): asked,
+            before: adjusted or before,
+            adjusted or asked: adjusted or asked,
+            asked: asked,
+        }
+        start = max((start for start in starts if full.startswith(start)), key=len, default=None)
+        if start is None or not full.endswith(tail):
+            what = (
+                f"ends it with {full[-20:]!r} instead of {tail!r}"
+                if start is not None
+                else "changes the text before it"
+            )
+            raise UserError(
+                f"the chat template of {self.name} writes an answer with tool calls or reasoning in another way than an "
+                f"answer of text ({what}): remove that row, or change its chat_template_kwargs"
+            )
+        return starts[start], full[len(start) : len(full) - len(tail)]
+
     def _before_answer(self, turns: list[Turn], options: dict[str, Any], asked: str, answer: str) -> str:
-        # The generation prompt with the usual header of an answer; None if it does not end in the usual way.
-        adjusted = asked.removesuffix(self._cut) + self._header if asked.endswith(self._cut) else None
+        adjusted = self._adjusted(asked)
         full = ""
         if answer.strip():
             full = self._render([*turns, {"role": "assistant", "content": answer}], options)
@@ -111,9 +163,11 @@ class ChatTemplate:
                 shown = _occurs(text, alone, required(n + 1).count(text) + 1)
             if not shown:
                 which = f" of turn {n} (role {turns[n]['role']!r}, counting from 0)" if n >= 0 else ""
-                what = f"{key!r}{which} or a part of it ({text!r:.80})"
-                fix = "remove it from the data, or use a model whose chat template shows it"
-                raise UserError(f"the chat template of {self.name} omits {what}: {fix}")
+                raise self._omits(f"{key!r}{which}", text)
+
+    def _omits(self, what: str, text: str, fix: str = "") -> UserError:
+        fix = fix or "remove it from the data, or use a model whose chat template shows it"
+        return UserError(f"the chat template of {self.name} omits {what} or a part of it ({text!r:.80}): {fix}")
 
     def _try(self, turns: list[Turn], options: dict[str, Any], *, generation: bool = True) -> str | None:
         try:

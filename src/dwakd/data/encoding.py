@@ -1,10 +1,11 @@
 """Encode prompts and responses with one tokenizer, and compute where each token ends in the bytes of the response."""
 
 import copy
-import dataclasses
 import re
 import secrets
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from itertools import takewhile
 from typing import Any
@@ -16,6 +17,7 @@ from dwakd.data.chat import check_tokenizer, tokenizer_name
 from dwakd.data.prompts import Prompts
 from dwakd.data.rows import Example, check_choice
 from dwakd.data.token_bytes import TokenBytes, byte_ends, exact_ends
+from dwakd.data.turns import texts_to_show
 from dwakd.errors import UserError
 
 
@@ -91,11 +93,52 @@ class TextEncoder:
             encoded = self._special_as_text.encode(examples)
         return [[*self._bos_ids, *ids] for ids in encoded]
 
-    def response_ids(self, text: str) -> tuple[list[int], list[int]]:
+    def with_response(self, example: Example) -> Example:
+        """Return a row with the text that this model's template writes for an answer with tool calls or reasoning.
+
+        Other rows are returned unchanged.
+
+        Raises:
+            UserError: the template cannot show the answer, or the answer spells out a special token, which could not be
+                told from those that the template writes.
+        """
+        if example.answer is None:
+            return example
+        self._check_plain(example)
+        text = self._prompts.answer(example)
+        return replace(example, response=text, references=(text,))
+
+    def teacher_view(self, example: Example) -> Example:
+        """Return a row with the prompt of a teacher, given the student's response (see `with_response`).
+
+        The result keeps `answer` only if the template of the teacher writes the same text for it as the student's. It reads
+        another text as the content of an answer.
+        """
+        own = example.for_teacher()
+        if own.answer is None:
+            return own
+        self._check_plain(own)
+        with suppress(UserError):
+            if self._prompts.answer(own) == own.response:
+                return own
+        return replace(own, answer=None)
+
+    def _check_plain(self, example: Example) -> None:
+        texts = texts_to_show([example.answer or {}], {}, thoughts=True)
+        for *_, key, text in texts:
+            if found := self._special_as_text.find(text):
+                raise UserError(
+                    f"{example.place}: {key!r} of the answer spells out {found!r}, a special token of "
+                    f"{tokenizer_name(self.tokenizer)}, which an answer with tool calls or reasoning must not contain: remove "
+                    "it from that row"
+                )
+
+    def response_ids(self, text: str, *, special_tokens: bool = False) -> tuple[list[int], list[int]]:
         """Encode a response without an end token, and compute the offset at which each token ends.
 
         Special tokens that the text spells out are read as text, so that "</s>" in an answer does not end it. (Unigram
-        tokenizers that list "</s>" among their pieces still read it as a special token.)
+        tokenizers that list "</s>" among their pieces still read it as a special token.) With `special_tokens`, they are
+        special tokens: those that a chat template writes in an answer.
 
         Returns:
             The ids, and the end of each token in the UTF-8 bytes of `text`. Ends never decrease, and the last one is
@@ -104,15 +147,17 @@ class TextEncoder:
             that ends inside text that normalisation changed has a negative number instead. Two tokenizers get the same
             number only if they changed the same text to the same bytes and both split these at the same place.
         """
-        return self.response_ids_batch([text])[0]
+        return self.response_ids_batch([text], special_tokens=special_tokens)[0]
 
-    def response_ids_batch(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+    def response_ids_batch(
+        self, texts: Sequence[str], *, special_tokens: bool = False
+    ) -> list[tuple[list[int], list[int]]]:
         """Compute `response_ids` of several texts at once."""
         backend = self.tokenizer.backend_tokenizer
         processor = backend.post_processor
         backend.post_processor = None  # RoBERTa's removes white space from the offsets
         try:
-            encoded = _encode(self.tokenizer, texts, split_special_tokens=True)
+            encoded = _encode(self.tokenizer, texts, split_special_tokens=not special_tokens)
         finally:
             backend.post_processor = processor
         return [
@@ -168,6 +213,11 @@ class _SpecialTokensAsText:
             copied.add_tokens(AddedToken(self._aliases[token.content], normalized=False, **sides))
         return copied
 
+    def find(self, text: str) -> str | None:
+        """Return the first special token that a text spells out, or None."""
+        found = self._pattern.search(text)
+        return found[0] if found else None
+
     def encode(self, examples: Sequence[Example]) -> list[list[int]]:
         """Tokenise the prompts of rows; refuse a tokenizer that reads special tokens even in plain text (Unigram)."""
         to_id, original = self._tokenizer.convert_tokens_to_ids, self._prompts.tokenizer
@@ -185,7 +235,7 @@ class _SpecialTokensAsText:
     def _render(self, example: Example) -> str:
         """Render the prompt of a row with the template's special tokens replaced by aliases."""
         hide = partial(self._pattern.sub, lambda found: self._placeholders[found[0]])
-        hidden = _map_strings(dataclasses.asdict(example), hide)
+        hidden = _map_strings(asdict(example), hide)
         text = self._pattern.sub(lambda found: self._aliases[found[0]], self._prompts.render(Example(**hidden)))
         for content, placeholder in self._placeholders.items():
             text = text.replace(placeholder, content)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +21,14 @@ PROMPT_TOO_LONG = "prompt too long"
 NOTHING_SUPERVISED = "no response token left"
 REFUSED = "refused by the template"
 _CHUNK = 256
-_Tokens = list[tuple[list[int], tuple[list[int], list[int]]]]
-"""For each side, the ids of the prompt and `TextEncoder.response_ids` of the response."""
+
+
+class _Tokens(NamedTuple):
+    """A row with its response, and for each side the ids of the prompt and `TextEncoder.response_ids` of the response."""
+
+    example: Example
+    sides: list[tuple[list[int], tuple[list[int], list[int]]]]
+    foreign: bool  # whether a teacher's template writes the answer with tool calls or reasoning differently
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class EncodedRow:
     student: EncodedSide
     teachers: tuple[EncodedSide, ...] = ()
     truncated: bool = False
+    place: str = ""  # the row in its source, for messages
 
     @property
     def teacher(self) -> EncodedSide | None:
@@ -121,6 +128,12 @@ def encode_pairs(
     on the side with the least room, and all sides encode this text. Such a row has no end token; a warning states the
     number of such rows. A row with no response token left on some side is skipped and reported.
 
+    The response of a row with tool calls or reasoning is what the student's chat template writes. The teachers read the
+    same text after their own prompts; a warning states how often their templates would write another text.
+
+    A prompt that only teachers see may have any length. It reduces the room for the response by at most
+    `max_prompt_length` tokens.
+
     Args:
         examples: rows with responses.
         student: encoder of the student, followed by those of the teachers (none for SFT).
@@ -142,6 +155,7 @@ def encode_pairs(
     sides = [student, *teachers]
     pairs = EncodedPairs([], {}, source)
     first_error: dict[str, str] = {}
+    num_parts, num_foreign = 0, 0
     for start in trange(0, len(examples), _CHUNK, desc=f"tokenising {source}", delay=2, leave=False):
         chunk = examples[start : start + _CHUNK]
         try:
@@ -151,8 +165,9 @@ def encode_pairs(
         for example, found in zip(chunk, tokens, strict=True):
             try:
                 found = found or _tokenise([example], sides)[0]
-                _check_row(example, found, max_prompt_length, need_response=need_response)
-                pairs.rows.append(_encode_row(example, found, sides, max_length))
+                _check_row(found, max_prompt_length, need_response=need_response)
+                pairs.rows.append(_encode_row(found, sides, max_length, max_prompt_length))
+                num_parts, num_foreign = num_parts + (example.answer is not None), num_foreign + found.foreign
             except UserError as error:
                 reason = error.reason if isinstance(error, _InvalidRowError) else REFUSED
                 pairs.report.setdefault(reason, []).append(example.index)
@@ -164,20 +179,37 @@ def encode_pairs(
             "%s: %d of %d responses were truncated to fit %s=%d tokens and have no end token; raise %s",
             *(source, pairs.num_truncated, len(pairs), length_option, max_length, length_option),
         )
+    if num_foreign:
+        logger.warning(
+            "%s: in %d of %d answers with tool calls or reasoning, a teacher's chat template writes another text than the "
+            "student's, and the teacher reads the student's text",
+            *(source, num_foreign, num_parts),
+        )
     return pairs
 
 
 def _tokenise(chunk: Sequence[Example], sides: Sequence[TextEncoder]) -> list[_Tokens]:
     """Tokenise rows together, which is faster than one by one."""
-    texts = [example.response for example in chunk]
-    tokens = (zip(side.prompt_ids_batch(chunk), side.response_ids_batch(texts), strict=True) for side in sides)
-    return [list(row) for row in zip(*tokens, strict=True)]
+    student, *teachers = sides
+    chunk = [student.with_response(example) for example in chunk]
+    views = [chunk, *([teacher.teacher_view(example) for example in chunk] for teacher in teachers)]
+    prompts = [side.prompt_ids_batch(view) for side, view in zip(sides, views, strict=True)]
+    responses = [side.response_ids_batch([example.response for example in chunk]) for side in sides]
+    found = []
+    for n, example in enumerate(chunk):
+        texts, foreign = [own[n] for own in responses], False
+        if example.answer is not None:
+            texts = [side.response_ids(example.response, special_tokens=True) for side in sides]
+            foreign = any(view[n].answer is None for view in views)
+        found.append(_Tokens(example, [(own[n], ids) for own, ids in zip(prompts, texts, strict=True)], foreign))
+    return found
 
 
-def _check_row(example: Example, tokens: _Tokens, max_prompt_length: int, *, need_response: bool) -> None:
-    for k, (ids, _) in enumerate(tokens):
+def _check_row(tokens: _Tokens, max_prompt_length: int, *, need_response: bool) -> None:
+    example = tokens.example
+    for k, (ids, _) in enumerate(tokens.sides):
         whose = "student" if k == 0 else "teacher" if k == 1 else f"teacher {k}"
-        if len(ids) > max_prompt_length:
+        if len(ids) > max_prompt_length and not (k and example.teacher_turns is not None):
             limit = f"data.max_prompt_length={max_prompt_length}"
             raise _InvalidRowError(PROMPT_TOO_LONG, f"the prompt has {len(ids)} tokens for the {whose}, above {limit}")
         if not ids:
@@ -186,26 +218,38 @@ def _check_row(example: Example, tokens: _Tokens, max_prompt_length: int, *, nee
         raise _InvalidRowError("response empty", "the response is empty")
 
 
-def _encode_row(example: Example, tokens: _Tokens, sides: Sequence[TextEncoder], max_length: int) -> EncodedRow:
+def response_room(num_prompt: int, max_length: int, max_prompt_length: int) -> int:
+    """Return the number of tokens that a side has for a response and its end token."""
+    return max_length - min(num_prompt, max_prompt_length)
+
+
+def _encode_row(
+    tokens: _Tokens, encoders: Sequence[TextEncoder], max_length: int, max_prompt_length: int
+) -> EncodedRow:
     """Truncate the response until it fits on every side, unless it fits with its end token."""
-    text = example.response
-    truncated = any(len(prompt) + len(ids) >= max_length for prompt, (ids, _) in tokens)
+    example, sides, _ = tokens
+    text, special = example.response, example.answer is not None
+    rooms = [response_room(len(prompt), max_length, max_prompt_length) for prompt, _ in sides]
+    truncated = any(len(ids) >= room for room, (_, (ids, _)) in zip(rooms, sides, strict=True))
     while cuts := [
-        max(0, *ends[: max_length - len(prompt)])  # the last end that is not negative
-        for prompt, (ids, ends) in tokens
-        if len(prompt) + len(ids) > max_length
+        max(0, *ends[:room])  # the last end that is not negative
+        for room, (_, (ids, ends)) in zip(rooms, sides, strict=True)
+        if len(ids) > room
     ]:
         shorter = text.encode()[: min(cuts)].decode(errors="ignore")
         text = shorter if len(shorter) < len(text) else text[:-1]
-        tokens = [(prompt, side.response_ids(text)) for side, (prompt, _) in zip(sides, tokens, strict=True)]
+        sides = [
+            (prompt, encoder.response_ids(text, special_tokens=special))
+            for encoder, (prompt, _) in zip(encoders, sides, strict=True)
+        ]
     encoded = []
-    for side, (prompt, (ids, ends)) in zip(sides, tokens, strict=True):
+    for encoder, (prompt, (ids, ends)) in zip(encoders, sides, strict=True):
         if not ids and example.response:
             raise _InvalidRowError(NOTHING_SUPERVISED)
-        last, last_end = ([], []) if truncated else ([side.end_token_id], [len(text.encode())])
+        last, last_end = ([], []) if truncated else ([encoder.end_token_id], [len(text.encode())])
         byte_ends = np.array([*ends, *last_end], dtype=np.int32)
         encoded.append(EncodedSide(np.array([*prompt, *ids, *last], dtype=np.int32), len(prompt), byte_ends))
-    return EncodedRow(example.index, text, encoded[0], tuple(encoded[1:]), truncated)
+    return EncodedRow(example.index, text, encoded[0], tuple(encoded[1:]), truncated, example.place)
 
 
 def _check_report(pairs: EncodedPairs, first_error: dict[str, str], invalid_rows: str, length_option: str) -> None:

@@ -38,6 +38,17 @@ class Prompts:
         except UserError as error:
             raise UserError(f"{example.place}: {error}") from error
 
+    def answer(self, example: Example) -> str:
+        """Render the answer of a row that has tool calls or reasoning, without an end token."""
+        keys = content_keys(example.answer or {"role": "assistant"})
+        if self.chat is None:
+            fix = "use data.template: chat, or remove it"
+            raise UserError(f"{example.place}: the answer has {keys[0]!r}, which only a chat template can show: {fix}")
+        try:
+            return self.chat.answer(example)
+        except UserError as error:
+            raise UserError(f"{example.place}: {error}") from error
+
     def _render(self, example: Example) -> str:
         hidden = [f"{key!r} of turn {n}" for n, turn in enumerate(example.turns) for key in content_keys(turn)]
         hidden += map(repr, structured(example.options or {}))

@@ -9,18 +9,32 @@ with the columns `tools`, `documents`, `chat_template_kwargs` and `system` of th
 columns are also read if the prompt is a string. If `messages` ends with a turn of the user or of a tool and the row has
 a `response`, `completion` or `output`, this column is the answer. A completion may also be a conversation: its last
 turn is the answer and the others are part of the prompt. Null and empty values are treated as absent.
+
+With `supervise: all`, each assistant turn of `messages`, or of a completion, becomes an example of its own, whose prompt
+is everything before it. Turns whose weight is 0 are context only.
 """
 
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dwakd.data.files import Unusable
-from dwakd.data.turns import Turn, check_answer, checked_text, is_object_list, read_options, read_turns, usable
+from dwakd.data.turns import (
+    Turn,
+    check_answer,
+    checked_text,
+    content_keys,
+    is_object_list,
+    is_trained,
+    read_options,
+    read_turns,
+    usable,
+)
 from dwakd.errors import UserError
 
 INVALID_ROWS = ("error", "skip")
+SUPERVISE = ("last", "all")
 _CONVERSATIONS = ("messages", "conversations")
 _RESPONSES = {"instruction": ("output", "response", "completion"), "prompt": ("response", "completion", "output")}
 _EXTRAS = ("tools", "documents", "chat_template_kwargs", "system")
@@ -31,7 +45,7 @@ _ASKING = ("user", "tool", "function", "observation", "function_response", "ipyt
 class Example:
     """A checked row of a data set: a prompt and its response."""
 
-    index: int  # position of the row in its source, from 0
+    index: int  # position of the row in its source, from 0; with `supervise: all`, the number of the example
     instruction: str  # the user's request; in a conversation, the content of the turn before the answer
     input: str = ""  # further context
     response: str = ""  # the answer to train on; empty if none is needed
@@ -39,11 +53,16 @@ class Example:
     history: tuple[Turn, ...] = ()  # the system text and the turns before `instruction`, with all their keys
     turn: Turn | None = None  # keys of the turn before the answer except its content; None for a plain user turn
     options: dict[str, Any] | None = None  # arguments of the chat template: tools, documents, chat_template_kwargs
+    answer: Turn | None = None  # the answer, if it has tool calls or reasoning; the student's template writes its text
+    teacher_turns: tuple[Turn, ...] | None = None  # the prompt of the teachers, if it is not the student's
+    source: tuple[int, int] | None = None  # with `supervise: all`, row and turn in the source
 
     @property
     def place(self) -> str:
         """The location of the row in its source, for messages."""
-        return f"row {self.index} (counting from 0)"
+        if self.source is None:
+            return f"row {self.index} (counting from 0)"
+        return "row {}, turn {} (counting from 0)".format(*self.source)
 
     @property
     def turns(self) -> list[Turn]:
@@ -59,6 +78,11 @@ class Example:
             return str(turns[0]["content"])
         return "\n\n".join(f"{turn['role']}: {turn.get('content') or ''}" for turn in turns)
 
+    def for_teacher(self) -> "Example":
+        """Return the row as teachers read it: with the prompt that only they see, if it has one."""
+        turns = self.teacher_turns
+        return self if turns is None else replace(self, **_before_answer(turns), input="", teacher_turns=None)
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -67,23 +91,35 @@ class Columns:
     prompt: str
     response: str | None
     input: str | None
+    teacher_prompt: str | None
     extras: list[str]
     optional: bool
     need_response: bool
+    supervise: str
 
     @classmethod
     def find(
-        cls, available: Iterable[str], source: str, given: dict[str, str | None], need_response: bool
+        cls,
+        available: Iterable[str],
+        source: str,
+        given: dict[str, str | None],
+        need_response: bool,
+        supervise: str = "last",
     ) -> "Columns":
-        """Choose the columns. Those `given` as "prompt", "response" or "input" must exist; the others are searched."""
+        """Choose the columns. Those `given` as options of the section data must exist; the others are searched."""
         names = list(available)
 
         def search(option: str, known: Sequence[str], *, needed: bool) -> str | None:
-            name = given[option]
+            name = given.get(option)
             found = next((each for each in (known if name is None else [name]) if each in names), None)
             if found is None and (needed or name is not None):
                 what = f"with the {option} ({', '.join(known)})" if name is None else repr(name)
                 fix = f"set data.{option} (eval, shrink: --{option}) to one of them"
+                if option == "prompt" and name is None and "text" in names:
+                    fix = (
+                        "only responses to prompts are trained: write 'prompt' and 'response', or 'messages', instead of "
+                        "'text'"
+                    )
                 raise UserError(f"{source} has no column {what}; its columns are: {', '.join(names) or 'none'}; {fix}")
             return found
 
@@ -92,64 +128,87 @@ class Columns:
         known = _RESPONSES.get(prompt, _RESPONSES["prompt"])
         response = search("response", known, needed=need_response and not optional)
         input = search("input", ("input", "context") if prompt == "instruction" else (), needed=False)
-        extras = [name for name in _EXTRAS if name in names and name not in (prompt, response, input)]
-        return cls(prompt, response, input, extras, optional and response is not None, need_response)
+        teacher_prompt = search("teacher_prompt", (), needed=False)
+        if teacher_prompt is not None and supervise == "all":
+            raise UserError("data.teacher_prompt replaces the prompt of one answer: set data.supervise: last")
+        extras = [name for name in _EXTRAS if name in names and name not in (prompt, response, input, teacher_prompt)]
+        optional = optional and response is not None
+        return cls(prompt, response, input, teacher_prompt, extras, optional, need_response, supervise)
 
     @property
     def used(self) -> list[str]:
         """All columns to read, without repetition."""
-        names = dict.fromkeys((self.prompt, self.response, self.input, *self.extras))
+        names = dict.fromkeys((self.prompt, self.response, self.input, self.teacher_prompt, *self.extras))
         return [name for name in names if name is not None]
 
-    def read(self, row: Any, index: int) -> Example:
-        """Convert a row to a checked example. The messages of errors do not name the row."""
+    def read(self, row: Any, index: int) -> list[Example]:
+        """Convert a row to checked examples, one for each answer. The messages of errors do not name the row."""
         check_row(row)
         row = {column: usable(row.get(column), column) for column in self.used}
-        turns, input, references = self._read_texts(row)
-        if not _asks(turns):
-            found = f"role {turns[-1]['role']!r}" if turns else "none"
-            raise UserError(
-                f"the turn before the answer in {self.prompt!r} must be the user's or a tool's, not {found}"
-            )
-        *history, last = turns
-        turn = {key: value for key, value in last.items() if key != "content"}
-        extras = {name: row[name] for name in self.extras}
-        return Example(
-            index=index,
-            instruction=last["content"],
-            input=input,
-            response=references[0] if references else "",
-            references=references,
-            history=tuple(history),
-            turn=None if turn == {"role": "user"} else turn,
-            options=read_options(extras, is_conversation=isinstance(row.get(self.prompt), list)) or None,
-        )
-
-    def _read_texts(self, row: Mapping[str, Any]) -> tuple[list[Turn], str, tuple[str, ...]]:
-        """Read the turns before the answer, the further context and the acceptable answers."""
-        turns, response = self._read_prompt(row), self.response
+        turns, first, references = self._conversation(row)
+        ends = self._answers(turns, first)
         given = row.get(self.input or "")
         input = "" if given is None else checked_text(given, repr(self.input))
+        asked = (first or ends[0]) - 1  # the turn that the further context belongs to
+        if input and asked >= 0 and ends != [asked + 1]:
+            turns[asked]["content"] += f"\n{input}"
+            input = ""
+        is_conversation = isinstance(row.get(self.prompt), list)
+        options = read_options({name: row[name] for name in self.extras}, is_conversation=is_conversation) or None
+        private, column = row.get(self.teacher_prompt or ""), self.teacher_prompt or ""
+        teacher_turns = tuple(_read_prompt(private, column)) if private else None
+        if teacher_turns is not None:
+            self._check_asks(teacher_turns, column)
+        found = []
+        for end in ends:
+            self._check_asks(turns[:end], self.prompt)
+            example = Example(index, **_before_answer(turns[:end]), input=input, options=options)
+            if end < len(turns):
+                answer = turns[end]
+                check_answer(answer, f"the answer in {self.response or self.prompt!r}", self.need_response)
+                accepted = references if references and end == len(turns) - 1 else (answer["content"],)
+                kept = answer if content_keys(answer) else None
+                example = replace(example, response=accepted[0], references=accepted, answer=kept)
+            source = (index, end) if self.supervise == "all" else None
+            found.append(replace(example, teacher_turns=teacher_turns, source=source))
+        return found
+
+    def _conversation(self, row: Mapping[str, Any]) -> tuple[list[Turn], int, tuple[str, ...]]:
+        """Read all turns of a row with its answer as the last one, the first that may be trained, and references."""
+        turns, response = self._read_turns(row), self.response
         if self.optional and not (_asks(turns) and row.get(response or "")):
             response = None
-        value = row.get(response or "")
-        if response is None and isinstance(row.get(self.prompt), list):
-            at = max((n for n, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
-            if not self.need_response and at < len(turns) - 1:
-                return turns, input, ()
-            if at < 0:
-                raise UserError(f"{self.prompt!r} has no assistant turn to train on")
-            turns, answer = turns[:at], turns[at]
-        elif response is not None and is_object_list(value):
-            *earlier, answer = read_turns(value, response)
-            if earlier and turns and input:
-                turns[-1]["content"] += f"\n{input}"
-                input = ""
-            turns = [*turns, *earlier]
+        first = 0 if isinstance(row.get(self.prompt), list) and (response is None or self.optional) else len(turns)
+        if response is None:
+            return turns, first, ()
+        value = row.get(response)
+        if is_object_list(value):
+            completion = read_turns(value, response)
+            if (role := completion[-1]["role"]) != "assistant":
+                raise UserError(f"the answer in {response!r} must be an assistant turn, got a turn of role {role!r}")
+            return [*turns, *completion], first, ()
+        references = self._read_references(value, repr(response))
+        return [*turns, *({"role": "assistant", "content": text} for text in references[:1])], first, references
+
+    def _answers(self, turns: list[Turn], first: int) -> list[int]:
+        """Return the positions of the answers to train on; the number of turns stands for one that does not exist."""
+        found = [n for n, turn in enumerate(turns) if n >= first and turn["role"] == "assistant"]
+        unanswered = [len(turns)] if turns and not self.need_response and found[-1:] != [len(turns) - 1] else []
+        if self.supervise == "all":
+            found = [n for n in found if is_trained(turns[n]) or not self.need_response] + unanswered
         else:
-            return turns, input, () if response is None else self._read_references(value, repr(response))
-        check_answer(answer, f"the answer in {response or self.prompt!r}", self.need_response)
-        return turns, input, (answer["content"],)
+            found = unanswered or found[-1:]
+        if not found:
+            raise UserError(f"{self.prompt!r} has no assistant turn to train on")
+        return found
+
+    def _check_asks(self, turns: Sequence[Turn], column: str) -> None:
+        if not _asks(turns):
+            found = f"role {turns[-1]['role']!r}" if turns else "none"
+            fix = f"; give turn {len(turns)} the weight 0 if it is context only" if self.supervise == "all" else ""
+            raise UserError(
+                f"the turn before the answer in {column!r} must be the user's or a tool's, not {found}{fix}"
+            )
 
     def _read_references(self, value: Any, what: str) -> tuple[str, ...]:
         if value is None and not self.need_response:
@@ -160,16 +219,13 @@ class Columns:
             return tuple(checked_text(item, f"{what}[{n}]") for n, item in enumerate(value))
         return (checked_text(value, what),)
 
-    def _read_prompt(self, row: Mapping[str, Any]) -> list[Turn]:
+    def _read_turns(self, row: Mapping[str, Any]) -> list[Turn]:
         """Read the prompt of a row as turns, with the row's system text as the first turn."""
         asked = row.get(self.prompt)
-        if isinstance(asked, list):
-            turns = read_turns(asked, self.prompt)
-        elif self.prompt in _CONVERSATIONS and (self.response is None or self.optional):
+        if self.prompt in _CONVERSATIONS and (self.response is None or self.optional) and not isinstance(asked, list):
             found = type(asked).__name__
             raise UserError(f"{self.prompt!r} must be a list of turns with role and content, got {found}")
-        else:
-            turns = [{"role": "user", "content": checked_text(asked, repr(self.prompt))}]
+        turns = _read_prompt(asked, self.prompt)
         if "system" in self.extras and (system := row.get("system")):
             turn = {"role": "system", "content": checked_text(system, "'system'")}
             if any(other["role"] == "system" and other != turn for other in turns):
@@ -180,7 +236,22 @@ class Columns:
         return turns
 
 
-def _asks(turns: list[Turn]) -> bool:
+def _read_prompt(value: Any, column: str) -> list[Turn]:
+    """Read a prompt that is a conversation or a text as turns."""
+    if isinstance(value, list):
+        return read_turns(value, column)
+    return [{"role": "user", "content": checked_text(value, repr(column))}]
+
+
+def _before_answer(turns: Sequence[Turn]) -> dict[str, Any]:
+    """Return the fields of an example for the turns before its answer."""
+    *history, last = turns
+    turn = {key: value for key, value in last.items() if key != "content"}
+    plain = turn == {"role": "user"}
+    return {"instruction": last["content"], "history": tuple(history), "turn": None if plain else turn}
+
+
+def _asks(turns: Sequence[Turn]) -> bool:
     """Return whether an answer can follow."""
     return bool(turns) and turns[-1]["role"] in _ASKING
 

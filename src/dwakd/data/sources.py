@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -13,7 +14,7 @@ import datasets
 import huggingface_hub
 
 from dwakd.data.files import SUFFIXES, PlacedRow, Select, numbered, read_file
-from dwakd.data.rows import INVALID_ROWS, Columns, Example, check_choice, check_row
+from dwakd.data.rows import INVALID_ROWS, SUPERVISE, Columns, Example, check_choice, check_row
 from dwakd.errors import UserError, explained
 
 __all__ = ["EVAL_SPLITS", "SUFFIXES", "TEST_SPLITS", "TRAIN_SPLITS", "Example", "load_examples"]
@@ -39,6 +40,8 @@ def load_examples(
     prompt: str | None = None,
     response: str | None = None,
     input: str | None = None,
+    teacher_prompt: str | None = None,
+    supervise: str = "last",
     limit: int | None = None,
     need_response: bool = True,
     invalid_rows: str = "error",
@@ -59,6 +62,9 @@ def load_examples(
         prompt: column of the prompt, the instruction or the conversation. Default: see `dwakd.data.rows`.
         response: column of the response, which is a string or a list of references, of which the first is trained on.
         input: column of the further context.
+        teacher_prompt: column of a prompt, a text or a conversation, that teachers read instead of the row's prompt,
+            input and system text. Rows in which it is empty have one prompt for all.
+        supervise: `last` trains on the last assistant turn of a conversation; `all` makes an example of each one.
         limit: maximum number of rows to read.
         need_response: False if rows without a response are allowed (evaluation).
         invalid_rows: `error` refuses a malformed row (no response, a value of a wrong type, a conversation without an
@@ -76,10 +82,11 @@ def load_examples(
     if limit is not None and limit < 1:
         raise UserError(f"data.limit must be at least 1, got {limit}")
     check_choice("data.invalid_rows", invalid_rows, INVALID_ROWS)
+    check_choice("data.supervise", supervise, SUPERVISE)
     name = name or (str(source) if isinstance(source, str | Path) else "the data set passed in")
-    given = {"prompt": prompt, "response": response, "input": input}
+    given = {"prompt": prompt, "response": response, "input": input, "teacher_prompt": teacher_prompt}
 
-    find_columns = partial(Columns.find, source=name, given=given, need_response=need_response)
+    find_columns = partial(Columns.find, source=name, given=given, need_response=need_response, supervise=supervise)
     with explained(f"{name:.500}: cannot be read"):
         placed = list(islice(_open(source, split, name, lambda names: find_columns(names).used), limit))
     if not placed:
@@ -92,7 +99,7 @@ def load_examples(
         try:
             check_row(row)
             if columns is not None:
-                examples.append(columns.read(row, index))
+                examples += columns.read(row, index)
         except UserError as error:
             errors.append(f"{where}: {error}: correct or remove that row")
             if invalid_rows == "error":
@@ -104,6 +111,8 @@ def load_examples(
             "%s: skipping %d of %d rows, which are malformed; first error: %s",
             *(name, len(errors), len(placed), errors[0]),
         )
+    if supervise == "all":
+        examples = [replace(example, index=number) for number, example in enumerate(examples)]
     return examples
 
 

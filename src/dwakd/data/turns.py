@@ -1,6 +1,7 @@
 """Read and check the turns of a conversation. Keys other than role and content are kept for the chat template."""
 
 import inspect
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -26,6 +27,7 @@ _METADATA = frozenset({
 """Keys of a turn that the model does not have to see. Chat templates omit them on purpose, even the id of a tool call."""
 THOUGHTS = frozenset({"reasoning_content", "reasoning", "thinking"})
 """Keys of an assistant turn that contain the model's reasoning before its answer."""
+_ANSWER_PARTS = THOUGHTS | {"tool_calls"}
 _RESERVED = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
 """Arguments of `apply_chat_template` that a row must not set."""
 
@@ -51,14 +53,21 @@ def read_turns(conversation: list[Any], column: str) -> list[Turn]:
         role, content = checked_text(turn.get(role_key), f"{what} {role_key}"), turn.get(text_key)
         kept = {key: value for key, value in _filled(turn).items() if key not in (role_key, text_key)}
         read = {"role": _ROLES.get(role, role), "content": "", **kept}
-        if isinstance(content, list) and all(
-            isinstance(part, dict) and set(part) == {"type", "text"} for part in content
-        ):
-            content = "".join(str(part["text"]) for part in content)
+        if isinstance(content, list):
+            content = "".join(_part_text(part, f"{what} {text_key}") for part in content)
         if content is not None or not content_keys(read):  # a turn may have tool calls and no text
             read["content"] = checked_text(content, f"{what} {text_key}")
         turns.append(read)
     return turns
+
+
+def _part_text(part: Any, what: str) -> str:
+    """Return the text of a part of a content that is a list."""
+    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+    if kind != "text" or not isinstance(part.get("text"), str):
+        found = "a part of type text without a text" if kind == "text" else f"a part of type {kind!r}"
+        raise UserError(f"{what} has {found}, but only parts {{'type': 'text', 'text': ...}} are supported")
+    return str(part["text"])
 
 
 def read_options(columns: Mapping[str, Any], *, is_conversation: bool) -> dict[str, Any]:
@@ -84,14 +93,20 @@ def read_options(columns: Mapping[str, Any], *, is_conversation: bool) -> dict[s
 
 
 def check_answer(turn: Turn, what: str, need_response: bool) -> None:
-    """Refuse an answer that is not the assistant's or has other parts than text, or a weight other than 1."""
-    if turn["role"] != "assistant":
-        raise UserError(f"{what} must be an assistant turn, got a turn of role {turn['role']!r}")
-    for flag in _FLAGS & set(turn):
-        if need_response and turn[flag] != 1:
-            raise UserError(f"{what} has {flag} {turn[flag]!r}, but every answer is trained with weight 1")
-    if keys := content_keys(turn):
-        raise UserError(f"{what} has {keys[0]!r}, but only the text in the content of an answer is trained")
+    """Refuse an answer with other parts than text, reasoning and tool calls, or with a weight other than 1."""
+    if need_response and not is_trained(turn):
+        flag = next(flag for flag in sorted(_FLAGS & set(turn)) if turn[flag] != 1)
+        raise UserError(
+            f"{what} has {flag} {turn[flag]!r}, but every answer is trained with weight 1 (data.supervise: all leaves out "
+            "answers of weight 0)"
+        )
+    if keys := [key for key in content_keys(turn) if key not in _ANSWER_PARTS]:
+        raise UserError(f"{what} has {keys[0]!r}, but only content, tool_calls and reasoning_content are trained")
+
+
+def is_trained(turn: Turn) -> bool:
+    """Return whether no key of an assistant turn says that the model is not trained on it."""
+    return all(turn[flag] == 1 for flag in _FLAGS & set(turn))
 
 
 def content_keys(turn: Turn) -> list[str]:
@@ -102,18 +117,21 @@ def content_keys(turn: Turn) -> list[str]:
     return [key for key in turn if key not in ignored]
 
 
-def texts_to_show(turns: list[Turn], options: Mapping[str, Any]) -> list[tuple[int, str, str]]:
+def texts_to_show(
+    turns: list[Turn], options: Mapping[str, Any], *, thoughts: bool = False
+) -> list[tuple[int, str, str]]:
     """Collect every text and number that a prompt must contain, with the index of its turn (-1 for options) and its key.
 
-    Types, identifiers and metadata are not among them, nor are switches of a template, nor is text between <think> and
-    </think> in an assistant's content, because templates remove it.
+    Types, identifiers and metadata are not among them, nor are switches of a template. Text between <think> and </think>
+    in an assistant's content is included only with `thoughts`, because templates remove it from earlier turns.
     """
     found = []
     for n, turn in enumerate(turns):
         texts = [turn["content"]]
         if turn["role"] == "assistant" and "</think>" in turn["content"]:
             opened = "" if "<think>" in turn["content"].split("</think>")[0] else "<think>"
-            texts = re.split(r"<think>.*?</think>", opened + turn["content"], flags=re.DOTALL)
+            pattern = "</?think>" if thoughts else r"<think>.*?</think>"
+            texts = re.split(pattern, opened + turn["content"], flags=re.DOTALL)
         found += [(n, "content", text) for text in texts]
         found += [(n, key, text) for key in content_keys(turn) for text in _texts(turn[key])]
     found += [(-1, key, text) for key, value in structured(options).items() for text in _texts(value)]
@@ -140,6 +158,20 @@ def parse_arguments(value: Any, parsed: list[dict[str, Any]]) -> Any:
                 read["arguments"] = found
                 parsed.append(found)
     return read
+
+
+def write_arguments(value: Any) -> Any:
+    """Copy (part of) turns with every object under a key `arguments` written as JSON."""
+    if isinstance(value, list):
+        return [write_arguments(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        key: json.dumps(item, ensure_ascii=False)
+        if key == "arguments" and isinstance(item, Mapping)
+        else write_arguments(item)
+        for key, item in value.items()
+    }
 
 
 def is_object_list(value: Any) -> TypeGuard[list[Any]]:

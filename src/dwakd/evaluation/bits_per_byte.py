@@ -69,7 +69,7 @@ def bits_per_byte(
         The result, or None if no row has a response that fits.
     """
     max_length = min(max_length, max_positions(model))
-    answered = [example for example in examples if example.response.strip()]
+    answered = [each for each in map(encoder.with_response, examples) if each.response.strip()]
     prompts = encoder.prompt_ids_batch(answered) if answered else []
     scored = [example for example, prompt in zip(answered, prompts, strict=True) if len(prompt) < max_length]
     if left_out := len(answered) - len(scored):

@@ -110,6 +110,7 @@ def evaluate_model(
     options = options or EvalOptions()
     if not examples:
         raise UserError("the evaluation data has no rows")
+    examples = [encoder.with_response(example) for example in examples]
     scored = any(map(metrics.has_reference, examples))
     references = [metrics.references_of(example) if scored else () for example in examples]
     if scored and (count := sum(not metrics.is_scorable(texts) for texts in references)):

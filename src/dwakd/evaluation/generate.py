@@ -110,7 +110,7 @@ def answerable_prompts(
     positions = max_positions(model)
     prompts = encoder.prompt_ids_batch(examples) if examples else []
     for example, prompt in zip(examples, prompts, strict=True):
-        row = f"{source}, row {example.index} (counting from 0)"
+        row = f"{source}, {example.place}"
         if not prompt:
             raise UserError(f"{row}: the prompt has no tokens: give it an instruction or use another template")
         if len(prompt) >= positions:

@@ -63,13 +63,13 @@ def exact_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> 
 def references_of(example: Example) -> tuple[str, ...]:
     """Return the references of a row, or else its response; raise a UserError if it has neither."""
     if not has_reference(example):
-        raise UserError(f"row {example.index} (counting from 0) has no response and no references: add one")
+        raise UserError(f"{example.place} has no response and no references: add one")
     return example.references or (example.response,)
 
 
 def has_reference(example: Example) -> bool:
     """Return whether the row has a reference or a response to compare an answer with."""
-    return any(text.strip() for text in example.references or (example.response,))
+    return example.answer is not None or any(text.strip() for text in example.references or (example.response,))
 
 
 def is_scorable(references: Sequence[str]) -> bool:

@@ -91,7 +91,8 @@ class Row(NamedTuple):
 
 def align_rows(pairs: EncodedPairs, examples: Sequence[Example], encoders: Sequence[TextEncoder]) -> list[Row]:
     """Pair the tokens of the student with those of the first teacher, or with themselves if there is no teacher."""
-    responses = {example.index: example.response for example in examples}
+    kept = {row.example_id for row in pairs.rows}
+    responses = {each.index: encoders[0].with_response(each).response for each in examples if each.index in kept}
     columns = [row.student for row in pairs.rows], [(row.student, *row.teachers)[:2][-1] for row in pairs.rows]
     own, theirs = map(_pack, columns)
     groups = byte_groups(*own, *theirs)

@@ -22,6 +22,7 @@ def encode_rows(
     teacher_tokenizer: Any,
     *,
     template: str = "alpaca",
+    supervise: str = "last",
     max_length: int = 512,
     max_prompt_length: int = 256,
 ) -> EncodedPairs:
@@ -34,6 +35,7 @@ def encode_rows(
         student_tokenizer: a fast tokenizer of transformers.
         teacher_tokenizer: a fast tokenizer of transformers.
         template: `chat`, another name of a template, or a format string with {instruction} and {input}.
+        supervise: `last` trains on the last assistant turn of a conversation, `all` on each of them.
         max_length: maximum number of tokens of prompt and response. Longer responses are truncated.
         max_prompt_length: maximum number of tokens of the prompt.
 
@@ -41,7 +43,7 @@ def encode_rows(
         UserError: a row is invalid, or a tokenizer cannot be used.
     """
     encoders = [TextEncoder(tokenizer, template) for tokenizer in (student_tokenizer, teacher_tokenizer)]
-    examples = load_examples(rows, name="rows")
+    examples = load_examples(rows, name="rows", supervise=supervise)
     options: dict[str, Any] = {"max_length": max_length, "max_prompt_length": max_prompt_length, "source": "rows"}
     return encode_pairs(examples, *encoders, **options)
 

@@ -114,6 +114,13 @@ class DataSection(Section):
     prompt: str | None = Field(None, description="Column of the prompt. By default it is guessed.")
     response: str | None = Field(None, description="Column of the response. By default it is guessed.")
     input: str | None = Field(None, description="Column of the optional input. By default it is guessed.")
+    teacher_prompt: str | None = Field(
+        None,
+        description="Column of a prompt that only the teachers read, instead of the row's. Its length is not limited.",
+    )
+    supervise: Literal["last", "all"] = Field(
+        "last", description="Train on the last assistant turn of a conversation, or on all of them, each as an example."
+    )
     template: Annotated[str, AfterValidator(_check_template)] = Field(
         "alpaca", description=f"How a row becomes a prompt: {TEMPLATE_CHOICES}."
     )

@@ -22,7 +22,15 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-DATA_OPTIONS = ("template", "bos", "special_tokens_in_prompts", "max_length", "max_prompt_length", "invalid_rows")
+DATA_OPTIONS = (
+    "template",
+    "bos",
+    "special_tokens_in_prompts",
+    "max_length",
+    "max_prompt_length",
+    "invalid_rows",
+    "supervise",
+)
 """Options of the section data that are options of `DistillConfig` with the same names."""
 ELSEWHERE = {
     "method": "use loss.method",
@@ -38,7 +46,7 @@ ELSEWHERE = {
     "on_policy": "use lmbda",
     "seq_kd": "use data.responses=teacher",
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), "leave it out"),
-    **{f"{name}_column": f"use data.{name}" for name in ("prompt", "response", "input")},
+    **{f"{name}_column": f"use data.{name}" for name in ("prompt", "response", "input", "teacher_prompt")},
     **{name: f"use data.{name}" for name in DATA_OPTIONS},
 }
 """Options of `DistillConfig` and TRL that the section training does not have, and what to do instead."""
@@ -130,6 +138,8 @@ class DistillConfig(TrainingArguments):
     prompt_column: str | None = _data_option("prompt")
     response_column: str | None = _data_option("response")
     input_column: str | None = _data_option("input")
+    teacher_prompt_column: str | None = _data_option("teacher_prompt")
+    supervise: str = _data_option("supervise")
     lmbda: Rate = _option(0.0, "Share of the prompts that the current student answers (on-policy distillation).")
     sampling_temperature: Temperature = _option(1.0, "Temperature of the student's sampling for lmbda.")
     max_new_tokens: Count = _option(128, "Most tokens of an answer of the student for lmbda.")

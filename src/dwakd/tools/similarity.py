@@ -23,6 +23,7 @@ from dwakd.data.sources import TEST_SPLITS, Example, load_examples
 from dwakd.errors import UserError
 from dwakd.evaluation.evaluate import data_identity, model_identity
 from dwakd.evaluation.generate import Model, max_positions, progress_bar
+from dwakd.evaluation.metrics import has_reference
 from dwakd.evaluation.options import RowOptions
 from dwakd.folders import check_output_folder, write_json
 from dwakd.models.loading import load_causal_lm, load_tokenizer
@@ -122,7 +123,7 @@ def structure_distances(
     References:
         Vu et al. 2026, section 4.4 and appendix B, where the differences are summed instead of averaged.
     """
-    answered = [example for example in examples if example.response.strip()]
+    answered = [example for example in examples if has_reference(example)]
     if not answered:
         raise UserError(f"{source}: no row has a response to compare representations of")
     models = student[0], teacher[0]

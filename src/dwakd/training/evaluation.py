@@ -108,7 +108,7 @@ def generated_metrics(
     length, size = args.eval_max_new_tokens, args.per_device_eval_batch_size
     options = GenerationOptions(seed=args.seed, max_new_tokens=length, batch_size=size)
     answers = generate_answers(model, encoder, examples, options, progress=not args.disable_tqdm)
-    references = [list(references_of(example)) for example in examples]
+    references = [list(references_of(encoder.with_response(example))) for example in examples]
     metrics: dict[str, float] = {}
     if args.eval_rouge_l:
         scores = rouge_l(answers, references)

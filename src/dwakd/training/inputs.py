@@ -167,12 +167,14 @@ def encode_source(
                 prompt=args.prompt_column,
                 response=args.response_column,
                 input=args.input_column,
+                teacher_prompt=args.teacher_prompt_column,
+                supervise=args.supervise,
                 need_response=need_response,
                 invalid_rows=args.invalid_rows,
                 name=name,
             )
         if not need_response:
-            examples = [replace(example, response="") for example in examples]
+            examples = [replace(example, response="", answer=None) for example in examples]
         pairs = encode_pairs(
             examples,
             *encoders,

@@ -13,7 +13,7 @@ from torch import Tensor
 from dwakd.batch import PairedBatch
 from dwakd.data.collator import collate, separate
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.pairs import EncodedSide
+from dwakd.data.pairs import EncodedSide, response_room
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import Generated, Model, PromptBatch, generate_batch, group_prompts, streams
 from dwakd.evaluation.metrics import repeated_sequences
@@ -60,7 +60,7 @@ class StudentAnswers:
 
     def __init__(self, args: DistillConfig, encoders: Sequence[TextEncoder], counts: "AnswerCounts") -> None:
         self.args, self.counts = args, counts
-        self.encoder = AnswerEncoder(encoders, args.max_length)
+        self.encoder = AnswerEncoder(encoders, args.max_length, args.max_prompt_length)
 
     def replace(self, batches: Sequence[PairedBatch], student: Model, step: int) -> list[PairedBatch]:
         """Return the micro-batches of a step, in which the student has answered the chosen prompts.
@@ -132,17 +132,18 @@ class AnswerEncoder:
     Args:
         encoders: the encoder of the student, then that of each teacher.
         max_length: maximum number of tokens of each side.
+        max_prompt_length: maximum number of tokens of a prompt that a teacher shares with the student.
     """
 
-    def __init__(self, encoders: Sequence[TextEncoder], max_length: int) -> None:
-        self.encoders, self.max_length = encoders, max_length
+    def __init__(self, encoders: Sequence[TextEncoder], max_length: int, max_prompt_length: int) -> None:
+        self.encoders, self.limits = encoders, (max_length, max_prompt_length)
         own, *others = (encoder.tokenizer.get_vocab() for encoder in encoders)
         self._known, self._same = set(own.values()), [vocab == own for vocab in others]
 
     def encode(self, example_id: int, prompts: list[list[int]], answer: Generated) -> AnsweredRow:
         """Encode an answer to a prompt, which is given as the token ids of each model."""
         ids = list(takewhile(self._known.__contains__, answer.ids))
-        rooms = [self.max_length - len(prompt) for prompt in prompts[1:]]
+        rooms = [response_room(len(prompt), *self.limits) for prompt in prompts[1:]]
         text, parts = self._read(ids)
         fits = all(len(part) < room for (part, _), room in zip(parts[1:], rooms, strict=True))
         ended = answer.ended and fits and len(ids) == len(answer.ids)

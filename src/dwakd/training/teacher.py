@@ -21,8 +21,9 @@ from dwakd.cache.manifest import MANIFEST, Manifest, check_folder
 from dwakd.cache.store import Cache, CacheRequest, open_complete
 from dwakd.data.collator import FindPlace
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.pairs import EncodedPairs
+from dwakd.data.pairs import EncodedPairs, response_room
 from dwakd.errors import UserError
+from dwakd.evaluation.generate import max_positions
 from dwakd.models.head import embedding_table, output_head
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.models.rows import select_side, teacher_states
@@ -82,6 +83,7 @@ class OnlineTeacher(Teacher):
 
     def prepare(self, encoder: TextEncoder, args: DistillConfig, sets: Sets) -> None:
         self.with_attention = args.method_options.needs_attention
+        _check_positions(self.model, args, sets)
 
     @property
     def head(self) -> OutputHead:  # type: ignore[override]
@@ -152,7 +154,9 @@ class CachedTeacher(Teacher):
         """
         check_folder(self.folder)  # before the teacher's files are hashed, which takes a while
         request = self._request(encoder, args, sets)
-        self.cache = open_or_build(self.folder, request, lambda: self._load(args), repair=repair)
+        self.cache = open_or_build(
+            self.folder, request, lambda: _check_positions(self._load(args), args, sets), repair=repair
+        )
         gc.collect()  # frees the teacher's layers, if they were loaded
         self.table, self.head = self.cache.teacher()
         self.find_place = partial(find_place, self.cache)
@@ -193,6 +197,22 @@ class CachedTeacher(Teacher):
             self.table = self.head.weight if tied else self.table.to(device)
         assert tokens.cache_places is not None
         return self.cache.read(tokens.cache_places).to(device, self.head.weight.dtype, non_blocking=True), None
+
+
+def _check_positions(model: Any, args: DistillConfig, sets: Sets) -> Any:
+    """Return the teacher, or raise UserError if a row with a prompt of its own has more tokens than it has positions."""
+    positions = max_positions(model)
+    for pairs in filter(None, sets.values()):
+        for row in pairs.rows:
+            side, length = row.teachers[0], row.teachers[0].length
+            if args.lmbda:  # the student's own answers may be longer
+                length = side.num_prompt + response_room(side.num_prompt, args.max_length, args.max_prompt_length)
+            if length > positions:
+                raise UserError(
+                    f"{pairs.source}, {row.place}: prompt and response have up to {length} tokens for the teacher, which has "
+                    f"only {positions} positions: shorten the row's prompt for the teacher"
+                )
+    return model
 
 
 def find_place(cache: Cache, example_id: int, features: dict[str, Any]) -> int:

@@ -73,7 +73,7 @@ def shrink_to_folder(
     else:
         cut = max(len(examples) - max(len(examples) // 20, 1), 1)
         examples, held_out = examples[:cut], examples[cut:]
-    texts = [encoder.prompt_text(example) + example.response for example in examples]
+    texts = [encoder.prompt_text(each) + each.response for each in map(encoder.with_response, examples)]
     original = load_causal_lm(model)
     shrunk = shrink_model(original, tokenizer, texts, num_layers=num_layers, vocab_size=vocab_size)
     save_causal_lm(shrunk.student, output)
