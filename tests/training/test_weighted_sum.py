@@ -106,7 +106,7 @@ def test_on_policy_training_with_the_gradient_of_each_term(tmp_path):
     run.train()
     logs = run.state.log_history[0]
     for term in ("ce", "dwa_kd.kd_student", "dwa_kd.kd_teacher", "alm.alm"):
-        assert logs[f"grad_norm/{term}"] > 0
+        assert logs[f"term_grad_norm/{term}"] > 0
     losses["losses"][0].pop("variant")
     with pytest.raises(UserError, match="method dwa_kd cannot train on the student's own answers"):
         trainer(tmp_path, method="sum", loss_options=losses, **sampling)
