@@ -27,15 +27,36 @@ def evaluate(
         Path | None, output_option("Folder of scores and answers; eval/ in the model's by default.")
     ] = None,
     adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to merge into the model.")] = None,
+    draft_for: Annotated[
+        str | None, typer.Option(help="A target model: count the tokens that it accepts if MODEL drafts for it.")
+    ] = None,
+    lookahead: Annotated[int, typer.Option(min=1, help="Tokens of a draft, with --draft-for.")] = 5,
     overwrite: Annotated[bool, flag("--overwrite", "Replace results that were made with other options.")] = False,
 ) -> None:
     """Answer test sets and score them: ROUGE-L over seeds, exact match, bits per byte, calibration error.
 
     Sampling at temperature 1 over five seeds with --decoding minillm is the protocol of the published tables. Bits per
     byte can be compared between models with different tokenizers. Template, bos and special-tokens-in-prompts are by
-    default those of the recipe in the model's folder, if there is one.
+    default those of the recipe in the model's folder, if there is one. With --draft-for, the number of tokens that the
+    target accepts in universal assisted decoding is measured instead, and only --max-new-tokens of the other options applies.
     """
     silence_transformers()
+    if draft_for is not None:
+        from dwakd.evaluation.draft import evaluate_draft_sets
+
+        table = evaluate_draft_sets(
+            model,
+            draft_for,
+            data,
+            rows,
+            lookahead=lookahead,
+            max_new_tokens=options.max_new_tokens,
+            adapter=adapter,
+            output=output,
+            overwrite=overwrite,
+        )
+        console.print(table)
+        return
     from dwakd.evaluation.run import evaluate_sets
 
     table = evaluate_sets(

@@ -111,10 +111,13 @@ def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:
             sampled, *cells = _cells([fmean(column) if column else None for column in columns])
             table.add_row(label or f"mean of {most} sets", sampled, "", *cells)
     notes = [f"{name}: {_note(evaluation)}" for name, evaluation in rows.items()]
-    signature = next(iter(rows.values())).signature  # of all sets, apart from the set itself
-    parts = (f"{key} {_shown(value)}" for key, value in signature.items() if key not in ("data", "references"))
-    table.caption = "\n".join([*notes, ", ".join(parts)])
+    table.caption = "\n".join([*notes, signature_line(next(iter(rows.values())).signature)])
     return table
+
+
+def signature_line(signature: Mapping[str, Any]) -> str:
+    """Format what all test sets share, which is the signature without the data."""
+    return ", ".join(f"{key} {_shown(value)}" for key, value in signature.items() if key not in ("data", "references"))
 
 
 def _other_temperatures(evaluation: Evaluation) -> dict[str, Evaluation]:

@@ -144,23 +144,40 @@ def evaluate_sets(
     Raises:
         UserError: the model or the data cannot be used, or there are other results in the output folder.
     """
-    recipe = Path(model) / RECIPE_FILE
-    fix = "restore it, or remove it and give --template and --bos"
-    saved = read_saved_recipe(recipe, fix=fix)["data"] if recipe.is_file() else {}
-    folder = output or (Path(model) / "eval" if Path(model).is_dir() else Path("eval") / Path(model).name)
-    check_output_folder(folder)
+    folder = results_folder(model, output)
     plan = EvaluationPlan(read_test_sets(data, rows, text), options, rows)
-    trained_with = {name: saved[name] for name in ("template", "bos", "special_tokens_in_prompts") if name in saved}
-    encoder = TextEncoder(load_tokenizer(model), **rows.rendering(**trained_with))
-    loaded = load_causal_lm(model, adapter=adapter)
-    if torch.accelerator.is_available():
-        loaded.to(torch.accelerator.current_accelerator())
-    check_head(loaded)
+    encoder = text_encoder_of(model, rows, recipe_of=model)
+    loaded = load_for_evaluation(model, adapter)
     check_room(plan, loaded, encoder)
     table = evaluate_plan(plan, loaded, encoder, folder, name=model, overwrite=overwrite)
     if adapter is None and folder == Path(model) / "eval":
         update_results(Path(model))
     return table
+
+
+def results_folder(model: str, output: Path | None) -> Path:
+    """Return the folder of the results, which is by default eval/ in the model's folder, and check that it can be written."""
+    folder = output or (Path(model) / "eval" if Path(model).is_dir() else Path("eval") / Path(model).name)
+    check_output_folder(folder)
+    return folder
+
+
+def text_encoder_of(model: str, rows: RowOptions, *, recipe_of: str) -> TextEncoder:
+    """Load the tokenizer of `model`. Options that are None come from the recipe in the folder `recipe_of`, if there is one."""
+    recipe = Path(recipe_of) / RECIPE_FILE
+    fix = "restore it, or remove it and give --template and --bos"
+    saved = read_saved_recipe(recipe, fix=fix)["data"] if recipe.is_file() else {}
+    trained_with = {name: saved[name] for name in ("template", "bos", "special_tokens_in_prompts") if name in saved}
+    return TextEncoder(load_tokenizer(model), **rows.rendering(**trained_with))
+
+
+def load_for_evaluation(model: str, adapter: str | None = None) -> Any:
+    """Load a model onto the accelerator, if there is one, and check its output head."""
+    loaded = load_causal_lm(model, adapter=adapter)
+    if torch.accelerator.is_available():
+        loaded.to(torch.accelerator.current_accelerator())
+    check_head(loaded)
+    return loaded
 
 
 def evaluate_plan(
