@@ -77,6 +77,21 @@ class TextEncoder:
         spelled = known - set(self.tokenizer.all_special_ids)
         return tuple(self._token_bytes[index] if index in spelled else None for index in range(max(known) + 1))
 
+    def spell(self, tokens: Sequence[bytes]) -> list[list[int]]:
+        """Encode each token of another vocabulary, and return no ids for one whose bytes the result does not spell exactly.
+
+        Examples are parts of a character, and words without a space for tokenizers that put a space before any text.
+        """
+        found: list[list[int]] = [[] for _ in tokens]
+        for start in ("", " "):
+            missing = [i for i, ids in enumerate(found) if not ids and tokens[i].startswith(start.encode())]
+            texts = [tokens[i].decode("utf-8", "replace").removeprefix(start) for i in missing]
+            encoded = _encode(self.tokenizer, texts, split_special_tokens=True)["input_ids"] if texts else []
+            for i, ids in zip(missing, encoded, strict=True):
+                if b"".join(self._token_bytes[token_id] for token_id in ids) == tokens[i]:
+                    found[i] = ids
+        return found
+
     def prompt_text(self, example: Example) -> str:
         """Render the text that the model reads before its answer."""
         return self._prompts.render(example)

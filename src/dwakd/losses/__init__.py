@@ -23,6 +23,7 @@ from dwakd.losses.sft import SftLoss
 from dwakd.losses.sra import SraLoss
 from dwakd.losses.uld import UldLoss
 from dwakd.losses.weighted_sum import SUM, WeightedSumLoss
+from dwakd.losses.x_token import XTokenLoss
 from dwakd.validation import parse
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "UldLoss",
     "WeightedSumLoss",
     "Widths",
+    "XTokenLoss",
     "build_loss",
     "method_class",
     "method_options",

@@ -16,6 +16,7 @@ from dwakd.losses.multilevel_ot import MultiLevelOtLoss
 from dwakd.losses.sft import SftLoss
 from dwakd.losses.sra import SraLoss
 from dwakd.losses.uld import UldLoss
+from dwakd.losses.x_token import XTokenLoss
 
 METHODS: dict[str, type[DistillationLoss[Any]]] = {
     "sft": SftLoss,
@@ -25,6 +26,7 @@ METHODS: dict[str, type[DistillationLoss[Any]]] = {
     "multilevel_ot": MultiLevelOtLoss,
     "alm": AlmLoss,
     "gold": GoldLoss,
+    "x_token": XTokenLoss,
     "sra": SraLoss,
     "cdm": CdmLoss,
     "dskd": DskdLoss,

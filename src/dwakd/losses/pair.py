@@ -6,6 +6,7 @@ from itertools import zip_longest
 from jaxtyping import Int
 from torch import Tensor
 
+from dwakd.align.projection import Spell
 from dwakd.align.vocab import exact_overlap
 from dwakd.batch import OutputHead
 
@@ -35,6 +36,8 @@ class ModelPair:
         student_head: the student's head; a constant here.
         teacher_head: the teacher's head.
         end_tokens: the end-of-sequence ids (student, teacher), which match each other. Other special tokens match nothing.
+        spell: functions (student, teacher) that encode tokens of the other vocabulary as `TextEncoder.spell` does. Without
+            them, methods that split tokens use the longest tokens from left to right.
     """
 
     widths: Widths
@@ -43,6 +46,7 @@ class ModelPair:
     student_head: OutputHead
     teacher_head: OutputHead
     end_tokens: tuple[int, int] | None = None
+    spell: tuple[Spell, Spell] | None = None
 
     @property
     def vocabularies(self) -> tuple[int, int]:

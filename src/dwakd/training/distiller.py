@@ -160,7 +160,8 @@ def build_method(
         pair = None
         if needs.needs_models == "pair":
             ends = own.end_token_id, encoder.end_token_id
-            pair = ModelPair(widths, own.token_bytes(), encoder.token_bytes(), head, teacher.head, ends)
+            tokens, spell = (own.token_bytes(), encoder.token_bytes()), (own.spell, encoder.spell)
+            pair = ModelPair(widths, *tokens, head, teacher.head, ends, spell)
         one_tokenizer = [part.method_name() for part in needs.parts if part.needs_same_vocabulary]
         if one_tokenizer and own.tokenizer.get_vocab() != encoder.tokenizer.get_vocab():
             raise UserError(
