@@ -27,7 +27,8 @@ VARIANTS = [
     ("uld", {"variant": "dskd"}),
     ("multilevel_ot", {"variant": "mcw_kd"}),
     ("x_token", {"objective": "h_kl"}),
-    ("x_token", {"vocab_topk": 5, "top_k": 2}),
+    ("simct", {"variant": "simple_ctkd"}),
+    ("x_token", {"vocab_topk": 8, "top_k": 2}),
     (
         "sum",
         {"losses": [{"method": "dwa_kd", "entropy_weights": False, "gate": False}, {"method": "alm", "weight": 0.5}]},

@@ -11,7 +11,7 @@ from tests.losses.builders import WIDTHS, pair_of, random_examples, random_heads
 
 LENGTHS = [(5, 5), (3, 3)]
 TEACHERS = [name for name in METHODS if METHODS[name].options_type.needs_teacher]
-PAIRED = ["min_ed", "gold", "x_token", "sra", "cdm", "dskd_v2", "dwa_kd_v2"]
+PAIRED = ["min_ed", "gold", "x_token", "simct", "sra", "cdm", "dskd_v2", "dwa_kd_v2"]
 ROWS = ("hidden", "input_embeddings", "target_embeddings", "target_ids", "byte_ends", "attention")
 MAPPED = ["sra", "dskd", "dskd_v2", "dwa_kd", "dwa_kd_v2"]
 

@@ -20,6 +20,7 @@ from dwakd.losses.options import MethodOptions
 from dwakd.losses.pair import ModelPair, Widths
 from dwakd.losses.several_teachers import SeveralTeachers
 from dwakd.losses.sft import SftLoss
+from dwakd.losses.simct import SimctLoss
 from dwakd.losses.sra import SraLoss
 from dwakd.losses.uld import UldLoss
 from dwakd.losses.weighted_sum import SUM, WeightedSumLoss
@@ -44,6 +45,7 @@ __all__ = [
     "MultiLevelOtLoss",
     "SeveralTeachers",
     "SftLoss",
+    "SimctLoss",
     "SraLoss",
     "TeacherScale",
     "UldLoss",

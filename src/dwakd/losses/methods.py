@@ -14,6 +14,7 @@ from dwakd.losses.kd import KdLoss
 from dwakd.losses.min_ed import MinEdLoss
 from dwakd.losses.multilevel_ot import MultiLevelOtLoss
 from dwakd.losses.sft import SftLoss
+from dwakd.losses.simct import SimctLoss
 from dwakd.losses.sra import SraLoss
 from dwakd.losses.uld import UldLoss
 from dwakd.losses.x_token import XTokenLoss
@@ -27,6 +28,7 @@ METHODS: dict[str, type[DistillationLoss[Any]]] = {
     "alm": AlmLoss,
     "gold": GoldLoss,
     "x_token": XTokenLoss,
+    "simct": SimctLoss,
     "sra": SraLoss,
     "cdm": CdmLoss,
     "dskd": DskdLoss,

@@ -66,8 +66,8 @@ class XTokenLoss(DistillationLoss[XTokenOptions]):
     Gradient: the student's hidden states and head.
 
     References:
-        Sreenivas et al. 2026. Official code: NVIDIA-NeMo/RL, `CrossTokenizerDistillationLossFn`. docs/methods.md lists the
-        differences.
+        Sreenivas et al. 2026. Official code: NVIDIA-NeMo/RL, `CrossTokenizerDistillationLossFn`. The differences are listed in
+        docs/methods/x_token.md.
     """
 
     options_type = XTokenOptions
