@@ -127,7 +127,7 @@ def test_command(
     command = ("eval", tmp_path / "draft", "-d", data, "--draft-for", tmp_path / "target", "--template", "plain")
     code, out, _ = run(monkeypatch, capsys, *command, "--max-new-tokens", 24)
     assert code == 0
-    (file,) = (tmp_path / "draft" / "eval").iterdir()
+    (file,) = (tmp_path / "draft" / "draft").iterdir()
     assert file.name.endswith("test.draft.json")
     found = json.loads(file.read_text())
     expected = evaluate_draft(pair, [Example(row, prompt) for row, prompt in enumerate(PROMPTS)], max_new_tokens=24)

@@ -172,12 +172,12 @@ def evaluate_draft_sets(
     output: Path | None = None,
     overwrite: bool = False,
 ) -> Group:
-    """Measure a draft model on the prompts of test sets, write SET.draft.json, and return the table to print.
+    """Measure a draft model on test sets, write draft/SET.draft.json in its folder, and return the table to print.
 
     The arguments are those of `evaluate_sets` and `evaluate_draft`. By default, the prompts have the template of the recipe in
     the draft's folder.
     """
-    folder, sets = results_folder(draft, output), read_test_sets(data, rows)
+    folder, sets = results_folder(draft, output, "draft"), read_test_sets(data, rows)
     encoder = text_encoder_of(target, rows, recipe_of=draft)
     pair = Draft(load_for_evaluation(draft, adapter), load_tokenizer(draft), load_for_evaluation(target), encoder)
     pair.arguments()

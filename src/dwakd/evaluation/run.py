@@ -155,9 +155,9 @@ def evaluate_sets(
     return table
 
 
-def results_folder(model: str, output: Path | None) -> Path:
-    """Return the folder of the results, which is by default eval/ in the model's folder, and check that it can be written."""
-    folder = output or (Path(model) / "eval" if Path(model).is_dir() else Path("eval") / Path(model).name)
+def results_folder(model: str, output: Path | None, name: str = "eval") -> Path:
+    """Return the folder of the results, by default NAME/ in the model's, and check that it can be written."""
+    folder = output or (Path(model) / name if Path(model).is_dir() else Path(name) / Path(model).name)
     check_output_folder(folder)
     return folder
 
