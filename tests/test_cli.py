@@ -11,18 +11,8 @@ from rich.console import Console
 from tests.command_line import one_sentence, run
 
 COMMANDS = (
-    "train",
-    "cache",
-    "eval",
-    "judge",
-    "similarity",
-    "inspect",
-    "compare",
-    "shrink",
-    "demo",
-    "methods",
-    "schema",
-    "env",
+    *("train", "cache", "eval", "judge", "similarity", "report", "inspect", "compare", "shrink", "demo", "methods"),
+    *("schema", "env"),
 )
 
 

@@ -27,8 +27,13 @@ def describe_environment() -> str:
     says why.
     """
     lines = {package: version_of(package) for package in PACKAGES}
-    lines |= {"Python": platform.python_version(), "platform": platform.platform(), "CPU": _cpu(), "GPU": _gpus()}
+    lines |= {"Python": platform.python_version(), **hardware()}
     return "\n".join(f"- {name}: {value}" for name, value in lines.items())
+
+
+def hardware() -> dict[str, str]:
+    """Return the platform and the names of the processor and the GPUs."""
+    return {"platform": platform.platform(), "CPU": _cpu(), "GPU": _gpus()}
 
 
 def _cpu() -> str:

@@ -1,4 +1,4 @@
-"""The commands that measure what was trained: `dwakd eval | judge | similarity`."""
+"""The commands that measure and show what was trained: `dwakd eval | judge | similarity | report`."""
 
 from __future__ import annotations
 
@@ -113,3 +113,26 @@ def similarity(
         students, teacher, data, rows, adapter=adapter, max_length=max_length, output=output
     )
     console.print(report)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of dwakd train, dwakd compare or dwakd demo.")],
+    output: Annotated[Path, output_option("The HTML file.")] = Path("report.html"),
+    rows: Annotated[int, typer.Option(min=0, help="Most rows of each test set whose answers are shown.")] = 100,
+) -> None:
+    """Write a page about runs: results, curves, cost, answers side by side, options and environment.
+
+    The page is one HTML file that needs no network. It can be sent by mail, read on a phone and printed.
+    """
+    silence_transformers()
+    from dwakd.report.page import require_charts
+
+    require_charts()
+    from dwakd.report.report import write_report
+
+    for note in write_report(runs, output, num_rows=rows):
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"report: {output} ({output.stat().st_size / 1e6:.1f} MB)", markup=False, highlight=False, soft_wrap=True
+    )

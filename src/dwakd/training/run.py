@@ -19,6 +19,7 @@ from transformers.trainer_callback import TrainerState
 from dwakd.answers.prompts import eval_rows, train_rows
 from dwakd.answers.run import training_examples
 from dwakd.data.sources import Example
+from dwakd.environment import hardware
 from dwakd.errors import UserError
 from dwakd.evaluation.run import EvaluationPlan, check_room
 from dwakd.folders import write_file, write_json
@@ -196,11 +197,12 @@ def peak_memory_bytes() -> int | None:
 
 
 def run_record(trainer: DistillTrainer) -> dict[str, Any]:
-    """Return versions, revisions of the models, and the cost of a run with the median time of a step."""
+    """Return versions, hardware, revisions of the models, and the cost of a run with the median time of a step."""
     teachers = [getattr(teacher, "model", None) for teacher in trainer.teachers]
     return {
         "versions": {name: metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
+        "hardware": hardware(),
         "student_revision": getattr(trainer.student.config, "_commit_hash", None),
         "teacher_revisions": [getattr(getattr(model, "config", None), "_commit_hash", None) for model in teachers],
         "teacher_caches": [str(getattr(teacher, "folder", "")) or None for teacher in trainer.teachers],

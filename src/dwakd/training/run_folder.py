@@ -65,19 +65,19 @@ def check_same_recipe(saved: Path, recipe: Recipe, *, changeable: re.Pattern[str
 
 def _changed_options(saved: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """Return the saved and the given value of each option that differs, by dotted name."""
-    before = _flat(read_saved_recipe(saved, fix="restore it, or choose another folder with --output"))
-    now = _flat(parse_yaml(recipe.dump()))
+    before = flat_options(read_saved_recipe(saved, fix="restore it, or choose another folder with --output"))
+    now = flat_options(parse_yaml(recipe.dump()))
     both = {name: (before.get(name, "unset"), now.get(name, "unset")) for name in sorted(before | now)}
     return {name: values for name, values in both.items() if values[0] != values[1]}
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_options(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return every option by its dotted name; those of the second of several teachers begin with teacher.2."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             value = value[0] if len(value) == 1 else {str(k): item for k, item in enumerate(value, start=1)}
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= flat_options(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 
 

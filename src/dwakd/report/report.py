@@ -1,0 +1,44 @@
+"""Write one page about runs and comparisons: the work of `dwakd report`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dwakd.errors import UserError
+from dwakd.folders import check_output_folder
+from dwakd.report import sections
+from dwakd.report.answers import answers
+from dwakd.report.collect import collect
+from dwakd.report.page import Section, write_page
+
+
+def write_report(folders: Sequence[Path], output: Path, *, num_rows: int = 100) -> list[str]:
+    """Write a standalone HTML page about the runs in folders of `dwakd train`, `dwakd compare` and `dwakd demo`.
+
+    At most `num_rows` rows of each test set are shown with their answers.
+
+    Returns:
+        Notes on the runs that failed and the files that the page leaves out.
+
+    Raises:
+        UserError: a folder contains no run, or the file cannot be written.
+    """
+    check_output_folder(output.parent)
+    if output.is_dir():
+        raise UserError(f"{output} is a folder: name an HTML file with --output")
+    found = collect(folders)
+    rows = list(dict.fromkeys(run.row for run in found.runs))
+    bodies = {
+        "Summary": sections.summary(found),
+        "Results": sections.results(found.runs, rows),
+        "Training": sections.training_curves(found.runs, rows),
+        "Time and memory": sections.cost(found.runs),
+        "Similarity": sections.similarity(found),
+        "Answers": answers(found.runs, num_rows),
+        "Options": sections.options(found.runs),
+        "Environment": sections.environment(found.runs),
+    }
+    shown = [Section(title, body) for title, body in bodies.items() if body is not None]
+    write_page(output, "Distillation report", shown, subtitle=", ".join(map(str, folders)))
+    return found.notes
