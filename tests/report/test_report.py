@@ -26,7 +26,7 @@ def test_a_run_of_dwakd_train_is_read_completely(trained):
     [one] = found.runs
     assert (one.name, found.notes) == ("run", [])
     assert one.options["loss.method"] == "dwa_kd"
-    assert {"loss", "ce", "kd_student", "grad_norm", "grad_norm/ce"} <= one.history[0].keys()
+    assert {"loss", "ce", "kd_student", "grad_norm", "term_grad_norm/ce"} <= one.history[0].keys()
     [evaluation] = one.evaluations.values()
     assert evaluation.other_temperatures["0.7"].rouge_l.n == 3
     assert len(evaluation.answers) == 3 * (2 * 2 + 1)
@@ -42,7 +42,7 @@ def test_the_page_of_a_run(trained, tmp_path, monkeypatch, capsys):
     titles = [
         json.loads(spec).get("title") for spec in re.findall(r'<script type="application/json">(.*?)</script>', html)
     ]
-    assert {"workspace0-data: ROUGE-L", "loss", "ce", "grad_norm", "grad_norm/ce", "learning_rate"} <= {*titles}
+    assert {"workspace0-data: ROUGE-L", "loss", "ce", "grad_norm", "term_grad_norm/ce", "learning_rate"} <= {*titles}
     assert "versions.torch" in html
     assert "hardware.CPU" in html
 
@@ -189,3 +189,16 @@ def test_hostile_text_is_shown_as_text(trained, tmp_path):
     assert '<img src="https' not in html
     assert html.count("<script>") == 2
     assert RIGHT_TO_LEFT in html
+
+
+def test_alignments(trained, tmp_path):
+    """Tokens of training rows are shown aligned; if the models are on another machine, a note says so."""
+    write_report([trained], tmp_path / "report.html", num_aligned=1)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert parts_of(html) == [*PARTS[:-2], "Alignments", *PARTS[-2:]]
+    assert '<span class="pair ' in html
+    folder = copy_run(trained, tmp_path / "run")
+    recipe = folder / "dwakd-recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("/student", "/moved"))
+    [note] = write_report([folder], tmp_path / "report.html", num_aligned=1)
+    assert "the alignments of run are left out" in note

@@ -120,6 +120,7 @@ def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of dwakd train, dwakd compare or dwakd demo.")],
     output: Annotated[Path, output_option("The HTML file.")] = Path("report.html"),
     rows: Annotated[int, typer.Option(min=0, help="Most rows of each test set whose answers are shown.")] = 100,
+    alignments: Annotated[int, typer.Option(min=0, help="Training rows to show as dwakd inspect does.")] = 0,
 ) -> None:
     """Write a page about runs: results, curves, cost, answers side by side, options and environment.
 
@@ -131,7 +132,7 @@ def report(
     require_charts()
     from dwakd.report.report import write_report
 
-    for note in write_report(runs, output, num_rows=rows):
+    for note in write_report(runs, output, num_rows=rows, num_aligned=alignments):
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"report: {output} ({output.stat().st_size / 1e6:.1f} MB)", markup=False, highlight=False, soft_wrap=True

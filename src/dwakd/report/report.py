@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from markupsafe import Markup
+
 from dwakd.errors import UserError
 from dwakd.folders import check_output_folder
+from dwakd.inspection.inspect import sections as inspected
 from dwakd.report import sections
 from dwakd.report.answers import answers
-from dwakd.report.collect import collect
-from dwakd.report.page import Section, write_page
+from dwakd.report.collect import Collection, collect
+from dwakd.report.page import Section, details, heading, join, write_page
 
 
-def write_report(folders: Sequence[Path], output: Path, *, num_rows: int = 100) -> list[str]:
+def write_report(folders: Sequence[Path], output: Path, *, num_rows: int = 100, num_aligned: int = 0) -> list[str]:
     """Write a standalone HTML page about the runs in folders of `dwakd train`, `dwakd compare` and `dwakd demo`.
 
-    At most `num_rows` rows of each test set are shown with their answers.
+    At most `num_rows` rows of each test set are shown with their answers. The tokens of `num_aligned` training rows are shown
+    as `dwakd inspect` does; this runs the models of the first run with a teacher.
 
     Returns:
         Notes on the runs that failed and the files that the page leaves out.
@@ -29,6 +33,7 @@ def write_report(folders: Sequence[Path], output: Path, *, num_rows: int = 100) 
         raise UserError(f"{output} is a folder: name an HTML file with --output")
     found = collect(folders)
     rows = list(dict.fromkeys(run.row for run in found.runs))
+    aligned = _alignments(found, num_aligned)  # before the summary, which shows the notes
     bodies = {
         "Summary": sections.summary(found),
         "Results": sections.results(found.runs, rows),
@@ -36,9 +41,22 @@ def write_report(folders: Sequence[Path], output: Path, *, num_rows: int = 100) 
         "Time and memory": sections.cost(found.runs),
         "Similarity": sections.similarity(found),
         "Answers": answers(found.runs, num_rows),
+        "Alignments": aligned,
         "Options": sections.options(found.runs),
         "Environment": sections.environment(found.runs),
     }
     shown = [Section(title, body) for title, body in bodies.items() if body is not None]
     write_page(output, "Distillation report", shown, subtitle=", ".join(map(str, folders)))
     return found.notes
+
+
+def _alignments(found: Collection, num_rows: int) -> Markup | None:
+    run = next((run for run in found.runs if "teacher.model" in run.options), None)
+    if run is None or num_rows == 0:
+        return None
+    try:
+        parts = inspected(run.folder, rows=num_rows)
+    except UserError as error:  # models and data can be on another machine
+        found.notes.append(f"the alignments of {run.name} are left out ({error})")
+        return None
+    return join(heading(run.name), *(details(part.title, part.body) for part in parts))

@@ -116,7 +116,7 @@ def _differences(runs: Sequence[Run]) -> list[Markup]:
 def training_curves(runs: Sequence[Run], rows: Sequence[str]) -> Markup | None:
     """Show what the runs have logged: terms, gradient norms, evaluations, schedule and speed."""
     groups: dict[str, list[str]] = {"Loss and terms": [], "Gradient norms": [], "Dev set": [], "Schedule and speed": []}
-    kinds = {"grad_norm": "Gradient norms", "eval_": "Dev set"}
+    kinds = {"grad_norm": "Gradient norms", "term_grad_norm": "Gradient norms", "eval_": "Dev set"}
     names = [name for name in logged_values(runs) if name not in _NOT_SHOWN and not name.startswith("train_")]
     for name in sorted(names, key=lambda name: name != "loss"):
         other = "Schedule and speed" if name in _NOT_TERMS or "/" in name else "Loss and terms"
