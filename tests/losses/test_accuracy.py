@@ -17,7 +17,7 @@ def test_counts_of_exactly_aligned_tokens(options):
     examples, heads = examples_with_ends(), random_heads()
     sides = side(examples, "student", heads[0]), side(examples, "teacher", heads[1])
     scale = TeacherScale.of(sides[1])
-    projected = loss.projected(*sides, scale)
+    projected = loss.projected(*sides, scale).hidden
     expected, row = {"aligned": 0, "t2s": 0, "teacher": 0}, 0
     for example, (own_ends, ends) in zip(examples, ENDS, strict=True):
         spans = list(zip([0, *ends[:-1]], ends, strict=True))

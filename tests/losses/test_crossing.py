@@ -148,7 +148,7 @@ def change(loss, two_sides):
     """Return the largest difference between the projected teacher states of the two responses before their texts differ."""
     end = len(TEXTS[0].encode())
     scale = TeacherScale.of(two_sides[0][1])
-    rows = [loss.projected(*sides, scale)[sides[0].byte_starts <= end] for sides in two_sides]
+    rows = [loss.projected(*sides, scale).hidden[sides[0].byte_starts <= end] for sides in two_sides]
     ids = [sides[0].target_ids[sides[0].byte_ends <= end] for sides in two_sides]
     assert torch.equal(*ids)  # the tokenisation before the change is the same
     assert len(ids[0]) > 3

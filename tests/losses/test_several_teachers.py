@@ -82,6 +82,37 @@ def test_the_gate_is_a_softmax_of_projected_confidence(temperature):
 
 
 @pytest.mark.parametrize("name", PROJECTING)
+def test_a_teacher_without_a_token_leaves_its_gate_weight_to_the_others(name):
+    """Otherwise a token that only one teacher can explain would be distilled less, by the share of the silent teacher."""
+    options = {"alignment": "bytes"} if name in ("dskd", "dwa_kd") else {}
+    (student, first), (_, second) = sides(0), sides(1)
+    ends = [*range(1, 6), *range(1, 10), 1]
+    student = dataclasses.replace(student, byte_ends=torch.tensor(ends))
+    # Of the first response, the second teacher lacks one token more than the first
+    first = dataclasses.replace(first, byte_ends=torch.tensor([1, 2, 3, *[5] * 4, 1, 2, 3, 9, 0, 1]))
+    second = dataclasses.replace(second, byte_ends=torch.tensor([1, 2, *[5] * 5, 1, 2, 8, 9, 0, 1]))
+    teachers, losses, shares = [first, second], [build(name, seed, **options) for seed in (0, 1)], [0.25, 0.75]
+    projections = [
+        loss.projected(student, side, TeacherScale.of(side)) for loss, side in zip(losses, teachers, strict=True)
+    ]
+    known = torch.stack([projection.kept for projection in projections])
+    odds = torch.stack([
+        share * (projection.hidden @ student.head.weight.T).softmax(-1).amax(-1).exp() * projection.kept
+        for share, projection in zip(shares, projections, strict=True)
+    ])  # fmt: skip
+    gate_weights = torch.where(known.any(0), odds / odds.sum(0), torch.tensor(shares)[:, None])
+    assert {tuple(column) for column in known.T.tolist()} >= {(True, True), (True, False), (False, False)}
+    outputs = [
+        loss(student, dataclasses.replace(side, gate_weights=gates / share))
+        for loss, side, gates, share in zip(losses, teachers, gate_weights, shares, strict=True)
+    ]
+    output = SeveralTeachers(losses, shares)(student, teachers)
+    expected = sum(share * one.terms["kd_student"] for share, one in zip(shares, outputs, strict=True))
+    assert output.terms["kd_student"].item() == pytest.approx(expected.item(), rel=1e-10)
+    assert output.terms["gate_1"].item() == pytest.approx(gate_weights[0].mean().item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("name", PROJECTING)
 def test_gate_weights_weigh_rows_of_the_student_space_alone(name):
     """Gate weights multiply the student-space divergence of each token and no other term."""
     loss = build(name)

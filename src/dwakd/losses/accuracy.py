@@ -33,7 +33,7 @@ def count_correct(
     rows = (partners >= 0).nonzero().squeeze(1)
     partners = partners[rows]
     sides = {
-        "t2s": (projected[rows], student.head, student.target_ids[rows]),
+        "t2s": (projected.hidden[rows], student.head, student.target_ids[rows]),
         "teacher": (teacher.hidden[partners], teacher.head, teacher.target_ids[partners]),
     }
     counts = {"aligned": torch.tensor(float(len(rows)), device=rows.device)}

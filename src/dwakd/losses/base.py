@@ -3,9 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dwakd.batch import LossOutput, ModelSide
@@ -36,6 +37,19 @@ class Terms:
     def of(cls, output: HeadLoss) -> "Terms":
         """Take all terms from one call of `head_loss`."""
         return cls(output.terms, output.loss)
+
+
+class Projection(NamedTuple):
+    """The teacher's state in the student's space for each student token.
+
+    Args:
+        hidden: the projected states.
+        kept: whether the teacher has a token for each student token; None if it has one for all. The states of the others
+            mean nothing.
+    """
+
+    hidden: Float[Tensor, "s_tokens s_hidden"]
+    kept: Bool[Tensor, " s_tokens"] | None = None
 
 
 class DistillationLoss(nn.Module, ABC, Generic[OptionsT]):
@@ -132,8 +146,8 @@ class DistillationLoss(nn.Module, ABC, Generic[OptionsT]):
     def set_step(self, step: int) -> None:
         """Set the number of finished optimiser steps. Called before each step; used by schedules."""
 
-    def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Tensor | None:
-        """Return the teacher's state in the student's space for each student token, or None without such a projection."""
+    def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Projection | None:
+        """Return the teacher's state in the student's space for each student token, or None if the method has none."""
         return None
 
 

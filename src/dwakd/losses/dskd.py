@@ -8,7 +8,7 @@ from torch import Tensor
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import head_loss, student_space, teacher_space
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import DistillationLoss, Terms, constant_rows, head_rows, projected_rows
+from dwakd.losses.base import DistillationLoss, Projection, Terms, constant_rows, head_rows, projected_rows
 from dwakd.losses.crossing import CrossingOptions, cross, kept_weights
 from dwakd.losses.divergences import DivergenceName, divergence
 from dwakd.losses.options import Rate, Skew, Softening
@@ -90,8 +90,9 @@ class DskdLoss(DistillationLoss[DskdOptions]):
             kd_teacher = (head_loss(rows, teacher_space(temperature), by_row=True).loss * crossed.teacher_kept).sum()
         return Terms(in_student.terms | {"kd_teacher": kd_teacher}, in_student.loss, {"kd_teacher": rate})
 
-    def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Tensor:
-        return cross(self.options, student, teacher, self.projectors, teacher_scale).t2s_hidden
+    def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Projection:
+        crossed = cross(self.options, student, teacher, self.projectors, teacher_scale)
+        return Projection(crossed.t2s_hidden, crossed.student_kept)
 
 
 def accuracy_mask(statistics: dict[str, Tensor], lengths: Tensor | None) -> Tensor:

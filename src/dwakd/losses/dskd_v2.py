@@ -3,11 +3,10 @@
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from dwakd.batch import ModelSide
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import DistillationLoss, Terms
+from dwakd.losses.base import DistillationLoss, Projection, Terms
 from dwakd.losses.divergences import DivergenceName, divergence
 from dwakd.losses.exact_spaces import exact_spaces, projected_partners
 from dwakd.losses.head_maps import HeadMaps
@@ -69,5 +68,5 @@ class DskdV2Loss(DistillationLoss[DskdV2Options]):
             agreement_mask=self.options.agreement_mask,
         ).terms
 
-    def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Tensor:
+    def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Projection:
         return projected_partners(student, teacher, self.projectors)

@@ -11,7 +11,7 @@ from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import HeadLoss, head_loss, student_space, teacher_space
 from dwakd.losses.alignment import DwaOptions, band_penalty, sequence_terms
 from dwakd.losses.attention import CrossModelAttention, TeacherScale
-from dwakd.losses.base import DistillationLoss, Terms, constant_rows, head_rows, projected_rows
+from dwakd.losses.base import DistillationLoss, Projection, Terms, constant_rows, head_rows, projected_rows
 from dwakd.losses.crossing import CrossingOptions, cross, kept_weights
 from dwakd.losses.divergences import DivergenceName, divergence
 from dwakd.losses.options import Positive, Steps, Weight
@@ -119,8 +119,9 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
             weights["kd_teacher"] = self.options.kd_weight
         return Terms(sums, in_student.loss, weights)
 
-    def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Tensor:
-        return cross(self.options, student, teacher, self.projectors, teacher_scale).t2s_hidden
+    def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Projection:
+        crossed = cross(self.options, student, teacher, self.projectors, teacher_scale)
+        return Projection(crossed.t2s_hidden, crossed.student_kept)
 
     def _student_space(
         self, student: ModelSide, crossed: CrossModelAttention, gate_weights: Tensor | None, ce_weight: float

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dwakd.batch import ModelSide
 from dwakd.losses.alignment import DwaOptions, band_penalty, sequence_terms
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import DistillationLoss, Terms
+from dwakd.losses.base import DistillationLoss, Projection, Terms
 from dwakd.losses.divergences import DivergenceName, divergence
 from dwakd.losses.exact_spaces import ExactSpaces, exact_spaces, projected_partners
 from dwakd.losses.head_maps import HeadMaps
@@ -81,7 +81,7 @@ class DwaKdV2Loss(DistillationLoss[DwaKdV2Options]):
         weights = {**terms.weights, **dict.fromkeys(sequences, options.dtw_weight)}
         return Terms({**terms.sums, **sequences}, terms.total, weights)
 
-    def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Tensor:
+    def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Projection:
         return projected_partners(student, teacher, self.projectors)
 
     def _alignment(self, student: ModelSide, teacher: ModelSide, spaces: ExactSpaces) -> dict[str, Tensor]:

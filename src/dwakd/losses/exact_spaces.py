@@ -9,7 +9,7 @@ from torch import Tensor
 from dwakd.align.offsets import exact_rows, sum_by_group
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import HeadRows, WithPrediction, head_loss, student_space, teacher_space
-from dwakd.losses.base import Terms, head_rows, projected_rows
+from dwakd.losses.base import Projection, Terms, head_rows, projected_rows
 from dwakd.losses.divergences import Divergence
 from dwakd.losses.head_maps import HeadMaps
 from dwakd.losses.record import record
@@ -116,12 +116,12 @@ def exact_spaces(
     return ExactSpaces(terms, teacher_hidden, partners)
 
 
-def projected_partners(student: ModelSide, teacher: ModelSide, maps: HeadMaps) -> Float[Tensor, "s_tokens s_hidden"]:
-    """Project the aligned teacher state for each student token; zero for tokens without alignment."""
+def projected_partners(student: ModelSide, teacher: ModelSide, maps: HeadMaps) -> Projection:
+    """Project the aligned teacher state for each student token."""
     maps.require_fit(student, teacher)
     partners = exact_rows(student.byte_ends, student.lengths, teacher.byte_ends, teacher.lengths)
     rows = teacher.hidden.detach()[partners.clamp_min(0)].to(maps.t2s.weight.dtype)
-    return torch.where(partners[:, None] >= 0, maps.t2s(rows), 0.0)
+    return Projection(maps.t2s(rows), partners >= 0)
 
 
 def _mean_weights(

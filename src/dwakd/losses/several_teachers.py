@@ -1,6 +1,7 @@
 """Several teachers: one loss per teacher, weighted for each token by the teachers' confidence."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -34,6 +35,9 @@ class SeveralTeachers(nn.Module):
     weights as prior:
 
         r_{k,i} = a_k exp(g_{k,i} / T) / sum_l a_l exp(g_{l,i} / T),    g_{k,i} = max_v p^{t_k->s}_i(v)
+
+    The softmax is over the teachers that have a token for student token i, so the others get its whole weight. If none has one,
+    the gate weights are the mixture weights, and the student-space divergence leaves the token out.
 
     Gate weights are constants. They multiply the method's own token weights after these have been rescaled. All other terms
     keep the mixture weights, so that the maps of a teacher with low gate weights are still trained. A method without a
@@ -125,13 +129,16 @@ class SeveralTeachers(nn.Module):
             return None
         confidences = []
         for loss, teacher, scale in zip(self.losses, teachers, scales, strict=True):
-            rows = loss.projected(student, teacher, scale)  # type: ignore[operator]
-            if rows is None:
+            projection = loss.projected(student, teacher, scale)  # type: ignore[operator]
+            if projection is None:
                 return None
-            confidences.append(
-                head_loss([projected_rows(rows, student)], Confidence(), by_row=True).terms["confidence"]
-            )
+            rows = [projected_rows(projection.hidden, student)]
+            confidence = head_loss(rows, Confidence(), by_row=True).terms["confidence"]
+            if projection.kept is not None:
+                confidence = confidence.masked_fill(~projection.kept, -math.inf)
+            confidences.append(confidence)
         stacked = torch.stack(confidences) / self.temperature
+        stacked = stacked.where((stacked > -math.inf).any(0), 0.0)
         return (stacked + stacked.new_tensor(self.shares).log()[:, None]).softmax(0)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import only_part
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.base import DistillationLoss, Terms
+from dwakd.losses.base import DistillationLoss, Projection, Terms
 from dwakd.losses.methods import METHODS
 from dwakd.losses.options import MethodOptions, Positive
 from dwakd.losses.pair import ModelPair, Widths
@@ -150,9 +150,9 @@ class WeightedSumLoss(DistillationLoss[SumOptions]):
         for loss in self._losses:
             loss.set_step(step)
 
-    def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Tensor | None:
+    def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Projection | None:
         found = (loss.projected(student, teacher, teacher_scale) for loss in self._losses)
-        return next((rows for rows in found if rows is not None), None)
+        return next((projection for projection in found if projection is not None), None)
 
 
 def term_names(options: MethodOptions) -> tuple[str, ...]:
