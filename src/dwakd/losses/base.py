@@ -66,6 +66,8 @@ class DistillationLoss(nn.Module, ABC, Generic[OptionsT]):
     options_type: type[OptionsT]
     terms: ClassVar[tuple[str, ...]]
     """Names of the terms that the method can report, in addition to `loss`."""
+    given_terms: ClassVar[tuple[str, ...]] = ("ce",)
+    """Names of the terms whose labels are the given responses. They are 0 in responses that the student sampled."""
     vocabularies: tuple[int, int] | None = None
     """Vocabulary sizes (student, teacher) that the method was built for; None if it works with any."""
 
@@ -100,7 +102,7 @@ class DistillationLoss(nn.Module, ABC, Generic[OptionsT]):
         """Compute the loss of one batch.
 
         Args:
-            student: the student's side, with gradient. The cross-entropy is left out if the student sampled the responses.
+            student: the student's side, with gradient. `given_terms` are left out if the student sampled the responses.
             teacher: the teacher's side of the same examples, without gradient. A method that needs no teacher ignores it.
             num_tokens: number of student response tokens in the whole optimiser batch, over all accumulation steps and
                 ranks. Every term is a sum over this batch divided by it. Default: the tokens of this batch.
@@ -124,6 +126,8 @@ class DistillationLoss(nn.Module, ABC, Generic[OptionsT]):
         weighted = [weight * terms.sums[name] for name, weight in active_weights(terms.weights).items()]
         loss = torch.stack([terms.total, *weighted]).sum() / count
         means = {name: value.detach() / count for name, value in terms.sums.items()}
+        if student.sampled:
+            means |= {name: torch.zeros_like(means[name]) for name in self.given_terms if name in means}
         return LossOutput(loss, {**means, "loss": loss.detach()})
 
     def require_sides(self, student: ModelSide, teacher: ModelSide | None) -> ModelSide:

@@ -64,6 +64,7 @@ class DskdLoss(DistillationLoss[DskdOptions]):
 
     options_type = DskdOptions
     terms: ClassVar[tuple[str, ...]] = ("ce", "t2s_ce", "kd_student", "kd_teacher")
+    given_terms = ("ce", "t2s_ce")
 
     def __init__(self, *, widths: Widths, **options: Any) -> None:
         super().__init__(**options)

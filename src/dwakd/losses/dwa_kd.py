@@ -87,6 +87,7 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
 
     options_type = DwaKdOptions
     terms: ClassVar[tuple[str, ...]] = ("ce", "t2s_ce", "kd_student", "kd_teacher", "dtw_hidden", "dtw_embedding")
+    given_terms = ("ce", "t2s_ce")
     step: Tensor
 
     def __init__(self, *, widths: Widths, **values: Any) -> None:

@@ -130,6 +130,12 @@ class WeightedSumLoss(DistillationLoss[SumOptions]):
         return term_names(self.options)
 
     @property
+    def given_terms(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Names of the terms whose labels are the given responses."""
+        parts = zip(self.parts, self._losses, strict=True)
+        return "ce", *(f"{name}.{term}" for name, loss in parts for term in loss.given_terms)
+
+    @property
     def _losses(self) -> list[DistillationLoss[Any]]:
         return list(self.parts.values())  # type: ignore[arg-type]
 

@@ -66,8 +66,8 @@ class Distiller(nn.Module):
             teachers: the side of each teacher.
             teacher_scales: statistics of each teacher over the whole optimiser batch. Default: those of this batch.
             num_tokens: see `DistillationLoss.forward`.
-            num_sampled: number of examples at the end of the batch whose responses the student sampled. They have no
-                cross-entropy, and do not count in the term `ce`.
+            num_sampled: number of examples at the end of the batch whose responses the student sampled. They do not
+                count in the terms that need given responses (`DistillationLoss.given_terms`).
             term_gradients: whether to return `gradient_squares` as "gradient_squares".
         """
         side = response_side(self.student, student, attention=self.loss.needs_attention)
@@ -124,8 +124,6 @@ class Distiller(nn.Module):
             teachers, scales = (next(iter(values), None) for values in (teachers, scales))
         with torch.autocast(student.hidden.device.type, enabled=False):
             output: LossOutput = self.loss(student, teachers, num_tokens=num_tokens, teacher_scale=scales or None)
-        if student.sampled and "ce" in output.terms:
-            output.terms["ce"] = torch.zeros_like(output.terms["ce"])
         return output
 
     def load_checkpoint(self, folder: str | Path) -> None:
