@@ -107,6 +107,14 @@ def test_states_of_any_widths(form):
             DwaKdLoss(widths=widths, **form)
 
 
+def test_values_have_no_effect_with_one_position_for_both_models():
+    """A user who sets `values` with `alignment: position` would believe that the label was added or left out."""
+    for values in ("hidden", "hidden_and_target"):
+        with pytest.raises(UserError, match=f"values={values} has no effect with alignment=position"):
+            DskdLoss(widths=WIDTHS, alignment="position", values=values)
+    assert method_options("dskd", {"alignment": "position"}).supports_sampled  # its values never contain the target
+
+
 def test_sampled_responses_are_no_labels():
     """Responses that the student sampled are not used as labels, and methods that read the target do not support them."""
     loss = DwaKdLoss(widths=WIDTHS, variant="recommended", dtw_weight=0.0).double()

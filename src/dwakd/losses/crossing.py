@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from dwakd.align.offsets import read_rows
@@ -32,16 +32,26 @@ class CrossingOptions(MethodOptions):
     values: Literal["hidden_and_target", "hidden"] = Field(
         "hidden_and_target",
         description="What is projected of the teacher: the sum of its hidden state and of the embedding of the target "
-        "(paper), from which the projected teacher can read the label, or the hidden state alone.",
+        "(paper), from which the projected teacher can read the label, or the hidden state alone, "
+        "as alignment position always does.",
     )
 
     @property
     def supports_sampled(self) -> bool:
-        return self.values == "hidden" and self.alignment != "attention"
+        return self.alignment == "position" or (self.values == "hidden" and self.alignment != "attention")
 
     @property
     def needs_given(self) -> bool:
         return True  # t2s_ce, which trains the map to the student's space, has no weight on sampled responses
+
+    @model_validator(mode="after")
+    def _check_values(self) -> "CrossingOptions":
+        if self.alignment == "position" and "values" in self.model_fields_set:
+            raise ValueError(
+                f"values={self.values} has no effect with alignment=position, which projects hidden states alone: leave out "
+                "values, or use another alignment"
+            )
+        return self
 
     def projectors(self, widths: Widths, *, with_embedding: bool) -> Projectors:
         """Create the maps that these options use."""
