@@ -272,6 +272,17 @@ def test_training_on_answers_needs_a_file_and_a_teacher():
     assert recipe_from_dict({**base, "data": data, "generate": endpoint}).teachers == []
 
 
+def test_answers_that_the_student_replaces():
+    """A large teacher would answer all prompts for hours, and no answer would be used."""
+    data, generate = {"train": "t", "responses": "teacher"}, {"output": "a.jsonl"}
+    content = {"student": {"model": "s"}, "teacher": {"model": "t"}, "data": data, "generate": generate}
+    given = {"loss": {"method": "alm"}, "training": {"lmbda": 1}}
+    with pytest.raises(UserError, match=r"training\.lmbda: 1 .* data\.responses: teacher are never used"):
+        recipe_from_dict({**content, **given})
+    assert recipe_from_dict({**content, **given, "training": {"lmbda": 0.5}}).training == {"lmbda": 0.5}
+    assert recipe_from_dict({**content, **given}, "generate").data.responses == "teacher"
+
+
 def test_a_disk_that_is_full(models, tmp_path, monkeypatch):
     """The answers of finished shards must be kept, and the message must say so."""
 

@@ -104,6 +104,11 @@ class Recipe(Section):
             return self
         if self.data.responses == "teacher" and self.generate.output is None:
             raise UserError("data.responses: teacher requires generate.output, the file of the teacher's answers")
+        if self.data.responses == "teacher" and self.training.get("lmbda") == 1:
+            raise UserError(
+                "with training.lmbda: 1 the student answers every prompt, so the teacher's answers of data.responses: teacher "
+                "are never used: set data.responses to given, or training.lmbda below 1"
+            )
         if self.loss.needs_teacher and not self.teachers:
             raise UserError(f"method {self.method} needs a teacher: add a teacher section to the recipe")
         self._check_caches(command)
