@@ -9,9 +9,10 @@ import pytest
 from dwakd.answers.run import training_examples
 from dwakd.cli import main
 from dwakd.compare import compare
-from dwakd.compare.compare import Runner, compare_methods, search
+from dwakd.compare.compare import Runner, compare_methods, evaluate_teacher, search
 from dwakd.compare.plan import RATES, Cell, Variant, variants_of
 from dwakd.errors import UserError
+from dwakd.evaluation.run import plan_evaluation
 from dwakd.recipe.files import RECIPE_FILE
 from dwakd.recipe.recipe import load_recipe
 from tests.answers.builders import make_folder
@@ -67,6 +68,25 @@ def test_a_teacher_that_cannot_be_evaluated_is_reported(tmp_path, monkeypatch):
     compare_methods(given, tmp_path / "out")
     failed = json.loads((tmp_path / "out" / "comparison.json").read_text())["variants"]["teacher"]["failed"]
     assert "./missing does not exist" in failed
+
+
+def test_the_teacher_is_evaluated_as_it_teaches(tmp_path, monkeypatch):
+    """The first row of the table would describe other weights than those that the students learn from."""
+    make_folder(tmp_path)
+    options = ["teacher.dtype=bfloat16", "evaluation.seeds=1", "evaluation.max_new_tokens=2", "loss.method=alm"]
+    options += [f"evaluation.test=[{tmp_path / 'labelled.jsonl'}]", "compare.methods=[alm]", "generate.prompts=[]"]
+    monkeypatch.setattr(Runner, "run", lambda self, cells: {})
+    monkeypatch.setattr("dwakd.compare.compare.cache_recipe", lambda recipe: [])
+    read = load_recipe(tmp_path / "recipe.yaml", options, "compare")
+    compare_methods(read, tmp_path / "out")
+    (path,) = (tmp_path / "out" / "cells" / "teacher" / "eval").glob("*.json")
+    assert json.loads(path.read_text())["signature"]["dtype"] == "bfloat16"
+    asked = []
+    monkeypatch.setattr("dwakd.evaluation.run.load_tokenizer", lambda model, **options: asked.append(options) or 1 / 0)
+    hub = read.teachers[0].model_copy(update={"revision": "v1.0", "trust_remote_code": True})
+    with pytest.raises(ZeroDivisionError):
+        evaluate_teacher(plan_evaluation(read), hub, tmp_path / "other")
+    assert asked == [{"revision": "v1.0", "trust_remote_code": True}]
 
 
 def test_the_teacher_answers_once_for_all_runs(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Group
 
 from dwakd.answers.run import answer_recipe
@@ -188,8 +189,9 @@ def evaluate_teacher(plan: EvaluationPlan, teacher: TeacherSection, folder: Path
     """Evaluate a teacher on the test sets unless that is done, and return its scores."""
     if num_evaluated(folder) < len(plan.sets):
         data, text = ([item.source for item in plan.sets if item.is_text == is_text] for is_text in (False, True))
-        where = folder / "eval"
-        evaluate_sets(teacher.model, data, plan.rows, plan.options, text=text, adapter=teacher.adapter, output=where)
+        loading: dict[str, Any] = teacher.model_dump(include={"adapter", "revision", "trust_remote_code"})
+        loading["dtype"] = getattr(torch, teacher.dtype)
+        evaluate_sets(teacher.model, data, plan.rows, plan.options, text=text, output=folder / "eval", **loading)
     return read_cell(folder)
 
 

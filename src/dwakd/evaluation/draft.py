@@ -179,7 +179,9 @@ def evaluate_draft_sets(
     """
     folder, sets = results_folder(draft, output, "draft"), read_test_sets(data, rows)
     encoder = text_encoder_of(target, rows, recipe_of=draft)
-    pair = Draft(load_for_evaluation(draft, adapter), load_tokenizer(draft), load_for_evaluation(target), encoder)
+    pair = Draft(
+        load_for_evaluation(draft, adapter=adapter), load_tokenizer(draft), load_for_evaluation(target), encoder
+    )
     pair.arguments()
     table = Table(box=box.HORIZONTALS, show_edge=False, caption_justify="left")
     table.add_column("test set", overflow="fold")

@@ -124,6 +124,9 @@ def evaluate_sets(
     *,
     text: Sequence[str] = (),
     adapter: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
     output: Path | None = None,
     overwrite: bool = False,
 ) -> Group:
@@ -138,6 +141,9 @@ def evaluate_sets(
         options: options of the answers.
         text: files or hub ids with a column `text`, for bits per byte without a prompt.
         adapter: a PEFT adapter to merge into the model.
+        dtype: dtype of the weights.
+        revision: branch, tag or commit of a model on the hub.
+        trust_remote_code: run the Python code of a hub repository.
         output: folder of the results; eval/ in the model's folder by default.
         overwrite: replace results of the same name with another signature, which are otherwise an error.
 
@@ -146,8 +152,9 @@ def evaluate_sets(
     """
     folder = results_folder(model, output)
     plan = EvaluationPlan(read_test_sets(data, rows, text), options, rows)
-    encoder = text_encoder_of(model, rows, recipe_of=model)
-    loaded = load_for_evaluation(model, adapter)
+    loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    encoder = text_encoder_of(model, rows, recipe_of=model, **loading)
+    loaded = load_for_evaluation(model, adapter=adapter, dtype=dtype, **loading)
     check_room(plan, loaded, encoder)
     table = evaluate_plan(plan, loaded, encoder, folder, name=model, overwrite=overwrite)
     if adapter is None and folder == Path(model) / "eval":
@@ -162,18 +169,18 @@ def results_folder(model: str, output: Path | None, name: str = "eval") -> Path:
     return folder
 
 
-def text_encoder_of(model: str, rows: RowOptions, *, recipe_of: str) -> TextEncoder:
+def text_encoder_of(model: str, rows: RowOptions, *, recipe_of: str, **loading: Any) -> TextEncoder:
     """Load the tokenizer of `model`. Options that are None come from the recipe in the folder `recipe_of`, if there is one."""
     recipe = Path(recipe_of) / RECIPE_FILE
     fix = "restore it, or remove it and give --template and --bos"
     saved = read_saved_recipe(recipe, fix=fix)["data"] if recipe.is_file() else {}
     trained_with = {name: saved[name] for name in ("template", "bos", "special_tokens_in_prompts") if name in saved}
-    return TextEncoder(load_tokenizer(model), **rows.rendering(**trained_with))
+    return TextEncoder(load_tokenizer(model, **loading), **rows.rendering(**trained_with))
 
 
-def load_for_evaluation(model: str, adapter: str | None = None) -> Any:
-    """Load a model onto the accelerator, if there is one, and check its output head."""
-    loaded = load_causal_lm(model, adapter=adapter)
+def load_for_evaluation(model: str, **options: Any) -> Any:
+    """Load a model onto the accelerator, if there is one, and check its output head; `options` as in `load_causal_lm`."""
+    loaded = load_causal_lm(model, **options)
     if torch.accelerator.is_available():
         loaded.to(torch.accelerator.current_accelerator())
     check_head(loaded)
