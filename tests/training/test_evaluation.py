@@ -1,14 +1,18 @@
 """Test the metrics of a user's function: numbers of all types are accepted, and mistakes are reported."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
 from dwakd import UserError
+from dwakd.align.offsets import exact_rows
+from dwakd.data.encoding import TextEncoder
 from dwakd.training.evaluation import plain_metrics
-from tests.training.builders import ROWS, trainer
+from tests.builders import tiny_model
+from tests.training.builders import ROWS, TOKENIZERS, trainer
 
 
 @pytest.mark.parametrize(
@@ -52,11 +56,41 @@ def test_metrics_are_logged_as_numbers(tmp_path):
     assert [entry["eval_score"] for entry in state["log_history"] if "eval_score" in entry] == [0.5]
 
 
-def test_accuracies_of_the_projected_teacher_and_of_the_teacher(tmp_path):
-    """Evaluation reports both accuracies, and the teacher's does not depend on the batch size."""
-    options = {"eval_rows": ROWS, "loss_options": {"alignment": "bytes", "values": "hidden"}}
-    found = [trainer(tmp_path, per_device_eval_batch_size=size, **options).evaluate() for size in (1, 16)]
-    for name in ("eval_t2s_accuracy", "eval_teacher_accuracy"):
-        assert 0 <= found[0][name] <= 1
-    assert found[0]["eval_teacher_accuracy"] == found[1]["eval_teacher_accuracy"]
+def aligned_pairs():
+    """Return the target of the student and that of the teacher for each exactly aligned token of ROWS."""
+    pairs = []
+    for row in ROWS:
+        sides = []
+        for tokenizer in TOKENIZERS:
+            ids, ends = TextEncoder(tokenizer, "plain").response_ids(row["response"])
+            sides.append(([*ids, tokenizer.eos_token_id], torch.tensor([*ends, len(row["response"].encode())])))
+        (own, own_ends), (theirs, ends) = sides
+        partners = exact_rows(own_ends, torch.tensor([len(own)]), ends, torch.tensor([len(theirs)])).tolist()
+        pairs += [(target, theirs[place]) for target, place in zip(own, partners, strict=True) if place >= 0]
+    return pairs
+
+
+@pytest.mark.parametrize("batch_size", [5, 16])
+def test_accuracies_of_the_projected_teacher_and_of_the_teacher(tmp_path, batch_size):
+    """A user compares the two shares to see a leak, so both must be over the aligned tokens of all batches.
+
+    Each head has a bias that makes it always predict one token: the most frequent one in the student's vocabulary, and the
+    least frequent one in the teacher's.
+    """
+    pairs = aligned_pairs()
+    own, theirs = (Counter(targets).most_common() for targets in zip(*pairs, strict=True))
+    teacher = tiny_model("phi", len(TOKENIZERS[1]))
+    options = {"per_device_eval_batch_size": batch_size, "student": "phi", "teacher_model": teacher, "eval_rows": ROWS}
+    run = trainer(tmp_path, loss_options={"alignment": "bytes", "values": "hidden"}, **options)
+    with torch.no_grad():
+        run.student.lm_head.bias[own[0][0]] += 100
+        teacher.lm_head.bias[theirs[-1][0]] += 100
+    metrics = run.evaluate()
+    assert own[0][1] > theirs[-1][1] > 0
+    assert metrics["eval_t2s_accuracy"] == pytest.approx(own[0][1] / len(pairs))
+    assert metrics["eval_teacher_accuracy"] == pytest.approx(theirs[-1][1] / len(pairs))
+
+
+def test_a_method_without_a_projection_has_no_accuracies(tmp_path):
+    """The accuracies would be those of nothing."""
     assert "eval_t2s_accuracy" not in trainer(tmp_path, method="alm", eval_rows=ROWS[:2]).evaluate()
