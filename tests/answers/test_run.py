@@ -12,6 +12,8 @@ from dwakd import UserError, load_examples
 from dwakd.answers import GenerateSection, answer_prompts, answer_recipe
 from dwakd.answers.run import training_examples
 from dwakd.answers.store import read_json
+from dwakd.data.encoding import TextEncoder
+from dwakd.data.rows import Example
 from dwakd.folders import write_file
 from dwakd.recipe.recipe import recipe_from_dict
 from tests.answers.builders import LABELLED, PROMPTS, TOKENIZER, changed, read_rows, teacher, write_rows
@@ -195,12 +197,36 @@ def test_a_prompt_that_is_too_long(models, tmp_path, monkeypatch, capsys):
     folder, _ = models
     prompts = write_rows(tmp_path / "long.jsonl", [*({"prompt": p} for p in PROMPTS), {"prompt": "word " * 600}])
     base = ["generate", folder / "recipe.yaml", f"generate.prompts=[{prompts}]", "-o", tmp_path / "answers.jsonl"]
+    with monkeypatch.context() as patch:
+        patch.setattr("dwakd.answers.run.load_causal_lm", lambda *args, **options: pytest.fail("loaded"))
+        code, _, err = run(monkeypatch, capsys, *base, "data.responses=teacher")
+        assert code == 2
+        assert (
+            "long.jsonl, row 40 (counting from 0): the prompt has 3001 tokens for the student, above"
+            in one_sentence(err)
+        )
     code, _, err = run(monkeypatch, capsys, *base)
     assert code == 2
     assert "long.jsonl, row 40 (counting from 0): its prompt of " in one_sentence(err)
     code, _, err = run(monkeypatch, capsys, *base, "data.invalid_rows=skip")
     assert code == 0, err
     assert read_json(tmp_path / "answers.json")["left_out"]["refused"] == 1
+
+
+def test_prompts_are_checked_for_the_models_that_are_trained(models, tmp_path, monkeypatch):
+    """In training, the prompts would be refused after hours of answering. A method without a teacher has other limits."""
+    monkeypatch.setattr("dwakd.answers.run.load_causal_lm", lambda *args, **options: pytest.fail("loaded"))
+    lengths = [
+        [len(TextEncoder(one, "plain").prompt_ids(Example(0, text))) for text in PROMPTS]
+        for one in (byte_bpe(), TOKENIZER)
+    ]
+    limit = max(lengths[0])
+    assert max(lengths[1]) > limit
+    for method, error in (("alm", UserError), ("sft", pytest.fail.Exception)):
+        options = {"data": {"responses": "teacher", "max_prompt_length": limit}, "loss": {"method": method}}
+        recipe = changed(models[1], **options, generate={"output": str(tmp_path / f"{method}.jsonl")})
+        with pytest.raises(error, match="above data.max_prompt_length" if method == "alm" else "loaded"):
+            training_examples(recipe)
 
 
 def test_a_teacher_that_never_ends(models, tmp_path, monkeypatch, capsys, caplog):

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from dwakd.data.encoding import TextEncoder
+from dwakd.data.pairs import encode_pairs
 from dwakd.data.rows import Example
 from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, load_examples
 from dwakd.evaluation.run import EvaluationPlan
+from dwakd.models.loading import load_tokenizer
 from dwakd.recipe.recipe import Recipe
 from dwakd.recipe.sections import DataSection
 
@@ -36,6 +39,24 @@ def read_prompts(recipe: Recipe) -> list[PromptSet]:
         examples = load_examples(source, split=TRAIN_SPLITS, need_response=False, **options)
         sets.append(PromptSet(source, [replace(each, response="", references=(), answer=None) for each in examples]))
     return sets
+
+
+def check_prompts(recipe: Recipe, sets: Sequence[PromptSet]) -> None:
+    """Raise a UserError that names the row if a prompt cannot be trained on, and the recipe trains on the answers.
+
+    Only the tokenizers are loaded. With `data.invalid_rows: skip`, training leaves such rows out.
+    """
+    data = recipe.data
+    if data.responses != "teacher" or data.invalid_rows == "skip":
+        return
+    encoders = []
+    for section in (recipe.student, *(recipe.teachers if recipe.loss.needs_teacher else ())):
+        loading = section.model_dump(include={"revision", "trust_remote_code"})
+        rendering = data.template, data.bos, data.special_tokens_in_prompts
+        encoders.append(TextEncoder(load_tokenizer(section.model, **loading), *rendering))
+    limits: dict[str, Any] = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
+    for one in sets:
+        encode_pairs(one.examples, *encoders, **limits, source=one.source, need_response=False)
 
 
 def train_rows(data: DataSection, *, need_response: bool = True) -> list[Example]:

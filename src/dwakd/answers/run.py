@@ -16,7 +16,7 @@ from rich.progress import Progress
 from dwakd.answers.answers import Answer, Collected, collect
 from dwakd.answers.endpoint import EndpointTeacher
 from dwakd.answers.local import Advance, LocalTeacher
-from dwakd.answers.prompts import PromptSet, read_prompts, train_rows, warn_of_overlap
+from dwakd.answers.prompts import PromptSet, check_prompts, read_prompts, train_rows, warn_of_overlap
 from dwakd.answers.store import AnswerFile, read_request
 from dwakd.cache.fingerprint import DATE, adapter_digest, fingerprint, weights_digest
 from dwakd.data.encoding import TextEncoder
@@ -97,7 +97,10 @@ def answer_prompts(
 
 
 def answer_recipe(
-    recipe: Recipe, plan: EvaluationPlan | None = None, output: str | Path | None = None
+    recipe: Recipe,
+    plan: EvaluationPlan | None = None,
+    output: str | Path | None = None,
+    readers: Sequence[Recipe] = (),
 ) -> tuple[AnswerFile, Collected]:
     """Answer the prompts of a recipe, or continue; each rank answers its own part of the prompts.
 
@@ -105,10 +108,11 @@ def answer_recipe(
         recipe: its section `generate` says what to answer and how.
         plan: test sets; a warning says how many prompts also occur in them or in the recipe's data.eval.
         output: the file to write; `generate.output` by default.
+        readers: recipes that train on the answers; by default this one.
 
     Raises:
-        UserError: the teacher, the endpoint or the prompts cannot be used, no answer is left, or there are other
-            answers or files at the output.
+        UserError: the teacher, the endpoint or the prompts cannot be used, a prompt is too long for the models to train, no
+            answer is left, or there are other answers or files at the output.
     """
     options = recipe.generate
     place = output or options.output
@@ -124,7 +128,7 @@ def answer_recipe(
     request["prompts"] = data_identity(examples)["sha256"]
     file = AnswerFile(path, request, len(examples), options.samples)
     file.open(_rank())
-    _answer_missing(file, source, sets)
+    _answer_missing(file, source, sets, readers or [recipe])
     answers = file.read()
     collected = collect(examples, answers, options, source.name)
     if _rank() == 0:
@@ -159,7 +163,7 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _answer_missing(file: AnswerFile, source: Source, sets: Sequence[PromptSet]) -> None:
+def _answer_missing(file: AnswerFile, source: Source, sets: Sequence[PromptSet], readers: Sequence[Recipe]) -> None:
     """Answer the prompts of this rank's shards that are missing."""
     examples = [example.for_teacher() for one in sets for example in one.examples]
     shards = file.shards()
@@ -167,6 +171,8 @@ def _answer_missing(file: AnswerFile, source: Source, sets: Sequence[PromptSet])
     missing = [shard for shard in own if file.read_shard(shard) is None]
     if not missing:
         return
+    for recipe in readers:
+        check_prompts(recipe, sets)
     teacher = source.load()
     for one in sets:
         teacher.check([example.for_teacher() for example in one.examples], one.source)

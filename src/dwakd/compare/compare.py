@@ -110,8 +110,12 @@ def _with_answer_file(recipe: Recipe, folder: Path) -> Recipe:
 
 def _answer_prompts(rows: Sequence[Recipe], plan: EvaluationPlan) -> None:
     """Let the teacher answer the prompts of the rows that train on its answers, unless that is done."""
-    for row in {row.generate.output: row for row in rows if row.data.responses == "teacher"}.values():
-        answer_recipe(row, plan)
+    readers: dict[str | None, list[Recipe]] = {}
+    for row in rows:
+        if row.data.responses == "teacher":
+            readers.setdefault(row.generate.output, []).append(row)
+    for own in readers.values():
+        answer_recipe(own[0], plan, readers=own)
 
 
 def _with_answers(row: Recipe, recipe: Recipe, folder: Path) -> Recipe:
