@@ -74,6 +74,26 @@ def test_rows_that_a_model_could_not_score_are_left_out_for_all():
     assert paired_intervals({"whole": [whole], "text": [cell(text=[[1.0], [1.0]])]}, "bits_per_byte") == {}
 
 
+def test_the_calibration_error_is_computed_anew_in_each_resample(tmp_path):
+    """A mean of the errors of single rows is no calibration error: the gaps of rows cancel within a bin."""
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "test.answers.jsonl").write_text("")
+    rng = np.random.default_rng(0)
+    gaps = np.stack([rng.normal(0.5, 1, 300), rng.normal(-0.2, 1, 300), rng.integers(4, 9, 300)]).T
+    bits = {"rows": [[row, 1.0, 1] for row in range(1, 301)], "ece": 7.0, "row_gaps": gaps.tolist()}
+    numbers = {"bits_per_byte": bits, "signature": {"metric": "rougeL F1 x 100"}}
+    (tmp_path / "eval" / "test.json").write_text(json.dumps(numbers))
+    cell = read_cell(tmp_path)
+    exact = CellScores({"ece": {"test": np.stack([np.zeros(301), np.ones(301)])}})
+    difference, low, high = paired_intervals({"a": [cell], "b": [exact]}, "ece")["a", "b"]
+    assert difference == pytest.approx(100 * np.abs(gaps[:, :2].sum(0)).sum() / gaps[:, 2].sum())
+    draws = gaps[rng.integers(300, size=(2000, 300))].sum(1)
+    expected = np.percentile(100 * np.abs(draws[:, :2]).sum(1) / draws[:, 2], [2.5, 97.5])
+    assert (low, high) == pytest.approx(tuple(expected), rel=0.05)
+    summary = summarise_comparison({"a": [cell], "b": [cell]}, {})
+    assert summary["variants"]["a"]["versus"]["b"]["ece"] == pytest.approx((0.0, 0.0, 0.0))
+
+
 def test_scores_are_the_means_over_generation_seeds(tmp_path):
     """Scores are means over the generation seeds, in percent."""
     (tmp_path / "eval").mkdir()

@@ -84,7 +84,13 @@ def test_calibration_error_of_a_model(family: str, monkeypatch: pytest.MonkeyPat
     gaps = [sum(t - h for t, h, b in zip(tops, hits, bins, strict=True) if b == m) for m in range(1, 16)]
     assert sum(gap != 0 for gap in gaps) > 3
     expected = 100 * sum(map(abs, gaps)) / len(tops)
-    assert bits_per_byte(model, encoder, EXAMPLES, batch_size=3).ece == pytest.approx(expected, rel=1e-4)
+    result = bits_per_byte(model, encoder, EXAMPLES, batch_size=3)
+    assert result.ece == pytest.approx(expected, rel=1e-4)
+    lengths = [len(encoder.response_ids(example.response)[0]) + 1 for example in EXAMPLES]
+    assert [row[-1] for row in result.row_gaps] == lengths
+    last = slice(lengths[0] + lengths[1], None)  # the bits of the rows are in their order, and so must be the gaps
+    assert sum(result.row_gaps[2][:-1]) == pytest.approx(sum(tops[last]) - sum(hits[last]), rel=1e-4)
+    assert sum(row[0] for row in result.row_gaps) == pytest.approx(gaps[0], rel=1e-4, abs=1e-6)
     monkeypatch.setattr("dwakd.evaluation.bits_per_byte.LOGITS_AT_ONCE", 3 * VOCAB)
     assert bits_per_byte(model, encoder, EXAMPLES, batch_size=1).ece == pytest.approx(expected, rel=1e-4)
 

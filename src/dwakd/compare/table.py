@@ -29,8 +29,14 @@ METRICS = {
 }
 """Scores that are compared row by row, with their headings. Sampled ROUGE-L is that of the first temperature."""
 
-Ratio = Float[np.ndarray, "2 rows"]
-"""A score of a test set by row: the sum of the first line divided by the sum of the second one. Missing rows are 0."""
+PAIRED = (*METRICS, "ece")
+"""Scores whose differences between rows of the table have an interval."""
+
+Ratio = Float[np.ndarray, "parts rows"]
+"""A score of a test set by row: the absolute sums of all lines but the last, added, divided by the sum of the last line.
+
+The calibration error has a line for each bin, and the other scores have one line, which is not negative. Missing rows are 0.
+"""
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class CellScores:
 
 def set_score(rows: Ratio) -> float:
     """Return the score of a test set."""
-    return float(rows[0].sum() / rows[1].sum())
+    return float(np.abs(rows[:-1].sum(1)).sum() / rows[-1].sum())
 
 
 def num_evaluated(folder: Path) -> int:
@@ -62,7 +68,7 @@ def num_evaluated(folder: Path) -> int:
 
 def read_cell(folder: Path) -> CellScores:
     """Read the scores from the folder of a run."""
-    scores: dict[str, dict[str, Ratio]] = {metric: {} for metric in METRICS}
+    scores: dict[str, dict[str, Ratio]] = {metric: {} for metric in PAIRED}
     ece, text = {}, {}
     others: dict[str, list[float]] = {}
     for path in sorted((folder / "eval").glob("*.json")):
@@ -76,8 +82,15 @@ def read_cell(folder: Path) -> CellScores:
         for metric, rows in _by_row(path.with_suffix(".answers.jsonl"), other_temperatures).items():
             scores[metric][path.stem] = rows
         if numbers["bits_per_byte"]:
-            scores["bits_per_byte"][path.stem] = _bits_by_row(numbers["bits_per_byte"]["rows"])
-            ece[path.stem] = numbers["bits_per_byte"]["ece"]
+            likelihood = numbers["bits_per_byte"]
+            scores["bits_per_byte"][path.stem] = _by_place(likelihood["rows"])
+            ece[path.stem] = likelihood["ece"]
+            if gaps := likelihood.get("row_gaps"):  # results of older versions have none
+                percent = ([100 * gap for gap in row[:-1]] + row[-1:] for row in gaps)
+                places = (row[0] for row in likelihood["rows"])
+                scores["ece"][path.stem] = _by_place(
+                    [[place, *row] for place, row in zip(places, percent, strict=True)]
+                )
     record = folder / RUN_FILE
     run: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     state = folder / TRAINER_STATE_NAME
@@ -100,11 +113,11 @@ def _by_row(path: Path, other_temperatures: Mapping[str, Any]) -> dict[str, Rati
     return {name: np.stack([np.array(rows), np.ones(len(rows))]) for name, rows in means.items()}
 
 
-def _bits_by_row(rows: Sequence[Sequence[float]]) -> Ratio:
-    """Return bits and bytes by row; a row that did not fit into the model is missing."""
-    places, bits, num_bytes = zip(*rows, strict=True)
-    found = np.zeros((2, 1 + max(places)))
-    found[:, places] = bits, num_bytes
+def _by_place(rows: Sequence[Sequence[float]]) -> Ratio:
+    """Return the values of rows, which begin with their index; a row that did not fit into the model is missing."""
+    places, *values = zip(*rows, strict=True)
+    found = np.zeros((len(values), 1 + max(places)))
+    found[:, places] = values
     return found
 
 
@@ -114,7 +127,7 @@ def common(cells: Sequence[CellScores], metric: str) -> list[dict[str, Ratio]]:
     for name in cells[0].scores[metric] if cells else ():
         given = [cell.scores[metric].get(name, np.zeros((2, 0))) for cell in cells]
         size = min(rows.shape[1] for rows in given)
-        known = np.all([rows[1, :size] > 0 for rows in given], axis=0)
+        known = np.all([rows[-1, :size] > 0 for rows in given], axis=0)
         for scores, rows in zip(shared if known.any() else (), given, strict=False):
             scores[name] = rows[:, :size][:, known]
     return shared
@@ -129,11 +142,12 @@ def bootstrap(cells: Sequence[Mapping[str, Ratio]], seed: int) -> Float[np.ndarr
     draws = np.random.default_rng(seed).integers(len(cells), size=(RESAMPLES, len(cells)))
     sets = []
     for number, name in enumerate(cells[0]):
-        rows = np.stack([cell[name] for cell in cells])  # cells, 2, rows
+        rows = np.stack([cell[name] for cell in cells])  # cells, parts, rows
         size = rows.shape[2]
         counts = np.random.default_rng((number, size)).multinomial(size, np.full(size, 1 / size), RESAMPLES)
         sums = rows @ counts.T
-        sets.append(np.take_along_axis((sums[:, 0] / sums[:, 1]).T, draws, axis=1).mean(1))
+        ratios = np.abs(sums[:, :-1]).sum(1) / sums[:, -1]
+        sets.append(np.take_along_axis(ratios.T, draws, axis=1).mean(1))
     return np.mean(sets, axis=0)
 
 
@@ -184,7 +198,7 @@ def summarise_comparison(
     """
     trained = {name: cells for name, cells in variants.items() if cells and not is_teacher(name)}
     finals = [cell.dev[-1][1] for cell in variants.get(sft or "", ()) if cell.dev]
-    intervals = {metric: paired_intervals(trained, metric) for metric in METRICS}
+    intervals = {metric: paired_intervals(trained, metric) for metric in PAIRED}
     rows: dict[str, Any] = {}
     for name, cells in variants.items():
         if not cells:

@@ -44,6 +44,8 @@ class BitsPerByte:
     """Expected calibration error of the response tokens, in percent; see `calibration_gaps`."""
     rows: tuple[tuple[int, float, int], ...] = ()
     """Index, bits and bytes of each example."""
+    row_gaps: tuple[tuple[float, ...], ...] = ()
+    """The gaps of each example of `rows` in the bins of `calibration_gaps`, and its number of tokens."""
 
 
 def bits_per_byte(
@@ -87,21 +89,21 @@ def bits_per_byte(
     )
     lengths = pairs.student_lengths
     alike = Subset(pairs, sorted(range(len(pairs)), key=lambda row: -lengths[row]))
-    rows: list[tuple[int, float, int]] = []
-    num_tokens, gaps = 0, torch.zeros(NUM_BINS, dtype=torch.float64)
+    found: list[tuple[tuple[int, float, int], tuple[float, ...]]] = []
     loader = DataLoader(alike, batch_size=batch_size, collate_fn=collate)
     with evaluating(model), torch.no_grad(), progress_bar(disable=not progress) as bar:
         for batch in bar.track(loader, description="bits per byte"):
             side = response_side(model, batch.to(model.device).student)
-            nats, found = _nats_and_gaps(side)
-            gaps += found
-            num_tokens += len(nats)
-            row_bits = [part.sum().item() / math.log(2) for part in torch.split(nats, list(side.counts))]
             ends = side.byte_ends[side.lengths.cumsum(0) - 1].tolist()  # of the last tokens
-            rows += zip(batch.example_ids, row_bits, ends, strict=True)
+            parts = zip(*(torch.split(values, list(side.counts)) for values in _predictions(side)), strict=True)
+            for index, end, (nats, *confidence) in zip(batch.example_ids, ends, parts, strict=True):
+                row_gaps = (*calibration_gaps(*confidence).tolist(), len(nats))
+                found.append(((index, nats.sum().item() / math.log(2), end), row_gaps))
+    rows, gaps = zip(*sorted(found), strict=True)
     bits, num_bytes = sum(row[1] for row in rows), sum(row[2] for row in rows)
-    ece = 100 * gaps.abs().sum().item() / num_tokens
-    return BitsPerByte(bits / num_bytes, bits, num_bytes, len(pairs), pairs.num_truncated, ece, tuple(sorted(rows)))
+    *sums, num_tokens = map(sum, zip(*gaps, strict=True))
+    ece = 100 * sum(map(abs, sums)) / num_tokens
+    return BitsPerByte(bits / num_bytes, bits, num_bytes, len(pairs), pairs.num_truncated, ece, rows, gaps)
 
 
 def text_encoder(tokenizer: Any) -> TextEncoder:
@@ -117,18 +119,20 @@ def text_encoder(tokenizer: Any) -> TextEncoder:
     return TextEncoder(tokenizer, separator + "{instruction}")
 
 
-def _nats_and_gaps(side: ModelSide) -> tuple[Float[Tensor, " tokens"], Float[Tensor, "bins"]]:
-    """Compute the negative log-likelihood of each target token, and sum the calibration gaps, in float64."""
+def _predictions(
+    side: ModelSide,
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"], Bool[Tensor, " tokens"]]:
+    """Compute -log p of each target, the probability of the likeliest token, and whether this is the target."""
     rows = max(1, LOGITS_AT_ONCE // side.head.vocab_size)
-    nats, gaps = [], torch.zeros(NUM_BINS, dtype=torch.float64)
+    parts = []
     for hidden, targets in zip(torch.split(side.hidden, rows), torch.split(side.target_ids, rows), strict=True):
         logits = side.head.logits(hidden)
         losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-        nats.append(losses.cpu().double())
         top, predicted = logits.max(dim=-1)
         normaliser = losses + logits.gather(1, targets[:, None]).squeeze(1)
-        gaps += calibration_gaps((top - normaliser).exp().cpu(), (predicted == targets).cpu())
-    return torch.cat(nats), gaps
+        parts.append((losses.cpu().double(), (top - normaliser).exp().cpu(), (predicted == targets).cpu()))
+    nats, confidence, correct = (torch.cat(values) for values in zip(*parts, strict=True))
+    return nats, confidence, correct
 
 
 def calibration_gaps(confidence: Float[Tensor, "tokens"], correct: Bool[Tensor, "tokens"]) -> Float[Tensor, "bins"]:
