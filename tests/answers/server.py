@@ -1,4 +1,4 @@
-"""Servers with the chat completions of OpenAI's API: one that answers with a tiny teacher or fails, and llama.cpp's."""
+"""Servers with OpenAI's API, chat and plain completions: one that answers with a tiny teacher or fails, and llama.cpp's."""
 
 import contextlib
 import importlib.util
@@ -78,20 +78,28 @@ class Server(ThreadingHTTPServer):
         if body["model"] == "flaky" and self.failures < 2:
             self.failures += 1
             return 429
-        return 400 if sum(len(turn["content"]) for turn in body["messages"]) > self.longest else 200
+        texts = [turn["content"] for turn in body["messages"]] if "messages" in body else [body["prompt"]]
+        return 400 if sum(map(len, texts)) > self.longest else 200
 
     def answer(self, body) -> dict[str, Any]:
         options = GenerateSection(
             **{name: body[name] for name in ("temperature", "top_p", "seed")}, max_new_tokens=body["max_tokens"]
         )
-        examples = load_examples([{"messages": body["messages"]}], need_response=False)
-        ((answer,),) = LocalTeacher(self.model, self.encoder, options).answer(0, examples, lambda count: None)
-        choice = {"index": 0, "message": {"role": "assistant", "content": answer.text}}
+        chat = "messages" in body
+        name = "messages" if chat else "prompt"
+        examples = load_examples([{name: body[name]}], need_response=False)
+        encoder = self.encoder if chat else TextEncoder(TOKENIZER, "{instruction}")
+        ((answer,),) = LocalTeacher(self.model, encoder, options).answer(0, examples, lambda count: None)
+        message = {"message": {"role": "assistant", "content": answer.text}} if chat else {"text": answer.text}
+        choice = {"index": 0, **message}
         choice["finish_reason"] = "length" if answer.finish == "cut" else "stop"
         if body.get("logprobs") and body["model"] != "silent":
-            choice["logprobs"] = {"content": [{"token": "x", "logprob": answer.log_prob, "top_logprobs": []}]}
+            assert body["logprobs"] is (True if chat else 1)
+            tokens: list[dict[str, Any]] = [{"token": "x", "logprob": answer.log_prob, "top_logprobs": []}]
+            choice["logprobs"] = {"content": tokens} if chat else {"token_logprobs": [answer.log_prob]}
         usage = {"completion_tokens": answer.num_tokens, "prompt_tokens": 1, "total_tokens": 1}
-        about = {"id": "1", "object": "chat.completion", "created": 1, "model": body["model"]}
+        kind = "chat.completion" if chat else "text_completion"
+        about = {"id": "1", "object": kind, "created": 1, "model": body["model"]}
         return {**about, "choices": [choice], "usage": usage}
 
 

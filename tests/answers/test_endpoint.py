@@ -46,6 +46,32 @@ def test_the_answers_are_those_of_the_model_behind_it(at, models, tmp_path):
     assert len(collected.rows) > 3
 
 
+def test_a_base_model_continues_the_text_of_the_template(at, server, models, tmp_path):
+    """A base model has no chat template, so a server refuses its messages or guesses a template."""
+    options = {"samples": 12, "limit": 1, "min_log_prob": -20.0}
+    server.requests.clear()
+    file, _ = answer_recipe(at(**options, api="completions"))
+    assert {body["prompt"] for body in server.requests} == {f"{PROMPTS[0]}\n"}
+    expected, _ = answer_recipe(changed(models[1], generate=options), output=tmp_path / "local.jsonl")
+    assert file.read() == expected.read()
+    recipe = at(**options, api="completions")
+    for template, message in (
+        ("alpaca", r"data\.template is plain there and alpaca here"),
+        ("chat", "which for chat only"),
+    ):
+        data = recipe.data.model_copy(update={"template": template})
+        output = file.path if template == "alpaca" else tmp_path / "other.jsonl"
+        with pytest.raises(UserError, match=message):
+            answer_recipe(recipe.model_copy(update={"data": data}), output=output)
+    row = {
+        "messages": [{"role": "user", "content": "Why?"}],
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+    }
+    tools = at(api="completions", prompts=[write_rows(tmp_path / "p.jsonl", [row])], output=str(tmp_path / "t.jsonl"))
+    with pytest.raises(UserError, match=r"p\.jsonl, row 0 .*which only a chat template can show"):
+        answer_recipe(tools)
+
+
 def test_samples_have_their_own_seeds(at, server):
     """A server that gets the same seed for each sample gives the same answer each time."""
     server.requests.clear()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from dwakd.answers.answers import Answer
 from dwakd.answers.local import Advance
+from dwakd.data.prompts import Prompts
 from dwakd.data.rows import Example
 from dwakd.errors import UserError, reason_of
 from dwakd.recipe.sections import EndpointSection, GenerateSection
@@ -40,7 +41,7 @@ class RefusedError(Exception):
 
 
 class Endpoint:
-    """The chat completions of a server. Its key is read from the variable OPENAI_API_KEY.
+    """The chat completions and the completions of a server. Its key is read from the variable OPENAI_API_KEY.
 
     Args:
         section: address and model.
@@ -63,7 +64,9 @@ class Endpoint:
         self._client = openai.OpenAI(base_url=section.base_url, api_key=key, max_retries=_RETRIES)
 
     def complete(self, **request: Any) -> Any:
-        """Return the chat completion of openai for a request without its model, with at least one choice.
+        """Return the completion of openai for a request without its model, with at least one choice.
+
+        A request with a `prompt` is one of completions, and others are of chat completions.
 
         Raises:
             RefusedError: the server refuses this request; the message is its reason.
@@ -71,7 +74,8 @@ class Endpoint:
         """
         openai = self._openai
         try:
-            completion = self._client.chat.completions.create(model=self._section.model, **request)
+            api = self._client.completions if "prompt" in request else self._client.chat.completions
+            completion: Any = api.create(model=self._section.model, **request)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             raise RefusedError(f"{reason_of(error):.300}") from error
         except openai.OpenAIError as error:
@@ -108,19 +112,28 @@ def in_parallel(function: Callable[[ItemT], ResultT], items: Iterable[ItemT], ba
 
 
 class EndpointTeacher:
-    """A model behind the chat completions of a server, which applies its own chat template.
+    """A model behind the chat completions of a server, which applies its own chat template, or behind its completions.
 
     Args:
         section: address and model.
         options: how to decode; `batch_size` requests are sent at a time.
+        template: how a row becomes a prompt, for completions.
         skip: whether prompts that the server refuses are left out, instead of an error.
 
     Raises:
-        UserError: the package openai is not installed.
+        UserError: the package openai is not installed, or the template is `chat` and `generate.api` is completions.
     """
 
-    def __init__(self, section: EndpointSection, options: GenerateSection, *, skip: bool = False) -> None:
+    def __init__(
+        self, section: EndpointSection, options: GenerateSection, template: str = "plain", *, skip: bool = False
+    ) -> None:
+        if options.api == "completions" and template == "chat":
+            raise UserError(
+                "generate.api: completions sends the text of data.template, which for chat only the server knows: use another "
+                "data.template, or generate.api: chat"
+            )
         self._endpoint, self._options, self._skip = Endpoint(section, _GENERATE), options, skip
+        self._prompts = Prompts(template, None) if options.api == "completions" else None
         self._sources: list[str] = []
 
     def check(self, examples: Sequence[Example], source: str) -> None:
@@ -142,7 +155,13 @@ class EndpointTeacher:
 
     def _answer(self, number: int, example: Example, sample: int) -> Answer:
         try:
-            completion = self._endpoint.complete(**self._request(example, sample))
+            request = self._request(example, sample)
+        except UserError as error:  # the template cannot show the row
+            if self._skip:
+                return Answer("", 0, "refused", None)
+            raise UserError(f"{self._sources[number]}, {error}") from error
+        try:
+            completion = self._endpoint.complete(**request)
         except RefusedError as error:
             if self._skip:
                 return Answer("", 0, "refused", None)
@@ -154,30 +173,33 @@ class EndpointTeacher:
 
     def _request(self, example: Example, sample: int) -> dict[str, Any]:
         """Return the arguments of a request; only servers with chat templates of open models read `extra_body`."""
-        options, others = self._options, dict(example.options or {})
-        request: dict[str, Any] = {"tools": others.pop("tools")} if "tools" in others else {}
-        extra = {"documents": others.pop("documents")} if "documents" in others else {}
-        extra |= {"chat_template_kwargs": others} if others else {}
-        return {
-            **request,
-            **({"logprobs": True} if options.min_log_prob is not None else {}),
-            **({"extra_body": extra} if extra else {}),
-            "messages": example.turns,
+        options = self._options
+        request: dict[str, Any] = {
             "max_tokens": options.max_new_tokens,
             "temperature": options.temperature,
             "top_p": options.top_p,
             "seed": options.seed + sample,
         }
+        if options.min_log_prob is not None:
+            request["logprobs"] = 1 if self._prompts else True
+        if self._prompts:
+            return {**request, "prompt": self._prompts.render(example)}
+        others = dict(example.options or {})
+        request |= {"tools": others.pop("tools")} if "tools" in others else {}
+        extra = {"documents": others.pop("documents")} if "documents" in others else {}
+        extra |= {"chat_template_kwargs": others} if others else {}
+        return {**request, **({"extra_body": extra} if extra else {}), "messages": example.turns}
 
     def _read(self, completion: Any) -> Answer:
         """Convert a response of the server. A refused or filtered answer has no text, so it is left out as empty."""
         choice, usage = completion.choices[0], completion.usage
         log_prob = None
         if self._options.min_log_prob is not None:
-            tokens = choice.logprobs.content if choice.logprobs is not None else None
-            if not tokens:
+            found = choice.logprobs
+            values = found and (found.token_logprobs if self._prompts else [one.logprob for one in found.content or ()])
+            if not values:
                 raise UserError(f"{self._endpoint.name} sends no log-probabilities; leave out generate.min_log_prob")
-            log_prob = round(sum(token.logprob for token in tokens) / len(tokens), _DIGITS)
+            log_prob = round(sum(values) / len(values), _DIGITS)
         count = None if usage is None else usage.completion_tokens
-        text = (choice.message.content or "").strip()
+        text = ((choice.text if self._prompts else choice.message.content) or "").strip()
         return Answer(text, count, "cut" if choice.finish_reason == "length" else "end", log_prob)

@@ -202,9 +202,10 @@ def _source(recipe: Recipe, path: Path) -> Source:
     if options.endpoint is not None:
         endpoint = options.endpoint
         name = f"{endpoint.model} at {endpoint.base_url}"
-        return Source(
-            name, {"generate.endpoint.model": endpoint.model}, lambda: EndpointTeacher(endpoint, options, skip=skip)
-        )
+        asked = {"generate.endpoint.model": endpoint.model}
+        if options.api == "completions":
+            asked |= {"generate.api": options.api, "data.template": data.template}
+        return Source(name, asked, lambda: EndpointTeacher(endpoint, options, data.template, skip=skip))
     section = recipe.teachers[0]
     loading: dict[str, Any] = {"trust_remote_code": section.trust_remote_code, "revision": section.revision}
     tokenizer = load_tokenizer(section.model, chat_template_path=section.chat_template_path, **loading)

@@ -155,6 +155,11 @@ class GenerateSection(Options):
     prompts: list[str] = Field([], description="Files or ids on the hub. By default the recipe's data.train.")
     output: str | None = Field(None, description="The jsonl file of the answers. It is made if it is missing.")
     endpoint: EndpointSection | None = Field(None, description="A server that answers instead of the teacher.")
+    api: Literal["chat", "completions"] = Field(
+        "chat",
+        description="chat sends the messages of a row to the endpoint, which has a chat template. completions sends the text "
+        "that data.template makes of the row, which a base model continues.",
+    )
     samples: Count = Field(1, description="Answers to each prompt; several need a temperature above 0.")
     temperature: float = Field(0.0, ge=0, description="Sampling temperature; 0 decodes greedily.")
     top_p: float = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens that together reach this.")
