@@ -164,6 +164,7 @@ def test_cells_of_another_recipe_are_refused(tmp_path):
         path.write_text("{}")
     (folder / RECIPE_FILE).write_text(cell.recipe(recipe(teacher={"model": "teacher", "cache": "elsewhere"})).dump())
     assert runner.run([cell]) == {}
+    assert Runner(recipe(generate={"prompts": ["more.jsonl"]}), tmp_path, 1).run([cell]) == {}, "which it does not use"
     for changes, message in (
         ({"training": {"learning_rate": 2e-3}}, r"sft-1 holds another run: training.learning_rate is 0.001 there"),
         ({"evaluation": {"test": ["test.jsonl"], "limit": 9}}, "evaluation.limit is None there and 9 here"),

@@ -104,12 +104,14 @@ def test_scores_are_the_means_over_generation_seeds(tmp_path):
     numbers["other_temperatures"] = {"0.7": {"rouge_l": {"mean": 20.0}}}
     (tmp_path / "eval" / "test.json").write_text(json.dumps(numbers))
     answers = [
-        {"row": row, "seed": seed, "rouge_l": 10.0 * row + (seed or 7), "exact_match": 100.0 * row}
+        {"answer": "\u2028", "row": row, "seed": seed, "rouge_l": 10.0 * row + (seed or 7), "exact_match": 100.0 * row}
         for row in (1, 0)
         for seed in (2, 4, None)
     ]
     answers += [{"row": row, "seed": 2, "temperature": 0.7, "rouge_l": 20.0, "exact_match": 0.0} for row in (0, 1)]
-    (tmp_path / "eval" / "test.answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    (tmp_path / "eval" / "test.answers.jsonl").write_text(
+        "\n".join(json.dumps(answer, ensure_ascii=False) for answer in answers), encoding="utf-8"
+    )
     cell = read_cell(tmp_path)
     assert cell.scores["rouge_l"]["test"][0].tolist() == [3.0, 13.0]
     assert cell.scores["greedy_rouge_l"]["test"][0].tolist() == [7.0, 17.0]

@@ -102,7 +102,7 @@ def read_cell(folder: Path) -> CellScores:
 def _by_row(path: Path, other_temperatures: Mapping[str, Any]) -> dict[str, Ratio]:
     """Read the scores of the answers to each row, sampled ones averaged over the generation seeds."""
     found: dict[str, dict[int, list[float]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in filter(None, path.read_text(encoding="utf-8").split("\n")):  # an answer may contain other line breaks
         answer = json.loads(line)
         if answer["rouge_l"] is None or str(answer.get("temperature")) in other_temperatures:
             continue

@@ -54,9 +54,13 @@ def check_output(folder: Path, *, resume: bool, recipe: Recipe) -> str | None:
 
 
 def check_same_recipe(saved: Path, recipe: Recipe, *, changeable: re.Pattern[str]) -> None:
-    """Raise UserError if the saved recipe of a run differs in an option whose dotted name does not match `changeable`."""
+    """Raise UserError if the saved recipe of a run differs in an option whose dotted name does not match `changeable`.
+
+    The section `generate` has no effect on a run that does not train on the teacher's answers.
+    """
     for name, (before, now) in _changed_options(saved, recipe).items():
-        if not changeable.match(name):
+        unused = name.startswith("generate.") and recipe.data.responses != "teacher"
+        if not unused and not changeable.match(name):
             raise UserError(
                 f"output folder {saved.parent} holds another run: {name} is {before} there and {now} here; choose "
                 "another with --output"
