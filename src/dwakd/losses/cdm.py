@@ -22,7 +22,7 @@ class CdmOptions(MethodOptions):
     needs_models = "pair"
     method: Literal["cdm"] = "cdm"
     ce_weight: Weight = Field(0.9, description="Weight alpha of the cross-entropy. The published options use 0.9.")
-    kd_weight: Weight = Field(0.1, description="1 - alpha.")
+    kd_weight: Weight = Field(0.1, description="Weight of the term `kd`. The published options use 1 - alpha = 0.1.")
     temperature: Softening = 0.8
     top_k: Count = Field(100, description="Number of candidates of each model; at most the size of its vocabulary.")
     threshold: Rate = Field(

@@ -31,7 +31,8 @@ class GoldOptions(MethodOptions):
     )
     matched_weight: Weight | None = Field(
         None,
-        description="Weight w_m of `jsd`. By default the matched share of the tokens that the teacher's head allows.",
+        description="Weight w_m of `jsd`. By default the number of matched tokens, divided by the number of tokens that the "
+        "teacher's head allows.",
     )
     unmatched_weight: Weight | None = Field(
         None, description="Weight w_u of `uld`. By default 1 - w_m. Set both weights or none."
