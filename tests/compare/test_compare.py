@@ -83,10 +83,12 @@ def test_the_teacher_is_evaluated_as_it_teaches(tmp_path, monkeypatch):
     assert json.loads(path.read_text())["signature"]["dtype"] == "bfloat16"
     asked = []
     monkeypatch.setattr("dwakd.evaluation.run.load_tokenizer", lambda model, **options: asked.append(options) or 1 / 0)
-    hub = read.teachers[0].model_copy(update={"revision": "v1.0", "trust_remote_code": True})
+    hub = read.teachers[0].model_copy(
+        update={"revision": "v1.0", "trust_remote_code": True, "chat_template_path": "chat"}
+    )
     with pytest.raises(ZeroDivisionError):
         evaluate_teacher(plan_evaluation(read), hub, tmp_path / "other")
-    assert asked == [{"revision": "v1.0", "trust_remote_code": True}]
+    assert asked == [{"revision": "v1.0", "trust_remote_code": True, "chat_template_path": "chat"}]
 
 
 def test_the_teacher_answers_once_for_all_runs(tmp_path, monkeypatch):
@@ -120,15 +122,17 @@ def test_rows_with_other_answers_have_their_own_file(tmp_path):
         "alm": {"loss.method": "alm", "data.responses": "teacher", "data.max_length": 99},
         "sampled": {"loss.method": "sft", "data.responses": "teacher", "generate.temperature": 1.0},
         "short": {"loss.method": "sft", "data.responses": "teacher", "generate.max_characters": 9},
+        "all": {"loss.method": "sft", "data.responses": "teacher", "data.supervise": "all"},
+        "hint": {"loss.method": "sft", "data.responses": "teacher", "data.teacher_prompt": "hint"},
         "own": {"loss.method": "sft", "data.responses": "teacher", "generate.output": "own.jsonl"},
     }
     given = recipe(generate={"output": "shared.jsonl"}, compare={"rows": rows})
     variants = variants_of(given, given.compare, ablation=False)
     files = [Runner(given, tmp_path, 1).recipe(Cell(variant, 1)).generate.output for variant in variants]
     assert files[:3] == ["shared.jsonl"] * 3
-    assert {str(Path(file).parent) for file in files[3:5]} == {str(tmp_path)}
-    assert len(set(files[2:])) == 4
-    assert files[5] == "own.jsonl"
+    assert {str(Path(file).parent) for file in files[3:7]} == {str(tmp_path)}
+    assert len(set(files[2:])) == 6
+    assert files[7] == "own.jsonl"
 
 
 def test_finished_cells_are_kept_and_a_failed_one_says_why(tmp_path, monkeypatch):

@@ -8,8 +8,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from dwakd import DistillConfig, DistillTrainer
+from dwakd.answers.prompts import check_prompts, read_prompts
 from dwakd.errors import UserError
-from dwakd.recipe.recipe import recipe_from_dict
+from dwakd.recipe.files import RECIPE_FILE
+from dwakd.recipe.recipe import load_recipe, recipe_from_dict
 from dwakd.training.distiller import LOSS_STATE
 from dwakd.training.run import check_options, training_config
 from tests.builders import CHAT_TEMPLATE
@@ -288,6 +290,10 @@ def test_a_student_without_a_chat_template(workspace, tmp_path, monkeypatch, cap
     code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *options, "-o", tmp_path / "run")
     assert code == 0, err
     assert AutoTokenizer.from_pretrained(tmp_path / "run").chat_template == chatml().chat_template
+    code, out, err = run(monkeypatch, capsys, "inspect", tmp_path / "run", "--rows", 1)
+    assert (code, "<|im_start|>" in out) == (0, True), err
+    answered = load_recipe(tmp_path / "run" / RECIPE_FILE, ["data.responses=teacher", "generate.output=answers.jsonl"])
+    check_prompts(answered, read_prompts(answered))
     rows = ["--data", workspace / "data.jsonl", "--limit", 2, "--seeds", 1, "--max-new-tokens", 4]
     code, _, err = run(monkeypatch, capsys, "eval", tmp_path / "run", *rows)
     assert code == 0, err

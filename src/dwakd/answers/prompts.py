@@ -14,7 +14,7 @@ from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, load_examples
 from dwakd.evaluation.run import EvaluationPlan
 from dwakd.models.loading import load_tokenizer
 from dwakd.recipe.recipe import Recipe
-from dwakd.recipe.sections import DataSection
+from dwakd.recipe.sections import DataSection, ModelSection
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +51,18 @@ def check_prompts(recipe: Recipe, sets: Sequence[PromptSet]) -> None:
         return
     encoders = []
     for section in (recipe.student, *(recipe.teachers if recipe.loss.needs_teacher else ())):
-        loading = section.model_dump(include={"revision", "trust_remote_code"})
-        rendering = data.template, data.bos, data.special_tokens_in_prompts
-        encoders.append(TextEncoder(load_tokenizer(section.model, **loading), *rendering))
+        encoders.append(section_encoder(section, data))
     limits: dict[str, Any] = {"max_length": data.max_length, "max_prompt_length": data.max_prompt_length}
     for one in sets:
         encode_pairs(one.examples, *encoders, **limits, source=one.source, need_response=False)
+
+
+def section_encoder(section: ModelSection, data: DataSection) -> TextEncoder:
+    """Load the tokenizer of a model, with its chat template, and return the encoder that training uses."""
+    loading = section.model_dump(include={"revision", "trust_remote_code", "chat_template_path"})
+    return TextEncoder(
+        load_tokenizer(section.model, **loading), data.template, data.bos, data.special_tokens_in_prompts
+    )
 
 
 def train_rows(data: DataSection, *, need_response: bool = True) -> list[Example]:

@@ -129,8 +129,8 @@ def _with_answers(row: Recipe, recipe: Recipe, folder: Path) -> Recipe:
 
 def _answered_content(recipe: Recipe) -> dict[str, Any]:
     """Return the options of a recipe that determine the teacher's answers."""
-    reading = {"train", "prompt", "response", "input", "template", "bos", "special_tokens_in_prompts"}
-    data = recipe.data.model_dump(include=reading | {"invalid_rows", "limit"})
+    reading = {"train", "prompt", "response", "input", "teacher_prompt", "supervise", "template", "bos"}
+    data = recipe.data.model_dump(include=reading | {"special_tokens_in_prompts", "invalid_rows", "limit"})
     teachers = [one.model_dump(exclude={"cache", "cache_dtype", "weight"}) for one in recipe.teachers[:1]]
     return {
         "data": data,
@@ -193,7 +193,9 @@ def evaluate_teacher(plan: EvaluationPlan, teacher: TeacherSection, folder: Path
     """Evaluate a teacher on the test sets unless that is done, and return its scores."""
     if num_evaluated(folder) < len(plan.sets):
         data, text = ([item.source for item in plan.sets if item.is_text == is_text] for is_text in (False, True))
-        loading: dict[str, Any] = teacher.model_dump(include={"adapter", "revision", "trust_remote_code"})
+        loading: dict[str, Any] = teacher.model_dump(
+            include={"adapter", "revision", "trust_remote_code", "chat_template_path"}
+        )
         loading["dtype"] = getattr(torch, teacher.dtype)
         evaluate_sets(teacher.model, data, plan.rows, plan.options, text=text, output=folder / "eval", **loading)
     return read_cell(folder)

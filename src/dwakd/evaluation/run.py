@@ -127,6 +127,7 @@ def evaluate_sets(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    chat_template_path: str | None = None,
     output: Path | None = None,
     overwrite: bool = False,
 ) -> Group:
@@ -144,6 +145,7 @@ def evaluate_sets(
         dtype: dtype of the weights.
         revision: branch, tag or commit of a model on the hub.
         trust_remote_code: run the Python code of a hub repository.
+        chat_template_path: a chat template from elsewhere, as in `load_tokenizer`.
         output: folder of the results; eval/ in the model's folder by default.
         overwrite: replace results of the same name with another signature, which are otherwise an error.
 
@@ -153,7 +155,7 @@ def evaluate_sets(
     folder = results_folder(model, output)
     plan = EvaluationPlan(read_test_sets(data, rows, text), options, rows)
     loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    encoder = text_encoder_of(model, rows, recipe_of=model, **loading)
+    encoder = text_encoder_of(model, rows, recipe_of=model, chat_template_path=chat_template_path, **loading)
     loaded = load_for_evaluation(model, adapter=adapter, dtype=dtype, **loading)
     check_room(plan, loaded, encoder)
     table = evaluate_plan(plan, loaded, encoder, folder, name=model, overwrite=overwrite)

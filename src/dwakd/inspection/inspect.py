@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from dwakd.answers.prompts import train_rows
+from dwakd.answers.prompts import section_encoder, train_rows
 from dwakd.answers.run import training_examples
-from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import encode_pairs
 from dwakd.data.rows import Example
 from dwakd.errors import UserError
@@ -20,7 +19,6 @@ from dwakd.inspection.computed import Computed, compute
 from dwakd.inspection.html import overview_section, row_section
 from dwakd.inspection.terminal import overview, row_view
 from dwakd.inspection.tokens import Row, Summary, align_rows
-from dwakd.models.loading import load_tokenizer
 from dwakd.recipe.files import RECIPE_FILE
 from dwakd.recipe.recipe import Recipe, load_recipe, recipe_from_dict
 from dwakd.report.page import Section, require_charts, write_page
@@ -70,11 +68,7 @@ def inspect_recipe(
     """
     data, sections = recipe.data, [recipe.student, *recipe.teachers[:1]]
     examples = _examples(recipe) if text is None else [Example(0, "", response=text)]
-    reading = data.template, data.bos, data.special_tokens_in_prompts
-    encoders = [
-        TextEncoder(load_tokenizer(one.model, trust_remote_code=one.trust_remote_code, revision=one.revision), *reading)
-        for one in sections
-    ]
+    encoders = [section_encoder(one, data) for one in sections]
     limits = data.model_dump(include={"max_length", "max_prompt_length"}) | {
         "source": data.train,
         "length_option": None,
