@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def without_paths(content: Any) -> Any:
-    """Return nested values in which each absolute path of this machine is replaced by its last part."""
+    """Return nested values in which each absolute path is replaced by its last part; a text with { is a template."""
     if isinstance(content, dict):
         return {key: without_paths(value) for key, value in content.items()}
     if isinstance(content, list):
@@ -70,6 +71,6 @@ def without_paths(content: Any) -> Any:
     if not isinstance(content, str):
         return content
     prefix = "gguf:" if content.startswith("gguf:") else ""
-    path = Path(content.removeprefix(prefix)).expanduser()
-    is_path = path.is_absolute() and "\n" not in content and (path.exists() or path.parent.exists())
-    return prefix + path.name if is_path and path.name else content
+    path = Path(content.removeprefix(prefix))
+    is_path = path.name and (path.is_absolute() or path.parts[0].startswith("~")) and not re.search(r"[\n{]", content)
+    return prefix + path.name if is_path else content

@@ -3,14 +3,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from dwakd import DistillConfig
 from dwakd.evaluation.card import update_results
 from dwakd.losses import METHODS
 from dwakd.recipe.recipe import recipe_from_dict
-from dwakd.training.card import licence_of, write_card
+from dwakd.training.card import licence_of, recipe_of, write_card
 from tests.command_line import run
 from tests.training.builders import trainer
 
@@ -52,6 +54,16 @@ def test_what_else_the_student_was_trained_on(tmp_path):
     write_card(recipe(training={"lmbda": 0.5, "hub_token": "hf_secret"}), tmp_path / "b")
     assert "training.lmbda 0.5" in (tmp_path / "b" / "README.md").read_text()
     assert "hf_secret" not in (tmp_path / "b" / "README.md").read_text()  # the card is public
+
+
+def test_the_card_of_a_sum_in_python(tmp_path):
+    """A sum of methods, numbers of NumPy and a path that is gone must not cost the card of a finished training."""
+    losses = [{"method": "alm", "chunk_temperature": np.float64(2.0)}, {"method": "dwa_kd"}]
+    args = DistillConfig(method="sum", loss_options={"losses": losses}, learning_rate=np.float64(1e-4), use_cpu=True)
+    write_card(recipe_of(args, BASE, ["/home/ann/gone/teacher"], "~ann/rows.jsonl", peft=False), tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "teacher `teacher`, method `alm + dwa_kd`, data `rows.jsonl`" in text
+    assert "ann" not in text
 
 
 def test_licences_are_those_that_the_sources_declare(tmp_path, monkeypatch):

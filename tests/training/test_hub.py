@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import HfApi
 
+from dwakd.errors import UserError
 from dwakd.recipe.recipe import load_recipe
 from dwakd.training.run import train
 from tests.training.builders import trainer
@@ -60,7 +61,7 @@ def test_a_student_is_uploaded_without_what_belongs_to_the_run(tmp_path, commits
     assert commits[1]["model.safetensors"] == (tmp_path / "model.safetensors").read_bytes()
 
 
-def test_no_paths_of_this_machine_are_uploaded(workspace, tmp_path, commits):
+def test_no_paths_of_this_machine_are_uploaded(workspace, tmp_path, commits, monkeypatch):
     """Recipes and adapters name local files by absolute paths; on the hub these would reveal folders and user names."""
     overrides = ["training.push_to_hub=true", "training.hub_model_id=me/student", "student.peft={r: 2}"]
     run = train(load_recipe(workspace / "recipe.yaml", overrides), tmp_path / "run")
@@ -79,3 +80,6 @@ def test_no_paths_of_this_machine_are_uploaded(workspace, tmp_path, commits):
     assert str(workspace) in (tmp_path / "run" / "adapter_config.json").read_text()  # which loads the base model here
     run.push_card()
     assert list(commits[-1]) == ["README.md"]
+    monkeypatch.setattr(HfApi, "create_commit", lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError, match=r"push_to_hub: could not upload the student in .*run; check the network"):
+        run.push_card()

@@ -1,5 +1,6 @@
 """Write the model card of a student: its origin, how to load it, the recipe, licences and what to cite."""
 
+import json
 import platform
 import re
 import sys
@@ -15,7 +16,7 @@ from torch import nn
 from dwakd.data.sources import SUFFIXES
 from dwakd.evaluation.card import CARD, RESULTS, has_section, put_section, read_card, update_results
 from dwakd.folders import without_paths, write_file
-from dwakd.losses import METHODS
+from dwakd.losses import METHODS, SUM
 from dwakd.models.head import model_name
 from dwakd.recipe.training import DATA_OPTIONS, DistillConfig
 
@@ -24,17 +25,21 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 def recipe_of(args: DistillConfig, student: Any, teachers: Any, data: Any, *, peft: bool) -> dict[str, Any]:
-    """Return the arguments of a trainer as the sections of a recipe. Models in memory have the name of their class."""
+    """Return the arguments of a trainer as the sections of a recipe. Models in memory have the name of their class.
+
+    Numbers of NumPy, which YAML cannot write, become those of Python.
+    """
     given = teachers if isinstance(teachers, list) else [] if teachers is None else [teachers]
     names = ("lmbda", "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size")
-    return {
+    sections = {
         "student": {"model": _named(student), "peft": peft or isinstance(student, PeftModel)},
         "teacher": [{"model": _named(one)} for one in given] if args.method_options.needs_teacher else [],
         "data": {"train": str(data) if isinstance(data, str | Path) else "rows in memory"}
         | {name: getattr(args, name) for name in DATA_OPTIONS},
-        "loss": {"method": args.method, **args.loss_options},
+        "loss": args.loss_options["losses"] if args.method == SUM else {"method": args.method, **args.loss_options},
         "training": {name: getattr(args, name) for name in names},
     }
+    return dict(json.loads(json.dumps(sections, default=lambda value: value.item())))
 
 
 def _named(model: Any) -> str:

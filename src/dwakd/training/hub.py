@@ -9,7 +9,7 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from dwakd.errors import UserError
+from dwakd.errors import UserError, explained
 from dwakd.evaluation.card import CARD
 from dwakd.folders import without_paths
 from dwakd.training.card import write_card
@@ -67,7 +67,8 @@ class HubTrainer(Trainer):
         options["token"] = options.get("token") or self.args.hub_token
         options["revision"] = options.get("revision") or self.args.hub_revision
         options |= {"commit_message": message or "Upload a student", "run_as_future": not blocking}
-        return HfApi().create_commit(str(self.hub_model_id), operations, **options)
+        with explained(f"push_to_hub: could not upload the student in {folder}; check the network and the token"):
+            return HfApi().create_commit(str(self.hub_model_id), operations, **options)
 
     def push_card(self) -> None:
         """Upload the model card alone, after an evaluation has changed it."""
