@@ -191,6 +191,16 @@ def test_hostile_text_is_shown_as_text(trained, tmp_path):
     assert RIGHT_TO_LEFT in html
 
 
+def test_the_token_of_the_hub_is_not_shown(trained, tmp_path):
+    """A recipe may contain the token for uploads, and a report is sent to others."""
+    folder = copy_run(trained, tmp_path / "run")
+    recipe = folder / "dwakd-recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("training:\n", "training:\n  hub_token: hf_secret\n"))
+    assert "hf_secret" in recipe.read_text()
+    write_report([folder, trained], tmp_path / "report.html")
+    assert "hf_secret" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_alignments(trained, tmp_path):
     """Tokens of training rows are shown aligned; if the models are on another machine, a note says so."""
     write_report([trained], tmp_path / "report.html", num_aligned=1)

@@ -140,7 +140,8 @@ def _run(folder: Path, name: str, row: str, found: Collection) -> Run:
     record = found.read(folder / RUN_FILE, lambda text: _parse(_DICT, text)) or {}
     history = found.read(state, lambda text: _parse(_DICT, text, strict=False)["log_history"]) or []
     history = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
-    text = recipe.read_text(encoding="utf-8") if options else ""
+    text = re.sub(r"(?m)^ *hub_token:.*\n", "", recipe.read_text(encoding="utf-8")) if options else ""
+    options.pop("training.hub_token", None)  # a report is sent to others
     return Run(folder, name, row, text, options, record, history, evaluations)
 
 

@@ -51,7 +51,7 @@ def write_report(folders: Sequence[Path], output: Path, *, num_rows: int = 100, 
 
 
 def _alignments(found: Collection, num_rows: int) -> Markup | None:
-    run = next((run for run in found.runs if "teacher.model" in run.options), None)
+    run = next((run for run in found.runs if any(name.startswith("teacher.") for name in run.options)), None)
     if run is None or num_rows == 0:
         return None
     try:
