@@ -151,6 +151,8 @@ def test_every_assistant_turn_is_an_example() -> None:
     assert [one.place for one in found] == [f"row {r}, turn {t} (counting from 0)" for r, t in ((0, 2), (0, 4), (1, 1))]
     assert [one.response for one in load_examples(rows)] == ["Four.", "Four."]
     assert load_examples(rows)[0].place == "row 0 (counting from 0)"
+    apart = {"messages": [GREET, HELLO, ASK, ANSWER], "system": "Add."}  # is not one of the turns that a user counts
+    assert [one.source for one in every(apart)] == [(0, 1), (0, 3)]
 
 
 def test_every_turn_is_read_in_its_own_context() -> None:
@@ -196,6 +198,7 @@ def test_prompts_of_every_answer_can_be_answered() -> None:
         ({"messages": [GREET, {**HELLO, "weight": 0}]}, "no assistant turn"),
         ({"messages": [HELLO, ASK, ANSWER]}, "turn before the answer .*none; give turn 0 the weight 0"),
         ({"messages": [ASK, ANSWER, HELLO]}, "role 'assistant'; give turn 2 the weight 0"),
+        ({"messages": [ASK, ANSWER, HELLO], "system": "Add."}, "role 'assistant'; give turn 2 the weight 0"),
         ({"prompt": [GREET], "completion": [HELLO, ASK]}, "'completion' must be an assistant turn"),
     ],
 )

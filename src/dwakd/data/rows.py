@@ -159,9 +159,9 @@ class Columns:
         teacher_turns = tuple(_read_prompt(private, column)) if private else None
         if teacher_turns is not None:
             self._check_asks(teacher_turns, column)
-        found = []
+        found, moved = [], self._moved(row)
         for end in ends:
-            self._check_asks(turns[:end], self.prompt)
+            self._check_asks(turns[:end], self.prompt, moved)
             example = Example(index, **_before_answer(turns[:end]), input=input, options=options)
             if end < len(turns):
                 answer = turns[end]
@@ -169,7 +169,7 @@ class Columns:
                 accepted = references if references and end == len(turns) - 1 else (answer["content"],)
                 kept = answer if content_keys(answer) else None
                 example = replace(example, response=accepted[0], references=accepted, answer=kept)
-            source = (index, end) if self.supervise == "all" else None
+            source = (index, end - moved) if self.supervise == "all" else None
             found.append(replace(example, teacher_turns=teacher_turns, source=source))
         return found
 
@@ -202,10 +202,21 @@ class Columns:
             raise UserError(f"{self.prompt!r} has no assistant turn to train on")
         return found
 
-    def _check_asks(self, turns: Sequence[Turn], column: str) -> None:
+    def _moved(self, row: Mapping[str, Any]) -> int:
+        """Return 1 if the system text of a row precedes the turns of its conversation, which are counted without it."""
+        asked = row.get(self.prompt)
+        if not ("system" in self.extras and row.get("system") and asked and isinstance(asked, list)):
+            return 0
+        return int(read_turns(asked[:1], self.prompt)[0]["role"] != "system")
+
+    def _check_asks(self, turns: Sequence[Turn], column: str, moved: int = 0) -> None:
         if not _asks(turns):
             found = f"role {turns[-1]['role']!r}" if turns else "none"
-            fix = f"; give turn {len(turns)} the weight 0 if it is context only" if self.supervise == "all" else ""
+            fix = (
+                f"; give turn {len(turns) - moved} the weight 0 if it is context only"
+                if self.supervise == "all"
+                else ""
+            )
             raise UserError(
                 f"the turn before the answer in {column!r} must be the user's or a tool's, not {found}{fix}"
             )
