@@ -42,6 +42,13 @@ def test_differences_are_paired():
     assert summary["variants"]["dskd"] == {"failed": "no luck"}
 
 
+def test_reasons_are_shown_as_they_are():
+    """Rich would read [openai] as a style and hide it, and end with a traceback at [/tmp]."""
+    reason = "[/tmp] is full; pip install 'dwakd[openai]'"
+    summary = summarise_comparison({"sft": [scores(1.0, 2.0)]}, {"alm-1": reason})
+    assert f"run alm-1 failed: {reason}" in shown(comparison_tables(summary))
+
+
 def test_intervals_contain_the_noise_of_rows_and_of_seeds():
     """The interval of a mean difference is about 1.96 standard errors wide on each side, and seeds widen it."""
     noise = np.random.default_rng(1).normal(0, 10, 400)

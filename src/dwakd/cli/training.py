@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from dwakd.cli.app import app, console, flag, output_option, silence_transformers
 from dwakd.cli.options import Overrides
@@ -37,7 +38,8 @@ def train(
     plan = plan_evaluation(loaded)
     trainer = run_recipe(loaded, folder, plan, resume=resume)
     if trainer.is_world_process_zero():
-        console.print(f"student: [bold]{folder}[/bold] after {trainer.state.global_step} steps", soft_wrap=True)
+        steps = trainer.state.global_step
+        console.print(f"student: [bold]{escape(str(folder))}[/bold] after {steps} steps", soft_wrap=True)
     if plan.sets and trainer.is_world_process_zero():
         student, encoder = trainer.student, trainer.student_encoder
         console.print(evaluate_plan(plan, student, encoder, folder / "eval", name=str(folder), overwrite=True))
@@ -67,7 +69,7 @@ def cache(
 
     text = cache_command(recipe, overrides or [], output, check=check)
     if os.environ.get("RANK", "0") == "0":
-        console.print(text, soft_wrap=True, highlight=False)
+        console.print(text, markup=False, soft_wrap=True, highlight=False)
     end_of_run()
 
 
@@ -87,7 +89,7 @@ def generate(
 
     text = generate_command(recipe, overrides or [], output)
     if os.environ.get("RANK", "0") == "0":
-        console.print(text, soft_wrap=True, highlight=False)
+        console.print(text, markup=False, soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -118,6 +120,6 @@ def compare(
     folder = output or Path("compare") / recipe.stem
     tables, any_finished = compare_methods(loaded, folder, ablation=ablation, lr_sweep=lr_sweep, jobs=jobs)
     console.print(tables)
-    console.print(f"runs, logs and all numbers: [bold]{folder}[/bold]", soft_wrap=True)
+    console.print(f"runs, logs and all numbers: [bold]{escape(str(folder))}[/bold]", soft_wrap=True)
     if not any_finished:
         raise typer.Exit(1)

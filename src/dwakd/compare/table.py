@@ -14,6 +14,7 @@ from jaxtyping import Float
 from rich import box
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 from transformers.trainer import TRAINER_STATE_NAME
 
 from dwakd.compare.plan import Variant, is_teacher
@@ -270,7 +271,7 @@ def comparison_tables(summary: Mapping[str, Any]) -> Group:
         ends = [f"{until:.1f}" if isinstance(until, float) else until or "never"] if timed else []
         gigabytes = None if peak is None else peak / 1e9
         costs.add_row(name, _cell(seconds, 3), _cell(gigabytes, 2), str(row["training_seeds"]), *ends)
-    failures = [f"run {name} failed: {reason}" for name, reason in summary["failures"].items()]
+    failures = [Text(f"run {name} failed: {reason}") for name, reason in summary["failures"].items()]
     return Group(scores, *(("", gaps) if reference in rows else ()), "", others, "", costs, *failures)
 
 
