@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import threading
@@ -16,6 +15,7 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from dwakd.answers.endpoint import Endpoint, OptionNames, RefusedError, in_parallel
+from dwakd.cache.fingerprint import json_digest
 from dwakd.errors import UserError, explained
 from dwakd.evaluation.generate import progress_bar
 from dwakd.evaluation.report import check_overwrite
@@ -52,7 +52,7 @@ class Judge:
 
     def last(self, prompt: str) -> dict[str, Any]:
         """Return the last stored vote on a prompt. `score_of_first` is None if the reply had no verdict."""
-        return self._votes.get(_digest([self._identity, prompt]), {"score_of_first": None, "attempt": 0})
+        return self._votes.get(json_digest([self._identity, prompt]), {"score_of_first": None, "attempt": 0})
 
     def is_open(self, prompt: str) -> bool:
         """Return whether a prompt has no verdict yet and an attempt is left."""
@@ -83,7 +83,7 @@ class Judge:
                 reply = answer.choices[0].message.content or ""
                 vote |= {"score_of_first": read_verdict(reply), "reply": reply, "model": answer.model}
                 vote |= {name: getattr(answer.usage, name, None) for name in ("prompt_tokens", "completion_tokens")}
-            vote["key"] = _digest([self._identity, prompt])
+            vote["key"] = json_digest([self._identity, prompt])
             with self._lock, explained(f"{self._path} cannot be written"), self._path.open("ab") as file:
                 file.write(f"{json.dumps(vote)}\n".encode())
                 file.flush()
@@ -117,10 +117,10 @@ def judge_runs(
     request = {name: value for name, value in request.items() if value is not None}
     signature = {
         "judge": section.model_dump(),
-        "prompt": _digest(template),
+        "prompt": json_digest(template),
         "request": request,
         **options.model_dump(include={"answers_seed", "limit", "seed", "both_orders", "length_control"}),
-        "data": _digest(pairs),
+        "data": json_digest(pairs),
         "versions": {name: version(name) for name in ("dwakd", "openai")},
     }
     folder = output or Path("judge") / "-".join(place.resolve().name.removesuffix(".jsonl") for place in places)
@@ -159,10 +159,6 @@ def judge_runs(
     write_json(folder / "judge.json", {"signature": signature, "a": names[0], "b": names[1], "results": results})
     where = Text(f"results, verdicts and plot: {folder}", no_wrap=True, overflow="ignore")
     return Group(judge_table(names, results), where)
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _prompts(pair: Pair, template: str, *, both_orders: bool) -> dict[int, str]:
