@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import HfApi
 
+from dwakd import DistillTrainer
 from dwakd.errors import UserError
 from dwakd.recipe.recipe import load_recipe
 from dwakd.training.run import train
@@ -61,7 +62,7 @@ def test_a_student_is_uploaded_without_what_belongs_to_the_run(tmp_path, commits
     assert commits[1]["model.safetensors"] == (tmp_path / "model.safetensors").read_bytes()
 
 
-def test_no_paths_of_this_machine_are_uploaded(workspace, tmp_path, commits, monkeypatch):
+def test_no_paths_of_this_machine_are_uploaded(workspace, tmp_path, commits):
     """Recipes and adapters name local files by absolute paths; on the hub these would reveal folders and user names."""
     overrides = ["training.push_to_hub=true", "training.hub_model_id=me/student", "student.peft={r: 2}"]
     run = train(load_recipe(workspace / "recipe.yaml", overrides), tmp_path / "run")
@@ -80,6 +81,17 @@ def test_no_paths_of_this_machine_are_uploaded(workspace, tmp_path, commits, mon
     assert str(workspace) in (tmp_path / "run" / "adapter_config.json").read_text()  # which loads the base model here
     run.push_card()
     assert list(commits[-1]) == ["README.md"]
-    monkeypatch.setattr(HfApi, "create_commit", lambda *_, **__: 1 / 0)
-    with pytest.raises(UserError, match=r"push_to_hub: could not upload the student in .*run; check the network"):
-        run.push_card()
+
+
+def test_an_upload_that_fails(workspace, tmp_path, commits, monkeypatch):
+    """A broken network must not cost the training; starting again with --resume uploads the finished student."""
+    recipe = load_recipe(workspace / "recipe.yaml", ["training.push_to_hub=true", "training.hub_model_id=me/student"])
+    with monkeypatch.context() as broken:
+        broken.setattr(HfApi, "create_commit", lambda *_, **__: 1 / 0)
+        with pytest.raises(UserError, match=r"could not upload the student in .*run \(division by zero\); check"):
+            train(recipe, tmp_path / "run")
+    weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(DistillTrainer, "train", lambda *_, **__: pytest.fail("trained again"))
+    train(recipe, tmp_path / "run", resume=True)
+    assert commits[-1]["model.safetensors"] == weights
+    assert "README.md" in commits[-1]

@@ -9,7 +9,7 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from dwakd.errors import UserError, explained
+from dwakd.errors import UserError, reason_of
 from dwakd.evaluation.card import CARD
 from dwakd.folders import without_paths
 from dwakd.training.card import write_card
@@ -17,6 +17,10 @@ from dwakd.training.card import write_card
 _SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".py")
 _OF_THE_RUN = ("trainer_state.json", "dwakd-run.json")
 _METADATA = {"tasks": "pipeline_tag", "finetuned_from": "base_model", "dataset": "datasets"}
+
+
+class UploadError(UserError):
+    """The student is saved, but could not be uploaded."""
 
 
 class HubTrainer(Trainer):
@@ -67,8 +71,13 @@ class HubTrainer(Trainer):
         options["token"] = options.get("token") or self.args.hub_token
         options["revision"] = options.get("revision") or self.args.hub_revision
         options |= {"commit_message": message or "Upload a student", "run_as_future": not blocking}
-        with explained(f"push_to_hub: could not upload the student in {folder}; check the network and the token"):
+        try:
             return HfApi().create_commit(str(self.hub_model_id), operations, **options)
+        except Exception as error:  # the hub and the network raise many unrelated types
+            raise UploadError(
+                f"push_to_hub: could not upload the student in {folder} ({reason_of(error):.200}); check the network and "
+                "the token, and start the command again with --resume"
+            ) from error
 
     def push_card(self) -> None:
         """Upload the model card alone, after an evaluation has changed it."""

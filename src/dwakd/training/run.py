@@ -30,6 +30,7 @@ from dwakd.recipe.sections import StudentSection, TeacherSection, lora_config
 from dwakd.recipe.training import DATA_OPTIONS, DistillConfig
 from dwakd.training.card import PACKAGES
 from dwakd.training.distiller import load_student
+from dwakd.training.hub import UploadError
 from dwakd.training.inputs import make_encoder
 from dwakd.training.run_folder import RUN_FILE, alone_in, check_output, has_steps_left, is_finished
 from dwakd.training.teacher import CachedTeacher
@@ -149,9 +150,12 @@ def train(
     finished = resume and is_finished(folder, recipe)
     steps_left = not finished and has_steps_left(checkpoint, recipe)
     trainer = build_trainer(recipe, folder, plan)
+    failed: UploadError | None = None
     if finished:
         _restore(trainer, folder)
         load_student(trainer.student, folder)
+        if trainer.args.push_to_hub and trainer.is_world_process_zero():  # an upload may have failed
+            trainer.upload(folder, "End of training")
         return trainer
     with alone_in(folder) if trainer.is_world_process_zero() else contextlib.nullcontext():
         if trainer.is_world_process_zero():
@@ -162,10 +166,15 @@ def train(
             _restore(trainer, Path(str(checkpoint)))
             best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
             trainer.model.load_checkpoint(best or checkpoint)
-        trainer.save_model()
+        try:
+            trainer.save_model()
+        except UploadError as error:  # the run is finished nevertheless
+            failed = error
         trainer.save_state()
         if trainer.is_world_process_zero():
             write_json(folder / RUN_FILE, run_record(trainer))
+    if failed is not None:
+        raise failed
     return trainer
 
 
