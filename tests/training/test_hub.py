@@ -45,6 +45,8 @@ def test_a_student_is_uploaded_without_what_belongs_to_the_run(tmp_path, commits
     (during,) = commits
     (tmp_path / "events.out.tfevents").write_text("log")
     (tmp_path / "notes.pt").write_text("state")
+    (tmp_path / "similarity.json").write_text(json.dumps({"teacher": str(tmp_path)}))  # dwakd report reads it here
+    (tmp_path / "special_tokens_map.json").write_text("{}")
     run.push_to_hub(license="mit")
     wanted = {
         "model.safetensors",
@@ -54,10 +56,10 @@ def test_a_student_is_uploaded_without_what_belongs_to_the_run(tmp_path, commits
         "distillation/maps.safetensors",
     }
     assert wanted <= during.keys()
-    assert wanted | {"README.md"} <= commits[1].keys()
+    assert wanted | {"README.md", "special_tokens_map.json"} <= commits[1].keys()
     assert b"license: mit" in commits[1]["README.md"]
     for name in during.keys() | commits[1].keys():
-        assert not name.endswith((".pt", ".pth", ".bin", "trainer_state.json", ".tfevents")), name
+        assert not name.endswith((".pt", ".pth", ".bin", "trainer_state.json", "similarity.json", ".tfevents")), name
         assert "checkpoint" not in name
     assert commits[1]["model.safetensors"] == (tmp_path / "model.safetensors").read_bytes()
 

@@ -1,6 +1,7 @@
 """Write the model card of a student and upload it to the Hugging Face Hub, without other files of the run."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from dwakd.evaluation.card import CARD
 from dwakd.folders import without_paths
 from dwakd.training.card import write_card
 
-_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".py")
-_OF_THE_RUN = ("trainer_state.json", "dwakd-run.json")
+_FILES = re.compile(
+    r".*\.(safetensors|jinja|model|py)|(.*config|.*\.index|tokenizer|vocab|chat_template|\w+_tokens(_map)?)\.json|"
+    r"(vocab|merges)\.txt|README\.md"
+)
+"""Names of the files of a student. Others, such as results of other commands, can contain paths."""
 _METADATA = {"tasks": "pipeline_tag", "finetuned_from": "base_model", "dataset": "datasets"}
 
 
@@ -61,7 +65,7 @@ class HubTrainer(Trainer):
 
     def upload(self, folder: Path, message: str | None, blocking: bool = True, only: str = "", **options: Any) -> Any:
         """Commit the files of a student, or `only` one of them, to the repository."""
-        files = [path for path in sorted(folder.iterdir()) if path.suffix in _SUFFIXES and path.name not in _OF_THE_RUN]
+        files = [path for path in sorted(folder.iterdir()) if _FILES.fullmatch(path.name)]
         nested = [path for name in ("distillation", "additional_chat_templates") for path in (folder / name).rglob("*")]
         operations = [
             CommitOperationAdd(path.relative_to(folder).as_posix(), _content(path))
