@@ -54,6 +54,9 @@ def test_what_else_the_student_was_trained_on(tmp_path):
     write_card(recipe(training={"lmbda": 0.5, "hub_token": "hf_secret"}), tmp_path / "b")
     assert "training.lmbda 0.5" in (tmp_path / "b" / "README.md").read_text()
     assert "hf_secret" not in (tmp_path / "b" / "README.md").read_text()  # the card is public
+    endpoint = {"base_url": "http://user:secret@intranet/v1", "model": "big"}
+    write_card(recipe(teacher=None, loss={"method": "sft"}, generate={"endpoint": endpoint}), tmp_path / "c")
+    assert "intranet" not in (tmp_path / "c" / "README.md").read_text()
 
 
 def test_the_card_of_a_sum_in_python(tmp_path):

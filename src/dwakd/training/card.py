@@ -114,6 +114,8 @@ def _body(
 ) -> str:
     public = without_paths(recipe)
     public.get("training", {}).pop("hub_token", None)
+    if endpoint := public.get("generate", {}).get("endpoint"):
+        endpoint.pop("base_url", None)  # it may be internal, or contain a password
     data = f"`{public['data']['train']}`"
     if recipe["data"].get("responses") == "teacher":
         data += f" and the teacher's answers in `{public['generate']['output']}`"
