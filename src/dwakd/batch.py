@@ -7,7 +7,7 @@ mean student and teacher where both occur. A response position is a position who
 response, the end-of-sequence token included.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -113,6 +113,23 @@ class TokenBatch:
         }
         return replace(self, **fields)
 
+    def examples(self, places: Sequence[int], student_rows: Sequence[int]) -> "TokenBatch":
+        """Return the tokens of some of the examples. `student_rows` is the student's `num_rows` of all examples."""
+        fields: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                aligned = name == "aligned_rows"
+                fields[name] = of_examples(value, student_rows, places) if aligned else value[list(places)]
+            elif value is not None:
+                fields[name] = tuple(value[place] for place in places)
+        return replace(self, **fields)
+
+
+def of_examples(values: Tensor, lengths: Sequence[int], places: Sequence[int]) -> Tensor:
+    """Return the rows of some examples, given the number of rows of each example."""
+    parts = torch.split(values, list(lengths))
+    return torch.cat([values[:0], *(parts[place] for place in places)])
+
 
 @dataclass(frozen=True)
 class PairedBatch:
@@ -124,6 +141,7 @@ class PairedBatch:
         example_ids: index in the data set of each example.
         weight: weight in the optimiser batch: 1, or 0 if the examples only repeat those of other batches.
         num_sampled: number of examples whose responses the student sampled. They are the last ones.
+        chosen: index of the only teacher of each example; None if all teachers teach all examples.
     """
 
     student: TokenBatch
@@ -131,6 +149,7 @@ class PairedBatch:
     example_ids: tuple[int, ...]
     weight: float = 1.0
     num_sampled: int = 0
+    chosen: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.example_ids)
@@ -154,14 +173,11 @@ class PairedBatch:
 
     def first(self, count: int) -> "PairedBatch":
         """Return the first examples of this batch."""
-        ends = {"aligned_rows": sum(self.student.num_rows[:count])}
-
-        def cut(tokens: TokenBatch) -> TokenBatch:
-            fields = {name: value for name, value in vars(tokens).items() if value is not None}
-            return replace(tokens, **{name: value[: ends.get(name, count)] for name, value in fields.items()})
-
-        student, *teachers = map(cut, self)
-        return replace(self, student=student, teachers=tuple(teachers), example_ids=self.example_ids[:count])
+        student, *teachers = (tokens.examples(range(count), self.student.num_rows) for tokens in self)
+        chosen = self.chosen and self.chosen[:count]
+        return replace(
+            self, student=student, teachers=tuple(teachers), example_ids=self.example_ids[:count], chosen=chosen
+        )
 
 
 @dataclass(frozen=True)
@@ -185,6 +201,7 @@ class ModelSide:
             over the heads. Constant. Set if the method needs it.
         num_rows: `lengths` as Python integers, so that they need not be read from a GPU.
         sampled: whether the student sampled the responses, so that no term may train a model to predict them.
+        places: indices in the batch of the examples of a teacher's side, if it has only those that it teaches.
     """
 
     hidden: Float[Tensor, "tokens hidden"]
@@ -199,22 +216,28 @@ class ModelSide:
     attention: Float[Tensor, " tokens"] | None = None
     num_rows: tuple[int, ...] | None = None
     sampled: bool = False
+    places: tuple[int, ...] | None = None
 
     @cached_property
     def byte_starts(self) -> Int[Tensor, " tokens"]:
         """Offset at which the predicted token starts: `byte_ends` of the token before it, 0 at the start of a response."""
         return self.byte_ends.roll(1).index_fill(0, self.lengths.cumsum(0) - self.lengths, 0)
 
-    def examples(self, start: int, stop: int) -> "ModelSide":
-        """Return the side of some of the examples. It has no `aligned_rows` and no `gate_weights`."""
-        rows = slice(sum(self.counts[:start]), sum(self.counts[:stop]))
-        names = ("hidden", "input_embeddings", "target_embeddings", "target_ids", "byte_ends")
-        cut: dict[str, Any] = {name: getattr(self, name)[rows] for name in names}
-        attention = None if self.attention is None else self.attention[rows]
-        lengths, counts = self.lengths[start:stop], self.counts[start:stop]
-        return ModelSide(
-            **cut, attention=attention, lengths=lengths, num_rows=counts, head=self.head, sampled=self.sampled
-        )
+    def examples(self, start: int, stop: int) -> "ModelSide | None":
+        """Return the side of the examples start to stop of the batch; None if it has none of them."""
+        own = range(len(self.counts)) if self.places is None else self.places
+        found = [n for n, place in enumerate(own) if start <= place < stop]
+        places = None if self.places is None else tuple(own[n] - start for n in found)
+        return replace(self.select(found), places=places) if found else None
+
+    def select(self, indices: Sequence[int]) -> "ModelSide":
+        """Return the side of some of its examples. It has no `aligned_rows` and no `gate_weights`."""
+        names = ("hidden", "input_embeddings", "target_embeddings", "target_ids", "byte_ends", "attention")
+        given = {name: getattr(self, name) for name in names}
+        cut: dict[str, Any] = {n: v if v is None else of_examples(v, self.counts, indices) for n, v in given.items()}
+        counts = tuple(self.counts[n] for n in indices)
+        lengths = of_examples(self.lengths, [1] * len(self.counts), indices)
+        return replace(self, **cut, lengths=lengths, num_rows=counts, aligned_rows=None, gate_weights=None)
 
     @cached_property
     def counts(self) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 import yaml
 
 from dwakd import DistillConfig, DistillTrainer, UserError
@@ -10,7 +11,7 @@ from dwakd.recipe.recipe import load_recipe
 from dwakd.training.teacher import CachedTeacher
 from tests.builders import bpe_byte_fallback, byte_bpe, tiny_model, wordpiece
 from tests.command_line import run as call
-from tests.training.builders import ROWS, assert_same, weights
+from tests.training.builders import ROWS, assert_same, on_policy, weights
 
 TOKENIZERS = byte_bpe(), bpe_byte_fallback(), wordpiece(vocab_size=200)
 EVAL = [{"prompt": "Name one.", "response": "A red door."}]
@@ -29,11 +30,27 @@ def folders(tmp_path_factory):
     return saved
 
 
-def trainer_of(output, folders, teachers=None, **options):
+KEY = {"teacher_key": "teacher", "teacher_names": ["a", "b"]}
+NAMED = [{**row, "teacher": "ab"[n % 3 == 0]} for n, row in enumerate(ROWS)]  # b, a, a, b and so on
+
+
+def trainer_of(output, folders, teachers=None, rows=ROWS, **options):
     arguments = {"max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "no", "disable_tqdm": True}
     arguments |= {"template": "plain", "use_cpu": True, "seed": 3, "logging_steps": 1}
     args = DistillConfig(output_dir=str(output), **{**arguments, **options})
-    return DistillTrainer(folders[0], teachers or folders[1:], args, ROWS, EVAL)
+    held_out = [{**row, "teacher": rows[0]["teacher"]} for row in EVAL] if "teacher" in rows[0] else EVAL
+    return DistillTrainer(folders[0], teachers or folders[1:], args, rows, held_out)
+
+
+def gradients(run, examples):
+    """Return the loss and the gradients of a step on some rows of the training set, and the batch that it read."""
+    batch = run.data_collator([run.train_dataset[n] for n in examples])
+    (micro,) = run._micro_batches([batch])
+    run.model.zero_grad()
+    output = run.model(batch.student, micro.sides, micro.scales, num_tokens=100.0)
+    output["loss"].backward()
+    found = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in run.model.named_parameters()}
+    return output, found, micro
 
 
 @pytest.mark.parametrize("method", ["dwa_kd", "dskd_v2", "min_ed", "alm", "sra"])
@@ -150,3 +167,122 @@ def test_one_teacher_in_a_list_is_one_teacher(tmp_path, folders):
     for run in (one, listed):
         run.train()
     assert_same(weights(listed), weights(one))
+
+
+@pytest.mark.parametrize("method", ["dwa_kd", "dskd_v2", "min_ed", "alm", "sra"])
+def test_rows_that_name_their_teacher_have_the_losses_of_the_split_rows(tmp_path, folders, method):
+    """Loss and gradients are the sum of those of two runs, each with one teacher and its rows.
+
+    Otherwise a row would also be distilled from a teacher that is bad at it, or its cross-entropy would count twice.
+    """
+    both = trainer_of(tmp_path / "both", folders, rows=NAMED, method=method, disable_dropout=True, **KEY)
+    output, found, _ = gradients(both, range(6))
+    total, expected, terms = (
+        0.0,
+        {n: torch.zeros_like(g) for n, g in found.items()},
+        dict.fromkeys(output["terms"], 0.0),
+    )
+    for k, name in enumerate("ab"):
+        own = [row for row in NAMED if row["teacher"] == name]
+        one = trainer_of(tmp_path / name, folders, folders[1 + k], rows=own, method=method, disable_dropout=True)
+        one.model.student.load_state_dict(both.model.student.state_dict())
+        one.model.loss.load_state_dict(both.model.loss.losses[k].state_dict())
+        assert one.train_dataset[0]["student"] == both.train_dataset[1 - k]["student"]
+        part, gradient, _ = gradients(one, range(sum(row["teacher"] == name for row in NAMED[:6])))
+        total += part["loss"].item()
+        for term, value in part["terms"].items():
+            terms[term] += value.item()
+        for parameter, value in gradient.items():
+            expected[parameter.replace("loss.", f"loss.losses.{k}.", 1)] += value
+    assert output["loss"].item() == pytest.approx(total, rel=1e-5)
+    assert_same(found, expected, atol=1e-5)
+    shares = {f"gate_{k + 1}": output["terms"][f"gate_{k + 1}"].item() for k in range(2)}
+    assert 0 < shares["gate_2"] < shares["gate_1"]
+    assert {n: v.item() for n, v in output["terms"].items()} == pytest.approx({**terms, **shares}, rel=1e-5, abs=1e-6)
+
+
+def test_a_teacher_runs_only_on_its_rows(tmp_path, folders):
+    """A batch without a row of a teacher does not run it. Its maps have a gradient of 0, which DDP requires."""
+    run = trainer_of(tmp_path, folders, rows=NAMED, **KEY)
+    run.teachers[1].states = None  # calling it would raise an error
+    output, found, micro = gradients(run, [1, 2])
+    assert micro.sides[1] is None
+    assert micro.scales[1].std.tolist() == [1, 1, 1]
+    assert output["terms"]["gate_2"] == 0
+    of_maps = [g for n, g in found.items() if n.startswith("loss.losses.1.")]
+    assert of_maps
+    assert not any(g.any() for g in of_maps)
+    assert all(p.grad is not None for p in run.model.loss.parameters())
+
+
+def test_rows_of_a_teacher_in_other_batches_and_from_caches(tmp_path, folders):
+    """Accumulation and caches, which contain only the rows of their teachers, give the weights of one online batch."""
+    online = trainer_of(tmp_path / "online", folders, rows=NAMED, **KEY)
+    split = trainer_of(tmp_path / "split", folders, rows=NAMED, per_device_train_batch_size=1,
+                       gradient_accumulation_steps=4, **KEY)  # fmt: skip
+    caches = [CachedTeacher(tmp_path / f"cache-{k}", folder) for k, folder in enumerate(folders[1:])]
+    cached = trainer_of(tmp_path / "cached", folders, caches, rows=NAMED, **KEY)
+    for run in (online, split, cached):
+        run.train()
+    assert_same(weights(cached), weights(online))
+    assert_same(weights(split), weights(online), atol=2e-4)
+    assert [len(teacher.cache.index.places) for teacher in caches] == [10, 7]
+    metrics = online.evaluate()
+    assert (metrics["eval_gate_1"], metrics["eval_gate_2"]) == (0, 1)
+    with pytest.raises(UserError, match=r"no row names the teacher .* in the column 'teacher'"):
+        trainer_of(tmp_path / "none", folders, [CachedTeacher(tmp_path / f"none-{k}", f) for k, f in enumerate(folders[1:])],
+                   rows=NAMED[:1], **KEY)  # fmt: skip
+
+
+def test_answers_of_the_student_keep_the_teacher_of_their_row(tmp_path, folders):
+    """On-policy, each teacher reads only the answers to its own prompts."""
+    run = trainer_of(tmp_path, folders, rows=NAMED, method="alm", **on_policy(0.5), **KEY)
+    batch = run.data_collator([run.train_dataset[n] for n in range(8)])
+    (micro,) = run._micro_batches([batch], answer=run.student_answers)
+    assert 0 < micro.batch.num_sampled < 8
+    by_id = [NAMED[n]["teacher"] for n in micro.batch.example_ids]
+    assert ["ab"[k] for k in micro.batch.chosen] == by_id
+    run.train()
+    assert all(torch.isfinite(value).all() for value in weights(run).values())
+
+
+def test_recipes_name_teachers_and_mistakes_are_named(tmp_path, folders, monkeypatch, capsys):
+    """Each mistake with `teacher_key` is one sentence that names the row and the column. A correct recipe trains."""
+    path, rows = tmp_path / "recipe.yaml", tmp_path / "rows.jsonl"
+    recipe = {
+        "student": {"model": folders[0]},
+        "teacher": [{"name": "a", "model": folders[1], "cache": str(tmp_path / "cache")}, {"model": folders[2]}],
+        "data": {"train": str(rows), "template": "plain", "teacher_key": "who"},
+        "training": {"max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True},
+    }
+
+    def train(names, *overrides):
+        rows.write_text(
+            "\n".join(json.dumps({**row, "who": name}) for row, name in zip(ROWS, names, strict=False)),
+            encoding="utf-8",
+        )
+        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        code, _, error = call(monkeypatch, capsys, "train", path, "-o", tmp_path / "run", *overrides)
+        return code, error
+
+    for names, message in (
+        (["a", 2, "c"], "row 2 (counting from 0): the column 'who' must name one of the teachers a, 2, got 'c'"),
+        (["a", None], "line 2: 'who' must be a string, got null"),
+    ):
+        code, error = train(names)
+        assert (code, message in error) == (2, True), error
+    for override, message in (
+        ("data.teacher_key=whom", "has no column 'whom'"),
+        ("teacher.1.weight=2", "teacher.weight is not used with data.teacher_key ('who')"),
+        ('teacher.1.name="2"', "teacher.name must differ"),
+        ("training.teacher_names=[a]", "use teacher.name"),
+    ):
+        code, error = train(["a", 2], override)
+        assert (code, message in error) == (2, True), error
+    code, error = train(["a", 2, "2", "a"])
+    assert code == 0, error
+    recipe["teacher"] = recipe["teacher"][0]
+    code, error = train(["a", 2])
+    assert (code, "data.teacher_key names the column 'who', but there are not several teachers" in error) == (2, True)
+    with pytest.raises(UserError, match="'teacher', but there are not several teachers"):
+        trainer_of(tmp_path, folders, folders[1], rows=NAMED, teacher_key="teacher")

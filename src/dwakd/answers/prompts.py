@@ -35,7 +35,7 @@ def read_prompts(recipe: Recipe) -> list[PromptSet]:
         if source == data.train:
             options["limit"] = min(filter(None, (limit, data.limit)), default=None)
         else:
-            options |= {"limit": limit, "response": None, "teacher_prompt": None}
+            options |= {"limit": limit, "response": None, "teacher_prompt": None, "teacher_key": None}
         examples = load_examples(source, split=TRAIN_SPLITS, need_response=False, **options)
         sets.append(PromptSet(source, [replace(each, response="", references=(), answer=None) for each in examples]))
     return sets
@@ -79,7 +79,8 @@ def eval_rows(data: DataSection) -> list[Example] | None:
 
 
 def _reading(data: DataSection) -> dict[str, Any]:
-    return data.model_dump(include={"prompt", "response", "input", "teacher_prompt", "supervise", "invalid_rows"})
+    columns = {"prompt", "response", "input", "teacher_prompt", "teacher_key"}
+    return data.model_dump(include={*columns, "supervise", "invalid_rows"})
 
 
 def warn_of_overlap(recipe: Recipe, sets: Sequence[PromptSet], plan: EvaluationPlan) -> None:

@@ -21,21 +21,29 @@ def collate(features: Sequence[dict[str, Any]], find_places: Sequence[FindPlace 
         find_places: for each teacher, the function that sets `TokenBatch.cache_places`, or None without a cache.
     """
     ids = tuple(feature["example_id"] for feature in features)
+    chosen: list[Any] = [feature.get("chosen") for feature in features]
     sides = list(zip(*(feature["teachers"] for feature in features), strict=True))
     finds = find_places or [None] * len(sides)
     return PairedBatch(
         student=_pad(ids, [feature["student"] for feature in features], None),
-        teachers=tuple(_pad(ids, side, find) for side, find in zip(sides, finds, strict=True)),
+        teachers=tuple(
+            _pad([i if own in (None, k) else None for i, own in zip(ids, chosen, strict=True)], side, find)
+            for k, (side, find) in enumerate(zip(sides, finds, strict=True))
+        ),
         example_ids=ids,
+        chosen=None if None in chosen else tuple(chosen),
     )
 
 
 def separate(batch: PairedBatch) -> list[dict[str, Any]]:
     """Return the items from which `collate` made a batch, without their `aligned_rows`."""
     sides = [_rows(tokens) for tokens in batch]
+    chosen = batch.chosen or [None] * len(batch)
     return [
-        {"example_id": example_id, "student": student, "teachers": teachers}
-        for example_id, (student, *teachers) in zip(batch.example_ids, zip(*sides, strict=True), strict=True)
+        {"example_id": example_id, "chosen": own, "student": student, "teachers": teachers}
+        for example_id, own, (student, *teachers) in zip(
+            batch.example_ids, chosen, zip(*sides, strict=True), strict=True
+        )
     ]
 
 
@@ -48,7 +56,8 @@ def _rows(tokens: TokenBatch) -> list[dict[str, list[Any]]]:
     ]
 
 
-def _pad(ids: Sequence[int], side: Sequence[dict[str, Any]], find: FindPlace | None) -> TokenBatch:
+def _pad(ids: Sequence[int | None], side: Sequence[dict[str, Any]], find: FindPlace | None) -> TokenBatch:
+    """Pad the rows of one model. Rows without an id are not in its cache."""
     num_tokens = tuple(len(row["input_ids"]) for row in side)
     width = max(num_tokens)
 
@@ -66,5 +75,5 @@ def _pad(ids: Sequence[int], side: Sequence[dict[str, Any]], find: FindPlace | N
         num_tokens=num_tokens,
         num_rows=tuple(sum(row["response_mask"]) for row in side),
         aligned_rows=torch.tensor(aligned) if aligned else None,
-        cache_places=None if find is None else tuple(map(find, ids, side)),
+        cache_places=find and tuple(-1 if i is None else find(i, row) for i, row in zip(ids, side, strict=True)),
     )

@@ -67,6 +67,7 @@ class EncodedRow:
     teachers: tuple[EncodedSide, ...] = ()
     truncated: bool = False
     place: str = ""  # the row in its source, for messages
+    chosen: int | None = None  # index of the only teacher of the row, if it has only one
 
     @property
     def teacher(self) -> EncodedSide | None:
@@ -87,8 +88,8 @@ class EncodedPairs(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        teachers = [side.features() for side in row.teachers]
-        return {"example_id": row.example_id, "student": row.student.features(), "teachers": teachers}
+        student, teachers = row.student.features(), [side.features() for side in row.teachers]
+        return {"example_id": row.example_id, "chosen": row.chosen, "student": student, "teachers": teachers}
 
     def of_teacher(self, index: int) -> "EncodedPairs":
         """Return the same rows with only one of several teachers."""

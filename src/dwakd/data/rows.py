@@ -55,6 +55,7 @@ class Example:
     options: dict[str, Any] | None = None  # arguments of the chat template: tools, documents, chat_template_kwargs
     answer: Turn | None = None  # the answer, if it has tool calls or reasoning; the student's template writes its text
     teacher_turns: tuple[Turn, ...] | None = None  # the prompt of the teachers, if it is not the student's
+    teacher: str | None = None  # name of the only teacher of the row, if it has only one
     source: tuple[int, int] | None = None  # with `supervise: all`, row and turn in the source
 
     @property
@@ -92,6 +93,7 @@ class Columns:
     response: str | None
     input: str | None
     teacher_prompt: str | None
+    teacher_key: str | None
     extras: list[str]
     optional: bool
     need_response: bool
@@ -131,14 +133,17 @@ class Columns:
         teacher_prompt = search("teacher_prompt", (), needed=False)
         if teacher_prompt is not None and supervise == "all":
             raise UserError("data.teacher_prompt replaces the prompt of one answer: set data.supervise: last")
+        teacher_key = search("teacher_key", (), needed=False)
         extras = [name for name in _EXTRAS if name in names and name not in (prompt, response, input, teacher_prompt)]
         optional = optional and response is not None
-        return cls(prompt, response, input, teacher_prompt, extras, optional, need_response, supervise)
+        return cls(prompt, response, input, teacher_prompt, teacher_key, extras, optional, need_response, supervise)
 
     @property
     def used(self) -> list[str]:
         """All columns to read, without repetition."""
-        names = dict.fromkeys((self.prompt, self.response, self.input, self.teacher_prompt, *self.extras))
+        names = dict.fromkeys(
+            (self.prompt, self.response, self.input, self.teacher_prompt, self.teacher_key, *self.extras)
+        )
         return [name for name in names if name is not None]
 
     def read(self, row: Any, index: int) -> list[Example]:
@@ -159,6 +164,10 @@ class Columns:
         teacher_turns = tuple(_read_prompt(private, column)) if private else None
         if teacher_turns is not None:
             self._check_asks(teacher_turns, column)
+        teacher = None
+        if self.teacher_key is not None:
+            value = row[self.teacher_key]
+            teacher = checked_text(str(value) if type(value) is int else value, repr(self.teacher_key)).strip()
         found, moved = [], self._moved(row)
         for end in ends:
             self._check_asks(turns[:end], self.prompt, moved)
@@ -170,7 +179,7 @@ class Columns:
                 kept = answer if content_keys(answer) else None
                 example = replace(example, response=accepted[0], references=accepted, answer=kept)
             source = (index, end - moved) if self.supervise == "all" else None
-            found.append(replace(example, teacher_turns=teacher_turns, source=source))
+            found.append(replace(example, teacher_turns=teacher_turns, teacher=teacher, source=source))
         return found
 
     def _conversation(self, row: Mapping[str, Any]) -> tuple[list[Turn], int, tuple[str, ...]]:

@@ -41,6 +41,7 @@ def load_examples(
     response: str | None = None,
     input: str | None = None,
     teacher_prompt: str | None = None,
+    teacher_key: str | None = None,
     supervise: str = "last",
     limit: int | None = None,
     need_response: bool = True,
@@ -64,6 +65,7 @@ def load_examples(
         input: column of the further context.
         teacher_prompt: column of a prompt, a text or a conversation, that teachers read instead of the row's prompt,
             input and system text. Rows in which it is empty have one prompt for all.
+        teacher_key: column with the name of the only teacher of each row.
         supervise: `last` trains on the last assistant turn of a conversation; `all` makes an example of each one.
         limit: maximum number of rows to read.
         need_response: False if rows without a response are allowed (evaluation).
@@ -85,6 +87,7 @@ def load_examples(
     check_choice("data.supervise", supervise, SUPERVISE)
     name = name or (str(source) if isinstance(source, str | Path) else "the data set passed in")
     given = {"prompt": prompt, "response": response, "input": input, "teacher_prompt": teacher_prompt}
+    given["teacher_key"] = teacher_key
 
     find_columns = partial(Columns.find, source=name, given=given, need_response=need_response, supervise=supervise)
     with explained(f"{name:.500}: cannot be read"):

@@ -88,25 +88,50 @@ class SeveralTeachers(nn.Module):
     def forward(
         self,
         student: ModelSide,
-        teachers: Sequence[ModelSide],
+        teachers: Sequence[ModelSide | None],
         *,
         num_tokens: Tensor | float | None = None,
         teacher_scale: Sequence[TeacherScale] | None = None,
     ) -> LossOutput:
         """Compute the loss of one batch; see `DistillationLoss.forward`, with one side and one scale per teacher.
 
+        If the sides have `places`, each teacher teaches only these examples: L is the sum of the teachers' losses on their
+        examples, without weights and gate. The side of a teacher without examples is None.
+
         Returns:
             The loss and the terms, weighted by the mixture weights. With the gate, the terms `gate_1`, `gate_2`, ... are the
-            mean gate weight of each teacher.
+            mean gate weight of each teacher. With `places`, they are the share of tokens that each teacher teaches.
         """
         for what, given in (("teachers", teachers), ("teacher_scale", teacher_scale)):
             if given is not None and len(given) != len(self.losses):
                 raise ValueError(f"{what} must have {len(self.losses)} entries, one for each loss, got {len(given)}")
+        tokens = len(student.target_ids) if num_tokens is None else num_tokens
+        sides = [teacher for teacher in teachers if teacher is not None]
+        if len(sides) < len(teachers) or sides[0].places is not None:
+            return self._by_example(student, teachers, tokens, teacher_scale or [None] * len(teachers))
+        return self._by_token(student, sides, tokens, teacher_scale or [TeacherScale.of(side) for side in sides])
+
+    def _by_example(self, student: ModelSide, teachers: Any, tokens: Any, scales: Any) -> LossOutput:
+        """Add the loss of each teacher on its own examples."""
+        outputs: list[LossOutput] = []
+        total, shares = student.hidden.new_zeros(()), {}
+        for k, (loss, teacher, scale) in enumerate(zip(self.losses, teachers, scales, strict=True)):
+            own = None if teacher is None else student.select(teacher.places)
+            shares[f"gate_{k + 1}"] = total.detach().new_tensor(sum(own.counts) if own else 0.0) / tokens
+            if own is not None:
+                outputs.append(loss(own, teacher, num_tokens=tokens, teacher_scale=scale))
+            else:  # distributed training needs a gradient for every parameter in each step
+                total = total + sum(0.0 * parameter.sum() for parameter in loss.parameters())
+        terms = {name: torch.stack([output.terms[name] for output in outputs]).sum() for name in outputs[0].terms}
+        return LossOutput(total + torch.stack([output.loss for output in outputs]).sum(), terms | shares)
+
+    def _by_token(
+        self, student: ModelSide, teachers: Sequence[ModelSide], tokens: Any, scales: Sequence[TeacherScale]
+    ) -> LossOutput:
+        """Add the losses of all teachers on all examples, with the mixture or gate weights."""
         for loss, teacher in zip(self.losses, teachers, strict=True):
             loss.require_sides(student, teacher)  # type: ignore[operator]
-        scales = teacher_scale or [TeacherScale.of(teacher) for teacher in teachers]
         gates = self._gate_weights(student, teachers, scales)
-        tokens = len(student.target_ids) if num_tokens is None else num_tokens
         outputs: list[LossOutput] = []
         for k, (loss, share) in enumerate(zip(self.losses, self.shares, strict=True)):
             teacher = teachers[k] if gates is None else dataclasses.replace(teachers[k], gate_weights=gates[k] / share)

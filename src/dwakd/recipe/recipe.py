@@ -22,6 +22,7 @@ from dwakd.recipe.sections import (
     GenerateSection,
     StudentSection,
     TeacherSection,
+    check_teacher_key,
 )
 from dwakd.recipe.training import TrainingSection, check_best_metric, refuse_cached_attention, refuse_cached_sampling
 from dwakd.validation import Section, parse
@@ -68,6 +69,11 @@ class Recipe(Section):
         return [] if self.teacher is None else [self.teacher]
 
     @property
+    def teacher_names(self) -> list[str]:
+        """The name of each teacher, by default its number."""
+        return [teacher.name or str(number) for number, teacher in enumerate(self.teachers, start=1)]
+
+    @property
     def method(self) -> str:
         """Name of the method."""
         return self.loss.method_name()
@@ -111,6 +117,13 @@ class Recipe(Section):
             )
         if self.loss.needs_teacher and not self.teachers:
             raise UserError(f"method {self.method} needs a teacher: add a teacher section to the recipe")
+        if self.data.teacher_key is not None:
+            check_teacher_key(self.data.teacher_key, self.teacher_names, [each.weight for each in self.teachers])
+            if self.data.responses == "teacher":
+                raise UserError(
+                    "data.teacher_key chooses among teachers, but with data.responses: teacher the first one answers all "
+                    "prompts: set data.responses to given, or remove data.teacher_key"
+                )
         self._check_caches(command)
         options = self.training
         used = [name for name in NEED_EVALUATION if options.get(name) not in (None, False, "no")]

@@ -6,12 +6,14 @@ import dataclasses
 import enum
 import types
 import typing
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from peft import LoraConfig
 from pydantic import AfterValidator, Field, JsonValue, WithJsonSchema, create_model, model_validator
 
 from dwakd.data.templates import TEMPLATE_CHOICES, check_template
+from dwakd.errors import UserError
 from dwakd.validation import Options, Section, parse
 
 Count = Annotated[int, Field(ge=1)]
@@ -98,12 +100,25 @@ class StudentSection(ModelSection):
 class TeacherSection(ModelSection):
     """A teacher."""
 
+    name: str | None = Field(
+        None, min_length=1, description="Name among several teachers for data.teacher_key. By default it is its number."
+    )
     weight: Share = Field(1.0, description="Weight among several teachers, relative to theirs.")
     adapter: str | None = Field(None, description="Folder of a PEFT adapter to merge into the teacher.")
     cache: str | None = Field(None, description="Folder of the teacher's hidden states. It is built if it is missing.")
     cache_dtype: Dtype | None = Field(
         None, description="Type of the stored hidden states. By default it is the teacher's, which stores them exactly."
     )
+
+
+def check_teacher_key(column: str, names: Sequence[str], weights: Sequence[float]) -> None:
+    """Raise UserError unless there are several teachers with different names and equal weights."""
+    if len(names) < 2:
+        raise UserError(f"data.teacher_key names the column {column!r}, but there are not several teachers: remove it")
+    if len(set(names)) < len(names):
+        raise UserError(f"teacher.name must differ between teachers for data.teacher_key, got {', '.join(names)}")
+    if len(set(weights)) > 1:
+        raise UserError(f"teacher.weight is not used with data.teacher_key ({column!r}): remove the weights")
 
 
 class DataSection(Section):
@@ -117,6 +132,9 @@ class DataSection(Section):
     teacher_prompt: str | None = Field(
         None,
         description="Column of a prompt that only the teachers read, instead of the row's. Its length is not limited.",
+    )
+    teacher_key: str | None = Field(
+        None, description="Column with the name of the only one of several teachers that teaches a row."
     )
     supervise: Literal["last", "all"] = Field(
         "last", description="Train on the last assistant turn of a conversation, or on all of them, each as an example."

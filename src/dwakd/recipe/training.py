@@ -30,12 +30,14 @@ DATA_OPTIONS = (
     "max_prompt_length",
     "invalid_rows",
     "supervise",
+    "teacher_key",
 )
 """Options of the section data that are options of `DistillConfig` with the same names."""
 ELSEWHERE = {
     "method": "use loss.method",
     "loss_options": "use the section loss",
     "teacher_weights": "use teacher.weight",
+    "teacher_names": "use teacher.name",
     "teacher_cache": "use teacher.cache",
     "trust_remote_code": "use student.trust_remote_code and teacher.trust_remote_code",
     "model_init_kwargs": "use student.dtype, student.revision and student.trust_remote_code",
@@ -140,6 +142,8 @@ class DistillConfig(TrainingArguments):
     input_column: str | None = _data_option("input")
     teacher_prompt_column: str | None = _data_option("teacher_prompt")
     supervise: str = _data_option("supervise")
+    teacher_key: str | None = _data_option("teacher_key")
+    teacher_names: list[str] | None = _option(None, "Names of the teachers for teacher_key. Default: their numbers.")
     lmbda: Rate = _option(0.0, "Share of the prompts that the current student answers (on-policy distillation).")
     sampling_temperature: Temperature = _option(1.0, "Temperature of the student's sampling for lmbda.")
     max_new_tokens: Count = _option(128, "Most tokens of an answer of the student for lmbda.")

@@ -11,6 +11,7 @@ from dwakd.recipe.recipe import Recipe, load_recipe
 from dwakd.recipe.sections import StudentSection, TeacherSection
 from dwakd.training.inputs import encode_source, make_encoder
 from dwakd.training.run import load_section, recipe_examples, train_name, training_config
+from dwakd.training.teachers import sets_of_teacher
 
 
 def cache_recipe(recipe: Recipe, folder: str | Path | None = None, *, check: bool = False) -> list[Cache]:
@@ -54,7 +55,7 @@ def cache_recipe(recipe: Recipe, folder: str | Path | None = None, *, check: boo
     for index, (teacher, encoder) in enumerate(zip(teachers, encoders[1:], strict=True)):
         if teacher is None:
             continue
-        own = {role: pairs.of_teacher(index) for role, pairs in sets.items() if pairs is not None}
+        own = sets_of_teacher(sets, index)
         if not check:
             teacher.prepare(encoder, args, own, repair=True)
         caches.append(teacher.check(encoder, args, own) if check else teacher.cache)

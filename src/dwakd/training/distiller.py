@@ -50,7 +50,7 @@ class Distiller(nn.Module):
     def forward(
         self,
         student: TokenBatch,
-        teachers: Sequence[ModelSide] = (),
+        teachers: Sequence[ModelSide | None] = (),
         teacher_scales: Sequence[TeacherScale] = (),
         num_tokens: Tensor | float | None = None,
         *,
@@ -63,7 +63,7 @@ class Distiller(nn.Module):
 
         Args:
             student: the student's tokens.
-            teachers: the side of each teacher.
+            teachers: the side of each teacher; None if it teaches none of the examples.
             teacher_scales: statistics of each teacher over the whole optimiser batch. Default: those of this batch.
             num_tokens: see `DistillationLoss.forward`.
             num_sampled: number of examples at the end of the batch whose responses the student sampled. They do not
@@ -77,7 +77,7 @@ class Distiller(nn.Module):
             names = [name for name in self.loss.terms if name in output.terms]
             arguments = teachers, teacher_scales, num_tokens, num_sampled
             result["gradient_squares"] = self.gradient_squares(names, side, *arguments)
-        if not self.training and teachers and not isinstance(self.loss, SeveralTeachers):
+        if not self.training and teachers and teachers[0] and not isinstance(self.loss, SeveralTeachers):
             scale = next(iter(teacher_scales), None) or TeacherScale.of(teachers[0])
             result["counts"] = count_correct(self.loss, side, teachers[0], scale)
         return result
@@ -108,8 +108,8 @@ class Distiller(nn.Module):
             parts = [(0, num_given, 0), (num_given, count, num_sampled)]
             given, sampled = (
                 self._loss(
-                    student.examples(start, stop),
-                    [teacher.examples(start, stop) for teacher in teachers],
+                    student.select(range(start, stop)),
+                    [teacher and teacher.examples(start, stop) for teacher in teachers],
                     scales,
                     num_tokens,
                     part_sampled,

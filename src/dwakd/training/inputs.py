@@ -168,6 +168,7 @@ def encode_source(
                 response=args.response_column,
                 input=args.input_column,
                 teacher_prompt=args.teacher_prompt_column,
+                teacher_key=args.teacher_key,
                 supervise=args.supervise,
                 need_response=need_response,
                 invalid_rows=args.invalid_rows,
@@ -186,9 +187,27 @@ def encode_source(
         )
         refused = set(pairs.report.get(REFUSED, ()))
         examples = [example for example in examples if example.index not in refused]
+    if args.teacher_key is not None and len(encoders) > 1:
+        _choose_teachers(pairs, examples, args, len(encoders) - 1)
     if args.method_options.needs_edit_alignment:
         align_by_spelling(pairs, *encoders)
     return examples, pairs
+
+
+def _choose_teachers(pairs: EncodedPairs, examples: list[Example], args: DistillConfig, count: int) -> None:
+    """Set the teacher of each row, given the number of teachers; raise UserError if a row does not name one."""
+    names = args.teacher_names or [str(number + 1) for number in range(count)]
+    chosen = {}
+    for example in examples:
+        if example.teacher not in names:
+            raise UserError(
+                f"{pairs.source}, {example.place}: the column {args.teacher_key!r} must name one of the teachers "
+                f"{', '.join(names)}, got {example.teacher!r}: correct the row, or set teacher.name"
+            )
+        chosen[example.index] = names.index(example.teacher)
+    pairs.rows = [replace(row, chosen=chosen.get(row.example_id, row.chosen)) for row in pairs.rows]
+    if any(row.chosen is None for row in pairs.rows):
+        raise UserError(f"{pairs.source}: teacher_key requires rows that are not encoded yet")
 
 
 def encode_evaluation(

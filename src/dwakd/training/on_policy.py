@@ -96,7 +96,8 @@ class StudentAnswers:
                 ids = [rows[place]["example_id"] for place in batch.rows]
                 found = self._sample(base, batch, options, ids, step)
                 for place, example_id, answer in zip(batch.rows, ids, found, strict=True):
-                    answers[place] = self.encoder.encode(example_id, prompts[place], answer)
+                    row = self.encoder.encode(example_id, prompts[place], answer)
+                    answers[place] = replace(row, features=row.features | {"chosen": rows[place]["chosen"]})
         return [answers[place] for place in range(len(rows))]
 
     def _sample(

@@ -49,6 +49,7 @@ def training_config(recipe: Recipe, output_dir: str | Path) -> DistillConfig:
             method=recipe.method,
             loss_options=recipe.loss_options,
             teacher_weights=[teacher.weight for teacher in recipe.teachers] if len(recipe.teachers) > 1 else None,
+            teacher_names=recipe.teacher_names or None,
             **recipe.data.model_dump(include=set(DATA_OPTIONS)),
             **options,
         )

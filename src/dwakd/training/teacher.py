@@ -168,6 +168,11 @@ class CachedTeacher(Teacher):
         return cache
 
     def _request(self, encoder: TextEncoder, args: DistillConfig, sets: Sets) -> CacheRequest:
+        if not sets:
+            raise UserError(
+                f"no row names the teacher {self.name} in the column {args.teacher_key!r} (data.teacher_key), so its cache "
+                "would be empty: remove the teacher"
+            )
         return CacheRequest(
             sets={role: pairs for role, pairs in sets.items() if pairs is not None},
             fingerprint=fingerprint(

@@ -1,28 +1,35 @@
 """Load and check the teachers of a trainer, and run them on the batches of an optimiser step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dwakd.batch import ModelSide, PairedBatch
 from dwakd.data.encoding import TextEncoder
+from dwakd.data.pairs import EncodedPairs
 from dwakd.errors import UserError
 from dwakd.losses import TeacherScale
+from dwakd.recipe.sections import check_teacher_key
 from dwakd.recipe.training import DistillConfig, refuse_cached_attention
 from dwakd.training.inputs import Model, check_named, load_pair, loading_options, make_encoder
 from dwakd.training.student import check_separate
-from dwakd.training.teacher import CachedTeacher, OnlineTeacher, Teacher
+from dwakd.training.teacher import CachedTeacher, OnlineTeacher, Sets, Teacher
 
 AnyTeacher: TypeAlias = str | Model | Teacher
 
 
 class MicroBatch(NamedTuple):
-    """A batch, and for each teacher its side of the batch and its statistics over the whole optimiser batch."""
+    """A batch, and for each teacher its side of the batch and its statistics over the whole optimiser batch.
+
+    With `teacher_key`, a side has only the rows that the teacher teaches, and is None if there are none.
+    """
 
     batch: PairedBatch
-    sides: tuple[ModelSide, ...] = ()
+    sides: tuple[ModelSide | None, ...] = ()
     scales: tuple[TeacherScale, ...] = ()
 
 
@@ -39,13 +46,17 @@ def load_teachers(
     if not given:
         raise UserError(f"method {args.method} needs a teacher: give teacher_model (recipe: teacher.model)")
     own = [None] * len(given) if tokenizers is None else tokenizers if isinstance(tokenizers, list) else [tokenizers]
-    for name, values in (("teacher_processing_class", own), ("teacher_weights", args.teacher_weights)):
+    lists = {"teacher_weights": args.teacher_weights, "teacher_names": args.teacher_names}
+    for name, values in {"teacher_processing_class": own, **lists}.items():
         if values is not None and len(values) != len(given):
             raise UserError(f"{name} must be a list of {len(given)} entries, one for each teacher, got {len(values)}")
     if args.teacher_cache is not None and len(given) > 1:
         raise UserError(
             "teacher_cache is for one teacher: give several as a list of dwakd.training.teacher.CachedTeacher"
         )
+    if args.teacher_key is not None:
+        names = args.teacher_names or list(map(str, range(1, len(given) + 1)))
+        check_teacher_key(args.teacher_key, names, args.teacher_weights or [])
     check_named(args, "teacher_", given)
     return [_load(student, teacher, tokenizer, args) for teacher, tokenizer in zip(given, own, strict=True)]
 
@@ -77,14 +88,37 @@ def run_teachers(
 
     `gather` concatenates the tensors of all ranks, if there are several.
     """
-    sides = [tuple(map(Teacher.side, teachers, batch.teachers)) for batch in batches]
+    sides = [tuple(_side(teacher, batch, index) for index, teacher in enumerate(teachers)) for batch in batches]
+    none = batches[0].student.input_ids.new_zeros(3, 3, dtype=torch.float64)
     scales = []
     for own in zip(*sides, strict=True):
         weighted = [
-            TeacherScale(TeacherScale.of(side).moments * batch.weight) for side, batch in zip(own, batches, strict=True)
+            TeacherScale(none if side is None else TeacherScale.of(side).moments * batch.weight)
+            for side, batch in zip(own, batches, strict=True)
         ]
         scale = TeacherScale.merge(weighted)
         if gather is not None:
             scale = TeacherScale.merge([TeacherScale(part) for part in gather(scale.moments[None])])
         scales.append(scale)
     return [MicroBatch(batch, own, tuple(scales)) for batch, own in zip(batches, sides, strict=True)]
+
+
+def _side(teacher: Teacher, batch: PairedBatch, index: int) -> ModelSide | None:
+    """Run a teacher on the rows of a batch that it teaches."""
+    tokens = batch.teachers[index]
+    if batch.chosen is None:
+        return teacher.side(tokens)
+    places = tuple(place for place, chosen in enumerate(batch.chosen) if chosen == index)
+    if not places:
+        return None
+    return replace(teacher.side(tokens.examples(places, batch.student.num_rows)), places=places)
+
+
+def sets_of_teacher(sets: Mapping[str, EncodedPairs | None], index: int) -> Sets:
+    """Return the data sets of one of several teachers, with the rows that it teaches; sets without any are left out."""
+    own: Sets = {}
+    for role, pairs in sets.items():
+        rows = [row for row in pairs.rows if row.chosen in (None, index)] if pairs else []
+        if pairs is not None and rows:
+            own[role] = replace(pairs, rows=rows).of_teacher(index)
+    return own

@@ -37,7 +37,7 @@ from dwakd.training.on_policy import StudentAnswers, check_teachers
 from dwakd.training.sampler import LengthGroupedSampler, cut_repeats
 from dwakd.training.student import check_student, disable_dropout
 from dwakd.training.teacher import Teacher
-from dwakd.training.teachers import AnyTeacher, MicroBatch, load_teachers, run_teachers
+from dwakd.training.teachers import AnyTeacher, MicroBatch, load_teachers, run_teachers, sets_of_teacher
 from dwakd.validation import unknown_option
 
 
@@ -102,7 +102,7 @@ class DistillTrainer(HubTrainer):
         if train_pairs is not None:
             sets = {"train": train_pairs, **sets}
         for index, (teacher, encoder) in enumerate(found):
-            teacher.prepare(encoder, args, {role: pairs.of_teacher(index) for role, pairs in sets.items()})
+            teacher.prepare(encoder, args, sets_of_teacher(sets, index))
         set_seed(args.seed)
         loss = build_method(args, model, self.teachers, self._encoders)
         if peft_config is not None:
