@@ -1,6 +1,7 @@
 """Test the help of every command, and the commands that need no model."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -48,6 +49,20 @@ def test_schema(tmp_path, monkeypatch, capsys):
     schema = json.loads((tmp_path / "recipe.json").read_text(encoding="utf-8"))
     assert schema == json.loads(out)
     assert schema["properties"]["training"]["properties"]["learning_rate"]["description"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_message_that_the_terminal_cannot_print(encoding, tmp_path):
+    """A lone surrogate in the data, or a terminal without Unicode, must not replace the message by a traceback."""
+    (tmp_path / "rows.jsonl").write_text('{"qu\\ud800": "a", "r\u00e9sponse": "b"}', encoding="utf-8")
+    recipe = f"{{student: {{model: x}}, data: {{train: {tmp_path / 'rows.jsonl'}}}, loss: {{method: sft}}}}"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    script = "import sys; from dwakd.cli import main; sys.stderr = sys.stdout\n"
+    script += f"sys.argv = ['dwakd', 'train', {str(tmp_path / 'recipe.yaml')!r}, 'training.use_cpu=true']; main()"
+    env = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, env=env, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, b"")
+    assert b"qu\\ud800" in done.stdout
 
 
 def test_help_needs_no_torch():

@@ -32,6 +32,51 @@ def test_a_file_that_is_no_recipe_is_named(content, message, tmp_path):
         read_recipe(tmp_path / "none.yaml")
 
 
+UNREADABLE = [
+    "2024-99-99",
+    "!!timestamp x",
+    "!!bool maybe",
+    "!!int abc",
+    "!!int ''",
+    "!!float x",
+    "0b_",
+    "9" * 4301,
+    "0x" + "f" * 4301,
+]
+UNREADABLE += [
+    "[" * 1000,
+    "!!set [a]",
+    "!!map x",
+    "!!omap x",
+    "{[a]: 1}",
+    "{? {a: b} : 1}",
+    "!!binary é",
+    "=",
+    "!!python/name:os.system x",
+]
+
+
+@pytest.mark.parametrize("value", UNREADABLE)
+def test_a_value_that_its_tag_does_not_allow_is_refused_in_one_line(value, tmp_path):
+    """A mistyped date or a number without digits ends with a sentence instead of a traceback of PyYAML."""
+    (tmp_path / "recipe.yaml").write_text(f"student:\n  model: {value}\n", encoding="utf-8")
+    with pytest.raises(UserError, match="not valid YAML: ") as caught:
+        read_recipe(tmp_path / "recipe.yaml")
+    assert len(str(caught.value)) < 500 + len(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="the value is not valid YAML"):
+        apply_override({}, f"student.model={value}")
+
+
+def test_the_place_of_a_value_that_its_tag_does_not_allow(tmp_path):
+    """The message names line and column, and the fix."""
+    (tmp_path / "recipe.yaml").write_text("data:\n  train: 2024-99-99\n")
+    with pytest.raises(
+        UserError, match=r"line 2, column 10: '2024-99-99' is not a valid timestamp: .*quote it as text"
+    ):
+        read_recipe(tmp_path / "recipe.yaml")
+
+
 def test_overrides_change_and_add_options(tmp_path):
     """Overrides change and add options. Their values are parsed as in the file."""
     (tmp_path / "recipe.yaml").write_text("loss: {method: sft}\ntraining:\nteacher: [{model: a}, {model: b}]\n")

@@ -107,7 +107,7 @@ class AnswerFile:
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
             intact = [(line.pop("prompt_number"), line.pop("sample")) for line in lines] == expected
             answers = [Answer(**line) for line in lines]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             intact = False
         if not intact:
             logger.warning("%s is damaged, so its prompts are answered again", path)
@@ -157,7 +157,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; empty if there is none or it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -54,7 +54,7 @@ class Manifest:
             body = json.loads(data)
             found, _ = body.pop("format"), body.pop("sha256", None)
             manifest = cls(**body) if found == FORMAT else None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise damaged(folder, MANIFEST) from error
         if manifest is None:
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from typing import Annotated, Any
@@ -58,6 +59,11 @@ def silence_transformers() -> None:
 
 def main() -> None:
     """Run the command line; a UserError is printed as one sentence on standard error, with exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # print what the terminal cannot show, such as lone surrogates
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         app(standalone_mode=True)

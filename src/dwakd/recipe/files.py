@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from dwakd.errors import UserError
+from dwakd.errors import UserError, reason_of
 
 RECIPE_FILE = "dwakd-recipe.yaml"
 """The resolved recipe in a run's folder."""
@@ -29,10 +29,23 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = set()
         for key, _ in node.value:
-            if key.value in keys:
+            if isinstance(key, yaml.ScalarNode) and key.value in keys:
                 raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
-            keys.add(key.value)
+            keys.add(str(key.value))
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Refuse a scalar that its type does not allow, such as the date 2024-99-99, and numbers that cannot be printed."""
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(value, int):
+                str(value)  # refuses 0xfff... of more than 4,300 decimal digits, which no message could contain
+            return value
+        except (ValueError, LookupError, AttributeError) as error:  # of int() and of PyYAML's own parsers
+            problem = (
+                f"{node.value!r:.40} is not a valid {node.tag.rpartition(':')[2]}: correct it, or quote it as text"
+            )
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
 
 
 _Loader.add_implicit_resolver(
@@ -44,8 +57,13 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the content of a YAML text, read strictly."""
-    return yaml.load(text, Loader=_Loader)
+    """Return the content of a YAML text, read strictly; raise YAMLError for every text that cannot be read."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
+    except (ValueError, TypeError) as error:  # PyYAML's !!map and !!set do not check what they are given
+        raise yaml.YAMLError(f"a tag does not fit its value ({reason_of(error)})") from error
 
 
 def _read(path: Path) -> tuple[Any, str]:
@@ -53,10 +71,15 @@ def _read(path: Path) -> tuple[Any, str]:
     try:
         return parse_yaml(path.read_text(encoding="utf-8")), ""
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        if mark is not None:
-            return None, f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None)}"
-        return None, " ".join(str(error).replace('in "<unicode string>", ', "").split())
+        return None, _fault(error)
+
+
+def _fault(error: Exception) -> str:
+    """Describe in one line what is wrong with a YAML text, and where."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None:
+        return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None)}"
+    return " ".join(str(error).replace('in "<unicode string>", ', "").split())
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -93,7 +116,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     try:
         set_option(content, name, parse_yaml(value))
     except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML") from error
+        raise UserError(f"override {override!r:.80}: the value is not valid YAML ({_fault(error)})") from error
     except UserError as error:
         raise UserError(f"override {override!r}: {error}") from None
 

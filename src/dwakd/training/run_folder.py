@@ -125,7 +125,7 @@ def ends_well(path: Path) -> bool:
             content = json.loads(path.read_text(encoding="utf-8"))
             shards = content["weight_map"].values() if path.name.endswith(".index.json") else ()
             return all((path.parent / name).is_file() for name in shards)
-    except (SafetensorError, ValueError, LookupError, TypeError, FileNotFoundError):
+    except (SafetensorError, ValueError, LookupError, TypeError, FileNotFoundError, RecursionError):
         return False
     return True
 
