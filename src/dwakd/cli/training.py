@@ -25,18 +25,27 @@ def train(
     """Train a student as a recipe describes, then evaluate it on the recipe's test sets.
 
     The result is a plain Hugging Face folder: AutoModelForCausalLM.from_pretrained(FOLDER).
+
+    SIGTERM and SIGUSR1 save a checkpoint at the end of the current step and end the command with exit code 75.
     """
     silence_transformers()
     from dwakd.evaluation.card import update_results
     from dwakd.evaluation.run import evaluate_plan, plan_evaluation
     from dwakd.recipe.recipe import load_recipe
+    from dwakd.training.interruption import INTERRUPTED, RunInterrupted
     from dwakd.training.run import end_of_run
     from dwakd.training.run import train as run_recipe
 
     loaded = load_recipe(recipe, overrides)
     folder = output or Path("runs") / recipe.stem
     plan = plan_evaluation(loaded)
-    trainer = run_recipe(loaded, folder, plan, resume=resume)
+    try:
+        trainer = run_recipe(loaded, folder, plan, resume=resume)
+    except RunInterrupted as stop:
+        if os.environ.get("RANK", "0") == "0":
+            console.print(f"{escape(str(folder))}: {stop}", soft_wrap=True)
+        end_of_run(INTERRUPTED)
+        raise typer.Exit(INTERRUPTED) from None
     if trainer.is_world_process_zero():
         steps = trainer.state.global_step
         console.print(f"student: [bold]{escape(str(folder))}[/bold] after {steps} steps", soft_wrap=True)

@@ -32,6 +32,7 @@ from dwakd.training.card import PACKAGES
 from dwakd.training.distiller import load_student
 from dwakd.training.hub import UploadError
 from dwakd.training.inputs import make_encoder
+from dwakd.training.interruption import stops_on_signal
 from dwakd.training.run_folder import RUN_FILE, alone_in, check_output, has_steps_left, is_finished
 from dwakd.training.teacher import CachedTeacher
 from dwakd.training.trainer import DistillTrainer
@@ -145,7 +146,11 @@ def build_trainer(recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan |
 def train(
     recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan | None = None, *, resume: bool = False
 ) -> DistillTrainer:
-    """Train as a recipe describes; save the student as a plain Hugging Face model, with the recipe and versions."""
+    """Train as a recipe describes; save the student as a plain Hugging Face model, with the recipe and versions.
+
+    Raises:
+        RunInterrupted: SIGTERM or SIGUSR1 stopped the training; its last checkpoint is in the folder.
+    """
     folder = Path(output_dir)
     checkpoint = check_output(folder, resume=resume, recipe=recipe)
     finished = resume and is_finished(folder, recipe)
@@ -162,7 +167,8 @@ def train(
         if trainer.is_world_process_zero():
             write_file(folder / RECIPE_FILE, recipe.dump().encode())
         if steps_left:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            with stops_on_signal(trainer):
+                trainer.train(resume_from_checkpoint=checkpoint)
         else:  # the run was stopped after its last checkpoint; transformers would take another step
             _restore(trainer, Path(str(checkpoint)))
             best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
@@ -184,14 +190,17 @@ def _restore(trainer: DistillTrainer, folder: Path) -> None:
     trainer.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
 
 
-def end_of_run() -> None:
-    """Leave the process group together with the other ranks; a rank that exits first aborts the others."""
+def end_of_run(code: int = 0) -> None:
+    """Leave the process group together with the other ranks; a rank that exits first aborts the others.
+
+    Returns only if there is one process, which then exits as usual. Otherwise, the process exits with `code`.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)  # threads of gloo can outlive the interpreter and abort the process at its end
+        os._exit(code)  # threads of gloo can outlive the interpreter and abort the process at its end
 
 
 def peak_memory_bytes() -> int | None:

@@ -1,0 +1,87 @@
+"""Test that SIGTERM and SIGUSR1 save a checkpoint from which a run continues bit-identically."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from dwakd.training.interruption import INTERRUPTED, RunInterrupted, stops_on_signal
+from dwakd.training.run_folder import last_checkpoint
+from tests.command_line import run
+from tests.training.builders import ROWS, assert_same, trainer, weights
+from tests.two_ranks import run_on_two_ranks
+
+
+class SignalInStep(TrainerCallback):
+    """Send a signal to this process while a step is under way."""
+
+    def __init__(self, number: int, step: int) -> None:
+        self.number, self.step = number, step
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def test_a_process_ends_with_a_checkpoint_and_continues_bit_identically(workspace, tmp_path, monkeypatch, capsys):
+    """A preempted job loses no step: when it is resumed, it gives the student of a run that was never stopped."""
+    options = ["train", str(workspace / "recipe.yaml"), "training.max_steps=60", "-o"]
+    command = [sys.executable, "-m", "dwakd", *options, str(tmp_path / "stopped")]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with (tmp_path / "log").open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+    while process.poll() is None and not re.search(r" [1-9]\d*/60 ", (tmp_path / "log").read_text()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == INTERRUPTED, (tmp_path / "log").read_text()
+    log = (tmp_path / "log").read_text()
+    assert "Traceback" not in log
+    step = int(re.search(r"stopped by a signal after step (\d+); continue with --resume", log)[1])
+    assert step < 60
+    assert last_checkpoint(tmp_path / "stopped") == str(tmp_path / "stopped" / f"checkpoint-{step}")
+    assert not (tmp_path / "stopped" / ".lock").exists()
+    assert run(monkeypatch, capsys, *options, tmp_path / "stopped", "--resume")[0] == 0
+    assert run(monkeypatch, capsys, *options, tmp_path / "whole")[0] == 0
+    stopped, whole = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("stopped", "whole"))
+    assert stopped == whole
+
+
+def test_a_signal_to_one_of_two_ranks_stops_both(tmp_path):
+    """A scheduler signals the ranks at different times; all of them must save the same step, or they wait for ever."""
+    run_on_two_ranks("tests.training.interrupted_rank", tmp_path)
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_the_best_checkpoint_and_the_evaluation_of_the_epoch_are_kept(step, tmp_path):
+    """With save_total_limit 1, the end of a training would delete the checkpoint of the signal; the last step of an epoch or
+    of a run is evaluated before the checkpoint, so that the history of the resumed run is complete."""
+    options = {"max_steps": 4, "per_device_train_batch_size": 8, "eval_rows": ROWS[:4], "eval_strategy": "epoch"}
+    options |= {
+        "save_strategy": "epoch",
+        "load_best_model_at_end": True,
+        "save_total_limit": 1,
+        "greater_is_better": True,
+    }
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+    stopped = trainer(tmp_path / "stopped", **options)
+    stopped.add_callback(SignalInStep(signal.SIGTERM, step))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RunInterrupted, match=f"after step {step}"), stops_on_signal(stopped):
+        stopped.train()
+    assert signal.getsignal(signal.SIGTERM) is before
+    checkpoint = tmp_path / "stopped" / f"checkpoint-{step}"
+    assert last_checkpoint(tmp_path / "stopped") == str(checkpoint)
+    assert [entry["step"] for entry in stopped.state.log_history if "eval_loss" in entry] == [2, 4][: step // 2]
+    if step == 2:
+        resumed = trainer(tmp_path / "stopped", **options)
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+        assert_same(weights(resumed), weights(whole))
+        evaluated = [[e["eval_loss"] for e in one.state.log_history if "eval_loss" in e] for one in (resumed, whole)]
+        assert evaluated[0] == evaluated[1]
