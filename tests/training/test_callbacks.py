@@ -1,11 +1,13 @@
 """Test that NaN ends a run in the step in which it occurs and is never saved."""
 
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
 import torch
 
 from dwakd import UserError
+from dwakd.data.collator import collate
 from dwakd.training.callbacks import FiniteCheck
 from tests.training.builders import ROWS, trainer
 
@@ -16,6 +18,28 @@ def test_a_loss_of_nan_ends_the_run_whatever_is_logged(tmp_path, options):
     run = trainer(tmp_path, learning_rate=1e30, lr_scheduler_type="constant", max_grad_norm=0.0, max_steps=6, **options)
     with pytest.raises(UserError, match=r"the loss is \S+ at step [23]"):
         run.train()
+
+
+def test_the_term_and_the_rows_of_nan_are_named(tmp_path, monkeypatch):
+    """Without the rows and the term, a user must search the data for the row at which a method fails."""
+    from dwakd.losses.dwa_kd import DwaKdLoss
+
+    def broken(self, *args, **kwargs):
+        output = compute(self, *args, **kwargs)
+        broken.calls += 1
+        if broken.calls == 2:
+            output.terms["dtw_hidden"] = output.terms["dtw_hidden"] * torch.nan
+            output = replace(output, loss=output.loss * torch.nan)
+        return output
+
+    compute, broken.calls = DwaKdLoss.forward, 0
+    monkeypatch.setattr(DwaKdLoss, "forward", broken)
+    run = trainer(tmp_path, rows=ROWS[:4], per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    seen = []
+    run.data_collator = lambda features: seen.append([f["example_id"] for f in features]) or collate(features)
+    with pytest.raises(UserError, match=r"the loss is nan at step 1 \(terms: dtw_hidden; training rows, ") as caught:
+        run.train()
+    assert f"from 0: {', '.join(map(str, seen[1]))})" in str(caught.value)
 
 
 def test_weights_with_nan_are_not_saved(tmp_path):
@@ -80,15 +104,17 @@ def test_losses_on_an_accelerator_are_checked_without_waiting(monkeypatch):
     check = FiniteCheck(run)
     good, bad = (torch.tensor(value).as_subclass(OnAccelerator) for value in (1.0, torch.nan))
     for run.state.global_step, loss in enumerate((good, bad, good)):
-        check.add(loss)
+        check.add(loss, {}, ())
     run.callback_handler.on_train_end.assert_not_called()
     events[0].arrived = events[1].arrived = True
     with pytest.raises(UserError, match="step 2"):
-        check.add(good)
+        check.add(good, {}, ())
     run.callback_handler.on_train_end.assert_called_once()
     run.state.global_step = 4
-    check.add(bad)
-    with pytest.raises(UserError, match="step 5"):
+    check.add(bad, {"ce": good, "kd": bad, "dtw": bad}, range(20))
+    with pytest.raises(
+        UserError, match=r"step 5 \(terms: kd, dtw; training rows, from 0: 0, 1, 2, 3, 4, 5, 6, 7 and 12 more\)"
+    ):
         check.finish()
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from dwakd import DistillConfig, DistillTrainer
@@ -12,7 +13,7 @@ from dwakd.answers.prompts import check_prompts, read_prompts
 from dwakd.errors import UserError
 from dwakd.recipe.files import RECIPE_FILE
 from dwakd.recipe.recipe import load_recipe, recipe_from_dict
-from dwakd.training.distiller import LOSS_STATE
+from dwakd.training.distiller import LOSS_STATE, Distiller
 from dwakd.training.run import check_options, training_config
 from tests.builders import CHAT_TEMPLATE
 from tests.command_line import ROWS, one_sentence, run
@@ -151,6 +152,19 @@ def test_mistakes_are_one_sentence(name, workspace, tmp_path, monkeypatch, capsy
     assert code == 2, err
     assert re.search(message, one_sentence(err)), err
     assert not (tmp_path / "run").exists()
+
+
+def test_too_little_memory_names_the_options(workspace, tmp_path, monkeypatch, capsys):
+    """A user without experience does not know from torch's message which option of a recipe needs less memory."""
+    monkeypatch.setattr(Distiller, "forward", lambda *_, **__: torch.empty(1 << 60))
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", "-o", tmp_path / "run")
+    assert code == 2, err
+    assert re.search(
+        r"enough memory for step 1: .*per_device_train_batch_size \(now 4\).*max_length", one_sentence(err)
+    )
+    monkeypatch.setattr(Distiller, "forward", lambda *_, **__: torch.empty(2) @ torch.empty(3))
+    with pytest.raises(RuntimeError, match="size"):  # an error of the program keeps its traceback
+        run(monkeypatch, capsys, "train", workspace / "recipe.yaml", "-o", tmp_path / "run")
 
 
 def test_a_malformed_row_is_named_by_file_and_line(workspace, tmp_path, monkeypatch, capsys):

@@ -1,9 +1,11 @@
 """Callbacks of a run: check for NaN and missing gradients, average the terms, measure steps, and show the progress bar."""
 
+import math
 import time
 from collections import deque
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -96,6 +98,26 @@ class TermsProgressCallback(ProgressCallback):
             self.training_bar.set_postfix(values, refresh=False)
 
 
+class _Copied(NamedTuple):
+    """The loss of a micro-batch and its terms, in this order, on their way to the host."""
+
+    step: int
+    terms: list[str]
+    rows: Sequence[int]
+    values: Tensor
+    event: torch.Event | None
+
+    def problem(self) -> str | None:
+        """Name the step, the terms and the rows if the loss is not finite; return None if it is."""
+        loss, *terms = self.values.tolist()
+        if math.isfinite(loss):
+            return None
+        names = ", ".join(name for name, value in zip(self.terms, terms, strict=True) if not math.isfinite(value))
+        shown = ", ".join(map(str, self.rows[:8])) + (f" and {len(self.rows) - 8} more" if len(self.rows) > 8 else "")
+        where = "; ".join(filter(None, [names and f"terms: {names}", shown and f"training rows, from 0: {shown}"]))
+        return f"the loss is {loss} at step {self.step}" + (f" ({where})" if where else "")
+
+
 class FiniteCheck(TrainerCallback):
     """End a run when a training loss or a trained weight is NaN or infinite, or when the student gets no gradient.
 
@@ -106,12 +128,16 @@ class FiniteCheck(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self._has_gradient = False
-        self._copies: deque[tuple[int, Tensor, torch.Event | None]] = deque()
+        self._copies: deque[_Copied] = deque()
 
-    def add(self, loss: Tensor) -> None:
-        """Check a loss of the current step, and those of earlier steps whose copies have arrived."""
+    def add(self, loss: Tensor, terms: Mapping[str, Tensor], rows: Sequence[int]) -> None:
+        """Check a loss of the current step, and those of earlier steps whose copies have arrived.
+
+        `terms` and `rows` are the terms of this loss and the indices of its rows in the data set, for the message.
+        """
         event = None if loss.device.type == "cpu" else torch.Event(loss.device)
-        self._copies.append((self.trainer.state.global_step + 1, loss.detach().to("cpu", non_blocking=True), event))
+        values = torch.stack([loss.detach(), *terms.values()]).to("cpu", non_blocking=True)
+        self._copies.append(_Copied(self.trainer.state.global_step + 1, list(terms), rows, values, event))
         if event is not None:
             event.record()
         self._check_arrived(wait=False)
@@ -146,16 +172,34 @@ class FiniteCheck(TrainerCallback):
 
     def _check_arrived(self, *, wait: bool) -> None:
         while self._copies:
-            step, loss, event = self._copies[0]
+            event = self._copies[0].event
             if event is not None and wait:
                 event.synchronize()
             elif event is not None and not event.query():
                 return
-            self._copies.popleft()
-            if not loss.isfinite():
-                self._fail(f"the loss is {loss.item()} at step {step}: {_FIX}")
+            if problem := self._copies.popleft().problem():
+                self._fail(f"{problem}: {_FIX}")
 
     def _fail(self, message: str) -> NoReturn:
         self._copies.clear()
         self.trainer.callback_handler.on_train_end(self.trainer.args, self.trainer.state, self.trainer.control)
         raise UserError(message)
+
+
+@contextmanager
+def out_of_memory_explained(trainer: Any) -> Iterator[None]:
+    """Turn an error for lack of memory into a UserError that names the step and the options to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch reports a full CPU as a RuntimeError
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        args = trainer.args
+        trainer.callback_handler.on_train_end(args, trainer.state, trainer.control)  # close the progress bar
+        raise UserError(
+            f"{args.device} has not enough memory for step {trainer.state.global_step + 1}: lower "
+            f"training.per_device_train_batch_size (now {args.per_device_train_batch_size}) and raise "
+            "training.gradient_accumulation_steps, set training.gradient_checkpointing=true, lower data.max_length (now "
+            f"{args.max_length}), or lower training.per_device_eval_batch_size (now {args.per_device_eval_batch_size}) if this "
+            "was an evaluation"
+        ) from error

@@ -28,6 +28,7 @@ from dwakd.recipe.files import RECIPE_FILE
 from dwakd.recipe.recipe import Recipe
 from dwakd.recipe.sections import StudentSection, TeacherSection, lora_config
 from dwakd.recipe.training import DATA_OPTIONS, DistillConfig
+from dwakd.training.callbacks import out_of_memory_explained
 from dwakd.training.card import PACKAGES
 from dwakd.training.distiller import load_student
 from dwakd.training.hub import UploadError
@@ -167,7 +168,7 @@ def train(
         if trainer.is_world_process_zero():
             write_file(folder / RECIPE_FILE, recipe.dump().encode())
         if steps_left:
-            with stops_on_signal(trainer):
+            with stops_on_signal(trainer), out_of_memory_explained(trainer):
                 trainer.train(resume_from_checkpoint=checkpoint)
         else:  # the run was stopped after its last checkpoint; transformers would take another step
             _restore(trainer, Path(str(checkpoint)))

@@ -173,7 +173,7 @@ class DistillTrainer(HubTrainer):
         if self.args.lmbda == 1:
             for values in (output["terms"], output.get("gradient_squares", {})):
                 values.pop("ce", None)
-        self.finite.add(output["loss"])
+        self.finite.add(output["loss"], output["terms"], batch.example_ids)
         self.clock.add_output(output, batch.weight)
         # Wrappers average gradients over ranks; the division by the global number of tokens requires their sum.
         loss = output["loss"] * self.accelerator.num_processes * batch.weight
