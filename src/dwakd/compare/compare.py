@@ -275,8 +275,7 @@ def train_command(recipe: Path, folder: Path) -> list[str]:
 def failure_reason(log: Path, code: int) -> str:
     """Return the last error in the log of a run, or else its last line."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("error:")]
-    last = (errors or lines or [f"exit code {code}"])[-1]
+    last = ([line for line in lines if line.startswith("error:")] or lines or [f"exit code {code}"])[-1]
     return f"{last.removeprefix('error: ')} ({log})"
 
 

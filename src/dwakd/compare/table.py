@@ -103,8 +103,7 @@ def read_cell(folder: Path) -> CellScores:
 def _by_row(path: Path, other_temperatures: Mapping[str, Any]) -> dict[str, Ratio]:
     """Read the scores of the answers to each row, sampled ones averaged over the generation seeds."""
     found: dict[str, dict[int, list[float]]] = {}
-    for line in filter(None, path.read_text(encoding="utf-8").split("\n")):  # an answer may contain other line breaks
-        answer = json.loads(line)
+    for answer in map(json.loads, filter(None, path.read_text(encoding="utf-8").split("\n"))):  # not other line breaks
         if answer["rouge_l"] is None or str(answer.get("temperature")) in other_temperatures:
             continue
         names = ("rouge_l",) if answer["seed"] is not None else ("greedy_rouge_l", "greedy_exact_match")
@@ -257,9 +256,7 @@ def comparison_tables(summary: Mapping[str, Any]) -> Group:
         headings.append("seconds until SFT's\nfinal bits per byte")
     costs = _table("Cost", *headings)
     for name, row in rows.items():
-        spread, peak, seconds = (
-            row["std_over_training_seeds"]["rouge_l"], row["peak_memory_bytes"], row["seconds_per_step"]
-        )  # fmt: skip
+        spread, peak = row["std_over_training_seeds"]["rouge_l"], row["peak_memory_bytes"]
         mean = f"{row['rouge_l']:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
         scores.add_row(name, *(f"{row['sets'][key]:.2f}" for key in sets), mean)
         if not is_teacher(name):
@@ -270,7 +267,7 @@ def comparison_tables(summary: Mapping[str, Any]) -> Group:
         until = row.get("seconds_until_sft", "-")
         ends = [f"{until:.1f}" if isinstance(until, float) else until or "never"] if timed else []
         gigabytes = None if peak is None else peak / 1e9
-        costs.add_row(name, _cell(seconds, 3), _cell(gigabytes, 2), str(row["training_seeds"]), *ends)
+        costs.add_row(name, _cell(row["seconds_per_step"], 3), _cell(gigabytes, 2), str(row["training_seeds"]), *ends)
     failures = [Text(f"run {name} failed: {reason}") for name, reason in summary["failures"].items()]
     return Group(scores, *(("", gaps) if reference in rows else ()), "", others, "", costs, *failures)
 
