@@ -1,6 +1,5 @@
 """Test GOLD: merged groups, shared and unmatched tokens, and special cases with one tokenizer."""
 
-import dataclasses
 import math
 import sys
 from functools import partial
@@ -14,18 +13,14 @@ from dwakd.losses import GoldLoss, ModelPair, Widths
 from dwakd.losses.divergences import sorted_difference
 from dwakd.losses.gold import Anchors, generalised_jsd
 from tests.losses.builders import pair_of, random_examples, random_heads, side, smallest_pair
-from tests.losses.test_min_ed import logit_side, pair
+from tests.losses.test_min_ed import grouped_sides, logit_side, pair
 
-ENDS = torch.tensor([2, 3, 5, 5]), torch.tensor([1, 3, 4, 5, 5])
 GROUPS = [([0, 1], [0, 1]), ([2], [2, 3]), ([3], [4])]
 
 
 @pytest.fixture
 def sides():
-    generator = torch.Generator().manual_seed(0)
-    own, theirs = (torch.randn(n, width, generator=generator).double() * 2 for n, width in ((4, 4), (5, 6)))
-    student, teacher = logit_side(own.requires_grad_(), [2, 0, 1, 3]), logit_side(theirs, [3, 1, 2, 0, 4])
-    return dataclasses.replace(student, byte_ends=ENDS[0]), dataclasses.replace(teacher, byte_ends=ENDS[1])
+    return grouped_sides(4, 6, [2, 0, 1, 3], [3, 1, 2, 0, 4])
 
 
 @pytest.mark.parametrize(

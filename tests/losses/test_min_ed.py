@@ -20,6 +20,16 @@ STUDENT, TEACHER = (b"cat", b"s", b"dog", None), (b"cats", b"cat", b"x", b"dog",
 STUDENT_OF = [0, 0, 1, 2, 3, 1]
 
 
+def grouped_sides(student_width: int, teacher_width: int, student_ids: list[int], teacher_ids: list[int]):
+    """Return 4 student and 5 teacher tokens of one text in float64, in the groups (0, 1 | 0, 1), (2 | 2, 3), (3 | 4)."""
+    generator = torch.Generator().manual_seed(0)
+    own = (torch.randn(4, student_width, generator=generator).double() * 2).requires_grad_()
+    theirs = torch.randn(5, teacher_width, generator=generator).double() * 2
+    sides = logit_side(own, student_ids), logit_side(theirs, teacher_ids)
+    ends = torch.tensor([2, 3, 5, 5]), torch.tensor([1, 3, 4, 5, 5])
+    return [dataclasses.replace(side, byte_ends=end) for side, end in zip(sides, ends, strict=True)]
+
+
 def logit_side(logits: torch.Tensor, targets: list[int], aligned: list[int] | None = None) -> ModelSide:
     """Return a side whose head is the identity, so that its hidden states are its logits."""
     return ModelSide(

@@ -12,10 +12,9 @@ from dwakd.align.vocab import exact_overlap
 from dwakd.data.encoding import TextEncoder
 from dwakd.losses import XTokenLoss
 from tests.builders import SAMPLE_TEXTS, bpe_byte_fallback, byte_bpe
-from tests.losses.test_min_ed import logit_side, pair
+from tests.losses.test_min_ed import grouped_sides, pair
 
 STUDENT, TEACHER = (b"201", b"a", b"ab", b"20", None, b"b2"), (b"2", b"0", b"1", b"a", b"b", None, b"aba")
-ENDS = torch.tensor([2, 3, 5, 5]), torch.tensor([1, 3, 4, 5, 5])
 GROUPS = [([0, 1], [0, 1]), ([2], [2, 3]), ([3], [4])]
 TWO, THREE = (10 / 11, 1 / 11), (100 / 111, 10 / 111, 1 / 111)
 # 201 -> 2 0 1, a -> a, ab -> a b and aba -> ab a, 20 -> 2 0, end -> end, b2 -> b 2
@@ -34,10 +33,7 @@ def models(**changes):
 
 @pytest.fixture
 def sides():
-    generator = torch.Generator().manual_seed(0)
-    own, theirs = (torch.randn(n, width, generator=generator).double() * 2 for n, width in ((4, 6), (5, 7)))
-    student, teacher = logit_side(own.requires_grad_(), [2, 0, 1, 4]), logit_side(theirs, [3, 1, 2, 0, 5])
-    return dataclasses.replace(student, byte_ends=ENDS[0]), dataclasses.replace(teacher, byte_ends=ENDS[1])
+    return grouped_sides(6, 7, [2, 0, 1, 4], [3, 1, 2, 0, 5])
 
 
 def p_kl(student, teacher, tau: float, k: int):
