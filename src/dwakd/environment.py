@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -54,3 +55,8 @@ def _gpus() -> str:
         names = [f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in devices]
         return f"{', '.join(names)}; CUDA {torch.version.cuda or torch.version.hip}"
     return "Apple MPS" if torch.backends.mps.is_available() else "none"
+
+
+def global_rank() -> int:
+    """Return the rank of this process among all processes of torchrun; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))

@@ -22,6 +22,7 @@ from dwakd.cache.fingerprint import DATE, adapter_digest, fingerprint, weights_d
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.rows import Example
 from dwakd.data.sources import load_examples
+from dwakd.environment import global_rank
 from dwakd.errors import UserError
 from dwakd.evaluation.evaluate import data_identity
 from dwakd.evaluation.generate import progress_bar
@@ -120,18 +121,18 @@ def answer_recipe(
         raise UserError("name the file of the answers with --output or generate.output")
     path = Path(place).expanduser()
     sets = read_prompts(recipe)
-    if plan is not None and _rank() == 0:
+    if plan is not None and global_rank() == 0:
         warn_of_overlap(recipe, sets, plan)
     examples = [example for one in sets for example in one.examples]
     source = _source(recipe, path)
     request = source.request | {f"generate.{name}": getattr(options, name) for name in _DECODING}
     request["prompts"] = data_identity(examples)["sha256"]
     file = AnswerFile(path, request, len(examples), options.samples)
-    file.open(_rank())
+    file.open(global_rank())
     _answer_missing(file, source, sets, readers or [recipe])
     answers = file.read()
     collected = collect(examples, answers, options, source.name)
-    if _rank() == 0:
+    if global_rank() == 0:
         collected.warn(source.name)
         file.write(collected.rows, _about(source, options, sets, collected, answers))
     return file, collected
@@ -159,15 +160,11 @@ def generate_command(path: Path, overrides: list[str], output: Path | None) -> s
     )
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def _answer_missing(file: AnswerFile, source: Source, sets: Sequence[PromptSet], readers: Sequence[Recipe]) -> None:
     """Answer the prompts of this rank's shards that are missing."""
     examples = [example.for_teacher() for one in sets for example in one.examples]
     shards = file.shards()
-    own = range(_rank(), len(shards), int(os.environ.get("WORLD_SIZE", "1")))
+    own = range(global_rank(), len(shards), int(os.environ.get("WORLD_SIZE", "1")))
     missing = [shard for shard in own if file.read_shard(shard) is None]
     if not missing:
         return
@@ -178,7 +175,7 @@ def _answer_missing(file: AnswerFile, source: Source, sets: Sequence[PromptSet],
         teacher.check([example.for_teacher() for example in one.examples], one.source)
     done = sum(len(shards[shard]) for shard in own if shard not in missing)
     total = sum(len(shards[shard]) for shard in own)
-    with progress_bar(disable=_rank() != 0) as bar:
+    with progress_bar(disable=global_rank() != 0) as bar:
         advance = _advance(bar, total * file.samples, done * file.samples)
         for shard in missing:
             rows = shards[shard]

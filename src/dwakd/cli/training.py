@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.markup import escape
 
 from dwakd.cli.app import app, console, flag, output_option, silence_transformers
 from dwakd.cli.options import Overrides
+from dwakd.environment import global_rank
 
 
 @app.command()
@@ -42,7 +42,7 @@ def train(
     try:
         trainer = run_recipe(loaded, folder, plan, resume=resume)
     except RunInterrupted as stop:
-        if os.environ.get("RANK", "0") == "0":
+        if global_rank() == 0:
             console.print(f"{escape(str(folder))}: {stop}", soft_wrap=True)
         end_of_run(INTERRUPTED)
         raise typer.Exit(INTERRUPTED) from None
@@ -77,7 +77,7 @@ def cache(
     from dwakd.training.run import end_of_run
 
     text = cache_command(recipe, overrides or [], output, check=check)
-    if os.environ.get("RANK", "0") == "0":
+    if global_rank() == 0:
         console.print(text, markup=False, soft_wrap=True, highlight=False)
     end_of_run()
 
@@ -97,7 +97,7 @@ def generate(
     from dwakd.answers.run import generate_command
 
     text = generate_command(recipe, overrides or [], output)
-    if os.environ.get("RANK", "0") == "0":
+    if global_rank() == 0:
         console.print(text, markup=False, soft_wrap=True, highlight=False)
 
 

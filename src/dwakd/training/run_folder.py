@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
+from dwakd.environment import global_rank
 from dwakd.errors import UserError
 from dwakd.folders import check_output_folder
 from dwakd.recipe.files import RECIPE_FILE, parse_yaml, read_saved_recipe
@@ -38,7 +38,7 @@ def check_output(folder: Path, *, resume: bool, recipe: Recipe) -> str | None:
     Raises:
         UserError: the folder contains other files, the run of another recipe, or a run although `resume` is not set.
     """
-    if os.environ.get("RANK", "0") != "0":  # the first rank checks for all, before it writes anything
+    if global_rank() != 0:  # the first rank checks for all, before it writes anything
         return last_checkpoint(folder) if resume and folder.exists() else None
     check_output_folder(folder)
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
