@@ -114,8 +114,8 @@ class TextEncoder:
         Other rows are returned unchanged.
 
         Raises:
-            UserError: the template cannot show the answer, or the answer spells out a special token, which could not be
-                told from those that the template writes.
+            UserError: the template cannot show the answer, or the answer contains the text of a special token, which could
+                not be distinguished from the special tokens that the template writes.
         """
         if example.answer is None:
             return example

@@ -10,7 +10,7 @@ columns are also read if the prompt is a string. If `messages` ends with a turn 
 a `response`, `completion` or `output`, this column is the answer. A completion may also be a conversation: its last
 turn is the answer and the others are part of the prompt. Null and empty values are treated as absent.
 
-With `supervise: all`, each assistant turn of `messages`, or of a completion, becomes an example of its own, whose prompt
+With `supervise: all`, each assistant turn of `messages`, or of a completion, becomes a separate example, whose prompt
 is everything before it. Turns whose weight is 0 are context only.
 """
 

@@ -205,7 +205,7 @@ class CachedTeacher(Teacher):
 
 
 def _check_positions(model: Any, args: DistillConfig, sets: Sets) -> Any:
-    """Return the teacher, or raise UserError if a row with a prompt of its own has more tokens than it has positions."""
+    """Return the teacher, or raise UserError if a row with a teacher prompt has more tokens than it has positions."""
     positions = max_positions(model)
     for pairs in filter(None, sets.values()):
         for row in pairs.rows:
