@@ -12,7 +12,7 @@ import torch
 
 from dwakd.errors import UserError
 from dwakd.kernels import head_loss, sinkhorn, soft_dtw
-from dwakd.kernels.head_loss import only_term
+from dwakd.kernels.head_loss import only_term, scaled_terms
 from dwakd.losses import METHODS, DistillationLoss, TeacherScale, Widths, build_loss
 from dwakd.losses.divergences import DIVERGENCES
 from tests.losses.builders import pair_of, random_examples, random_heads, side, use_kernels
@@ -103,6 +103,13 @@ def test_the_gradient_is_the_sum_of_the_gradients_of_the_terms(method):
         with only_term(name):
             parts[name] = gradient()
     torch.testing.assert_close(sum(parts.values()), gradient(), atol=1e-12, rtol=1e-8)
+    scales = {name: 0.25 + 0.5 * number for number, name in enumerate(loss.terms)}
+    with scaled_terms(scales):
+        scaled = gradient()
+        values = loss(student, teacher).terms
+    torch.testing.assert_close(scaled, sum(scales[name] * part for name, part in parts.items()), atol=1e-12, rtol=1e-8)
+    for name, value in loss(student, teacher).terms.items():
+        assert name == "loss" or values[name] == value, "a scale must not change the logged term"
     assert parts["ce"].abs().sum() > 0 or loss.options.cross_entropy_weight == 0
     assert sum(part.abs().sum() > 0 for part in parts.values()) > 1 or not loss.options.needs_teacher
 

@@ -98,19 +98,18 @@ class SraLoss(DistillationLoss[SraOptions]):
 
         projected = self.projector(own.to(self.projector.weight.dtype))
         cosines = nn.functional.cosine_similarity(projected, theirs, dim=-1)
-        ce = head_loss([head_rows(student)], CrossEntropy(student.target_ids, ce_weight))
+        rate, ce = self.options.kd_rate, head_loss([head_rows(student)], CrossEntropy(student.target_ids, ce_weight))
         sides = [
             HeadRows(own, student.head.of_tokens(self.student_ids), lengths),
             HeadRows(theirs, teacher.head.detached().of_tokens(self.teacher_ids), lengths),
         ]
-        kd = compare_with_teacher(sides, forward_kl, self.options.temperature, token_weights=even)
+        kd = compare_with_teacher(sides, forward_kl, self.options.temperature, kd_weight=rate, token_weights=even)
         sums = {
             "span": (weights * (1 - cosines)).sum(),
             "geo": (student.lengths * gram_distance(own, theirs, weights, lengths)).sum(),
-            "kd": kd.loss,
+            "kd": kd.terms["kd"],
         }
-        rate = self.options.kd_rate
-        return Terms(ce.terms | sums, ce.loss, {"span": rate, "geo": rate * self.options.geo_weight, "kd": rate})
+        return Terms(ce.terms | sums, ce.loss + kd.loss, {"span": rate, "geo": rate * self.options.geo_weight})
 
     def _row_weights(self, side: ModelSide) -> Float[Tensor, " tokens"]:
         if not self.options.needs_attention:

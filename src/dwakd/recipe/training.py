@@ -22,16 +22,8 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-DATA_OPTIONS = (
-    "template",
-    "bos",
-    "special_tokens_in_prompts",
-    "max_length",
-    "max_prompt_length",
-    "invalid_rows",
-    "supervise",
-    "teacher_key",
-)
+_NAMES = "template bos special_tokens_in_prompts max_length max_prompt_length invalid_rows supervise teacher_key"
+DATA_OPTIONS = tuple(_NAMES.split())
 """Options of the section data that are options of `DistillConfig` with the same names."""
 ELSEWHERE = {
     "method": "use loss.method",
@@ -150,6 +142,10 @@ class DistillConfig(TrainingArguments):
     term_gradient_steps: Steps = _option(
         0, "Steps between two measurements of each term's gradient at the student's hidden states; 0 for none."
     )
+    term_gradient_limit: Positive | None = _option(
+        None,
+        "Scale terms down whose gradient exceeds that of ce this many times. It is measured every 10 steps by default.",
+    )
     disable_dropout: bool = _option(False, "Set each dropout of the student to 0, but not the noise of routers.")
     teacher_cache: str | None = _option(None, "Folder of the teacher's hidden states. It is built if it is missing.")
     trust_remote_code: bool = _option(False, "Run modelling code from the hub; only for models given by name.")
@@ -189,13 +185,17 @@ class DistillConfig(TrainingArguments):
         checked = {n: _number(v) for n, v in values.items() if n in own or isinstance(v, int | float | dict)}
         parse(TrainingOptions, checked)
         self._check_sampling(self.method_options)
+        if self.term_gradient_limit is not None:
+            if self.lmbda == 1 or not self.method_options.cross_entropy_weight:
+                raise UserError(
+                    "term_gradient_limit compares with the gradient of ce, but the loss contains no ce: remove it"
+                )
+            self.term_gradient_steps = self.term_gradient_steps or 10
         if self.warmup_ratio is not None:
             if self.warmup_steps:  # type: ignore[has-type]
                 raise UserError("warmup_steps and warmup_ratio are both given: remove one of them")
-            self.warmup_steps, self.warmup_ratio = (
-                self.warmup_ratio,
-                None,
-            )  # transformers reads a number below 1 as a share
+            # transformers reads a number below 1 as a share
+            self.warmup_steps, self.warmup_ratio = self.warmup_ratio, None
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model = "rouge_l" if self.eval_rouge_l else "bits_per_byte"
         if self.metric_for_best_model is not None and self.greater_is_better is None:

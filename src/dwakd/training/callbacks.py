@@ -46,6 +46,7 @@ class RunCallback(TrainerCallback):
         """Add the terms of a micro-batch, and the squared norms of their gradients if they were measured."""
         for name, value in output["terms"].items():
             self._terms[name] = self._terms.get(name, 0.0) + weight * value
+        self.trainer.balance.add(output.get("gradient_squares", {}), weight)
         for name, value in output.get("gradient_squares", {}).items():
             self._squares[name] = self._squares.get(name, 0.0) + weight**2 * value
 

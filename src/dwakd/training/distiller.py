@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dwakd.batch import LossOutput, ModelSide, TokenBatch
 from dwakd.data.encoding import TextEncoder
 from dwakd.errors import UserError
-from dwakd.kernels.head_loss import only_term
+from dwakd.kernels.head_loss import only_term, scaled_terms
 from dwakd.losses import DistillationLoss, ModelPair, SeveralTeachers, TeacherScale, Widths, build_loss
 from dwakd.losses.accuracy import count_correct
 from dwakd.models.head import embedding_table, output_head
@@ -43,6 +43,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.student = student
         self.loss = loss
+        self.term_scales: dict[str, float] = {}  # factors of terms during training; see `balance.py`
         self.config = student.config
         self.get_input_embeddings = student.get_input_embeddings  # for neftune_noise_alpha
         self.gradient_checkpointing_enable = student.gradient_checkpointing_enable
@@ -122,7 +123,8 @@ class Distiller(nn.Module):
             student = replace(student, sampled=True)
         if not isinstance(self.loss, SeveralTeachers):
             teachers, scales = (next(iter(values), None) for values in (teachers, scales))
-        with torch.autocast(student.hidden.device.type, enabled=False):
+        scales_of_terms = self.term_scales if self.training else {}
+        with torch.autocast(student.hidden.device.type, enabled=False), scaled_terms(scales_of_terms):
             output: LossOutput = self.loss(student, teachers, num_tokens=num_tokens, teacher_scale=scales or None)
         return output
 

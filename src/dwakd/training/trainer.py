@@ -28,6 +28,7 @@ from dwakd.models.checks import check_training
 from dwakd.models.saving import save_causal_lm
 from dwakd.recipe.training import DistillConfig
 from dwakd.training import inputs as given
+from dwakd.training.balance import TermBalance
 from dwakd.training.callbacks import FiniteCheck, RunCallback, TermsProgressCallback
 from dwakd.training.card import recipe_of, write_card
 from dwakd.training.distiller import LOSS_STATE, Distiller, build_method
@@ -111,7 +112,7 @@ class DistillTrainer(HubTrainer):
         if args.disable_dropout:
             disable_dropout(model)
         self.metrics_function = compute_metrics
-        self.clock, self.finite = RunCallback(self), FiniteCheck(self)
+        self.clock, self.finite, self.balance = RunCallback(self), FiniteCheck(self), TermBalance(self)
         self.student_answers = StudentAnswers(args, self._encoders, self.clock.answers) if args.lmbda else None
         super().__init__(
             model=Distiller(model, loss),
@@ -120,7 +121,7 @@ class DistillTrainer(HubTrainer):
             train_dataset=train_pairs,
             eval_dataset=eval_pairs.get("", eval_pairs or None),
             processing_class=processing_class,
-            callbacks=[self.clock, self.finite, *(callbacks or [])],
+            callbacks=[self.clock, self.finite, self.balance, *(callbacks or [])],
             optimizers=optimizers,
         )
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
@@ -149,6 +150,7 @@ class DistillTrainer(HubTrainer):
         if self.args.world_size > 1:
             num_tokens = self.accelerator.gather(num_tokens).sum()
         self._distiller.loss.set_step(self.state.global_step)
+        self._distiller.term_scales = self.balance.scales
         return micro_batches, num_tokens
 
     def _micro_batches(self, batches: list[PairedBatch], answer: StudentAnswers | None = None) -> list[MicroBatch]:

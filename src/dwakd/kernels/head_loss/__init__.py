@@ -19,6 +19,7 @@ from dwakd.kernels.head_loss.criterion import (
     active_weights,
     only_part,
     only_term,
+    scaled_terms,
 )
 from dwakd.kernels.head_loss.dual_space import student_space, teacher_space
 from dwakd.kernels.head_loss.engine import ChunkedHeadLoss, ChunkedRun
@@ -38,6 +39,7 @@ __all__ = [
     "head_loss",
     "only_part",
     "only_term",
+    "scaled_terms",
     "student_space",
     "teacher_space",
 ]

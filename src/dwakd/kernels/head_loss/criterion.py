@@ -2,9 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ Statistics = dict[str, Tensor]
 
 
 _only: ContextVar[str | None] = ContextVar("only_term", default=None)
+_scales: ContextVar[Mapping[str, float]] = ContextVar("scaled_terms", default=MappingProxyType({}))
 
 
 @contextmanager
@@ -35,20 +37,27 @@ def only_term(name: str) -> Iterator[None]:
 
 @contextmanager
 def only_part(name: str) -> Iterator[None]:
-    """Inside `only_term("NAME.TERM")`, give all terms but the term TERM of the part NAME the weight 0."""
-    only = _only.get() or ""
-    part, dot, term = only.partition(".")
-    if not dot:
+    """Apply `only_term("NAME.TERM")` and `scaled_terms({"NAME.TERM": scale})` to the term TERM of the part NAME."""
+    part, dot, term = (_only.get() or "").partition(".")
+    scales = {key.removeprefix(f"{name}."): scale for key, scale in _scales.get().items()}
+    with scaled_terms(scales), only_term(term if part == name else "") if dot else nullcontext():
         yield
-        return
-    with only_term(term if part == name else ""):
+
+
+@contextmanager
+def scaled_terms(scales: Mapping[str, float]) -> Iterator[None]:
+    """Multiply the weights of the named terms in losses that are computed inside a `with` block."""
+    token = _scales.set(scales)
+    try:
         yield
+    finally:
+        _scales.reset(token)
 
 
 def active_weights(weights: Mapping[str, float]) -> dict[str, float]:
-    """Return the weights of terms, with those that `only_term` switches off as 0."""
-    only = _only.get()
-    return {name: weight if only in (None, name) else 0.0 for name, weight in weights.items()}
+    """Return the weights of terms, times those of `scaled_terms`, with those that `only_term` switches off as 0."""
+    only, scales = _only.get(), _scales.get()
+    return {name: weight * scales.get(name, 1.0) if only in (None, name) else 0.0 for name, weight in weights.items()}
 
 
 @dataclass(frozen=True)
@@ -171,7 +180,8 @@ class WithPrediction(Criterion):
     """Add the statistic `prediction`, the most probable token of one side, to another criterion."""
 
     def __init__(self, criterion: Criterion, side: int) -> None:
-        super().__init__(criterion.rates)
+        super().__init__({})
+        self.rates = criterion.rates
         self.unit, self.criterion, self.side = criterion.unit, criterion, side
 
     def targets_by_side(self) -> dict[int, Tensor]:

@@ -133,7 +133,8 @@ class TeacherSpace(Criterion):
     """
 
     def __init__(self, temperature: float, divergence: Callable[[Tensor, Tensor], Tensor] = forward_kl) -> None:
-        super().__init__({"kd_teacher": 1.0})
+        super().__init__({})
+        self.rates = {"kd_teacher": 1.0}  # the callers weight the term
         self.temperature, self.divergence = temperature, divergence
 
     def terms(self, logits: Sides, chunk: Chunk, weights: Tensor | None) -> dict[str, Tensor]:
