@@ -90,3 +90,27 @@ def test_without_gradient() -> None:
     assert soft_dtw(cost, 1.0, impl="triton").item() == pytest.approx(
         soft_dtw(cost, 1.0, impl="naive").item(), abs=1e-6
     )
+
+
+@pytest.mark.parametrize("gamma", [1e-3, 2.0])
+def test_bands(monkeypatch: pytest.MonkeyPatch, gamma: float) -> None:
+    """A ragged batch of bands, flat and steep ones and one without a path, equals the naive version."""
+    kernel = importlib.import_module("dwakd.kernels.soft_dtw.triton")
+    monkeypatch.setattr(kernel, "_LARGEST_BLOCK", 16)
+    torch.manual_seed(4)
+    starts = torch.zeros(4, 22, dtype=torch.long)
+    starts[0] = torch.arange(22)
+    starts[1, 3:] = 3  # a jump, then none
+    starts[2] = torch.arange(22) // 4 * 3
+    lengths = torch.tensor([22, 9, 20, 22]), torch.tensor([25, 7, 14, 4])
+    cost = torch.rand(4, 22, 4) * 2
+    cost[3, 8] = torch.inf
+    cost[(starts[..., None] + torch.arange(4)) >= lengths[1][:, None, None]] = torch.nan
+    results = []
+    for impl in ("triton", "naive"):
+        leaf = cost.to(DEVICE).requires_grad_()
+        value = soft_dtw(leaf, gamma, *(side.to(DEVICE) for side in lengths), impl=impl, starts=starts.to(DEVICE))
+        results.append((value.detach(), *torch.autograd.grad(value.sum(), leaf)))
+    torch.testing.assert_close(*results, rtol=1e-6, atol=2e-6)
+    assert results[0][0].isinf().tolist() == [False, False, False, True]
+    assert results[0][1].isfinite().all()

@@ -1,5 +1,5 @@
 """Soft-DTW of a ragged batch. Each kernel is a module of this package with a function `solve`, as in `naive.py`."""
 
-from dwakd.kernels.soft_dtw.function import Impl, soft_dtw
+from dwakd.kernels.soft_dtw.function import Impl, expected_alignment, soft_dtw
 
-__all__ = ["Impl", "soft_dtw"]
+__all__ = ["Impl", "expected_alignment", "soft_dtw"]

@@ -5,6 +5,9 @@ differences of the accumulated cost R between neighbours, in units of gamma: the
 R[i, j] - R[i - 1, j], by row, and the step right, R[i, j] - R[i, j - 1], by column. R grows along a path, but these
 differences stay small enough for float32. Other costs take the exact path, one cell at a time in float64.
 
+The costs are those of a band: row i holds the columns from starts[i] on, and the full table is a band that starts at 0.
+Cells outside the band are unreachable. As the starts do not decrease, the rows of a diagonal are consecutive.
+
 The weights of a cell are the probabilities of its three predecessors on a path. The flow of a cell is its gradient: the
 probability that a path passes through it.
 
@@ -31,7 +34,7 @@ _CELLS_PER_THREAD = 100_000  # about half a millisecond; with less work, a secon
 _PAD = 16  # the length of a diagonal is rounded up to a multiple of this, so that all its cells fill vectors
 _LIMIT = 4.0  # largest cost, in units of gamma; with larger ones, rounding errors in the gradient reach 1e-6
 _LEAST_FLOW = 1e-30  # smaller gradients become 0, because denormal numbers slow down later matrix products
-_FAR = float32(1e9)  # distance of the row and the column before the first, in units of gamma
+_FAR = float32(1e9)  # distance of a cell outside the band, in units of gamma
 _ZERO, _ONE, _TWO, _NEXT = float32(0), float32(1), float32(2), uint64(1)
 _FLOOR, _LOG2_E, _ROUND = float32(-87), float32(1.4426950408889634), float32(1.5 * 2**23)
 _LN2_HIGH, _LN2_LOW = float32(0.693359375), float32(-2.12194440e-4)
@@ -49,9 +52,12 @@ def solve(
     x_lengths: Int[Tensor, " batch"],
     y_lengths: Int[Tensor, " batch"],
     keep: bool,
+    starts: Int[Tensor, "batch n"] | None = None,
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "..."]]:
     """Compute the values and, if `keep`, their gradients (else an empty tensor); equal for any number of threads."""
-    lengths = [side.long().contiguous().numpy() for side in (x_lengths, y_lengths)]
+    if starts is None:
+        starts = x_lengths.new_zeros(cost.shape[:2])
+    lengths = [side.long().contiguous().numpy() for side in (x_lengths, y_lengths, starts)]
     value, grad = cost.new_empty(len(cost)), cost.new_empty(cost.shape if keep else (0, 0, 0))
     arguments = cost.detach().contiguous().numpy(), *lengths, gamma, keep, value.numpy(), grad.numpy()
     num_threads = min(torch.get_num_threads(), cost.numel() // _CELLS_PER_THREAD)
@@ -103,29 +109,51 @@ def _forward_diagonal(downs, i, rights, j, weights, above, count):
         rights[j + t] = step + (lowest - left)
 
 
+@compiled_by_numba
+@no_type_check
+def _diagonals(n, m, width, starts):
+    """Return the first row of each diagonal, the row after its last one, and the index of the first cell of each row.
+
+    The cell of row i on diagonal k has the index that is returned for row i, plus k.
+    """
+    firsts, ends, origins = np.empty(n + m - 1, np.int64), np.empty(n + m - 1, np.int64), np.empty(n, np.int64)
+    origins[:] = np.arange(n) * (width - 1) - starts[:n]
+    first, end = 0, 1
+    for k in range(n + m - 1):
+        while first + min(starts[first] + width, m) <= k:
+            first += 1
+        while end < n and end + starts[end] <= k:
+            end += 1
+        firsts[k], ends[k] = first, end
+    return firsts, ends, origins
+
+
+@compiled_by_numba
+@no_type_check
+def _padded(count):
+    return (count + _PAD - 1) // _PAD * _PAD
+
+
 @fused
 @no_type_check
-def _forward_fast(cells, n, m, width, inverse, keep, weights):
+def _forward_fast(cells, n, m, diagonals, inverse, keep, weights):
     """Return the cost at the end, in units of gamma, and the end of the weights, stored for all cells if `keep`."""
     # rows in order and columns in reverse, so that a diagonal runs forward through both
-    downs, rights = np.zeros(n + _PAD, float32), np.zeros(m + _PAD, float32)
-    downs[0] = rights[m - 1] = _FAR
-    start, total, stride = _PAD, 0.0, uint64(width - 1)
-    for i in range(n):
-        total += cells[i * width] * inverse
+    downs, rights = np.full(n + _PAD, _FAR), np.full(m + _PAD, _FAR)
+    firsts, ends, origins = diagonals
+    start, total, last_end = _PAD, cells[0] * inverse, 1
     inverse = float32(inverse)
     for k in range(n + m - 1):
-        first, end = max(0, k - m + 1), min(n, k + 1)
-        padded = (end - first + _PAD - 1) // _PAD * _PAD
-        at, column = uint64(first * width + k - first), m - 1 - k + first
-        for t in range(uint64(start), uint64(start + end - first)):
-            weights[t] = cells[at] * inverse
-            at += stride
-        if 0 < k < n:
-            downs[k] = 0.0
+        first, end = firsts[k], ends[k]
+        padded, column, diagonal = _padded(end - first), m - 1 - k + first, uint64(k)
+        for t in range(uint64(first), uint64(end)):
+            weights[uint64(start - first) + t] = cells[uint64(origins[t]) + diagonal] * inverse
+        if end > last_end:
+            downs[end - 1] = _FAR
         _forward_diagonal(downs, first, rights, column, weights, start, padded)
-        if k >= n:
-            total += rights[column + end - first - 1]
+        if k > 0:  # follow the last row of each diagonal to the end
+            total += downs[end - 1] if end > last_end else rights[column + end - first - 1]
+        last_end = end
         if keep:
             start += 2 * padded
     return total, start
@@ -151,108 +179,122 @@ def _backward_diagonal(flows, now, before, earlier, weights, above, beside, coun
 
 @fused
 @no_type_check
-def _backward_fast(cells, n, m, width, weights, start):
+def _backward_fast(cells, n, m, diagonals, weights, start):
     """Write the probability that a path, drawn by the weights, passes through each cell; `start` is their end."""
-    size, stride = n + _PAD + 2, uint64(width - 1)
+    firsts, ends, origins = diagonals
+    size = n + _PAD + 2
     # rows before the first of a diagonal are not written as k decreases, so they are 0
     flows = np.zeros(3 * size)
     now, before, earlier = 0, size, 2 * size
     flows[n - 1] = 1.0  # every path ends in the last cell
     for k in range(n + m - 2, -1, -1):
-        first, end = max(0, k - m + 1), min(n, k + 1)
-        plane = (end - first + _PAD - 1) // _PAD * _PAD
+        first, end = firsts[k], ends[k]
+        plane = _padded(end - first)
         start -= 2 * plane
-        at = uint64(first * width + k - first)
-        for t in range(uint64(now + first), uint64(now + end)):
-            cells[at] = flows[t]
-            at += stride
-        row = max(0, k - m)  # the first of the previous diagonal
-        count = (min(n, k) - row + _PAD - 1) // _PAD * _PAD
+        for t in range(uint64(first), uint64(end)):
+            cells[uint64(origins[t]) + uint64(k)] = flows[uint64(now) + t]
+        flows[now + end] = 0.0  # left over from an earlier diagonal
+        row = max(0, first - 1)
         above = start + row - first
-        _backward_diagonal(flows, now + row, before + row, earlier + row, weights, above, above + plane, count)
+        _backward_diagonal(
+            flows, now + row, before + row, earlier + row, weights, above, above + plane, _padded(end - row)
+        )
         now, before, earlier = before, earlier, now
 
 
 @compiled_by_numba
 @no_type_check
-def _are_within(cost, row, n, m, limit):
-    """Return whether the absolute value of all costs of the example is at most `limit`; False if one is NaN."""
+def _are_within(cost, n, m, starts, least, most):
+    """Return whether all costs of the example are between two limits; False if one is NaN."""
     for i in range(n):
-        num_within = 0
-        for j in range(m):  # LLVM vectorises a count, but not a maximum
-            num_within += abs(cost[row, i, j]) <= limit
-        if num_within < m:
+        num_within, count = 0, min(cost.shape[1], m - starts[i])
+        for j in range(count):  # LLVM vectorises a count, but not a maximum
+            num_within += (cost[i, j] >= least) & (cost[i, j] <= most)
+        if num_within < count:
             return False
     return True
 
 
 @compiled_by_numba
 @no_type_check
-def _forward_exact(cost, n, m, gamma, weights):
+def _forward_exact(cost, n, m, starts, gamma, weights):
     """Return the cost at the end, and store the weights of each cell's predecessors: above, left, above left."""
     row = np.full(m + 1, np.inf)  # accumulated costs of the row above, overwritten by those of this row
     row[0] = 0.0  # the corner before the first cell
     for i in range(n):
-        corner, left = row[0], np.inf
-        row[0] = np.inf
-        for j in range(m):
-            up = row[j + 1]
+        start = starts[i]
+        corner, left = row[start], np.inf
+        row[start] = np.inf
+        for t in range(min(cost.shape[1], m - start)):
+            up = row[start + t + 1]
             lowest = min(up, left, corner)
             finite = min(lowest, 1e300)  # if all three are unreachable, exponents are -inf, not NaN
             a = math.exp((finite - up) / gamma)
             b = math.exp((finite - left) / gamma)
             c = math.exp((finite - corner) / gamma)
             rest = min(a, b) + min(max(a, b), c)
-            weights[i, j, 0], weights[i, j, 1], weights[i, j, 2] = a / (1 + rest), b / (1 + rest), c / (1 + rest)
-            left = cost[i, j] + (lowest - gamma * math.log1p(rest))
-            row[j + 1], corner = left, up
+            weights[i, t, 0], weights[i, t, 1], weights[i, t, 2] = a / (1 + rest), b / (1 + rest), c / (1 + rest)
+            left = cost[i, t] + (lowest - gamma * math.log1p(rest))
+            row[start + t + 1], corner = left, up
     return row[m]
 
 
 @compiled_by_numba
 @no_type_check
-def _backward_exact(grad, n, m, weights):
-    """Write the probability that a path passes through each cell, in float64 (see `_backward_fast`)."""
-    downwards, corners = np.zeros(m), np.zeros(m)  # probabilities that arrive from the row below
+def _backward_exact(grad, n, m, starts, weights, value):
+    """Write the probability that a path passes through each cell: 0 if `value` is +inf, and NaN if it is NaN."""
+    # probabilities that arrive from the row below; corners[j + 1] is that of column j
+    downwards, corners = np.zeros(m), np.zeros(m + 1)
     for i in range(n - 1, -1, -1):
-        sideways, corner = 0.0, 0.0
+        sideways, corner, start = 0.0, 0.0, starts[i]
         if i == n - 1:
-            sideways = 1.0  # every path ends in the last cell
-        for j in range(m - 1, -1, -1):
-            arriving = downwards[j] + sideways + corners[j]
-            grad[i, j] = arriving
-            downwards[j], sideways = arriving * weights[i, j, 0], arriving * weights[i, j, 1]
-            corners[j], corner = corner, arriving * weights[i, j, 2]
+            sideways = 1.0 if value < np.inf else 0.0 / value  # every path ends in the last cell
+        for t in range(min(grad.shape[1], m - start) - 1, -1, -1):
+            j = start + t
+            arriving = downwards[j] + sideways + corners[j + 1]
+            grad[i, t] = arriving
+            downwards[j], sideways = arriving * weights[i, t, 0], arriving * weights[i, t, 1]
+            corners[j + 1], corner = corner, arriving * weights[i, t, 2]
+        corners[start] = corner
 
 
 @compiled_by_numba
 @no_type_check
-def _solve(cost, x_lengths, y_lengths, gamma, keep, value, grad, first_row, last_row):
+def _num_weights(diagonals, keep):
+    """Return the number of weights to store; flows of 0 are multiplied by weights up to _PAD before or after."""
+    total, largest = 0, 0
+    for k in range(len(diagonals[0])):
+        count = 2 * _padded(diagonals[1][k] - diagonals[0][k])
+        total, largest = total + count, max(largest, count)
+    return (total if keep else largest) + 4 * _PAD
+
+
+@compiled_by_numba
+@no_type_check
+def _solve(cost, x_lengths, y_lengths, starts, gamma, keep, value, grad, first_row, last_row):
     """Compute the values of examples first_row to last_row - 1 and, if `keep`, the gradients."""
-    width, size = cost.shape[2], 0
+    width = cost.shape[2]
     limit = float32(min(_LIMIT * gamma, 1e38)) if cost.itemsize == 4 else float32(-1)
+    weights = np.empty(0, float32)
     for row in range(first_row, last_row):
-        n, m = x_lengths[row], y_lengths[row]
-        size = max(size, 2 * (min(n, m) + _PAD) * (n + m - 1 if keep else 1))
-    weights = np.zeros(size + 4 * _PAD, float32)  # flows of 0 are multiplied by weights up to _PAD before or after
-    for row in range(first_row, last_row):
-        n, m = x_lengths[row], y_lengths[row]
+        n, m, begins = x_lengths[row], y_lengths[row], starts[row]
         if keep:
             grad[row, n:] = 0.0
-            grad[row, :n, m:] = 0.0
-        if _are_within(cost, row, n, m, limit):
-            reached, used = _forward_fast(cost[row].reshape(-1), n, m, width, 1.0 / gamma, keep, weights)
+            for i in range(n):
+                grad[row, i, m - begins[i] :] = 0.0
+        if _are_within(cost[row], n, m, begins, -limit, limit):
+            diagonals = _diagonals(n, m, width, begins)
+            size = _num_weights(diagonals, keep)
+            if size > len(weights):
+                weights = np.zeros(size, float32)
+            reached, used = _forward_fast(cost[row].reshape(-1), n, m, diagonals, 1.0 / gamma, keep, weights)
             value[row] = reached * gamma
             if keep:
-                _backward_fast(grad[row].reshape(-1), n, m, width, weights, used)
-        elif (cost[row, :n, :m] > -np.inf).all():
-            exact_weights = np.empty((n, m, 3))
-            value[row] = _forward_exact(cost[row], n, m, gamma, exact_weights)
-            if keep and value[row] < np.inf:
-                _backward_exact(grad[row], n, m, exact_weights)
-            elif keep:
-                grad[row] = 0.0
+                _backward_fast(grad[row].reshape(-1), n, m, diagonals, weights, used)
         else:
-            value[row] = np.nan
+            exact_weights = np.empty((n, min(width, m), 3))
+            value[row] = _forward_exact(cost[row], n, m, begins, gamma, exact_weights)
+            if not _are_within(cost[row], n, m, begins, -1.7e308, np.inf):
+                value[row] = np.nan
             if keep:
-                grad[row, :n, :m] = np.nan
+                _backward_exact(grad[row], n, m, begins, exact_weights, value[row])

@@ -5,11 +5,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Costs = Float[Tensor, "batch n m"]
+Starts = Int[Tensor, "batch n"]
 Lengths = Int[Tensor, " batch"]
 
 
 def solve(
-    cost: Costs, gamma: float, x_lengths: Lengths, y_lengths: Lengths, keep: bool
+    cost: Costs, gamma: float, x_lengths: Lengths, y_lengths: Lengths, keep: bool, starts: Starts | None = None
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "..."]]:
     """Compute the values and, if `keep` is true, their gradients (else an empty tensor).
 
@@ -17,8 +18,12 @@ def solve(
     computed one anti-diagonal i + j at a time. The gradient of a cell is the probability that a path passes through it:
     the sum over the paths to the cell, times the sum over the paths from it, divided by the sum over all paths. The
     paths from the cell need a second recurrence from the end, computed together with the first. Both are in float64 if
-    the device has it.
+    the device has it. A band is computed as a full table with infinite costs outside the band, one example at a time.
     """
+    if starts is not None:
+        rows = [slice(row, row + 1) for row in range(len(cost))]
+        bands = [_solve_band(cost[row], gamma, x_lengths[row], y_lengths[row], keep, starts[row]) for row in rows]
+        return torch.cat([value for value, _ in bands]), torch.cat([grad for _, grad in bands])
     log_costs = _log_costs(cost, gamma, x_lengths, y_lengths)
     if keep:
         turned = _turned(log_costs, x_lengths, y_lengths)
@@ -34,6 +39,17 @@ def solve(
     share = (before + after - end[:, None, None]).clamp(max=0.0).exp()
     none = end.isneginf()[:, None, None] | log_costs.isneginf()
     return value, share.masked_fill(none, 0.0).to(cost.dtype)
+
+
+def _solve_band(
+    cost: Costs, gamma: float, x_lengths: Lengths, y_lengths: Lengths, keep: bool, starts: Starts
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, "..."]]:
+    """Do the same as `solve` for a band: row i of `cost` holds the columns from starts[i] on."""
+    m, width = int(y_lengths.max()), cost.shape[2]
+    columns = (starts[:, :, None] + torch.arange(width, device=cost.device)).clamp(max=m + width - 1)
+    full = cost.new_full((*cost.shape[:2], m + width), torch.inf).scatter(2, columns, cost)
+    value, grad = solve(full[:, :, :m], gamma, x_lengths, y_lengths, keep)
+    return value, torch.nn.functional.pad(grad, (0, width)).gather(2, columns) if keep else grad
 
 
 def _log_costs(cost: Costs, gamma: float, x_lengths: Lengths, y_lengths: Lengths) -> Costs:

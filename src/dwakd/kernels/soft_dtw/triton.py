@@ -3,8 +3,9 @@
 The weights of a cell are the probabilities of its three predecessors on a path. The flow of a cell is its gradient: the
 probability that a path passes through it. Accumulated costs, divided by gamma, and flows are in float64. Exponentials
 and weights have the dtype of the costs. Cells at both ends of a diagonal that no path of finite cost reaches are
-skipped, so a hard band (+inf outside) takes time for the cells inside only. The three weights of each cell are stored
-diagonal by diagonal, and freed once the gradient is computed. `no_type_check` prevents the tests' shape checker from
+skipped, so a hard band (+inf outside) takes time for the cells inside only. Row i of the costs holds the columns from
+starts[i] on. The cells outside this band have infinite costs. The three weights of each cell are stored diagonal by
+diagonal, and freed once the gradient is computed. `no_type_check` prevents the tests' shape checker from
 wrapping compiled functions.
 """
 
@@ -32,15 +33,17 @@ def _lengths(x_length, y_length, num_rows, num_columns):
 @triton.jit
 @no_type_check
 def _forward(
-    cost, x_lengths, y_lengths, value, reached, weights, ranges, inverse_high, inverse_low, num_rows, num_columns,
-    stride_example, stride_row, stride_column, keep: tl.constexpr, narrow: tl.constexpr, block: tl.constexpr,
+    cost, starts, x_lengths, y_lengths, value, used, reached, weights, ranges, inverse_high, inverse_low, num_rows,
+    num_columns, width, num_weights, stride_example, stride_row, stride_column,
+    keep: tl.constexpr, narrow: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     example = tl.program_id(0).to(tl.int64)
     n, m = _lengths(x_lengths + example, y_lengths + example, num_rows, num_columns)
     cost += example * stride_example
+    starts += example * num_rows
     reached += example * 3 * num_rows
-    weights += example * 3 * num_rows * num_columns
-    ranges += example * 2 * (num_rows + num_columns - 1)
+    weights += example * num_weights
+    ranges += example * 4 * (num_rows + num_columns - 1)
     kind = weights.dtype.element_ty
     inverse_gamma = tl.full([], inverse_high, tl.float64) + tl.full([], inverse_low, tl.float64)
     lanes = tl.arange(0, block)
@@ -60,8 +63,9 @@ def _forward(
         for top in range(from_row, to_row, block):
             i = top + lanes
             inside = i < to_row
-            cell = cost + i.to(tl.int64) * stride_row + (k - i) * stride_column
-            here = tl.load(cell, mask=inside, other=0.0).to(tl.float64)
+            at = k - i - tl.load(starts + i, mask=inside, other=0)
+            cell = cost + i.to(tl.int64) * stride_row + at * stride_column
+            here = tl.load(cell, mask=inside & (at >= 0) & (at < width), other=float("inf")).to(tl.float64)
             bad += tl.where(here > float("-inf"), 0, 1)
             up = tl.load(last + i - 1, mask=inside & (i > low_1) & (i <= high_1), other=float("inf"))
             left = tl.load(last + i, mask=inside & (i >= low_1) & (i < high_1), other=float("inf"))
@@ -81,48 +85,54 @@ def _forward(
                 low = tl.minimum(low, tl.min(tl.where(alive, i, _NOWHERE), axis=0))
                 high = tl.maximum(high, tl.max(tl.where(alive, i + 1, 0), axis=0))
             if keep:
-                place = weights + start + (i - first)
+                place = weights + start + (i - from_row)
                 share = 1.0 / tl.maximum(total, 1.0)
                 tl.store(place, a * share, mask=inside)
-                tl.store(place + (end - first), b * share, mask=inside)
-                tl.store(place + 2 * (end - first), c * share, mask=inside)
+                tl.store(place + (to_row - from_row), b * share, mask=inside)
+                tl.store(place + 2 * (to_row - from_row), c * share, mask=inside)
         if narrow == 0:
             low, high = from_row, to_row
+        cells = tl.maximum(to_row - from_row, 0)
         if keep:
-            tl.store(ranges + 2 * k, low)
-            tl.store(ranges + 2 * k + 1, high)
+            tl.store(ranges + 4 * k, low)
+            tl.store(ranges + 4 * k + 1, high)
+            tl.store(ranges + 4 * k + 2, from_row)
+            tl.store(ranges + 4 * k + 3, cells)
         low_2, high_2, low_1, high_1 = low_1, high_1, low, high
-        start += 3 * (end - first)
+        start += 3 * cells
         tl.debug_barrier()  # the next diagonal reads what other threads have stored
     is_wrong = (tl.sum(bad, axis=0) > 0) | (n == 0)
     tl.store(value + example, tl.where(is_wrong, float("nan"), tl.min(end_value, axis=0)))
+    if keep:
+        tl.store(used + example, start)
 
 
 @triton.jit
 @no_type_check
 def _backward(
-    grad, x_lengths, y_lengths, value, flows, weights, ranges, num_rows, num_columns, block: tl.constexpr
+    grad, starts, x_lengths, y_lengths, value, used, flows, weights, ranges, num_rows, num_columns, width, num_weights,
+    block: tl.constexpr,
 ):  # fmt: skip
     example = tl.program_id(0).to(tl.int64)
     n, m = _lengths(x_lengths + example, y_lengths + example, num_rows, num_columns)
-    grad += example * num_rows * num_columns
+    grad += example * num_rows * width
+    starts += example * num_rows
     flows += example * 3 * num_rows
-    weights += example * 3 * num_rows * num_columns
-    ranges += example * 2 * (num_rows + num_columns - 1)
+    weights += example * num_weights
+    ranges += example * 4 * (num_rows + num_columns - 1)
     lanes = tl.arange(0, block)
     # the last cell has flow 1, or 0 if it cannot be reached
     value_here = tl.load(value + example)
     source = tl.where(value_here < float("inf"), 1.0, tl.where(value_here == float("inf"), 0.0, value_here))
-    start_0 = 3 * n.to(tl.int64) * m  # end of the weights of this diagonal, then their start
+    start_0 = tl.load(used + example)  # end of the weights of this diagonal, then their start
     zero = tl.zeros([], tl.int32)
     start_1, first_1, cells_1, low_1, high_1 = start_0, zero, zero, zero, zero  # the next diagonal
     start_2, first_2, cells_2, low_2, high_2 = start_0, zero, zero, zero, zero  # the diagonal after the next one
     for step in range(n + m - 1):
         k = n + m - 2 - step
-        first = tl.maximum(0, k - m + 1)
-        cells = tl.minimum(n, k + 1) - first
+        low, high = tl.load(ranges + 4 * k), tl.load(ranges + 4 * k + 1)
+        first, cells = tl.load(ranges + 4 * k + 2), tl.load(ranges + 4 * k + 3)
         start_0 -= 3 * cells
-        low, high = tl.load(ranges + 2 * k), tl.load(ranges + 2 * k + 1)
         now, after = flows + k % 3 * num_rows, flows + (k + 1) % 3 * num_rows
         after_next = flows + (k + 2) % 3 * num_rows
         for top in range(low, high, block):
@@ -141,33 +151,47 @@ def _backward(
             flow += tl.load(after_next + i + 1, mask=across, other=0.0) * share
             flow = tl.where((step == 0) & (i == n - 1), source, flow)
             tl.store(now + i, flow, mask=inside)
-            tl.store(grad + i.to(tl.int64) * num_columns + (k - i), flow.to(grad.dtype.element_ty), mask=inside)
+            at = k - i - tl.load(starts + i, mask=inside, other=0)
+            cell = grad + i.to(tl.int64) * width + at
+            tl.store(cell, flow.to(grad.dtype.element_ty), mask=inside & (at >= 0) & (at < width))
         start_2, first_2, cells_2, low_2, high_2 = start_1, first_1, cells_1, low_1, high_1
         start_1, first_1, cells_1, low_1, high_1 = start_0, first, cells, low, high
         tl.debug_barrier()  # the next diagonal reads what other threads have stored
 
 
 def solve(
-    cost: Float[Tensor, "batch n m"],
+    cost: Float[Tensor, "batch n width"],
     gamma: float,
     x_lengths: Int[Tensor, " batch"],
     y_lengths: Int[Tensor, " batch"],
     keep: bool,
+    starts: Int[Tensor, "batch n"] | None = None,
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "..."]]:
     """Compute the values and, if `keep`, their gradients (else an empty tensor); an invalid length gives NaN."""
-    batch, n, m = cost.shape
+    batch, n, width = cost.shape
+    m, is_band = width, starts is not None
+    if starts is None:
+        starts = torch.zeros(batch, n, dtype=torch.int32, device=cost.device)
+    else:
+        m = int(starts.max()) + width
     value = torch.empty(batch, dtype=torch.float64, device=cost.device)
+    used = torch.empty(batch, dtype=torch.int64, device=cost.device)
     rows = torch.empty(batch, 3, n, dtype=torch.float64, device=cost.device)
-    weights = cost.new_empty(batch if keep else 0, 3, n * m)
-    ranges = torch.empty(batch if keep else 0, n + m - 1, 2, dtype=torch.int32, device=cost.device)
+    # up to two more rows than those in the band are computed on each diagonal
+    num_weights = 3 * (n * width + (2 * (n + m) if is_band else 0))
+    weights = cost.new_empty(batch if keep else 0, num_weights)
+    ranges = torch.empty(batch if keep else 0, n + m - 1, 4, dtype=torch.int32, device=cost.device)
     inverse_high = float(torch.tensor(1 / gamma, dtype=torch.float32))  # Triton takes float arguments as float32
-    block = min(_LARGEST_BLOCK, max(16, triton.next_power_of_2(min(n, m))))
+    block = min(_LARGEST_BLOCK, max(16, triton.next_power_of_2(min(n, width))))
     options = {"block": block, "num_warps": max(1, min(8, block // 32))}
     _forward[(batch,)](
-        cost.detach(), x_lengths, y_lengths, value, rows, weights, ranges, inverse_high, 1 / gamma - inverse_high, n, m,
-        *cost.stride(), keep=keep, narrow=min(n, m) > block, **options,
+        cost.detach(), starts, x_lengths, y_lengths, value, used, rows, weights, ranges, inverse_high,
+        1 / gamma - inverse_high, n, m, width, num_weights, *cost.stride(), keep=keep,
+        narrow=is_band or min(n, m) > block, **options,
     )  # fmt: skip
     grad = cost.new_zeros(cost.shape if keep else (0,))
     if keep:
-        _backward[(batch,)](grad, x_lengths, y_lengths, value, rows, weights, ranges, n, m, **options)
+        _backward[(batch,)](
+            grad, starts, x_lengths, y_lengths, value, used, rows, weights, ranges, n, m, width, num_weights, **options
+        )
     return (value * gamma).to(cost.dtype), grad
