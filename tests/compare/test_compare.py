@@ -1,16 +1,20 @@
 """Test that a comparison keeps finished runs, reports failures and searches the best options."""
 
 import json
+import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from dwakd.answers.run import training_examples
 from dwakd.cli import main
-from dwakd.compare import compare
-from dwakd.compare.compare import Runner, compare_methods, evaluate_teacher, search
+from dwakd.compare import runner
+from dwakd.compare.compare import compare_methods, evaluate_teacher, search
 from dwakd.compare.plan import RATES, Cell, Variant, variants_of
+from dwakd.compare.runner import Runner, lock_of
 from dwakd.errors import UserError
 from dwakd.evaluation.run import plan_evaluation
 from dwakd.recipe.files import RECIPE_FILE
@@ -149,7 +153,7 @@ def test_finished_cells_are_kept_and_a_failed_one_says_why(tmp_path, monkeypatch
         started.append(folder.name)
         return [sys.executable, "-c", script, str(folder)]
 
-    monkeypatch.setattr(compare, "train_command", command)
+    monkeypatch.setattr(runner, "train_command", command)
     cells = [Cell(Variant(name, {"loss.method": name}), seed) for seed in (1, 2) for name in ("sft", "dskd")]
     failures = Runner(recipe(), tmp_path, 2).run(cells)
     assert failures.keys() == {"dskd-1", "dskd-2"}
@@ -159,15 +163,53 @@ def test_finished_cells_are_kept_and_a_failed_one_says_why(tmp_path, monkeypatch
     assert sorted(started) == ["dskd-1", "dskd-2"]
 
 
+def test_the_same_comparison_in_several_processes(tmp_path, monkeypatch):
+    """Each cell is trained once, a failure is reported by all, and the cell of a process that died is run by another."""
+    script = (
+        "import pathlib, sys, time; folder = pathlib.Path(sys.argv[1]); time.sleep(0.2); "
+        "sys.exit('error: no luck') if 'dskd' in folder.name else None; "
+        "(folder / 'eval').mkdir(parents=True); (folder / 'dwakd-run.json').write_text('{}'); "
+        "(folder / 'eval' / 'test.json').write_text('{}')"
+    )
+    started = []
+
+    def command(path, folder):
+        started.append(folder.name)
+        return [sys.executable, "-S", "-c", script, str(folder)]
+
+    monkeypatch.setattr(runner, "train_command", command)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.05)
+    cells = [Cell(Variant(name, {"loss.method": name}), seed) for seed in (1, 2) for name in ("sft", "dskd", "alm")]
+    path = lock_of(tmp_path, "alm-2").lock_file
+    hold = (
+        f"import filelock, time; lock = filelock.FileLock({str(path)!r}); lock.acquire(); print('locked', flush=True); "
+    )
+    hold += "time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"locked\n"
+    with ThreadPoolExecutor() as pool:
+        running = [pool.submit(Runner(recipe(), tmp_path, 1).run, cells) for _ in range(3)]
+        while len(started) < 5:
+            time.sleep(0.05)
+        assert "alm-2" not in started
+        assert not any(run.done() for run in running), "they wait for alm-2"
+        other.kill()
+        failures = [run.result() for run in running]
+    other.communicate()
+    assert sorted(started) == sorted(cell.name for cell in cells)
+    assert failures[0].keys() == {"dskd-1", "dskd-2"}
+    assert failures[0] == failures[1] == failures[2]
+
+
 def test_cells_of_another_recipe_are_refused(tmp_path):
     """Finished runs of another recipe are refused."""
-    runner, cell = Runner(recipe(), tmp_path, 1), Cell(Variant("sft", {"loss.method": "sft"}), 1)
-    folder = runner.cell_folder(cell)
+    cells, cell = Runner(recipe(), tmp_path, 1), Cell(Variant("sft", {"loss.method": "sft"}), 1)
+    folder = cells.cell_folder(cell)
     (folder / "eval").mkdir(parents=True)
     for path in (folder / "dwakd-run.json", folder / "eval" / "test.json"):
         path.write_text("{}")
     (folder / RECIPE_FILE).write_text(cell.recipe(recipe(teacher={"model": "teacher", "cache": "elsewhere"})).dump())
-    assert runner.run([cell]) == {}
+    assert cells.run([cell]) == {}
     assert Runner(recipe(generate={"prompts": ["more.jsonl"]}), tmp_path, 1).run([cell]) == {}, "which it does not use"
     for changes, message in (
         ({"training": {"learning_rate": 2e-3}}, r"sft-1 holds another run: training.learning_rate is 0.001 there"),
@@ -180,14 +222,14 @@ def test_cells_of_another_recipe_are_refused(tmp_path):
 def test_rows_with_the_same_data_and_models_share_a_cache(tmp_path):
     """Rows share a teacher cache if, and only if, their data and models are the same."""
     given = recipe(teacher={"model": "teacher", "cache": "mine"}, compare={"rows": {**ROWS, "other": {**OTHER}}})
-    runner = Runner(given, tmp_path, 1)
-    rows = {row.name: runner.recipe(Cell(row, 1)) for row in variants_of(given, given.compare, ablation=False)}
+    shared = Runner(given, tmp_path, 1)
+    rows = {row.name: shared.recipe(Cell(row, 1)) for row in variants_of(given, given.compare, ablation=False)}
     caches = {name: Path(row.teachers[0].cache).name for name, row in rows.items()}
     assert (caches["dskd"], caches["dwa_kd"], caches["other"]) == ("mine", "mine", "own")
     assert caches["dwa_kd + alm"].startswith("teacher-cache-")
     assert Path(rows["dwa_kd + alm"].teachers[0].cache).parent == tmp_path
     same = Variant("alm", {"loss.method": "alm", "data.train": "more.jsonl", "training.max_steps": 3})
-    assert runner.recipe(Cell(same, 2)).teachers == rows["dwa_kd + alm"].teachers
+    assert shared.recipe(Cell(same, 2)).teachers == rows["dwa_kd + alm"].teachers
     plain = Runner(recipe(), tmp_path, 1).recipe(Cell(Variant("dwa_kd", {}), 1))
     assert plain.teachers[0].cache == str(tmp_path / "teacher-cache")
     half = recipe(teacher={"model": "teacher", "cache_dtype": "bfloat16"})
@@ -205,7 +247,7 @@ def test_the_search_takes_the_best_on_the_dev_set(tmp_path, monkeypatch, metric,
         "(folder / 'trainer_state.json').write_text(json.dumps(state))"
     )
     monkeypatch.setattr(
-        compare, "train_command", lambda path, folder: [sys.executable, "-c", script, str(folder), metric]
+        runner, "train_command", lambda path, folder: [sys.executable, "-c", script, str(folder), metric]
     )
     (chosen,), failures = search(Runner(recipe(), tmp_path, 1), [Variant("sft", {"loss.method": "sft"})], 1)
     assert not failures

@@ -1,0 +1,219 @@
+"""Run the cells of a comparison as processes of `dwakd train`, alone or together with the same command on other machines."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from transformers.utils import logging
+
+from dwakd.cache.fingerprint import json_digest
+from dwakd.compare.plan import Cell, cacheable
+from dwakd.compare.table import num_evaluated
+from dwakd.evaluation.generate import progress_bar
+from dwakd.folders import write_file
+from dwakd.recipe.files import RECIPE_FILE
+from dwakd.recipe.recipe import Recipe
+from dwakd.training.run_folder import RUN_FILE, check_same_recipe
+
+logger = logging.get_logger(__name__)
+POLL_SECONDS = 5.0
+"""Time between two attempts to run cells that other processes have locked."""
+_ELSEWHERE = "runs in another process"
+MOVABLE = re.compile(r"(teacher\.(\d+\.)?cache|generate\.(output|batch_size))$")
+"""Options that may differ between finished runs, because they only name a file or change the speed."""
+
+
+def lock_of(folder: Path, name: str) -> FileLock:
+    """Return the lock of one part of a comparison. The operating system releases it if its process dies."""
+    path = folder / "locks" / f"{name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path)
+
+
+@contextlib.contextmanager
+def only_one(folder: Path, part: str) -> Iterator[None]:
+    """Let one process after the other run the `with` block, among those that run the same comparison."""
+    lock = lock_of(folder, part)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("waiting for another process of this comparison (%s)", part)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Runner:
+    """Run `dwakd train` for each cell, `jobs` at a time; write recipes/NAME.yaml, cells/NAME/ and logs/NAME.log.
+
+    Several processes, on one machine or on several with a shared folder, may run the same cells: each cell is locked while
+    it runs, and a process waits for cells that others have locked.
+    """
+
+    def __init__(self, base: Recipe, folder: Path, jobs: int) -> None:
+        self.base, self.folder, self.jobs = _with_shared_caches(base, folder), folder, jobs
+        self._started = time.time()
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def recipe(self, cell: Cell) -> Recipe:
+        """Return the recipe of a cell, which names the file of the teacher's answers and the caches of its teachers."""
+        row = _with_answers(cell.recipe(self.base), self.base, self.folder)
+        return _with_caches(row, self.base, self.folder)
+
+    def cell_folder(self, cell: Cell) -> Path:
+        return self.folder / "cells" / cell.name
+
+    def finished(self, cell: Cell) -> bool:
+        """Return whether a run is finished, including its evaluation."""
+        folder = self.cell_folder(cell)
+        section = self.base.evaluation
+        tests = 0 if cell.search else len(section.test) + len(section.text)
+        return (folder / RUN_FILE).is_file() and num_evaluated(folder) >= tests
+
+    def run(self, cells: Sequence[Cell]) -> dict[str, str]:
+        """Run the cells that are not finished and return the reason of each failure, by the name of the cell.
+
+        A cell that another process runs is waited for. It is run again here if that process dies, but not if it fails.
+
+        Raises:
+            UserError: a finished run was made with another recipe.
+        """
+        waiting = [cell for cell in cells if not self.finished(cell)]
+        for cell in cells:
+            saved = self.cell_folder(cell) / RECIPE_FILE
+            if cell not in waiting and saved.is_file():
+                check_same_recipe(saved, self.recipe(cell), changeable=MOVABLE)
+        with progress_bar(disable=False) as bar, ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                task, reasons = bar.add_task("runs", total=len(waiting)), dict[str, str | None]()
+                while waiting:
+                    elsewhere = []
+                    for cell, reason in zip(waiting, pool.map(self._run_cell, waiting), strict=True):
+                        if reason == _ELSEWHERE:
+                            elsewhere.append(cell)
+                        else:
+                            reasons[cell.name] = reason
+                            bar.advance(task)
+                    if elsewhere and len(elsewhere) == len(waiting):
+                        time.sleep(POLL_SECONDS)
+                    waiting = elsewhere
+            except BaseException:  # Ctrl-C: stop the running cells and keep the finished ones
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in self._processes:
+                    process.terminate()
+                raise
+        return {name: reason for name, reason in reasons.items() if reason is not None}
+
+    def _environment(self) -> dict[str, str]:
+        """Divide the cores among the runs; processes that share cores through more threads slow each other down."""
+        if self.jobs == 1:
+            return dict(os.environ)
+        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
+        return {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads, **os.environ}
+
+    def _run_cell(self, cell: Cell) -> str | None:
+        """Run one cell unless another process does, and return the reason if it failed."""
+        failure = self.folder / "logs" / f"{cell.name}.failed"
+        try:
+            with lock_of(self.folder, cell.name).acquire(timeout=0):
+                if self.finished(cell):
+                    return None
+                if failure.is_file() and failure.stat().st_mtime >= self._started:
+                    return failure.read_text(encoding="utf-8")
+                reason = self._train(cell)
+                failure.unlink(missing_ok=True)
+                if reason is not None:
+                    write_file(failure, reason.encode())
+                return reason
+        except Timeout:
+            return _ELSEWHERE
+
+    def _train(self, cell: Cell) -> str | None:
+        path = self.folder / "recipes" / f"{cell.name}.yaml"
+        write_file(path, self.recipe(cell).dump().encode())
+        log = self.folder / "logs" / f"{cell.name}.log"
+        log.parent.mkdir(exist_ok=True)
+        with log.open("wb") as stream:
+            command = train_command(path, self.cell_folder(cell))
+            process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=self._environment())
+            self._processes.append(process)
+            process.wait()
+        return None if process.returncode == 0 else failure_reason(log, process.returncode)
+
+
+def train_command(recipe: Path, folder: Path) -> list[str]:
+    """Return the command that trains and evaluates a cell, or continues it if its folder exists."""
+    resume = ["--resume"] if folder.exists() else []
+    return [sys.executable, "-m", "dwakd", "train", str(recipe), "--output", str(folder), *resume]
+
+
+def failure_reason(log: Path, code: int) -> str:
+    """Return the last error in the log of a run, or else its last line."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    last = ([line for line in lines if line.startswith("error:")] or lines or [f"exit code {code}"])[-1]
+    return f"{last.removeprefix('error: ')} ({log})"
+
+
+def _with_answers(row: Recipe, recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe of a row, with another file of answers if the row changes what the teacher answers."""
+    content, output = _answered_content(row), row.generate.output
+    if content == _answered_content(recipe) or output != recipe.generate.output:
+        return row
+    output = str(folder / f"answers-{json_digest(content)[:8]}.jsonl")
+    return row.replace(generate=row.generate.model_copy(update={"output": output}))
+
+
+def _answered_content(recipe: Recipe) -> dict[str, Any]:
+    """Return the options of a recipe that determine the teacher's answers."""
+    reading = {"train", "prompt", "response", "input", "teacher_prompt", "supervise", "template", "bos"}
+    data = recipe.data.model_dump(include=reading | {"special_tokens_in_prompts", "invalid_rows", "limit"})
+    teachers = [one.model_dump(exclude={"cache", "cache_dtype", "weight"}) for one in recipe.teachers[:1]]
+    return {
+        "data": data,
+        "teachers": teachers,
+        "generate": recipe.generate.model_dump(exclude={"output", "batch_size"}),
+    }
+
+
+def _with_shared_caches(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe with a cache for each teacher, which the rows that change neither data nor models share."""
+    names = ["teacher-cache", *(f"teacher-cache-{number}" for number in range(2, len(recipe.teachers) + 1))]
+    pairs = zip(recipe.teachers, names, strict=False)
+    teachers = [one.model_copy(update={"cache": one.cache or str(folder / name)}) for one, name in pairs]
+    return recipe.model_copy(
+        update={"teacher": teachers if isinstance(recipe.teacher, list) else next(iter(teachers), None)}
+    )
+
+
+def _with_caches(row: Recipe, recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe of a row with a cache for each teacher, which all rows with the same data and models share."""
+    if not row.loss.needs_teacher or not cacheable(row):
+        return row
+    content, common = _cached_content(row), _cached_content(recipe)
+    digest = "" if content == common else "-" + json_digest(content)[:8]
+    shared = {one.cache for one in recipe.teachers} if digest else set()
+    teachers = []
+    for number, one in enumerate(row.teachers, start=1):
+        name = f"teacher-cache{digest}" + (f"-{number}" if number > 1 else "")
+        cache = one.cache if one.cache not in {None, *shared} else str(folder / name)
+        teachers.append(one.model_copy(update={"cache": cache}))
+    return row.replace(teacher=teachers)
+
+
+def _cached_content(recipe: Recipe) -> dict[str, Any]:
+    """Return the options of a recipe that determine what a teacher's cache contains."""
+    content = recipe.model_dump(exclude={"generate": {"output", "batch_size"}})
+    teachers = [one.model_dump(exclude={"cache", "weight"}) for one in recipe.teachers]
+    return {name: content[name] for name in ("student", "data", "generate")} | {"teachers": teachers}
