@@ -10,11 +10,13 @@ response, the end-of-sequence token included.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -114,15 +116,33 @@ class TokenBatch:
         return replace(self, **fields)
 
     def examples(self, places: Sequence[int], student_rows: Sequence[int]) -> "TokenBatch":
-        """Return the tokens of some of the examples. `student_rows` is the student's `num_rows` of all examples."""
+        """Return the tokens of some of the examples, without the padding that only other examples need.
+
+        `student_rows` is the student's `num_rows` of all examples.
+        """
+        width = max(self.num_tokens[place] for place in places)
         fields: dict[str, Any] = {}
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 aligned = name == "aligned_rows"
-                fields[name] = of_examples(value, student_rows, places) if aligned else value[list(places)]
+                fields[name] = of_examples(value, student_rows, places) if aligned else value[list(places), :width]
             elif value is not None:
                 fields[name] = tuple(value[place] for place in places)
         return replace(self, **fields)
+
+    @staticmethod
+    def concatenate(batches: "Sequence[TokenBatch]") -> "TokenBatch":
+        """Return one batch with the examples of several, padded to the longest one."""
+        width = max(batch.input_ids.shape[1] for batch in batches)
+        fields: dict[str, Any] = {}
+        for name, first in vars(batches[0]).items():
+            values = [getattr(batch, name) for batch in batches]
+            if isinstance(first, tuple):
+                fields[name] = tuple(chain.from_iterable(values))
+            elif first is not None:
+                padded = [value if value.ndim == 1 else pad(value, (0, width - value.shape[1])) for value in values]
+                fields[name] = torch.cat(padded)
+        return TokenBatch(**fields)
 
 
 def of_examples(values: Tensor, lengths: Sequence[int], places: Sequence[int]) -> Tensor:
@@ -171,13 +191,35 @@ class PairedBatch:
         """Return this batch in page-locked memory. Data loaders of torch call it."""
         return self.map(torch.Tensor.pin_memory)
 
-    def first(self, count: int) -> "PairedBatch":
-        """Return the first examples of this batch."""
-        student, *teachers = (tokens.examples(range(count), self.student.num_rows) for tokens in self)
-        chosen = self.chosen and self.chosen[:count]
+    def examples(self, places: Sequence[int]) -> "PairedBatch":
+        """Return some of the examples of this batch, those without sampled responses first."""
+        num_given = len(self) - self.num_sampled
+        places = sorted(places, key=lambda place: place >= num_given)
+        student, *teachers = (tokens.examples(places, self.student.num_rows) for tokens in self)
         return replace(
-            self, student=student, teachers=tuple(teachers), example_ids=self.example_ids[:count], chosen=chosen
+            self,
+            student=student,
+            teachers=tuple(teachers),
+            example_ids=tuple(self.example_ids[place] for place in places),
+            num_sampled=sum(place >= num_given for place in places),
+            chosen=self.chosen and tuple(self.chosen[place] for place in places),
         )
+
+    @staticmethod
+    def concatenate(batches: "Sequence[PairedBatch]") -> "PairedBatch":
+        """Return one batch with the examples of several, those without sampled responses first."""
+        student, *teachers = (TokenBatch.concatenate(models) for models in zip(*batches, strict=True))
+        sampled = [n >= len(batch) - batch.num_sampled for batch in batches for n in range(len(batch))]
+        whole = replace(
+            batches[0],
+            student=student,
+            teachers=tuple(teachers),
+            example_ids=tuple(chain.from_iterable(batch.example_ids for batch in batches)),
+            num_sampled=0,
+            chosen=batches[0].chosen and tuple(chain.from_iterable(batch.chosen or () for batch in batches)),
+        )
+        ordered = whole.examples(sorted(range(len(whole)), key=sampled.__getitem__))
+        return replace(ordered, num_sampled=sum(sampled))
 
 
 @dataclass(frozen=True)

@@ -249,7 +249,7 @@ def test_the_first_rows_of_a_batch_are_a_batch() -> None:
     pairs = encode_pairs([row(k, "The quick brown fox"[: 5 * k + 4]) for k in range(3)], student, teacher)
     align_by_spelling(pairs, student, teacher)
     batch, alone = batch_of(pairs), collate([pairs[0]])
-    cut = batch.first(1)
+    cut = batch.examples([0])
     assert cut.example_ids == (0,)
     for tokens, expected in zip(cut, alone, strict=True):
         assert tokens.num_tokens == expected.num_tokens

@@ -10,7 +10,7 @@ from dwakd.training.run import end_of_run
 from tests.training.builders import ROWS, on_policy, trainer, weights
 
 if __name__ == "__main__":
-    output, method, batch_size, accumulation, num_rows, *lmbda = sys.argv[1:]
+    output, method, batch_size, accumulation, num_rows, max_tokens, *lmbda = sys.argv[1:]
     torch.set_num_threads(1)
     run = trainer(
         Path(output),
@@ -18,6 +18,7 @@ if __name__ == "__main__":
         method=method,
         per_device_train_batch_size=int(batch_size),
         gradient_accumulation_steps=int(accumulation),
+        max_tokens_per_batch=int(max_tokens) or None,
         ddp_backend="gloo",
         **(on_policy(float(lmbda[0])) if lmbda else {}),
     )

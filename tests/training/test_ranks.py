@@ -13,14 +13,16 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    ("method", "accumulation", "num_rows"), [("dwa_kd", 1, 16), ("sft", 2, 16), ("min_ed", 1, 13), ("dwa_kd", 1, 13)]
+    ("method", "accumulation", "num_rows", "max_tokens"),
+    [("dwa_kd", 1, 16, 0), ("sft", 2, 16, 0), ("min_ed", 1, 13, 100), ("dwa_kd", 1, 13, 0)],
 )
-def test_two_ranks_equal_one(tmp_path, method, accumulation, num_rows):
+def test_two_ranks_equal_one(tmp_path, method, accumulation, num_rows, max_tokens):
     """Two ranks end with the weights and terms of one process.
 
-    With thirteen rows, one row is left for the last step, which accelerate fills by repeating other rows on both ranks.
+    With thirteen rows, one row is left for the last step, which accelerate fills by repeating other rows on both ranks. With
+    `max_tokens`, the ranks have different numbers of micro-batches.
     """
-    arguments = [tmp_path / "two", method, 2 // accumulation, accumulation, num_rows]
+    arguments = [tmp_path / "two", method, 2 // accumulation, accumulation, num_rows, max_tokens]
     run_on_two_ranks("tests.training.rank", *arguments)
     one = trainer(tmp_path / "one", rows=ROWS[:num_rows], method=method, per_device_train_batch_size=4)
     one.train()
@@ -35,7 +37,7 @@ def test_two_ranks_equal_one(tmp_path, method, accumulation, num_rows):
 @pytest.mark.parametrize(("method", "lmbda", "num_rows"), [("alm", 0.5, 13), ("kd", 1.0, 16)])
 def test_two_ranks_give_the_answers_and_the_student_of_one(tmp_path, method, lmbda, num_rows):
     """Each rank answers its own prompts; one rank may have sampled answers only and the other none."""
-    run_on_two_ranks("tests.training.rank", tmp_path / "two", method, 2, 1, num_rows, lmbda)
+    run_on_two_ranks("tests.training.rank", tmp_path / "two", method, 2, 1, num_rows, 120, lmbda)
     one = trainer(tmp_path / "one", rows=ROWS[:num_rows], method=method, **on_policy(lmbda))
     one.train()
     assert_same(load_file(tmp_path / "two" / "weights.safetensors"), weights(one), atol=2e-4)

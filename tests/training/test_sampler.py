@@ -8,7 +8,7 @@ from accelerate.state import GradientState
 from transformers import TrainingArguments
 
 from dwakd.batch import PairedBatch, TokenBatch
-from dwakd.training.sampler import BLOCK_STEPS, LengthGroupedSampler, cut_repeats
+from dwakd.training.sampler import BLOCK_STEPS, LengthGroupedSampler, cut_repeats, padded_tokens, split_by_tokens
 
 
 def batch(size: int) -> PairedBatch:
@@ -41,3 +41,32 @@ def test_steps_have_rows_of_like_length_and_epochs_differ():
     steps = [sorted(lengths[row] for row in order[i : i + 4]) for i in range(0, 4 * BLOCK_STEPS, 4)]
     assert sum(step[-1] - step[0] for step in steps) / len(steps) < 20
     assert list(later) != order
+
+
+def rows(lengths: list[int], start: int = 0, **options) -> PairedBatch:
+    """Return a batch whose teachers read one and two tokens more than the student. The last token is the response."""
+    sides = []
+    for extra in range(3):
+        counts = tuple(length + extra for length in lengths)
+        mask = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+        ids = torch.where(mask, 100 * (start + torch.arange(len(lengths)))[:, None] + torch.arange(max(counts)), 0)
+        last = torch.arange(max(counts)) == torch.tensor(counts)[:, None] - 1
+        sides.append(TokenBatch(ids, mask.long(), ids, last, ids, counts, (1,) * len(lengths)))
+    return PairedBatch(sides[0], tuple(sides[1:]), tuple(range(start, start + len(lengths))), **options)
+
+
+def test_micro_batches_have_at_most_the_given_tokens():
+    """Rows of several batches are mixed, a long row stays alone, and all ranks get the same number of micro-batches."""
+    batches = [rows([5, 40, 6], num_sampled=1), rows([9, 4], start=3), rows([7], start=5, weight=0.0)]
+    parts = split_by_tokens(batches, 60, lambda count: torch.cat([count, count + 2]))
+    assert [part.example_ids for part in parts] == [(4, 0), (3, 2), (1,), (4,), (4,)], "row 2 is sampled"
+    assert [padded_tokens(part, range(len(part))) for part in parts] == [36, 60, 123, 15, 15]
+    assert [part.weight for part in parts] == [1, 1, 1, 0, 0]
+    assert [part.num_sampled for part in parts] == [0, 1, 0, 0, 0]
+    for got, expected in zip(parts[1], rows([9]), strict=True):
+        assert torch.equal(got.input_ids[0], expected.input_ids[0] + 300), "the first of the rows has the longest input"
+        assert got.attention_mask.sum(1).tolist() == list(got.num_tokens)
+    chosen = [rows([9, 4, 5], chosen=(0, 1, 1)), rows([3], start=3, chosen=(0,))]
+    (part,) = split_by_tokens(chosen, 70, None)
+    assert (part.example_ids, part.chosen) == ((3, 1, 2, 0), (0, 1, 1, 0))
+    assert padded_tokens(part, range(4)) == 4 * 9 + 2 * 10 + 2 * 7

@@ -15,7 +15,7 @@ from dwakd.training.distiller import LOSS_STATE
 from dwakd.training.inputs import checked_args
 from dwakd.training.run_folder import checkpoint_fault
 from tests.builders import FAMILIES, byte_bpe, tiny_model
-from tests.training.builders import ROWS, assert_same, trainer, weights
+from tests.training.builders import ROWS, assert_same, on_policy, trainer, weights
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -73,12 +73,70 @@ def test_accumulation_changes_nothing(tmp_path, method):
     assert_same(weights(split), weights(whole), atol=2e-4)
 
 
-@pytest.mark.parametrize(("lora", "order"), [(False, "random"), (True, "random"), (False, "group_by_length")])
-def test_resumed_run_ends_with_the_same_student(tmp_path, lora, order):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"per_device_train_batch_size": 4, "max_tokens_per_batch": 300},
+        {"method": "min_ed", "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2},
+        {
+            "method": "sft",
+            "per_device_train_batch_size": 3,
+            "gradient_accumulation_steps": 5,
+            "max_tokens_per_batch": 1,
+        },
+        {"method": "alm", "per_device_train_batch_size": 5, **on_policy(0.5)},
+    ],
+)
+def test_batches_by_tokens_change_nothing_else(tmp_path, options):
+    """Batches by tokens take the rows of the same steps, stay below the limit, and give the same terms and weights.
+
+    A row above the limit is a batch of its own. Thirteen rows leave an incomplete last step of each epoch.
+    """
+    rows = [{**row, "response": row["response"] * (1 + index % 5)} for index, row in enumerate(ROWS[:13])]
+    options = {"max_tokens_per_batch": 400, "max_steps": 3, **options}
+    limit, size = options.pop("max_tokens_per_batch"), options["per_device_train_batch_size"]
+    accumulation = options.get("gradient_accumulation_steps", 1)
+    seen: list[dict[int, list[tuple[int, ...]]]] = [{}, {}]
+    runs = []
+    for own, max_tokens in zip(seen, (None, limit), strict=True):
+        run = trainer(tmp_path, rows=rows, max_tokens_per_batch=max_tokens, **options)
+        compute = run.compute_loss
+
+        def noted(model, micro, *args, own=own, run=run, compute=compute, max_tokens=max_tokens, **kwargs):
+            ids = micro.batch.example_ids
+            own.setdefault(run.state.global_step, []).append(ids)
+            width = sum(tokens.input_ids.shape[1] for tokens in micro.batch)
+            assert max_tokens is None or len(ids) == 1 or len(ids) * width <= max_tokens
+            return compute(model, micro, *args, **kwargs)
+
+        run.compute_loss = noted
+        run.train()
+        runs.append(run)
+    fixed, by_tokens = ({step: sorted(sum(ids, ())) for step, ids in own.items()} for own in seen)
+    assert fixed == by_tokens
+    assert len(by_tokens[0]) == min(size * accumulation, 13)
+    assert len(seen[1][0]) != len(seen[0][0])
+    assert any(len(ids) > 1 for ids in seen[1][0]) is (limit > 1)
+    for one, other in zip(*(run.state.log_history for run in runs), strict=True):
+        assert one.keys() == other.keys()
+        for name in one.keys() - {"train_runtime", "train_samples_per_second", "train_steps_per_second"}:
+            if "per_second" not in name:
+                assert one[name] == pytest.approx(other[name], rel=2e-4, abs=1e-6), name
+    assert_same(weights(runs[1]), weights(runs[0]), atol=2e-4)
+
+
+BY_TOKENS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_tokens_per_batch": 150}
+
+
+@pytest.mark.parametrize(
+    ("lora", "order", "others"),
+    [(False, "random", {}), (True, "random", BY_TOKENS), (False, "group_by_length", {})],
+)
+def test_resumed_run_ends_with_the_same_student(tmp_path, lora, order, others):
     """A resumed run continues with the same projectors, optimiser, schedule, gamma and data order."""
     schedule = {"gamma": 2.0, "gamma_end": 0.5, "gamma_steps": 6}
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 5, "loss_options": schedule, "lora": lora}
-    options |= {"train_sampling_strategy": order, "logging_steps": 2}
+    options |= {"train_sampling_strategy": order, "logging_steps": 2, **others}
     whole = trainer(tmp_path / "run", **options)
     whole.train()
     resumed = trainer(tmp_path / "run", **options)

@@ -146,6 +146,10 @@ class DistillConfig(TrainingArguments):
         None,
         "Scale terms down whose gradient exceeds that of ce this many times. It is measured every 10 steps by default.",
     )
+    max_tokens_per_batch: Count | None = _option(
+        None,
+        "Split each optimiser step into micro-batches of at most this many tokens of all models, padding included.",
+    )
     disable_dropout: bool = _option(False, "Set each dropout of the student to 0, but not the noise of routers.")
     teacher_cache: str | None = _option(None, "Folder of the teacher's hidden states. It is built if it is missing.")
     trust_remote_code: bool = _option(False, "Run modelling code from the hub; only for models given by name.")

@@ -200,7 +200,8 @@ def out_of_memory_explained(trainer: Any) -> Iterator[None]:
         raise UserError(
             f"{args.device} has not enough memory for step {trainer.state.global_step + 1}: lower "
             f"training.per_device_train_batch_size (now {args.per_device_train_batch_size}) and raise "
-            "training.gradient_accumulation_steps, set training.gradient_checkpointing=true, lower data.max_length (now "
+            "training.gradient_accumulation_steps, set training.max_tokens_per_batch or training.gradient_checkpointing=true, "
+            "lower data.max_length (now "
             f"{args.max_length}), or lower training.per_device_eval_batch_size (now {args.per_device_eval_batch_size}) if this "
             "was an evaluation"
         ) from error

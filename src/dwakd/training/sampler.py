@@ -1,10 +1,11 @@
-"""Choose the rows of each step: group rows of similar length, and remove rows that are repeated to fill the last step."""
+"""Choose the rows of each step: group rows of similar length, remove rows that fill the last step, and split by tokens."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from accelerate.state import GradientState
+from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import TrainingArguments
 
@@ -56,4 +57,41 @@ def cut_repeats(batches: list[PairedBatch], state: GradientState, args: Training
         return batches
     *others, last = batches
     kept = min(max(state.remainder - args.process_index * len(last), 0), len(last))
-    return [*others, dataclasses.replace(last.first(max(kept, 1)), weight=float(kept > 0))]
+    return [*others, dataclasses.replace(last.examples(range(max(kept, 1))), weight=float(kept > 0))]
+
+
+def split_by_tokens(
+    batches: list[PairedBatch], limit: int, gather: Callable[[Tensor], Tensor] | None
+) -> list[PairedBatch]:
+    """Divide the rows of an optimiser step into micro-batches of similar length and at most `limit` tokens.
+
+    A row with more tokens than `limit` is a micro-batch of its own. A rank with fewer micro-batches than others repeats its
+    shortest row with weight 0, because all ranks must take part in each micro-batch.
+
+    Args:
+        batches: the batches of the step.
+        limit: largest value of `padded_tokens` of a micro-batch.
+        gather: concatenates the tensors of all ranks, if there are several.
+    """
+    whole = PairedBatch.concatenate([batch for batch in batches if batch.weight] or batches[:1])
+    parts: list[list[int]] = []
+    for row in sorted(range(len(whole)), key=lambda row: padded_tokens(whole, [row])):
+        if parts and padded_tokens(whole, [*parts[-1], row]) <= limit:
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+    count = torch.tensor([len(parts)], device=whole.student.input_ids.device)
+    missing = 0 if gather is None else int(gather(count).max()) - len(parts)
+    empty = dataclasses.replace(whole.examples(parts[0][:1]), weight=0.0)
+    return [*map(whole.examples, parts), *[empty] * missing]
+
+
+def padded_tokens(batch: PairedBatch, rows: Sequence[int]) -> int:
+    """Return the number of tokens of these rows as one batch, padding included, for the student and all teachers.
+
+    With `chosen`, a teacher's tokens are those of the rows that it teaches.
+    """
+    lengths = [[batch.student.num_tokens[row] for row in rows]]
+    for index, teacher in enumerate(batch.teachers):
+        lengths.append([teacher.num_tokens[row] for row in rows if batch.chosen is None or batch.chosen[row] == index])
+    return sum(len(own) * max(own, default=0) for own in lengths)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,10 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from dwakd.batch import PairedBatch
 from dwakd.data.collator import collate
 from dwakd.data.pairs import EncodedPairs
 from dwakd.data.sources import Example
@@ -33,16 +30,15 @@ from dwakd.training.callbacks import FiniteCheck, RunCallback, TermsProgressCall
 from dwakd.training.card import recipe_of, write_card
 from dwakd.training.distiller import LOSS_STATE, Distiller, build_method
 from dwakd.training.evaluation import choose_best, eval_loader, generated_metrics, mean_terms
-from dwakd.training.hub import HubTrainer
 from dwakd.training.on_policy import StudentAnswers, check_teachers
-from dwakd.training.sampler import LengthGroupedSampler, cut_repeats
+from dwakd.training.steps import StepTrainer
 from dwakd.training.student import check_student, disable_dropout
 from dwakd.training.teacher import Teacher
-from dwakd.training.teachers import AnyTeacher, MicroBatch, load_teachers, run_teachers, sets_of_teacher
+from dwakd.training.teachers import AnyTeacher, MicroBatch, load_teachers, sets_of_teacher
 from dwakd.validation import unknown_option
 
 
-class DistillTrainer(HubTrainer):
+class DistillTrainer(StepTrainer):
     """Distil a teacher into a student whose tokenizer may differ.
 
     Args:
@@ -137,32 +133,6 @@ class DistillTrainer(HubTrainer):
     def _distiller(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[PairedBatch], num_batches: int, device: torch.device
-    ) -> tuple[list[MicroBatch], Tensor | None]:
-        """Run the teachers first, so that N(.) and the reduction are computed over the whole optimiser batch."""
-        self.step_started = time.perf_counter()
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not batches:
-            return batches, None
-        micro_batches = self._micro_batches(batches, answer=self.student_answers)
-        num_tokens = torch.tensor(self.clock.add_tokens([micro.batch for micro in micro_batches]), device=device)
-        if self.args.world_size > 1:
-            num_tokens = self.accelerator.gather(num_tokens).sum()
-        self._distiller.loss.set_step(self.state.global_step)
-        self._distiller.term_scales = self.balance.scales
-        return micro_batches, num_tokens
-
-    def _micro_batches(self, batches: list[PairedBatch], answer: StudentAnswers | None = None) -> list[MicroBatch]:
-        kept = cut_repeats(batches, self.accelerator.gradient_state, self.args)
-        if answer is not None:
-            kept = answer.replace(kept, self.student, self.state.global_step)
-        batches = [batch.to(self.args.device) for batch in kept]
-        return run_teachers(batches, self.teachers, self.accelerator.gather if self.args.world_size > 1 else None)
-
-    def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
-        return inputs
-
     def compute_loss(
         self, model: nn.Module, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -193,17 +163,13 @@ class DistillTrainer(HubTrainer):
             raise UserError("there is nothing to train on: give train_dataset")
         if self.student_answers and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise UserError("training.lmbda: a student sharded by FSDP or DeepSpeed cannot answer prompts; use DDP")
+        if self.args.max_tokens_per_batch and self.is_deepspeed_enabled:
+            raise UserError(
+                "training.max_tokens_per_batch cannot be used with DeepSpeed, which counts micro-batches itself"
+            )
         output = super().train(*args, **kwargs)
         self.finite.finish()
         return output
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        pairs, args = train_dataset or self.train_dataset, self.args
-        step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        seed = args.seed if args.data_seed is None else args.data_seed
-        return LengthGroupedSampler(pairs.student_lengths, step_size, seed, lambda: int(self.state.epoch or 0))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create AdamW with `learning_rate` for the student and `projector_learning_rate` for the loss's own maps."""
