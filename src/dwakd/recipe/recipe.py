@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from dwakd.errors import UserError
 from dwakd.losses import METHODS, SUM, MethodOptions
 from dwakd.losses.weighted_sum import SumOptions
+from dwakd.recipe.checks import check_best_metric, refuse_cached_attention, refuse_cached_sampling
 from dwakd.recipe.files import read_recipe
 from dwakd.recipe.sections import (
     CompareSection,
@@ -24,7 +25,7 @@ from dwakd.recipe.sections import (
     TeacherSection,
     check_teacher_key,
 )
-from dwakd.recipe.training import TrainingSection, check_best_metric, refuse_cached_attention, refuse_cached_sampling
+from dwakd.recipe.training import TrainingSection
 from dwakd.validation import Section, parse
 
 DEFAULT_METHOD = "dwa_kd"

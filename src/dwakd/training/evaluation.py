@@ -20,7 +20,8 @@ from dwakd.evaluation.generate import generate_answers
 from dwakd.evaluation.metrics import references_of, rouge_l
 from dwakd.evaluation.options import GenerationOptions
 from dwakd.models.rows import evaluating
-from dwakd.recipe.training import DistillConfig, check_best_metric, metric_names
+from dwakd.recipe.checks import check_best_metric, metric_names
+from dwakd.recipe.training import DistillConfig
 from dwakd.training.distiller import Distiller
 from dwakd.training.inputs import Model
 from dwakd.training.teachers import MicroBatch

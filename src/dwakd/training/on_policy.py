@@ -19,7 +19,8 @@ from dwakd.evaluation.generate import Generated, Model, PromptBatch, generate_ba
 from dwakd.evaluation.metrics import repeated_sequences
 from dwakd.evaluation.options import GenerationOptions
 from dwakd.models.rows import evaluating
-from dwakd.recipe.training import DistillConfig, refuse_cached_sampling
+from dwakd.recipe.checks import refuse_cached_sampling
+from dwakd.recipe.training import DistillConfig
 from dwakd.training.teacher import CachedTeacher, Teacher
 
 CHOICE, TOKENS = 1, 2

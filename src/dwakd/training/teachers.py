@@ -13,8 +13,9 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedPairs
 from dwakd.errors import UserError
 from dwakd.losses import TeacherScale
+from dwakd.recipe.checks import refuse_cached_attention
 from dwakd.recipe.sections import check_teacher_key
-from dwakd.recipe.training import DistillConfig, refuse_cached_attention
+from dwakd.recipe.training import DistillConfig
 from dwakd.training.inputs import Model, check_named, load_pair, loading_options, make_encoder
 from dwakd.training.student import check_separate
 from dwakd.training.teacher import CachedTeacher, OnlineTeacher, Sets, Teacher

@@ -1,0 +1,38 @@
+"""Checks of options of different sections of a recipe together, which the trainer repeats for its own arguments."""
+
+from dwakd.errors import UserError
+from dwakd.losses import MethodOptions
+from dwakd.losses.weighted_sum import term_names
+
+
+def metric_names(method: MethodOptions, *, rouge_l: bool) -> list[str]:
+    """Return the names of the metrics of an evaluation, without their prefix `eval_`."""
+    return [*term_names(method), "loss", "bits_per_byte", *(["rouge_l"] if rouge_l else [])]
+
+
+def check_best_metric(metric: str, method: MethodOptions, *, rouge_l: bool) -> None:
+    """Raise UserError if no evaluation reports the metric by which the best checkpoint is chosen."""
+    name, valid = metric.removeprefix("eval_"), metric_names(method, rouge_l=rouge_l)
+    if name not in valid:
+        hint = "requires training.eval_rouge_l=true; other" if name == "rouge_l" else "is unknown;"
+        raise UserError(f"training.metric_for_best_model {name} {hint} valid ones: {', '.join(valid)}")
+
+
+def refuse_cached_sampling(lmbda: float) -> None:
+    """Raise UserError if the teacher reads the student's answers, which a cache does not contain."""
+    if lmbda:
+        raise UserError(
+            f"training.lmbda is {lmbda:g}, but a teacher cache does not contain the student's answers: train without "
+            "teacher.cache"
+        )
+
+
+def refuse_cached_attention(options: MethodOptions) -> None:
+    """Raise UserError if the method reads the teacher's attention, which a cache does not contain."""
+    for number, part in enumerate(options.parts, start=1):
+        if part.needs_attention:
+            prefix = "loss." if part is options else f"loss.{number}."
+            raise UserError(
+                f"method {part.method_name()} reads the teacher's attention, which a cache does not contain; set "
+                f"{prefix}span_weights=uniform, or train without teacher.cache"
+            )
