@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 
 from dwakd.data.chat import check_tokenizer, tokenizer_name
+from dwakd.data.long_text import leading_text
 from dwakd.data.prompts import Prompts
 from dwakd.data.rows import Example, check_choice
 from dwakd.data.token_bytes import TokenBytes, byte_ends, exact_ends
@@ -165,20 +166,34 @@ class TextEncoder:
         return self.response_ids_batch([text], special_tokens=special_tokens)[0]
 
     def response_ids_batch(
-        self, texts: Sequence[str], *, special_tokens: bool = False
+        self, texts: Sequence[str], *, special_tokens: bool = False, limit: int | None = None
     ) -> list[tuple[list[int], list[int]]]:
-        """Compute `response_ids` of several texts at once."""
+        """Compute `response_ids` of several texts at once; of texts with more than `limit` tokens, only the first tokens."""
         backend = self.tokenizer.backend_tokenizer
         processor = backend.post_processor
         backend.post_processor = None  # RoBERTa's removes white space from the offsets
+        encode = partial(_encode, self.tokenizer, split_special_tokens=not special_tokens)
         try:
-            encoded = _encode(self.tokenizer, texts, split_special_tokens=not special_tokens)
+            if limit is not None:
+                texts = [self._leading(text, limit, encode) for text in texts]
+            encoded = encode(texts)
         finally:
             backend.post_processor = processor
         return [
             (ids, byte_ends(text, [self._token_bytes[token_id] for token_id in ids], encoding.offsets))
             for text, ids, encoding in zip(texts, encoded["input_ids"], encoded.encodings, strict=True)
         ]
+
+    def _leading(self, text: str, limit: int, encode: Callable[[list[str]], Any]) -> str:
+        """Return `leading_text`, or the whole text if an added token of several words could be cut."""
+        if len(text) < 32 * (limit + 1) or any(" " in token.strip() for token in self.tokenizer.get_added_vocab()):
+            return text
+        return leading_text(text, limit, lambda start: encode([start])[0], words_apart=self._words_apart)
+
+    @cached_property
+    def _words_apart(self) -> bool:
+        """Whether no token spells a space after another character."""
+        return not any(b" " in token.lstrip(b" ") for token in self.token_bytes() if token is not None)
 
     def spelling(self, ids: Sequence[int]) -> tuple[str, list[int]]:
         """Decode token ids that a model generated, and compute the offset at which each token ends.

@@ -160,12 +160,12 @@ def encode_pairs(
     for start in trange(0, len(examples), _CHUNK, desc=f"tokenising {source}", delay=2, leave=False):
         chunk = examples[start : start + _CHUNK]
         try:
-            tokens: list[_Tokens | None] = [*_tokenise(chunk, sides)]
+            tokens: list[_Tokens | None] = [*_tokenise(chunk, sides, max_length)]
         except UserError:  # a template refuses a row; the rows are encoded one by one to find it
             tokens = [None] * len(chunk)
         for example, found in zip(chunk, tokens, strict=True):
             try:
-                found = found or _tokenise([example], sides)[0]
+                found = found or _tokenise([example], sides, max_length)[0]
                 _check_row(found, max_prompt_length, need_response=need_response)
                 pairs.rows.append(_encode_row(found, sides, max_length, max_prompt_length))
                 num_parts, num_foreign = num_parts + (example.answer is not None), num_foreign + found.foreign
@@ -189,13 +189,13 @@ def encode_pairs(
     return pairs
 
 
-def _tokenise(chunk: Sequence[Example], sides: Sequence[TextEncoder]) -> list[_Tokens]:
-    """Tokenise rows together, which is faster than one by one."""
+def _tokenise(chunk: Sequence[Example], sides: Sequence[TextEncoder], max_length: int) -> list[_Tokens]:
+    """Tokenise rows together, which is faster than one by one; of long responses, more than `max_length` tokens suffice."""
     student, *teachers = sides
     chunk = [student.with_response(example) for example in chunk]
     views = [chunk, *([teacher.teacher_view(example) for example in chunk] for teacher in teachers)]
     prompts = [side.prompt_ids_batch(view) for side, view in zip(sides, views, strict=True)]
-    responses = [side.response_ids_batch([example.response for example in chunk]) for side in sides]
+    responses = [side.response_ids_batch([each.response for each in chunk], limit=max_length) for side in sides]
     found = []
     for n, example in enumerate(chunk):
         texts, foreign = [own[n] for own in responses], False
