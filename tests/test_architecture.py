@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src"
 
 LAYERS = (
-    ("errors", "folders", "trl_names", "validation", "batch", "environment"),
+    ("errors", "folders", "checksums", "trl_names", "validation", "batch", "environment"),
     ("align", "kernels"),
     ("losses",),
     ("recipe", "data"),

@@ -230,7 +230,7 @@ def test_resume_names_what_differs_and_skips_a_damaged_checkpoint(workspace, tmp
     (tmp_path / "run" / "checkpoint-2" / LOSS_STATE).unlink()
     code, _, err = run(monkeypatch, capsys, *base, "training.max_steps=3", "--resume")
     assert code == 0, err
-    assert re.search("incomplete .*checkpoint-2", caplog.text)
+    assert re.search("checkpoint .*checkpoint-2: its .*maps.safetensors is missing", caplog.text)
     steps = [
         entry["step"] for entry in json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     ]

@@ -1,14 +1,17 @@
 """Test that runs are never mixed in one folder and that a run resumes from its newest complete checkpoint."""
 
 import json
+import os
 import re
 from contextlib import ExitStack
 
 import pytest
+import torch
 
+from dwakd.checksums import CHECKSUMS, begin_checksums
 from dwakd.errors import UserError
+from dwakd.folders import UNFINISHED
 from dwakd.recipe.recipe import recipe_from_dict
-from dwakd.training.distiller import LOSS_STATE
 from dwakd.training.run_folder import (
     RUN_FILE,
     alone_in,
@@ -18,7 +21,7 @@ from dwakd.training.run_folder import (
     is_finished,
     last_checkpoint,
 )
-from tests.training.builders import trainer
+from tests.training.builders import assert_same, trainer, weights
 
 
 def recipe_of(**sections):
@@ -91,26 +94,75 @@ def test_one_process_trains_in_a_folder(tmp_path):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_damaged_checkpoint_is_skipped(tmp_path, lora, caplog):
-    """If a file of a checkpoint is truncated, the checkpoint before it is used."""
+    """A flipped byte in a tensor would otherwise change the student without a message; truncated files end a resumed run."""
     run = trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, lora=lora)
     run.train()
     (tmp_path / "checkpoint-foo").mkdir()
     newest = tmp_path / "checkpoint-2"
     assert last_checkpoint(tmp_path) == str(newest)
+    files = sorted(path for path in newest.rglob("*") if path.is_file())
     weights_file = "adapter_model.safetensors" if lora else "model.safetensors"
-    torch_files = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
-    for name in (weights_file, LOSS_STATE, *torch_files, "trainer_state.json"):
-        whole = (newest / name).read_bytes()
-        (newest / name).write_bytes(whole[:-10])
-        assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
-        assert f"its {name} is damaged" in caplog.text
-        (newest / name).unlink()
-        if name != "rng_state.pth":
+    assert {weights_file, "maps.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"} < {
+        f.name for f in files
+    }
+    for path in files:
+        whole = path.read_bytes()
+        flipped = bytearray(whole)
+        flipped[-len(whole) // 3] ^= 1
+        for content in (bytes(flipped), whole[:-10], whole[:0], None):
+            path.unlink() if content is None else path.write_bytes(content)
+            caplog.clear()
             assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
-        (newest / name).write_bytes(whole)
+            if path.name != CHECKSUMS:
+                assert f"its {path.relative_to(newest)} is {'missing' if content is None else 'damaged'}" in caplog.text
+        path.write_bytes(whole)
     assert last_checkpoint(tmp_path) == str(newest)
-    assert "from the beginning" not in caplog.text
-    for step in (1, 2):
-        (tmp_path / f"checkpoint-{step}" / weights_file).unlink()
+    (newest / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"checkpoint-2 cannot be used: its optimizer\.pt is damaged"):
+        run.train(resume_from_checkpoint=str(newest))
+    begin_checksums(tmp_path / "checkpoint-1")
+    caplog.clear()
     assert last_checkpoint(tmp_path) is None
+    assert "checkpoint-1: it was not saved completely" in caplog.text
     assert "from the beginning" in caplog.text
+    (newest / CHECKSUMS).unlink()
+    with pytest.raises(UserError, match="older version of dwakd"):
+        last_checkpoint(tmp_path)
+
+
+def test_save_total_limit_keeps_complete_checkpoints(tmp_path):
+    """By the times of folders, the incomplete ones can be the newest: transformers would keep them and delete complete ones."""
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    trainer(tmp_path, **options, max_steps=1).train()
+    for step in (3, 9):
+        begin_checksums(tmp_path / f"checkpoint-{step}")
+        os.utime(tmp_path / f"checkpoint-{step}", (2**32, 2**32))
+    (tmp_path / f".checkpoint-0{UNFINISHED}deleted").mkdir()
+    resumed = trainer(tmp_path, **options, max_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2
+    assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-1", "checkpoint-2"]
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    """A checkpoint that does not fit on the disk is removed, the one before it stays, and the message says what to do."""
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+    run = trainer(tmp_path / "full", **options)
+    save = torch.save
+
+    def full(content, path, *args, **kwargs):
+        if "checkpoint-2" in str(path):
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+        save(content, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(UserError, match=r"checkpoint-2 cannot be written .*--resume"):
+            run.train()
+    assert [path.name for path in (tmp_path / "full").glob("checkpoint*")] == ["checkpoint-1"]
+    resumed = trainer(tmp_path / "full", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(weights(resumed), weights(whole))

@@ -7,13 +7,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from dwakd import METHODS, DistillConfig, DistillTrainer, UserError
 from dwakd.training.distiller import LOSS_STATE
 from dwakd.training.inputs import checked_args
-from dwakd.training.run_folder import checkpoint_fault
 from tests.builders import FAMILIES, byte_bpe, tiny_model
 from tests.training.builders import ROWS, assert_same, on_policy, trainer, weights
 
@@ -147,17 +145,6 @@ def test_resumed_run_ends_with_the_same_student(tmp_path, lora, order, others):
     assert resumed.state.global_step == 6
     assert resumed.model.loss.gamma == whole.model.loss.gamma == pytest.approx(2.0 - 1.5 * 5 / 6)
     assert_same(weights(resumed), weights(whole))
-
-
-def test_a_missing_shard_of_the_weights_is_found(tmp_path):
-    """A checkpoint of several weight files is incomplete if one of the files is missing."""
-    for name in ("model-1.safetensors", "model-2.safetensors"):
-        save_file({}, tmp_path / name)
-    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert checkpoint_fault(tmp_path, ()) is None
-    (tmp_path / "model-2.safetensors").unlink()
-    assert checkpoint_fault(tmp_path, ()) == "model.safetensors.index.json is damaged"
 
 
 def test_projectors_have_their_own_learning_rate(tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import save_file, save_model
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
@@ -45,7 +46,7 @@ def save_causal_lm(model: Any, folder: str | Path, state_dict: dict[str, Tensor]
     settings, model.generation_config = model.generation_config, GenerationConfig()
     try:
         model.save_pretrained(folder, state_dict=state_dict)
-    except OSError:
+    except (OSError, SafetensorError):
         raise
     except Exception as error:  # validators of configs raise exceptions of their own types
         file = folder / "model.safetensors"

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
@@ -14,6 +13,7 @@ from dwakd.errors import UserError, reason_of
 from dwakd.evaluation.card import CARD
 from dwakd.folders import without_paths
 from dwakd.training.card import write_card
+from dwakd.training.checkpoints import CheckpointTrainer
 
 _FILES = re.compile(
     r".*\.(safetensors|jinja|model|py)|(.*config|.*\.index|tokenizer|vocab|chat_template|\w+_tokens(_map)?)\.json|"
@@ -27,7 +27,7 @@ class UploadError(UserError):
     """The student is saved, but could not be uploaded."""
 
 
-class HubTrainer(Trainer):
+class HubTrainer(CheckpointTrainer):
     """A Trainer that uploads weights, config, tokenizer, card and the trained maps of the loss, and nothing else.
 
     The recipe is part of the card. Absolute paths in it and in configs are replaced by their last part.

@@ -30,6 +30,7 @@ from dwakd.recipe.sections import StudentSection, TeacherSection, lora_config
 from dwakd.recipe.training import DATA_OPTIONS, DistillConfig
 from dwakd.training.callbacks import out_of_memory_explained
 from dwakd.training.card import PACKAGES
+from dwakd.training.checkpoints import disk_errors_explained, from_first_rank
 from dwakd.training.distiller import load_student
 from dwakd.training.hub import UploadError
 from dwakd.training.inputs import make_encoder
@@ -157,6 +158,8 @@ def train(
     finished = resume and is_finished(folder, recipe)
     steps_left = not finished and has_steps_left(checkpoint, recipe)
     trainer = build_trainer(recipe, folder, plan)
+    checkpoint, finished, steps_left = from_first_rank((checkpoint, finished, steps_left))
+    trainer.verified_checkpoint = checkpoint
     failed: UploadError | None = None
     if finished:
         _restore(trainer, folder)
@@ -173,14 +176,17 @@ def train(
         else:  # the run was stopped after its last checkpoint; transformers would take another step
             _restore(trainer, Path(str(checkpoint)))
             best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+            if best:
+                trainer.check_checkpoint(best)
             trainer.model.load_checkpoint(best or checkpoint)
-        try:
-            trainer.save_model()
-        except UploadError as error:  # the run is finished nevertheless
-            failed = error
-        trainer.save_state()
-        if trainer.is_world_process_zero():
-            write_json(folder / RUN_FILE, run_record(trainer))
+        with disk_errors_explained(folder):
+            try:
+                trainer.save_model()
+            except UploadError as error:  # the run is finished nevertheless
+                failed = error
+            trainer.save_state()
+            if trainer.is_world_process_zero():
+                write_json(folder / RUN_FILE, run_record(trainer))
     if failed is not None:
         raise failed
     return trainer

@@ -6,22 +6,20 @@ import contextlib
 import json
 import logging
 import re
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
+from dwakd.checksums import CHECKSUMS, checksum_fault
 from dwakd.environment import global_rank
 from dwakd.errors import UserError
 from dwakd.folders import check_output_folder
 from dwakd.recipe.files import RECIPE_FILE, parse_yaml, read_saved_recipe
 from dwakd.recipe.recipe import Recipe
-from dwakd.training.distiller import LOSS_STATE
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +33,13 @@ _CHANGEABLE = re.compile(rf"evaluation\.|generate\.(output|batch_size)$|training
 def check_output(folder: Path, *, resume: bool, recipe: Recipe) -> str | None:
     """Return the checkpoint from which to resume, or None if the run starts from the beginning.
 
+    Ranks other than the first return None and have to take over its result.
+
     Raises:
         UserError: the folder contains other files, the run of another recipe, or a run although `resume` is not set.
     """
     if global_rank() != 0:  # the first rank checks for all, before it writes anything
-        return last_checkpoint(folder) if resume and folder.exists() else None
+        return None
     check_output_folder(folder)
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if all(RECIPE_FILE in name for name in names - {LOCK_FILE}):
@@ -85,56 +85,43 @@ def flat_options(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """Return the newest complete checkpoint; a warning names each newer one that is incomplete."""
-    needed = (TRAINER_STATE_NAME, "optimizer.pt", "scheduler.pt", LOSS_STATE)
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the folders of checkpoints in the folder of a run, complete or not, in the order of their steps."""
     found = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
-    for path in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        fault = checkpoint_fault(path, needed)
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Return the newest checkpoint whose checksums agree; a warning names each newer one and its fault.
+
+    Raises:
+        UserError: no checkpoint is complete, and some were saved by a version of dwakd that wrote no checksums.
+    """
+    found = checkpoints_in(folder)
+    for path in reversed(found):
+        fault = checksum_fault(path)
+        if fault is None and not (path / "scheduler.pt").is_file():
+            fault = "it contains no optimiser"  # save_only_model
         if fault is None:
             return str(path)
-        logger.warning("skipping incomplete checkpoint %s: its %s", path, fault)
+        logger.warning("skipping checkpoint %s: %s", path, fault)
+    if any((path / TRAINER_STATE_NAME).is_file() and not (path / CHECKSUMS).is_file() for path in found):
+        raise UserError(
+            f"the checkpoints in {folder} have no checksums, because an older version of dwakd saved them: finish the run with "
+            "that version, or choose another folder with --output"
+        )
     if found:
         logger.warning("%s has no complete checkpoint, so training starts from the beginning", folder)
     return None
-
-
-def checkpoint_fault(folder: Path, needed: Sequence[str]) -> str | None:
-    """Describe the first missing or damaged file of a checkpoint; None if it is complete.
-
-    `needed` are the names of the required files apart from those of the student.
-    """
-    missing = [name for name in needed if not (folder / name).is_file()]
-    if not list(folder.glob("*.safetensors")) or list(folder.glob("*.safetensors.tmp")):
-        missing.append("model.safetensors (or adapter_model.safetensors)")
-    if missing:
-        return f"{missing[0]} is missing"
-    damaged = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if not ends_well(path)]
-    return f"{damaged[0]} is damaged" if damaged else None
-
-
-def ends_well(path: Path) -> bool:
-    """Return whether a file exists and is complete. This finds truncated files of all types in a checkpoint."""
-    try:
-        if path.suffix in (".pt", ".pth"):
-            return zipfile.is_zipfile(path)
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt"):
-                return True
-        if path.suffix == ".json":
-            content = json.loads(path.read_text(encoding="utf-8"))
-            shards = content["weight_map"].values() if path.name.endswith(".index.json") else ()
-            return all((path.parent / name).is_file() for name in shards)
-    except (SafetensorError, ValueError, LookupError, TypeError, FileNotFoundError, RecursionError):
-        return False
-    return True
 
 
 def is_finished(folder: Path, recipe: Recipe) -> bool:
     """Return whether the run in a folder is finished and the recipe does not change its length."""
     if not (folder / RUN_FILE).is_file():
         return False
-    if not ends_well(folder / TRAINER_STATE_NAME):
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         logger.warning("%s is damaged, so the run is treated as unfinished", folder / TRAINER_STATE_NAME)
         return False
     return not any(map(_LENGTH.match, _changed_options(folder / RECIPE_FILE, recipe)))

@@ -260,6 +260,7 @@ class DistillTrainer(StepTrainer):
             self._distiller.load_checkpoint(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        self.check_checkpoint(self.state.best_model_checkpoint)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
