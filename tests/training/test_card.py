@@ -51,10 +51,9 @@ def test_what_else_the_student_was_trained_on(tmp_path):
     answered = {"data": {"train": "x", "responses": "teacher"}, "generate": {"output": "y.jsonl"}}
     write_card(recipe(**answered), tmp_path / "a")
     assert "data `x` and the teacher's answers in `y.jsonl`" in (tmp_path / "a" / "README.md").read_text()
-    write_card(recipe(training={"lmbda": 0.5, "hub_token": "hf_secret"}), tmp_path / "b")
+    write_card(recipe(training={"lmbda": 0.5}), tmp_path / "b")
     assert "training.lmbda 0.5" in (tmp_path / "b" / "README.md").read_text()
-    assert "hf_secret" not in (tmp_path / "b" / "README.md").read_text()  # the card is public
-    endpoint = {"base_url": "http://user:secret@intranet/v1", "model": "big"}
+    endpoint = {"base_url": "http://intranet/v1", "model": "big"}
     write_card(recipe(teacher=None, loss={"method": "sft"}, generate={"endpoint": endpoint}), tmp_path / "c")
     assert "intranet" not in (tmp_path / "c" / "README.md").read_text()
 

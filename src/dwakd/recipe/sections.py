@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from peft import LoraConfig
-from pydantic import AfterValidator, Field, JsonValue, WithJsonSchema, create_model, model_validator
+from pydantic import AfterValidator, Field, JsonValue, WithJsonSchema, create_model, field_validator, model_validator
 
 from dwakd.data.templates import TEMPLATE_CHOICES, check_template
 from dwakd.errors import UserError
@@ -165,6 +165,16 @@ class EndpointSection(Section):
 
     base_url: str = Field(description="Address of the API, such as http://localhost:8000/v1.")
     model: str = Field(description="Name of the model on the server.")
+
+    @field_validator("base_url")
+    @classmethod
+    def _without_password(cls, url: str) -> str:
+        if "@" in url.partition("://")[2].partition("/")[0]:
+            # not a ValueError, whose message would contain the value
+            raise UserError(
+                "base_url must not contain a password, because recipes are stored: set the environment variable OPENAI_API_KEY"
+            )
+        return url
 
 
 class GenerateSection(Options):

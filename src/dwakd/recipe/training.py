@@ -38,6 +38,7 @@ ELSEWHERE = {
     "output_dir": "use --output",
     "resume_from_checkpoint": "use --resume",
     "on_policy": "use lmbda",
+    "hub_token": "set the environment variable HF_TOKEN, because the run folder contains the recipe",
     "seq_kd": "use data.responses=teacher",
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), "leave it out"),
     **{f"{name}_column": f"use data.{name}" for name in ("prompt", "response", "input", "teacher_prompt")},

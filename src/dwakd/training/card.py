@@ -113,9 +113,8 @@ def _body(
     recipe: dict[str, Any], teachers: list[str], methods: list[str], library: str, licences: Any, folder: str
 ) -> str:
     public = without_paths(recipe)
-    public.get("training", {}).pop("hub_token", None)
     if endpoint := public.get("generate", {}).get("endpoint"):
-        endpoint.pop("base_url", None)  # it may be internal, or contain a password
+        endpoint.pop("base_url", None)  # it may be internal
     data = f"`{public['data']['train']}`"
     if recipe["data"].get("responses") == "teacher":
         data += f" and the teacher's answers in `{public['generate']['output']}`"
