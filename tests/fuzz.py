@@ -9,7 +9,6 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +118,7 @@ class Fuzzer:
             assert all(row == sorted(row) for row in ends), "the ends of tokens do not increase"
 
 
-def targets(fuzzer: Fuzzer) -> dict[str, Callable[..., None]]:
+def targets(fuzzer: Fuzzer) -> dict[str, Any]:
     """Return each target with the strategies of its arguments."""
     noise = st.tuples(st.integers(0, 10**6), st.sampled_from([b""] * 5) | st.binary(min_size=1, max_size=3))
     columns = st.dictionaries(st.sampled_from(NAMES) | text, values, max_size=5)
