@@ -1,15 +1,20 @@
 """The folder of reusable files, a check of output folders before anything runs for hours, and atomic writing."""
 
+import contextlib
 import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from dwakd.errors import UserError
 
 CACHE_VARIABLE = "DWAKD_CACHE"
+LOCK_FILE = ".lock"
 UNFINISHED = ".tmp-"
 """Part of the name of a file that `write_file` has not finished."""
 
@@ -37,6 +42,27 @@ def check_output_folder(folder: Path, *, empty: bool = False) -> None:
         raise UserError(f"{folder} cannot be written ({existing}: {reason}); choose another with --output") from error
     if empty and folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"output folder {folder} is not empty; choose another with --output")
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Create an output folder and lock it against other processes inside a `with` block.
+
+    Raises:
+        UserError: another process has locked the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_FILE, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another process is writing to {folder}: wait for it, or choose another --output") from None
+    try:
+        yield
+    finally:
+        # deleted before the release: a process that has opened the file in the meantime detects that it was deleted
+        (folder / LOCK_FILE).unlink(missing_ok=True)
+        lock.release()
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -103,6 +103,8 @@ def test_a_killed_command_continues(judged, server, tmp_path):
     process = subprocess.Popen([*command, "-o", str(tmp_path / "out"), "--batch-size", "2"], stdout=subprocess.DEVNULL)
     while len(server.requests) < 8 and process.poll() is None:
         time.sleep(0.01)
+    with pytest.raises(UserError, match="another process is writing to"):
+        judged("slow")
     process.kill()
     process.wait()
     path = tmp_path / "out" / "verdicts.jsonl"

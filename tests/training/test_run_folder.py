@@ -10,11 +10,10 @@ import torch
 
 from dwakd.checksums import CHECKSUMS, begin_checksums
 from dwakd.errors import UserError
-from dwakd.folders import UNFINISHED
+from dwakd.folders import UNFINISHED, alone_in
 from dwakd.recipe.recipe import recipe_from_dict
 from dwakd.training.run_folder import (
     RUN_FILE,
-    alone_in,
     check_output,
     check_same_recipe,
     has_steps_left,

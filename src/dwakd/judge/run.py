@@ -19,7 +19,7 @@ from dwakd.cache.fingerprint import json_digest
 from dwakd.errors import UserError, explained
 from dwakd.evaluation.generate import progress_bar
 from dwakd.evaluation.report import check_overwrite
-from dwakd.folders import check_output_folder, write_json
+from dwakd.folders import alone_in, check_output_folder, write_json
 from dwakd.judge.options import JudgeOptions
 from dwakd.judge.pairs import Pair, read_pairs
 from dwakd.judge.prompts import fill, read_prompt, read_verdict
@@ -127,25 +127,25 @@ def judge_runs(
     check_output_folder(folder)
     if not overwrite:
         check_overwrite(folder / "judge.json", signature)
-    folder.mkdir(parents=True, exist_ok=True)
-    judge = Judge(section, request, folder / "verdicts.jsonl", options.requests_per_minute)
     prompts = [_prompts(pair, template, both_orders=options.both_orders) for pair in pairs]
-    missing = {
-        prompt: {**pair._asdict(), "first": "AB"[first]}
-        for pair, own in zip(pairs, prompts, strict=True)
-        for first, prompt in own.items()
-        if judge.is_open(prompt)
-    }
-    if missing:
-        _estimate(missing, request, options, yes=yes)
-    with progress_bar(disable=not missing) as bar:
-        task = bar.add_task("judging", total=len(missing))
+    with alone_in(folder):
+        judge = Judge(section, request, folder / "verdicts.jsonl", options.requests_per_minute)
+        missing = {
+            prompt: {**pair._asdict(), "first": "AB"[first]}
+            for pair, own in zip(pairs, prompts, strict=True)
+            for first, prompt in own.items()
+            if judge.is_open(prompt)
+        }
+        if missing:
+            _estimate(missing, request, options, yes=yes)
+        with progress_bar(disable=not missing) as bar:
+            task = bar.add_task("judging", total=len(missing))
 
-        def ask(prompt: str) -> None:
-            judge.ask(prompt, missing[prompt])
-            bar.advance(task)
+            def ask(prompt: str) -> None:
+                judge.ask(prompt, missing[prompt])
+                bar.advance(task)
 
-        in_parallel(ask, missing, options.batch_size)
+            in_parallel(ask, missing, options.batch_size)
     sets: dict[str, list[tuple[Pair, list[float | None]]]] = {}
     for pair, own in zip(pairs, prompts, strict=True):
         scores = [(first, judge.last(prompt)["score_of_first"]) for first, prompt in own.items()]

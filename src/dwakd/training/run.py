@@ -22,7 +22,7 @@ from dwakd.data.sources import Example
 from dwakd.environment import hardware
 from dwakd.errors import UserError
 from dwakd.evaluation.run import EvaluationPlan, check_room
-from dwakd.folders import write_file, write_json
+from dwakd.folders import alone_in, write_file, write_json
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.recipe.files import RECIPE_FILE
 from dwakd.recipe.recipe import Recipe
@@ -35,7 +35,7 @@ from dwakd.training.distiller import load_student
 from dwakd.training.hub import UploadError
 from dwakd.training.inputs import make_encoder
 from dwakd.training.interruption import stops_on_signal
-from dwakd.training.run_folder import RUN_FILE, alone_in, check_output, has_steps_left, is_finished
+from dwakd.training.run_folder import RUN_FILE, check_output, has_steps_left, is_finished
 from dwakd.training.teacher import CachedTeacher
 from dwakd.training.trainer import DistillTrainer
 
@@ -146,9 +146,16 @@ def build_trainer(recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan |
 
 
 def train(
-    recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan | None = None, *, resume: bool = False
+    recipe: Recipe,
+    output_dir: str | Path,
+    plan: EvaluationPlan | None = None,
+    *,
+    resume: bool = False,
+    hook: Any = None,
 ) -> DistillTrainer:
     """Train as a recipe describes; save the student as a plain Hugging Face model, with the recipe and versions.
+
+    `hook` takes the trainer and returns a callback for it.
 
     Raises:
         RunInterrupted: SIGTERM or SIGUSR1 stopped the training; its last checkpoint is in the folder.
@@ -160,6 +167,8 @@ def train(
     trainer = build_trainer(recipe, folder, plan)
     checkpoint, finished, steps_left = from_first_rank((checkpoint, finished, steps_left))
     trainer.verified_checkpoint = checkpoint
+    if hook is not None:
+        trainer.add_callback(hook(trainer))
     failed: UploadError | None = None
     if finished:
         _restore(trainer, folder)

@@ -1,30 +1,26 @@
-"""The folder of a run: which run it contains, how far the run got, and its lock."""
+"""The folder of a run: which run it contains, and how far the run got."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from dwakd.checksums import CHECKSUMS, checksum_fault
 from dwakd.environment import global_rank
 from dwakd.errors import UserError
-from dwakd.folders import check_output_folder
+from dwakd.folders import LOCK_FILE, check_output_folder
 from dwakd.recipe.files import RECIPE_FILE, parse_yaml, read_saved_recipe
 from dwakd.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "dwakd-run.json"
-LOCK_FILE = ".lock"
 _LENGTH = re.compile(r"training\.(max_steps|num_train_epochs)$")
 _CHANGEABLE = re.compile(rf"evaluation\.|generate\.(output|batch_size)$|training\.disable_tqdm$|{_LENGTH.pattern}")
 """Options that may differ when a run is resumed."""
@@ -142,24 +138,3 @@ def has_steps_left(checkpoint: str | None, recipe: Recipe) -> bool:
             f"{checkpoint} is of step {done}, beyond training.max_steps {limit}: raise max_steps or choose another --output"
         )
     return done < limit
-
-
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Create the folder of a run and lock it against other processes inside a `with` block.
-
-    Raises:
-        UserError: another process trains in the folder.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK_FILE, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UserError(f"another process is training into {folder}: wait for it, or choose another --output") from None
-    try:
-        yield
-    finally:
-        # deleted before the release: a process that has opened the file in the meantime detects that it was deleted
-        (folder / LOCK_FILE).unlink(missing_ok=True)
-        lock.release()
