@@ -50,4 +50,4 @@ def repair(folder: Path, teacher: Path) -> None:
     """Run `dwakd cache` on an existing cache."""
     run = trainer(folder.parent / "online", teacher)
     cached = CachedTeacher(folder, str(teacher))
-    cached.prepare(run._encoders[1], run.args, {"train": run.train_dataset, "eval": None}, repair=True)
+    cached.prepare(run.encoders[1], run.args, {"train": run.train_dataset, "eval": None}, repair=True)

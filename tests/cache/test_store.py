@@ -125,9 +125,9 @@ def test_another_teacher_adapter_dtype_and_tokenizer(built, teacher, tmp_path):
     run = trainer(tmp_path / "run", teacher)
     sets = {"train": run.train_dataset, "eval": None}
     with pytest.raises(UserError, match=r"teacher\.dtype is 'float32' in the cache and 'bfloat16' here"):
-        CachedTeacher(built, str(teacher), dtype=torch.bfloat16).prepare(run._encoders[1], run.args, sets)
+        CachedTeacher(built, str(teacher), dtype=torch.bfloat16).prepare(run.encoders[1], run.args, sets)
     with pytest.raises(UserError, match=r"the content of the tokenizer .* has changed"):
-        CachedTeacher(built, str(teacher)).prepare(run._encoders[0], run.args, sets)
+        CachedTeacher(built, str(teacher)).prepare(run.encoders[0], run.args, sets)
 
 
 def test_some_rows_in_another_order_can_be_read(built, teacher, tmp_path, monkeypatch):

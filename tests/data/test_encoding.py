@@ -318,7 +318,7 @@ def test_the_recipe_s_option_reaches_the_encoders(tmp_path):
     rows = [{"prompt": "What is <|endoftext|> and </s>?", "response": "A token."}]
     run = trainer(tmp_path, method="uld", rows=rows, special_tokens_in_prompts="text")
     item = run.train_dataset[0]
-    for side, encoder in zip((item["student"], *item["teachers"]), run._encoders, strict=True):
+    for side, encoder in zip((item["student"], *item["teachers"]), run.encoders, strict=True):
         assert encoder.tokenizer.eos_token_id not in side["input_ids"]
 
 

@@ -118,7 +118,7 @@ def test_half_precision_stores_half(tmp_path, teacher):
     for name, dtype, stored in (("a", torch.float32, torch.bfloat16), ("b", torch.bfloat16, None)):
         cached = CachedTeacher(tmp_path / name, str(teacher), dtype=dtype, cache_dtype=stored)
         run = trainer(tmp_path / "run", teacher)
-        cached.prepare(run._encoders[1], run.args, {"train": run.train_dataset, "eval": None})
+        cached.prepare(run.encoders[1], run.args, {"train": run.train_dataset, "eval": None})
         assert cached.cache.dtype is torch.bfloat16
         places = [5, 2]
         sets[name] = cached.cache.read(places)
@@ -126,7 +126,7 @@ def test_half_precision_stores_half(tmp_path, teacher):
     torch.testing.assert_close(sets["a"].float(), sets["b"].float(), atol=0.2, rtol=0.1)
     wrong = CachedTeacher(tmp_path / "a", str(teacher), cache_dtype=torch.float32, tokenizer=TEACHER)
     with pytest.raises(UserError, match=r"teacher\.cache_dtype is 'bfloat16' in the cache and 'float32' here"):
-        wrong.prepare(run._encoders[1], run.args, {"train": run.train_dataset, "eval": None})
+        wrong.prepare(run.encoders[1], run.args, {"train": run.train_dataset, "eval": None})
 
 
 def test_a_loaded_teacher_and_a_foreign_set_are_refused(tmp_path, teacher):
@@ -178,6 +178,6 @@ def test_a_cache_can_be_used_on_another_day(tmp_path, monkeypatch):
     assert fresh.student_encoder.printed_date == "2031-05-06"
     cached = CachedTeacher(tmp_path / "cache", str(folder))
     assert cached.date == first.student_encoder.printed_date
-    cached.check(later._encoders[1], later.args, {"train": later.train_dataset, "eval": None})
+    cached.check(later.encoders[1], later.args, {"train": later.train_dataset, "eval": None})
     with pytest.raises(UserError, match="date for chat templates"):
-        cached.check(fresh._encoders[1], fresh.args, {"train": fresh.train_dataset, "eval": None})
+        cached.check(fresh.encoders[1], fresh.args, {"train": fresh.train_dataset, "eval": None})

@@ -31,6 +31,7 @@ def train(
     silence_transformers()
     from dwakd.evaluation.card import update_results
     from dwakd.evaluation.run import evaluate_plan, plan_evaluation
+    from dwakd.inspection.trackers import AlignmentCallback
     from dwakd.recipe.recipe import load_recipe
     from dwakd.training.interruption import INTERRUPTED, RunInterrupted
     from dwakd.training.run import end_of_run
@@ -40,7 +41,7 @@ def train(
     folder = output or Path("runs") / recipe.stem
     plan = plan_evaluation(loaded)
     try:
-        trainer = run_recipe(loaded, folder, plan, resume=resume)
+        trainer = run_recipe(loaded, folder, plan, resume=resume, hook=AlignmentCallback)
     except RunInterrupted as stop:
         if global_rank() == 0:
             console.print(f"{escape(str(folder))}: {stop}", soft_wrap=True)

@@ -16,6 +16,7 @@ from dwakd.data.pairs import EncodedPairs, align_by_spelling
 from dwakd.errors import explained
 from dwakd.kernels.head_loss import CrossEntropy, head_loss
 from dwakd.kernels.soft_dtw import soft_dtw
+from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, constant_rows
 from dwakd.losses.record import Recorded, recording
 from dwakd.losses.weighted_sum import WeightedSumLoss
@@ -71,13 +72,20 @@ def compute(
         align_by_spelling(pairs, *encoders)
     batch = collate([pairs.of_teacher(0)[index] for index in range(len(pairs))])
     sides = paired_sides(*models, batch, attention=loss.needs_attention)
+    return by_method(loss, *sides), _end_probabilities(pairs, *sides)
+
+
+def by_method(
+    loss: Any, student: ModelSide, teacher: ModelSide, scale: TeacherScale | None = None
+) -> list[list[Computed]]:
+    """Return for each row of a batch what each method of a loss computed."""
     found = []
     parts: Any = loss.parts.values() if isinstance(loss, WeightedSumLoss) else [loss]
     for part in parts:
         with recording() as recorded:
-            part(*sides)
-        found.append(_by_row(part.options.method_name(), recorded, *sides))
-    return [list(row) for row in zip(*found, strict=True)], _end_probabilities(pairs, *sides)
+            part(student, teacher, teacher_scale=scale)
+        found.append(_by_row(part.options.method_name(), recorded, student, teacher))
+    return [list(row) for row in zip(*found, strict=True)]
 
 
 def _by_row(method: str, recorded: Recorded, student: ModelSide, teacher: ModelSide) -> list[Computed]:

@@ -89,19 +89,19 @@ class DistillTrainer(StepTrainer):
         self.teachers: list[Teacher] = [teacher for teacher, _ in found]
         date = next((teacher.date for teacher in self.teachers if teacher.date), None)
         self.student_encoder = given.make_encoder(processing_class, args, date)
-        self._encoders = (self.student_encoder, *(encoder for _, encoder in found))
-        check_teachers(args, self.teachers, self._encoders)
-        _, train_pairs = given.encode_source(train_dataset, self._encoders, args, "train", names.get("train"))
+        self.encoders = (self.student_encoder, *(encoder for _, encoder in found))
+        check_teachers(args, self.teachers, self.encoders)
+        _, train_pairs = given.encode_source(train_dataset, self.encoders, args, "train", names.get("train"))
         answering = model if args.eval_rouge_l or compute_metrics else None
-        self._eval_sets = given.encode_evaluation(sources, self._encoders, args, names.get("eval"), answering)
-        eval_pairs = {name: pairs for name, (_, pairs) in self._eval_sets.items()}
+        self.eval_sets = given.encode_evaluation(sources, self.encoders, args, names.get("eval"), answering)
+        eval_pairs = {name: pairs for name, (_, pairs) in self.eval_sets.items()}
         sets = {f"eval {name}".rstrip(): pairs for name, pairs in eval_pairs.items()}
         if train_pairs is not None:
             sets = {"train": train_pairs, **sets}
         for index, (teacher, encoder) in enumerate(found):
             teacher.prepare(encoder, args, sets_of_teacher(sets, index))
         set_seed(args.seed)
-        loss = build_method(args, model, self.teachers, self._encoders)
+        loss = build_method(args, model, self.teachers, self.encoders)
         if peft_config is not None:
             model = given.add_adapter(model, peft_config)
         given.check_batches(train_pairs, args)
@@ -109,7 +109,7 @@ class DistillTrainer(StepTrainer):
             disable_dropout(model)
         self.metrics_function = compute_metrics
         self.clock, self.finite, self.balance = RunCallback(self), FiniteCheck(self), TermBalance(self)
-        self.student_answers = StudentAnswers(args, self._encoders, self.clock.answers) if args.lmbda else None
+        self.student_answers = StudentAnswers(args, self.encoders, self.clock.answers) if args.lmbda else None
         super().__init__(
             model=Distiller(model, loss),
             args=args,
@@ -199,10 +199,10 @@ class DistillTrainer(StepTrainer):
             eval_dataset: as in the constructor. Default: the constructor's, the only ones that are answered for ROUGE-L.
             ignore_keys: unused.
         """
-        sets, own = self._eval_sets, eval_dataset is None
+        sets, own = self.eval_sets, eval_dataset is None
         if not own:
             sources = given.evaluation_sets(eval_dataset)
-            sets = given.encode_evaluation(sources, self._encoders, self.args, None, None)
+            sets = given.encode_evaluation(sources, self.encoders, self.args, None, None)
         if not sets:
             raise UserError("there is nothing to evaluate on: give eval_dataset")
         found: dict[str, float] = {}
@@ -222,7 +222,7 @@ class DistillTrainer(StepTrainer):
             batches = (self._micro_batches([batch])[0] for batch in bar)
             metrics = mean_terms(self._distiller, batches, self.accelerator.reduce)
             if examples is not None and (self.args.eval_rouge_l or self.metrics_function):
-                chosen, metric = choose_best(self.args, list(self._eval_sets), own_metrics=True)
+                chosen, metric = choose_best(self.args, list(self.eval_sets), own_metrics=True)
                 best = metric if name == chosen else "loss"
                 own = self.student, self.student_encoder, examples, self.args, self.metrics_function
                 metrics |= generated_metrics(*own, best=best)
