@@ -10,6 +10,7 @@ import torch
 from dwakd.align.projection import projection
 from dwakd.align.vocab import exact_overlap
 from dwakd.data.encoding import TextEncoder
+from dwakd.folders import CACHE_VARIABLE
 from dwakd.losses import XTokenLoss
 from tests.builders import SAMPLE_TEXTS, bpe_byte_fallback, byte_bpe
 from tests.losses.test_min_ed import grouped_sides, pair
@@ -73,6 +74,23 @@ def test_rows_of_the_matrix():
     two = XTokenLoss(pair=models(), top_k=2)
     assert two.targets[2].tolist() == [3, 6]
     assert two.weights[2].tolist() == [0.5, 0.5]
+
+
+def test_the_matrix_is_stored(monkeypatch, tmp_path):
+    """The matrix of large vocabularies is read again only if the tokenizers and the number of entries are the same."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr("dwakd.align.vocab._PAIRS_WORTH_KEEPING", 1)
+    calls = []
+
+    def spell(tokens):
+        calls.append(tokens)
+        return [[] for _ in tokens]
+
+    for top_k, digest, count in ((4, "a", 2), (4, "a", 2), (3, "a", 4), (4, "b", 6), (4, "", 8), (4, "", 10)):
+        loss = XTokenLoss(pair=dataclasses.replace(models(), spell=(spell, spell), spelling=digest), top_k=top_k)
+        assert len(calls) == count
+        dense = torch.zeros(6, 7).index_put_((torch.arange(6)[:, None], loss.targets), loss.weights, accumulate=True)
+        torch.testing.assert_close(dense, W.float())
 
 
 @pytest.mark.parametrize("budget", [1, 2**27])

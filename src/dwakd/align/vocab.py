@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
-from safetensors.numpy import load_file, save
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import trange
 
@@ -84,18 +84,24 @@ def nearest_tokens(
     source_tokens, target_tokens = tuple(source_tokens), tuple(target_tokens)
     if source_tokens == target_tokens:
         return torch.arange(len(source_tokens))
-    digest = hashlib.sha256(repr((source_tokens, target_tokens)).encode()).hexdigest()[:32]
-    path = cache_folder() / "vocabularies" / f"{digest}.safetensors"
-    is_kept = len(source_tokens) * len(target_tokens) >= _PAIRS_WORTH_KEEPING
-    if is_kept and path.is_file():
-        ids: Ids = load_file(path)["nearest"]
-    else:
-        ids = _nearest_ids(source_tokens, target_tokens)
-        if is_kept:
-            write_file(path, save({"nearest": ids}))  # other processes may write it as well
+    tokens = source_tokens, target_tokens
+    ids = stored(lambda: {"nearest": torch.from_numpy(_nearest_ids(*tokens))}, *tokens)["nearest"]
     if end_tokens is not None:
         ids[end_tokens[0]] = end_tokens[1]
-    return torch.from_numpy(ids)
+    return ids
+
+
+def stored(
+    build: Callable[[], dict[str, Tensor]], source_tokens: Tokens, target_tokens: Tokens, *more: object
+) -> dict[str, Tensor]:
+    """Return what `build` computes for two vocabularies and `more`. If they are large, it is stored under `$DWAKD_CACHE`."""
+    if len(source_tokens) * len(target_tokens) < _PAIRS_WORTH_KEEPING:
+        return build()
+    digest = hashlib.sha256(repr((source_tokens, target_tokens, *more)).encode()).hexdigest()[:32]
+    path = cache_folder() / "vocabularies" / f"{digest}.safetensors"
+    if not path.is_file():
+        write_file(path, save(build()))  # other processes may write it as well
+    return load_file(path)
 
 
 def token_text(token: bytes) -> str:

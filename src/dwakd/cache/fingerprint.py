@@ -66,18 +66,23 @@ def fingerprint(
         template = f"chat, by the tokenizer's template {json_digest(encoder.tokenizer.chat_template)[:16]}"
     if encoder.special_tokens_in_prompts != "parse":
         template += f", data.special_tokens_in_prompts: {encoder.special_tokens_in_prompts}"
-    tokenizer = json.loads(encoder.tokenizer.backend_tokenizer.to_str())
-    del tokenizer["padding"], tokenizer["truncation"]  # set by calls of the tokenizer
     return {
         "teacher": teacher,
         "teacher.adapter": adapter or "none",
         "teacher.dtype": dtype,
-        "tokenizer": json_digest(tokenizer),
+        "tokenizer": tokenizer_digest(encoder),
         "data.template": template,
         "data.bos": bos,
         "data.max_length": str(max_length),
         **({} if encoder.date is None else {DATE: encoder.date}),
     }
+
+
+def tokenizer_digest(encoder: TextEncoder) -> str:
+    """Compute a SHA-256 of what a tokenizer does."""
+    tokenizer = json.loads(encoder.tokenizer.backend_tokenizer.to_str())
+    del tokenizer["padding"], tokenizer["truncation"]  # set by calls of the tokenizer
+    return json_digest(tokenizer)
 
 
 def file_digest(path: Path) -> str:

@@ -285,6 +285,7 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 def _encode(tokenizer: Any, texts: Iterable[str], *, split_special_tokens: bool) -> Any:
     options = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
+    options |= {"return_attention_mask": False, "return_token_type_ids": False}
     return tokenizer(list(texts), split_special_tokens=split_special_tokens, **options)
 
 

@@ -38,6 +38,7 @@ class ModelPair:
         end_tokens: the end-of-sequence ids (student, teacher), which match each other. Other special tokens match nothing.
         spell: functions (student, teacher) that encode tokens of the other vocabulary as `TextEncoder.spell` does. Without
             them, methods that split tokens use the longest tokens from left to right.
+        spelling: digest of both tokenizers, by which results of `spell` are stored.
     """
 
     widths: Widths
@@ -47,6 +48,7 @@ class ModelPair:
     teacher_head: OutputHead
     end_tokens: tuple[int, int] | None = None
     spell: tuple[Spell, Spell] | None = None
+    spelling: str = ""
 
     @property
     def vocabularies(self) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dwakd.align.offsets import ByteGroups, byte_groups, tokens_per_group
 from dwakd.align.projection import projection
+from dwakd.align.vocab import stored
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, forward_kl, head_loss
 from dwakd.losses.attention import TeacherScale
@@ -81,7 +82,14 @@ class XTokenLoss(DistillationLoss[XTokenOptions]):
     def __init__(self, *, pair: ModelPair, **options: Any) -> None:
         super().__init__(**options)
         self.vocabularies = pair.vocabularies
-        ids, weights = projection(*pair.possible_tokens(), pair.shared_tokens(), self.options.top_k, pair.spell)
+        tokens, shared, top_k = pair.possible_tokens(), pair.shared_tokens(), self.options.top_k
+
+        def build() -> dict[str, Tensor]:
+            return dict(zip(("ids", "weights"), projection(*tokens, shared, top_k, pair.spell), strict=True))
+
+        content = [side.tolist() for side in shared], top_k, pair.spelling
+        found = build() if pair.spell and not pair.spelling else stored(build, *tokens, *content)
+        ids, weights = found["ids"], found["weights"]
         missing = pair.vocabularies[0] - len(ids)  # padding of the head
         ids, weights = (torch.nn.functional.pad(part, (0, 0, 0, missing)) for part in (ids, weights))
         self.register_buffer("targets", ids, persistent=False)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dwakd.batch import LossOutput, ModelSide, TokenBatch
+from dwakd.cache.fingerprint import json_digest, tokenizer_digest
 from dwakd.data.encoding import TextEncoder
 from dwakd.errors import UserError
 from dwakd.kernels.head_loss import only_term, scaled_terms
@@ -161,7 +162,8 @@ def build_method(
         if needs.needs_models == "pair":
             ends = own.end_token_id, encoder.end_token_id
             tokens, spell = (own.token_bytes(), encoder.token_bytes()), (own.spell, encoder.spell)
-            pair = ModelPair(widths, *tokens, head, teacher.head, ends, spell)
+            spelling = json_digest([tokenizer_digest(own), tokenizer_digest(encoder)])
+            pair = ModelPair(widths, *tokens, head, teacher.head, ends, spell, spelling)
         one_tokenizer = [part.method_name() for part in needs.parts if part.needs_same_vocabulary]
         if one_tokenizer and own.tokenizer.get_vocab() != encoder.tokenizer.get_vocab():
             raise UserError(
