@@ -30,6 +30,8 @@ def recipe(section: str, **options: Any) -> None:
         ("beta", 0.5, "method='gold'"),
         ("vllm_mode", "server", "in this process"),
         ("evaluation_strategy", "steps", "eval_strategy"),
+        ("peft_config", {}, "student.peft"),
+        ("teacher_model", "x", "teacher.model"),
     ],
 )
 def test_names_of_trl_say_what_to_write_instead(tmp_path, name, value, instead):
@@ -56,7 +58,13 @@ def test_arguments_of_trainers(tmp_path):
 def test_the_table_holds_no_name_that_works():
     """A name that works in Python is not in the table, and every name that a sentence tells a user to write exists."""
     parameters = set(inspect.signature(DistillTrainer).parameters)
-    elsewhere = {"callbacks", "chat_template_path"}  # arguments of one place that are written in another one
+    elsewhere = {
+        "callbacks",
+        "chat_template_path",
+        "model",
+        "teacher_model",
+        "peft_config",
+    }  # arguments of one place that are written in another one
     assert not (FIELDS | parameters) & INSTEAD.keys() - elsewhere
     for text in INSTEAD.values():
         for name in re.findall(r"use (\w+_\w+)", text):

@@ -1,8 +1,8 @@
 """Names that users of TRL and of earlier transformers write, and what dwakd has instead."""
 
 _TABLE = """
-model_name_or_path: pass model to DistillTrainer (recipe: student.model)
-teacher_model_name_or_path teacher_model_path: pass teacher_model to DistillTrainer (recipe: teacher.model)
+model_name_or_path model student student_model: pass model to DistillTrainer (recipe: student.model)
+teacher_model_name_or_path teacher_model_path teacher_model: pass teacher_model to DistillTrainer (recipe: teacher.model)
 model_revision: use model_init_kwargs={'revision': ...} (recipe: student.revision)
 teacher_model_revision: use teacher_model_init_kwargs={'revision': ...} (recipe: teacher.revision)
 dtype torch_dtype: use model_init_kwargs={'dtype': ...} (recipe: student.dtype, teacher.dtype)
@@ -13,7 +13,8 @@ callbacks: pass callbacks to DistillTrainer
 model_init: pass model to DistillTrainer
 eos_token pad_token: set it on the tokenizer that is passed as processing_class
 attn_implementation quantization_config load_in_8bit load_in_4bit: load the model with it, and pass the model itself
-use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_modules_to_save: use peft_config (recipe: student.peft)
+peft_config use_peft lora lora_r lora_alpha lora_dropout: use peft_config (recipe: student.peft)
+lora_target_modules lora_modules_to_save: use peft_config (recipe: student.peft)
 dataset_name dataset: pass train_dataset to DistillTrainer (recipe: data.train)
 dataset_train_split: name the split in the data set, as in org/name@train (recipe: data.train, data.eval)
 dataset_test_split: name the split in the data set, as in org/name@train (recipe: data.train, data.eval)
@@ -30,6 +31,7 @@ uld_skip_student_eos uld_skip_teacher_eos overwrite_output_dir save_safetensors:
 chat_template_kwargs: give it as a column of the rows
 data_collator: leave it out, batches contain the tokens of both models
 temperature: use loss_options={'temperature': ...} (recipe: loss.temperature), or sampling_temperature
+alpha: use loss_options={'ce_weight': ..., 'kd_weight': ...} (recipe: loss.ce_weight, loss.kd_weight)
 beta: use method='gold' with loss_options={'beta': ...} (recipe: loss.beta)
 loss_type: use method (recipe: loss.method)
 use_uld_loss: use method='uld' or method='gold' (recipe: loss.method)
@@ -53,13 +55,15 @@ use_vllm steps_per_generation: leave it out, the student answers in this process
 log_completions log_completions_steps: leave it out; dwakd eval writes the student's answers to test sets
 num_completions_to_print log_unique_prompts: leave it out; dwakd eval writes the student's answers to test sets
 wandb_log_unique_prompts: leave it out; dwakd eval writes the student's answers to test sets
+epochs num_epochs: use num_train_epochs (recipe: training.num_train_epochs)
+lr: use learning_rate (recipe: training.learning_rate)
 evaluation_strategy: use eval_strategy (recipe: training.eval_strategy)
 group_by_length: use train_sampling_strategy='group_by_length' (recipe: training.train_sampling_strategy)
 no_cuda: use use_cpu (recipe: training.use_cpu)
 logging_dir: set the environment variable TENSORBOARD_LOGGING_DIR
 push_to_hub_model_id: use hub_model_id (recipe: training.hub_model_id)
 push_to_hub_token: use hub_token
-per_gpu_train_batch_size per_device_batch_size: use per_device_train_batch_size
+per_gpu_train_batch_size per_device_batch_size batch_size: use per_device_train_batch_size
 """
 
 INSTEAD = {

@@ -25,6 +25,8 @@ _WORDS = {
     "greater than": "above",
     "less than": "below",
 }
+_MAIN = {"student": "model", "teacher": "model", "data": "train", "loss": "method"}
+"""The option that users mean who write its value in place of the section."""
 
 
 class _UnknownNameError(ValueError):
@@ -108,6 +110,8 @@ def user_error(error: ValidationError, values: Any, prefix: str = "") -> UserErr
         name, found = f"{name}.{context['discriminator'].strip(chr(39))}", context["tag"]
     allowed = " or ".join(dict.fromkeys(_words(item) for item in items))
     must = "" if allowed.startswith("must") else "must be "
+    if isinstance(found, str) and name in _MAIN and "section" in allowed:
+        return UserError(f"{name} must be {allowed}, got {found!r}; write {name}: {{{_MAIN[name]}: {found}}}")
     near = difflib.get_close_matches(str(found), re.findall("'(.+?)'", allowed), n=1)
     return UserError(f"{name} {must}{allowed}, got {found!r}" + (f"; did you mean {near[0]}?" if near else ""))
 

@@ -85,6 +85,9 @@ def test_the_teacher_is_evaluated_as_it_teaches(tmp_path, monkeypatch):
     compare_methods(read, tmp_path / "out")
     (path,) = (tmp_path / "out" / "cells" / "teacher" / "eval").glob("*.json")
     assert json.loads(path.read_text())["signature"]["dtype"] == "bfloat16"
+    changed = load_recipe(tmp_path / "recipe.yaml", [*options, "teacher.dtype=float32"], "compare")
+    compare_methods(changed, tmp_path / "out")
+    assert json.loads(path.read_text())["signature"]["dtype"] == "float32"
     asked = []
     monkeypatch.setattr("dwakd.evaluation.run.load_tokenizer", lambda model, **options: asked.append(options) or 1 / 0)
     hub = read.teachers[0].model_copy(

@@ -174,6 +174,12 @@ def test_turns_that_a_template_leaves_out_are_refused() -> None:
         trained({"messages": [say("system", "Add."), ASK, ANSWER]}, template)
     with pytest.raises(UserError, match=r"'content' of turn 1 \(role 'tool'"):
         trained({"messages": [ASK, say("tool", "4"), ANSWER]}, template)
+    with pytest.raises(UserError, match=r"'content' of turn 1 \(role 'tool'"):
+        trained(
+            {"messages": [ASK, say("tool", "4"), ANSWER], "system": "Add."}, template.replace("!= 'system'", "!= 'x'")
+        )
+    with pytest.raises(UserError, match=r"'content' of the column 'system'"):
+        trained({"messages": [ASK, ANSWER], "system": "Add."}, template)
     trained({"messages": [say("system", ""), ASK, ANSWER]}, template)
 
 

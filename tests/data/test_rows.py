@@ -187,9 +187,11 @@ def test_which_turns_are_examples(row: dict[str, Any], expected: list[tuple[str,
 
 
 def test_prompts_of_every_answer_can_be_answered() -> None:
-    """`dwakd generate` answers before each assistant turn, and after a last turn that has no answer yet."""
-    row = {"messages": [GREET, {**HELLO, "weight": 0}, ASK]}
-    assert [contents(one) for one in every(row, need_response=False)] == [["Hi"], ["Hi", "Ho", "2 + 2?"]]
+    """`dwakd generate` answers before each assistant turn that is trained, and after a last turn without an answer."""
+    row = {"messages": [GREET, {**HELLO, "weight": 0}, ASK, ANSWER, ASK]}
+    first, second = (contents(one) for one in every(row, need_response=False))
+    assert first == ["Hi", "Ho", "2 + 2?"]
+    assert len(second) == 5
 
 
 @pytest.mark.parametrize(

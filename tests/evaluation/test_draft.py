@@ -138,6 +138,9 @@ def test_command(
     code, _, err = run(monkeypatch, capsys, *command, "--max-new-tokens", 24, "--lookahead", 2)
     assert code != 0
     assert "lookahead 5 before, 2 now" in one_sentence(err)
+    for option, value in {"--top-p": 0.9, "--text": "x.jsonl"}.items():
+        code, _, err = run(monkeypatch, capsys, *command, option, value)
+        assert (code, one_sentence(err)) == (2, f"error: --draft-for does not use {option}: leave it out")
 
 
 def test_different_vocabularies_of_the_same_size_are_refused(pair: Draft) -> None:

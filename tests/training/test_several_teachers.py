@@ -227,6 +227,8 @@ def test_rows_of_a_teacher_in_other_batches_and_from_caches(tmp_path, folders):
     assert_same(weights(cached), weights(online))
     assert_same(weights(split), weights(online), atol=2e-4)
     assert [len(teacher.cache.index.places) for teacher in caches] == [10, 7]
+    again = DistillTrainer(folders[0], caches, DistillConfig(output_dir=str(tmp_path / "again"), use_cpu=True))
+    assert again.train_dataset is None, "caches can be read without rows, and without teacher_key"
     metrics = online.evaluate()
     assert (metrics["eval_gate_1"], metrics["eval_gate_2"]) == (0, 1)
     with pytest.raises(UserError, match=r"no row names the teacher .* in the column 'teacher'"):
@@ -281,6 +283,10 @@ def test_recipes_name_teachers_and_mistakes_are_named(tmp_path, folders, monkeyp
         assert (code, message in error) == (2, True), error
     code, error = train(["a", 2, "2", "a"])
     assert code == 0, error
+    code, shown, _ = call(monkeypatch, capsys, "inspect", path, "--row", 3)
+    assert (code, "row 3" in shown, "teachers is shown on its own rows" in " ".join(shown.split())) == (0, True, True)
+    code, _, error = call(monkeypatch, capsys, "inspect", path, "--row", 1)
+    assert (code, "has no such row of the first teacher; its rows are numbered 0 to 3" in error) == (2, True)
     recipe["teacher"] = recipe["teacher"][0]
     code, error = train(["a", 2])
     assert (code, "data.teacher_key names the column 'who', but there are not several teachers" in error) == (2, True)

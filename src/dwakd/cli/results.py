@@ -9,6 +9,7 @@ import typer
 
 from dwakd.cli.app import app, console, flag, output_option, silence_transformers
 from dwakd.cli.options import ModelName, with_options
+from dwakd.errors import UserError
 from dwakd.evaluation.options import EvalOptions, RowOptions
 from dwakd.judge.options import JudgeOptions
 
@@ -41,6 +42,9 @@ def evaluate(
     target accepts in universal assisted decoding is measured instead, and only --max-new-tokens of the other options applies.
     """
     silence_transformers()
+    given = options.model_dump(exclude_defaults=True, exclude={"max_new_tokens"}) | ({"text": text} if text else {})
+    if draft_for is not None and given:
+        raise UserError(f"--draft-for does not use --{next(iter(given)).replace('_', '-')}: leave it out")
     if draft_for is not None:
         from dwakd.evaluation.draft import evaluate_draft_sets
 

@@ -16,6 +16,7 @@ import torch
 from rich.console import Group
 
 from dwakd.answers.run import answer_recipe
+from dwakd.answers.store import read_json
 from dwakd.compare.plan import Cell, Variant, search_of, sft_row, variants_of
 from dwakd.compare.runner import Runner, only_one
 from dwakd.compare.table import CellScores, comparison_tables, num_evaluated, read_cell, summarise_comparison
@@ -131,13 +132,13 @@ def _plan(recipe: Recipe) -> EvaluationPlan:
 
 def evaluate_teacher(plan: EvaluationPlan, teacher: TeacherSection, folder: Path) -> CellScores:
     """Evaluate a teacher on the test sets unless that is done, and return its scores."""
-    if num_evaluated(folder) < len(plan.sets):
+    saved, about = folder / "teacher.json", teacher.model_dump(exclude={"name", "weight", "cache", "cache_dtype"})
+    is_other = read_json(saved) != about
+    if num_evaluated(folder) < len(plan.sets) or is_other:
         data, text = ([item.source for item in plan.sets if item.is_text == is_text] for is_text in (False, True))
-        loading: dict[str, Any] = teacher.model_dump(
-            include={"adapter", "revision", "trust_remote_code", "chat_template_path"}
-        )
-        loading["dtype"] = getattr(torch, teacher.dtype)
-        evaluate_sets(teacher.model, data, plan.rows, plan.options, text=text, output=folder / "eval", **loading)
+        loading: dict[str, Any] = {**about, "dtype": getattr(torch, teacher.dtype), "overwrite": is_other}
+        evaluate_sets(data=data, rows=plan.rows, options=plan.options, text=text, output=folder / "eval", **loading)
+        write_json(saved, about)
     return read_cell(folder)
 
 

@@ -35,7 +35,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.name = tokenizer_name(tokenizer)
         if not tokenizer.chat_template:
-            fix = "use data.template: alpaca, or add a chat_template to its tokenizer_config.json"
+            fix = "use data.template: alpaca, or set student.chat_template_path or teacher.chat_template_path"
             raise UserError(f"data.template is chat, but the tokenizer of {self.name} has no chat template: {fix}")
         self.prints_date = "strftime_now" in str(tokenizer.chat_template)
         self.date = date or clock.datetime.now().date().isoformat()
@@ -53,7 +53,7 @@ class ChatTemplate:
         """
         options = example.options or {}
         turns, asked = self._read(example.turns, options, generation=True)
-        self._check_shown(turns, options, asked)
+        self._check_shown(example, turns, asked)
         if example.answer is None:
             prompt = self._before_answer(turns, options, asked, example.response)
         else:
@@ -145,11 +145,12 @@ class ChatTemplate:
             raise UserError(f"the chat template of {self.name} does not write an assistant's answer unchanged: {fix}")
         return before, tails[0]
 
-    def _check_shown(self, turns: list[Turn], options: dict[str, Any], asked: str) -> None:
+    def _check_shown(self, example: Example, turns: list[Turn], asked: str) -> None:
         """Refuse a row with a text that occurs less often in the prompt than in the row.
 
         Templates drop the reasoning of earlier turns, so it only has to be shown while its turn is the last one.
         """
+        options = example.options or {}
         parts = texts_to_show(turns, options)
 
         def required(num_turns: int) -> str:
@@ -162,11 +163,11 @@ class ChatTemplate:
                 alone = self._try(turns[: n + 1], options, generation=False) or ""
                 shown = _occurs(text, alone, required(n + 1).count(text) + 1)
             if not shown:
-                which = f" of turn {n} (role {turns[n]['role']!r}, counting from 0)" if n >= 0 else ""
+                which = f" of {example.turn_place(n)}" if n >= 0 else ""
                 raise self._omits(f"{key!r}{which}", text)
 
     def _omits(self, what: str, text: str, fix: str = "") -> UserError:
-        fix = fix or "remove it from the data, or use a model whose chat template shows it"
+        fix = fix or "remove it from the data, or set chat_template_path to a template that shows it"
         return UserError(f"the chat template of {self.name} omits {what} or a part of it ({text!r:.80}): {fix}")
 
     def _try(self, turns: list[Turn], options: dict[str, Any], *, generation: bool = True) -> str | None:

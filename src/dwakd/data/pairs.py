@@ -254,19 +254,19 @@ def _encode_row(
 
 
 def _check_report(pairs: EncodedPairs, first_error: dict[str, str], invalid_rows: str, length_option: str) -> None:
-    num_skipped = sum(map(len, pairs.report.values()))
-    num_rows = len(pairs) + num_skipped
+    total = len(pairs) + (skipped := sum(map(len, pairs.report.values())))
     counts = ", ".join(f"{reason}: {len(rows)}" for reason, rows in pairs.report.items())
     for reason, rows in pairs.report.items():
         if invalid_rows == "error" and reason != NOTHING_SUPERVISED:
             fix = "raise data.max_prompt_length" if reason == PROMPT_TOO_LONG else "correct the data"
-            found = f"{first_error[reason]} ({len(rows)} of {num_rows} rows have this error)"
+            found = f"{first_error[reason]} ({len(rows)} of {total} rows have this error)"
             raise UserError(f"{found}; {fix} or set data.invalid_rows: skip")
     if not len(pairs):
         fix = first_error.get(REFUSED, f"raise {length_option} and data.max_prompt_length or correct the data")
-        raise UserError(f"{pairs.source}: none of its {num_rows} rows can be used ({counts or 'no rows found'}); {fix}")
-    if num_skipped:
-        logger.warning("%s: skipping %d of %d rows (%s)", pairs.source, num_skipped, num_rows, counts)
+        raise UserError(f"{pairs.source}: none of its {total} rows can be used ({counts or 'no rows found'}); {fix}")
+    if skipped:
+        first = next(iter(first_error.values()))
+        logger.warning("%s: skipping %d of %d rows (%s); first error: %s", pairs.source, skipped, total, counts, first)
 
 
 def align_by_spelling(pairs: EncodedPairs, student: TextEncoder, *teachers: TextEncoder) -> None:

@@ -50,7 +50,8 @@ class Prompts:
             raise UserError(f"{example.place}: {error}") from error
 
     def _render(self, example: Example) -> str:
-        hidden = [f"{key!r} of turn {n}" for n, turn in enumerate(example.turns) for key in content_keys(turn)]
+        given = enumerate(example.turns)
+        hidden = [f"{key!r} of {example.turn_place(n)}" for n, turn in given for key in content_keys(turn)]
         hidden += map(repr, structured(example.options or {}))
         if hidden:
             fix = "use data.template: chat, or remove it"

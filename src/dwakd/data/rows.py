@@ -57,6 +57,7 @@ class Example:
     teacher_turns: tuple[Turn, ...] | None = None  # the prompt of the teachers, if it is not the student's
     teacher: str | None = None  # name of the only teacher of the row, if it has only one
     source: tuple[int, int] | None = None  # with `supervise: all`, row and turn in the source
+    moved: int = 0  # number of turns that the column `system` puts before those of the conversation
 
     @property
     def place(self) -> str:
@@ -64,6 +65,12 @@ class Example:
         if self.source is None:
             return f"row {self.index} (counting from 0)"
         return "row {}, turn {} (counting from 0)".format(*self.source)
+
+    def turn_place(self, number: int) -> str:
+        """The location of a turn in its row, for messages."""
+        if number < self.moved:
+            return "the column 'system'"
+        return f"turn {number - self.moved} (role {self.turns[number]['role']!r}, counting from 0)"
 
     @property
     def turns(self) -> list[Turn]:
@@ -82,7 +89,7 @@ class Example:
     def for_teacher(self) -> "Example":
         """Return the row as teachers read it: with the prompt that only they see, if it has one."""
         turns = self.teacher_turns
-        return self if turns is None else replace(self, **_before_answer(turns), input="", teacher_turns=None)
+        return self if turns is None else replace(self, **_before_answer(turns), input="", teacher_turns=None, moved=0)
 
 
 @dataclass(frozen=True)
@@ -171,7 +178,7 @@ class Columns:
         found, moved = [], self._moved(row)
         for end in ends:
             self._check_asks(turns[:end], self.prompt, moved)
-            example = Example(index, **_before_answer(turns[:end]), input=input, options=options)
+            example = Example(index, **_before_answer(turns[:end]), input=input, options=options, moved=moved)
             if end < len(turns):
                 answer = turns[end]
                 check_answer(answer, f"the answer in {self.response or self.prompt!r}", self.need_response)
@@ -203,10 +210,8 @@ class Columns:
         """Return the positions of the answers to train on; the number of turns stands for one that does not exist."""
         found = [n for n, turn in enumerate(turns) if n >= first and turn["role"] == "assistant"]
         unanswered = [len(turns)] if turns and not self.need_response and found[-1:] != [len(turns) - 1] else []
-        if self.supervise == "all":
-            found = [n for n in found if is_trained(turns[n]) or not self.need_response] + unanswered
-        else:
-            found = unanswered or found[-1:]
+        trained = [n for n in found if is_trained(turns[n])]
+        found = trained + unanswered if self.supervise == "all" else unanswered or found[-1:]
         if not found:
             raise UserError(f"{self.prompt!r} has no assistant turn to train on")
         return found

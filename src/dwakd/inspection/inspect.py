@@ -68,6 +68,10 @@ def inspect_recipe(
     """
     data, sections = recipe.data, [recipe.student, *recipe.teachers[:1]]
     examples = _examples(recipe) if text is None else [Example(0, "", response=text)]
+    if text is None and data.teacher_key is not None:
+        examples = [example for example in examples if example.teacher == recipe.teacher_names[0]]
+    if not examples:
+        raise UserError(f"{data.train}: no row names the first teacher in the column {data.teacher_key!r}")
     encoders = [section_encoder(one, data) for one in sections]
     limits = data.model_dump(include={"max_length", "max_prompt_length"}) | {
         "source": data.train,
@@ -79,13 +83,17 @@ def inspect_recipe(
     wanted = [one.example_id for one in pairs.rows[:rows]] if row is None else [row]
     shown = [example for example in examples if example.index in wanted]
     if not shown:
-        raise UserError(f"--row {row}: {data.train} has no such row; its rows are numbered 0 to {examples[-1].index}")
+        own = " of the first teacher" if data.teacher_key is not None else ""
+        raise UserError(
+            f"--row {row}: {data.train} has no such row{own}; its rows are numbered 0 to {examples[-1].index}"
+        )
     pairs_shown = encode_pairs(shown, *encoders, **limits)
     findings = [*check_responses(summary, data), *check_end_tokens([one.model for one in sections], encoders)]
     findings += check_prompts(pairs, data, encoders) if text is None else ()
     computed: list[list[Computed]] = [[] for _ in shown]
     if len(recipe.teachers) > 1:
-        findings.append(("several teachers", f"Only the first of {len(recipe.teachers)} teachers is shown."))
+        own = " on its own rows" if data.teacher_key is not None and text is None else ""
+        findings.append(("several teachers", f"Only the first of {len(recipe.teachers)} teachers is shown{own}."))
     if run is not None and recipe.loss.needs_teacher and (run / RUN_FILE).is_file():
         computed, ends = compute(run, recipe, pairs_shown, encoders)
         findings += check_ends(ends)

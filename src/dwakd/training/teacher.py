@@ -168,7 +168,7 @@ class CachedTeacher(Teacher):
         return cache
 
     def _request(self, encoder: TextEncoder, args: DistillConfig, sets: Sets) -> CacheRequest:
-        if not sets:
+        if not sets and args.teacher_key is not None:
             raise UserError(
                 f"no row names the teacher {self.name} in the column {args.teacher_key!r} (data.teacher_key), so its cache "
                 "would be empty: remove the teacher"

@@ -97,9 +97,7 @@ def run_demo(output: Path | None, *, seed: int, quick: bool) -> Group:
     _train_teacher(folder / "teacher", sizes, train, teacher_tokenizer, seed)
     console.rule(f"student: pretraining on the prompts as raw text (vocabulary of {len(student_tokenizer):,})")
     _pretrain_student(folder / "student", sizes, train, student_tokenizer, seed)
-    console.rule(
-        f"comparison: {sizes.num_labelled:,} labelled rows; with seqkd, the teacher's answers to other prompts"
-    )
+    console.rule(f"comparison on {sizes.num_labelled:,} labelled rows, and with the teacher's answers (seqkd)")
     path = folder / "recipe.yaml"
     write_file(path, yaml.safe_dump(demo_recipe(folder, sizes, seed), sort_keys=False).encode())
     compare_methods(load_recipe(path, [], "compare"), folder / "comparison", jobs=2)
