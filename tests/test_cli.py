@@ -1,7 +1,7 @@
 """Test the help of every command, and the commands that need no model."""
 
+import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -9,6 +9,7 @@ import sys
 import pytest
 from rich.console import Console
 
+from dwakd.cli import main
 from tests.command_line import one_sentence, run
 
 COMMANDS = (
@@ -52,17 +53,19 @@ def test_schema(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_a_message_that_the_terminal_cannot_print(encoding, tmp_path):
+def test_a_message_that_the_terminal_cannot_print(encoding, tmp_path, monkeypatch):
     """A lone surrogate in the data, or a terminal without Unicode, must not replace the message by a traceback."""
     (tmp_path / "rows.jsonl").write_text('{"qu\\ud800": "a", "r\u00e9sponse": "b"}', encoding="utf-8")
     recipe = f"{{student: {{model: x}}, data: {{train: {tmp_path / 'rows.jsonl'}}}, loss: {{method: sft}}}}"
     (tmp_path / "recipe.yaml").write_text(recipe)
-    script = "import sys; from dwakd.cli import main; sys.stderr = sys.stdout\n"
-    script += f"sys.argv = ['dwakd', 'train', {str(tmp_path / 'recipe.yaml')!r}, 'training.use_cpu=true']; main()"
-    env = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
-    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, env=env, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (2, b"")
-    assert b"qu\\ud800" in done.stdout
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "argv", ["dwakd", "train", str(tmp_path / "recipe.yaml"), "training.use_cpu=true"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    terminal.flush()
+    assert ended.value.code == 2
+    assert b"qu\\ud800" in terminal.buffer.getvalue()
 
 
 def test_help_needs_no_torch():

@@ -169,7 +169,7 @@ def test_splitting_the_batch_changes_nothing(method):
 
 
 def test_gradcheck(method):
-    """The gradient agrees with finite differences. Token weights, which are constants, are turned off."""
+    """The gradient agrees with finite differences along a random direction. Token weights, which are constants, are off."""
     name, loss = method
     if name in ("dwa_kd", "dwa_kd_v2"):
         loss = build(name, {"entropy_weights": False, "gate": False})
@@ -180,7 +180,8 @@ def test_gradcheck(method):
             example["student_hidden"] = rows
         return run(loss, examples, heads).loss
 
-    assert torch.autograd.gradcheck(value, tuple(e["student_hidden"].clone().requires_grad_() for e in examples))
+    hidden = tuple(example["student_hidden"].clone().requires_grad_() for example in examples)
+    assert torch.autograd.gradcheck(value, hidden, fast_mode=True)
 
 
 def test_num_tokens_may_be_a_tensor(method):
@@ -291,7 +292,7 @@ def test_extreme_logits(method, scale, impl, monkeypatch):
 
 
 def train(name, options, optimiser, dtype):
-    """Train twelve steps on one batch; return the losses and the trained tensors."""
+    """Train six steps on one batch; return the losses and the trained tensors."""
     loss = build(name, options).to(dtype)
     examples, heads = batch(loss)
     examples = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in e.items()} for e in examples]
@@ -299,7 +300,7 @@ def train(name, options, optimiser, dtype):
     learned = [example[key].requires_grad_() for example in examples for key in ("student_hidden", "student_out")]
     learned += [head, *loss.parameters()]
     steps, losses = optimiser(learned), []
-    for step in range(12):
+    for step in range(6):
         loss.set_step(step)
         output = run(loss, examples, (head, heads[1].to(dtype)))
         losses.append(output.loss.detach())
@@ -318,8 +319,8 @@ def train(name, options, optimiser, dtype):
     ids=["AdamW", "SGD-float32"],
 )
 @pytest.mark.parametrize(("name", "options"), ALL)
-def test_twelve_steps_of_fast_kernels(name, options, optimiser, dtype, tolerance, monkeypatch):
-    """Twelve steps with the fast kernels give the losses and weights of twelve steps with the naive kernels."""
+def test_six_steps_of_fast_kernels(name, options, optimiser, dtype, tolerance, monkeypatch):
+    """Six steps with the fast kernels give the losses and weights of six steps with the naive kernels."""
     torch.manual_seed(1)
     with monkeypatch.context() as patch:
         use_kernels(patch, **{k.__name__: partial(k, impl="naive") for k in (head_loss, sinkhorn, soft_dtw)})
