@@ -91,6 +91,7 @@ def requirements(name: str) -> list[tuple[str, str]]:
             "Teacher": "required",
             "Tokenizers": "must be the same" if options.needs_same_vocabulary else "any two",
             "[Teacher cache](../cache.md)": "no" if options.needs_attention else "yes",
+            "[Served teacher](../scale.md#served-teachers)": "yes" if options.needs_only_log_probs else "no",
             "[On-policy](../on-policy.md) (`training.lmbda`)": on_policy,
             **weight,
         }

@@ -111,7 +111,12 @@ def test_secrets_are_neither_stored_nor_printed(tmp_path, monkeypatch, capsys):
     assert not [path.name for path in files if secret.encode() in path.read_bytes()]
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     endpoint = {"base_url": f"http://user:{secret}@host/v1", "model": "m"}
-    for changes in ({"training": {"hub_token": secret}}, {"generate": {"endpoint": endpoint}}):
+    served = {"url": endpoint["base_url"], "model": "m"}
+    for changes in (
+        {"training": {"hub_token": secret}},
+        {"generate": {"endpoint": endpoint}},
+        {"teacher": served, "loss": {"method": "alm"}},
+    ):
         with pytest.raises(UserError, match=r"HF_TOKEN|OPENAI_API_KEY") as error:
             recipe_from_dict({**recipe, **changes}, "train")
         assert secret not in str(error.value)

@@ -244,6 +244,8 @@ class ModelSide:
         num_rows: `lengths` as Python integers, so that they need not be read from a GPU.
         sampled: whether the student sampled the responses, so that no term may train a model to predict them.
         places: indices in the batch of the examples of a teacher's side, if it has only those that it teaches.
+        target_log_probs: log-probability of each of `target_ids`, if the teacher gives nothing else. Hidden states,
+            embeddings and head then have width 0, and only methods with `needs_only_log_probs` can use the side.
     """
 
     hidden: Float[Tensor, "tokens hidden"]
@@ -259,6 +261,7 @@ class ModelSide:
     num_rows: tuple[int, ...] | None = None
     sampled: bool = False
     places: tuple[int, ...] | None = None
+    target_log_probs: Float[Tensor, " tokens"] | None = None
 
     @cached_property
     def byte_starts(self) -> Int[Tensor, " tokens"]:
@@ -275,7 +278,7 @@ class ModelSide:
     def select(self, indices: Sequence[int]) -> "ModelSide":
         """Return the side of some of its examples. It has no `aligned_rows` and no `gate_weights`."""
         names = ("hidden", "input_embeddings", "target_embeddings", "target_ids", "byte_ends", "attention")
-        given = {name: getattr(self, name) for name in names}
+        given = {name: getattr(self, name) for name in (*names, "target_log_probs")}
         cut: dict[str, Any] = {n: v if v is None else of_examples(v, self.counts, indices) for n, v in given.items()}
         counts = tuple(self.counts[n] for n in indices)
         lengths = of_examples(self.lengths, [1] * len(self.counts), indices)

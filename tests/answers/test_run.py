@@ -292,7 +292,7 @@ def test_training_on_answers_needs_a_file_and_a_teacher():
     with pytest.raises(UserError, match=r"requires generate\.output"):
         recipe_from_dict({**base, "data": data, "teacher": {"model": "t"}})
     for command in ("train", "compare"):
-        with pytest.raises(UserError, match=r"nobody answers the prompts: add a teacher"):
+        with pytest.raises(UserError, match=r"nobody answers the prompts: add a teacher without url"):
             recipe_from_dict({**base, "data": data, "generate": {"output": "a.jsonl"}}, command)
     endpoint = {"output": "a.jsonl", "endpoint": {"base_url": "http://localhost", "model": "m"}}
     assert recipe_from_dict({**base, "data": data, "generate": endpoint}).teachers == []

@@ -37,7 +37,7 @@ def trainer(output: Path, *, rows: list[dict[str, Any]] = ROWS, lora: bool = Fal
         "use_cpu": True,
         "seed": 3,
     }
-    eval_rows = options.pop("eval_rows", None)
+    eval_rows, tokenizers = options.pop("eval_rows", None), options.pop("teacher_tokenizers", teacher_tokenizer)
     return DistillTrainer(
         model=tiny_model(options.pop("student", "llama"), len(student_tokenizer), seed=1),
         teacher_model=options.pop("teacher_model", None)
@@ -46,7 +46,7 @@ def trainer(output: Path, *, rows: list[dict[str, Any]] = ROWS, lora: bool = Fal
         train_dataset=rows,
         eval_dataset=eval_rows,
         processing_class=student_tokenizer,
-        teacher_processing_class=teacher_tokenizer,
+        teacher_processing_class=tokenizers,
         peft_config=LoraConfig(r=4, task_type="CAUSAL_LM") if lora else None,
     )
 

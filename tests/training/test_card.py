@@ -55,7 +55,10 @@ def test_what_else_the_student_was_trained_on(tmp_path):
     assert "training.lmbda 0.5" in (tmp_path / "b" / "README.md").read_text()
     endpoint = {"base_url": "http://intranet/v1", "model": "big"}
     write_card(recipe(teacher=None, loss={"method": "sft"}, generate={"endpoint": endpoint}), tmp_path / "c")
-    assert "intranet" not in (tmp_path / "c" / "README.md").read_text()
+    served = [{"url": "http://intranet/v1", "model": "big"}]
+    write_card(recipe(teacher=served, loss={"method": "alm"}), tmp_path / "d")
+    for name in "cd":
+        assert "intranet" not in (tmp_path / name / "README.md").read_text()
 
 
 def test_the_card_of_a_sum_in_python(tmp_path):

@@ -1,18 +1,19 @@
-"""Build a cache: run the teacher once over every row."""
+"""Build a cache: run the teacher once over every row, in this process or in another engine."""
 
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from rich.filesize import decimal
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
+from dwakd.batch import OutputHead
 from dwakd.cache.manifest import MANIFEST, MISSING, TEACHER, keyed_sides
 from dwakd.cache.store import Cache, CacheRequest
 from dwakd.data.pairs import EncodedSide
@@ -26,10 +27,38 @@ logger = logging.getLogger(__name__)
 _CHUNK_TOKENS, _CPU_CHUNK_TOKENS = 16_384, 1_024  # tokens in one forward pass, padding included
 
 
-def open_or_build(folder: Path, request: CacheRequest, load: Callable[[], nn.Module], *, repair: bool = False) -> Cache:
+@runtime_checkable
+class Engine(Protocol):
+    """A teacher that computes what a cache stores."""
+
+    table: Tensor
+    head: OutputHead
+    width: int
+    """Width of the stored states."""
+    chunk_tokens: int
+    """Number of tokens, padding included, for which states are computed at a time."""
+
+    def states(self, sides: Sequence[EncodedSide]) -> list[Tensor]:
+        """Compute the states of the response tokens of each row."""
+
+
+class ModelEngine:
+    """A teacher that is loaded into this process. It stores its final hidden states."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.table, self.head = model, embedding_table(model), output_head(model)
+        self.width, self.device = self.head.hidden_size, next(model.parameters()).device
+        self.chunk_tokens = _CPU_CHUNK_TOKENS if self.device.type == "cpu" else _CHUNK_TOKENS
+
+    def states(self, sides: Sequence[EncodedSide]) -> list[Tensor]:
+        ids = [torch.from_numpy(side.ids[:-1]).long().to(self.device) for side in sides]
+        return response_hidden(self.model, ids, [len(side.byte_ends) for side in sides])
+
+
+def open_or_build(folder: Path, request: CacheRequest, load: Callable[[], Engine], *, repair: bool = False) -> Cache:
     """Open and verify the cache in a folder. Files that are missing are built, and with `repair` also damaged ones.
 
-    `load` loads the teacher on the device where it runs; it is called only if something has to be built.
+    `load` prepares the teacher; it is called only if something has to be built.
 
     Raises:
         UserError: the cache was built with other models, options or data, a file is damaged, or the disk is full.
@@ -41,7 +70,7 @@ def open_or_build(folder: Path, request: CacheRequest, load: Callable[[], nn.Mod
     elif request.sets:
         teacher, repair = load(), True
         with _disk_errors(folder):
-            cache = Cache.create(folder, request, embedding_table(teacher), output_head(teacher))
+            cache = Cache.create(folder, request, teacher.table, teacher.head, teacher.width)
     else:
         raise UserError(f"teacher cache {folder} cannot be built without rows: give train_dataset or eval_dataset")
     problems = cache.problems(request.rank, request.world_size, progress=request.progress)
@@ -59,7 +88,7 @@ def open_or_build(folder: Path, request: CacheRequest, load: Callable[[], nn.Mod
     return cache
 
 
-def _build(cache: Cache, request: CacheRequest, teacher: nn.Module, problems: Mapping[str, str]) -> None:
+def _build(cache: Cache, request: CacheRequest, teacher: Engine, problems: Mapping[str, str]) -> None:
     """Build the missing and damaged files of one rank."""
     sides = dict(keyed_sides(*request.sets.values()))
     if absent := len(cache.index.places.keys() - sides.keys()):
@@ -83,7 +112,7 @@ def _build(cache: Cache, request: CacheRequest, teacher: nn.Module, problems: Ma
         text = f"{cache.describe()}; {work}, {_finished(cache.folder)}, {decimal(free)} free"
         tqdm.write(f"teacher cache {cache.folder}: {text}", file=sys.stderr)
     if TEACHER in problems:
-        cache.write_teacher(embedding_table(teacher), output_head(teacher))
+        cache.write_teacher(teacher.table, teacher.head)
     rows = [sides[key] for key in cache.index.places]
     total = sum(rows[row].length for shard in shards for row in cache.index.rows_of(shard))
     with tqdm(total=total, desc="teacher cache", unit="tok", unit_scale=True, disable=not request.progress) as bar:
@@ -91,17 +120,14 @@ def _build(cache: Cache, request: CacheRequest, teacher: nn.Module, problems: Ma
             cache.write_shard(shard, _hidden_states(cache, shard, rows, teacher, bar))
 
 
-def _hidden_states(cache: Cache, shard: int, sides: list[EncodedSide], teacher: nn.Module, bar: Any) -> torch.Tensor:
+def _hidden_states(cache: Cache, shard: int, sides: list[EncodedSide], teacher: Engine, bar: Any) -> Tensor:
     """Compute the hidden states of one shard, longest rows first."""
-    device = next(teacher.parameters()).device
-    limit = _CPU_CHUNK_TOKENS if device.type == "cpu" else _CHUNK_TOKENS
     rows = sorted(cache.index.rows_of(shard), key=lambda row: sides[row].length)
     hidden = torch.empty(cache.index.shard_lengths[shard], cache.manifest.hidden_size, dtype=cache.dtype)
     while rows:
-        count = max(limit // sides[rows[-1]].length, 1)
+        count = max(teacher.chunk_tokens // sides[rows[-1]].length, 1)
         chunk, rows = rows[-count:], rows[:-count]
-        ids = [torch.from_numpy(sides[row].ids[:-1]).long().to(device) for row in chunk]
-        states = response_hidden(teacher, ids, [len(sides[row].byte_ends) for row in chunk])
+        states = teacher.states([sides[row] for row in chunk])
         for row, part in zip(chunk, states, strict=True):
             start = int(cache.index.offsets[row])
             hidden[start : start + len(part)] = part

@@ -23,6 +23,8 @@ from dwakd.data.pairs import EncodedPairs
 from dwakd.errors import UserError
 from dwakd.folders import write_file
 
+_LEAST_TOKEN_BYTES = 1 << 10  # so that a shard of narrow states has no more tokens than can be computed again
+
 
 @dataclass(frozen=True)
 class CacheRequest:
@@ -63,12 +65,12 @@ class Cache:
         return cls(folder, manifest, Index.load(path))
 
     @classmethod
-    def create(cls, folder: Path, request: CacheRequest, table: Tensor, head: OutputHead) -> Cache:
+    def create(cls, folder: Path, request: CacheRequest, table: Tensor, head: OutputHead, width: int) -> Cache:
         """Write index and manifest. Each rank may call this: all ranks write the same bytes."""
         dtype = request.dtype or head.weight.dtype
-        index = Index.plan(request.sets, head.hidden_size * dtype.itemsize)
+        index = Index.plan(request.sets, max(width * dtype.itemsize, _LEAST_TOKEN_BYTES))
         digests = {INDEX: _sha256(index.dump()), TEACHER: _sha256(_teacher_file(table, head))}
-        outputs = head.hidden_size, head.scale, head.soft_cap
+        outputs = width, head.scale, head.soft_cap
         manifest = Manifest(request.fingerprint, request.names, _dtype_name(dtype), *outputs, digests)
         write_file(folder / INDEX, index.dump())
         write_file(folder / MANIFEST, manifest.dump())  # a cache exists once its manifest does

@@ -79,7 +79,7 @@ def compare_methods(
     cells = [Cell(variant, seed) for seed in seeds for variant in variants]
     failures |= runner.run(cells)
     scores: dict[str, list[CellScores]] = {}
-    for number, teacher in enumerate(recipe.teachers if with_teacher else [], start=1):
+    for number, teacher in enumerate([one for one in recipe.teachers if with_teacher and not one.url], start=1):
         name = "teacher" if number == 1 else f"teacher {number}"
         scores[name] = []
         try:

@@ -94,11 +94,12 @@ def inspect_recipe(
     if len(recipe.teachers) > 1:
         own = " on its own rows" if data.teacher_key is not None and text is None else ""
         findings.append(("several teachers", f"Only the first of {len(recipe.teachers)} teachers is shown{own}."))
-    if run is not None and recipe.loss.needs_teacher and (run / RUN_FILE).is_file():
+    loaded = recipe.loss.needs_teacher and recipe.teachers[0].url is None
+    if run is not None and loaded and (run / RUN_FILE).is_file():
         computed, ends = compute(run, recipe, pairs_shown, encoders)
         findings += check_ends(ends)
     elif run is not None:
-        findings.append(("models not run", "The run is not finished, or its method needs no teacher."))
+        findings.append(("models not run", "The run is not finished, or its method needs no teacher that is loaded."))
     aligned = align_rows(pairs_shown, shown, encoders)
     return Inspection(summary, findings, list(zip(aligned, computed, strict=True)), with_prompt=text is None)
 

@@ -21,6 +21,7 @@ PerChunk = Float[Tensor, " chunks"]
 
 
 class AlmOptions(MethodOptions):
+    needs_only_log_probs = True
     method: Literal["alm"] = "alm"
     ce_weight: Weight = Field(1.0, description="Weight of the cross-entropy.")
     alm_weight: Weight = Field(
@@ -67,6 +68,8 @@ class AlmLoss(DistillationLoss[AlmOptions]):
         with torch.no_grad():
             own, theirs = (
                 head_loss([constant_rows(side)], CrossEntropy(side.target_ids), by_row=True).terms["ce"]
+                if side.target_log_probs is None
+                else -side.target_log_probs
                 for side in (student, teacher)
             )
         # A chunk's term depends on all of its tokens. So the derivative by each token's cross-entropy is computed first, and

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dwakd.batch import LossOutput, ModelSide
 from dwakd.kernels.head_loss import HeadLoss, HeadRows, active_weights
 from dwakd.losses.attention import TeacherScale
-from dwakd.losses.options import MethodOptions
+from dwakd.losses.options import MethodOptions, refuse_served
 from dwakd.losses.sides import require_same_lengths, require_side, require_vocabularies
 from dwakd.validation import parse
 
@@ -134,6 +134,8 @@ class DistillationLoss(nn.Module, ABC, Generic[OptionsT]):
         """Return the teacher's side, or raise ValueError if the sides do not fit each other and the method."""
         if teacher is None:
             raise ValueError(f"{type(self).__name__} needs a teacher: pass the teacher's side as second argument")
+        if teacher.target_log_probs is not None:
+            refuse_served(self.options)
         require_side(student, "student")
         require_side(teacher, "teacher")
         if len(student.lengths) != len(teacher.lengths):

@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
+from dwakd.errors import UserError
 from dwakd.validation import Section
 
 LARGEST = 1e30
@@ -29,6 +30,8 @@ class MethodOptions(Section):
     needs_teacher: ClassVar[bool] = True
     needs_models: ClassVar[Literal["widths", "pair"] | None] = None
     """Argument of the loss's constructor besides the options: `widths` (`Widths`), `pair` (`ModelPair`), or none."""
+    needs_only_log_probs: ClassVar[bool] = False
+    """Whether the log-probabilities of the response's tokens are all that the method needs of the teacher."""
     needs_edit_alignment: ClassVar[bool] = False
     """Whether the method reads `aligned_rows` of the teacher's side."""
     variant_defaults: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -84,3 +87,13 @@ class MethodOptions(Section):
         options = validate({**defaults, **{name: value for name, value in values.items() if value is not None}})
         options.model_fields_set.intersection_update(values)  # defaults that `variant` replaced were not given
         return options
+
+
+def refuse_served(options: MethodOptions) -> None:
+    """Raise UserError if a method needs more of the teacher than the log-probabilities that a server gives."""
+    for part in options.parts:
+        if part.needs_teacher and not part.needs_only_log_probs:
+            raise UserError(
+                f"method {part.method_name()} needs the teacher's hidden states, but a server (teacher.url) gives only "
+                "log-probabilities of the response: set loss.method=alm, or load the teacher without teacher.url"
+            )

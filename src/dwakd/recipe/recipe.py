@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dwakd.errors import UserError
 from dwakd.losses import METHODS, SUM, MethodOptions
+from dwakd.losses.options import refuse_served
 from dwakd.losses.weighted_sum import SumOptions
 from dwakd.recipe.checks import check_best_metric, refuse_cached_attention, refuse_cached_sampling
 from dwakd.recipe.files import read_recipe
@@ -105,8 +106,10 @@ class Recipe(Section):
         if any(templates) and self.data.template != "chat":
             raise UserError(f"chat_template_path requires data.template: chat, got data.template: {self.data.template}")
         answers = command == "generate" or self.data.responses == "teacher"
-        if answers and not self.teachers and self.generate.endpoint is None:
-            raise UserError("nobody answers the prompts: add a teacher section to the recipe, or set generate.endpoint")
+        if answers and self.generate.endpoint is None and all(one.url is not None for one in self.teachers[:1]):
+            raise UserError(
+                "nobody answers the prompts: add a teacher without url to the recipe, or set generate.endpoint"
+            )
         if command in ("compare", "generate") or (command == "cache" and self.compare is not None):
             return self
         if self.data.responses == "teacher" and self.generate.output is None:
@@ -139,7 +142,9 @@ class Recipe(Section):
         for teacher in self.teachers:
             if teacher.cache is None and teacher.cache_dtype is not None and command == "train":
                 raise UserError("teacher.cache_dtype requires teacher.cache, the folder of the cache")
-            if teacher.cache is not None:
+            if teacher.url is not None:
+                refuse_served(self.loss)
+            elif teacher.cache is not None:
                 refuse_cached_attention(self.loss)
                 refuse_cached_sampling(self.training.get("lmbda") or 0.0)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from peft import LoraConfig
-from pydantic import AfterValidator, Field, JsonValue, WithJsonSchema, create_model, field_validator, model_validator
+from pydantic import AfterValidator, Field, JsonValue, WithJsonSchema, create_model, model_validator
 
 from dwakd.data.templates import TEMPLATE_CHOICES, check_template
 from dwakd.errors import UserError
@@ -97,6 +97,20 @@ class StudentSection(ModelSection):
     peft: Peft | None = Field(None, description="Options of peft.LoraConfig. An adapter is trained, not the weights.")
 
 
+def _without_password(url: str) -> str:
+    if "@" in url.partition("://")[2].partition("/")[0]:
+        # not a ValueError, whose message would contain the value
+        raise UserError(
+            "base_url and teacher.url must not contain a password, because recipes are stored: set the environment variable "
+            "OPENAI_API_KEY"
+        )
+    return url
+
+
+Address = Annotated[str, AfterValidator(_without_password)]
+_SERVER = "the address of a server that runs the teacher"
+
+
 class TeacherSection(ModelSection):
     """A teacher."""
 
@@ -109,6 +123,28 @@ class TeacherSection(ModelSection):
     cache_dtype: Dtype | None = Field(
         None, description="Type of the stored hidden states. By default it is the teacher's, which stores them exactly."
     )
+    url: Address | None = Field(
+        None,
+        description="Address of a server with the API of OpenAI that gives the log-probabilities of a prompt, such as "
+        "http://localhost:8000/v1. Only the tokenizer of the model is then loaded, and only alm can be trained.",
+    )
+    served_model: str | None = Field(None, description="Name of the model on the server. By default it is model.")
+    api: Literal["echo", "prompt_logprobs", "echo_text"] = Field(
+        "echo",
+        description="How the server is asked: token ids with echo, token ids with vLLM's prompt_logprobs, or text with echo "
+        "for servers that take no token ids.",
+    )
+    batch_size: Count = Field(16, description="Requests at a time to the server.")
+
+    @model_validator(mode="after")
+    def _check_url(self) -> TeacherSection:
+        others = ("adapter", "cache_dtype") if self.url is not None else ("served_model", "api", "batch_size")
+        for name in others:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} {'requires' if self.url is None else 'cannot be combined with'} url, {_SERVER}"
+                )
+        return self
 
 
 def check_teacher_key(column: str, names: Sequence[str], weights: Sequence[float]) -> None:
@@ -163,18 +199,8 @@ class DataSection(Section):
 class EndpointSection(Section):
     """A server with the API of OpenAI. Its key, if it needs one, is read from the variable OPENAI_API_KEY."""
 
-    base_url: str = Field(description="Address of the API, such as http://localhost:8000/v1.")
+    base_url: Address = Field(description="Address of the API, such as http://localhost:8000/v1.")
     model: str = Field(description="Name of the model on the server.")
-
-    @field_validator("base_url")
-    @classmethod
-    def _without_password(cls, url: str) -> str:
-        if "@" in url.partition("://")[2].partition("/")[0]:
-            # not a ValueError, whose message would contain the value
-            raise UserError(
-                "base_url must not contain a password, because recipes are stored: set the environment variable OPENAI_API_KEY"
-            )
-        return url
 
 
 class GenerateSection(Options):

@@ -29,15 +29,16 @@ def cache_recipe(recipe: Recipe, folder: str | Path | None = None, *, check: boo
             "--output names one folder, but the recipe has several teachers: set cache for each teacher in the recipe"
         )
     folders = [folder or section.cache for section in recipe.teachers]
-    if not any(folders):
+    served = [section.url is not None for section in recipe.teachers]
+    if not any([*folders, *served]):
         raise UserError(
             "teacher.cache is missing: name the folder of a teacher's cache in the recipe (or with --output)"
         )
     args = training_config(recipe, "unused")
     train, evaluation = recipe_examples(recipe)
     teachers = [
-        None if place is None else load_section(section.model_copy(update={"cache": str(place)}))[0]
-        for section, place in zip(recipe.teachers, folders, strict=True)
+        load_section(section.model_copy(update={"cache": place and str(place)}))[0] if place or own else None
+        for section, place, own in zip(recipe.teachers, folders, served, strict=True)
     ]
     sections: list[StudentSection | TeacherSection] = [recipe.student, *recipe.teachers]
     tokenizers = [

@@ -113,8 +113,11 @@ def _body(
     recipe: dict[str, Any], teachers: list[str], methods: list[str], library: str, licences: Any, folder: str
 ) -> str:
     public = without_paths(recipe)
-    if endpoint := public.get("generate", {}).get("endpoint"):
-        endpoint.pop("base_url", None)  # it may be internal
+    served = public.get("teacher") or []
+    endpoint = public.get("generate", {}).get("endpoint") or {}
+    for server in (endpoint, *(served if isinstance(served, list) else [served])):
+        for name in ("base_url", "url"):
+            server.pop(name, None)  # it may be internal
     data = f"`{public['data']['train']}`"
     if recipe["data"].get("responses") == "teacher":
         data += f" and the teacher's answers in `{public['generate']['output']}`"

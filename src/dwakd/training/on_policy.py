@@ -19,16 +19,14 @@ from dwakd.evaluation.generate import Generated, Model, PromptBatch, generate_ba
 from dwakd.evaluation.metrics import repeated_sequences
 from dwakd.evaluation.options import GenerationOptions
 from dwakd.models.rows import evaluating
-from dwakd.recipe.checks import refuse_cached_sampling
 from dwakd.recipe.training import DistillConfig
-from dwakd.training.teacher import CachedTeacher, Teacher
 
 CHOICE, TOKENS = 1, 2
 """Purposes of random numbers, so that the choice of a prompt and its answer are independent."""
 
 
-def check_teachers(args: DistillConfig, teachers: Sequence[Teacher], encoders: Sequence[TextEncoder]) -> None:
-    """Raise UserError if the student is to answer prompts and a teacher cannot train it on its answers.
+def check_end_tokens(args: DistillConfig, encoders: Sequence[TextEncoder]) -> None:
+    """Raise UserError if the student is to answer prompts and a teacher ends its answers with another token.
 
     `encoders` begins with the student's. A method that compares probabilities token by token would train the student to
     write the teacher's end token. If the student's answers do not end there, they become longer and longer.
@@ -36,9 +34,7 @@ def check_teachers(args: DistillConfig, teachers: Sequence[Teacher], encoders: S
     if not args.lmbda:
         return
     own = encoders[0]
-    for teacher, encoder in zip(teachers, encoders[1:], strict=True):
-        if isinstance(teacher, CachedTeacher):
-            refuse_cached_sampling(args.lmbda)
+    for encoder in encoders[1:]:
         if args.method_options.needs_same_vocabulary and encoder.end_token_id not in own.end_token_ids:
             theirs, ours = (side.tokenizer.convert_ids_to_tokens(side.end_token_id) for side in (encoder, own))
             raise UserError(

@@ -36,6 +36,7 @@ from dwakd.training.hub import UploadError
 from dwakd.training.inputs import make_encoder
 from dwakd.training.interruption import stops_on_signal
 from dwakd.training.run_folder import RUN_FILE, check_output, has_steps_left, is_finished
+from dwakd.training.served import ServedTeacher
 from dwakd.training.teacher import CachedTeacher
 from dwakd.training.trainer import DistillTrainer
 
@@ -89,6 +90,8 @@ def load_section(section: StudentSection | TeacherSection) -> tuple[Any, Any]:
     options: dict[str, Any] = {"trust_remote_code": section.trust_remote_code, "revision": section.revision}
     loading = {**options, "dtype": getattr(torch, section.dtype), "adapter": getattr(section, "adapter", None)}
     tokenizer = load_tokenizer(section.model, chat_template_path=section.chat_template_path, **options)
+    if isinstance(section, TeacherSection) and section.url is not None:
+        return ServedTeacher(section, tokenizer), tokenizer
     if isinstance(section, TeacherSection) and section.cache is not None:
         stored = section.cache_dtype and getattr(torch, section.cache_dtype)
         teacher = CachedTeacher(section.cache, section.model, cache_dtype=stored, tokenizer=tokenizer, **loading)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dwakd.batch import ModelSide, OutputHead, TokenBatch
-from dwakd.cache.build import open_or_build
+from dwakd.cache.build import Engine, ModelEngine, open_or_build
 from dwakd.cache.fingerprint import DATE, adapter_digest, fingerprint, row_key, weights_digest
 from dwakd.cache.manifest import MANIFEST, Manifest, check_folder
 from dwakd.cache.store import Cache, CacheRequest, open_complete
@@ -27,6 +27,7 @@ from dwakd.evaluation.generate import max_positions
 from dwakd.models.head import embedding_table, output_head
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.models.rows import select_side, teacher_states
+from dwakd.recipe.checks import refuse_cached_attention, refuse_cached_sampling
 from dwakd.recipe.training import DistillConfig
 from dwakd.training.inputs import load_pair
 
@@ -38,7 +39,7 @@ class Teacher(ABC):
     """Compute the teacher's side of a batch.
 
     `OnlineTeacher` runs the model. `CachedTeacher` reads stored hidden states, which are the same to the last bit in float32
-    on a CPU.
+    on a CPU. `dwakd.training.served.ServedTeacher` gets log-probabilities from a server.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -54,6 +55,9 @@ class Teacher(ABC):
     def date(self) -> str | None:
         """The ISO date that chat templates have to print as today's date, if the teacher prescribes one."""
         return None
+
+    def check_method(self, args: DistillConfig) -> None:  # noqa: B027 (most teachers give all that a method needs)
+        """Raise UserError if the configured method needs something that this teacher does not give."""
 
     @abstractmethod
     def prepare(self, encoder: TextEncoder, args: DistillConfig, sets: Sets) -> None:
@@ -144,6 +148,10 @@ class CachedTeacher(Teacher):
         built = (self.folder / MANIFEST).is_file()
         return Manifest.load(self.folder).fingerprint.get(DATE) if built else None
 
+    def check_method(self, args: DistillConfig) -> None:
+        refuse_cached_attention(args.method_options)
+        refuse_cached_sampling(args.lmbda)
+
     def prepare(self, encoder: TextEncoder, args: DistillConfig, sets: Sets, *, repair: bool = False) -> None:
         """Build or verify the cache of these data sets, then load the teacher's head and embedding table.
 
@@ -154,17 +162,16 @@ class CachedTeacher(Teacher):
         """
         check_folder(self.folder)  # before the teacher's files are hashed, which takes a while
         request = self._request(encoder, args, sets)
-        self.cache = open_or_build(
-            self.folder, request, lambda: _check_positions(self._load(args), args, sets), repair=repair
-        )
+        self.cache = open_or_build(self.folder, request, lambda: self._engine(args, sets), repair=repair)
         gc.collect()  # frees the teacher's layers, if they were loaded
         self.table, self.head = self.cache.teacher()
         self.find_place = partial(find_place, self.cache)
 
     def check(self, encoder: TextEncoder, args: DistillConfig, sets: Sets) -> Cache:
         """Verify every byte of the cache, and that it was built from these data sets; raise UserError otherwise."""
+        request = self._request(encoder, args, sets)
         cache = open_complete(self.folder, progress=not args.disable_tqdm)
-        cache.check_source(self._request(encoder, args, sets))
+        cache.check_source(request)
         return cache
 
     def _request(self, encoder: TextEncoder, args: DistillConfig, sets: Sets) -> CacheRequest:
@@ -175,14 +182,7 @@ class CachedTeacher(Teacher):
             )
         return CacheRequest(
             sets={role: pairs for role, pairs in sets.items() if pairs is not None},
-            fingerprint=fingerprint(
-                encoder,
-                bos=args.bos,
-                max_length=args.max_length,
-                teacher=weights_digest(self.name, **self._options),
-                adapter=None if self.adapter is None else adapter_digest(self.adapter),
-                dtype=str(self.dtype).removeprefix("torch."),
-            ),
+            fingerprint=fingerprint(encoder, bos=args.bos, max_length=args.max_length, **self._identity()),
             names={"teacher": self.name, "teacher.adapter": self.adapter or "none", "tokenizer": self.name},
             dtype=self.cache_dtype,
             rank=args.process_index,
@@ -190,9 +190,17 @@ class CachedTeacher(Teacher):
             progress=not args.disable_tqdm,
         )
 
-    def _load(self, args: DistillConfig) -> nn.Module:
+    def _identity(self) -> dict[str, Any]:
+        """Return what identifies the teacher in the fingerprint of its cache."""
+        adapter = None if self.adapter is None else adapter_digest(self.adapter)
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"teacher": weights_digest(self.name, **self._options), "adapter": adapter, "dtype": dtype}
+
+    def _engine(self, args: DistillConfig, sets: Sets) -> Engine:
+        """Load the teacher to build the cache."""
         model = load_causal_lm(self.name, adapter=self.adapter, dtype=self.dtype, **self._options)
-        return load_pair(model, self.tokenizer, args, "teacher_processing_class")[0].to(args.device)
+        model = load_pair(model, self.tokenizer, args, "teacher_processing_class")[0].to(args.device)
+        return ModelEngine(_check_positions(model, args, sets))
 
     def states(self, tokens: TokenBatch) -> tuple[Float[Tensor, "tokens hidden"], None]:
         device = tokens.input_ids.device

@@ -13,7 +13,6 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedPairs
 from dwakd.errors import UserError
 from dwakd.losses import TeacherScale
-from dwakd.recipe.checks import refuse_cached_attention
 from dwakd.recipe.sections import check_teacher_key
 from dwakd.recipe.training import DistillConfig
 from dwakd.training.inputs import Model, check_named, load_pair, loading_options, make_encoder
@@ -74,8 +73,7 @@ def _load(
         teacher = OnlineTeacher(model)
     elif isinstance(teacher, OnlineTeacher):
         check_separate(student, teacher.model)
-    if isinstance(teacher, CachedTeacher):
-        refuse_cached_attention(args.method_options)
+    teacher.check_method(args)
     tokenizer = tokenizer or teacher.tokenizer
     if tokenizer is None:
         raise UserError("teacher_processing_class is missing: a loaded teacher needs its tokenizer")

@@ -30,7 +30,7 @@ from dwakd.training.callbacks import FiniteCheck, RunCallback, TermsProgressCall
 from dwakd.training.card import recipe_of, write_card
 from dwakd.training.distiller import LOSS_STATE, Distiller, build_method
 from dwakd.training.evaluation import choose_best, eval_loader, generated_metrics, mean_terms
-from dwakd.training.on_policy import StudentAnswers, check_teachers
+from dwakd.training.on_policy import StudentAnswers, check_end_tokens
 from dwakd.training.steps import StepTrainer
 from dwakd.training.student import check_student, disable_dropout
 from dwakd.training.teacher import Teacher
@@ -90,7 +90,7 @@ class DistillTrainer(StepTrainer):
         date = next((teacher.date for teacher in self.teachers if teacher.date), None)
         self.student_encoder = given.make_encoder(processing_class, args, date)
         self.encoders = (self.student_encoder, *(encoder for _, encoder in found))
-        check_teachers(args, self.teachers, self.encoders)
+        check_end_tokens(args, self.encoders)
         _, train_pairs = given.encode_source(train_dataset, self.encoders, args, "train", names.get("train"))
         answering = model if args.eval_rouge_l or compute_metrics else None
         self.eval_sets = given.encode_evaluation(sources, self.encoders, args, names.get("eval"), answering)
