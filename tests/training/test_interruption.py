@@ -15,7 +15,6 @@ from dwakd.training.interruption import INTERRUPTED, RunInterrupted, stops_on_si
 from dwakd.training.run_folder import last_checkpoint
 from tests.command_line import run
 from tests.training.builders import ROWS, assert_same, trainer, weights
-from tests.two_ranks import run_on_two_ranks
 
 
 class SignalInStep(TrainerCallback):
@@ -50,11 +49,6 @@ def test_a_process_ends_with_a_checkpoint_and_continues_bit_identically(workspac
     assert run(monkeypatch, capsys, *options, tmp_path / "whole")[0] == 0
     stopped, whole = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("stopped", "whole"))
     assert stopped == whole
-
-
-def test_a_signal_to_one_of_two_ranks_stops_both(tmp_path):
-    """A scheduler signals the ranks at different times; all of them must save the same step, or they wait for ever."""
-    run_on_two_ranks("tests.training.interrupted_rank", tmp_path)
 
 
 @pytest.mark.parametrize("step", [2, 4])
