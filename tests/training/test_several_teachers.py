@@ -227,7 +227,9 @@ def test_rows_of_a_teacher_in_other_batches_and_from_caches(tmp_path, folders):
     assert_same(weights(cached), weights(online))
     assert_same(weights(split), weights(online), atol=2e-4)
     assert [len(teacher.cache.index.places) for teacher in caches] == [10, 7]
-    again = DistillTrainer(folders[0], caches, DistillConfig(output_dir=str(tmp_path / "again"), use_cpu=True))
+    again = DistillTrainer(
+        folders[0], caches, DistillConfig(output_dir=str(tmp_path / "again"), use_cpu=True, template="plain")
+    )
     assert again.train_dataset is None, "caches can be read without rows, and without teacher_key"
     metrics = online.evaluate()
     assert (metrics["eval_gate_1"], metrics["eval_gate_2"]) == (0, 1)
