@@ -10,8 +10,10 @@ import torch
 from dwakd.kernels import head_loss
 from dwakd.kernels.head_loss import entropy
 from dwakd.losses import DwaKdLoss, TeacherScale, Widths
-from dwakd.losses.alignment import band_penalty, soft_dtw_divergences
-from dwakd.losses.attention import Projectors, cross_model_attention
+from dwakd.losses.alignment import soft_dtw_divergences
+from dwakd.losses.attention import Focus, Projectors, cross_model_attention
+from dwakd.losses.band import Band
+from dwakd.losses.record import recording
 from dwakd.losses.weights import student_weights, teacher_weights
 from tests.losses import reference
 from tests.losses.builders import OPTIONS, random_examples, random_heads, side
@@ -151,9 +153,10 @@ def test_cross_model_attention_of_the_specification():
     loss, student, teacher = tiny()
     scale = TeacherScale.of(teacher)
     torch.testing.assert_close(scale.std, double([0.834847, 1.211060, 0.894427]), atol=1e-6, rtol=0)
-    crossed = cross_model_attention(student, teacher, loss.projectors, scale)
+    with recording() as recorded:
+        crossed = cross_model_attention(student, teacher, loss.projectors, scale)
     expected = double([[0.583006, 0.096685, 0.320309], [0.461715, 0.461715, 0.076570]])
-    torch.testing.assert_close(crossed.weights[0], expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(recorded["attention"][0][0], expected, atol=1e-6, rtol=0)
     expected = double([[0.760355, 1.426690], [0.938305, 0.381248]])
     torch.testing.assert_close(crossed.t2s_hidden, expected, atol=1e-6, rtol=0)
     expected = double([[0.677296, -0.322704], [0.884069, -0.115931], [0.571124, -0.428876]])
@@ -212,9 +215,9 @@ def test_band_of_the_specification():
     """The band equals the specification's, in which token indices begin at 1."""
     attention = double([[[0.7, 0.2, 0.1, 0], [0.1, 0.2, 0.3, 0.4]]])
     lengths = (torch.tensor([2]), torch.tensor([4]))
-    penalty = band_penalty(attention, *lengths, base=0.5, entropy_factor=0.5)
+    penalty = Band.around(Focus.of(attention), *lengths, base=0.5, entropy_factor=0.5).penalties(4)
     assert penalty[0].tolist() == [[0, 0, 1, 1], [1, 1, 0, 0]]
-    assert band_penalty(attention, *lengths).sum() == 0
+    assert Band.around(Focus.of(attention), *lengths).penalties(4).sum() == 0
 
 
 @pytest.mark.parametrize(("gamma", "expected"), [(2.0, 0.715442), (0.8, 0.447470), (0.1, 0.297758)])

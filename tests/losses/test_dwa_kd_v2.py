@@ -85,7 +85,7 @@ def test_identical_models_train_only_the_map_of_embeddings():
 def test_band_follows_the_pairs_and_elsewhere_the_diagonal():
     """The centre of the band is the aligned token, and the diagonal for tokens without alignment."""
     partners, lengths = torch.tensor([2, -1, 3, 4]), (torch.tensor([3, 1]), torch.tensor([4, 3]))
-    band = exact_band(partners, *lengths, base=1.0, blend=1.0, penalty=2.0)
+    band = exact_band(partners, *lengths, base=1.0, blend=1.0, penalty=2.0, length=3).penalties(4)
     # the centres of the rows are 3, 2 * 4 / 3 and 4, counted from 1, in four columns
     assert band[0].tolist() == [[2, 0, 0, 0], [2, 0, 0, 2], [2, 2, 0, 0]]
     assert band[1, 0, :3].tolist() == [0, 0, 2]
@@ -95,8 +95,8 @@ def test_band_of_identical_tokenisations_is_exact():
     """With identical tokenisations, rounding of the centre does not change which cells are inside the band."""
     count = 40
     band = exact_band(
-        torch.arange(count), torch.tensor([count]), torch.tensor([count]), base=5.0, blend=0.7, penalty=1.0
-    )
+        torch.arange(count), *[torch.tensor([count])] * 2, base=5.0, blend=0.7, penalty=1.0, length=count
+    ).penalties(count)
     distance = (torch.arange(count)[:, None] - torch.arange(count)).abs()
     assert torch.equal(band[0], (distance > 5).float())
 

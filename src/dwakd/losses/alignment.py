@@ -1,5 +1,10 @@
 """Soft-DTW divergence between two token sequences, inside a band (DWA-KD, equations 17 to 24)."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
@@ -7,13 +12,17 @@ from torch import Tensor
 
 from dwakd.batch import ModelSide
 from dwakd.kernels.soft_dtw import Impl, soft_dtw
+from dwakd.losses.band import Band
+from dwakd.losses.banded import Pair, banded_divergences, unit_vectors
 from dwakd.losses.options import MethodOptions, Positive, Rate, Skew, Softening, Weight
-from dwakd.losses.record import record
-from dwakd.losses.sides import pad_rows
+from dwakd.losses.record import is_recording, record
+from dwakd.losses.sides import LONG, is_long, pad_rows
 
-Pair = tuple[Float[Tensor, "s_tokens _"], Float[Tensor, "t_tokens _"]]
 Padded = Float[Tensor, "batch length _"]
-Band = Float[Tensor, "batch s_length t_length"]
+Penalties = Float[Tensor, "batch s_length t_length"]
+DTW_TERMS = ("dtw_hidden", "dtw_embedding", "dtw_border")
+"""Names of the terms of Soft-DTW: the divergences, and the mass on the border of the stored band, which has no weight."""
+_AUTO_WIDTH = 512
 
 
 class DwaOptions(MethodOptions):
@@ -39,6 +48,15 @@ class DwaOptions(MethodOptions):
     band_penalty: Weight = Field(1.0, description="Penalty lambda_band, added to each cost outside the band.")
     gamma: Positive = Field(2.0, description="Temperature of the soft minimum.")
     impl: Impl = Field("auto", description="Kernel of Soft-DTW; auto takes the fastest that is available.")
+    dtw_width: Annotated[int, Field(ge=8, le=1 << 20)] | Literal["auto", "full"] = Field(
+        "auto",
+        description="Columns of the Soft-DTW tables that are computed in each row, around the centre of the band. full "
+        f"computes all. auto computes {_AUTO_WIDTH} if a response of the batch has more than {LONG:,} tokens, else all.",
+    )
+    dtw_max_border: Positive = Field(
+        1e-5,
+        description="If more of the expected alignment lies on the border of the computed columns, their number is doubled.",
+    )
 
     @property
     def aligns_hidden(self) -> bool:
@@ -53,11 +71,7 @@ def unit_rows(
     rows: Float[Tensor, "tokens width"], lengths: Int[Tensor, " batch"], length: int
 ) -> Float[Tensor, "batch length width"]:
     """Scale vectors to length 1 and pad each example, in float32 or better. A zero vector stays zero."""
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    # such as an untrained padding token; an epsilon in the norm would make its gradient huge
-    zero = (rows == 0).all(-1, keepdim=True)
-    norm = torch.where(zero, torch.ones_like(rows), rows).norm(dim=-1, keepdim=True)
-    return pad_rows(rows / torch.where(zero, 1.0, norm), lengths, length)
+    return pad_rows(unit_vectors(rows), lengths, length)
 
 
 def soft_dtw_divergences(
@@ -66,7 +80,7 @@ def soft_dtw_divergences(
     teacher_lengths: Int[Tensor, " batch"],
     *,
     gamma: float,
-    band: Band | None = None,
+    band: Penalties | None = None,
     longest: int | None = None,
     impl: str = "auto",
 ) -> list[Float[Tensor, " batch"]]:
@@ -122,10 +136,10 @@ def sequence_terms(
     gamma: float,
     band: Band | None,
 ) -> dict[str, Float[Tensor, ""]]:
-    """Compute the Soft-DTW terms that the options include, summed over the batch, in one kernel call.
+    """Compute the Soft-DTW terms that the options include, summed over the batch.
 
     `hidden` and `embedding` are the teacher's hidden states and target embeddings in the student's space; None to leave a term
-    out.
+    out. `dtw_border` is the mass on the border of the computed columns, times the number of student tokens of the example.
     """
     student, teacher = sides
     pairs = {"dtw_hidden": (student.hidden, hidden), "dtw_embedding": (student.target_embeddings, embedding)}
@@ -133,50 +147,33 @@ def sequence_terms(
     if not known:
         return {}
     record(sequence_terms=list(known))
-    longest = max(*student.counts, *teacher.counts)
-    lengths = student.lengths, teacher.lengths
-    values = list(known.values())
-    scores = soft_dtw_divergences(values, *lengths, gamma=gamma, band=band, longest=longest, impl=options.impl)
-    return {name: score.sum() for name, score in zip(known, scores, strict=True)}
+    lengths, values, width = (student.lengths, teacher.lengths), list(known.values()), options.dtw_width
+    if width == "auto":
+        width = _AUTO_WIDTH if is_long(student, teacher) else "full"
+    if width != "full" and not is_recording():
+        scores, border = banded_divergences(
+            values,
+            (student.counts, teacher.counts),
+            gamma=gamma,
+            band=band,
+            width=width,
+            max_border=options.dtw_max_border,
+            impl=options.impl,
+        )
+    else:
+        longest = max(*student.counts, *teacher.counts)
+        penalties = None if band is None else band.penalties(max(teacher.counts))
+        scores = soft_dtw_divergences(values, *lengths, gamma=gamma, band=penalties, longest=longest, impl=options.impl)
+        border = torch.zeros_like(scores[0])
+    terms = {name: score.sum() for name, score in zip(known, scores, strict=True)}
+    return {**terms, "dtw_border": (border.detach() * student.lengths).sum()}
+
+
+def dtw_weights(options: DwaOptions, names: Iterable[str]) -> dict[str, float]:
+    """Return the weight in the loss of each Soft-DTW term; `dtw_border` has none."""
+    return {name: options.dtw_weight for name in names if name != "dtw_border"}
 
 
 def _costs(offset: Float[Tensor, "#batch #n #m"], x: Padded, y: Padded) -> Padded:
     """Compute offset - cosine, for vectors of length 1."""
     return torch.baddbmm(offset, x, -y.transpose(1, 2))
-
-
-def band_penalty(
-    weights: Float[Tensor, "batch s_length t_length"],
-    student_lengths: Int[Tensor, " batch"],
-    teacher_lengths: Int[Tensor, " batch"],
-    *,
-    base: float = 5.0,
-    entropy_factor: float = 2.0,
-    blend: float | Float[Tensor, "batch s_length"] = 0.7,
-    penalty: float = 1.0,
-    first_index: int = 1,
-) -> Float[Tensor, "batch s_length t_length"]:
-    """Compute the penalty that is added to Soft-DTW costs outside a band around the attention; a constant.
-
-    The band of student token i contains the teacher tokens j with |j - c_i| <= w_i, for its centre c_i and half-width w_i.
-
-    Args:
-        weights: attention weights A of equation 1; detached here.
-        student_lengths: student tokens S of each example.
-        teacher_lengths: teacher tokens T of each example.
-        base: b, the half-width of the band without entropy.
-        entropy_factor: beta, tokens of half-width per nat of the attention's entropy.
-        blend: alpha, how far the centre follows the attention instead of the diagonal: one value, or one per token.
-        penalty: lambda_band, added to each cell outside the band.
-        first_index: index of the first token. 1 in the paper; 0 reproduces the published code.
-    """
-    attention = weights.detach()
-    rows = torch.arange(attention.shape[1], device=attention.device) + first_index
-    columns = (torch.arange(attention.shape[2], device=attention.device) + first_index).to(attention.dtype)
-    slope = (teacher_lengths / student_lengths).to(attention.dtype)
-    diagonal = rows * slope[:, None]  # this form of the centre is exact where attention and diagonal agree
-    centre = diagonal + blend * (attention @ columns - diagonal)
-    width = base + entropy_factor * torch.special.entr(attention).sum(-1)
-    outside = (columns - centre[..., None]).abs() > width[..., None]
-    record(outside_band=outside)
-    return penalty * outside.to(attention.dtype)

@@ -9,12 +9,15 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dwakd.align.offsets import text_read
 from dwakd.batch import ModelSide
 from dwakd.losses.pair import Widths
 from dwakd.losses.record import record
-from dwakd.losses.sides import pad_rows, require_width, unpad_rows, valid
+from dwakd.losses.sides import is_long, pad_rows, require_width, unpad_rows, valid
+
+_CELLS = 1 << 22  # attention weights of long responses that exist at a time
 
 
 @dataclass(frozen=True)
@@ -103,20 +106,39 @@ class Projectors(nn.Module):
                     require_width(getattr(side, field), embedding, f"{name}.{field}", "the projectors")
 
 
+class Focus(NamedTuple):
+    """Where each student token attends, padded; constants.
+
+    Args:
+        centre: mean column of the attended teacher tokens, from 0.
+        entropy: entropy of the attention in nats.
+    """
+
+    centre: Float[Tensor, "batch s_length"]
+    entropy: Float[Tensor, "batch s_length"]
+
+    @classmethod
+    def of(cls, weights: Float[Tensor, "*batch s_length t_length"]) -> Focus:
+        """Compute the focus of attention weights."""
+        weights = weights.detach()
+        columns = torch.arange(weights.shape[-1], device=weights.device, dtype=weights.dtype)
+        return cls(weights @ columns, torch.special.entr(weights).sum(-1))
+
+
 class CrossModelAttention(NamedTuple):
     """The states of each model in the other's space, one for each token of the other model.
 
     Args:
         t2s_hidden: h^{t->s}, a projected teacher state for each student token. Gradient: query, t2s.
         s2t_hidden: h^{s->t}, a projected student state for each teacher token. Gradient: query, s2t, student hidden states.
-        weights: attention weights A of equation 1, zero for padding; None if tokens are paired by position. Gradient: query.
+        focus: mean and entropy of the attention weights A of equation 1; None if tokens are paired by position. A constant.
         student_kept: whether each student token takes part in the distillation terms of the student's space; None for all.
         teacher_kept: the same for each teacher token and the term of the teacher's space.
     """
 
     t2s_hidden: Float[Tensor, "s_tokens s_hidden"]
     s2t_hidden: Float[Tensor, "t_tokens t_hidden"]
-    weights: Float[Tensor, "batch s_length t_length"] | None = None
+    focus: Focus | None = None
     student_kept: Bool[Tensor, " s_tokens"] | None = None
     teacher_kept: Bool[Tensor, " t_tokens"] | None = None
 
@@ -149,6 +171,8 @@ def cross_model_attention(
 
     Learned attention lets a token read what comes after it. With `causal`, Q = query(e_i) and K = N(e_j), and a token attends
     only to tokens of the other model at which no more text has been read.
+
+    The attention weights of responses above `LONG` tokens are computed in blocks, and again in the backward pass.
     """
     projectors.require_fit(student, teacher)
     dtype = projectors.query.weight.dtype
@@ -161,6 +185,8 @@ def cross_model_attention(
     value = projectors.t2s(teacher_values(teacher, scale, dtype, with_targets=with_targets))
     back = projectors.s2t(student.hidden.to(dtype))
 
+    if is_long(student, teacher):
+        return _attend_in_blocks(student, teacher, (query, value), (key, back), causal=causal)
     s_length, t_length = max(student.counts), max(teacher.counts)
     queries = pad_rows(query, student.lengths, s_length)
     keys = pad_rows(key, teacher.lengths, t_length)
@@ -178,8 +204,59 @@ def cross_model_attention(
     return CrossModelAttention(
         unpad_rows(t2s_hidden, student.lengths, student.hidden.shape[0]),
         unpad_rows(s2t_hidden, teacher.lengths, teacher.hidden.shape[0]),
-        weights,
+        Focus.of(weights),
     )
+
+
+def _attend_in_blocks(
+    student: ModelSide,
+    teacher: ModelSide,
+    own: tuple[Float[Tensor, "s_tokens width"], Float[Tensor, "t_tokens s_hidden"]],
+    theirs: tuple[Float[Tensor, "t_tokens width"], Float[Tensor, "s_tokens t_hidden"]],
+    *,
+    causal: bool,
+) -> CrossModelAttention:
+    """Compute the attention of each model to the other one example at a time, from queries and values of both."""
+    bounds = [
+        text_read(side.byte_ends, side.lengths) if causal else (torch.zeros_like(side.byte_ends),) * 2
+        for side in (student, teacher)
+    ]
+    counts = student.counts, teacher.counts
+    (query, key), (value, back) = (own[0], theirs[0]), (own[1], theirs[1])
+    s_parts = [torch.split(part, list(counts[0])) for part in (query, back, *bounds[0])]
+    t_parts = [torch.split(part, list(counts[1])) for part in (key, value, *bounds[1])]
+    t2s, s2t = [], []
+    for (q, b, s_first, s_last), (k, v, t_first, t_last) in zip(
+        zip(*s_parts, strict=True), zip(*t_parts, strict=True), strict=True
+    ):
+        t2s.append(_attended(q, k, v, s_first, t_last))
+        s2t.append(_attended(k, q, b, t_first, s_last)[0])
+    t2s_hidden, centre, entropy = (torch.cat(parts) for parts in zip(*t2s, strict=True))
+    padded = [pad_rows(part[:, None], student.lengths, max(student.counts))[..., 0] for part in (centre, entropy)]
+    return CrossModelAttention(t2s_hidden, torch.cat(s2t), Focus(*padded))
+
+
+def _attended(
+    query: Float[Tensor, "rows width"],
+    key: Float[Tensor, "columns width"],
+    value: Float[Tensor, "columns hidden"],
+    first: Int[Tensor, " rows"],
+    last: Int[Tensor, " columns"],
+) -> tuple[Float[Tensor, "rows hidden"], Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """Return attended values, and centre and entropy of the attention; a row sees columns with last <= its first."""
+
+    def block(query: Tensor, first: Tensor) -> tuple[Tensor, ...]:
+        scores = query @ key.T / math.sqrt(key.shape[-1])
+        weights = scores.masked_fill(last > first[:, None], -torch.inf).softmax(-1)
+        return weights @ value, *Focus.of(weights)
+
+    rows = max(1, _CELLS // len(key))
+    blocks = [
+        checkpoint(block, *part, use_reentrant=False, preserve_rng_state=False)
+        for part in zip(torch.split(query, rows), torch.split(first, rows), strict=True)
+    ]
+    attended, centre, entropy = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return attended, centre, entropy
 
 
 def _bounds(side: ModelSide, length: int) -> list[Int[Tensor, "batch 1 length"]]:

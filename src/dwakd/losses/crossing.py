@@ -9,11 +9,18 @@ from torch import Tensor
 
 from dwakd.align.offsets import read_rows
 from dwakd.batch import ModelSide
-from dwakd.losses.attention import CrossModelAttention, Projectors, TeacherScale, cross_model_attention, teacher_values
+from dwakd.losses.attention import (
+    CrossModelAttention,
+    Focus,
+    Projectors,
+    TeacherScale,
+    cross_model_attention,
+    teacher_values,
+)
 from dwakd.losses.options import MethodOptions
 from dwakd.losses.pair import Widths
-from dwakd.losses.record import record
-from dwakd.losses.sides import example_ids, positions
+from dwakd.losses.record import is_recording, record
+from dwakd.losses.sides import example_ids, pad_rows, positions
 
 Alignment = Literal["attention", "causal_attention", "bytes", "position"]
 
@@ -77,9 +84,22 @@ def cross(
     rows, student_kept = read_rows(*own, *theirs)
     back_rows, teacher_kept = read_rows(*theirs, *own)
     values = projectors.t2s(teacher_values(teacher, scale, dtype, with_targets=with_targets))
-    weights = one_hot(rows, student, teacher)
-    record(attention=weights)
-    return CrossModelAttention(values[rows], back[back_rows], weights, student_kept, teacher_kept)
+    if is_recording():
+        record(attention=one_hot(rows, student, teacher))
+    focus = focus_on(rows, student.lengths, teacher.lengths, max(student.counts))
+    return CrossModelAttention(values[rows], back[back_rows], focus, student_kept, teacher_kept)
+
+
+def focus_on(
+    rows: Int[Tensor, " s_tokens"],
+    student_lengths: Int[Tensor, " batch"],
+    teacher_lengths: Int[Tensor, " batch"],
+    length: int,
+) -> Focus:
+    """Return the focus of student tokens that attend to one teacher token each; `rows` are in the packed batch."""
+    first = (teacher_lengths.cumsum(0) - teacher_lengths)[example_ids(student_lengths, len(rows))]
+    centre = pad_rows((rows - first)[:, None], student_lengths, length)[..., 0].to(torch.get_default_dtype())
+    return Focus(centre, torch.zeros_like(centre))
 
 
 def one_hot(

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import HeadLoss, head_loss, student_space, teacher_space
-from dwakd.losses.alignment import DwaOptions, band_penalty, sequence_terms
+from dwakd.losses.alignment import DTW_TERMS, DwaOptions, dtw_weights, sequence_terms
 from dwakd.losses.attention import CrossModelAttention, TeacherScale
+from dwakd.losses.band import Band
 from dwakd.losses.base import DistillationLoss, Projection, Terms, constant_rows, head_rows, projected_rows
 from dwakd.losses.crossing import CrossingOptions, cross, kept_weights
 from dwakd.losses.divergences import DivergenceName, divergence
@@ -86,7 +87,7 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
     """
 
     options_type = DwaKdOptions
-    terms: ClassVar[tuple[str, ...]] = ("ce", "t2s_ce", "kd_student", "kd_teacher", "dtw_hidden", "dtw_embedding")
+    terms: ClassVar[tuple[str, ...]] = ("ce", "t2s_ce", "kd_student", "kd_teacher", *DTW_TERMS)
     given_terms = ("ce", "t2s_ce")
     step: Tensor
 
@@ -114,7 +115,7 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
         crossed = cross(self.options, student, teacher, self.projectors, scale)
         in_student = self._student_space(student, crossed, teacher.gate_weights, ce_weight)
         alignment = self._alignment(student, teacher, crossed)
-        sums, weights = {**in_student.terms, **alignment}, dict.fromkeys(alignment, self.options.dtw_weight)
+        sums, weights = in_student.terms | alignment, dtw_weights(self.options, alignment)
         if self.options.teacher_space:
             sums["kd_teacher"] = self._teacher_space(teacher, crossed)
             weights["kd_teacher"] = self.options.kd_weight
@@ -185,10 +186,9 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
         if options.aligns_embedding:
             embedding = self.projectors.embedding_t2s(teacher.target_embeddings.detach().to(dtype))
         band = None
-        if options.band and options.dtw_weight > 0:
-            assert crossed.weights is not None
-            band = band_penalty(
-                crossed.weights,
+        if options.band and options.dtw_weight > 0 and crossed.focus is not None:
+            band = Band.around(
+                crossed.focus,
                 student.lengths,
                 teacher.lengths,
                 base=options.band_base,

@@ -2,20 +2,21 @@
 
 from typing import Any, ClassVar, Literal
 
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor, nn
 
 from dwakd.batch import ModelSide
-from dwakd.losses.alignment import DwaOptions, band_penalty, sequence_terms
+from dwakd.losses.alignment import DTW_TERMS, DwaOptions, dtw_weights, sequence_terms
 from dwakd.losses.attention import TeacherScale
+from dwakd.losses.band import Band
 from dwakd.losses.base import DistillationLoss, Projection, Terms
+from dwakd.losses.crossing import focus_on
 from dwakd.losses.divergences import DivergenceName, divergence
 from dwakd.losses.exact_spaces import ExactSpaces, exact_spaces, projected_partners
 from dwakd.losses.head_maps import HeadMaps
 from dwakd.losses.pair import ModelPair
-from dwakd.losses.sides import example_ids, positions, require_width
+from dwakd.losses.sides import pad_rows, require_width
 
 
 class DwaKdV2Options(DwaOptions):
@@ -52,7 +53,7 @@ class DwaKdV2Loss(DistillationLoss[DwaKdV2Options]):
     """
 
     options_type = DwaKdV2Options
-    terms: ClassVar[tuple[str, ...]] = ("ce", "t2s_ce", "kd_student", "kd_teacher", "dtw_hidden", "dtw_embedding")
+    terms: ClassVar[tuple[str, ...]] = ("ce", "t2s_ce", "kd_student", "kd_teacher", *DTW_TERMS)
 
     def __init__(self, *, pair: ModelPair, **options: Any) -> None:
         super().__init__(**options)
@@ -78,7 +79,7 @@ class DwaKdV2Loss(DistillationLoss[DwaKdV2Options]):
             teacher_weights=options.teacher_weights,
         )
         sequences, terms = self._alignment(student, teacher, spaces), spaces.terms
-        weights = {**terms.weights, **dict.fromkeys(sequences, options.dtw_weight)}
+        weights = {**terms.weights, **dtw_weights(options, sequences)}
         return Terms({**terms.sums, **sequences}, terms.total, weights)
 
     def projected(self, student: ModelSide, teacher: ModelSide, teacher_scale: TeacherScale) -> Projection:
@@ -95,8 +96,15 @@ class DwaKdV2Loss(DistillationLoss[DwaKdV2Options]):
             embedding = maps(teacher.target_embeddings.detach().to(maps.weight.dtype))
         band = None
         if options.band and options.dtw_weight > 0:
-            shape = {"base": options.band_base, "blend": options.band_blend, "penalty": options.band_penalty}
-            band = exact_band(spaces.partners, student.lengths, teacher.lengths, **shape)
+            band = exact_band(
+                spaces.partners,
+                student.lengths,
+                teacher.lengths,
+                base=options.band_base,
+                blend=options.band_blend,
+                penalty=options.band_penalty,
+                length=max(student.counts),
+            )
         return sequence_terms(options, (student, teacher), hidden, embedding, gamma=options.gamma, band=band)
 
 
@@ -108,19 +116,14 @@ def exact_band(
     base: float,
     blend: float,
     penalty: float,
-) -> Float[Tensor, "batch s_length t_length"]:
-    """Compute `band_penalty` around the exact alignment; a constant.
+    length: int,
+) -> Band:
+    """Return the band around the exact alignment.
 
     `partners` is the aligned teacher token of each student token in the packed batch, or -1. At tokens without one, the band
-    follows the diagonal.
+    follows the diagonal. `length` is the largest number of student tokens.
     """
-    examples, places = (part(student_lengths, len(partners)) for part in (example_ids, positions))
-    starts = teacher_lengths.cumsum(0) - teacher_lengths
-    columns = (partners - starts[examples]).clamp_min(0)
-    shape = (len(student_lengths), int(student_lengths.max()), int(teacher_lengths.max()))
-    aligned = torch.zeros(shape, device=partners.device)
-    aligned[examples, places, columns] = (partners >= 0).to(aligned.dtype)
-    follows = blend * aligned.sum(-1)
-    return band_penalty(
-        aligned, student_lengths, teacher_lengths, base=base, entropy_factor=0.0, blend=follows, penalty=penalty
-    )
+    lengths = student_lengths, teacher_lengths
+    focus = focus_on(partners, *lengths, length)
+    follows = blend * pad_rows((partners >= 0)[:, None], student_lengths, length)[..., 0]
+    return Band.around(focus, *lengths, base=base, entropy_factor=0.0, blend=follows, penalty=penalty)

@@ -20,6 +20,11 @@ def recording() -> Iterator[Recorded]:
         _recorded.reset(token)
 
 
+def is_recording() -> bool:
+    """Return whether the caller is inside `recording`."""
+    return _recorded.get() is not None
+
+
 def record(**values: Any) -> None:
     """Keep values by their names if the caller is inside `recording`. Otherwise do nothing."""
     if (found := _recorded.get()) is not None:

@@ -8,6 +8,15 @@ from torch import Tensor
 
 from dwakd.batch import ModelSide
 from dwakd.kernels.checks import require, require_targets
+from dwakd.losses.record import is_recording
+
+LONG = 2048
+"""Longest response, in tokens, for which a batch keeps matrices of student and teacher tokens."""
+
+
+def is_long(student: ModelSide, teacher: ModelSide) -> bool:
+    """Return whether matrices of student and teacher tokens are too large to keep; False if they are recorded."""
+    return max(*student.counts, *teacher.counts) > LONG and not is_recording()
 
 
 def example_ids(lengths: Int[Tensor, " batch"], num_tokens: int) -> Int[Tensor, " tokens"]:
