@@ -7,12 +7,18 @@ import sys
 from pathlib import Path
 
 
-def run_on_two_ranks(module: str, *arguments: object) -> None:
-    """Run `python -m MODULE ARGUMENTS` with torchrun and require that both ranks succeed."""
+def run_on_two_ranks(module: str, *arguments: object, ranks: int = 2) -> None:
+    """Run `python -m MODULE ARGUMENTS` with torchrun and require that all ranks succeed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={ranks}",
+        "--master-addr=127.0.0.1",
+        f"--master-port={port}",
+    ]
     result = subprocess.run(
         [sys.executable, *launch, "-m", module, *map(str, arguments)],
         cwd=Path(__file__).parents[1],

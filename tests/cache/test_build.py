@@ -4,6 +4,7 @@ import errno
 import shutil
 from pathlib import Path
 
+import fsspec
 import pytest
 from safetensors.torch import load_file
 
@@ -11,6 +12,7 @@ from dwakd import UserError
 from dwakd.cache import store
 from dwakd.cache.store import open_complete
 from dwakd.folders import write_file
+from dwakd.training.teacher import CachedTeacher
 from tests.cache.builders import LONG, content, repair, save_teacher, trainer
 from tests.shards import kill_after_first_shard
 from tests.training.builders import assert_same, weights
@@ -116,3 +118,40 @@ def test_two_ranks_build_half_each(tmp_path):
         assert (tmp_path / "cache" / path.name).read_bytes() == path.read_bytes()
     one.train()
     assert_same(load_file(tmp_path / "weights.safetensors"), weights(one), atol=2e-4)
+
+
+@pytest.mark.slow
+def test_three_ranks_build_and_two_read(tmp_path):
+    """A cache does not depend on the number of ranks, and another number of ranks reads it without the teacher."""
+    teacher = save_teacher(tmp_path / "teacher")
+    run_on_two_ranks("tests.cache.rank", teacher, tmp_path, ranks=3)
+    records = [tmp_path / f"rank-{rank}.txt" for rank in range(3)]
+    built = [list(map(int, record.read_text().split())) for record in records]
+    one = trainer(tmp_path / "one", teacher, cache=tmp_path / "alone", rows=LONG[:13])
+    count = one.teachers[0].cache.num_shards
+    assert built == [list(range(rank, count, 3)) for rank in range(3)]
+    assert content(tmp_path / "cache") == content(tmp_path / "alone")
+    for record in records:
+        record.unlink()
+    run_on_two_ranks("tests.cache.rank", teacher, tmp_path)
+    assert not any(record.exists() for record in records), "nothing is built again"
+    one.train()
+    assert_same(load_file(tmp_path / "weights.safetensors"), weights(one), atol=2e-4)
+
+
+def test_a_cache_at_an_address(built, teacher, tmp_path, monkeypatch):
+    """Shards in an object store cannot be mapped into memory, so they are copied once, and damage is found as usual."""
+    monkeypatch.setenv("DWAKD_CACHE", str(tmp_path / "copies"))
+    store = fsspec.filesystem("memory")
+    for path in built.iterdir():
+        store.pipe(f"/bucket/cache/{path.name}", path.read_bytes())
+    cached = CachedTeacher("memory://bucket/cache", str(teacher))
+    assert content(cached.folder) == content(built)
+    store.rm("/bucket/cache/shard-00001.safetensors")
+    (cached.folder / "shard-00002.safetensors").unlink()
+    again = CachedTeacher("memory://bucket/cache", str(teacher))
+    assert content(again.folder) == content(built), "only what is missing is copied"
+    online = trainer(tmp_path / "run", teacher)
+    again.check(online.encoders[1], online.args, {"train": online.train_dataset, "eval": None})
+    with pytest.raises(UserError, match=r"memory://bucket/none cannot be read; build it in a folder"):
+        CachedTeacher("memory://bucket/none", str(teacher))

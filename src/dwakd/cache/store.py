@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fsspec.core import url_to_fs
 from jaxtyping import Float
 from rich.filesize import decimal
 from safetensors import SafetensorError, safe_open
@@ -20,8 +21,8 @@ from dwakd.batch import OutputHead
 from dwakd.cache.fingerprint import file_digest
 from dwakd.cache.manifest import DAMAGED, INDEX, MANIFEST, MISSING, TEACHER, Index, Manifest, damaged
 from dwakd.data.pairs import EncodedPairs
-from dwakd.errors import UserError
-from dwakd.folders import write_file
+from dwakd.errors import UserError, explained
+from dwakd.folders import cache_folder, write_file
 
 _LEAST_TOKEN_BYTES = 1 << 10  # so that a shard of narrow states has no more tokens than can be computed again
 
@@ -198,6 +199,24 @@ def open_complete(folder: Path, *, progress: bool = False) -> Cache:
     cache = Cache.open(folder)
     cache.refuse_damaged(cache.problems(progress=progress), missing=True)
     return cache
+
+
+def local_folder(address: str | Path) -> Path:
+    """Return the folder of a cache. One at an fsspec URL, such as s3://bucket/cache, is copied to `cache_folder()` first.
+
+    The copy is named after the address and cache.json, and files that it has already are not copied again.
+    """
+    if "://" not in str(address):
+        return Path(address).expanduser()
+    with explained(f"teacher cache {address} cannot be read; build it in a folder and copy that to this address"):
+        files, root = url_to_fs(str(address))
+        manifest = files.cat_file(f"{root}/{MANIFEST}")
+        folder = cache_folder() / "remote" / hashlib.sha256(str(address).encode() + manifest).hexdigest()[:32]
+        for entry in sorted(files.ls(root, detail=True), key=lambda one: Path(one["name"]).name == MANIFEST):
+            path = folder / Path(entry["name"]).name
+            if not path.name.startswith(".") and not path.is_file():
+                write_file(path, files.cat_file(entry["name"]))
+    return folder
 
 
 def _teacher_file(table: Tensor, head: OutputHead) -> bytes:

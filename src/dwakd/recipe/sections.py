@@ -119,7 +119,11 @@ class TeacherSection(ModelSection):
     )
     weight: Share = Field(1.0, description="Weight among several teachers, relative to theirs.")
     adapter: str | None = Field(None, description="Folder of a PEFT adapter to merge into the teacher.")
-    cache: str | None = Field(None, description="Folder of the teacher's hidden states. It is built if it is missing.")
+    cache: str | None = Field(
+        None,
+        description="Folder of the teacher's hidden states. It is built if it is missing. Or the fsspec URL of a cache, such "
+        "as s3://bucket/cache, which is copied first.",
+    )
     cache_dtype: Dtype | None = Field(
         None, description="Type of the stored hidden states. By default it is the teacher's, which stores them exactly."
     )

@@ -18,7 +18,7 @@ from dwakd.batch import ModelSide, OutputHead, TokenBatch
 from dwakd.cache.build import Engine, ModelEngine, open_or_build
 from dwakd.cache.fingerprint import DATE, adapter_digest, fingerprint, row_key, weights_digest
 from dwakd.cache.manifest import MANIFEST, Manifest, check_folder
-from dwakd.cache.store import Cache, CacheRequest, open_complete
+from dwakd.cache.store import Cache, CacheRequest, local_folder, open_complete
 from dwakd.data.collator import FindPlace
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedPairs, response_room
@@ -110,7 +110,7 @@ class CachedTeacher(Teacher):
     that was interrupted. It refuses a cache of another teacher, tokenizer, template, truncation or data.
 
     Args:
-        folder: folder of the cache.
+        folder: folder of the cache, or the fsspec URL of a complete one.
         model: name or folder of the teacher; `adapter`, `revision`, `dtype` and `trust_remote_code` as in `load_causal_lm`.
         cache_dtype: dtype of the stored hidden states; the teacher's own by default, which stores them exactly.
         tokenizer: tokenizer of the teacher; by default the one that belongs to the model.
@@ -135,7 +135,7 @@ class CachedTeacher(Teacher):
             raise UserError(
                 "teacher_cache requires a teacher given by name or folder, because its layers are not loaded"
             )
-        self.folder = Path(folder).expanduser()
+        self.folder = local_folder(folder)
         self.name, self.adapter, self.dtype, self.cache_dtype = model, adapter, dtype, cache_dtype
         self._options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.tokenizer = tokenizer or load_tokenizer(model, **self._options)
