@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -65,6 +65,9 @@ def cache(
     overrides: Overrides = None,
     output: Annotated[Path | None, output_option("Folder of the cache; the recipe's teacher.cache by default.")] = None,
     check: Annotated[bool, flag("--check", "Build nothing; verify the cache and list what is damaged.")] = False,
+    engine: Annotated[
+        Literal["transformers", "vllm"], typer.Option(help="What runs the teacher; vllm uses all GPUs of the machine.")
+    ] = "transformers",
 ) -> None:
     """Run the teacher once over a recipe's training and evaluation rows and store its final hidden states.
 
@@ -77,7 +80,7 @@ def cache(
     from dwakd.training.cache_run import cache_command
     from dwakd.training.run import end_of_run
 
-    text = cache_command(recipe, overrides or [], output, check=check)
+    text = cache_command(recipe, overrides or [], output, engine, check=check)
     if global_rank() == 0:
         console.print(text, markup=False, soft_wrap=True, highlight=False)
     end_of_run()

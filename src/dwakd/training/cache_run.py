@@ -14,13 +14,16 @@ from dwakd.training.run import load_section, recipe_examples, train_name, traini
 from dwakd.training.teachers import sets_of_teacher
 
 
-def cache_recipe(recipe: Recipe, folder: str | Path | None = None, *, check: bool = False) -> list[Cache]:
+def cache_recipe(
+    recipe: Recipe, folder: str | Path | None = None, *, check: bool = False, engine: str = "transformers"
+) -> list[Cache]:
     """Build what is missing or damaged in the caches of a recipe's teachers.
 
     Args:
         recipe: recipe of the training run. Teachers without a cache are skipped if another teacher has one.
         folder: folder of the cache of a single teacher; overrides `teacher.cache`.
         check: read and verify everything, write nothing, and refuse an incomplete or damaged cache.
+        engine: what runs the teachers, `transformers` or `vllm`.
     """
     if not recipe.teachers:
         raise UserError("dwakd cache requires a teacher: add a teacher section to the recipe")
@@ -58,19 +61,20 @@ def cache_recipe(recipe: Recipe, folder: str | Path | None = None, *, check: boo
             continue
         own = sets_of_teacher(sets, index)
         if not check:
+            teacher.engine = engine
             teacher.prepare(encoder, args, own, repair=True)
         caches.append(teacher.check(encoder, args, own) if check else teacher.cache)
     return caches
 
 
-def cache_command(path: Path, overrides: list[str], folder: Path | None, *, check: bool) -> str:
+def cache_command(path: Path, overrides: list[str], folder: Path | None, engine: str, *, check: bool) -> str:
     """Run `cache_recipe` on a recipe file, or verify the cache in a folder; return the text to print."""
     if path.is_dir():
         if not check:
             raise UserError(f"{path} is a folder: give a recipe, or add --check to verify the cache in it")
         caches = [open_complete(path, progress=True)]
     else:
-        caches = cache_recipe(load_recipe(path, overrides, "cache"), folder, check=check)
+        caches = cache_recipe(load_recipe(path, overrides, "cache"), folder, check=check, engine=engine)
     result = "is complete" if check else "is ready; train from it with teacher.cache: {}"
     return "\n".join(
         f"teacher cache {cache.folder} ({cache.describe()}) {result.format(cache.folder)}" for cache in caches

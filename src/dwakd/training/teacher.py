@@ -19,6 +19,7 @@ from dwakd.cache.build import Engine, ModelEngine, open_or_build
 from dwakd.cache.fingerprint import DATE, adapter_digest, fingerprint, row_key, weights_digest
 from dwakd.cache.manifest import MANIFEST, Manifest, check_folder
 from dwakd.cache.store import Cache, CacheRequest, local_folder, open_complete
+from dwakd.cache.vllm import VllmEngine
 from dwakd.data.collator import FindPlace
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedPairs, response_room
@@ -114,6 +115,7 @@ class CachedTeacher(Teacher):
         model: name or folder of the teacher; `adapter`, `revision`, `dtype` and `trust_remote_code` as in `load_causal_lm`.
         cache_dtype: dtype of the stored hidden states; the teacher's own by default, which stores them exactly.
         tokenizer: tokenizer of the teacher; by default the one that belongs to the model.
+        engine: what runs the teacher to build the cache, `transformers` or `vllm`.
 
     Raises:
         UserError: the teacher is not given by name.
@@ -130,6 +132,7 @@ class CachedTeacher(Teacher):
         trust_remote_code: bool = False,
         cache_dtype: torch.dtype | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        engine: str = "transformers",
     ) -> None:
         if not isinstance(model, str):
             raise UserError(
@@ -137,6 +140,7 @@ class CachedTeacher(Teacher):
             )
         self.folder = local_folder(folder)
         self.name, self.adapter, self.dtype, self.cache_dtype = model, adapter, dtype, cache_dtype
+        self.engine = engine
         self._options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.tokenizer = tokenizer or load_tokenizer(model, **self._options)
         self.cache: Cache
@@ -198,6 +202,14 @@ class CachedTeacher(Teacher):
 
     def _engine(self, args: DistillConfig, sets: Sets) -> Engine:
         """Load the teacher to build the cache."""
+        if self.engine == "vllm":
+            if self.adapter is not None or args.world_size > 1:
+                raise UserError(
+                    "dwakd cache --engine vllm runs in one process, which uses all GPUs, and without teacher.adapter: start "
+                    "it without torchrun, and merge the adapter into a model of its own"
+                )
+            longest = max(len(row.teachers[0].ids) for pairs in filter(None, sets.values()) for row in pairs.rows)
+            return VllmEngine(self.name, self.dtype, longest, **self._options)
         model = load_causal_lm(self.name, adapter=self.adapter, dtype=self.dtype, **self._options)
         model = load_pair(model, self.tokenizer, args, "teacher_processing_class")[0].to(args.device)
         return ModelEngine(_check_positions(model, args, sets))
