@@ -42,6 +42,45 @@ def test_the_term_and_the_rows_of_nan_are_named(tmp_path, monkeypatch):
     assert f"from 0: {', '.join(map(str, seen[1]))})" in str(caught.value)
 
 
+def test_steps_of_nan_are_skipped_and_counted(tmp_path, monkeypatch, caplog):
+    """A skipped step must not change weights, optimiser or means; the count goes on after a resume."""
+    from dwakd.losses.sft import SftLoss
+
+    def broken(self, *args, **kwargs):
+        output = compute(self, *args, **kwargs)
+        broken.calls += 1
+        factor = {3: torch.nan, 6: torch.inf}.get(broken.calls, 1.0)
+        return replace(output, loss=output.loss * factor, terms={n: t * factor for n, t in output.terms.items()})
+
+    compute, broken.calls = SftLoss.forward, 0
+    monkeypatch.setattr(SftLoss, "forward", broken)
+    options = {"method": "sft", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 2}
+    options |= {"save_strategy": "steps", "save_steps": 2, "max_skipped_steps": 1}
+    run, seen = trainer(tmp_path, **options), []
+    step = torch.optim.AdamW.step
+
+    def recorded(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        seen.append([p.detach().clone() for p in run.model.parameters()])
+        seen[-1] += [state["exp_avg"].clone() for state in self.state.values()]
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    message = (
+        r"the loss is inf at step 3 \(terms: ce; .*, and training.max_skipped_steps \(1\) are skipped already: lower"
+    )
+    with pytest.raises(UserError, match=message):
+        run.train()
+    assert "skipping a step (1 of at most 1): the loss is nan at step 2 (terms: ce; training rows" in caplog.text
+    assert all(map(torch.equal, seen[0], seen[1]))
+    (log,) = run.state.log_history
+    assert log["skipped_steps"] == 1
+    assert log["loss"] == pytest.approx(log["ce"], rel=1e-6), "the means are those of the first step"
+    resumed = trainer(tmp_path, **options)
+    next(resumed.model.parameters()).register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(UserError, match="the norm of the gradient is nan at step 3"):
+        resumed.train(resume_from_checkpoint=True)
+
+
 def test_weights_with_nan_are_not_saved(tmp_path):
     """Weights are checked after the last step, whose effect no later loss shows."""
     options = {"learning_rate": 1e30, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 1}
@@ -128,7 +167,7 @@ def finished_run() -> Mock:
     model = torch.nn.Linear(2, 2)
     with torch.no_grad():
         model.bias[1] = -torch.inf
-    return Mock(model=model)
+    return Mock(model=model, args=Mock(max_skipped_steps=0))
 
 
 def test_tokens_per_second_and_the_norms_of_the_terms(tmp_path):

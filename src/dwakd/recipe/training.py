@@ -151,6 +151,9 @@ class DistillConfig(TrainingArguments):
         None,
         "Split each optimiser step into micro-batches of at most this many tokens of all models, padding included.",
     )
+    max_skipped_steps: Steps = _option(
+        0, "Steps whose loss or gradient is NaN or infinite that are skipped before such a step ends the run."
+    )
     disable_dropout: bool = _option(False, "Set each dropout of the student to 0, but not the noise of routers.")
     teacher_cache: str | None = _option(None, "Folder of the teacher's hidden states. It is built if it is missing.")
     trust_remote_code: bool = _option(False, "Run modelling code from the hub; only for models given by name.")
@@ -206,6 +209,7 @@ class DistillConfig(TrainingArguments):
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             lower = metric_names(self.method_options, rouge_l=False)
             self.greater_is_better = not f"_{self.metric_for_best_model}".endswith(tuple(f"_{name}" for name in lower))
+        self.logging_nan_inf_filter |= bool(self.max_skipped_steps)  # the logged loss leaves skipped steps out
         super().__post_init__()
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to pin memory for, and torch would warn

@@ -48,6 +48,10 @@ class TermBalance(TrainerCallback):
         for name, value in squares.items():
             self._found[name] = self._found.get(name, 0.0) + weight**2 * value
 
+    def skip_step(self) -> None:
+        """Forget the norms of the current step, whose gradients are discarded."""
+        self._found = {}
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self._found or args.term_gradient_limit is None:
             return

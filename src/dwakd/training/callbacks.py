@@ -1,5 +1,6 @@
 """Callbacks of a run: check for NaN and missing gradients, average the terms, measure steps, and show the progress bar."""
 
+import logging
 import math
 import time
 from collections import deque
@@ -15,7 +16,15 @@ from dwakd.batch import PairedBatch
 from dwakd.errors import UserError
 from dwakd.training.on_policy import AnswerCounts, answer_metrics
 
+logger = logging.getLogger(__name__)
+
 _FIX = "lower training.learning_rate, or set training.warmup_steps"
+SKIPPED = "skipped_steps"
+
+
+def skipped_steps(state: Any) -> int:
+    """Return the number of skipped steps since the beginning of a run, which its checkpoints contain."""
+    return int(state.stateful_callbacks.get(SKIPPED, 0))
 
 
 class RunCallback(TrainerCallback):
@@ -33,13 +42,16 @@ class RunCallback(TrainerCallback):
         self._first_step, self._num_seconds = step, len(self.seconds)
         self._terms: dict[str, Tensor] = {}
         self._squares: dict[str, Tensor] = {}
+        self._before: Any = ({}, {})
         self._tokens = [0.0, 0.0]
+        self._skipped: set[int] = set()
 
     def add_tokens(self, batches: Sequence[PairedBatch]) -> float:
         """Count the student's tokens in the micro-batches of a step; return the number of response tokens."""
         responses = sum(batch.weight * sum(batch.student.num_rows) for batch in batches)
         read = sum(batch.weight * sum(batch.student.num_tokens) for batch in batches)
         self._tokens = [total + new for total, new in zip(self._tokens, (responses, read), strict=True)]
+        self._before = dict(self._terms), dict(self._squares)
         return responses
 
     def add_output(self, output: dict[str, Any], weight: float) -> None:
@@ -50,26 +62,34 @@ class RunCallback(TrainerCallback):
         for name, value in output.get("gradient_squares", {}).items():
             self._squares[name] = self._squares.get(name, 0.0) + weight**2 * value
 
+    def skip_step(self) -> None:
+        """Leave the current step, whose gradients are discarded, out of the means."""
+        self._terms, self._squares = self._before
+        self._skipped.add(self.trainer.state.global_step)
+
     def metrics(self) -> dict[str, float]:
-        """Return what is logged about the optimiser steps since the last call, over all ranks.
+        """Return what is logged about the optimiser steps since the last call, over all ranks, without skipped steps.
 
         These are the mean of each term, the root mean square of the gradient norms, tokens per second, and properties of the
         student's answers. Seconds are without evaluation and saving.
         """
+        counted = {SKIPPED: skipped_steps(self.trainer.state)} if self.trainer.args.max_skipped_steps else {}
         if not self._terms:
-            return {}
+            return counted | ({"loss": math.nan} if self._skipped else {})
         seconds = sum(self.seconds[self._num_seconds :]) + time.perf_counter() - self._step_ended
         step, every = self.trainer.state.global_step, self.trainer.args.term_gradient_steps
         sums = torch.stack([*self._terms.values(), *self._squares.values()])
         counts = sums.new_tensor([*self._tokens, *self.answers.take()])
         sums, counts = (self.trainer.accelerator.reduce(values, "sum") for values in (sums, counts))
-        num_measured = sum(index % every == 0 for index in range(self._first_step, step)) if every else 1
-        means = (sums[: len(self._terms)] / max(step - self._first_step, 1)).tolist()
+        steps = [index for index in range(self._first_step, step) if index not in self._skipped]
+        num_measured = sum(index % every == 0 for index in steps) if every else 1
+        means = (sums[: len(self._terms)] / max(len(steps), 1)).tolist()
         norms = (sums[len(self._terms) :] / max(num_measured, 1)).sqrt().tolist()
         responses, read = (counts[:2] / seconds).tolist()
         metrics = dict(zip(self._terms, means, strict=True))
         metrics |= {f"term_grad_norm/{name}": norm for name, norm in zip(self._squares, norms, strict=True)}
         metrics |= {"response_tokens_per_second": responses, "tokens_per_second": read, **answer_metrics(counts[2:])}
+        metrics |= counted
         self._start(step)
         return metrics
 
@@ -113,7 +133,8 @@ class _Copied(NamedTuple):
         loss, *terms = self.values.tolist()
         if math.isfinite(loss):
             return None
-        names = ", ".join(name for name, value in zip(self.terms, terms, strict=True) if not math.isfinite(value))
+        found = (name for name, value in zip(self.terms, terms, strict=True) if not math.isfinite(value))
+        names = ", ".join(name for name in found if name != "loss")
         shown = ", ".join(map(str, self.rows[:8])) + (f" and {len(self.rows) - 8} more" if len(self.rows) > 8 else "")
         where = "; ".join(filter(None, [names and f"terms: {names}", shown and f"training rows, from 0: {shown}"]))
         return f"the loss is {loss} at step {self.step}" + (f" ({where})" if where else "")
@@ -123,12 +144,14 @@ class FiniteCheck(TrainerCallback):
     """End a run when a training loss or a trained weight is NaN or infinite, or when the student gets no gradient.
 
     On a CPU, a loss is checked at once. On an accelerator, its value is copied to the host without waiting and is checked
-    when the copy has arrived: usually one step later, and always in `finish`.
+    when the copy has arrived: usually one step later, and always in `finish`. With `max_skipped_steps`, it is always checked
+    in its own step, whose gradients are discarded if the loss or the gradient of any rank is not finite.
     """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self._has_gradient = False
+        self._problem: str | None = None
         self._copies: deque[_Copied] = deque()
 
     def add(self, loss: Tensor, terms: Mapping[str, Tensor], rows: Sequence[int]) -> None:
@@ -149,6 +172,8 @@ class FiniteCheck(TrainerCallback):
         Called after the gradients are clipped. Gradients that are sharded over processes are not checked.
         """
         trainer = self.trainer
+        if args.max_skipped_steps and self._skips_step(args, state):
+            return
         if self._has_gradient or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             return
         gradients = (parameter.grad for parameter in trainer.student.parameters())
@@ -159,6 +184,36 @@ class FiniteCheck(TrainerCallback):
                 f"every gradient of the student is zero at step {step}, so nothing is trained: check the weights in loss, "
                 "training.max_grad_norm, and lora_alpha and lora_dropout in student.peft"
             )
+
+    def _skips_step(self, args: Any, state: Any) -> bool:
+        """Discard the gradients of the current step if the loss or the gradient of any rank is not finite."""
+        self._check_arrived(wait=True)
+        problem, self._problem = self._problem, None
+        parameters = [parameter for parameter in self.trainer.model.parameters() if parameter.grad is not None]
+        if problem is None and self.trainer.accelerator.scaler is None:  # a scaler expects and skips infinite gradients
+            local = [p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for p in parameters]
+            norm = float(torch.nn.utils.get_total_norm(local))
+            problem = (
+                None if math.isfinite(norm) else f"the norm of the gradient is {norm} at step {state.global_step + 1}"
+            )
+        flag = torch.tensor(int(problem is not None), device=args.device)
+        if args.world_size > 1:
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        if not flag:
+            return False
+        problem = problem or f"the loss or the gradient of another rank is not finite at step {state.global_step + 1}"
+        number = skipped_steps(state) + 1
+        if number > args.max_skipped_steps:
+            self._fail(
+                f"{problem}, and training.max_skipped_steps ({args.max_skipped_steps}) are skipped already: {_FIX}"
+            )
+        logger.warning("skipping a step (%d of at most %d): %s", number, args.max_skipped_steps, problem)
+        state.stateful_callbacks[SKIPPED] = number
+        for parameter in parameters:
+            parameter.grad = None  # the optimiser then leaves the parameter and its state as they are
+        self.trainer.clock.skip_step()
+        self.trainer.balance.skip_step()
+        return True
 
     def finish(self) -> None:
         """Wait for every loss and check it, and check the trained parameters as they are now.
@@ -179,7 +234,9 @@ class FiniteCheck(TrainerCallback):
             elif event is not None and not event.query():
                 return
             if problem := self._copies.popleft().problem():
-                self._fail(f"{problem}: {_FIX}")
+                if not self.trainer.args.max_skipped_steps:
+                    self._fail(f"{problem}: {_FIX}")
+                self._problem = self._problem or problem
 
     def _fail(self, message: str) -> NoReturn:
         self._copies.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -155,6 +156,8 @@ class DistillTrainer(StepTrainer):
         """Add the means of the terms, and the other values of `RunCallback.metrics`, since the last log."""
         if "loss" in logs:
             logs |= self.clock.metrics()
+            if self.args.max_skipped_steps:  # JSON has no NaN
+                logs = {name: value for name, value in logs.items() if math.isfinite(value)}
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -163,10 +166,9 @@ class DistillTrainer(StepTrainer):
             raise UserError("there is nothing to train on: give train_dataset")
         if self.student_answers and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise UserError("training.lmbda: a student sharded by FSDP or DeepSpeed cannot answer prompts; use DDP")
-        if self.args.max_tokens_per_batch and self.is_deepspeed_enabled:
-            raise UserError(
-                "training.max_tokens_per_batch cannot be used with DeepSpeed, which counts micro-batches itself"
-            )
+        for name in ("max_tokens_per_batch", "max_skipped_steps"):
+            if getattr(self.args, name) and self.is_deepspeed_enabled:
+                raise UserError(f"training.{name} cannot be used with DeepSpeed, which runs the steps itself")
         output = super().train(*args, **kwargs)
         self.finite.finish()
         return output
