@@ -79,6 +79,9 @@ def write_file(path: Path, data: bytes) -> None:
         except FileNotFoundError:  # another process finished the same file and removed temporary files
             if not path.is_file():
                 raise
+    except OSError as error:
+        error.filename = error.filename or str(path)  # for the message if the disk is full
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -139,7 +139,9 @@ def test_a_damaged_shard_is_answered_again(models, copied, finished, caplog):
     """A disk that was full or a wrong edit must not end in a file with fewer answers."""
     shard = copied.with_suffix(".parts") / "shard-00002.jsonl"
     lines = shard.read_text().splitlines(keepends=True)
-    for damaged in ("".join(lines[:-1]), "".join(lines)[:-20], "".join([*lines[:-1], lines[0]])):
+    flipped = "".join(lines).replace('"text": "', '"text": "!', 1)
+    assert flipped != "".join(lines)
+    for damaged in ("".join([*lines[:-2], lines[-1]]), "".join(lines)[:-20], "".join([lines[0], *lines[2:]]), flipped):
         shard.write_text(damaged)
         answer_recipe(changed(models[1]), output=copied)
         assert content(copied) == content(finished)

@@ -164,6 +164,11 @@ def test_finished_cells_are_kept_and_a_failed_one_says_why(tmp_path, monkeypatch
     started.clear()
     Runner(recipe(), tmp_path, 1).run(cells)
     assert sorted(started) == ["dskd-1", "dskd-2"]
+    scores = tmp_path / "cells" / "sft-2" / "eval" / "test.json"
+    for content in ("{ ", "{"):
+        scores.write_text(content)
+        with pytest.raises(UserError, match=r"sft-2 cannot be used: its eval/test.json is damaged.*delete the folder"):
+            Runner(recipe(), tmp_path, 1).run(cells)
 
 
 def test_the_same_comparison_in_several_processes(tmp_path, monkeypatch):

@@ -51,6 +51,23 @@ def test_a_process_ends_with_a_checkpoint_and_continues_bit_identically(workspac
     assert stopped == whole
 
 
+@pytest.mark.slow
+def test_a_rank_that_dies_is_named(tmp_path):
+    """The error of the network library names neither the rank nor the fix. Before, both ranks skip the same step."""
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "tests.training.lost_rank"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(
+        [sys.executable, *launch, str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    message = r"skipped on both ranks; rank 0 has lost the connection to rank 1, which has ended, at step 3 \(.*\): .*--resume"
+    assert re.search(message, result.stdout), result.stderr[-3000:]
+
+
 @pytest.mark.parametrize("step", [2, 4])
 def test_the_best_checkpoint_and_the_evaluation_of_the_epoch_are_kept(step, tmp_path):
     """With save_total_limit 1, the end of a training would delete the checkpoint of the signal; the last step of an epoch or

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dwakd.answers.answers import Answer
-from dwakd.cache.fingerprint import file_digest
+from dwakd.cache.fingerprint import file_digest, json_digest
 from dwakd.errors import UserError, explained
 from dwakd.folders import UNFINISHED, check_output_folder, write_file, write_json
 
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "dwakd answers 1"
 REQUEST = "request.json"
+_DIGEST = "sha256"
 _UNWRITTEN = "{} cannot be written; finished answers are kept: free some space and start the command again"
 _WAIT_SECONDS = 0.2
 _LEAST, _MOST, _SHARDS = 16, 256, 16  # prompts in a shard, and shards of a small set, which ranks divide
@@ -81,7 +82,8 @@ class AnswerFile:
                 "train on it with data.train, delete it, or choose another file with --output (generate.output)"
             )
         if asked is None:
-            write_json(self.parts / REQUEST, {"format": FORMAT, **self.request})
+            with explained(_UNWRITTEN.format(self.parts)):
+                write_json(self.parts / REQUEST, {"format": FORMAT, **self.request})
 
     def manifest(self) -> dict[str, Any]:
         """Return the content of the manifest; empty if there is none."""
@@ -94,6 +96,7 @@ class AnswerFile:
             for row, samples in zip(self.shards()[shard], answers, strict=True)
             for sample, answer in enumerate(samples)
         ]
+        lines.append(json.dumps({_DIGEST: json_digest(lines)}))
         with explained(_UNWRITTEN.format(self.parts)):
             write_file(self.shard_path(shard), "".join(f"{line}\n" for line in lines).encode())
 
@@ -104,10 +107,16 @@ class AnswerFile:
             return None
         expected = [(row, sample) for row in self.shards()[shard] for sample in range(self.samples)]
         try:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-            intact = [(line.pop("prompt_number"), line.pop("sample")) for line in lines] == expected
+            texts = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+            has_digest = texts[-1].startswith(f'{{"{_DIGEST}"')  # not in shards of version 0.2 and older
+            digest = json.loads(texts.pop())[_DIGEST] if has_digest else json_digest(texts)
+            lines = [json.loads(line) for line in texts]
+            intact = (
+                digest == json_digest(texts)
+                and [(line.pop("prompt_number"), line.pop("sample")) for line in lines] == expected
+            )
             answers = [Answer(**line) for line in lines]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             intact = False
         if not intact:
             logger.warning("%s is damaged, so its prompts are answered again", path)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from transformers import AutoConfig
 
 from dwakd.data.encoding import TextEncoder
-from dwakd.errors import UserError
+from dwakd.errors import UserError, explained
 from dwakd.models.loading import adapter_base, adapter_config
 from dwakd.models.specs import only_cached, resolve_spec
 
@@ -96,12 +96,14 @@ def _file_digests(spec: str, revision: str | None) -> list[str]:
     location = resolve_spec(spec)
     folder = Path(location)
     if not folder.is_dir():
-        if not only_cached(location, revision):
-            files = HfApi().model_info(location, revision=revision, files_metadata=True).siblings or []
-            for pattern in _WEIGHTS:
-                if known := [item.lfs.sha256 for item in files if Path(item.rfilename).match(pattern) and item.lfs]:
-                    return sorted(known)
-        folder = Path(snapshot_download(location, revision=revision, local_files_only=True))
+        fix = "check the network and start the command again"
+        with explained(f"could not read the files of {spec} from the Hugging Face Hub; {fix}"):
+            if not only_cached(location, revision):
+                files = HfApi().model_info(location, revision=revision, files_metadata=True).siblings or []
+                for pattern in _WEIGHTS:
+                    if known := [item.lfs.sha256 for item in files if Path(item.rfilename).match(pattern) and item.lfs]:
+                        return sorted(known)
+            folder = Path(snapshot_download(location, revision=revision, local_files_only=True))
     for pattern in _WEIGHTS:
         if paths := list(folder.glob(pattern)):
             with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import sys
@@ -57,6 +58,10 @@ def silence_transformers() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def _print_error(text: str) -> None:
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+
 def main() -> None:
     """Run the command line; a UserError is printed as one sentence on standard error, with exit code 2."""
     for stream in (sys.stdout, sys.stderr):
@@ -68,7 +73,15 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        _print_error(str(error))
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
+            raise
+        _print_error(
+            f"no space is left on the disk ({error.filename or error.strerror}): free some space and start the command "
+            "again, which continues with what is finished"
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -17,8 +17,9 @@ from rich.console import Group
 
 from dwakd.answers.run import answer_recipe
 from dwakd.answers.store import read_json
+from dwakd.checksums import CHECKSUMS
 from dwakd.compare.plan import Cell, Variant, search_of, sft_row, variants_of
-from dwakd.compare.runner import Runner, only_one
+from dwakd.compare.runner import Runner, check_results, only_one
 from dwakd.compare.table import CellScores, comparison_tables, num_evaluated, read_cell, summarise_comparison
 from dwakd.errors import UserError
 from dwakd.evaluation.run import EvaluationPlan, evaluate_sets, plan_evaluation
@@ -135,10 +136,12 @@ def evaluate_teacher(plan: EvaluationPlan, teacher: TeacherSection, folder: Path
     saved, about = folder / "teacher.json", teacher.model_dump(exclude={"name", "weight", "cache", "cache_dtype"})
     is_other = read_json(saved) != about
     if num_evaluated(folder) < len(plan.sets) or is_other:
+        (folder / CHECKSUMS).unlink(missing_ok=True)
         data, text = ([item.source for item in plan.sets if item.is_text == is_text] for is_text in (False, True))
         loading: dict[str, Any] = {**about, "dtype": getattr(torch, teacher.dtype), "overwrite": is_other}
         evaluate_sets(data=data, rows=plan.rows, options=plan.options, text=text, output=folder / "eval", **loading)
         write_json(saved, about)
+    check_results(folder)
     return read_cell(folder)
 
 

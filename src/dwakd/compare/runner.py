@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from dwakd.cache.fingerprint import json_digest
+from dwakd.checksums import CHECKSUMS, checksum_fault, write_checksums
 from dwakd.compare.plan import Cell, cacheable
 from dwakd.compare.table import num_evaluated
+from dwakd.errors import UserError
 from dwakd.evaluation.generate import progress_bar
 from dwakd.folders import write_file
 from dwakd.recipe.files import RECIPE_FILE
@@ -93,8 +96,10 @@ class Runner:
         waiting = [cell for cell in cells if not self.finished(cell)]
         for cell in cells:
             saved = self.cell_folder(cell) / RECIPE_FILE
-            if cell not in waiting and saved.is_file():
-                check_same_recipe(saved, self.recipe(cell), changeable=MOVABLE)
+            if cell not in waiting:
+                if saved.is_file():
+                    check_same_recipe(saved, self.recipe(cell), changeable=MOVABLE)
+                check_results(self.cell_folder(cell))
         with progress_bar(disable=False) as bar, ThreadPoolExecutor(self.jobs) as pool:
             try:
                 task, reasons = bar.add_task("runs", total=len(waiting)), dict[str, str | None]()
@@ -145,12 +150,32 @@ class Runner:
         write_file(path, self.recipe(cell).dump().encode())
         log = self.folder / "logs" / f"{cell.name}.log"
         log.parent.mkdir(exist_ok=True)
+        (self.cell_folder(cell) / CHECKSUMS).unlink(missing_ok=True)
         with log.open("wb") as stream:
             command = train_command(path, self.cell_folder(cell))
             process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=self._environment())
             self._processes.append(process)
             process.wait()
-        return None if process.returncode == 0 else failure_reason(log, process.returncode)
+        if process.returncode != 0:
+            return failure_reason(log, process.returncode)
+        check_results(self.cell_folder(cell))
+        return None
+
+
+def check_results(folder: Path) -> None:
+    """Verify the files of a finished cell that the tables read, or write their checksums if there are none yet.
+
+    Raises:
+        UserError: a file is missing or damaged, or was changed after the cell was finished.
+    """
+    if not (folder / CHECKSUMS).is_file():
+        names = (RUN_FILE, RECIPE_FILE, TRAINER_STATE_NAME)
+        write_checksums(folder, [*(folder / name for name in names), *(folder / "eval").glob("*.json*")])
+    elif fault := checksum_fault(folder):
+        raise UserError(
+            f"the results in {folder} cannot be used: {fault}; restore the file, delete the folder to run this row again, or "
+            f"delete {CHECKSUMS} there to accept the files as they are"
+        )
 
 
 def train_command(recipe: Path, folder: Path) -> list[str]:

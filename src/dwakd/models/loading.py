@@ -209,5 +209,5 @@ def _failure(what: str, spec: str) -> str:
     """Return the beginning of the message of an error while loading."""
     if Path(spec).expanduser().exists() or spec.startswith(("gguf:", "package:")):
         return f"could not load the {what} of {spec}"
-    fix = "check the name and the network, or give an existing folder"
+    fix = "check the name and the network, or give an existing folder; a download that was interrupted is continued"
     return f"could not load the {what} of {spec} from the Hugging Face Hub; {fix}"

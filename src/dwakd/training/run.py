@@ -35,6 +35,7 @@ from dwakd.training.distiller import load_student
 from dwakd.training.hub import UploadError
 from dwakd.training.inputs import make_encoder
 from dwakd.training.interruption import stops_on_signal
+from dwakd.training.lost_ranks import lost_ranks_explained
 from dwakd.training.run_folder import RUN_FILE, check_output, has_steps_left, is_finished
 from dwakd.training.served import ServedTeacher
 from dwakd.training.teacher import CachedTeacher
@@ -183,7 +184,7 @@ def train(
         if trainer.is_world_process_zero():
             write_file(folder / RECIPE_FILE, recipe.dump().encode())
         if steps_left:
-            with stops_on_signal(trainer), out_of_memory_explained(trainer):
+            with stops_on_signal(trainer), out_of_memory_explained(trainer), lost_ranks_explained(trainer):
                 trainer.train(resume_from_checkpoint=checkpoint)
         else:  # the run was stopped after its last checkpoint; transformers would take another step
             _restore(trainer, Path(str(checkpoint)))

@@ -1,0 +1,1 @@
+"""Tests that take longer than the suite and are started by hand, see docs/reliability.md."""
