@@ -22,7 +22,7 @@ def recipe(section: str, **options: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "instead"),
     [
-        ("packing", True, "train_sampling_strategy"),
+        ("packing", True, "max_tokens_per_batch"),
         ("max_seq_length", 512, "data.max_length"),
         ("completion_only_loss", True, "only the response is trained on"),
         ("dataset_text_field", "text", "prompt_column"),

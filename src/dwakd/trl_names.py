@@ -21,8 +21,7 @@ dataset_test_split: name the split in the data set, as in org/name@train (recipe
 dataset_text_field: name the columns in prompt_column and response_column (recipe: data.prompt, data.response)
 formatting_func: use template, which may be a format string (recipe: data.template)
 max_seq_length: use max_length (recipe: data.max_length)
-packing eval_packing packing_strategy: leave it out; train_sampling_strategy='group_by_length' reduces padding
-padding_free: leave it out; train_sampling_strategy='group_by_length' reduces padding
+packing eval_packing packing_strategy: leave it out; max_tokens_per_batch and padding_free reduce padding
 completion_only_loss assistant_only_loss: leave it out, only the response is trained on
 truncation_mode: leave it out, a response that is too long is truncated at its end
 shuffle_dataset: leave it out, rows are shuffled unless train_sampling_strategy is 'sequential'

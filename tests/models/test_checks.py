@@ -6,7 +6,7 @@ import torch
 from dwakd.batch import OutputHead
 from dwakd.errors import UserError
 from dwakd.models import checks
-from dwakd.models.checks import check_head, check_training
+from dwakd.models.checks import check_head, check_packing, check_training
 from dwakd.models.head import output_head
 from tests.builders import FAMILIES, tiny_model
 from tests.models.architectures import small_model
@@ -23,6 +23,18 @@ def test_check_head_refuses_a_head_that_lacks_scale_cap_or_bias(family, monkeypa
     monkeypatch.setattr(checks, "output_head", lambda _: bare)
     with pytest.raises(UserError, match=r"largest difference \d"):
         check_head(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_rows_are_refused_if_they_depend_on_each_other(family):
+    """Position ids separate packed rows in most models. OPT numbers positions by its attention mask and is refused."""
+    model = tiny_model(family, VOCAB)
+    if not family.startswith("opt"):
+        check_packing(model)
+        return
+    with pytest.raises(UserError, match=r"padding_free: with attention \w+, rows of .* depend on each other") as error:
+        check_packing(model)
+    assert "\n" not in str(error.value)
 
 
 def test_check_head_names_the_model_and_leaves_every_mode_alone():

@@ -74,6 +74,29 @@ def test_right_padding_changes_no_hidden_state(family):
         torch.testing.assert_close(padded[row, :length], alone[0], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
+def test_packed_rows_have_the_states_and_gradients_of_padded_ones(family):
+    """A packed batch gives the same response positions and gradients, and no row depends on another one."""
+    model = tiny_model(family, VOCAB).double()
+    input_ids, mask = batch()
+    tokens = tokens_of(input_ids, mask, num_prompt=3)
+    grads, sides = [], []
+    for packed in (False, True):
+        model.zero_grad()
+        sides.append(response_side(model, tokens, packed=packed))
+        (sides[-1].hidden.square().sum() + sides[-1].target_embeddings.sum()).backward()
+        grads.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    torch.testing.assert_close(sides[1].hidden, sides[0].hidden, atol=1e-12, rtol=0)
+    torch.testing.assert_close(grads[1], grads[0], atol=1e-6, rtol=1e-5)  # norms of Gemma run in float32
+    with torch.no_grad():
+        changed = input_ids.clone()
+        changed[1, : LENGTHS[1]] = (changed[1, : LENGTHS[1]] + 1) % VOCAB
+        states = [final_hidden(model, ids, mask, packed=True) for ids in (input_ids, changed)]
+    for row in (0, 2):
+        assert torch.equal(states[0][row], states[1][row])
+    assert not torch.equal(states[0][1], states[1][1])
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "opt", "opt_projected", "qwen2"])
 def test_rows_are_selected_in_batch_order_with_embeddings_of_the_table(family):
     """Response positions are in the order of the batch. Embeddings are table entries without scale (Gemma) or offset (OPT)."""

@@ -65,7 +65,7 @@ def test_another_seed_gives_another_run(tmp_path):
     "options",
     [
         {"per_device_train_batch_size": 4, "max_tokens_per_batch": 300},
-        {"method": "min_ed", "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2},
+        {"method": "min_ed", "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "padding_free": True},
         {
             "method": "sft",
             "per_device_train_batch_size": 3,
@@ -78,15 +78,18 @@ def test_another_seed_gives_another_run(tmp_path):
 def test_batches_by_tokens_change_nothing_else(tmp_path, options):
     """Batches by tokens take the rows of the same steps, stay below the limit, and give the same terms and weights.
 
-    A row above the limit is a batch of its own. Thirteen rows leave an incomplete last step of each epoch.
+    So does `padding_free`. A row above the limit is a batch of its own. With thirteen rows, the last step of an epoch is
+    incomplete.
     """
     rows = [{**row, "response": row["response"] * (1 + index % 5)} for index, row in enumerate(ROWS[:13])]
     options = {"max_tokens_per_batch": 400, "max_steps": 3, **options}
+    packed = options.pop("padding_free", False)
     limit, size = options.pop("max_tokens_per_batch"), options["per_device_train_batch_size"]
     accumulation = options.get("gradient_accumulation_steps", 1)
     seen: list[dict[int, list[tuple[int, ...]]]] = [{}, {}]
     runs = []
     for own, max_tokens in zip(seen, (None, limit), strict=True):
+        options["padding_free"] = packed and max_tokens is not None
         run = trainer(tmp_path, rows=rows, max_tokens_per_batch=max_tokens, **options)
         compute = run.compute_loss
 

@@ -73,6 +73,25 @@ def check_training(model: Any, *, gradient_checkpointing: bool) -> None:
         )
 
 
+def check_packing(model: nn.Module) -> None:
+    """Raise a UserError if rows that are packed into one sequence (`final_hidden`) depend on each other."""
+    name, implementation = model_name(model), causal_lm(model).config.get_text_config()._attn_implementation
+    ids = _random_tokens(model)[0].repeat(2, 1)
+    counts = torch.tensor([_MIDDLE, 1, ids.shape[1], 2, 1, _MIDDLE], device=ids.device)
+    mask = (torch.arange(ids.shape[1], device=ids.device) < counts[:, None]).long()
+    kept = mask.bool()
+    fix = "set training.padding_free=false, or load it with another attn_implementation such as flash_attention_2"
+    failure = explained(f"training.padding_free: {name} cannot run on packed rows; {fix}")
+    with failure, evaluating(model), torch.no_grad():
+        alone, packed = (final_hidden(model, ids, mask, packed=packed)[kept] for packed in (False, True))
+    difference = relative_difference(packed, alone)
+    if not difference <= 10 * _rounding(alone):
+        raise UserError(
+            f"training.padding_free: with attention {implementation}, rows of {name} that are packed into one sequence "
+            f"depend on each other (relative difference {difference:.2g}); {fix}"
+        )
+
+
 def random_tokens(config: Any, vocab_size: int, device: torch.device) -> Int[Tensor, "2 3 length"]:
     """Return two batches of three sequences of random tokens, which are distinct if the vocabulary is large enough.
 
@@ -148,7 +167,7 @@ def _order_problem(
     In models with a mixture of experts, rounding depends on the other sequences. This effect is measured on the first
     sequence, which is the same in both batches, and a difference of ten times its size is allowed.
     """
-    rounding = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-3}.get(hidden.dtype, 8e-3)
+    rounding = _rounding(hidden)
     company, *ahead = [relative_difference(changed[row, :count], hidden[row, :count]) for row, count in enumerate(kept)]
     if not company <= 10 * rounding:
         found = f"relative difference {company:.2g}"
@@ -157,6 +176,11 @@ def _order_problem(
         found, fix = f"relative difference {max(ahead):.2g}", "check is_decoder and is_causal in its config"
         return f"is not causal: the hidden states of a token depend on later tokens ({found}); {fix}"
     return None
+
+
+def _rounding(hidden: Tensor) -> float:
+    """Return the relative difference that rounding may cause in hidden states of this dtype."""
+    return {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-3}.get(hidden.dtype, 8e-3)
 
 
 def _adds_loss(model: nn.Module) -> bool | None:

@@ -69,17 +69,30 @@ def final_hidden(
     model: nn.Module,
     input_ids: Int[Tensor, "batch length"],
     attention_mask: Int[Tensor, "batch length"] | Bool[Tensor, "batch length"],
+    *,
+    packed: bool = False,
 ) -> Float[Tensor, "batch length hidden"]:
     """Compute the final hidden states that the output head reads (after the final norm, and after OPT's projection).
 
     A PEFT adapter stays active, and the model's train or eval mode is kept. The result has gradient. Values at padding,
     which is on the right, are arbitrary.
+
+    With `packed`, the model runs on one sequence without padding. Position ids that start again at 0 separate the rows,
+    which not every model observes (`check_packing`).
     """
     lm = causal_lm(model)
     # the base_model_prefix of Llama 4 is not the name of a module, so base_model returns the whole model
     backbone = lm.base_model if lm.base_model is not lm else getattr(lm, "model", lm)
     if backbone is lm:
         raise UserError(f"{model_name(model)} cannot be used: it has no backbone that runs without the output head")
+    if packed:
+        kept = attention_mask.bool()
+        positions = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)[kept]
+        output = backbone(
+            input_ids=input_ids[kept][None], position_ids=positions[None], use_cache=False, return_dict=True
+        )
+        found: Tensor = output.last_hidden_state[0]
+        return found.new_zeros(*kept.shape, found.shape[1]).masked_scatter(kept[..., None], found)
     # Causal attention needs no mask for right padding. Positions whose keys are all masked would be NaN in eager float64.
     seen = torch.ones_like(attention_mask)
     output = backbone(input_ids=input_ids, attention_mask=seen, use_cache=False, return_dict=True)

@@ -84,32 +84,37 @@ def final_states(
     attention_mask: Int[Tensor, "batch length"] | Bool[Tensor, "batch length"],
     *,
     attention: bool,
+    packed: bool = False,
 ) -> tuple[Float[Tensor, "batch length hidden"], Float[Tensor, "batch length"] | None]:
-    """Compute `final_hidden` and, if `attention` is true, `ModelSide.attention` of every position (otherwise None)."""
+    """Compute `final_hidden` and, if `attention` is true, `ModelSide.attention` of every position (otherwise None).
+
+    A `packed` batch has no attention.
+    """
     if not attention:
-        return final_hidden(model, input_ids, attention_mask), None
+        return final_hidden(model, input_ids, attention_mask, packed=packed), None
     with last_layer(causal_lm(model).config.get_text_config()) as recorded:
         hidden = final_hidden(model, input_ids, attention_mask)
     return hidden, recorded.row(attention_mask.sum(1) - 1)
 
 
-def response_side(model: nn.Module, tokens: TokenBatch, *, attention: bool = False) -> ModelSide:
+def response_side(model: nn.Module, tokens: TokenBatch, *, attention: bool = False, packed: bool = False) -> ModelSide:
     """Run a model that is trained, and select the response positions of the batch.
 
     Gradient reaches the model through `hidden`, `target_embeddings` and `head`. With `attention`, the side has attention.
+    `packed` is that of `final_hidden`.
     """
-    hidden, weights = final_states(model, tokens.input_ids, tokens.attention_mask, attention=attention)
+    hidden, weights = final_states(model, tokens.input_ids, tokens.attention_mask, attention=attention, packed=packed)
     places = response_places(tokens)
     weights = None if weights is None else weights.flatten()[places]
     return select_side(tokens, hidden.flatten(0, 1)[places], weights, embedding_table(model), output_head(model))
 
 
 def teacher_states(
-    model: nn.Module, tokens: TokenBatch, *, attention: bool = False
+    model: nn.Module, tokens: TokenBatch, *, attention: bool = False, packed: bool = False
 ) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, " tokens"] | None]:
     """Compute `response_states` of a batch, concatenated over its examples."""
     sequences = [ids[:length] for ids, length in zip(tokens.input_ids, tokens.num_tokens, strict=True)]
-    found = response_states(model, sequences, tokens.num_rows, attention=attention)
+    found = response_states(model, sequences, tokens.num_rows, attention=attention, packed=packed)
     weights = [weights for _, weights in found if weights is not None]
     return torch.cat([hidden for hidden, _ in found]), torch.cat(weights) if weights else None
 
@@ -120,7 +125,12 @@ def response_hidden(model: nn.Module, sequences: Sequence[Tensor], num_rows: Seq
 
 
 def response_states(
-    model: nn.Module, sequences: Sequence[Tensor], num_rows: Sequence[int], *, attention: bool = False
+    model: nn.Module,
+    sequences: Sequence[Tensor],
+    num_rows: Sequence[int],
+    *,
+    attention: bool = False,
+    packed: bool = False,
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Compute final hidden states of the last positions of each sequence, and the attention to these positions.
 
@@ -133,7 +143,9 @@ def response_states(
         sequences: token ids of each sequence, one-dimensional.
         num_rows: number of positions to keep of each sequence, counted from its end.
         attention: whether to compute the attention, which is None otherwise.
+        packed: whether an accelerator runs the sequences as one sequence, as in `final_hidden`.
     """
+    packed = packed and next(model.parameters()).device.type != "cpu"
     lengths = [len(sequence) for sequence in sequences]
     rows: list[tuple[Tensor, Tensor | None]] = [(torch.empty(0), None)] * len(lengths)
     for members, size, width in _groups(model, lengths):
@@ -144,7 +156,7 @@ def response_states(
             ids[place, : lengths[member]] = sequences[member]
             seen[place, : lengths[member]] = 1
         with torch.no_grad():
-            hidden, weights = final_states(model, ids, seen, attention=attention)
+            hidden, weights = final_states(model, ids, seen, attention=attention, packed=packed)
         for place, member in enumerate(members):
             kept = place, slice(lengths[member] - num_rows[member], lengths[member])
             rows[member] = hidden[kept].clone(), None if weights is None else weights[kept].clone()

@@ -29,10 +29,18 @@ def refuse_cached_sampling(lmbda: float) -> None:
 
 def refuse_cached_attention(options: MethodOptions) -> None:
     """Raise UserError if the method reads the teacher's attention, which a cache does not contain."""
+    _refuse_attention(options, "the teacher's attention, which a cache does not contain", "train without teacher.cache")
+
+
+def refuse_packed_attention(options: MethodOptions) -> None:
+    """Raise UserError if the method reads the attention of the models, which is not available for packed rows."""
+    _refuse_attention(
+        options, "attention, which training.padding_free does not compute", "set training.padding_free=false"
+    )
+
+
+def _refuse_attention(options: MethodOptions, what: str, fix: str) -> None:
     for number, part in enumerate(options.parts, start=1):
         if part.needs_attention:
             prefix = "loss." if part is options else f"loss.{number}."
-            raise UserError(
-                f"method {part.method_name()} reads the teacher's attention, which a cache does not contain; set "
-                f"{prefix}span_weights=uniform, or train without teacher.cache"
-            )
+            raise UserError(f"method {part.method_name()} reads {what}; set {prefix}span_weights=uniform, or {fix}")

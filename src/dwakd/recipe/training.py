@@ -14,7 +14,7 @@ from dwakd.errors import UserError
 from dwakd.losses import MethodOptions, method_options
 from dwakd.losses.options import Rate, Steps, Temperature
 from dwakd.losses.several_teachers import Gate
-from dwakd.recipe.checks import metric_names
+from dwakd.recipe.checks import metric_names, refuse_packed_attention
 from dwakd.recipe.sections import Count, DataSection, Dtype, Share, options_of
 from dwakd.validation import Section, parse, unknown_option
 
@@ -154,6 +154,9 @@ class DistillConfig(TrainingArguments):
     max_skipped_steps: Steps = _option(
         0, "Steps whose loss or gradient is NaN or infinite that are skipped before such a step ends the run."
     )
+    padding_free: bool = _option(
+        False, "Run the rows of a batch as one sequence without padding, for models loaded with flash attention."
+    )
     disable_dropout: bool = _option(False, "Set each dropout of the student to 0, but not the noise of routers.")
     teacher_cache: str | None = _option(None, "Folder of the teacher's hidden states. It is built if it is missing.")
     trust_remote_code: bool = _option(False, "Run modelling code from the hub; only for models given by name.")
@@ -192,7 +195,7 @@ class DistillConfig(TrainingArguments):
         own = DistillConfig.__annotations__.keys() | LIMITS.keys()  # transformers replaces others by objects
         checked = {n: _number(v) for n, v in values.items() if n in own or isinstance(v, int | float | dict)}
         parse(TrainingOptions, checked)
-        self._check_sampling(self.method_options)
+        self._check_method(self.method_options)
         if self.term_gradient_limit is not None:
             if self.lmbda == 1 or not self.method_options.cross_entropy_weight:
                 raise UserError(
@@ -214,7 +217,9 @@ class DistillConfig(TrainingArguments):
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to pin memory for, and torch would warn
 
-    def _check_sampling(self, options: MethodOptions) -> None:
+    def _check_method(self, options: MethodOptions) -> None:
+        if self.padding_free:
+            refuse_packed_attention(options)
         if self.lmbda and not options.supports_sampled:
             name = [part.method_name() for part in options.parts if not part.supports_sampled][-1]
             raise UserError(

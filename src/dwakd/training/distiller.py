@@ -34,15 +34,16 @@ class Distiller(nn.Module):
     Args:
         student: a causal language model of transformers, or a PEFT model around one.
         loss: the method, or several. Its parameters (projectors) are trained with the student.
+        packed: whether the student runs on the rows of a batch as one sequence, without padding.
     """
 
     accepts_loss_kwargs = True
     """For transformers.Trainer: the loss is already divided by the tokens of the whole optimiser batch."""
     _keys_to_ignore_on_save = None
 
-    def __init__(self, student: nn.Module, loss: Loss) -> None:
+    def __init__(self, student: nn.Module, loss: Loss, *, packed: bool = False) -> None:
         super().__init__()
-        self.student = student
+        self.student, self.packed = student, packed
         self.loss = loss
         self.term_scales: dict[str, float] = {}  # factors of terms during training; see `balance.py`
         self.config = student.config
@@ -72,7 +73,7 @@ class Distiller(nn.Module):
                 count in the terms that need given responses (`DistillationLoss.given_terms`).
             term_gradients: whether to return `gradient_squares` as "gradient_squares".
         """
-        side = response_side(self.student, student, attention=self.loss.needs_attention)
+        side = response_side(self.student, student, attention=self.loss.needs_attention, packed=self.packed)
         output = self._loss(side, teachers, teacher_scales, num_tokens, num_sampled)
         result: dict[str, Any] = {"loss": output.loss, "terms": output.terms}
         if term_gradients:

@@ -25,6 +25,7 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import EncodedPairs, response_room
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import max_positions
+from dwakd.models.checks import check_packing
 from dwakd.models.head import embedding_table, output_head
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.models.rows import select_side, teacher_states
@@ -84,10 +85,12 @@ class OnlineTeacher(Teacher):
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, with_attention: bool = False) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.with_attention = with_attention
+        self.with_attention, self.packed = with_attention, False
 
     def prepare(self, encoder: TextEncoder, args: DistillConfig, sets: Sets) -> None:
-        self.with_attention = args.method_options.needs_attention
+        self.with_attention, self.packed = args.method_options.needs_attention, args.padding_free
+        if self.packed:
+            check_packing(self.model)
         _check_positions(self.model, args, sets)
 
     @property
@@ -101,7 +104,7 @@ class OnlineTeacher(Teacher):
     def states(self, tokens: TokenBatch) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, " tokens"] | None]:
         if self.model.device != tokens.input_ids.device:
             self.model.to(tokens.input_ids.device)
-        return teacher_states(self.model, tokens, attention=self.with_attention)
+        return teacher_states(self.model, tokens, attention=self.with_attention, packed=self.packed)
 
 
 class CachedTeacher(Teacher):

@@ -22,7 +22,7 @@ from dwakd.data.collator import collate
 from dwakd.data.pairs import EncodedPairs
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
-from dwakd.models.checks import check_training
+from dwakd.models.checks import check_packing, check_training
 from dwakd.models.saving import save_causal_lm
 from dwakd.recipe.training import DistillConfig
 from dwakd.training import inputs as given
@@ -84,6 +84,8 @@ class DistillTrainer(StepTrainer):
         model, processing_class = given.load_pair(model, processing_class, args, "processing_class")
         if train_dataset is not None:
             check_training(model, gradient_checkpointing=args.gradient_checkpointing)
+            if args.padding_free:
+                check_packing(model)
             if peft_config is None:
                 check_student(model)
         found = load_teachers(model, teacher_model, teacher_processing_class, args)
@@ -112,7 +114,7 @@ class DistillTrainer(StepTrainer):
         self.clock, self.finite, self.balance = RunCallback(self), FiniteCheck(self), TermBalance(self)
         self.student_answers = StudentAnswers(args, self.encoders, self.clock.answers) if args.lmbda else None
         super().__init__(
-            model=Distiller(model, loss),
+            model=Distiller(model, loss, packed=args.padding_free),
             args=args,
             data_collator=partial(collate, find_places=[teacher.find_place for teacher in self.teachers]),
             train_dataset=train_pairs,
