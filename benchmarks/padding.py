@@ -75,7 +75,8 @@ def contestant(
             distiller(micro.student, sides, scales, num_tokens)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return sum(batch.student.num_tokens), sum(part.student.input_ids.numel() for part in parts)
+        tokens = sum(batch.student.num_tokens)
+        return tokens, tokens if distiller.packed else sum(part.student.input_ids.numel() for part in parts)
 
     return step
 

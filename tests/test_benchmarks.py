@@ -4,11 +4,12 @@ import dataclasses
 import json
 import re
 import sys
+from argparse import Namespace
 from xml.etree import ElementTree
 
 import pytest
 import torch
-from benchmarks import cache, plain, step, tables, trl_peer
+from benchmarks import cache, padding, plain, step, tables, trl_peer
 from benchmarks.contest import CORE, OURS, Contest, able
 from benchmarks.workload import Sizes, build_student
 
@@ -31,6 +32,16 @@ def test_plain_steps_compute_the_same_losses():
     ce = build_loss("sft")(rows).loss
     for function in (plain.sft_response, plain.sft_all_positions):
         torch.testing.assert_close(function(student, contest.batch), ce, rtol=1e-4, atol=1e-5)
+
+
+def test_batches_by_tokens_have_less_padding():
+    """Each way to save padding runs with a teacher and leaves fewer padded tokens than rows in random order."""
+    sizes = dataclasses.replace(SIZES, batch=6)
+    options = Namespace(clock="cpu", rounds=1, max_tokens=90)
+    found = padding.measure("dwa_kd", cache.build_rows(sizes, 12), sizes, options)
+    shares = found["share_of_tokens"]
+    assert shares["padded"] < shares["by_tokens"] < shares["padding_free"] == 1
+    assert all(ratio > 0 for ratio in found["ratios"].values())
 
 
 def test_published_dwa_kd_without_prompt_and_padding(monkeypatch):
