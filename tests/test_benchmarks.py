@@ -38,7 +38,7 @@ def test_batches_by_tokens_have_less_padding():
     """Each way to save padding runs with a teacher and leaves fewer padded tokens than rows in random order."""
     sizes = dataclasses.replace(SIZES, batch=6)
     options = Namespace(clock="cpu", rounds=1, max_tokens=90)
-    found = padding.measure("dwa_kd", cache.build_rows(sizes, 12), sizes, options)
+    found = padding.measure("dskd", cache.build_rows(sizes, 12), sizes, options)
     shares = found["share_of_tokens"]
     assert shares["padded"] < shares["by_tokens"] < shares["padding_free"] == 1
     assert all(ratio > 0 for ratio in found["ratios"].values())
