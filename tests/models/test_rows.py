@@ -1,6 +1,9 @@
 """Test that losses read the response positions exactly as the model computes them, for all model families."""
 
 import dataclasses
+import sys
+import types
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dwakd.batch import TokenBatch
 from dwakd.errors import UserError
-from dwakd.models.head import embedding_table, output_head
+from dwakd.models.head import embedding_table, output_head, table_and_head
 from dwakd.models.rows import check_head, final_hidden, final_states, last_layer, response_side, response_states
 from tests.builders import FAMILIES, tiny_model
 
@@ -274,3 +277,54 @@ def test_models_that_attend_in_another_way_are_refused(model):
     input_ids, mask = batch()
     with pytest.raises(UserError, match=r"set loss\.span_weights=uniform"):
         final_states(model.eval(), input_ids, mask, attention=True)
+
+
+class FakeGather:
+    """Do to parameters what `deepspeed.zero.GatheredParameters` does: fill them inside a `with` block, then empty them."""
+
+    calls: ClassVar[list[int]] = []
+
+    def __init__(self, parameters):
+        self.parameters = parameters
+
+    def __enter__(self):
+        self.calls.append(len(self.parameters))
+        assert all(parameter.numel() == 0 for parameter in self.parameters)
+        for parameter in self.parameters:
+            parameter.data = parameter.stored.clone()
+
+    def __exit__(self, *_):
+        for parameter in self.parameters:
+            parameter.data = torch.empty(0)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "phi"])  # tied; two matrices and a bias
+def test_parameters_partitioned_by_zero3_are_gathered(family, monkeypatch):
+    """Each parameter is gathered once in the forward and once in the backward pass, because DeepSpeed frees it in between."""
+    zero = types.SimpleNamespace(GatheredParameters=FakeGather)
+    monkeypatch.setitem(sys.modules, "deepspeed", types.SimpleNamespace(zero=zero))
+    monkeypatch.setitem(sys.modules, "deepspeed.zero", zero)
+    monkeypatch.setattr(FakeGather, "calls", [])
+    model, plain = tiny_model(family, VOCAB), tiny_model(family, VOCAB)
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id, parameter.ds_shape, parameter.stored = number, parameter.shape, parameter.data
+        parameter.data = torch.empty(0)
+    hidden, ids = torch.randn(5, 32), torch.arange(5)
+
+    def loss(of):
+        table, head = table_and_head(of)
+        assert len(table) == head.vocab_size == VOCAB
+        return torch.nn.functional.cross_entropy(head.logits(hidden), ids) + table[ids].square().sum()
+
+    got, expected = loss(model), loss(plain)
+    assert got == expected
+    count = len(FakeGather.calls)
+    assert count == (1 if family == "qwen2" else 3)
+    assert all(parameter.numel() == 0 for parameter in model.parameters())
+    got.backward()
+    expected.backward()
+    assert len(FakeGather.calls) == 2 * count
+    assert all(parameter.numel() == 0 for parameter in model.parameters())
+    for (name, parameter), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert (parameter.grad is None) == (other.grad is None), name
+        assert other.grad is None or torch.equal(parameter.grad, other.grad), name

@@ -12,6 +12,7 @@ from dwakd.checksums import CHECKSUMS, begin_checksums
 from dwakd.errors import UserError
 from dwakd.folders import UNFINISHED, alone_in
 from dwakd.recipe.recipe import recipe_from_dict
+from dwakd.training import run_folder
 from dwakd.training.run_folder import (
     RUN_FILE,
     check_output,
@@ -165,3 +166,20 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     resumed = trainer(tmp_path / "full", **options)
     resumed.train(resume_from_checkpoint=True)
     assert_same(weights(resumed), weights(whole))
+
+
+def test_another_number_of_processes_needs_the_same_batch(tmp_path, monkeypatch):
+    """Four processes with a batch of 2 continue as two with accumulation, but not with half as many rows in a step."""
+    saved = {"per_device_train_batch_size": 2, "max_steps": 9}
+    save_run(tmp_path / "run", recipe_of(training=saved))
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    for rank in range(4):
+        (checkpoint / f"rng_state_{rank}.pth").parent.mkdir(exist_ok=True)
+        (checkpoint / f"rng_state_{rank}.pth").write_bytes(b"")
+    monkeypatch.setattr(run_folder, "last_checkpoint", lambda _: str(checkpoint))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    resumed = recipe_of(training=saved | {"gradient_accumulation_steps": 2})
+    assert check_output(tmp_path / "run", resume=True, recipe=resumed) == str(checkpoint)
+    wrong = recipe_of(training=saved | {"gradient_accumulation_steps": 4})
+    with pytest.raises(UserError, match="saved by 4 processes and this command has 2"):
+        check_output(tmp_path / "run", resume=True, recipe=wrong)

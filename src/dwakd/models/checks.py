@@ -31,6 +31,10 @@ def check_head(model: nn.Module) -> None:
     name = model_name(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UserError(f"{name} has weights on the meta device (offloaded or not loaded); load the model into memory")
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise UserError(
+            f"{name} was partitioned while it was loaded; set zero3_init_flag: false in the accelerate config"
+        )
     ids, changed_ids = _random_tokens(model)
     head, config = output_head(model).detached(), causal_lm(model).config
     if config.is_encoder_decoder or config.model_type == "reformer":  # Reformer's chunks are longer than the batches

@@ -30,15 +30,69 @@ _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_c
 def embedding_table(model: nn.Module) -> Float[Tensor, "vocab embedding"]:
     """Return the input-embedding table, without Gemma's scaling by sqrt(hidden) and without position embeddings.
 
-    A table adapted by LoRA or trainable tokens, which change embeddings without changing the table, is refused.
+    A table adapted by LoRA or trainable tokens, which change embeddings without changing the table, is refused. A sharded
+    table is `gathered`.
     """
-    table: Tensor = _plain_module("get_input_embeddings", "input embeddings", model).weight
-    return table
+    return gathered(_plain_module("get_input_embeddings", "input embeddings", model).weight)
 
 
 def output_head(model: nn.Module) -> OutputHead:
-    """Return the model's LM head with the bias, scale and soft cap of its architecture; refuse one adapted by LoRA."""
+    """Return the model's LM head with the bias, scale and soft cap of its architecture; refuse one adapted by LoRA.
+
+    A sharded head is `gathered`.
+    """
     module = _plain_module("get_output_embeddings", "output head", model)
+    return _output_head(model, gathered(module.weight), getattr(module, "bias", None))
+
+
+def table_and_head(model: nn.Module) -> tuple[Float[Tensor, "vocab embedding"], OutputHead]:
+    """Return the input-embedding table and the LM head. A sharded matrix that both of them use is gathered only once."""
+    table = _plain_module("get_input_embeddings", "input embeddings", model).weight
+    module = _plain_module("get_output_embeddings", "output head", model)
+    weight = gathered(module.weight)
+    head = _output_head(model, weight, getattr(module, "bias", None))
+    return (weight if table is module.weight else gathered(table)), head
+
+
+def gathered(parameter: Tensor) -> Tensor:
+    """Return a parameter as one full tensor; if FSDP2 or ZeRO-3 shards it, all processes have to call this function.
+
+    The gradient that reaches the shards is the mean over the processes, as for parameters that FSDP itself gathers. The
+    full tensor exists as long as the caller or autograd refers to it.
+    """
+    if hasattr(parameter, "ds_id") and parameter.shape != parameter.ds_shape:  # type: ignore[attr-defined]
+        return _gathered_by_deepspeed(parameter)
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    from torch.distributed.tensor import Partial
+
+    mesh = parameter.device_mesh  # type: ignore[attr-defined]
+    full: Tensor = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if full.requires_grad:
+        full.register_hook(lambda gradient: gradient / mesh.size())  # type: ignore[no-untyped-call]
+    return full
+
+
+def _gathered_by_deepspeed(parameter: Any) -> Tensor:
+    """Return a parameter that ZeRO-3 has partitioned and does not gather itself, for example outside a forward pass."""
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters([parameter]):
+        full: Tensor = parameter.view_as(parameter)  # DeepSpeed empties the parameter; the view keeps the values
+    if full.requires_grad:
+        stack = contextlib.ExitStack()
+
+        def release(_: Any) -> None:
+            stack.close()
+            handle.remove()
+
+        # autograd adds the gradient to a parameter of the same shape only
+        full.register_hook(lambda _: stack.enter_context(GatheredParameters([parameter])) and None)  # type: ignore[no-untyped-call]
+        handle = parameter.register_post_accumulate_grad_hook(release)
+    return full
+
+
+def _output_head(model: nn.Module, weight: Tensor, bias: Tensor | None) -> OutputHead:
     config = causal_lm(model).config.get_text_config()
     caps = [float(cap) for field in _SOFT_CAPS if (cap := getattr(config, field, None)) is not None]
     scales = [
@@ -46,8 +100,8 @@ def output_head(model: nn.Module) -> OutputHead:
         for prefix, field, power in _LOGIT_SCALES
         if config.model_type.startswith(prefix) and (value := getattr(config, field, None)) is not None
     ]
-    bias = getattr(module, "bias", None)
-    return OutputHead(module.weight, bias, scales[0] if scales else 1.0, caps[0] if caps else None)
+    bias = None if bias is None else gathered(bias)
+    return OutputHead(weight, bias, scales[0] if scales else 1.0, caps[0] if caps else None)
 
 
 def model_name(model: nn.Module) -> str:
@@ -95,8 +149,22 @@ def final_hidden(
         return found.new_zeros(*kept.shape, found.shape[1]).masked_scatter(kept[..., None], found)
     # Causal attention needs no mask for right padding. Positions whose keys are all masked would be NaN in eager float64.
     seen = torch.ones_like(attention_mask)
-    output = backbone(input_ids=input_ids, attention_mask=seen, use_cache=False, return_dict=True)
-    hidden: Tensor = output.last_hidden_state
+
+    def run() -> Any:
+        output = backbone(input_ids=input_ids, attention_mask=seen, use_cache=False, return_dict=True)
+        return output.last_hidden_state
+
+    owner: Any = next((module for module in (model, lm) if hasattr(module, "set_requires_gradient_sync")), None)
+    if owner is None:
+        hidden: Tensor = run()
+        return hidden
+    # FSDP2 gathers what belongs to no layer, such as the embeddings, in the hooks of the model's forward
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    owner.run_backbone = run
+    register_fsdp_forward_method(owner, "run_backbone")
+    hidden = owner.run_backbone()
+    del owner.run_backbone
     return hidden
 
 
@@ -125,6 +193,6 @@ def _plain_module(getter: str, what: str, model: nn.Module) -> Any:
         fix = "remove the module from target_modules, or train the full matrix with modules_to_save"
         raise UserError(f"a PEFT adapter changes the {what} of {model_name(model)} without changing the matrix; {fix}")
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2:
+    if not isinstance(weight, Tensor) or len(getattr(weight, "ds_shape", weight.shape)) != 2:
         raise UserError(f"{model_name(model)} cannot be used: {getter}() returns no matrix for its {what}")
     return module

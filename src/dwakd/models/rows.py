@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from dwakd.batch import ModelSide, OutputHead, TokenBatch
 from dwakd.errors import UserError
 from dwakd.models.checks import check_head
-from dwakd.models.head import causal_lm, embedding_table, evaluating, final_hidden, output_head
+from dwakd.models.head import causal_lm, evaluating, final_hidden, table_and_head
 
 __all__ = ["check_head", "evaluating", "final_hidden", "last_layer", "response_side", "select_side", "teacher_states"]
 
@@ -106,7 +106,7 @@ def response_side(model: nn.Module, tokens: TokenBatch, *, attention: bool = Fal
     hidden, weights = final_states(model, tokens.input_ids, tokens.attention_mask, attention=attention, packed=packed)
     places = response_places(tokens)
     weights = None if weights is None else weights.flatten()[places]
-    return select_side(tokens, hidden.flatten(0, 1)[places], weights, embedding_table(model), output_head(model))
+    return select_side(tokens, hidden.flatten(0, 1)[places], weights, *table_and_head(model))
 
 
 def teacher_states(
@@ -136,7 +136,8 @@ def response_states(
 
     On a CPU, the result for a sequence is the same to the last bit whatever the other sequences are, because the shape in
     which a sequence runs depends only on its own length. In other shapes, attention and matrix products round differently
-    (by 1e-6 in float32). On an accelerator, all sequences run in one padded batch. No gradient is computed.
+    (by 1e-6 in float32). On an accelerator, and if the model is sharded, all sequences run in one padded batch. No gradient
+    is computed.
 
     Args:
         model: a causal language model in eval mode.
@@ -165,7 +166,8 @@ def response_states(
 
 def _groups(model: nn.Module, lengths: list[int]) -> list[tuple[list[int], int, int]]:
     """Return, for each batch to run, the indices of its sequences, its number of sequences and its length."""
-    if next(model.parameters()).device.type != "cpu":
+    first = next(model.parameters())
+    if first.device.type != "cpu" or hasattr(first, "full_tensor"):  # all ranks run a sharded model equally often
         return [(list(range(len(lengths))), len(lengths), max(lengths))]
     groups = []
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _WIDTHS[-1]  # type: ignore[operator, union-attr]

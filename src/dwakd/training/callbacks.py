@@ -221,8 +221,9 @@ class FiniteCheck(TrainerCallback):
         A weight of -inf is accepted: it is a legitimate bias of a token that is never predicted.
         """
         self._check_arrived(wait=True)
-        trained = (parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad)
-        if any(bool((tensor.isnan() | tensor.isposinf()).any()) for tensor in trained):
+        trained: list[Any] = [parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad]
+        own = (parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in trained)
+        if any(bool((tensor.isnan() | tensor.isposinf()).any()) for tensor in own):
             step = self.trainer.state.global_step
             self._fail(f"the weights contain NaN or inf after step {step} and are not saved: {_FIX}")
 

@@ -17,7 +17,7 @@ from dwakd.errors import UserError
 from dwakd.kernels.head_loss import only_term, scaled_terms
 from dwakd.losses import DistillationLoss, ModelPair, SeveralTeachers, TeacherScale, Widths, build_loss
 from dwakd.losses.accuracy import count_correct
-from dwakd.models.head import embedding_table, output_head
+from dwakd.models.head import causal_lm, embedding_table, output_head
 from dwakd.models.rows import response_side
 from dwakd.recipe.training import DistillConfig
 from dwakd.training.student import widest_dtype
@@ -35,19 +35,24 @@ class Distiller(nn.Module):
         student: a causal language model of transformers, or a PEFT model around one.
         loss: the method, or several. Its parameters (projectors) are trained with the student.
         packed: whether the student runs on the rows of a batch as one sequence, without padding.
+        neftune: whether transformers adds noise to the embeddings.
     """
 
     accepts_loss_kwargs = True
     """For transformers.Trainer: the loss is already divided by the tokens of the whole optimiser batch."""
     _keys_to_ignore_on_save = None
 
-    def __init__(self, student: nn.Module, loss: Loss, *, packed: bool = False) -> None:
+    def __init__(self, student: nn.Module, loss: Loss, *, packed: bool = False, neftune: bool = False) -> None:
         super().__init__()
         self.student, self.packed = student, packed
         self.loss = loss
         self.term_scales: dict[str, float] = {}  # factors of terms during training; see `balance.py`
         self.config = student.config
-        self.get_input_embeddings = student.get_input_embeddings  # for neftune_noise_alpha
+        self._no_split_modules = getattr(causal_lm(student), "_no_split_modules", None)  # units of FSDP
+        self.tie_weights = student.tie_weights
+        if neftune:  # otherwise accelerate's FSDP would gather both matrices separately
+            self.get_input_embeddings = student.get_input_embeddings
+            self.get_output_embeddings = student.get_output_embeddings
         self.gradient_checkpointing_enable = student.gradient_checkpointing_enable
 
     def forward(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 from transformers import Trainer, get_scheduler
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
@@ -38,6 +39,7 @@ from dwakd.training.interruption import stops_on_signal
 from dwakd.training.lost_ranks import lost_ranks_explained
 from dwakd.training.run_folder import RUN_FILE, check_output, has_steps_left, is_finished
 from dwakd.training.served import ServedTeacher
+from dwakd.training.sharding import check_plugin
 from dwakd.training.teacher import CachedTeacher
 from dwakd.training.trainer import DistillTrainer
 
@@ -123,6 +125,8 @@ def train_name(recipe: Recipe) -> str:
 def build_trainer(recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan | None = None) -> DistillTrainer:
     """Load the data and the models of a recipe into a trainer; check that the student has room for the plan's prompts."""
     args = check_options(recipe, output_dir)
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):  # before the models are loaded
+        check_plugin(FullyShardedDataParallelPlugin())
     peft, data = recipe.student.peft, recipe.data
     examples, eval_examples = recipe_examples(recipe, plan)
     student, student_tokenizer = load_section(recipe.student)

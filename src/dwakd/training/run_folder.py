@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,16 @@ from dwakd.errors import UserError
 from dwakd.folders import LOCK_FILE, check_output_folder
 from dwakd.recipe.files import RECIPE_FILE, parse_yaml, read_saved_recipe
 from dwakd.recipe.recipe import Recipe
+from dwakd.recipe.training import DistillConfig
 
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "dwakd-run.json"
 _LENGTH = re.compile(r"training\.(max_steps|num_train_epochs)$")
-_CHANGEABLE = re.compile(rf"evaluation\.|generate\.(output|batch_size)$|training\.disable_tqdm$|{_LENGTH.pattern}")
+_ROWS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+_CHANGEABLE = re.compile(
+    rf"evaluation\.|generate\.(output|batch_size)$|training\.(disable_tqdm|{'|'.join(_ROWS)})$|{_LENGTH.pattern}"
+)
 """Options that may differ when a run is resumed."""
 
 
@@ -46,7 +52,29 @@ def check_output(folder: Path, *, resume: bool, recipe: Recipe) -> str | None:
     if not resume:
         raise UserError(f"output folder {folder} already holds a run; choose another with --output, or set --resume")
     check_same_recipe(saved, recipe, changeable=_CHANGEABLE)
-    return last_checkpoint(folder)
+    checkpoint = last_checkpoint(folder)
+    _check_same_batch(saved, recipe, Path(checkpoint or folder))
+    return checkpoint
+
+
+def _check_same_batch(saved: Path, recipe: Recipe, checkpoint: Path) -> None:
+    """Raise UserError if options of the batch are changed and do not make up for another number of processes."""
+    changed = _changed_options(saved, recipe)
+    pairs = [changed[f"training.{name}"] for name in _ROWS if f"training.{name}" in changed]
+    if not pairs:
+        return
+    defaults = [getattr(DistillConfig, name) for name in _ROWS if f"training.{name}" in changed]
+    ranks = max(1, len(list(checkpoint.glob("rng_state_*.pth")))), int(os.environ.get("WORLD_SIZE", "1"))
+    before, now = (
+        count
+        * math.prod(fallback if value == "unset" else value for value, fallback in zip(side, defaults, strict=True))
+        for count, side in zip(ranks, zip(*pairs, strict=True), strict=True)
+    )
+    if before != now:
+        raise UserError(
+            f"{checkpoint} was saved by {ranks[0]} processes and this command has {ranks[1]}: the product of processes, "
+            "training.per_device_train_batch_size and training.gradient_accumulation_steps must stay the same"
+        )
 
 
 def check_same_recipe(saved: Path, recipe: Recipe, *, changeable: re.Pattern[str]) -> None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
@@ -23,15 +20,15 @@ from dwakd.data.pairs import EncodedPairs
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
 from dwakd.models.checks import check_packing, check_training
-from dwakd.models.saving import save_causal_lm
 from dwakd.recipe.training import DistillConfig
 from dwakd.training import inputs as given
 from dwakd.training.balance import TermBalance
 from dwakd.training.callbacks import FiniteCheck, RunCallback, TermsProgressCallback
-from dwakd.training.card import recipe_of, write_card
-from dwakd.training.distiller import LOSS_STATE, Distiller, build_method
+from dwakd.training.card import recipe_of
+from dwakd.training.distiller import Distiller, build_method
 from dwakd.training.evaluation import choose_best, eval_loader, generated_metrics, mean_terms
 from dwakd.training.on_policy import StudentAnswers, check_end_tokens
+from dwakd.training.sharding import ShardedTrainer
 from dwakd.training.steps import StepTrainer
 from dwakd.training.student import check_student, disable_dropout
 from dwakd.training.teacher import Teacher
@@ -39,7 +36,7 @@ from dwakd.training.teachers import AnyTeacher, MicroBatch, load_teachers, sets_
 from dwakd.validation import unknown_option
 
 
-class DistillTrainer(StepTrainer):
+class DistillTrainer(ShardedTrainer, StepTrainer):
     """Distil a teacher into a student whose tokenizer may differ.
 
     Args:
@@ -114,7 +111,7 @@ class DistillTrainer(StepTrainer):
         self.clock, self.finite, self.balance = RunCallback(self), FiniteCheck(self), TermBalance(self)
         self.student_answers = StudentAnswers(args, self.encoders, self.clock.answers) if args.lmbda else None
         super().__init__(
-            model=Distiller(model, loss, packed=args.padding_free),
+            model=Distiller(model, loss, packed=args.padding_free, neftune=args.neftune_noise_alpha is not None),
             args=args,
             data_collator=partial(collate, find_places=[teacher.find_place for teacher in self.teachers]),
             train_dataset=train_pairs,
@@ -166,8 +163,9 @@ class DistillTrainer(StepTrainer):
         """Train as in transformers; raise UserError if a loss or a parameter becomes NaN or infinite."""
         if self.train_dataset is None:
             raise UserError("there is nothing to train on: give train_dataset")
-        if self.student_answers and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise UserError("training.lmbda: a student sharded by FSDP or DeepSpeed cannot answer prompts; use DDP")
+        answering = {"lmbda": self.student_answers, "eval_rouge_l": self.args.eval_rouge_l or self.metrics_function}
+        for option in [name for name, value in answering.items() if value and self.is_sharded]:
+            raise UserError(f"training.{option}: a student sharded by FSDP or DeepSpeed cannot answer prompts; use DDP")
         for name in ("max_tokens_per_batch", "max_skipped_steps"):
             if getattr(self.args, name) and self.is_deepspeed_enabled:
                 raise UserError(f"training.{name} cannot be used with DeepSpeed, which runs the steps itself")
@@ -235,37 +233,3 @@ class DistillTrainer(StepTrainer):
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Not supported, because the logits of a batch are never computed as a whole."""
         raise UserError("DistillTrainer has no predict; use dwakd.evaluation.generate.generate_answers for answers")
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        self.finite.finish()
-        folder = output_dir or self.args.output_dir
-        if state_dict is not None:
-            state_dict = {n.removeprefix("student."): t for n, t in state_dict.items() if n.startswith("student.")}
-        try:
-            save_causal_lm(self.student, folder, state_dict)
-        finally:
-            self.processing_class.save_pretrained(folder)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the student and its card, and the trained maps of the loss in a subfolder, which readers of models ignore."""
-        super().save_model(output_dir, _internal_call)
-        if self.is_world_process_zero() and not _internal_call:
-            write_card(self.recipe, Path(output_dir or self.args.output_dir))
-        if self.args.should_save and (_internal_call or any(True for _ in self._distiller.loss.parameters())):
-            options = json.dumps({"method": self.args.method, **self.args.loss_options})
-            path = Path(output_dir or self.args.output_dir) / LOSS_STATE
-            path.parent.mkdir(exist_ok=True)
-            save_file(self._distiller.loss.state_dict(), path, {"loss": options})
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self._distiller.load_checkpoint(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        self.check_checkpoint(self.state.best_model_checkpoint)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_best_model()
-        else:
-            self._distiller.load_checkpoint(self.state.best_model_checkpoint)
