@@ -35,7 +35,7 @@ from dwakd.batch import ModelSide, TokenBatch
 from dwakd.cache.build import open_or_build
 from dwakd.cache.store import Cache, CacheRequest
 from dwakd.data.collator import collate
-from dwakd.data.pairs import EncodedPairs, EncodedRow, EncodedSide
+from dwakd.data.encoded import EncodedPairs, EncodedRow, EncodedSide
 from dwakd.losses import Widths, build_loss
 from dwakd.losses.attention import TeacherScale
 from dwakd.models.head import embedding_table, output_head

@@ -26,7 +26,8 @@ from benchmarks.workload import Sizes, add_options, build_student, build_teacher
 from dwakd.batch import PairedBatch
 from dwakd.data.collator import collate
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.pairs import EncodedPairs, encode_pairs
+from dwakd.data.encoded import EncodedPairs
+from dwakd.data.pairs import encode_pairs
 from dwakd.data.sources import load_examples
 from dwakd.losses import Widths, build_loss
 from dwakd.training.distiller import Distiller

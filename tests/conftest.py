@@ -1,11 +1,15 @@
 """Set the environment of all tests before any test module is imported."""
 
 import os
+import tempfile
 
 import pytest
 
 # Triton's interpreter runs its kernels on a CPU; Triton reads this once, when it is first imported
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+_CACHE = tempfile.TemporaryDirectory()
+os.environ["HF_DATASETS_CACHE"] = _CACHE.name  # of `datasets`, and of encoded rows
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from dwakd.batch import PairedBatch
 from dwakd.data.collator import collate, separate
+from dwakd.data.encoded import EncodedPairs
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.pairs import EncodedPairs, align_by_spelling, encode_pairs
+from dwakd.data.pairs import align_by_spelling, encode_pairs
 from dwakd.data.rows import Example
 from dwakd.errors import UserError
 from tests.builders import bpe_byte_fallback, byte_bpe, wordpiece

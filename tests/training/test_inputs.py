@@ -140,7 +140,7 @@ def test_rows_without_a_response_are_skipped(tmp_path: Path, caplog: pytest.LogC
     data = {"train": path, "eval": path, "invalid_rows": "skip"}
     recipe = recipe_from_dict({"student": {"model": "x"}, "data": data, "loss": {"method": "sft"}})
     train, evaluation = recipe_examples(recipe)
-    assert [len(train), len(evaluation or [])] == [3, 3]
+    assert [len(list(train)), len(evaluation or [])] == [3, 3]
 
 
 def test_a_recipe_reads_every_turn(tmp_path: Path) -> None:

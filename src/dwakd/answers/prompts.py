@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import encode_pairs
 from dwakd.data.rows import Example
-from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, load_examples
+from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, RowSource, load_examples
 from dwakd.evaluation.run import EvaluationPlan
 from dwakd.models.loading import load_tokenizer
 from dwakd.recipe.recipe import Recipe
@@ -65,10 +65,14 @@ def section_encoder(section: ModelSection, data: DataSection) -> TextEncoder:
     )
 
 
+def train_source(data: DataSection, *, need_response: bool = True) -> RowSource:
+    """Return the rows of `data.train`, which are not read yet; with `need_response` false, rows may have no response."""
+    return RowSource(data.train, split=TRAIN_SPLITS, limit=data.limit, need_response=need_response, **_reading(data))
+
+
 def train_rows(data: DataSection, *, need_response: bool = True) -> list[Example]:
-    """Read the rows of `data.train`; with `need_response` false, rows may have no response."""
-    options = _reading(data)
-    return load_examples(data.train, split=TRAIN_SPLITS, limit=data.limit, need_response=need_response, **options)
+    """Read the rows of `train_source`."""
+    return list(train_source(data, need_response=need_response))
 
 
 def eval_rows(data: DataSection) -> list[Example] | None:

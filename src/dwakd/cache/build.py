@@ -16,7 +16,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 from dwakd.batch import OutputHead
 from dwakd.cache.manifest import MANIFEST, MISSING, TEACHER, keyed_sides
 from dwakd.cache.store import Cache, CacheRequest
-from dwakd.data.pairs import EncodedSide
+from dwakd.data.encoded import EncodedSide
 from dwakd.errors import UserError
 from dwakd.folders import UNFINISHED
 from dwakd.models.head import embedding_table, output_head

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
 from dwakd.cache.fingerprint import json_digest, row_key
-from dwakd.data.pairs import EncodedPairs, EncodedRow, EncodedSide
+from dwakd.data.encoded import EncodedPairs, EncodedRow, EncodedSide
 from dwakd.errors import UserError
 
 MANIFEST, INDEX, TEACHER = "cache.json", "index.safetensors", "teacher.safetensors"

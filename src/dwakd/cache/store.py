@@ -20,7 +20,7 @@ from tqdm.contrib.concurrent import thread_map  # type: ignore[import-untyped, u
 from dwakd.batch import OutputHead
 from dwakd.cache.fingerprint import file_digest
 from dwakd.cache.manifest import DAMAGED, INDEX, MANIFEST, MISSING, TEACHER, Index, Manifest, damaged
-from dwakd.data.pairs import EncodedPairs
+from dwakd.data.encoded import EncodedPairs
 from dwakd.errors import UserError, explained
 from dwakd.folders import cache_folder, write_file
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dwakd.data.pairs import EncodedSide
+from dwakd.data.encoded import EncodedSide
 from dwakd.errors import UserError
 from dwakd.models.head import embedding_table, output_head
 from dwakd.models.specs import only_cached, resolve_spec

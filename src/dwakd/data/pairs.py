@@ -1,16 +1,16 @@
 """Encode rows with the tokenizers of student and teachers, truncated at the same character."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from tqdm.auto import tqdm, trange
+from tqdm.auto import tqdm
 
 from dwakd.align.vocab import nearest_tokens, token_text
+from dwakd.data.encoded import EncodedPairs, EncodedRow, EncodedSide, RowWriter
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.rows import INVALID_ROWS, Example, check_choice
 from dwakd.errors import UserError
@@ -21,6 +21,7 @@ PROMPT_TOO_LONG = "prompt too long"
 NOTHING_SUPERVISED = "no response token left"
 REFUSED = "refused by the template"
 _CHUNK = 256
+Finish: TypeAlias = Callable[[EncodedRow, Example], EncodedRow]
 
 
 class _Tokens(NamedTuple):
@@ -31,89 +32,16 @@ class _Tokens(NamedTuple):
     foreign: bool  # whether a teacher's template writes the answer with tool calls or reasoning differently
 
 
-@dataclass(frozen=True)
-class EncodedSide:
-    """A row encoded with one tokenizer."""
+class InvalidRowError(UserError):
+    """A row cannot be used; its message names the row."""
 
-    ids: NDArray[np.int32]  # tokens of the prompt, of the response and, unless it was truncated, the end token
-    num_prompt: int  # number of tokens of the prompt
-    byte_ends: NDArray[np.int32]  # end of each token after the prompt; see `TextEncoder.response_ids`
-    aligned_rows: NDArray[np.int32] | None = None  # set for a teacher if the method needs it; see `align_by_spelling`
-
-    @property
-    def length(self) -> int:
-        """Number of tokens that the model reads."""
-        return len(self.ids) - 1
-
-    def features(self) -> dict[str, list[Any]]:
-        """Return the values of each position. Input position i predicts target i."""
-        num_unsupervised = self.num_prompt - 1
-        features = {
-            "input_ids": self.ids[:-1].tolist(),
-            "target_ids": self.ids[1:].tolist(),
-            "response_mask": [False] * num_unsupervised + [True] * len(self.byte_ends),
-            "byte_ends": [0] * num_unsupervised + self.byte_ends.tolist(),
-        }
-        return features if self.aligned_rows is None else {**features, "aligned_rows": self.aligned_rows.tolist()}
-
-
-@dataclass(frozen=True)
-class EncodedRow:
-    """A row encoded for the student and for each teacher."""
-
-    example_id: int
-    text: str
-    student: EncodedSide
-    teachers: tuple[EncodedSide, ...] = ()
-    truncated: bool = False
-    place: str = ""  # the row in its source, for messages
-    chosen: int | None = None  # index of the only teacher of the row, if it has only one
-
-    @property
-    def teacher(self) -> EncodedSide | None:
-        """The side of the first teacher, if there is one."""
-        return self.teachers[0] if self.teachers else None
-
-
-@dataclass(eq=False)
-class EncodedPairs(torch.utils.data.Dataset[dict[str, Any]]):
-    """Data set of encoded rows. Its items are dicts of lists for `dwakd.data.collator.collate`."""
-
-    rows: list[EncodedRow]
-    report: dict[str, list[int]]  # indices in the source of the rows that were skipped, by reason
-    source: str = "the data set passed in"  # name in messages
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
-        student, teachers = row.student.features(), [side.features() for side in row.teachers]
-        return {"example_id": row.example_id, "chosen": row.chosen, "student": student, "teachers": teachers}
-
-    def of_teacher(self, index: int) -> "EncodedPairs":
-        """Return the same rows with only one of several teachers."""
-        return replace(self, rows=[replace(row, teachers=(row.teachers[index],)) for row in self.rows])
-
-    @property
-    def num_truncated(self) -> int:
-        """Number of rows with a truncated response."""
-        return sum(row.truncated for row in self.rows)
-
-    @property
-    def student_lengths(self) -> list[int]:
-        """Number of tokens that the student reads in each row, used to group rows of similar length."""
-        return [row.student.length for row in self.rows]
-
-
-class _InvalidRowError(UserError):
     def __init__(self, reason: str, problem: str = "") -> None:
         super().__init__(problem)
         self.reason = reason
 
 
 def encode_pairs(
-    examples: Sequence[Example],
+    examples: Iterable[Example],
     student: TextEncoder,
     *teachers: TextEncoder,
     max_length: int = 512,
@@ -122,6 +50,8 @@ def encode_pairs(
     source: str = "train data",
     length_option: str | None = "data.max_length",
     need_response: bool = True,
+    finish: Finish | None = None,
+    writer: RowWriter | None = None,
 ) -> EncodedPairs:
     """Encode rows with all tokenizers, so that all sides contain the same characters of each response.
 
@@ -145,6 +75,8 @@ def encode_pairs(
         source: name of the data set in messages.
         length_option: name of the option that sets `max_length`, for messages; None for no warning of truncation.
         need_response: False if a response may be empty; its only token is then the end token.
+        finish: changes each encoded row, given its example.
+        writer: writes the rows to a file, instead of keeping them in memory.
 
     Raises:
         UserError: a row is invalid (see `invalid_rows`), no row can be used, or no room is left for a response.
@@ -153,27 +85,19 @@ def encode_pairs(
     if not 1 <= max_prompt_length < max_length:
         limit = f"data.max_length={max_length}, which includes the response"
         raise UserError(f"data.max_prompt_length={max_prompt_length} must be at least 1 and below {limit}")
-    sides = [student, *teachers]
-    pairs = EncodedPairs([], {}, source)
+    report: dict[str, list[int]] = {}
     first_error: dict[str, str] = {}
     num_parts, num_foreign = 0, 0
-    for start in trange(0, len(examples), _CHUNK, desc=f"tokenising {source}", delay=2, leave=False):
-        chunk = examples[start : start + _CHUNK]
-        try:
-            tokens: list[_Tokens | None] = [*_tokenise(chunk, sides, max_length)]
-        except UserError:  # a template refuses a row; the rows are encoded one by one to find it
-            tokens = [None] * len(chunk)
-        for example, found in zip(chunk, tokens, strict=True):
-            try:
-                found = found or _tokenise([example], sides, max_length)[0]
-                _check_row(found, max_prompt_length, need_response=need_response)
-                pairs.rows.append(_encode_row(found, sides, max_length, max_prompt_length))
-                num_parts, num_foreign = num_parts + (example.answer is not None), num_foreign + found.foreign
-            except UserError as error:
-                reason = error.reason if isinstance(error, _InvalidRowError) else REFUSED
-                pairs.report.setdefault(reason, []).append(example.index)
-                problem = str(error).removeprefix(f"{example.place}: ")
-                first_error.setdefault(reason, f"{source}, {example.place}: {problem}")
+    kept: Any = writer or []
+    found = encode_rows(examples, [student, *teachers], max_length, max_prompt_length, need_response=need_response)
+    for example, row, foreign in tqdm(found, f"tokenising {source}", unit=" rows", delay=2, leave=False):
+        if isinstance(row, EncodedRow):
+            kept.append(row if finish is None else finish(row, example))
+            num_parts, num_foreign = num_parts + (example.answer is not None), num_foreign + foreign
+        else:
+            report.setdefault(row.reason, []).append(example.index)
+            first_error.setdefault(row.reason, f"{source}, {row}")
+    pairs = EncodedPairs(kept if writer is None else writer.close(), report, source)
     _check_report(pairs, first_error, invalid_rows, length_option or "data.max_length")
     if pairs.num_truncated and length_option:
         logger.warning(
@@ -187,6 +111,32 @@ def encode_pairs(
             *(source, num_foreign, num_parts),
         )
     return pairs
+
+
+def encode_rows(
+    examples: Iterable[Example],
+    sides: Sequence[TextEncoder],
+    max_length: int,
+    max_prompt_length: int,
+    *,
+    need_response: bool,
+) -> Iterator[tuple[Example, EncodedRow | InvalidRowError, bool]]:
+    """Encode rows in chunks. Yield each row, its encoding or the error, and whether a teacher's template differs."""
+    waiting = iter(examples)
+    while chunk := list(islice(waiting, _CHUNK)):
+        try:
+            tokens: list[_Tokens | None] = [*_tokenise(chunk, sides, max_length)]
+        except UserError:  # a template refuses a row; the rows are encoded one by one to find it
+            tokens = [None] * len(chunk)
+        for example, found in zip(chunk, tokens, strict=True):
+            try:
+                found = found or _tokenise([example], sides, max_length)[0]
+                _check_row(found, max_prompt_length, need_response=need_response)
+                yield example, _encode_row(found, sides, max_length, max_prompt_length), found.foreign
+            except UserError as error:
+                reason = error.reason if isinstance(error, InvalidRowError) else REFUSED
+                problem = str(error).removeprefix(f"{example.place}: ")
+                yield example, InvalidRowError(reason, f"{example.place}: {problem}"), False
 
 
 def _tokenise(chunk: Sequence[Example], sides: Sequence[TextEncoder], max_length: int) -> list[_Tokens]:
@@ -212,11 +162,11 @@ def _check_row(tokens: _Tokens, max_prompt_length: int, *, need_response: bool) 
         whose = "student" if k == 0 else "teacher" if k == 1 else f"teacher {k}"
         if len(ids) > max_prompt_length and not (k and example.teacher_turns is not None):
             limit = f"data.max_prompt_length={max_prompt_length}"
-            raise _InvalidRowError(PROMPT_TOO_LONG, f"the prompt has {len(ids)} tokens for the {whose}, above {limit}")
+            raise InvalidRowError(PROMPT_TOO_LONG, f"the prompt has {len(ids)} tokens for the {whose}, above {limit}")
         if not ids:
-            raise _InvalidRowError("prompt without a token", f"the prompt has no tokens for the {whose}'s tokenizer")
+            raise InvalidRowError("prompt without a token", f"the prompt has no tokens for the {whose}'s tokenizer")
     if need_response and not example.response.strip():
-        raise _InvalidRowError("response empty", "the response is empty")
+        raise InvalidRowError("response empty", "the response is empty")
 
 
 def response_room(num_prompt: int, max_length: int, max_prompt_length: int) -> int:
@@ -246,7 +196,7 @@ def _encode_row(
     encoded = []
     for encoder, (prompt, (ids, ends)) in zip(encoders, sides, strict=True):
         if not ids and example.response:
-            raise _InvalidRowError(NOTHING_SUPERVISED)
+            raise InvalidRowError(NOTHING_SUPERVISED)
         last, last_end = ([], []) if truncated else ([encoder.end_token_id], [len(text.encode())])
         byte_ends = np.array([*ends, *last_end], dtype=np.int32)
         encoded.append(EncodedSide(np.array([*prompt, *ids, *last], dtype=np.int32), len(prompt), byte_ends))
@@ -270,31 +220,39 @@ def _check_report(pairs: EncodedPairs, first_error: dict[str, str], invalid_rows
 
 
 def align_by_spelling(pairs: EncodedPairs, student: TextEncoder, *teachers: TextEncoder) -> None:
-    """Set the `aligned_rows` of every teacher's side of `pairs` (MinED). Do nothing if all are already set.
+    """Set the `aligned_rows` of every teacher's side of `pairs`, unless they are already set; see `SpellingAligner`."""
+    if not all(side.aligned_rows is not None for row in pairs.rows for side in row.teachers):
+        align = SpellingAligner(student, *teachers)
+        pairs.rows = [align(row) for row in tqdm(pairs.rows, "aligning tokens", unit="row", delay=2, leave=False)]
+
+
+class SpellingAligner:
+    """Set the `aligned_rows` of every teacher's side of a row (MinED).
 
     Dynamic time warping aligns the tokens that the models *read* at response positions, without their spaces. These
     start with the last token of the prompt and do not include the end token. A student token is aligned if the path
     pairs it with exactly one teacher token and `nearest_tokens` maps that token to the student's. Several student
     tokens may be aligned with the same teacher token; -1 marks a student token without one.
     """
-    if all(side.aligned_rows is not None for row in pairs.rows for side in row.teachers):
-        return
-    from dwakd.align.edit_distance import edit_costs, one_to_one_rows  # numba loads slowly
 
-    tables = [encoder.token_bytes() for encoder in (student, *teachers)]
-    own_spelled, *spelled = (
-        ["\0" if token is None else token_text(token).replace(" ", "") for token in tokens] for tokens in tables
-    )
-    student_of = [
-        nearest_tokens(tokens, tables[0], (teacher.end_token_id, student.end_token_id)).numpy()
-        for tokens, teacher in zip(tables[1:], teachers, strict=True)
-    ]
-    for index, row in enumerate(tqdm(pairs.rows, desc="aligning tokens", unit="row", delay=2, leave=False)):
+    def __init__(self, student: TextEncoder, *teachers: TextEncoder) -> None:
+        tables = [encoder.token_bytes() for encoder in (student, *teachers)]
+        self._own_spelled, *self._spelled = (
+            ["\0" if token is None else token_text(token).replace(" ", "") for token in tokens] for tokens in tables
+        )
+        self._student_of = [
+            nearest_tokens(tokens, tables[0], (teacher.end_token_id, student.end_token_id)).numpy()
+            for tokens, teacher in zip(tables[1:], teachers, strict=True)
+        ]
+
+    def __call__(self, row: EncodedRow) -> EncodedRow:
+        from dwakd.align.edit_distance import edit_costs, one_to_one_rows  # numba loads slowly
+
         own = row.student.ids[row.student.num_prompt - 1 : -1]
         sides = []
-        for side, spellings, nearest in zip(row.teachers, spelled, student_of, strict=True):
+        for side, spellings, nearest in zip(row.teachers, self._spelled, self._student_of, strict=True):
             other = side.ids[side.num_prompt - 1 : -1]
-            rows = one_to_one_rows(edit_costs([own_spelled[i] for i in own], [spellings[i] for i in other]))
+            rows = one_to_one_rows(edit_costs([self._own_spelled[i] for i in own], [spellings[i] for i in other]))
             accepted = (rows >= 0) & (nearest[other[np.maximum(rows, 0)]] == own)
             sides.append(replace(side, aligned_rows=np.where(accepted, rows, -1).astype(np.int32)))
-        pairs.rows[index] = replace(row, teachers=tuple(sides))
+        return replace(row, teachers=tuple(sides))

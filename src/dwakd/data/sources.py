@@ -1,10 +1,11 @@
 """Load and check the rows of a data set from the Hugging Face Hub, a local file or memory."""
 
+import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,7 @@ from dwakd.data.files import SUFFIXES, PlacedRow, Select, numbered, read_file
 from dwakd.data.rows import INVALID_ROWS, SUPERVISE, Columns, Example, check_choice, check_row
 from dwakd.errors import UserError, explained
 
-__all__ = ["EVAL_SPLITS", "SUFFIXES", "TEST_SPLITS", "TRAIN_SPLITS", "Example", "load_examples"]
+__all__ = ["EVAL_SPLITS", "SUFFIXES", "TEST_SPLITS", "TRAIN_SPLITS", "Example", "RowSource", "load_examples"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,56 +82,120 @@ def load_examples(
         >>> load_examples([{"prompt": "2 + 2 =", "response": "4"}])[0].response
         '4'
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"data.limit must be at least 1, got {limit}")
-    check_choice("data.invalid_rows", invalid_rows, INVALID_ROWS)
-    check_choice("data.supervise", supervise, SUPERVISE)
-    name = name or (str(source) if isinstance(source, str | Path) else "the data set passed in")
-    given = {"prompt": prompt, "response": response, "input": input, "teacher_prompt": teacher_prompt}
-    given["teacher_key"] = teacher_key
-
-    find_columns = partial(Columns.find, source=name, given=given, need_response=need_response, supervise=supervise)
-    with explained(f"{name:.500}: cannot be read"):
-        placed = list(islice(_open(source, split, name, lambda names: find_columns(names).used), limit))
-    if not placed:
-        raise UserError(f"{name} is empty: use a data set with at least one row")
-    available = dict.fromkeys(str(key) for _, row in placed if isinstance(row, Mapping) for key in row)
-    columns = find_columns(available) if available else None
-    examples: list[Example] = []
-    errors: list[str] = []
-    for index, (where, row) in enumerate(placed):
-        try:
-            check_row(row)
-            if columns is not None:
-                examples += columns.read(row, index)
-        except UserError as error:
-            errors.append(f"{where}: {error}: correct or remove that row")
-            if invalid_rows == "error":
-                raise UserError(errors[0]) from error
-    if not examples:
-        raise UserError(f"{name}: none of its {len(placed)} rows can be used; first error: {errors[0]}")
-    if errors:
-        logger.warning(
-            "%s: skipping %d of %d rows, which are malformed; first error: %s",
-            *(name, len(errors), len(placed), errors[0]),
-        )
-    if supervise == "all":
-        examples = [replace(example, index=number) for number, example in enumerate(examples)]
-    return examples
+    return list(RowSource(**locals()))
 
 
-def _open(source: Any, split: str | Sequence[str], name: str, select: Select) -> Iterator[PlacedRow]:
-    """Read the rows of a source with their places. Only the columns that `select` returns are read where possible."""
+@dataclass(frozen=True)
+class RowSource:
+    """A data set whose rows are read again each time it is iterated. The fields are the arguments of `load_examples`."""
+
+    source: Any
+    split: str | Sequence[str] = "train"
+    prompt: str | None = None
+    response: str | None = None
+    input: str | None = None
+    teacher_prompt: str | None = None
+    teacher_key: str | None = None
+    supervise: str = "last"
+    limit: int | None = None
+    need_response: bool = True
+    invalid_rows: str = "error"
+    name: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The name of the source in messages."""
+        return self.name or (str(self.source) if isinstance(self.source, str | Path) else "the data set passed in")
+
+    def __iter__(self) -> Iterator[Example]:
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"data.limit must be at least 1, got {self.limit}")
+        check_choice("data.invalid_rows", self.invalid_rows, INVALID_ROWS)
+        check_choice("data.supervise", self.supervise, SUPERVISE)
+        errors: list[str] = []
+        num_rows = num_examples = 0
+        for num_rows, (where, row, columns) in enumerate(self._placed(), 1):
+            try:
+                check_row(row)
+                found = [] if columns is None else columns.read(row, num_rows - 1)
+            except UserError as error:
+                errors.append(f"{where}: {error}: correct or remove that row")
+                if self.invalid_rows == "error":
+                    raise UserError(errors[0]) from error
+                continue
+            for example in found:
+                yield replace(example, index=num_examples) if self.supervise == "all" else example
+                num_examples += 1
+        if not num_examples:
+            raise UserError(f"{self.title}: none of its {num_rows} rows can be used; first error: {errors[0]}")
+        if errors:
+            logger.warning(
+                "%s: skipping %d of %d rows, which are malformed; first error: %s",
+                *(self.title, len(errors), num_rows, errors[0]),
+            )
+
+    def _placed(self) -> Iterator[tuple[str, Any, Columns | None]]:
+        """Read the rows with their places and the columns, which are searched in the keys of all rows."""
+        given = {name: getattr(self, name) for name in ("prompt", "response", "input", "teacher_prompt", "teacher_key")}
+        need, supervise = self.need_response, self.supervise
+        find = partial(Columns.find, source=self.title, given=given, need_response=need, supervise=supervise)
+
+        def read() -> Iterator[PlacedRow]:
+            return islice(rows(lambda names: find(names).used), self.limit)
+
+        with explained(f"{self.title:.500}: cannot be read"):
+            source = _loaded(self.source, self.split, self.title)
+            rows = _open(source, self.title, self.limit)
+            keys, is_empty = dict[str, None](), True
+            for _, row in islice(read(), 1 if isinstance(source, datasets.Dataset) else None):
+                keys |= dict.fromkeys(map(str, row)) if isinstance(row, Mapping) else {}
+                is_empty = False
+        self._refuse(is_empty=is_empty)
+        columns = find(keys) if keys else None
+        with explained(f"{self.title:.500}: cannot be read"):
+            for where, row in read():
+                yield where, row, columns
+
+    def check(self) -> None:
+        """Raise UserError if the source cannot be opened or is empty."""
+        with explained(f"{self.title:.500}: cannot be read"):
+            rows = _open(_loaded(self.source, self.split, self.title), self.title, 1)
+            is_empty = next(rows(list), None) is None
+        self._refuse(is_empty=is_empty)
+
+    def _refuse(self, *, is_empty: bool) -> None:
+        if is_empty:
+            raise UserError(f"{self.title} is empty: use a data set with at least one row")
+
+    def digest(self) -> str | None:
+        """Return a digest of the content of a file, or of a data set that `datasets` has stored; None for other sources."""
+        with explained(f"{self.title:.500}: cannot be read"):
+            source = _loaded(self.source, self.split, self.title)
+            if isinstance(source, datasets.Dataset):
+                return str(source._fingerprint)
+            found = _file(source)
+            if found is None:
+                return None
+            with found[0].open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _file(source: Any) -> tuple[Path, int, int | None] | None:
+    """Return the path of a file and its first and last row; None for other sources. A file of the Hub is downloaded."""
     if isinstance(source, str) and (found := _FILE.fullmatch(source)):
         repo, path = found["repo"], found["file"]
         if repo:  # not by `datasets`, which cannot read columns that mix strings and lists
             with explained(f"could not load the file {path} of the data set {repo} from the Hugging Face Hub"):
                 path = huggingface_hub.hf_hub_download(repo, path, repo_type="dataset")
-        stop = int(found["stop"]) if found["stop"] else None
-        return islice(read_file(Path(path), name, select), int(found["start"] or 0), stop)
+        return Path(path).expanduser(), int(found["start"] or 0), int(found["stop"]) if found["stop"] else None
     if isinstance(source, Path) or (isinstance(source, str) and _is_path(source)):
-        return read_file(Path(source), name, select)
-    if isinstance(source, str):
+        return Path(source).expanduser(), 0, None
+    return None
+
+
+def _loaded(source: Any, split: str | Sequence[str], name: str) -> Any:
+    """Load a data set of the Hub and choose a split. Files and other data sets are returned unchanged."""
+    if isinstance(source, str) and not (_FILE.fullmatch(source) or _is_path(source)):
         place, _, own_split = source.partition("@")
         path, _, config = place.partition(":")
         split = own_split or split
@@ -139,15 +204,35 @@ def _open(source: Any, split: str | Sequence[str], name: str, select: Select) ->
         with explained(f"could not load {what} from the Hugging Face Hub, and no such file exists"):
             source = datasets.load_dataset(path, config or None, split=only)
     if isinstance(source, Mapping):
-        return _open(source[_choose_split(source, split, name)], split, name, select)
-    if isinstance(source, datasets.Dataset | datasets.IterableDataset):
-        source = source.with_format(None)
-        if source.column_names:  # columns that are not read may be slow or impossible to decode
-            source = source.select_columns(select(source.column_names))
-    elif not isinstance(source, Sequence):
+        return _loaded(source[_choose_split(source, split, name)], split, name)
+    return source
+
+
+def _open(source: Any, name: str, limit: int | None) -> Callable[[Select], Iterator[PlacedRow]]:
+    """Return a function that reads the rows of a source with their places, as often as it is called.
+
+    Only the columns that its argument selects are read where possible. No more than `limit` rows of a stream are read.
+    """
+    if found := _file(source):
+        path, start, stop = found
+        return lambda select: islice(read_file(path, name, select), start, stop)
+    if not isinstance(source, datasets.Dataset | datasets.IterableDataset | Sequence):
         kind = type(source).__name__
         raise UserError(f"cannot read rows from {kind}: use a Hub id, a file, a datasets.Dataset or a list of dicts")
-    return numbered(source, name)
+    kept: list[PlacedRow] = []
+
+    def read(select: Select) -> Iterator[PlacedRow]:
+        if isinstance(source, Sequence):
+            return numbered(source, name)
+        rows = source.with_format(None)
+        if rows.column_names:  # columns that are not read may be slow or impossible to decode
+            rows = rows.select_columns(select(rows.column_names))
+        if isinstance(source, datasets.Dataset):
+            return numbered(rows, name)
+        kept[:] = kept or islice(numbered(rows, name), limit)  # a stream may be read only once
+        return iter(kept)
+
+    return read
 
 
 def _choose_split(splits: Mapping[Any, Any], split: str | Sequence[str], name: str) -> str:

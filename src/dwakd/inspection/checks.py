@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
+from dwakd.data.encoded import EncodedPairs
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.pairs import EncodedPairs
 from dwakd.inspection.tokens import NAMES, Summary
 from dwakd.models.specs import only_cached, resolve_spec
 from dwakd.recipe.sections import DataSection

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dwakd.batch import ModelSide
 from dwakd.data.collator import collate
+from dwakd.data.encoded import EncodedPairs
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.pairs import EncodedPairs, align_by_spelling
+from dwakd.data.pairs import align_by_spelling
 from dwakd.errors import explained
 from dwakd.kernels.head_loss import CrossEntropy, head_loss
 from dwakd.kernels.soft_dtw import soft_dtw

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from dwakd.align.offsets import byte_groups, exact_rows
+from dwakd.data.encoded import EncodedPairs, EncodedSide
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.pairs import EncodedPairs, EncodedSide
 from dwakd.data.rows import Example
 
 MATCHES = {

@@ -6,8 +6,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from dwakd.batch import ModelSide, PairedBatch
+from dwakd.data.encoded import EncodedPairs
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.pairs import EncodedPairs, encode_pairs
+from dwakd.data.pairs import encode_pairs
 from dwakd.data.sources import load_examples
 from dwakd.losses import Widths
 from dwakd.models.head import embedding_table, output_head

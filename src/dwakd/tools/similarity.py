@@ -17,8 +17,9 @@ from rich.table import Table
 from torch import Tensor
 
 from dwakd.align.offsets import byte_groups
+from dwakd.data.encoded import EncodedRow
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.pairs import EncodedRow, encode_pairs
+from dwakd.data.pairs import encode_pairs
 from dwakd.data.sources import TEST_SPLITS, Example, load_examples
 from dwakd.errors import UserError
 from dwakd.evaluation.evaluate import data_identity, model_identity

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction
 from transformers.trainer_utils import denumpify_detensorize
 
+from dwakd.data.encoded import EncodedPairs
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.pairs import EncodedPairs
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import generate_answers

@@ -10,9 +10,10 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dwakd.data.encoded import EncodedPairs, EncodedRow, RowWriter
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.pairs import REFUSED, EncodedPairs, align_by_spelling, encode_pairs
-from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, Example, load_examples
+from dwakd.data.pairs import REFUSED, SpellingAligner, align_by_spelling, encode_pairs
+from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, Example, RowSource
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import answerable_prompts
 from dwakd.models.head import embedding_table, model_name, output_head
@@ -26,9 +27,12 @@ from dwakd.models.loading import (
 )
 from dwakd.models.rows import check_head
 from dwakd.recipe.training import DistillConfig, LoadingOptions
+from dwakd.training.stored import stored_pairs
 from dwakd.training.student import check_student
 
-Rows: TypeAlias = str | Path | Dataset | IterableDataset | Mapping[str, Any] | list[dict[str, Any]] | list[Example]
+Rows: TypeAlias = (
+    str | Path | Dataset | IterableDataset | Mapping[str, Any] | list[dict[str, Any]] | list[Example] | RowSource
+)
 Source: TypeAlias = Rows | EncodedPairs
 Model: TypeAlias = PreTrainedModel | PeftModel
 
@@ -153,61 +157,75 @@ def encode_source(
     """
     if source is None:
         return [], None
-    need_response = role == "eval" or args.lmbda < 1
+    name = name or (str(source) if isinstance(source, str | Path) else f"the {role} dataset")
     if isinstance(source, EncodedPairs):
-        examples, pairs = [], source
+        if args.teacher_key is not None and len(encoders) > 1 and any(row.chosen is None for row in source.rows):
+            raise UserError(f"{source.source}: teacher_key requires rows that are not encoded yet")
+        if args.method_options.needs_edit_alignment:
+            align_by_spelling(source, *encoders)
+        return [], source
+    need_response = role == "eval" or args.lmbda < 1
+    rows: RowSource | list[Example]
+    if isinstance(source, list) and source and isinstance(source[0], Example):
+        rows = [example for example in source if isinstance(example, Example)]
+    elif isinstance(source, RowSource):
+        rows = replace(source, name=name)
     else:
-        name = name or (str(source) if isinstance(source, str | Path) else f"the {role} dataset")
-        if isinstance(source, list) and source and isinstance(source[0], Example):
-            examples = [example for example in source if isinstance(example, Example)]
-        else:
-            examples = load_examples(
-                source,
-                split=EVAL_SPLITS if role == "eval" else TRAIN_SPLITS,
-                prompt=args.prompt_column,
-                response=args.response_column,
-                input=args.input_column,
-                teacher_prompt=args.teacher_prompt_column,
-                teacher_key=args.teacher_key,
-                supervise=args.supervise,
-                need_response=need_response,
-                invalid_rows=args.invalid_rows,
-                name=name,
-            )
-        if not need_response:
-            examples = [replace(example, response="", answer=None) for example in examples]
-        pairs = encode_pairs(
-            examples,
+        rows = RowSource(
+            source,
+            split=EVAL_SPLITS if role == "eval" else TRAIN_SPLITS,
+            prompt=args.prompt_column,
+            response=args.response_column,
+            input=args.input_column,
+            teacher_prompt=args.teacher_prompt_column,
+            teacher_key=args.teacher_key,
+            supervise=args.supervise,
+            need_response=need_response,
+            invalid_rows=args.invalid_rows,
+            name=name,
+        )
+    examples = [] if isinstance(rows, RowSource) and role == "train" else list(rows)
+
+    def encode(writer: RowWriter | None = None) -> EncodedPairs:
+        given = examples or rows
+        return encode_pairs(
+            given if need_response else (replace(example, response="", answer=None) for example in given),
             *encoders,
             max_length=args.max_length,
             max_prompt_length=args.max_prompt_length,
             invalid_rows=args.invalid_rows,
             source=name,
             need_response=need_response,
+            finish=Finisher(encoders, args, name),
+            writer=writer,
         )
-        refused = set(pairs.report.get(REFUSED, ()))
-        examples = [example for example in examples if example.index not in refused]
-    if args.teacher_key is not None and len(encoders) > 1:
-        _choose_teachers(pairs, examples, args, len(encoders) - 1)
-    if args.method_options.needs_edit_alignment:
-        align_by_spelling(pairs, *encoders)
-    return examples, pairs
+
+    if isinstance(rows, RowSource) and not examples:
+        return [], stored_pairs(rows, encoders, args, encode)
+    pairs = encode()
+    refused = set(pairs.report.get(REFUSED, ()))
+    return [example for example in examples if example.index not in refused], pairs
 
 
-def _choose_teachers(pairs: EncodedPairs, examples: list[Example], args: DistillConfig, count: int) -> None:
-    """Set the teacher of each row, given the number of teachers; raise UserError if a row does not name one."""
-    names = args.teacher_names or [str(number + 1) for number in range(count)]
-    chosen = {}
-    for example in examples:
-        if example.teacher not in names:
-            raise UserError(
-                f"{pairs.source}, {example.place}: the column {args.teacher_key!r} must name one of the teachers "
-                f"{', '.join(names)}, got {example.teacher!r}: correct the row, or set teacher.name"
-            )
-        chosen[example.index] = names.index(example.teacher)
-    pairs.rows = [replace(row, chosen=chosen.get(row.example_id, row.chosen)) for row in pairs.rows]
-    if any(row.chosen is None for row in pairs.rows):
-        raise UserError(f"{pairs.source}: teacher_key requires rows that are not encoded yet")
+class Finisher:
+    """Set the teacher of each row, and align its tokens if the method needs it; `source` is the name in messages."""
+
+    def __init__(self, encoders: tuple[TextEncoder, ...], args: DistillConfig, source: str) -> None:
+        self._source, self._key, count = source, args.teacher_key, len(encoders) - 1
+        self._names = args.teacher_names or [str(number + 1) for number in range(count)]
+        self._chooses = args.teacher_key is not None and count > 0
+        self._align = SpellingAligner(*encoders) if args.method_options.needs_edit_alignment else None
+
+    def __call__(self, row: EncodedRow, example: Example) -> EncodedRow:
+        """Return the row; raise UserError if it does not name a teacher."""
+        if self._chooses:
+            if example.teacher not in self._names:
+                raise UserError(
+                    f"{self._source}, {example.place}: the column {self._key!r} must name one of the teachers "
+                    f"{', '.join(self._names)}, got {example.teacher!r}: correct the row, or set teacher.name"
+                )
+            row = replace(row, chosen=self._names.index(example.teacher))
+        return row if self._align is None else self._align(row)
 
 
 def encode_evaluation(

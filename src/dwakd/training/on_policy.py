@@ -12,8 +12,9 @@ from torch import Tensor
 
 from dwakd.batch import PairedBatch
 from dwakd.data.collator import collate, separate
+from dwakd.data.encoded import EncodedSide
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.pairs import EncodedSide, response_room
+from dwakd.data.pairs import response_room
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import Generated, Model, PromptBatch, generate_batch, group_prompts, streams
 from dwakd.evaluation.metrics import repeated_sequences

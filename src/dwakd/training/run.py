@@ -17,9 +17,9 @@ from transformers import Trainer, get_scheduler
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from dwakd.answers.prompts import eval_rows, train_rows
+from dwakd.answers.prompts import eval_rows, train_source
 from dwakd.answers.run import training_examples
-from dwakd.data.sources import Example
+from dwakd.data.sources import Example, RowSource
 from dwakd.environment import hardware
 from dwakd.errors import UserError
 from dwakd.evaluation.run import EvaluationPlan, check_room
@@ -102,15 +102,21 @@ def load_section(section: StudentSection | TeacherSection) -> tuple[Any, Any]:
     return load_causal_lm(section.model, **loading), tokenizer
 
 
-def recipe_examples(recipe: Recipe, plan: EvaluationPlan | None = None) -> tuple[list[Example], list[Example] | None]:
-    """Read the rows to train on and, if the recipe has an evaluation set, those to evaluate on.
+def recipe_examples(
+    recipe: Recipe, plan: EvaluationPlan | None = None
+) -> tuple[list[Example] | RowSource, list[Example] | None]:
+    """Return the rows to train on and, if the recipe has an evaluation set, those to evaluate on.
+
+    Given rows are read when they are encoded. Here it is only checked that there are some.
 
     With `data.responses: teacher` the teacher's answers are made if they are missing; `plan` as in `answer_recipe`.
     """
     if recipe.data.responses == "teacher":
         return training_examples(recipe, plan), eval_rows(recipe.data)
     on_policy = recipe.training.get("lmbda") == 1
-    return train_rows(recipe.data, need_response=not on_policy), eval_rows(recipe.data)
+    rows = train_source(recipe.data, need_response=not on_policy)
+    rows.check()
+    return rows, eval_rows(recipe.data)
 
 
 def train_name(recipe: Recipe) -> str:

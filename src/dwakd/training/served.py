@@ -18,8 +18,8 @@ from dwakd.batch import ModelSide, OutputHead, TokenBatch
 from dwakd.cache.fingerprint import json_digest, row_key
 from dwakd.cache.manifest import keyed_sides
 from dwakd.cache.store import CacheRequest
+from dwakd.data.encoded import EncodedSide
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.pairs import EncodedSide
 from dwakd.data.token_bytes import TokenBytes
 from dwakd.errors import UserError
 from dwakd.folders import cache_folder

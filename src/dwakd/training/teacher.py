@@ -21,8 +21,9 @@ from dwakd.cache.manifest import MANIFEST, Manifest, check_folder
 from dwakd.cache.store import Cache, CacheRequest, local_folder, open_complete
 from dwakd.cache.vllm import VllmEngine
 from dwakd.data.collator import FindPlace
+from dwakd.data.encoded import EncodedPairs
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.pairs import EncodedPairs, response_room
+from dwakd.data.pairs import response_room
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import max_positions
 from dwakd.models.checks import check_packing
@@ -231,6 +232,8 @@ def _check_positions(model: Any, args: DistillConfig, sets: Sets) -> Any:
     """Return the teacher, or raise UserError if a row with a teacher prompt has more tokens than it has positions."""
     positions = max_positions(model)
     for pairs in filter(None, sets.values()):
+        if not args.lmbda and max(pairs.lengths(1), default=0) <= positions:
+            continue
         for row in pairs.rows:
             side, length = row.teachers[0], row.teachers[0].length
             if args.lmbda:  # the student's own answers may be longer

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dwakd.batch import ModelSide, PairedBatch
+from dwakd.data.encoded import EncodedPairs
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.pairs import EncodedPairs
 from dwakd.errors import UserError
 from dwakd.losses import TeacherScale
 from dwakd.recipe.sections import check_teacher_key
@@ -115,9 +115,5 @@ def _side(teacher: Teacher, batch: PairedBatch, index: int) -> ModelSide | None:
 
 def sets_of_teacher(sets: Mapping[str, EncodedPairs | None], index: int) -> Sets:
     """Return the data sets of one of several teachers, with the rows that it teaches; sets without any are left out."""
-    own: Sets = {}
-    for role, pairs in sets.items():
-        rows = [row for row in pairs.rows if row.chosen in (None, index)] if pairs else []
-        if pairs is not None and rows:
-            own[role] = replace(pairs, rows=rows).of_teacher(index)
-    return own
+    own = {role: pairs.of_teacher(index) for role, pairs in sets.items() if pairs is not None}
+    return {role: pairs for role, pairs in own.items() if len(pairs)}

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from dwakd.data.collator import collate
-from dwakd.data.pairs import EncodedPairs
+from dwakd.data.encoded import EncodedPairs
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
 from dwakd.models.checks import check_packing, check_training
