@@ -25,8 +25,8 @@ from transformers import AutoTokenizer
 from benchmarks.workload import Sizes, add_options, build_student, build_teacher, sizes_of, write
 from dwakd.batch import PairedBatch
 from dwakd.data.collator import collate
-from dwakd.data.encoding import TextEncoder
 from dwakd.data.encoded import EncodedPairs
+from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import encode_pairs
 from dwakd.data.sources import load_examples
 from dwakd.losses import Widths, build_loss

@@ -94,10 +94,22 @@ def _parse(data: bytes, name: str, line: int, fix: str) -> Any:
         raise UserError(f"{name}, line {line}: not valid JSON ({reason}): {fix}") from error
 
 
+def stream_jsonl(path: Path, name: str) -> Iterator[PlacedRow]:
+    """Read the rows of a .jsonl file. The error takes the place of a line that cannot be parsed."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = _parse(line.rstrip(), name, number, "correct or remove that line") if line.strip() else None
+            except UserError as error:
+                row = error
+            if line.strip():
+                yield f"{name}, line {number}", row
+
+
 def _read_jsonl(file: BinaryIO, name: str, _: Select) -> Iterator[PlacedRow]:
     for number, line in enumerate(file, 1):
         if line.strip():
-            yield f"{name}, line {number}", _parse(line, name, number, "correct or remove that line")
+            yield f"{name}, line {number}", _parse(line.rstrip(), name, number, "correct or remove that line")
 
 
 def _read_json(file: BinaryIO, name: str, _: Select) -> Iterator[PlacedRow]:

@@ -39,6 +39,9 @@ class InvalidRowError(UserError):
         super().__init__(problem)
         self.reason = reason
 
+    def __reduce__(self) -> Any:
+        return type(self), (self.reason, str(self))
+
 
 def encode_pairs(
     examples: Iterable[Example],

@@ -4,9 +4,8 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import datasets
 import huggingface_hub
 
-from dwakd.data.files import SUFFIXES, PlacedRow, Select, numbered, read_file
+from dwakd.data.files import SUFFIXES, PlacedRow, Select, numbered, read_file, stream_jsonl
 from dwakd.data.rows import INVALID_ROWS, SUPERVISE, Columns, Example, check_choice, check_row
 from dwakd.errors import UserError, explained
 
@@ -136,12 +135,9 @@ class RowSource:
 
     def _placed(self) -> Iterator[tuple[str, Any, Columns | None]]:
         """Read the rows with their places and the columns, which are searched in the keys of all rows."""
-        given = {name: getattr(self, name) for name in ("prompt", "response", "input", "teacher_prompt", "teacher_key")}
-        need, supervise = self.need_response, self.supervise
-        find = partial(Columns.find, source=self.title, given=given, need_response=need, supervise=supervise)
 
         def read() -> Iterator[PlacedRow]:
-            return islice(rows(lambda names: find(names).used), self.limit)
+            return islice(rows(lambda names: self.columns(names).used), self.limit)
 
         with explained(f"{self.title:.500}: cannot be read"):
             source = _loaded(self.source, self.split, self.title)
@@ -151,10 +147,35 @@ class RowSource:
                 keys |= dict.fromkeys(map(str, row)) if isinstance(row, Mapping) else {}
                 is_empty = False
         self._refuse(is_empty=is_empty)
-        columns = find(keys) if keys else None
+        columns = self.columns(keys) if keys else None
         with explained(f"{self.title:.500}: cannot be read"):
             for where, row in read():
                 yield where, row, columns
+
+    def columns(self, names: Iterable[str]) -> Columns:
+        """Choose the columns to read from the names of all columns."""
+        given = {name: getattr(self, name) for name in ("prompt", "response", "input", "teacher_prompt", "teacher_key")}
+        return Columns.find(names, self.title, given, self.need_response, self.supervise)
+
+    def stream(self) -> Iterator[PlacedRow]:
+        """Read the rows with their places once, and keep none of them. Lines that cannot be parsed are UserErrors.
+
+        Raises:
+            UserError: the source cannot be read in this way.
+        """
+        with explained(f"{self.title:.500}: cannot be read"):
+            source = _loaded(self.source, self.split, self.title, streaming=True)
+            found = _file(source)
+            if found is None:
+                yield from _open(source, self.title, None, keep=False)(lambda names: self.columns(names).used)
+                return
+            path, start, stop = found
+            if path.suffix.lower() not in (".jsonl", ".parquet"):
+                raise UserError(f"{self.title}: data.streaming reads .jsonl and .parquet files, but not {path.suffix}")
+            is_json = path.suffix.lower() == ".jsonl"
+            select: Select = lambda names: self.columns(names).used  # noqa: E731
+            rows = stream_jsonl(path, self.title) if is_json else read_file(path, self.title, select)
+            yield from islice(rows, start, stop)
 
     def check(self) -> None:
         """Raise UserError if the source cannot be opened or is empty."""
@@ -193,7 +214,7 @@ def _file(source: Any) -> tuple[Path, int, int | None] | None:
     return None
 
 
-def _loaded(source: Any, split: str | Sequence[str], name: str) -> Any:
+def _loaded(source: Any, split: str | Sequence[str], name: str, *, streaming: bool = False) -> Any:
     """Load a data set of the Hub and choose a split. Files and other data sets are returned unchanged."""
     if isinstance(source, str) and not (_FILE.fullmatch(source) or _is_path(source)):
         place, _, own_split = source.partition("@")
@@ -202,13 +223,13 @@ def _loaded(source: Any, split: str | Sequence[str], name: str) -> Any:
         only = split if isinstance(split, str) else None  # otherwise all, to choose one
         what = f"{place[:500]!r} (split {only or split[0]!r})"
         with explained(f"could not load {what} from the Hugging Face Hub, and no such file exists"):
-            source = datasets.load_dataset(path, config or None, split=only)
+            source = datasets.load_dataset(path, config or None, split=only, streaming=streaming)
     if isinstance(source, Mapping):
         return _loaded(source[_choose_split(source, split, name)], split, name)
     return source
 
 
-def _open(source: Any, name: str, limit: int | None) -> Callable[[Select], Iterator[PlacedRow]]:
+def _open(source: Any, name: str, limit: int | None, *, keep: bool = True) -> Callable[[Select], Iterator[PlacedRow]]:
     """Return a function that reads the rows of a source with their places, as often as it is called.
 
     Only the columns that its argument selects are read where possible. No more than `limit` rows of a stream are read.
@@ -227,7 +248,7 @@ def _open(source: Any, name: str, limit: int | None) -> Callable[[Select], Itera
         rows = source.with_format(None)
         if rows.column_names:  # columns that are not read may be slow or impossible to decode
             rows = rows.select_columns(select(rows.column_names))
-        if isinstance(source, datasets.Dataset):
+        if isinstance(source, datasets.Dataset) or not keep:
             return numbered(rows, name)
         kept[:] = kept or islice(numbered(rows, name), limit)  # a stream may be read only once
         return iter(kept)

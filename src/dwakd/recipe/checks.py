@@ -1,5 +1,7 @@
 """Checks of options of different sections of a recipe together, which the trainer repeats for its own arguments."""
 
+from typing import Any
+
 from dwakd.errors import UserError
 from dwakd.losses import MethodOptions
 from dwakd.losses.weighted_sum import term_names
@@ -25,6 +27,20 @@ def refuse_cached_sampling(lmbda: float) -> None:
             f"training.lmbda is {lmbda:g}, but a teacher cache does not contain the student's answers: train without "
             "teacher.cache"
         )
+
+
+def check_stream(args: Any, cache: object) -> None:
+    """Raise UserError if the rows to train on are a stream and an option, or a teacher cache, needs all of them."""
+    if not args.streaming:
+        return
+    if args.max_steps < 1:
+        raise UserError(
+            "data.streaming requires training.max_steps, because the number of rows of a stream is not known"
+        )
+    if args.train_sampling_strategy == "group_by_length":
+        raise UserError("training.train_sampling_strategy: group_by_length needs all rows: set data.streaming: false")
+    if cache is not None:
+        raise UserError("a teacher cache needs all rows: train without teacher.cache, or set data.streaming: false")
 
 
 def refuse_cached_attention(options: MethodOptions) -> None:

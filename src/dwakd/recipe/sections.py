@@ -196,6 +196,9 @@ class DataSection(Section):
     responses: Literal["given", "teacher"] = Field(
         "given", description="Train on the responses of the rows, or on the teacher's answers to generate.prompts."
     )
+    streaming: bool = Field(
+        False, description="Whether to read and encode the training set during the training; needs training.max_steps."
+    )
     limit: Count | None = Field(None, description="Only the first rows of the training set.")
     eval_limit: Count | None = Field(None, description="Only the first rows of the evaluation set.")
 

@@ -14,7 +14,7 @@ from dwakd.errors import UserError
 from dwakd.losses import MethodOptions, method_options
 from dwakd.losses.options import Rate, Steps, Temperature
 from dwakd.losses.several_teachers import Gate
-from dwakd.recipe.checks import metric_names, refuse_packed_attention
+from dwakd.recipe.checks import check_stream, metric_names, refuse_packed_attention
 from dwakd.recipe.sections import Count, DataSection, Dtype, Share, options_of
 from dwakd.validation import Section, parse, unknown_option
 
@@ -22,7 +22,9 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-_NAMES = "template bos special_tokens_in_prompts max_length max_prompt_length invalid_rows supervise teacher_key"
+_NAMES = (
+    "template bos special_tokens_in_prompts max_length max_prompt_length invalid_rows supervise teacher_key streaming"
+)
 DATA_OPTIONS = tuple(_NAMES.split())
 """Options of the section data that are options of `DistillConfig` with the same names."""
 ELSEWHERE = {
@@ -136,6 +138,7 @@ class DistillConfig(TrainingArguments):
     teacher_prompt_column: str | None = _data_option("teacher_prompt")
     supervise: str = _data_option("supervise")
     teacher_key: str | None = _data_option("teacher_key")
+    streaming: bool = _data_option("streaming")
     teacher_names: list[str] | None = _option(None, "Names of the teachers for teacher_key. Default: their numbers.")
     lmbda: Rate = _option(0.0, "Share of the prompts that the current student answers (on-policy distillation).")
     sampling_temperature: Temperature = _option(1.0, "Temperature of the student's sampling for lmbda.")
@@ -196,6 +199,7 @@ class DistillConfig(TrainingArguments):
         checked = {n: _number(v) for n, v in values.items() if n in own or isinstance(v, int | float | dict)}
         parse(TrainingOptions, checked)
         self._check_method(self.method_options)
+        check_stream(self, self.teacher_cache)
         if self.term_gradient_limit is not None:
             if self.lmbda == 1 or not self.method_options.cross_entropy_weight:
                 raise UserError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from dwakd.cache.store import Cache, open_complete
 from dwakd.errors import UserError
 from dwakd.models.loading import load_tokenizer
+from dwakd.recipe.checks import check_stream
 from dwakd.recipe.recipe import Recipe, load_recipe
 from dwakd.recipe.sections import StudentSection, TeacherSection
 from dwakd.training.inputs import encode_source, make_encoder
@@ -38,6 +39,7 @@ def cache_recipe(
             "teacher.cache is missing: name the folder of a teacher's cache in the recipe (or with --output)"
         )
     args = training_config(recipe, "unused")
+    check_stream(args, folders)
     train, evaluation = recipe_examples(recipe)
     teachers = [
         load_section(section.model_copy(update={"cache": place and str(place)}))[0] if place or own else None

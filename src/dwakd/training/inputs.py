@@ -14,6 +14,7 @@ from dwakd.data.encoded import EncodedPairs, EncodedRow, RowWriter
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import REFUSED, SpellingAligner, align_by_spelling, encode_pairs
 from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, Example, RowSource
+from dwakd.data.stream import StreamedRows
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import answerable_prompts
 from dwakd.models.head import embedding_table, model_name, output_head
@@ -142,7 +143,7 @@ def evaluation_sets(source: Source | None) -> dict[str, Source]:
 
 def encode_source(
     source: Source | None, encoders: tuple[TextEncoder, ...], args: DistillConfig, role: str, name: str | None = None
-) -> tuple[list[Example], EncodedPairs | None]:
+) -> tuple[list[Example], Any]:
     """Read and encode a data set, if there is one.
 
     Args:
@@ -153,7 +154,8 @@ def encode_source(
         name: name of the data set in messages.
 
     Returns:
-        The examples whose prompts can be rendered (none if `source` is already encoded), and the encoded pairs.
+        The examples whose prompts can be rendered (only of an evaluation set that is not encoded yet), and the EncodedPairs,
+        or the StreamedRows to train on with `streaming`.
     """
     if source is None:
         return [], None
@@ -184,6 +186,8 @@ def encode_source(
             invalid_rows=args.invalid_rows,
             name=name,
         )
+    if args.streaming and role == "train":
+        return [], _stream(rows, encoders, args, need_response=need_response)
     examples = [] if isinstance(rows, RowSource) and role == "train" else list(rows)
 
     def encode(writer: RowWriter | None = None) -> EncodedPairs:
@@ -205,6 +209,19 @@ def encode_source(
     pairs = encode()
     refused = set(pairs.report.get(REFUSED, ()))
     return [example for example in examples if example.index not in refused], pairs
+
+
+def _stream(
+    rows: RowSource | list[Example], encoders: tuple[TextEncoder, ...], args: DistillConfig, *, need_response: bool
+) -> StreamedRows:
+    if not isinstance(rows, RowSource):
+        raise UserError("data.streaming requires a file, a hub id or a data set to stream: these rows are in memory")
+    if rows.teacher_prompt is not None:
+        raise UserError("data.teacher_prompt needs all rows, to find the longest prompt: set data.streaming: false")
+    next(rows.stream(), None)
+    limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
+    finish = Finisher(encoders, args, rows.title)
+    return StreamedRows(rows, encoders, {**limits, "need_response": need_response}, finish)
 
 
 class Finisher:

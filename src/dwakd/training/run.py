@@ -47,9 +47,13 @@ from dwakd.training.trainer import DistillTrainer
 def training_config(recipe: Recipe, output_dir: str | Path) -> DistillConfig:
     """Return the training arguments of a recipe; raise UserError if transformers refuses an option."""
     options = dict(recipe.training)
+    usual = "steps" if recipe.data.streaming else "epoch"
+    if recipe.data.streaming and (recipe.data.responses == "teacher" or "num_train_epochs" in options):
+        name = "data.responses: teacher" if recipe.data.responses == "teacher" else "training.num_train_epochs"
+        raise UserError(f"{name} needs all rows: remove it, or set data.streaming: false")
     if recipe.data.eval is not None:
-        options.setdefault("eval_strategy", "epoch")
-    options.setdefault("save_strategy", options.get("eval_strategy", "epoch"))
+        options.setdefault("eval_strategy", usual)
+    options.setdefault("save_strategy", options.get("eval_strategy", usual))
     try:
         return DistillConfig(
             output_dir=str(output_dir),
@@ -115,7 +119,8 @@ def recipe_examples(
         return training_examples(recipe, plan), eval_rows(recipe.data)
     on_policy = recipe.training.get("lmbda") == 1
     rows = train_source(recipe.data, need_response=not on_policy)
-    rows.check()
+    if not recipe.data.streaming:
+        rows.check()
     return rows, eval_rows(recipe.data)
 
 
@@ -258,6 +263,6 @@ def run_record(trainer: DistillTrainer) -> dict[str, Any]:
         "num_steps": trainer.state.global_step,
         "seconds_per_step": statistics.median(trainer.clock.seconds) if trainer.clock.seconds else None,
         "peak_memory_bytes": peak_memory_bytes(),
-        "num_train_examples": len(trainer.train_dataset),
+        "num_train_examples": None if trainer.args.streaming else len(trainer.train_dataset),
         "world_size": trainer.args.world_size,
     }

@@ -3,13 +3,15 @@
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from dwakd.batch import PairedBatch
+from dwakd.data.stream import RowBatches, StreamedRows, collate_stream, use_one_thread
 from dwakd.training.balance import TermBalance
 from dwakd.training.callbacks import RunCallback
 from dwakd.training.hub import HubTrainer
@@ -30,6 +32,21 @@ class StepTrainer(HubTrainer):
     student: Any
     _distiller: Any
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the batches to train on. Those of a stream are read here and encoded ahead in `dataloader_num_workers`."""
+        rows, args = self.train_dataset, self.args
+        if not isinstance(rows, StreamedRows):
+            return super().get_train_dataloader()
+        return DataLoader(
+            rows,
+            batch_sampler=RowBatches(rows.rows, args.train_batch_size, args.process_index, args.world_size),
+            collate_fn=partial(collate_stream, collate=self.data_collator),
+            num_workers=args.dataloader_num_workers,
+            worker_init_fn=use_one_thread,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
@@ -47,6 +64,8 @@ class StepTrainer(HubTrainer):
         """
         self.step_started = time.perf_counter()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if isinstance(self.train_dataset, StreamedRows):
+            batches = [self.train_dataset.accept(batch) for batch in batches]
         if not batches:
             return batches, None
         micro_batches = self._micro_batches(batches, self.student_answers, self.args.max_tokens_per_batch)

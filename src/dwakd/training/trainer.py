@@ -18,8 +18,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from dwakd.data.collator import collate
 from dwakd.data.encoded import EncodedPairs
 from dwakd.data.sources import Example
+from dwakd.data.stream import StreamedRows
 from dwakd.errors import UserError
 from dwakd.models.checks import check_packing, check_training
+from dwakd.recipe.checks import check_stream
 from dwakd.recipe.training import DistillConfig
 from dwakd.training import inputs as given
 from dwakd.training.balance import TermBalance
@@ -31,7 +33,7 @@ from dwakd.training.on_policy import StudentAnswers, check_end_tokens
 from dwakd.training.sharding import ShardedTrainer
 from dwakd.training.steps import StepTrainer
 from dwakd.training.student import check_student, disable_dropout
-from dwakd.training.teacher import Teacher
+from dwakd.training.teacher import CachedTeacher, Teacher
 from dwakd.training.teachers import AnyTeacher, MicroBatch, load_teachers, sets_of_teacher
 from dwakd.validation import unknown_option
 
@@ -96,15 +98,16 @@ class DistillTrainer(ShardedTrainer, StepTrainer):
         self.eval_sets = given.encode_evaluation(sources, self.encoders, args, names.get("eval"), answering)
         eval_pairs = {name: pairs for name, (_, pairs) in self.eval_sets.items()}
         sets = {f"eval {name}".rstrip(): pairs for name, pairs in eval_pairs.items()}
-        if train_pairs is not None:
+        if isinstance(train_pairs, EncodedPairs):
             sets = {"train": train_pairs, **sets}
+        check_stream(args, next((teacher for teacher in self.teachers if isinstance(teacher, CachedTeacher)), None))
         for index, (teacher, encoder) in enumerate(found):
             teacher.prepare(encoder, args, sets_of_teacher(sets, index))
         set_seed(args.seed)
         loss = build_method(args, model, self.teachers, self.encoders)
         if peft_config is not None:
             model = given.add_adapter(model, peft_config)
-        given.check_batches(train_pairs, args)
+        given.check_batches(sets.get("train"), args)
         if args.disable_dropout:
             disable_dropout(model)
         self.metrics_function = compute_metrics
@@ -171,6 +174,8 @@ class DistillTrainer(ShardedTrainer, StepTrainer):
                 raise UserError(f"training.{name} cannot be used with DeepSpeed, which runs the steps itself")
         output = super().train(*args, **kwargs)
         self.finite.finish()
+        if isinstance(self.train_dataset, StreamedRows):
+            self.train_dataset.report()
         return output
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
