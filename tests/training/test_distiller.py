@@ -104,7 +104,7 @@ def test_the_gradient_of_each_term_at_the_hidden_states(tmp_path):
     """The norm is that of the term as it enters the loss: weighted, and divided by the tokens of the step."""
     run = trainer(tmp_path, method="kd", loss_options={"kd_rate": 0.25})
     micro_batches, num_tokens = run.get_batch_samples(iter(run.get_train_dataloader()), 1, torch.device("cpu"))
-    batch, sides, scales = micro_batches[0]
+    batch, sides, scales = micro_batches[0][0]
     output = run.model(batch.student, sides, scales, num_tokens, term_gradients=True)
     assert all(parameter.grad is None for parameter in run.model.parameters())
     hidden = run.student.model(batch.student.input_ids, batch.student.attention_mask).last_hidden_state

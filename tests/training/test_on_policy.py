@@ -28,7 +28,8 @@ def step_of(run, step=0):
     """The micro-batches of a step, with the batches that the data loader gave for them."""
     run.state.global_step = step
     given = list(run.get_train_dataloader())
-    return given, run.get_batch_samples(iter(given), len(given), torch.device("cpu"))[0]
+    found, _ = run.get_batch_samples(iter(given), len(given), torch.device("cpu"))
+    return given, [micro for item in found for micro in item]
 
 
 def response(tokens, row):
