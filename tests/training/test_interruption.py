@@ -64,7 +64,9 @@ def test_a_rank_that_dies_is_named(tmp_path):
         timeout=280,
         check=False,
     )
-    message = r"skipped on both ranks; .* has lost the connection to rank 1, which has ended, at step [34] \(.*\): .*--resume"
+    message = (
+        r"skipped on both ranks; .* has lost the connection to rank 1, which has ended, at step [34] \(.*\): .*--resume"
+    )
     assert re.search(message, result.stdout), result.stderr[-3000:]
 
 

@@ -21,6 +21,9 @@ def train(
     overrides: Overrides = None,
     output: Annotated[Path | None, output_option("Folder of the result; runs/NAME of the recipe by default.")] = None,
     resume: Annotated[bool, flag("--resume", "Continue from the last checkpoint in the folder.")] = False,
+    dry_run: Annotated[
+        bool, flag("--dry-run", "Write nothing; predict memory and time from a few steps, and show rows.")
+    ] = False,
 ) -> None:
     """Train a student as a recipe describes, then evaluate it on the recipe's test sets.
 
@@ -40,6 +43,14 @@ def train(
     loaded = load_recipe(recipe, overrides)
     folder = output or Path("runs") / recipe.stem
     plan = plan_evaluation(loaded)
+    if dry_run:
+        from dwakd.inspection.dry_run import dry_run as predict
+
+        tables = predict(loaded, folder, plan, resume=resume)
+        if global_rank() == 0:
+            console.print(tables)
+        end_of_run()
+        return
     try:
         trainer = run_recipe(loaded, folder, plan, resume=resume, hook=AlignmentCallback)
     except RunInterrupted as stop:
