@@ -57,6 +57,13 @@ def _gpus() -> str:
     return "Apple MPS" if torch.backends.mps.is_available() else "none"
 
 
+def supports_bfloat16(*, use_cpu: bool) -> bool:
+    """Return whether models run on a device with bfloat16, which then is the default for teachers and for training."""
+    from transformers.utils import is_torch_bf16_gpu_available
+
+    return not use_cpu and bool(is_torch_bf16_gpu_available())
+
+
 def global_rank() -> int:
     """Return the rank of this process among all processes of torchrun; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))

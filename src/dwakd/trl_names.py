@@ -12,7 +12,9 @@ chat_template_path: use student.chat_template_path and teacher.chat_template_pat
 callbacks: pass callbacks to DistillTrainer
 model_init: pass model to DistillTrainer
 eos_token pad_token: set it on the tokenizer that is passed as processing_class
-attn_implementation quantization_config load_in_8bit load_in_4bit: load the model with it, and pass the model itself
+attn_implementation quantization_config: use model_init_kwargs (recipe: student.NAME, teacher.NAME)
+load_in_8bit load_in_4bit: use model_init_kwargs={'quantization_config': ...} (recipe: student.quantization_config)
+device_map: use teacher_model_init_kwargs (recipe: teacher.device_map), and shard the student with FSDP
 peft_config use_peft lora lora_r lora_alpha lora_dropout: use peft_config (recipe: student.peft)
 lora_target_modules lora_modules_to_save: use peft_config (recipe: student.peft)
 dataset_name dataset: pass train_dataset to DistillTrainer (recipe: data.train)

@@ -4,9 +4,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dwakd import DistillConfig, UserError
 from dwakd.recipe.recipe import recipe_from_dict
+from dwakd.training.inputs import loading_options
 
 
 def in_recipe(**options: Any) -> None:
@@ -107,3 +109,22 @@ def test_mistakes_in_a_recipe_are_explained(name, value, message):
     """An option in the wrong section and a word instead of a number are refused with an explanation."""
     with pytest.raises(UserError, match=rf"training\.{name}.*{message}"):
         in_recipe(**{name: value})
+
+
+def test_bfloat16_is_the_default_on_gpus_that_support_it(monkeypatch, tmp_path):
+    """As in TRL, a training on a GPU is in mixed precision, and teachers are in bfloat16. A CPU has float32 as before."""
+    sections = {"student": {"model": "x"}, "teacher": [{"model": "a"}, {"model": "b", "dtype": "float32"}]}
+
+    def chosen(**training: Any) -> tuple[Any, ...]:
+        recipe = recipe_from_dict({**sections, "data": {"train": "x"}, "training": training})
+        args = DistillConfig(output_dir=str(tmp_path), **training)
+        loaded = (loading_options(args, role)["dtype"] for role in ("", "teacher_"))
+        return args.bf16, *(teacher.dtype for teacher in recipe.teachers), *loaded
+
+    wide, narrow = torch.float32, torch.bfloat16
+    assert chosen() == (False, "float32", "float32", wide, wide)
+    for module in ("utils", "training_args"):
+        monkeypatch.setattr(f"transformers.{module}.is_torch_bf16_gpu_available", lambda: True)
+    assert chosen() == (True, "bfloat16", "float32", wide, narrow)
+    assert chosen(bf16=False)[0] is chosen(fp16=True)[0] is False
+    assert chosen(use_cpu=True) == (False, "float32", "float32", wide, wide)

@@ -14,6 +14,7 @@ import torch
 from dwakd import DistillConfig, DistillTrainer
 from dwakd.data.prompts import Prompts
 from dwakd.errors import UserError
+from dwakd.models.loading import on_device
 from dwakd.recipe.recipe import recipe_from_dict
 from dwakd.training.run import recipe_examples
 from tests.training.builders import ROWS, assert_same, trainer, weights
@@ -113,12 +114,25 @@ def test_dicts_of_splits_are_one_data_set(tmp_path: Path) -> None:
 
 
 def test_models_by_name_are_loaded_as_model_init_kwargs_say(workspace: Path, tmp_path: Path) -> None:
-    """TRL's model_init_kwargs give the dtype of the models; with a loaded model they would have no effect."""
+    """TRL's model_init_kwargs say how models are loaded; with a loaded model they would have no effect.
+
+    A teacher with a device map uses all GPUs of a process, which would otherwise be an error.
+    """
     arguments: dict[str, Any] = {"output_dir": str(tmp_path), "use_cpu": True, "template": "plain", "method": "sft"}
-    kwargs = {"teacher_model_init_kwargs": {"dtype": "bfloat16"}, "model_init_kwargs": {"torch_dtype": torch.float16}}
+    options = {"dtype": "bfloat16", "attn_implementation": "eager", "device_map": "auto"}
+    kwargs = {"teacher_model_init_kwargs": options, "model_init_kwargs": {"torch_dtype": torch.float16}}
     models = str(workspace / "student"), str(workspace / "teacher")
-    run = DistillTrainer(*models, DistillConfig(**{**arguments, "method": "dwa_kd"}, **kwargs))
-    assert (run.student.dtype, run.teachers[0].model.dtype) == (torch.float16, torch.bfloat16)
+    args = DistillConfig(**{**arguments, "method": "dwa_kd"}, **kwargs)
+    args._n_gpu = 2
+    run = DistillTrainer(*models, args)
+    teacher = run.teachers[0].model
+    assert (run.student.dtype, teacher.dtype) == (torch.float16, torch.bfloat16)
+    assert teacher.config._attn_implementation == "eager"
+    teacher.hf_device_map = {"": "cpu"}  # transformers sets it for GPUs only
+    assert on_device(teacher, torch.device("meta")).device.type == "cpu"
+    args._n_gpu, args.teacher_model_init_kwargs = 2, None
+    with pytest.raises(UserError, match="2 GPUs are visible to one process"):
+        DistillTrainer(*models, args)
     with pytest.raises(UserError, match="model_init_kwargs requires a model given by name"):
         trainer(tmp_path, method="sft", model_init_kwargs={"dtype": "bfloat16"})
     with pytest.raises(UserError, match="teacher_model_init_kwargs requires a teacher_model given by name"):

@@ -27,7 +27,7 @@ from dwakd.errors import UserError
 from dwakd.evaluation.evaluate import data_identity
 from dwakd.evaluation.generate import progress_bar
 from dwakd.evaluation.run import EvaluationPlan, plan_evaluation
-from dwakd.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
+from dwakd.models.loading import check_vocabulary, load_causal_lm, load_tokenizer, on_device
 from dwakd.recipe.recipe import Recipe, load_recipe
 from dwakd.recipe.sections import GenerateSection
 
@@ -214,15 +214,15 @@ def _source(recipe: Recipe, path: Path) -> Source:
         max_length=data.max_length,
         teacher=weights_digest(section.model, **loading),
         adapter=None if section.adapter is None else adapter_digest(section.adapter),
-        dtype=section.dtype,
+        dtype=str(section.dtype),
+        quantization=section.quantization_config,
     )
     del request["data.max_length"]  # does not matter here
 
     def load() -> LocalTeacher:
-        dtype = getattr(torch, section.dtype)
-        model = load_causal_lm(section.model, adapter=section.adapter, dtype=dtype, **loading)
+        model = load_causal_lm(section.model, **section.loading())
         check_vocabulary(model, tokenizer, section.model)
-        return LocalTeacher(model.to(_device(recipe)), encoder, options, skip=skip)
+        return LocalTeacher(on_device(model, _device(recipe)), encoder, options, skip=skip)
 
     return Source(section.model, request, load)
 

@@ -55,11 +55,19 @@ def adapter_digest(spec: str, *, revision: str | None = None) -> str:
 
 
 def fingerprint(
-    encoder: TextEncoder, *, bos: str, max_length: int, teacher: str, adapter: str | None, dtype: str
+    encoder: TextEncoder,
+    *,
+    bos: str,
+    max_length: int,
+    teacher: str,
+    adapter: str | None,
+    dtype: str,
+    quantization: Any = None,
 ) -> dict[str, str]:
     """Collect everything that must be equal for a cache to be usable, by option name.
 
-    `teacher` is its `weights_digest`, `adapter` the `adapter_digest` of its adapter, `dtype` the type in which it computes.
+    `teacher` is its `weights_digest`, `adapter` the `adapter_digest` of its adapter, `dtype` the type in which it computes
+    and `quantization` its config or the options of it.
     """
     template = encoder.template
     if template == "chat":
@@ -69,7 +77,7 @@ def fingerprint(
     return {
         "teacher": teacher,
         "teacher.adapter": adapter or "none",
-        "teacher.dtype": dtype,
+        "teacher.dtype": dtype if quantization is None else f"{dtype}, quantised with {quantization}",
         "tokenizer": tokenizer_digest(encoder),
         "data.template": template,
         "data.bos": bos,

@@ -10,9 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Group
 
 from dwakd.answers.run import answer_recipe
@@ -138,8 +136,8 @@ def evaluate_teacher(plan: EvaluationPlan, teacher: TeacherSection, folder: Path
     if num_evaluated(folder) < len(plan.sets) or is_other:
         (folder / CHECKSUMS).unlink(missing_ok=True)
         data, text = ([item.source for item in plan.sets if item.is_text == is_text] for is_text in (False, True))
-        loading: dict[str, Any] = {**about, "dtype": getattr(torch, teacher.dtype), "overwrite": is_other}
-        evaluate_sets(data=data, rows=plan.rows, options=plan.options, text=text, output=folder / "eval", **loading)
+        loading = {**teacher.loading(), "chat_template_path": teacher.chat_template_path, "overwrite": is_other}
+        evaluate_sets(teacher.model, data, plan.rows, plan.options, text=text, output=folder / "eval", **loading)
         write_json(saved, about)
     check_results(folder)
     return read_cell(folder)

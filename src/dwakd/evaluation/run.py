@@ -28,7 +28,7 @@ from dwakd.evaluation.metrics import has_reference
 from dwakd.evaluation.options import EvalOptions, RowOptions
 from dwakd.evaluation.report import check_overwrite, evaluation_table, write_evaluation
 from dwakd.folders import check_output_folder
-from dwakd.models.loading import load_causal_lm, load_tokenizer
+from dwakd.models.loading import load_causal_lm, load_tokenizer, on_device
 from dwakd.models.rows import check_head
 from dwakd.recipe.files import RECIPE_FILE, read_saved_recipe
 
@@ -130,6 +130,7 @@ def evaluate_sets(
     chat_template_path: str | None = None,
     output: Path | None = None,
     overwrite: bool = False,
+    **more: Any,
 ) -> Group:
     """Evaluate a model on test sets, write SET.json and SET.answers.jsonl, and return the table to print.
 
@@ -148,6 +149,7 @@ def evaluate_sets(
         chat_template_path: a chat template from elsewhere, as in `load_tokenizer`.
         output: folder of the results; eval/ in the model's folder by default.
         overwrite: replace results of the same name with another signature, which are otherwise an error.
+        more: other options of `load_causal_lm`.
 
     Raises:
         UserError: the model or the data cannot be used, or there are other results in the output folder.
@@ -156,7 +158,7 @@ def evaluate_sets(
     plan = EvaluationPlan(read_test_sets(data, rows, text), options, rows)
     loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     encoder = text_encoder_of(model, rows, recipe_of=model, chat_template_path=chat_template_path, **loading)
-    loaded = load_for_evaluation(model, adapter=adapter, dtype=dtype, **loading)
+    loaded = load_for_evaluation(model, adapter=adapter, dtype=dtype, **loading, **more)
     check_room(plan, loaded, encoder)
     table = evaluate_plan(plan, loaded, encoder, folder, name=model, overwrite=overwrite)
     if adapter is None and folder == Path(model) / "eval":
@@ -184,7 +186,7 @@ def load_for_evaluation(model: str, **options: Any) -> Any:
     """Load a model onto the accelerator, if there is one, and check its output head; `options` as in `load_causal_lm`."""
     loaded = load_causal_lm(model, **options)
     if torch.accelerator.is_available():
-        loaded.to(torch.accelerator.current_accelerator())
+        on_device(loaded, torch.accelerator.current_accelerator())
     check_head(loaded)
     return loaded
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dwakd.batch import OutputHead
 from dwakd.errors import UserError, explained
 from dwakd.models.head import causal_lm, embedding_table, evaluating, final_hidden, model_name, output_head
+from dwakd.models.quantisation import is_quantised
 
 _BEYOND = 1e6
 """Logits above this magnitude are treated as those of forbidden tokens."""
@@ -50,7 +51,8 @@ def check_head(model: nn.Module) -> None:
     with failure, evaluating(model), torch.no_grad(), torch.random.fork_rng(devices, device_type=ids.device.type):
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         hidden, changed = final_hidden(model, ids, mask), final_hidden(model, changed_ids, mask)
-    if problem := _head_problem(logits, hidden, head) or _order_problem(hidden, changed, kept):
+    rounding = 8e-3 if is_quantised(causal_lm(model)) else _rounding(hidden)
+    if problem := _head_problem(logits, hidden, head) or _order_problem(hidden, changed, kept, rounding):
         raise UserError(f"{name} {problem}")
 
 
@@ -164,14 +166,16 @@ def _head_problem(logits: Float[Tensor, "..."], hidden: Float[Tensor, "..."], he
 
 
 def _order_problem(
-    hidden: Float[Tensor, "3 length hidden"], changed: Float[Tensor, "3 length hidden"], kept: tuple[int, ...]
+    hidden: Float[Tensor, "3 length hidden"],
+    changed: Float[Tensor, "3 length hidden"],
+    kept: tuple[int, ...],
+    rounding: float,
 ) -> str | None:
     """Describe a difference between the hidden states of the `kept` leading tokens of a batch and of a changed batch.
 
     In models with a mixture of experts, rounding depends on the other sequences. This effect is measured on the first
     sequence, which is the same in both batches, and a difference of ten times its size is allowed.
     """
-    rounding = _rounding(hidden)
     company, *ahead = [relative_difference(changed[row, :count], hidden[row, :count]) for row, count in enumerate(kept)]
     if not company <= 10 * rounding:
         found = f"relative difference {company:.2g}"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dwakd.batch import OutputHead
 from dwakd.errors import UserError
+from dwakd.models.quantisation import quantised_weight
 
 # Prefix of the model type, config field, exponent: logits are multiplied by the field to the power of the exponent.
 _LOGIT_SCALES = (
@@ -192,6 +193,9 @@ def _plain_module(getter: str, what: str, model: nn.Module) -> Any:
     if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
         fix = "remove the module from target_modules, or train the full matrix with modules_to_save"
         raise UserError(f"a PEFT adapter changes the {what} of {model_name(model)} without changing the matrix; {fix}")
+    if quantised_weight(module):
+        fix = "leave it out of the quantisation, or give the model by name, so that it is dequantised"
+        raise UserError(f"the {what} of {model_name(model)} is quantised; {fix}")
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or len(getattr(weight, "ds_shape", weight.shape)) != 2:
         raise UserError(f"{model_name(model)} cannot be used: {getter}() returns no matrix for its {what}")

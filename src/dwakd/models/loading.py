@@ -20,6 +20,8 @@ from transformers.utils import find_adapter_config_file
 from dwakd.data.chat import check_tokenizer
 from dwakd.errors import UserError, explained
 from dwakd.models.adapters import merge_adapter
+from dwakd.models.head import causal_lm
+from dwakd.models.quantisation import dequantise_ends, is_quantised, quantization
 from dwakd.models.specs import only_cached, resolve_spec
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
@@ -95,6 +97,7 @@ def load_causal_lm(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    **options: Any,
 ) -> Any:
     """Load a causal language model in eval mode and merge its adapters into its weights.
 
@@ -105,6 +108,8 @@ def load_causal_lm(
         dtype: dtype of the weights.
         trust_remote_code: run the Python code of a hub repository. Set it only if you have read that code.
         revision: branch, tag or commit of `spec` if that is a hub id. It does not apply to `adapter`.
+        options: `attn_implementation`, `quantization_config` (or its options as a dict) and `device_map` of transformers.
+            An adapter of a quantised model is not merged. A quantised output head or embedding table is dequantised.
 
     Raises:
         UserError: the model cannot be loaded, is not a causal language model or lacks weights.
@@ -112,9 +117,11 @@ def load_causal_lm(
     location = resolve_spec(spec)
     own_adapter = adapter_config(location, revision)
     if own_adapter is None:
-        model = _pretrained(location, spec, dtype, revision=revision, trust_remote_code=trust_remote_code)
+        own = {"revision": revision, "trust_remote_code": trust_remote_code}
+        model = _pretrained(location, spec, dtype, own, options)
     else:
-        model = load_causal_lm(adapter_base(own_adapter, spec), dtype=dtype, trust_remote_code=trust_remote_code)
+        base = adapter_base(own_adapter, spec)
+        model = load_causal_lm(base, dtype=dtype, trust_remote_code=trust_remote_code, **options)
         model = _merged(model, location, spec, revision)
     if adapter is not None:
         if adapter_config(adapter) is None:
@@ -182,7 +189,14 @@ def quiet_peft() -> Iterator[None]:
         yield
 
 
-def _pretrained(location: str, spec: str, dtype: torch.dtype, **options: Any) -> Any:
+def on_device(model: Any, device: torch.device | None) -> Any:
+    """Move a model to a device, unless transformers has put it on the devices of a device map."""
+    lm = causal_lm(model)
+    placed = getattr(lm, "hf_device_map", None) or (is_quantised(lm) and device and lm.device.type == device.type)
+    return model if placed else model.to(device)
+
+
+def _pretrained(location: str, spec: str, dtype: torch.dtype, options: dict[str, Any], more: dict[str, Any]) -> Any:
     local = {"local_files_only": only_cached(location, options["revision"])}
     with explained(_failure("model", spec)):
         config = AutoConfig.from_pretrained(location, **options, **local)
@@ -190,11 +204,14 @@ def _pretrained(location: str, spec: str, dtype: torch.dtype, **options: Any) ->
         known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()).intersection(config.architectures or ())
         auto = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map") or not known
         model_class = AutoModelForCausalLM if auto else getattr(transformers, known.pop())
-        options |= {**local, "adapter_kwargs": local}  # transformers' search for adapters has its own options
+        if isinstance(given := more.get("quantization_config"), dict):
+            more = more | {"quantization_config": quantization(given)}
+        options |= {**local, **more, "adapter_kwargs": local}  # transformers' search for adapters has its own options
         model, loading = model_class.from_pretrained(location, dtype=dtype, output_loading_info=True, **options)
     if missing := sorted(loading["missing_keys"]):
         lack = f"{len(missing)} weights of {type(model).__name__} (first: {missing[0]})"
         raise UserError(f"the checkpoint of {spec} lacks {lack}; give the checkpoint of a causal language model")
+    dequantise_ends(model)
     return model
 
 
@@ -202,7 +219,8 @@ def _merged(model: Any, location: str, spec: str, revision: str | None) -> Any:
     """Merge an adapter into the model. Raise a UserError if weights of the adapter are missing."""
     with explained(_failure("adapter", spec)), quiet_peft():
         warnings.filterwarnings("error", message="Found missing adapter keys")
-        return merge_adapter(PeftModel.from_pretrained(model, location, revision=revision), spec)
+        adapted = PeftModel.from_pretrained(model, location, revision=revision)
+        return adapted if is_quantised(model) else merge_adapter(adapted, spec)
 
 
 def _failure(what: str, spec: str) -> str:

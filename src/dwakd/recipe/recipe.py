@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from dwakd.environment import supports_bfloat16
 from dwakd.errors import UserError
 from dwakd.losses import METHODS, SUM, MethodOptions
 from dwakd.losses.options import refuse_served
@@ -98,6 +99,14 @@ class Recipe(Section):
     def replace(self, **sections: Any) -> Recipe:
         """Return a recipe with other sections, validated for training."""
         return parse(Recipe, dict(self) | sections)
+
+    @model_validator(mode="after")
+    def _choose_dtypes(self) -> Recipe:
+        dtype = "bfloat16" if supports_bfloat16(use_cpu=bool(self.training.get("use_cpu"))) else "float32"
+        for section in self.teachers:
+            if section.dtype is None:
+                object.__setattr__(section, "dtype", dtype)  # a saved recipe names the dtype
+        return self
 
     @model_validator(mode="after")
     def _check_run(self, info: Any) -> Recipe:  # a ValidationInfo, a protocol that beartype cannot check

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+import torch
 from peft import LoraConfig
 from pydantic import AfterValidator, Field, JsonValue, WithJsonSchema, create_model, model_validator
 
@@ -86,9 +87,21 @@ class ModelSection(Section):
     revision: str | None = Field(None, description="Branch, tag or commit of a model on the hub.")
     dtype: Dtype = Field("float32", description="Type of the weights.")
     trust_remote_code: bool = Field(False, description="Whether to run modelling code from the hub.")
+    attn_implementation: str | None = Field(
+        None, description="Attention function of transformers, such as eager, sdpa or flash_attention_2."
+    )
+    quantization_config: dict[str, Json] | None = Field(
+        None, description="Options of a quantisation of transformers, such as {load_in_4bit: true}."
+    )
     chat_template_path: str | None = Field(
         None, description="A file with a chat template, or another model's folder or hub id, for data.template: chat."
     )
+
+    def loading(self) -> dict[str, Any]:
+        """Return the options of `load_causal_lm` that are given, with the dtype as one of torch."""
+        names = {"revision", "trust_remote_code", "adapter", "attn_implementation", "quantization_config", "device_map"}
+        given = self.model_dump(include={*names, "dtype"}, exclude_none=True)
+        return given | {"dtype": getattr(torch, given.get("dtype", "float32"))}
 
 
 class StudentSection(ModelSection):
@@ -118,6 +131,10 @@ class TeacherSection(ModelSection):
         None, min_length=1, description="Name among several teachers for data.teacher_key. By default it is its number."
     )
     weight: Share = Field(1.0, description="Weight among several teachers, relative to theirs.")
+    dtype: Dtype | None = Field(None, description="Type of the weights. By default bfloat16 on GPUs, else float32.")  # type: ignore[assignment]
+    device_map: str | dict[str, int | str] | None = Field(
+        None, description="Devices of the layers, such as auto, which divides the teacher among the GPUs of a process."
+    )
     adapter: str | None = Field(None, description="Folder of a PEFT adapter to merge into the teacher.")
     cache: str | None = Field(
         None,

@@ -10,6 +10,7 @@ import torch
 from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 from transformers import TrainingArguments
 
+from dwakd.environment import supports_bfloat16
 from dwakd.errors import UserError
 from dwakd.losses import MethodOptions, method_options
 from dwakd.losses.options import Rate, Steps, Temperature
@@ -34,8 +35,8 @@ ELSEWHERE = {
     "teacher_names": "use teacher.name",
     "teacher_cache": "use teacher.cache",
     "trust_remote_code": "use student.trust_remote_code and teacher.trust_remote_code",
-    "model_init_kwargs": "use student.dtype, student.revision and student.trust_remote_code",
-    "teacher_model_init_kwargs": "use teacher.dtype, teacher.revision and teacher.trust_remote_code",
+    "model_init_kwargs": "use student.dtype, student.revision and so on",
+    "teacher_model_init_kwargs": "use teacher.dtype, teacher.revision and so on",
     "chat_template_path": "use student.chat_template_path and teacher.chat_template_path",
     "output_dir": "use --output",
     "resume_from_checkpoint": "use --resume",
@@ -53,8 +54,11 @@ class LoadingOptions(Section):
     """The keyword arguments of `from_pretrained` that `model_init_kwargs` may have."""
 
     revision: str | None = None
-    dtype: Dtype = "float32"
+    dtype: Dtype | None = None
     trust_remote_code: bool = False
+    attn_implementation: str | None = None
+    quantization_config: Any = None
+    device_map: Any = None
 
     @model_validator(mode="before")
     @classmethod
@@ -164,7 +168,9 @@ class DistillConfig(TrainingArguments):
     teacher_cache: str | None = _option(None, "Folder of the teacher's hidden states. It is built if it is missing.")
     trust_remote_code: bool = _option(False, "Run modelling code from the hub; only for models given by name.")
     model_init_kwargs: dict[str, Any] | None = _option(
-        None, "How to load a student given by name: dtype, revision and trust_remote_code."
+        None,
+        "How to load a student given by name: dtype, revision, trust_remote_code, attn_implementation, quantization_config "
+        "and device_map.",
     )
     teacher_model_init_kwargs: dict[str, Any] | None = _option(None, "The same for teachers given by name.")
     chat_template_path: str | None = _option(
@@ -175,6 +181,7 @@ class DistillConfig(TrainingArguments):
     eval_max_new_tokens: Count = _option(128, "Most tokens of an answer for eval_rouge_l.")
 
     # Options of transformers with other defaults
+    bf16: bool | None = _option(None, "Mixed precision in bfloat16. By default on GPUs that support it, without fp16.")
     output_dir: str | None = _option("distilled", "Folder of the checkpoints and the result.")
     learning_rate: Positive = _option(5e-4, "Learning rate of the student.")
     weight_decay: NotNegative = _option(0.01, "Weight decay of AdamW, not of biases and norms.")
@@ -217,6 +224,8 @@ class DistillConfig(TrainingArguments):
             lower = metric_names(self.method_options, rouge_l=False)
             self.greater_is_better = not f"_{self.metric_for_best_model}".endswith(tuple(f"_{name}" for name in lower))
         self.logging_nan_inf_filter |= bool(self.max_skipped_steps)  # the logged loss leaves skipped steps out
+        by_default = not self.fp16 and supports_bfloat16(use_cpu=self.use_cpu)
+        self.bf16 = by_default if self.bf16 is None else self.bf16
         super().__post_init__()
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to pin memory for, and torch would warn

@@ -163,13 +163,14 @@ def build_method(
     embedding_size = embedding_table(student).shape[1]
     losses = []
     for teacher, encoder in zip(teachers, encoders[1:], strict=True):
-        widths = Widths(head.hidden_size, teacher.head.hidden_size, embedding_size, teacher.table.shape[1])
+        theirs = teacher.head.to(head.weight.device)  # a quantised model is on its GPU already
+        widths = Widths(head.hidden_size, theirs.hidden_size, embedding_size, teacher.table.shape[1])
         pair = None
         if needs.needs_models == "pair":
             ends = own.end_token_id, encoder.end_token_id
             tokens, spell = (own.token_bytes(), encoder.token_bytes()), (own.spell, encoder.spell)
             spelling = json_digest([tokenizer_digest(own), tokenizer_digest(encoder)])
-            pair = ModelPair(widths, *tokens, head, teacher.head, ends, spell, spelling)
+            pair = ModelPair(widths, *tokens, head, theirs, ends, spell, spelling)
         one_tokenizer = [part.method_name() for part in needs.parts if part.needs_same_vocabulary]
         if one_tokenizer and own.tokenizer.get_vocab() != encoder.tokenizer.get_vocab():
             raise UserError(

@@ -15,6 +15,7 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import REFUSED, SpellingAligner, align_by_spelling, encode_pairs
 from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, Example, RowSource
 from dwakd.data.stream import StreamedRows
+from dwakd.environment import supports_bfloat16
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import answerable_prompts
 from dwakd.models.head import embedding_table, model_name, output_head
@@ -43,6 +44,8 @@ def checked_args(args: Any) -> DistillConfig:
     args = args or DistillConfig()
     if not isinstance(args, DistillConfig):
         raise UserError(f"args must be a dwakd.DistillConfig, which takes every option of {type(args).__name__}")
+    if (args.teacher_model_init_kwargs or {}).get("device_map"):
+        args._n_gpu = min(args.n_gpu, 1)  # the teacher is on the other GPUs
     if args.n_gpu > 1:
         raise UserError(
             f"{args.n_gpu} GPUs are visible to one process: start one for each with torchrun "
@@ -73,7 +76,8 @@ def loading_options(args: DistillConfig, role: str) -> dict[str, Any]:
     given = LoadingOptions.model_validate(getattr(args, f"{role}model_init_kwargs") or {}).model_dump(
         exclude_unset=True
     )
-    options = {"trust_remote_code": args.trust_remote_code, "dtype": "float32", **given}
+    dtype = "bfloat16" if role and supports_bfloat16(use_cpu=args.use_cpu) else "float32"
+    options = {"trust_remote_code": args.trust_remote_code, "dtype": dtype, **given}
     return options | {"dtype": getattr(torch, options["dtype"])}
 
 
@@ -99,7 +103,8 @@ def load_pair(
     role = name.removesuffix("processing_class")
     if isinstance(model, str):
         options = loading_options(args, role)
-        tokenizer = tokenizer or load_tokenizer(model, **{n: v for n, v in options.items() if n != "dtype"})
+        own = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+        tokenizer = tokenizer or load_tokenizer(model, **own)
         model = load_causal_lm(model, **options)
     if tokenizer is None:
         raise UserError(f"{name} is missing: a model that is passed as an object needs its tokenizer")

@@ -95,7 +95,7 @@ def check_options(recipe: Recipe, output_dir: str | Path) -> DistillConfig:
 def load_section(section: StudentSection | TeacherSection) -> tuple[Any, Any]:
     """Load the model of a section, or open its cache, and load its tokenizer."""
     options: dict[str, Any] = {"trust_remote_code": section.trust_remote_code, "revision": section.revision}
-    loading = {**options, "dtype": getattr(torch, section.dtype), "adapter": getattr(section, "adapter", None)}
+    loading = section.loading()
     tokenizer = load_tokenizer(section.model, chat_template_path=section.chat_template_path, **options)
     if isinstance(section, TeacherSection) and section.url is not None:
         return ServedTeacher(section, tokenizer), tokenizer
@@ -138,6 +138,8 @@ def build_trainer(recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan |
     args = check_options(recipe, output_dir)
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):  # before the models are loaded
         check_plugin(FullyShardedDataParallelPlugin())
+    if any(section.device_map for section in recipe.teachers):
+        args._n_gpu = min(args.n_gpu, 1)  # the teacher is on the other GPUs
     peft, data = recipe.student.peft, recipe.data
     examples, eval_examples = recipe_examples(recipe, plan)
     student, student_tokenizer = load_section(recipe.student)

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from dwakd.errors import UserError
 from dwakd.models.head import model_name
+from dwakd.models.quantisation import is_quantised
 from dwakd.models.rows import evaluating
 from dwakd.models.saving import remove_unused_sampling
 
@@ -37,16 +38,22 @@ def check_student(student: nn.Module) -> None:
         )
     if isinstance(student, PeftModel):
         _check_adapter(student)
+    elif is_quantised(student):
+        raise UserError(
+            f"the weights of the student {model_name(student)} are quantised, and quantised weights cannot be trained: train "
+            "an adapter (student.peft, or peft_config)"
+        )
     elif getattr(student, "_hf_peft_config_loaded", False):
         raise UserError(
             f"the student {model_name(student)} has an adapter from add_adapter, whose base model would not be saved: "
             "pass the base model and the adapter's config as peft_config, or pass a peft.PeftModel"
         )
-    elif isinstance(student, PreTrainedModel):
-        # a model that is quantized or lies on several devices cannot be rebuilt from its tensors
-        is_quantized = getattr(student, "hf_quantizer", None) is not None
-        if not (is_deepspeed_zero3_enabled() or is_quantized or len({p.device for p in student.parameters()}) > 1):
-            _check_same(student, _restored(student, _saved_config(student)))
+    elif (
+        isinstance(student, PreTrainedModel)
+        and not is_deepspeed_zero3_enabled()
+        and len({p.device for p in student.parameters()}) == 1  # otherwise it cannot be rebuilt from its tensors
+    ):
+        _check_same(student, _restored(student, _saved_config(student)))
 
 
 def widest_dtype(model: nn.Module) -> torch.dtype:
@@ -91,7 +98,11 @@ def _set_rates_to_zero(owner: Any) -> None:
 
 
 def _storage(parameter: torch.Tensor) -> tuple[str, int]:
-    return str(parameter.device), parameter.untyped_storage().data_ptr() or id(parameter)
+    try:
+        pointer = parameter.untyped_storage().data_ptr()
+    except RuntimeError:  # a quantised tensor of torchao consists of others
+        pointer = 0
+    return str(parameter.device), pointer or id(parameter)
 
 
 def _check_adapter(student: PeftModel) -> None:

@@ -28,7 +28,7 @@ from dwakd.errors import UserError
 from dwakd.evaluation.generate import max_positions
 from dwakd.models.checks import check_packing
 from dwakd.models.head import embedding_table, output_head
-from dwakd.models.loading import load_causal_lm, load_tokenizer
+from dwakd.models.loading import load_causal_lm, load_tokenizer, on_device
 from dwakd.models.rows import select_side, teacher_states
 from dwakd.recipe.checks import refuse_cached_attention, refuse_cached_sampling
 from dwakd.recipe.training import DistillConfig
@@ -73,7 +73,13 @@ class Teacher(ABC):
     def side(self, tokens: TokenBatch) -> ModelSide:
         """Return the teacher's side of a batch, on the device of its tokens and without gradient."""
         hidden, attention = self.states(tokens)
-        return select_side(tokens, hidden, attention, self.table.detach(), self.head)
+        device = tokens.input_ids.device  # with a device map, the last layer and the head may be on another one
+        ends = (
+            hidden.to(device),
+            attention if attention is None else attention.to(device),
+            self.table.detach().to(device),
+        )
+        return select_side(tokens, *ends, self.head.to(device))
 
 
 class OnlineTeacher(Teacher):
@@ -104,7 +110,7 @@ class OnlineTeacher(Teacher):
 
     def states(self, tokens: TokenBatch) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, " tokens"] | None]:
         if self.model.device != tokens.input_ids.device:
-            self.model.to(tokens.input_ids.device)
+            on_device(self.model, tokens.input_ids.device)
         return teacher_states(self.model, tokens, attention=self.with_attention, packed=self.packed)
 
 
@@ -116,7 +122,8 @@ class CachedTeacher(Teacher):
 
     Args:
         folder: folder of the cache, or the fsspec URL of a complete one.
-        model: name or folder of the teacher; `adapter`, `revision`, `dtype` and `trust_remote_code` as in `load_causal_lm`.
+        model: name or folder of the teacher; `adapter`, `revision`, `dtype` and `trust_remote_code` as in `load_causal_lm`,
+            as all arguments that are not listed here.
         cache_dtype: dtype of the stored hidden states; the teacher's own by default, which stores them exactly.
         tokenizer: tokenizer of the teacher; by default the one that belongs to the model.
         engine: what runs the teacher to build the cache, `transformers` or `vllm`.
@@ -137,6 +144,7 @@ class CachedTeacher(Teacher):
         cache_dtype: torch.dtype | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         engine: str = "transformers",
+        **loading: Any,
     ) -> None:
         if not isinstance(model, str):
             raise UserError(
@@ -146,6 +154,7 @@ class CachedTeacher(Teacher):
         self.name, self.adapter, self.dtype, self.cache_dtype = model, adapter, dtype, cache_dtype
         self.engine = engine
         self._options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self._loading = loading
         self.tokenizer = tokenizer or load_tokenizer(model, **self._options)
         self.cache: Cache
         """The open cache, available after `prepare`, like `head` and `table`."""
@@ -200,9 +209,12 @@ class CachedTeacher(Teacher):
 
     def _identity(self) -> dict[str, Any]:
         """Return what identifies the teacher in the fingerprint of its cache."""
-        adapter = None if self.adapter is None else adapter_digest(self.adapter)
-        dtype = str(self.dtype).removeprefix("torch.")
-        return {"teacher": weights_digest(self.name, **self._options), "adapter": adapter, "dtype": dtype}
+        return {
+            "teacher": weights_digest(self.name, **self._options),
+            "adapter": None if self.adapter is None else adapter_digest(self.adapter),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "quantization": self._loading.get("quantization_config"),
+        }
 
     def _engine(self, args: DistillConfig, sets: Sets) -> Engine:
         """Load the teacher to build the cache."""
@@ -214,8 +226,9 @@ class CachedTeacher(Teacher):
                 )
             longest = max(len(row.teachers[0].ids) for pairs in filter(None, sets.values()) for row in pairs.rows)
             return VllmEngine(self.name, self.dtype, longest, **self._options)
-        model = load_causal_lm(self.name, adapter=self.adapter, dtype=self.dtype, **self._options)
-        model = load_pair(model, self.tokenizer, args, "teacher_processing_class")[0].to(args.device)
+        options = self._options | self._loading
+        model = load_causal_lm(self.name, adapter=self.adapter, dtype=self.dtype, **options)
+        model = on_device(load_pair(model, self.tokenizer, args, "teacher_processing_class")[0], args.device)
         return ModelEngine(_check_positions(model, args, sets))
 
     def states(self, tokens: TokenBatch) -> tuple[Float[Tensor, "tokens hidden"], None]:
