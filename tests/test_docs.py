@@ -121,6 +121,10 @@ def test_commands_are_accepted(tmp_path):
         if program == "torchrun":
             assert words[:4] == ["--nproc-per-node", "2", "-m", "dwakd"], line
             program, words = "dwakd", words[4:]
+        if program == "accelerate":
+            assert [*words[:2], *words[3:5]] == ["launch", "--config_file", "-m", "dwakd"], line
+            assert (ROOT / words[2]).is_file(), line
+            program, words = "dwakd", words[5:]
         if program == "dwakd":
             name, *given = words
             programs[name].make_context(name, [*given])
