@@ -82,3 +82,5 @@ def test_what_vllm_cannot_do_is_one_sentence(build, tmp_path, monkeypatch):
     monkeypatch.setitem(fake_vllm.sys.modules, "vllm", None)
     with pytest.raises(UserError, match=r"requires the package vllm, 0\.22 or newer"):
         build(teacher)
+    with pytest.raises(UserError, match=r"without teacher\.adapter and teacher\.quantization_config"):
+        build(teacher, quantization_config={"load_in_4bit": True})

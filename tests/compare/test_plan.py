@@ -49,7 +49,7 @@ def test_a_sum_in_the_recipe_is_kept_and_replaced():
 
 
 def test_runs_that_cannot_use_a_cache_have_none():
-    """A cache contains no attention and not the student's own answers, so runs that need these do not use it."""
+    """A cache contains no attention, no answers of the student and no stream, so runs that need these do not use it."""
     cached = recipe(teacher={"model": "teacher", "cache": "folder"})
     sra = {
         weights: Variant("sra", {"loss.method": "sra", "loss.span_weights": weights})
@@ -59,6 +59,8 @@ def test_runs_that_cannot_use_a_cache_have_none():
     assert caches == [None, "folder"]
     sampled = Variant("on-policy", {"loss.method": "alm", "training.lmbda": 0.5})
     assert Cell(sampled, 1).recipe(cached).teachers[0].cache is None
+    streamed = Variant("stream", {"data.streaming": True, "training.max_steps": 2})
+    assert Cell(streamed, 1).recipe(cached).teachers[0].cache is None
     half = recipe(teacher={"model": "teacher", "cache_dtype": "bfloat16"})
     assert Cell(sra["attention"], 1).recipe(half).teachers[0].cache_dtype is None
 

@@ -52,7 +52,7 @@ class Case(NamedTuple):
 CASES = [
     # two layers and the rest: 3 gathers in the forward pass, 2 of the layers in the backward pass, 3 reductions
     Case("sft", 8, options={"student": "qwen2", "gradient_checkpointing": True}),
-    Case("dwa_kd", 8),
+    Case("dwa_kd", 8, options={"padding_free": True}),
     Case("dwa_kd", 15, "student", {"student": "qwen2", "loss_options": {"variant": "recommended"}}),
     Case("uld", 17, "matrices"),
     Case("alm", 7, options={"lora": True}),  # the rest has no gradient

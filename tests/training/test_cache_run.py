@@ -81,6 +81,7 @@ def test_build_check_and_train(recipe, tmp_path, monkeypatch, capsys):
         (["cache", "RECIPE", "teacher=null"], "add a teacher section"),
         (["cache", "FOLDER"], "is a folder"),
         (["cache", "RECIPE", "--check"], "is not a teacher cache"),
+        (["cache", "RECIPE", "--check", "--engine", "vllm"], "--engine has no effect with --check"),
         (["cache", "RECIPE", "teacher.cache_dtype=int4"], "cache_dtype must be 'float32', 'bfloat16' or 'float16'"),
         (["train", "RECIPE", "training.teacher_cache=x"], "training.teacher_cache does not belong"),
     ],

@@ -89,6 +89,16 @@ def test_a_corrupt_line_ends_a_run_with_one_sentence(tmp_path: Path) -> None:
         run_rows(tmp_path / "run", path, invalid_rows="skip")
 
 
+def test_a_step_without_a_usable_row_has_no_gradient(tmp_path: Path) -> None:
+    """A step whose only row is skipped has no response token, by whose number the loss is divided."""
+    path = write(tmp_path / "rows.jsonl", broken=2)
+    options = {"per_device_train_batch_size": 1, "invalid_rows": "skip", "max_steps": 3, "method": "dwa_kd"}
+    run, rows = run_rows(tmp_path / "run", path, **options)
+    assert rows == [(0,), (1,), (1,)]
+    gradients = [entry["grad_norm"] for entry in run.state.log_history if "grad_norm" in entry]
+    assert [norm > 0 for norm in gradients] == [True, True, False]
+
+
 def test_options_that_need_all_rows_are_refused(tmp_path: Path) -> None:
     """Options that cannot work without all rows are refused before anything runs."""
     given = {"output_dir": str(tmp_path), "use_cpu": True, "streaming": True, "max_steps": 2}
@@ -96,6 +106,7 @@ def test_options_that_need_all_rows_are_refused(tmp_path: Path) -> None:
         ({"max_steps": -1}, "data.streaming requires training.max_steps"),
         ({"train_sampling_strategy": "group_by_length"}, "group_by_length needs all rows"),
         ({"teacher_cache": "x"}, "a teacher cache needs all rows"),
+        ({"eval_strategy": "epoch"}, "training.eval_strategy: epoch has no effect with data.streaming"),
     ):
         with pytest.raises(UserError, match=problem):
             DistillConfig(**{**given, **options})

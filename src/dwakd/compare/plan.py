@@ -79,8 +79,8 @@ class Variant:
 
 
 def cacheable(recipe: Recipe) -> bool:
-    """Return whether a run can use a teacher cache, which contains no attention and not the student's own answers."""
-    return not recipe.loss.needs_attention and not recipe.training.get("lmbda")
+    """Return whether a run can use a teacher cache, which needs all rows and has no attention and no student's answers."""
+    return not (recipe.loss.needs_attention or recipe.training.get("lmbda") or recipe.data.streaming)
 
 
 @dataclass(frozen=True)

@@ -140,20 +140,19 @@ def final_hidden(
     backbone = lm.base_model if lm.base_model is not lm else getattr(lm, "model", lm)
     if backbone is lm:
         raise UserError(f"{model_name(model)} cannot be used: it has no backbone that runs without the output head")
+    kept = attention_mask.bool()
     if packed:
-        kept = attention_mask.bool()
         positions = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)[kept]
-        output = backbone(
-            input_ids=input_ids[kept][None], position_ids=positions[None], use_cache=False, return_dict=True
-        )
-        found: Tensor = output.last_hidden_state[0]
-        return found.new_zeros(*kept.shape, found.shape[1]).masked_scatter(kept[..., None], found)
-    # Causal attention needs no mask for right padding. Positions whose keys are all masked would be NaN in eager float64.
-    seen = torch.ones_like(attention_mask)
+        inputs = {"input_ids": input_ids[kept][None], "position_ids": positions[None]}
+    else:
+        # Causal attention needs no mask for right padding. Positions whose keys are all masked would be NaN in eager float64.
+        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(attention_mask)}
 
     def run() -> Any:
-        output = backbone(input_ids=input_ids, attention_mask=seen, use_cache=False, return_dict=True)
-        return output.last_hidden_state
+        found = backbone(**inputs, use_cache=False, return_dict=True).last_hidden_state
+        if packed:
+            return found.new_zeros(*kept.shape, found.shape[-1]).masked_scatter(kept[..., None], found)
+        return found
 
     owner: Any = next((module for module in (model, lm) if hasattr(module, "set_requires_gradient_sync")), None)
     if owner is None:

@@ -39,8 +39,15 @@ def check_stream(args: Any, cache: object) -> None:
         )
     if args.train_sampling_strategy == "group_by_length":
         raise UserError("training.train_sampling_strategy: group_by_length needs all rows: set data.streaming: false")
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if getattr(args, name) == "epoch":
+            raise UserError(
+                f"training.{name}: epoch has no effect with data.streaming, which has no epochs: set it to steps"
+            )
     if cache is not None:
-        raise UserError("a teacher cache needs all rows: train without teacher.cache, or set data.streaming: false")
+        raise UserError(
+            "a teacher cache needs all rows: train without teacher.cache and teacher.url, or set data.streaming: false"
+        )
 
 
 def refuse_cached_attention(options: MethodOptions) -> None:

@@ -38,6 +38,8 @@ def cache_recipe(
         raise UserError(
             "teacher.cache is missing: name the folder of a teacher's cache in the recipe (or with --output)"
         )
+    if engine != "transformers" and (check or any(served)):
+        raise UserError("--engine has no effect with --check or teacher.url: leave it out")
     args = training_config(recipe, "unused")
     check_stream(args, folders)
     train, evaluation = recipe_examples(recipe)

@@ -72,6 +72,7 @@ class StepTrainer(HubTrainer):
         num_tokens = torch.tensor(self.clock.add_tokens([micro.batch for micro in micro_batches]), device=device)
         if self.args.world_size > 1:
             num_tokens = self.accelerator.gather(num_tokens).sum()
+        num_tokens = num_tokens.clamp(min=1)  # no row of a stream may be usable in this step
         self._distiller.loss.set_step(self.state.global_step)
         self._distiller.term_scales = self.balance.scales
         if self.args.max_tokens_per_batch is None:
@@ -85,9 +86,10 @@ class StepTrainer(HubTrainer):
         kept = cut_repeats(batches, self.accelerator.gradient_state, self.args)
         if answer is not None:
             kept = answer.replace(kept, self.student, self.state.global_step)
+        kept = [batch.to(self.args.device) for batch in kept]
         if max_tokens is not None:
             kept = split_by_tokens(kept, max_tokens, gather)
-        return run_teachers([batch.to(self.args.device) for batch in kept], self.teachers, gather)
+        return run_teachers(kept, self.teachers, gather)
 
     def training_step(
         self, model: nn.Module, inputs: list[MicroBatch], num_items_in_batch: Tensor | int | None = None

@@ -219,10 +219,10 @@ class CachedTeacher(Teacher):
     def _engine(self, args: DistillConfig, sets: Sets) -> Engine:
         """Load the teacher to build the cache."""
         if self.engine == "vllm":
-            if self.adapter is not None or args.world_size > 1:
+            if self.adapter is not None or args.world_size > 1 or self._loading.get("quantization_config"):
                 raise UserError(
-                    "dwakd cache --engine vllm runs in one process, which uses all GPUs, and without teacher.adapter: start "
-                    "it without torchrun, and merge the adapter into a model of its own"
+                    "dwakd cache --engine vllm runs in one process, which uses all GPUs, and without teacher.adapter and "
+                    "teacher.quantization_config: start it without torchrun, and name a merged or quantised model"
                 )
             longest = max(len(row.teachers[0].ids) for pairs in filter(None, sets.values()) for row in pairs.rows)
             return VllmEngine(self.name, self.dtype, longest, **self._options)
