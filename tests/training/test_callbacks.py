@@ -66,7 +66,7 @@ def test_steps_of_nan_are_skipped_and_counted(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
     message = (
-        r"the loss is inf at step 3 \(terms: ce; .*, and training.max_skipped_steps \(1\) are skipped already: lower"
+        r"the loss is inf at step 3 \(terms: ce; .*, and no more steps are skipped \(training.max_skipped_steps=1\)"
     )
     with pytest.raises(UserError, match=message):
         run.train()

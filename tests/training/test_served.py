@@ -79,6 +79,11 @@ def test_only_the_answers_of_the_student_are_asked_for(served, server, tmp_path)
     assert len(asked) - len(stored) == sum(key not in stored for key in asked) > 0
     _, found = run_of(tmp_path / "all", served(), **options | {"lmbda": 1})
     assert found == pytest.approx(run_of(tmp_path / "b", **options | {"lmbda": 1})[1], rel=1e-6)
+    options |= {"lmbda": 1, "eval_rows": [{"prompt": "Is it stored?", "response": "Once."}], "max_steps": 1}
+    one, _ = run_of(tmp_path / "evaluated", served(), **options)
+    server.requests.clear()
+    assert one.evaluate()["eval_alm"] >= 0
+    assert not server.requests, "rows to evaluate on are asked for once"
 
 
 def test_several_teachers_and_a_sum(served, server, tmp_path):

@@ -132,7 +132,7 @@ def dry_run(recipe: Recipe, folder: Path, plan: EvaluationPlan, *, resume: bool)
 def predict(recipe: Recipe, plan: EvaluationPlan | None = None) -> tuple[Prediction, list[EncodedRow]]:
     """Train a few steps and return what the whole training will need, and the three longest rows."""
     if recipe.data.streaming or any(section.url is not None for section in recipe.teachers):
-        raise UserError("--dry-run cannot be used with data.streaming and teacher.url: set data.streaming=false")
+        raise UserError("--dry-run cannot be used with data.streaming or teacher.url: start without --dry-run")
     sections = [_with_complete_cache(section) for section in recipe.teachers]
     teacher = sections if isinstance(recipe.teacher, list) else next(iter(sections), None)
     with tempfile.TemporaryDirectory() as empty:

@@ -155,7 +155,7 @@ class TeacherSection(ModelSection):
         description="How the server is asked: token ids with echo, token ids with vLLM's prompt_logprobs, or text with echo "
         "for servers that take no token ids.",
     )
-    batch_size: Count = Field(16, description="Requests at a time to the server.")
+    batch_size: Count = Field(16, description="Number of parallel requests to the server.")
 
     @model_validator(mode="after")
     def _check_url(self) -> TeacherSection:

@@ -152,14 +152,15 @@ class DistillConfig(TrainingArguments):
     )
     term_gradient_limit: Positive | None = _option(
         None,
-        "Scale terms down whose gradient exceeds that of ce this many times. It is measured every 10 steps by default.",
+        "Largest gradient norm of a term, as a multiple of that of ce; the weight of a term with a larger one is reduced. "
+        "The norms are measured every 10 steps, or every term_gradient_steps.",
     )
     max_tokens_per_batch: Count | None = _option(
         None,
         "Split each optimiser step into micro-batches of at most this many tokens of all models, padding included.",
     )
     max_skipped_steps: Steps = _option(
-        0, "Steps whose loss or gradient is NaN or infinite that are skipped before such a step ends the run."
+        0, "Number of steps with a NaN or infinite loss or gradient that are skipped; the next such step ends the run."
     )
     padding_free: bool = _option(
         False, "Run the rows of a batch as one sequence without padding, for models loaded with flash attention."

@@ -43,6 +43,10 @@ def cache_recipe(
     args = training_config(recipe, "unused")
     check_stream(args, folders)
     train, evaluation = recipe_examples(recipe)
+    if args.lmbda == 1 and any(served) and evaluation is None:
+        raise UserError(
+            "there is nothing to store: with training.lmbda: 1 the student answers every prompt of the recipe"
+        )
     teachers = [
         load_section(section.model_copy(update={"cache": place and str(place)}))[0] if place or own else None
         for section, place, own in zip(recipe.teachers, folders, served, strict=True)

@@ -205,7 +205,7 @@ class FiniteCheck(TrainerCallback):
         number = skipped_steps(state) + 1
         if number > args.max_skipped_steps:
             self._fail(
-                f"{problem}, and training.max_skipped_steps ({args.max_skipped_steps}) are skipped already: {_FIX}"
+                f"{problem}, and no more steps are skipped (training.max_skipped_steps={args.max_skipped_steps}): {_FIX}"
             )
         logger.warning("skipping a step (%d of at most %d): %s", number, args.max_skipped_steps, problem)
         state.stateful_callbacks[SKIPPED] = number

@@ -54,10 +54,8 @@ class CheckpointTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         output = Path(self._get_output_dir(trial=trial))
         folder = output / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        limit, self.args.save_total_limit = (
-            self.args.save_total_limit,
-            None,
-        )  # transformers deletes before all ranks have saved
+        # transformers would delete others before all ranks have saved
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with disk_errors_explained(folder, remove=self.args.should_save):
                 if self.args.should_save:
@@ -75,9 +73,7 @@ class CheckpointTrainer(Trainer):
 
 def delete_checkpoints(output: Path, limit: int, kept: set[str]) -> None:
     """Delete checkpoints until at most `limit` are left: incomplete ones first, then the oldest, and none of `kept`."""
-    for path in output.glob(
-        f".{PREFIX_CHECKPOINT_DIR}-*{UNFINISHED}deleted"
-    ):  # a killed process has begun to delete it
+    for path in output.glob(f".{PREFIX_CHECKPOINT_DIR}-*{UNFINISHED}deleted"):  # left by a killed process
         shutil.rmtree(path, ignore_errors=True)
     found = checkpoints_in(output)
     found.sort(key=lambda path: (path / CHECKSUMS).stat().st_mtime if has_checksums(path) else 0)

@@ -59,14 +59,15 @@ class ServedTeacher(CachedTeacher):
         refuse_served(args.method_options)
 
     def prepare(self, encoder: TextEncoder, args: DistillConfig, sets: Sets, *, repair: bool = False) -> None:
-        """Ask for the rows of these data sets, unless they are stored or the student answers all prompts."""
-        if args.lmbda < 1:
-            self._request(encoder, args, sets)  # chooses the folder
+        """Ask for the rows of these data sets that are not stored; for those to train on unless the student answers all."""
+        if self._request(encoder, args, sets).sets:  # chooses the folder
             super().prepare(encoder, args, sets, repair=repair)
             self.find_place, self._places = None, self.cache.index.places
 
     def _request(self, encoder: TextEncoder, args: DistillConfig, sets: Sets) -> CacheRequest:
         request = super()._request(encoder, args, sets)
+        if args.lmbda == 1:
+            request = replace(request, sets={role: own for role, own in request.sets.items() if role != "train"})
         if self._section.cache is None:
             keys = sorted(key.hex() for key, _ in keyed_sides(*request.sets.values()))
             self.folder = cache_folder() / "served" / json_digest([request.fingerprint, keys])[:32]
