@@ -121,6 +121,8 @@ def test_options_that_need_all_rows_are_refused(tmp_path: Path) -> None:
     assert (args.streaming, args.save_strategy) == (True, "steps")
     for rows, options, problem in (
         ([Example(0, "a", response="b")], {}, "these rows are in memory"),
+        (tmp_path / "rows.jsonl", {"max_length": 64, "max_prompt_length": 64}, "max_prompt_length=64 must be"),
+        (tmp_path / "rows.jsonl", {"invalid_rows": "ignore"}, "data.invalid_rows 'ignore' is unknown"),
         (tmp_path / "rows.csv", {}, "reads .jsonl and .parquet files, but not .csv"),
         (write(tmp_path / "rows.jsonl"), {"teacher_prompt_column": "prompt"}, "data.teacher_prompt needs all rows"),
     ):

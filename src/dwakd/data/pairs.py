@@ -85,9 +85,7 @@ def encode_pairs(
         UserError: a row is invalid (see `invalid_rows`), no row can be used, or no room is left for a response.
     """
     check_choice("data.invalid_rows", invalid_rows, INVALID_ROWS)
-    if not 1 <= max_prompt_length < max_length:
-        limit = f"data.max_length={max_length}, which includes the response"
-        raise UserError(f"data.max_prompt_length={max_prompt_length} must be at least 1 and below {limit}")
+    check_lengths(max_length, max_prompt_length)
     report: dict[str, list[int]] = {}
     first_error: dict[str, str] = {}
     num_parts, num_foreign = 0, 0
@@ -114,6 +112,13 @@ def encode_pairs(
             *(source, num_foreign, num_parts),
         )
     return pairs
+
+
+def check_lengths(max_length: int, max_prompt_length: int) -> None:
+    """Raise UserError unless the longest prompt leaves room for a response."""
+    if not 1 <= max_prompt_length < max_length:
+        limit = f"data.max_length={max_length}, which includes the response"
+        raise UserError(f"data.max_prompt_length={max_prompt_length} must be at least 1 and below {limit}")
 
 
 def encode_rows(

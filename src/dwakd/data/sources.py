@@ -101,16 +101,18 @@ class RowSource:
     invalid_rows: str = "error"
     name: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"data.limit must be at least 1, got {self.limit}")
+        check_choice("data.invalid_rows", self.invalid_rows, INVALID_ROWS)
+        check_choice("data.supervise", self.supervise, SUPERVISE)
+
     @property
     def title(self) -> str:
         """The name of the source in messages."""
         return self.name or (str(self.source) if isinstance(self.source, str | Path) else "the data set passed in")
 
     def __iter__(self) -> Iterator[Example]:
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"data.limit must be at least 1, got {self.limit}")
-        check_choice("data.invalid_rows", self.invalid_rows, INVALID_ROWS)
-        check_choice("data.supervise", self.supervise, SUPERVISE)
         errors: list[str] = []
         num_rows = num_examples = 0
         for num_rows, (where, row, columns) in enumerate(self._placed(), 1):
@@ -223,7 +225,8 @@ def _loaded(source: Any, split: str | Sequence[str], name: str, *, streaming: bo
         only = split if isinstance(split, str) else None  # otherwise all, to choose one
         what = f"{place[:500]!r} (split {only or split[0]!r})"
         with explained(f"could not load {what} from the Hugging Face Hub, and no such file exists"):
-            source = datasets.load_dataset(path, config or None, split=only, streaming=streaming)
+            options = {"streaming": True} if streaming else {}
+            source = datasets.load_dataset(path, config or None, split=only, **options)
     if isinstance(source, Mapping):
         return _loaded(source[_choose_split(source, split, name)], split, name)
     return source

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dwakd.data.encoded import EncodedPairs, EncodedRow, RowWriter
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.pairs import REFUSED, SpellingAligner, align_by_spelling, encode_pairs
+from dwakd.data.pairs import REFUSED, SpellingAligner, align_by_spelling, check_lengths, encode_pairs
 from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, Example, RowSource
 from dwakd.data.stream import StreamedRows
 from dwakd.environment import supports_bfloat16
@@ -223,6 +223,7 @@ def _stream(
         raise UserError("data.streaming requires a file, a hub id or a data set to stream: these rows are in memory")
     if rows.teacher_prompt is not None:
         raise UserError("data.teacher_prompt needs all rows, to find the longest prompt: set data.streaming: false")
+    check_lengths(args.max_length, args.max_prompt_length)
     next(rows.stream(), None)
     limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
     finish = Finisher(encoders, args, rows.title)
