@@ -147,6 +147,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_one_sentence(name, workspace, tmp_path, monkeypatch, capsys):
     """The message names the option, and no folder is left that looks like a run."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # transformers sets it to true for training.fsdp
     overrides, message = MISTAKES[name]
     code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *overrides, "-o", tmp_path / "run")
     assert code == 2, err

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -20,6 +21,7 @@ from dwakd.errors import UserError, explained
 __all__ = ["EVAL_SPLITS", "SUFFIXES", "TEST_SPLITS", "TRAIN_SPLITS", "Example", "RowSource", "load_examples"]
 
 logger = logging.getLogger(__name__)
+_FEW = 1000  # rows that are checked before the models are loaded; with more, they are checked when they are encoded
 
 _VALIDATION = ("validation", "valid", "val", "dev", "eval")
 # Names of the split for training, for evaluation during training and after it. The first that exists is read.
@@ -180,11 +182,13 @@ class RowSource:
             yield from islice(rows, start, stop)
 
     def check(self) -> None:
-        """Raise UserError if the source cannot be opened or is empty."""
+        """Raise UserError if the source cannot be opened or is empty. Small data sets are checked completely."""
         with explained(f"{self.title:.500}: cannot be read"):
-            rows = _open(_loaded(self.source, self.split, self.title), self.title, 1)
-            is_empty = next(rows(list), None) is None
-        self._refuse(is_empty=is_empty)
+            rows = _open(_loaded(self.source, self.split, self.title), self.title, _FEW + 1)
+            num_rows = sum(1 for _ in islice(rows(list), _FEW + 1))
+        self._refuse(is_empty=not num_rows)
+        if num_rows <= _FEW and self.invalid_rows == "error":
+            deque(self, maxlen=0)
 
     def _refuse(self, *, is_empty: bool) -> None:
         if is_empty:
