@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from benchmarks.workload import Sizes, add_options, build_student, build_teacher, sizes_of, write
 from dwakd.batch import ModelSide, TokenBatch
-from dwakd.cache.build import open_or_build
+from dwakd.cache.build import CacheRequest, ModelEngine, open_or_build
 from dwakd.cache.store import Cache, CacheRequest
 from dwakd.data.collator import collate
 from dwakd.data.encoded import EncodedPairs, EncodedRow, EncodedSide
@@ -149,7 +149,7 @@ def measure(sizes: Sizes, folder: Path, options: argparse.Namespace) -> dict[str
     online = OnlineTeacher(model)
     dtype = getattr(torch, options.dtype)
     start = clock()
-    cache = open_or_build(folder, CacheRequest({"train": pairs}, {}, {}, dtype, progress=False), lambda: online)
+    cache = open_or_build(folder, CacheRequest({"train": pairs}, {}, {}, dtype, progress=False), lambda: ModelEngine(model))
     build_seconds = clock() - start
     contest = Contest(sizes, pairs, online, ReadTeacher(cache))
     steps = {name: contest.step(name) for name in NAMES}
