@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from benchmarks.workload import Sizes, add_options, build_student, build_teacher, sizes_of, write
 from dwakd.batch import ModelSide, TokenBatch
-from dwakd.cache.build import CacheRequest, ModelEngine, open_or_build
+from dwakd.cache.build import ModelEngine, open_or_build
 from dwakd.cache.store import Cache, CacheRequest
 from dwakd.data.collator import collate
 from dwakd.data.encoded import EncodedPairs, EncodedRow, EncodedSide
