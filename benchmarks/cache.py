@@ -149,7 +149,9 @@ def measure(sizes: Sizes, folder: Path, options: argparse.Namespace) -> dict[str
     online = OnlineTeacher(model)
     dtype = getattr(torch, options.dtype)
     start = clock()
-    cache = open_or_build(folder, CacheRequest({"train": pairs}, {}, {}, dtype, progress=False), lambda: ModelEngine(model))
+    cache = open_or_build(
+        folder, CacheRequest({"train": pairs}, {}, {}, dtype, progress=False), lambda: ModelEngine(model)
+    )
     build_seconds = clock() - start
     contest = Contest(sizes, pairs, online, ReadTeacher(cache))
     steps = {name: contest.step(name) for name in NAMES}
