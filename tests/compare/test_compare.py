@@ -142,10 +142,10 @@ def test_rows_with_other_answers_have_their_own_file(tmp_path):
     assert files[7] == "own.jsonl"
 
 
-def test_finished_cells_are_kept_and_a_failed_one_says_why(tmp_path, monkeypatch):
-    """Finished runs are not repeated, and a run that fails does not stop the others."""
+def fake_trainings(monkeypatch):
+    """Replace trainings by processes of 0.2 seconds, of which those of dskd fail; return the names of those started."""
     script = (
-        "import json, pathlib, sys; folder = pathlib.Path(sys.argv[1]); print('3/4 [00:01'); "
+        "import pathlib, sys, time; folder = pathlib.Path(sys.argv[1]); print('3/4 [00:01'); time.sleep(0.2); "
         "sys.exit('error: no luck') if 'dskd' in folder.name else None; "
         "(folder / 'eval').mkdir(parents=True); (folder / 'dwakd-run.json').write_text('{}'); "
         "(folder / 'eval' / 'test.json').write_text('{}')"
@@ -154,9 +154,15 @@ def test_finished_cells_are_kept_and_a_failed_one_says_why(tmp_path, monkeypatch
 
     def command(path, folder):
         started.append(folder.name)
-        return [sys.executable, "-c", script, str(folder)]
+        return [sys.executable, "-S", "-c", script, str(folder)]
 
     monkeypatch.setattr(runner, "train_command", command)
+    return started
+
+
+def test_finished_cells_are_kept_and_a_failed_one_says_why(tmp_path, monkeypatch):
+    """Finished runs are not repeated, and a run that fails does not stop the others."""
+    started = fake_trainings(monkeypatch)
     cells = [Cell(Variant(name, {"loss.method": name}), seed) for seed in (1, 2) for name in ("sft", "dskd")]
     failures = Runner(recipe(), tmp_path, 2).run(cells)
     assert failures.keys() == {"dskd-1", "dskd-2"}
@@ -173,19 +179,7 @@ def test_finished_cells_are_kept_and_a_failed_one_says_why(tmp_path, monkeypatch
 
 def test_the_same_comparison_in_several_processes(tmp_path, monkeypatch):
     """Each cell is trained once, a failure is reported by all, and the cell of a process that died is run by another."""
-    script = (
-        "import pathlib, sys, time; folder = pathlib.Path(sys.argv[1]); time.sleep(0.2); "
-        "sys.exit('error: no luck') if 'dskd' in folder.name else None; "
-        "(folder / 'eval').mkdir(parents=True); (folder / 'dwakd-run.json').write_text('{}'); "
-        "(folder / 'eval' / 'test.json').write_text('{}')"
-    )
-    started = []
-
-    def command(path, folder):
-        started.append(folder.name)
-        return [sys.executable, "-S", "-c", script, str(folder)]
-
-    monkeypatch.setattr(runner, "train_command", command)
+    started = fake_trainings(monkeypatch)
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.05)
     cells = [Cell(Variant(name, {"loss.method": name}), seed) for seed in (1, 2) for name in ("sft", "dskd", "alm")]
     path = lock_of(tmp_path, "alm-2").lock_file
