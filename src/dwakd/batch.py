@@ -110,9 +110,7 @@ class TokenBatch:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "TokenBatch":
         """Apply a function to each tensor."""
-        fields: dict[str, Any] = {
-            name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
+        fields: dict[str, Any] = {n: function(v) for n, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **fields)
 
     def examples(self, places: Sequence[int], student_rows: Sequence[int]) -> "TokenBatch":
@@ -140,8 +138,7 @@ class TokenBatch:
             if isinstance(first, tuple):
                 fields[name] = tuple(chain.from_iterable(values))
             elif first is not None:
-                padded = [value if value.ndim == 1 else pad(value, (0, width - value.shape[1])) for value in values]
-                fields[name] = torch.cat(padded)
+                fields[name] = torch.cat([v if v.ndim == 1 else pad(v, (0, width - v.shape[1])) for v in values])
         return TokenBatch(**fields)
 
 
@@ -218,8 +215,8 @@ class PairedBatch:
             num_sampled=0,
             chosen=batches[0].chosen and tuple(chain.from_iterable(batch.chosen or () for batch in batches)),
         )
-        ordered = whole.examples(sorted(range(len(whole)), key=sampled.__getitem__))
-        return replace(ordered, num_sampled=sum(sampled))
+        given_first = sorted(range(len(whole)), key=sampled.__getitem__)
+        return replace(whole.examples(given_first), num_sampled=sum(sampled))
 
 
 @dataclass(frozen=True)

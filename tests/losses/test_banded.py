@@ -69,7 +69,7 @@ def test_a_band_is_doubled_until_its_border_is_free(monkeypatch):
     scale = torch.cat(full[1]).abs().max()
     assert (torch.cat(narrow[1]) - torch.cat(full[1])).abs().max() < 1e-4 * scale
     _, kept, free = divergences(COUNTS, focus, width=8, max_border=10.0)
-    assert free.max() > 1e-3  # the mass on the border tells that the band is too narrow
+    assert free.max() > 1e-3  # the mass on the border shows that the band is too narrow
     assert (torch.cat(kept[1]) - torch.cat(full[1])).abs().max() > 1e-4 * scale
 
 

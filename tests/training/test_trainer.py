@@ -78,8 +78,8 @@ def test_another_seed_gives_another_run(tmp_path):
 def test_batches_by_tokens_change_nothing_else(tmp_path, options):
     """Batches by tokens take the rows of the same steps, stay below the limit, and give the same terms and weights.
 
-    So does `padding_free`. A row above the limit is a batch of its own. With thirteen rows, the last step of an epoch is
-    incomplete.
+    So does `padding_free`. A row above the limit is the only row of its micro-batch. With thirteen rows, the last step
+    of an epoch is incomplete.
     """
     rows = [{**row, "response": row["response"] * (1 + index % 5)} for index, row in enumerate(ROWS[:13])]
     options = {"max_tokens_per_batch": 400, "max_steps": 3, **options}

@@ -65,8 +65,8 @@ def split_by_tokens(
 ) -> list[PairedBatch]:
     """Divide the rows of an optimiser step into micro-batches of similar length and at most `limit` tokens.
 
-    A row with more tokens than `limit` is a micro-batch of its own. A rank with fewer micro-batches than others repeats its
-    shortest row with weight 0, because all ranks must take part in each micro-batch.
+    A row with more tokens than `limit` is the only row of its micro-batch. A rank with fewer micro-batches than others
+    repeats its shortest row with weight 0, because all ranks must take part in each micro-batch.
 
     Args:
         batches: the batches of the step.
