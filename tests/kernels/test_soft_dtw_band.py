@@ -89,7 +89,7 @@ def test_a_band_of_all_columns_is_the_full_table(impl: str) -> None:
 
 
 def test_a_narrow_band_gives_the_gradient_of_the_full_table() -> None:
-    """In a band of a quarter of the columns, the gradient is within 1e-4. The border mass shows whether a band is too narrow."""
+    """With a quarter of the columns, the gradient is within 1e-4. The border mass shows whether a band is too narrow."""
     torch.manual_seed(1)
     n, m = 300, 330
     cost = torch.rand(n, m) * 2
