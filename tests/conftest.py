@@ -1,5 +1,6 @@
 """Set the environment of all tests before any test module is imported."""
 
+import gc
 import os
 import tempfile
 
@@ -10,6 +11,17 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 _CACHE = tempfile.TemporaryDirectory()
 os.environ["HF_DATASETS_CACHE"] = _CACHE.name  # of `datasets`, and of encoded rows
+
+
+def pytest_collection_finish():
+    """Exclude what is imported by now from garbage collection. Each training collects garbage at its start and its end."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    """Let the end of the interpreter delete the imported objects; otherwise, triton reports that they leak."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
