@@ -176,6 +176,28 @@ def test_a_malformed_row_is_named_by_file_and_line(workspace, tmp_path, monkeypa
     assert (code, "rows.jsonl" in one_sentence(err), "line 2" in err) == (2, True, True)
 
 
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        ({"prompt": "a", "response": 3}, "rows.jsonl, line 1201: 'response' must be a string"),
+        ({"prompt": "a " * 400, "response": "b"}, "rows.jsonl, row 1200 .*the prompt has .* tokens for the student"),
+    ],
+)
+def test_rows_are_checked_before_models_are_loaded(last, message, workspace, tmp_path, monkeypatch, capsys):
+    """An error in the last row of a large file is reported although no model can be loaded."""
+    rows = [*ROWS * 100, last]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name in ("student", "teacher"):
+        shutil.copytree(workspace / name, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
+    options = [f"{name}.model={tmp_path / name}" for name in ("student", "teacher")]
+    options += [f"data.train={tmp_path / 'rows.jsonl'}", "-o", tmp_path / "run"]
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *options)
+    assert code == 2
+    assert re.search(message, one_sentence(err))
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *options, "data.invalid_rows=skip")
+    assert "could not load the model" in one_sentence(err)
+
+
 def test_a_hub_that_refuses_is_one_sentence(workspace, tmp_path, monkeypatch, capsys):
     """Errors of the hub, where transformers creates the repository before training, are shown without a traceback."""
 

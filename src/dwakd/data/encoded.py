@@ -174,6 +174,11 @@ class EncodedPairs(torch.utils.data.Dataset[dict[str, Any]]):
         student, teachers = row.student.features(), [side.features() for side in row.teachers]
         return {"example_id": row.example_id, "chosen": row.chosen, "student": student, "teachers": teachers}
 
+    @property
+    def examined(self) -> Sequence[EncodedRow]:
+        """Rows that show which fields are set: the first one of a file, whose rows are made in the same way, or all rows."""
+        return self.rows[:1] if isinstance(self.rows, StoredRows) else self.rows
+
     def of_teacher(self, index: int) -> "EncodedPairs":
         """Return the rows that one of several teachers teaches, with only this teacher."""
         if isinstance(self.rows, StoredRows):

@@ -229,7 +229,7 @@ def _check_report(pairs: EncodedPairs, first_error: dict[str, str], invalid_rows
 
 def align_by_spelling(pairs: EncodedPairs, student: TextEncoder, *teachers: TextEncoder) -> None:
     """Set the `aligned_rows` of every teacher's side of `pairs`, unless they are already set; see `SpellingAligner`."""
-    if not all(side.aligned_rows is not None for row in pairs.rows for side in row.teachers):
+    if not all(side.aligned_rows is not None for row in pairs.examined for side in row.teachers):
         align = SpellingAligner(student, *teachers)
         pairs.rows = [align(row) for row in tqdm(pairs.rows, "aligning tokens", unit="row", delay=2, leave=False)]
 

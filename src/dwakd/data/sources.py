@@ -4,7 +4,6 @@ import hashlib
 import logging
 import os
 import re
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -21,7 +20,6 @@ from dwakd.errors import UserError, explained
 __all__ = ["EVAL_SPLITS", "SUFFIXES", "TEST_SPLITS", "TRAIN_SPLITS", "Example", "RowSource", "load_examples"]
 
 logger = logging.getLogger(__name__)
-_FEW = 1000  # rows that are checked before the models are loaded; with more, they are checked when they are encoded
 
 _VALIDATION = ("validation", "valid", "val", "dev", "eval")
 # Names of the split for training, for evaluation during training and after it. The first that exists is read.
@@ -150,7 +148,8 @@ class RowSource:
             for _, row in islice(read(), 1 if isinstance(source, datasets.Dataset) else None):
                 keys |= dict.fromkeys(map(str, row)) if isinstance(row, Mapping) else {}
                 is_empty = False
-        self._refuse(is_empty=is_empty)
+        if is_empty:
+            raise UserError(f"{self.title} is empty: use a data set with at least one row")
         columns = self.columns(keys) if keys else None
         with explained(f"{self.title:.500}: cannot be read"):
             for where, row in read():
@@ -180,19 +179,6 @@ class RowSource:
             select: Select = lambda names: self.columns(names).used  # noqa: E731
             rows = stream_jsonl(path, self.title) if is_json else read_file(path, self.title, select)
             yield from islice(rows, start, stop)
-
-    def check(self) -> None:
-        """Raise UserError if the source cannot be opened or is empty. Small data sets are checked completely."""
-        with explained(f"{self.title:.500}: cannot be read"):
-            rows = _open(_loaded(self.source, self.split, self.title), self.title, _FEW + 1)
-            num_rows = sum(1 for _ in islice(rows(list), _FEW + 1))
-        self._refuse(is_empty=not num_rows)
-        if num_rows <= _FEW and self.invalid_rows == "error":
-            deque(self, maxlen=0)
-
-    def _refuse(self, *, is_empty: bool) -> None:
-        if is_empty:
-            raise UserError(f"{self.title} is empty: use a data set with at least one row")
 
     def digest(self) -> str | None:
         """Return a digest of the content of a file, or of a data set that `datasets` has stored; None for other sources."""

@@ -25,7 +25,7 @@ from dwakd.models.loading import load_causal_lm
 from dwakd.models.sides import paired_sides
 from dwakd.recipe.recipe import Recipe
 from dwakd.training.distiller import LOSS_STATE, build_method
-from dwakd.training.run import load_section, training_config
+from dwakd.training.run import training_config
 from dwakd.training.teacher import OnlineTeacher
 
 VALUES = {
@@ -61,8 +61,11 @@ def compute(
         For each row what each method of the loss computed, and the mean probability of student and teacher of the end token
         where responses end (an empty list if all responses are cut).
     """
-    section = recipe.teachers[0].model_copy(update={"cache": None})
-    models = load_causal_lm(str(run), trust_remote_code=recipe.student.trust_remote_code), load_section(section)[0]
+    section, trusted = recipe.teachers[0], recipe.student.trust_remote_code
+    models = (
+        load_causal_lm(str(run), trust_remote_code=trusted),
+        load_causal_lm(section.model, **section.loading()),
+    )
     loss = build_method(training_config(recipe, run), models[0], [OnlineTeacher(models[1])], encoders[:2])
     assert isinstance(loss, DistillationLoss)
     path, own = run / LOSS_STATE, "losses.0." if len(recipe.teachers) > 1 else ""

@@ -6,13 +6,12 @@ from pathlib import Path
 
 from dwakd.cache.store import Cache, open_complete
 from dwakd.errors import UserError
-from dwakd.models.loading import load_tokenizer
 from dwakd.recipe.checks import check_stream
 from dwakd.recipe.recipe import Recipe, load_recipe
-from dwakd.recipe.sections import StudentSection, TeacherSection
-from dwakd.training.inputs import encode_source, make_encoder
-from dwakd.training.run import load_section, recipe_examples, train_name, training_config
-from dwakd.training.teachers import sets_of_teacher
+from dwakd.training.inputs import encode_source
+from dwakd.training.run import open_section, recipe_examples, train_name, training_config
+from dwakd.training.teacher import CachedTeacher
+from dwakd.training.teachers import make_encoders, sets_of_teacher
 
 
 def cache_recipe(
@@ -47,25 +46,15 @@ def cache_recipe(
         raise UserError(
             "there is nothing to store: with training.lmbda: 1 the student answers every prompt of the recipe"
         )
-    teachers = [
-        load_section(section.model_copy(update={"cache": place and str(place)}))[0] if place or own else None
-        for section, place, own in zip(recipe.teachers, folders, served, strict=True)
-    ]
-    sections: list[StudentSection | TeacherSection] = [recipe.student, *recipe.teachers]
-    tokenizers = [
-        load_tokenizer(
-            section.model, **section.model_dump(include={"revision", "trust_remote_code", "chat_template_path"})
-        )
-        for section in sections
-    ]
-    dates = [teacher and teacher.date for teacher in teachers]
-    dates = [next(filter(None, dates), None), *dates]  # both sides must be truncated at the same characters as before
-    encoders = tuple(make_encoder(tokenizer, args, date) for tokenizer, date in zip(tokenizers, dates, strict=True))
+    pairs = zip(recipe.teachers, folders, strict=True)
+    sections = [section.model_copy(update={"cache": place and str(place)}) for section, place in pairs]
+    sides = [open_section(section) for section in (recipe.student, *sections)]
+    encoders = make_encoders(sides, args)
     sources = {"train": (train, train_name(recipe)), "eval": (evaluation, recipe.data.eval)}
     sets = {role: encode_source(rows, encoders, args, role, name)[1] for role, (rows, name) in sources.items()}
     caches = []
-    for index, (teacher, encoder) in enumerate(zip(teachers, encoders[1:], strict=True)):
-        if teacher is None:
+    for index, ((teacher, _), encoder) in enumerate(zip(sides[1:], encoders[1:], strict=True)):
+        if not isinstance(teacher, CachedTeacher):
             continue
         own = sets_of_teacher(sets, index)
         if not check:

@@ -35,7 +35,7 @@ from dwakd.training.student import check_student
 Rows: TypeAlias = (
     str | Path | Dataset | IterableDataset | Mapping[str, Any] | list[dict[str, Any]] | list[Example] | RowSource
 )
-Source: TypeAlias = Rows | EncodedPairs
+Source: TypeAlias = Rows | EncodedPairs | StreamedRows
 Model: TypeAlias = PreTrainedModel | PeftModel
 
 
@@ -126,11 +126,6 @@ def load_pair(
     return model, tokenizer
 
 
-def make_encoder(tokenizer: PreTrainedTokenizerBase, args: DistillConfig, date: str | None = None) -> TextEncoder:
-    """Make the encoder of a tokenizer; `date` is the date that a chat template prints as today's."""
-    return TextEncoder(tokenizer, args.template, args.bos, args.special_tokens_in_prompts, date=date)
-
-
 def evaluation_sets(source: Source | None) -> dict[str, Source]:
     """Return the evaluation sets by name. A single one has an empty name.
 
@@ -165,32 +160,16 @@ def encode_source(
     if source is None:
         return [], None
     name = name or (str(source) if isinstance(source, str | Path) else f"the {role} dataset")
+    if isinstance(source, StreamedRows):
+        return [], source
     if isinstance(source, EncodedPairs):
-        if args.teacher_key is not None and len(encoders) > 1 and any(row.chosen is None for row in source.rows):
+        if args.teacher_key is not None and len(encoders) > 1 and any(row.chosen is None for row in source.examined):
             raise UserError(f"{source.source}: teacher_key requires rows that are not encoded yet")
         if args.method_options.needs_edit_alignment:
             align_by_spelling(source, *encoders)
         return [], source
     need_response = role == "eval" or args.lmbda < 1
-    rows: RowSource | list[Example]
-    if isinstance(source, list) and source and isinstance(source[0], Example):
-        rows = [example for example in source if isinstance(example, Example)]
-    elif isinstance(source, RowSource):
-        rows = replace(source, name=name)
-    else:
-        rows = RowSource(
-            source,
-            split=EVAL_SPLITS if role == "eval" else TRAIN_SPLITS,
-            prompt=args.prompt_column,
-            response=args.response_column,
-            input=args.input_column,
-            teacher_prompt=args.teacher_prompt_column,
-            teacher_key=args.teacher_key,
-            supervise=args.supervise,
-            need_response=need_response,
-            invalid_rows=args.invalid_rows,
-            name=name,
-        )
+    rows = _rows(source, args, role, name, need_response=need_response)
     if args.streaming and role == "train":
         return [], _stream(rows, encoders, args, need_response=need_response)
     examples = [] if isinstance(rows, RowSource) and role == "train" else list(rows)
@@ -214,6 +193,26 @@ def encode_source(
     pairs = encode()
     refused = set(pairs.report.get(REFUSED, ()))
     return [example for example in examples if example.index not in refused], pairs
+
+
+def _rows(source: Rows, args: DistillConfig, role: str, name: str, *, need_response: bool) -> RowSource | list[Example]:
+    if isinstance(source, list) and source and isinstance(source[0], Example):
+        return [example for example in source if isinstance(example, Example)]
+    if isinstance(source, RowSource):
+        return replace(source, name=name)
+    return RowSource(
+        source,
+        split=EVAL_SPLITS if role == "eval" else TRAIN_SPLITS,
+        prompt=args.prompt_column,
+        response=args.response_column,
+        input=args.input_column,
+        teacher_prompt=args.teacher_prompt_column,
+        teacher_key=args.teacher_key,
+        supervise=args.supervise,
+        need_response=need_response,
+        invalid_rows=args.invalid_rows,
+        name=name,
+    )
 
 
 def _stream(

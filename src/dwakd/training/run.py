@@ -27,20 +27,21 @@ from dwakd.folders import alone_in, write_file, write_json
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.recipe.files import RECIPE_FILE
 from dwakd.recipe.recipe import Recipe
-from dwakd.recipe.sections import StudentSection, TeacherSection, lora_config
+from dwakd.recipe.sections import ModelSection, TeacherSection, lora_config
 from dwakd.recipe.training import DATA_OPTIONS, DistillConfig
 from dwakd.training.callbacks import out_of_memory_explained
 from dwakd.training.card import PACKAGES
 from dwakd.training.checkpoints import disk_errors_explained, from_first_rank
 from dwakd.training.distiller import load_student
 from dwakd.training.hub import UploadError
-from dwakd.training.inputs import make_encoder
+from dwakd.training.inputs import encode_source
 from dwakd.training.interruption import stops_on_signal
 from dwakd.training.lost_ranks import lost_ranks_explained
 from dwakd.training.run_folder import RUN_FILE, check_output, has_steps_left, is_finished
 from dwakd.training.served import ServedTeacher
 from dwakd.training.sharding import check_plugin
-from dwakd.training.teacher import CachedTeacher
+from dwakd.training.teacher import CachedTeacher, Teacher
+from dwakd.training.teachers import make_encoders
 from dwakd.training.trainer import DistillTrainer
 
 
@@ -92,18 +93,17 @@ def check_options(recipe: Recipe, output_dir: str | Path) -> DistillConfig:
     return args
 
 
-def load_section(section: StudentSection | TeacherSection) -> tuple[Any, Any]:
-    """Load the model of a section, or open its cache, and load its tokenizer."""
+def open_section(section: ModelSection) -> tuple[Teacher | None, Any]:
+    """Load the tokenizer of a section and no model; return also the teacher if it is on a server or has a cache."""
     options: dict[str, Any] = {"trust_remote_code": section.trust_remote_code, "revision": section.revision}
-    loading = section.loading()
     tokenizer = load_tokenizer(section.model, chat_template_path=section.chat_template_path, **options)
     if isinstance(section, TeacherSection) and section.url is not None:
         return ServedTeacher(section, tokenizer), tokenizer
     if isinstance(section, TeacherSection) and section.cache is not None:
         stored = section.cache_dtype and getattr(torch, section.cache_dtype)
-        teacher = CachedTeacher(section.cache, section.model, cache_dtype=stored, tokenizer=tokenizer, **loading)
-        return teacher, tokenizer
-    return load_causal_lm(section.model, **loading), tokenizer
+        loading = section.loading() | {"cache_dtype": stored, "tokenizer": tokenizer}
+        return CachedTeacher(section.cache, section.model, **loading), tokenizer
+    return None, tokenizer
 
 
 def recipe_examples(
@@ -111,17 +111,14 @@ def recipe_examples(
 ) -> tuple[list[Example] | RowSource, list[Example] | None]:
     """Return the rows to train on and, if the recipe has an evaluation set, those to evaluate on.
 
-    Given rows are read when they are encoded. Here it is only checked that there are some.
+    Given rows are read when they are encoded.
 
     With `data.responses: teacher` the teacher's answers are made if they are missing; `plan` as in `answer_recipe`.
     """
     if recipe.data.responses == "teacher":
         return training_examples(recipe, plan), eval_rows(recipe.data)
     on_policy = recipe.training.get("lmbda") == 1
-    rows = train_source(recipe.data, need_response=not on_policy)
-    if not recipe.data.streaming:
-        rows.check()
-    return rows, eval_rows(recipe.data)
+    return train_source(recipe.data, need_response=not on_policy), eval_rows(recipe.data)
 
 
 def train_name(recipe: Recipe) -> str:
@@ -134,7 +131,10 @@ def train_name(recipe: Recipe) -> str:
 
 
 def build_trainer(recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan | None = None) -> DistillTrainer:
-    """Load the data and the models of a recipe into a trainer; check that the student has room for the plan's prompts."""
+    """Load the data and the models of a recipe into a trainer; check that the student has room for the plan's prompts.
+
+    The rows to train on are encoded before the models are loaded, so that an error in a row is reported first.
+    """
     args = check_options(recipe, output_dir)
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):  # before the models are loaded
         check_plugin(FullyShardedDataParallelPlugin())
@@ -142,21 +142,26 @@ def build_trainer(recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan |
         args._n_gpu = min(args.n_gpu, 1)  # the teacher is on the other GPUs
     peft, data = recipe.student.peft, recipe.data
     examples, eval_examples = recipe_examples(recipe, plan)
-    student, student_tokenizer = load_section(recipe.student)
+    sections = recipe.teachers if recipe.loss.needs_teacher else []
+    sides = [open_section(section) for section in (recipe.student, *sections)]
+    encoders = make_encoders(sides, args)
+    _, rows = encode_source(examples, encoders, args, "train", train_name(recipe))
+    student = load_causal_lm(recipe.student.model, **recipe.student.loading())
     if plan is not None:
-        check_room(plan, student, make_encoder(student_tokenizer, args))
-    teachers = [load_section(section) for section in recipe.teachers] if recipe.loss.needs_teacher else []
+        check_room(plan, student, encoders[0])
+    opened = zip(sides[1:], sections, strict=True)
+    teachers = [teacher or load_causal_lm(section.model, **section.loading()) for (teacher, _), section in opened]
     try:
         trainer = DistillTrainer(
             model=student,
-            teacher_model=[teacher for teacher, _ in teachers],
+            teacher_model=teachers,
             args=args,
-            train_dataset=examples,
+            train_dataset=rows,
             eval_dataset=eval_examples,
-            processing_class=student_tokenizer,
-            teacher_processing_class=[tokenizer for _, tokenizer in teachers],
+            processing_class=sides[0][1],
+            teacher_processing_class=[tokenizer for _, tokenizer in sides[1:]],
             peft_config=None if peft is None else lora_config(peft),
-            dataset_names={"train": train_name(recipe), "eval": data.eval or ""},
+            dataset_names={"eval": data.eval or ""},
         )
     except (ImportError, ValueError, RuntimeError) as error:
         if isinstance(error, UserError) or (type(error) is RuntimeError and "requires" not in str(error)):

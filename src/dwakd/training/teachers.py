@@ -15,7 +15,7 @@ from dwakd.errors import UserError
 from dwakd.losses import TeacherScale
 from dwakd.recipe.sections import check_teacher_key
 from dwakd.recipe.training import DistillConfig
-from dwakd.training.inputs import Model, check_named, load_pair, loading_options, make_encoder
+from dwakd.training.inputs import Model, check_named, load_pair, loading_options
 from dwakd.training.student import check_separate
 from dwakd.training.teacher import CachedTeacher, OnlineTeacher, Sets, Teacher
 
@@ -38,8 +38,8 @@ def load_teachers(
     teachers: AnyTeacher | list[AnyTeacher] | None,
     tokenizers: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None,
     args: DistillConfig,
-) -> list[tuple[Teacher, TextEncoder]]:
-    """Load and check the teachers; return each with its encoder. The list is empty if the method needs no teacher."""
+) -> list[tuple[Teacher, PreTrainedTokenizerBase]]:
+    """Load and check the teachers; return each with its tokenizer. The list is empty if the method needs no teacher."""
     if not args.method_options.needs_teacher:
         return []
     given: list[Any] = teachers if isinstance(teachers, list) else [] if teachers is None else [teachers]
@@ -63,7 +63,7 @@ def load_teachers(
 
 def _load(
     student: Model, teacher: AnyTeacher, tokenizer: PreTrainedTokenizerBase | None, args: DistillConfig
-) -> tuple[Teacher, TextEncoder]:
+) -> tuple[Teacher, PreTrainedTokenizerBase]:
     if args.teacher_cache is not None:
         options = loading_options(args, "teacher_")
         teacher = CachedTeacher(args.teacher_cache, teacher, tokenizer=tokenizer, **options)
@@ -77,7 +77,19 @@ def _load(
     tokenizer = tokenizer or teacher.tokenizer
     if tokenizer is None:
         raise UserError("teacher_processing_class is missing: a loaded teacher needs its tokenizer")
-    return teacher, make_encoder(tokenizer, args, teacher.date)
+    return teacher, tokenizer
+
+
+def make_encoders(sides: Sequence[tuple[Teacher | None, Any]], args: DistillConfig) -> tuple[TextEncoder, ...]:
+    """Make the encoders of the student and of the teachers, given their tokenizers and the teachers that exist already.
+
+    Chat templates print the date on which a teacher's cache was built. The student's prints that of the first teacher, because
+    both sides must be truncated at the same characters as when the cache was built.
+    """
+    dates = [None if teacher is None else teacher.date for teacher, _ in sides]
+    dates[0] = next(filter(None, dates), None)
+    options = args.template, args.bos, args.special_tokens_in_prompts
+    return tuple(TextEncoder(side[1], *options, date=date) for side, date in zip(sides, dates, strict=True))
 
 
 def run_teachers(

@@ -34,7 +34,7 @@ from dwakd.training.sharding import ShardedTrainer
 from dwakd.training.steps import StepTrainer
 from dwakd.training.student import check_student, disable_dropout
 from dwakd.training.teacher import CachedTeacher, Teacher
-from dwakd.training.teachers import AnyTeacher, MicroBatch, load_teachers, sets_of_teacher
+from dwakd.training.teachers import AnyTeacher, MicroBatch, load_teachers, make_encoders, sets_of_teacher
 from dwakd.validation import unknown_option
 
 
@@ -89,9 +89,8 @@ class DistillTrainer(ShardedTrainer, StepTrainer):
                 check_student(model)
         found = load_teachers(model, teacher_model, teacher_processing_class, args)
         self.teachers: list[Teacher] = [teacher for teacher, _ in found]
-        date = next((teacher.date for teacher in self.teachers if teacher.date), None)
-        self.student_encoder = given.make_encoder(processing_class, args, date)
-        self.encoders = (self.student_encoder, *(encoder for _, encoder in found))
+        self.encoders = make_encoders([(None, processing_class), *found], args)
+        self.student_encoder = self.encoders[0]
         check_end_tokens(args, self.encoders)
         _, train_pairs = given.encode_source(train_dataset, self.encoders, args, "train", names.get("train"))
         answering = model if args.eval_rouge_l or compute_metrics else None
@@ -101,7 +100,7 @@ class DistillTrainer(ShardedTrainer, StepTrainer):
         if isinstance(train_pairs, EncodedPairs):
             sets = {"train": train_pairs, **sets}
         check_stream(args, next((teacher for teacher in self.teachers if isinstance(teacher, CachedTeacher)), None))
-        for index, (teacher, encoder) in enumerate(found):
+        for index, (teacher, encoder) in enumerate(zip(self.teachers, self.encoders[1:], strict=True)):
             teacher.prepare(encoder, args, sets_of_teacher(sets, index))
         set_seed(args.seed)
         loss = build_method(args, model, self.teachers, self.encoders)
