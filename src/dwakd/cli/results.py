@@ -29,17 +29,17 @@ def evaluate(
     ] = None,
     adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to merge into the model.")] = None,
     draft_for: Annotated[
-        str | None, typer.Option(help="A target model: count the tokens that it accepts if MODEL drafts for it.")
+        str | None, typer.Option(help="A target model: measure how many tokens of MODEL it accepts as a draft.")
     ] = None,
     lookahead: Annotated[int, typer.Option(min=1, help="Tokens of a draft, with --draft-for.")] = 5,
     overwrite: Annotated[bool, flag("--overwrite", "Replace results that were made with other options.")] = False,
 ) -> None:
     """Answer test sets and score them: ROUGE-L over seeds, exact match, bits per byte, calibration error.
 
-    Sampling at temperature 1 over five seeds with --decoding minillm is the protocol of the published tables. Bits per
-    byte can be compared between models with different tokenizers. Template, bos and special-tokens-in-prompts are by
-    default those of the recipe in the model's folder, if there is one. With --draft-for, the number of tokens that the
-    target accepts in universal assisted decoding is measured instead, and only --max-new-tokens of the other options applies.
+    --decoding minillm with the other defaults is the protocol of the published tables. Bits per byte can be compared
+    between models with different tokenizers. Template, bos and special-tokens-in-prompts are by default those of the
+    recipe in the model's folder, if there is one. --draft-for measures speculative decoding instead of scores, and cannot
+    be combined with the options of scores.
     """
     silence_transformers()
     given = options.model_dump(exclude_defaults=True, exclude={"max_new_tokens"}) | ({"text": text} if text else {})
@@ -74,17 +74,17 @@ def evaluate(
 def judge(
     a: Annotated[Path, typer.Argument(help="A run with results of dwakd eval, or a jsonl file of answers.")],
     b: Annotated[Path, typer.Argument(help="The run to compare it with.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="The judge's name at the endpoint.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Name of the judge on the server.")],
     options: JudgeOptions,
-    base_url: Annotated[str, typer.Option(help="Address of an API like OpenAI's.")] = "https://api.openai.com/v1",
+    base_url: Annotated[str, typer.Option(help="Address of the server.")] = "https://api.openai.com/v1",
     output: Annotated[Path | None, output_option("Folder of the results; judge/A-B by default.")] = None,
     overwrite: Annotated[bool, flag("--overwrite", "Replace results that were made with other options.")] = False,
     yes: Annotated[bool, flag("--yes", "Start also if the estimated cost is above 1.")] = False,
 ) -> None:
     """Let a language model compare the answers of two runs: win, tie and loss with intervals.
 
-    The key is read from OPENAI_API_KEY. Every verdict is stored as it arrives, so an interrupted command can be started
-    again and asks for nothing twice.
+    The key is read from OPENAI_API_KEY. Every verdict is stored as it arrives, so a command that was interrupted can be
+    started again without repeating requests.
     """
     silence_transformers()
     from dwakd.judge.run import judge_runs
@@ -103,12 +103,12 @@ def similarity(
     rows: RowOptions,
     output: Annotated[Path | None, output_option("JSON file for every value.")] = None,
     adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to merge into the teacher.")] = None,
-    max_length: Annotated[int, typer.Option(min=2, help="Most tokens of prompt and response.")] = 512,
+    max_length: Annotated[int, typer.Option(min=2, help="Maximum number of tokens of prompt and response.")] = 512,
 ) -> None:
-    """Compare how students and a teacher relate the parts of a text to each other, whatever their tokenizers.
+    """Compare the hidden states of students with those of a teacher, also if their tokenizers differ.
 
-    Hidden states are averaged over the spans of text that both tokenisations share. Box plots show the distances
-    between the cosine matrices and between the inner-product matrices of student and teacher, one value for each text.
+    Hidden states are averaged over the spans of text that both tokenisations share. For each text, the similarities
+    (cosines and inner products) between the spans are computed in both models, and box plots show how much they differ.
     """
     silence_transformers()
     from dwakd.tools.similarity import compare_representations
@@ -123,12 +123,12 @@ def similarity(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of dwakd train, dwakd compare or dwakd demo.")],
     output: Annotated[Path, output_option("The HTML file.")] = Path("report.html"),
-    rows: Annotated[int, typer.Option(min=0, help="Most rows of each test set whose answers are shown.")] = 100,
+    rows: Annotated[int, typer.Option(min=0, help="Rows of each test set whose answers are shown.")] = 100,
     alignments: Annotated[int, typer.Option(min=0, help="Training rows to show as dwakd inspect does.")] = 0,
 ) -> None:
-    """Write a page about runs: results, curves, cost, answers side by side, options and environment.
+    """Write an HTML page about runs: results, curves, time and memory, answers side by side, options and environment.
 
-    The page is one HTML file that needs no network. It can be sent by mail, read on a phone and printed.
+    The page is one file that needs no network. It can be sent by mail, read on a phone and printed.
     """
     silence_transformers()
     from dwakd.report.page import require_charts

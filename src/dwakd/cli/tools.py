@@ -49,9 +49,9 @@ def shrink(
     output: Annotated[Path, output_option("Folder of the new student.")],
     rows: RowOptions,
     vocab_size: Annotated[int | None, typer.Option(min=1, help="Train a tokenizer of this size on the text.")] = None,
-    layers: Annotated[int | None, typer.Option(min=2, help="Layers to keep, by block influence.")] = None,
+    layers: Annotated[int | None, typer.Option(min=2, help="Number of layers to keep, by their importance.")] = None,
     eval_data: Annotated[
-        str | None, typer.Option(help="Text for bits per byte; by default a part of the data.")
+        str | None, typer.Option(help="Text to measure bits per byte on; by default a part of the data.")
     ] = None,
 ) -> None:
     """Build a small student from a pretrained model: fewer layers, and a vocabulary made for your text.
@@ -105,5 +105,5 @@ def schema(
 
 @app.command()
 def env() -> None:
-    """Show the versions and hardware that a bug report needs, as text to paste."""
+    """Show versions and hardware as text for a bug report."""
     typer.echo(describe_environment())

@@ -126,7 +126,7 @@ def compare(
     methods: Annotated[str | None, typer.Option(help="Methods or rows of the recipe, separated by commas.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Training seeds, separated by commas: 1,2,3.")] = None,
     ablation: Annotated[bool, flag("--ablation", "Compare the rows of the paper's ablation instead.")] = False,
-    lr_sweep: Annotated[bool, flag("--lr-sweep", "First choose each row's rates and weight on the dev set.")] = False,
+    lr_sweep: Annotated[bool, flag("--lr-sweep", "First tune each row's rates and loss weight on data.eval.")] = False,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of runs at a time.")] = 1,
 ) -> None:
     """Train methods, sums of methods or other variants of a recipe, with several seeds, and compare them in one table.

@@ -17,8 +17,8 @@ NO_REPEAT_NGRAM_SIZES = {"plain": 0, "minillm": 6}
 class DecodingOptions(Options):
     """Options that all passes over the rows share."""
 
-    max_new_tokens: Count = Field(256, description="Most tokens of an answer.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens that together reach this.")
+    max_new_tokens: Count = Field(256, description="Maximum number of tokens of an answer.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Total probability of the most probable tokens to keep.")
     batch_size: Count = Field(16, description="Prompts in one forward pass; changes the speed, not the answers.")
 
 
@@ -47,7 +47,7 @@ class EvalOptions(DecodingOptions):
     )
     do_sample: bool = Field(True, description="Report sampled answers, once for each seed.")
     greedy: bool = Field(True, description="Also report greedy answers.")
-    max_length: Count = Field(512, description="Most tokens of prompt and response in bits per byte.")
+    max_length: Count = Field(512, description="Maximum number of tokens of prompt and response in bits per byte.")
 
     @model_validator(mode="after")
     def _check(self) -> EvalOptions:

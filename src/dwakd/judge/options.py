@@ -14,7 +14,7 @@ class JudgeOptions(Options):
     answers_seed: int | None = Field(
         None, description="Compare the answers that were sampled with this seed; by default the greedy ones."
     )
-    limit: Count = Field(100, description="Most prompts of each test set; they are drawn with the seed.")
+    limit: Count = Field(100, description="Maximum number of prompts of each test set, which are drawn with the seed.")
     seed: int = Field(42, ge=0, description="Seed of the prompts that are drawn and of the order of the answers.")
     both_orders: bool = Field(False, description="Ask in both orders; an answer wins only if it wins in both.")
     length_control: bool = Field(False, description="Also estimate the win rate for answers of equal length.")

@@ -31,16 +31,16 @@ class CrossingOptions(MethodOptions):
     needs_models = "widths"
     alignment: Alignment = Field(
         "attention",
-        description="How the tokens of the two models are aligned. attention (paper) learns them from the "
-        "embeddings, those of the target included. causal_attention learns them from the embeddings of the tokens read, and a "
-        "token sees only tokens of the other model at which no more text has been read. bytes takes the token that starts "
-        "at the same byte; tokens without one take no part in the distillation terms.",
+        description="How the tokens of the two models are aligned. attention (paper) learns the alignment from the embeddings "
+        "of the tokens read and of the targets. causal_attention learns it from the embeddings of the tokens read, and a token "
+        "sees only tokens of the other model that have not read further in the text. bytes aligns tokens that start at the "
+        "same byte; a token without such a counterpart is left out of the distillation terms.",
     )
     values: Literal["hidden_and_target", "hidden"] = Field(
         "hidden_and_target",
-        description="What is projected of the teacher: the sum of its hidden state and of the embedding of the target "
-        "(paper), from which the projected teacher can read the label, or the hidden state alone, "
-        "as alignment position always does.",
+        description="What is projected into the student's space: the teacher's hidden state plus the embedding of the target "
+        "(paper), from which the projected teacher can read the label, or the teacher's hidden state alone, which "
+        "alignment position always uses.",
     )
 
     @property

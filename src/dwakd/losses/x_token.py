@@ -35,7 +35,7 @@ class XTokenOptions(MethodOptions):
         "and the others by rank, as GOLD does, with more matches. The paper uses h_kl if few tokens are unmatched.",
     )
     top_k: Count = Field(
-        4, description="Most teacher tokens of a row of the projection matrix. The published guide uses 4."
+        4, description="Maximum number of teacher tokens in a row of the projection matrix. The published guide uses 4."
     )
     vocab_topk: Count = Field(
         8192, description="In p_kl, only the teacher tokens with the largest logits in the example are compared."

@@ -128,9 +128,9 @@ class TeacherSection(ModelSection):
     """A teacher."""
 
     name: str | None = Field(
-        None, min_length=1, description="Name among several teachers for data.teacher_key. By default it is its number."
+        None, min_length=1, description="Name of this teacher for data.teacher_key. By default its number, from 1."
     )
-    weight: Share = Field(1.0, description="Weight among several teachers, relative to theirs.")
+    weight: Share = Field(1.0, description="Weight of this teacher, relative to those of the others.")
     dtype: Dtype | None = Field(None, description="Type of the weights. By default bfloat16 on GPUs, else float32.")  # type: ignore[assignment]
     device_map: str | dict[str, int | str] | None = Field(
         None, description="Devices of the layers, such as auto, which divides the teacher among the GPUs of a process."
@@ -138,11 +138,11 @@ class TeacherSection(ModelSection):
     adapter: str | None = Field(None, description="Folder of a PEFT adapter to merge into the teacher.")
     cache: str | None = Field(
         None,
-        description="Folder of the teacher's hidden states. It is built if it is missing. Or the fsspec URL of a cache, such "
-        "as s3://bucket/cache, which is copied first.",
+        description="Folder of a cache, which is built if it is missing, or the fsspec address of a complete cache, such as "
+        "s3://bucket/cache. Training from a cache does not run the teacher.",
     )
     cache_dtype: Dtype | None = Field(
-        None, description="Type of the stored hidden states. By default it is the teacher's, which stores them exactly."
+        None, description="Type of the stored hidden states. By default it is that of the teacher, without rounding."
     )
     url: Address | None = Field(
         None,
@@ -152,7 +152,7 @@ class TeacherSection(ModelSection):
     served_model: str | None = Field(None, description="Name of the model on the server. By default it is model.")
     api: Literal["echo", "prompt_logprobs", "echo_text"] = Field(
         "echo",
-        description="How the server is asked: token ids with echo, token ids with vLLM's prompt_logprobs, or text with echo "
+        description="What is sent to the server: token ids with echo, token ids with vLLM's prompt_logprobs, or text with echo "
         "for servers that take no token ids.",
     )
     batch_size: Count = Field(16, description="Number of parallel requests to the server.")
@@ -183,15 +183,15 @@ class DataSection(Section):
 
     train: str = Field(description="Training set: a json, jsonl, csv or parquet file, or an id on the hub.")
     eval: str | None = Field(None, description="Evaluation set.")
-    prompt: str | None = Field(None, description="Column of the prompt. By default it is guessed.")
-    response: str | None = Field(None, description="Column of the response. By default it is guessed.")
-    input: str | None = Field(None, description="Column of the optional input. By default it is guessed.")
+    prompt: str | None = Field(None, description="Column of the prompt. By default it is found by its name.")
+    response: str | None = Field(None, description="Column of the response. By default it is found by its name.")
+    input: str | None = Field(None, description="Column of the optional input. By default it is found by its name.")
     teacher_prompt: str | None = Field(
         None,
         description="Column of a prompt that only the teachers read, instead of the row's. Its length is not limited.",
     )
     teacher_key: str | None = Field(
-        None, description="Column with the name of the only one of several teachers that teaches a row."
+        None, description="Column with the name of the teacher, one of several, that a row is distilled from."
     )
     supervise: Literal["last", "all"] = Field(
         "last", description="Train on the last assistant turn of a conversation, or on all of them, each as an example."
@@ -200,15 +200,15 @@ class DataSection(Section):
         "alpaca", description=f"How a row becomes a prompt: {TEMPLATE_CHOICES}."
     )
     bos: Literal["auto", "never"] = Field(
-        "auto", description="Whether texts begin with the BOS token: as is usual for each model, or never."
+        "auto", description="auto adds the BOS token if the model's tokenizer does; never leaves it out."
     )
     special_tokens_in_prompts: Literal["parse", "text"] = Field(
-        "parse", description="Whether the names of special tokens in a row's prompt become tokens or remain text."
+        "parse", description="parse reads the text of a special token in a prompt as this token; text reads it as text."
     )
-    max_length: Count = Field(512, description="Most tokens of prompt and response. Longer rows are truncated.")
-    max_prompt_length: Count = Field(256, description="Most tokens of a prompt.")
+    max_length: Count = Field(512, description="Maximum tokens of prompt and response. Longer rows are truncated.")
+    max_prompt_length: Count = Field(256, description="Maximum number of tokens of a prompt.")
     invalid_rows: Literal["error", "skip"] = Field(
-        "error", description="Whether malformed rows, empty responses and too long prompts are an error or skipped."
+        "error", description="Whether malformed rows, empty responses and long prompts are an error or skipped."
     )
     responses: Literal["given", "teacher"] = Field(
         "given", description="Train on the responses of the rows, or on the teacher's answers to generate.prompts."
@@ -240,18 +240,18 @@ class GenerateSection(Options):
     )
     samples: Count = Field(1, description="Answers to each prompt; several need a temperature above 0.")
     temperature: float = Field(0.0, ge=0, description="Sampling temperature; 0 decodes greedily.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens that together reach this.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Total probability of the most probable tokens to keep.")
     seed: int = Field(0, ge=0, description="Seed of the sampling; sample number i, from 0, has the seed plus i.")
-    max_new_tokens: Count = Field(256, description="Most tokens of an answer; longer ones are cut and left out.")
+    max_new_tokens: Count = Field(256, description="Maximum number of tokens of an answer; longer ones are left out.")
     batch_size: Count = Field(16, description="Prompts in one forward pass, or requests at a time to an endpoint.")
     limit: Count | None = Field(None, description="Only the first prompts of each file.")
     min_characters: Count = Field(1, description="Leave out answers with fewer characters.")
     max_characters: Count | None = Field(None, description="Leave out answers with more characters.")
     max_repetition: float | None = Field(
-        None, ge=0, le=1, description="Leave out answers with a larger share of four-word sequences that are repeated."
+        None, ge=0, le=1, description="Leave out answers with a larger fraction of repeated four-word sequences."
     )
     min_log_prob: float | None = Field(
-        None, le=0, description="Leave out answers whose mean log-probability per token, by the teacher, is lower."
+        None, le=0, description="Leave out answers whose tokens have a lower mean log-probability under the teacher."
     )
 
     @model_validator(mode="after")
@@ -274,7 +274,7 @@ class EvaluationSection(Section):
         "plain",
         description="plain, or minillm as in the published tables: no 6-gram occurs twice in prompt and answer.",
     )
-    max_new_tokens: Count = Field(256, description="Most tokens of an answer.")
+    max_new_tokens: Count = Field(256, description="Maximum number of tokens of an answer.")
     batch_size: Count = Field(16, description="Prompts in one forward pass. It does not change the answers.")
     limit: Count | None = Field(None, description="Only the first rows of each test set.")
 
@@ -284,11 +284,11 @@ class CompareSection(Section):
 
     methods: list[str] = Field(
         [],
-        description="Methods, or names of rows. By default all rows, or else all methods that work with these models.",
+        description="Methods, or names of rows. By default all rows or, without rows, all methods that work with these models.",
     )
     seeds: list[int] = Field([1], description="Training seeds.")
     rows: dict[str, dict[str, Json]] = Field(
         {},
-        description="Rows of the table by their names: options by their dotted names, such as loss.method or data.train, with "
-        "values that replace those of the recipe.",
+        description="Rows of the table by their names. Each row contains the options that it changes, such as loss.method or "
+        "data.train, with their values.",
     )

@@ -127,7 +127,7 @@ class DistillConfig(TrainingArguments):
     projector_learning_rate: Positive = _option(1e-3, "Learning rate of the maps between the models.")
     teacher_weights: list[Share] | None = _option(None, "Weights of several teachers. By default they are equal.")
     teacher_gate: Gate = _option(
-        "confidence", "Weight several teachers at each token by their confidence, or only by their weights."
+        "confidence", "Weight several teachers in kd_student by their confidence at each token, or by fixed weights."
     )
     teacher_gate_temperature: Temperature = _option(1.0, "Temperature of the softmax over the teachers' confidences.")
     template: str = _data_option("template")
@@ -144,15 +144,15 @@ class DistillConfig(TrainingArguments):
     teacher_key: str | None = _data_option("teacher_key")
     streaming: bool = _data_option("streaming")
     teacher_names: list[str] | None = _option(None, "Names of the teachers for teacher_key. Default: their numbers.")
-    lmbda: Rate = _option(0.0, "Share of the prompts that the current student answers (on-policy distillation).")
+    lmbda: Rate = _option(0.0, "Fraction of the prompts that the current student answers (on-policy training).")
     sampling_temperature: Temperature = _option(1.0, "Temperature of the student's sampling for lmbda.")
-    max_new_tokens: Count = _option(128, "Most tokens of an answer of the student for lmbda.")
+    max_new_tokens: Count = _option(128, "Maximum number of tokens of an answer of the student for lmbda.")
     term_gradient_steps: Steps = _option(
         0, "Steps between two measurements of each term's gradient at the student's hidden states; 0 for none."
     )
     term_gradient_limit: Positive | None = _option(
         None,
-        "Largest gradient norm of a term, as a multiple of that of ce; the weight of a term with a larger one is reduced. "
+        "Largest gradient norm of a term, as a multiple of that of ce. The weights of terms with larger norms are reduced. "
         "The norms are measured every 10 steps, or every term_gradient_steps.",
     )
     max_tokens_per_batch: Count | None = _option(
@@ -165,7 +165,7 @@ class DistillConfig(TrainingArguments):
     padding_free: bool = _option(
         False, "Run the rows of a batch as one sequence without padding, for models loaded with flash attention."
     )
-    disable_dropout: bool = _option(False, "Set each dropout of the student to 0, but not the noise of routers.")
+    disable_dropout: bool = _option(False, "Set all dropout rates of the student to 0, but not the noise of routers.")
     teacher_cache: str | None = _option(None, "Folder of the teacher's hidden states. It is built if it is missing.")
     trust_remote_code: bool = _option(False, "Run modelling code from the hub; only for models given by name.")
     model_init_kwargs: dict[str, Any] | None = _option(
@@ -177,24 +177,24 @@ class DistillConfig(TrainingArguments):
     chat_template_path: str | None = _option(
         None, "Chat template of the student: a file, or another model's folder or hub id. It is saved with the student."
     )
-    warmup_ratio: Beta | None = _option(None, "Share of the steps with warmup, instead of warmup_steps.")
+    warmup_ratio: Beta | None = _option(None, "Fraction of the steps with warmup, instead of warmup_steps.")
     eval_rouge_l: bool = _option(False, "Also answer the evaluation prompts and report eval_rouge_l.")
-    eval_max_new_tokens: Count = _option(128, "Most tokens of an answer for eval_rouge_l.")
+    eval_max_new_tokens: Count = _option(128, "Maximum number of tokens of an answer for eval_rouge_l.")
 
     # Options of transformers with other defaults
-    bf16: bool | None = _option(None, "Mixed precision in bfloat16. By default on GPUs that support it, without fp16.")
+    bf16: bool | None = _option(None, "Mixed precision in bfloat16. Default: on GPUs that support it, without fp16.")
     output_dir: str | None = _option("distilled", "Folder of the checkpoints and the result.")
     learning_rate: Positive = _option(5e-4, "Learning rate of the student.")
-    weight_decay: NotNegative = _option(0.01, "Weight decay of AdamW, not of biases and norms.")
+    weight_decay: NotNegative = _option(0.01, "Weight decay of AdamW. It does not apply to biases and norms.")
     num_train_epochs: Positive = _option(20.0, "Passes over the training set.")
     lr_scheduler_type: str = _option("cosine", "Schedule of both learning rates.")
-    logging_steps: Positive = _option(1, "Optimiser steps between two logs; below 1, their share.")
-    logging_nan_inf_filter: bool = _option(False, "Leave at False: a loss that is NaN or infinite ends the run.")
+    logging_steps: Positive = _option(1, "Optimiser steps between two logs; below 1, a fraction of all steps.")
+    logging_nan_inf_filter: bool = _option(False, "Leave it at false; max_skipped_steps sets it where it is needed.")
     save_total_limit: Count | None = _option(2, "Checkpoints to keep, including the best one.")
     metric_for_best_model: str | None = _option(None, "Default: rouge_l with eval_rouge_l, otherwise bits_per_byte.")
-    greater_is_better: bool | None = _option(None, "Known for rouge_l, bits_per_byte and the terms; otherwise true.")
+    greater_is_better: bool | None = _option(None, "Default: false for bits_per_byte and loss terms, otherwise true.")
     remove_unused_columns: bool = _option(False, "Must be false.")
-    ddp_find_unused_parameters: bool | None = _option(False, "Every parameter of a method takes part in each step.")
+    ddp_find_unused_parameters: bool | None = _option(False, "Not needed: every parameter takes part in each step.")
     disable_tqdm: bool | None = _option(False, "Show no progress bars.")
 
     def __post_init__(self) -> None:
