@@ -1,4 +1,4 @@
-"""Numerical kernels. Each has a naive version in plain torch that specifies it, replaces it and tests it."""
+"""Numerical kernels. Each has a version in plain torch: its specification, its fallback and its reference in tests."""
 
 from dwakd.kernels.head_loss import head_loss
 from dwakd.kernels.sinkhorn import sinkhorn

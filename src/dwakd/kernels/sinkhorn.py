@@ -24,7 +24,7 @@ def sinkhorn(
     """Compute the cost <P, C> of transporting uniform mass from rows to columns, for each example.
 
     P starts as exp(-C / regularisation). Each iteration scales the rows of P to the sum 1 / x_length, then the columns
-    to 1 / y_length. At the end, the sums of the columns are exact and those of the rows nearly so.
+    to 1 / y_length. At the end, the sums of the columns are exact, and those of the rows approximate.
 
     Args:
         cost: pairwise costs; carries gradient through all iterations. Cells beyond an example's lengths may have any

@@ -60,7 +60,7 @@ __all__ = [
 
 
 def method_class(method: str, option: str = "loss.method") -> type[DistillationLoss[Any]]:
-    """Return the class of a method, or raise UserError with the valid names; `option` says where the name comes from."""
+    """Return the class of a method, or raise UserError with the valid names; `option` is the option with the name."""
     known: dict[str, type[DistillationLoss[Any]]] = {**METHODS, SUM: WeightedSumLoss}
     if method not in known:
         raise UserError(f"unknown method {method!r} in {option}; valid ones: {', '.join(known)}")
@@ -68,7 +68,7 @@ def method_class(method: str, option: str = "loss.method") -> type[DistillationL
 
 
 def method_options(method: str, values: dict[str, Any] | None = None, prefix: str = "loss.") -> MethodOptions:
-    """Validate the options of a method; others have their defaults. Messages write `prefix` before the name of an option.
+    """Validate the options of a method. In messages, the name of an option begins with `prefix`.
 
     Raises:
         UserError: the method or an option is unknown, or the value of an option is not allowed.

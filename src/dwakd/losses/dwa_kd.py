@@ -83,7 +83,7 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
     Gradient: the student's hidden states, its head through its own logits only, and its embeddings through nDTW.
 
     References:
-        Vu et al. 2026, equations 1 to 25. Schedules start one step later than in the published code, at step / steps.
+        Vu et al. 2026, equations 1 to 25. Schedules count finished steps, one fewer than in the published code.
     """
 
     options_type = DwaKdOptions

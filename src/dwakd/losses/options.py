@@ -49,7 +49,7 @@ class MethodOptions(Section):
 
     @property
     def parts(self) -> "list[MethodOptions]":
-        """The options of the methods of a sum, or else these alone."""
+        """The options of each method of a sum; of a single method, only these options."""
         return [self]
 
     @property
@@ -60,7 +60,7 @@ class MethodOptions(Section):
 
     @property
     def supports_sampled(self) -> bool:
-        """Whether the method can train on responses that the student sampled: its other terms need no correct response."""
+        """Whether the method can train on responses that the student sampled, which are not correct answers."""
         return True
 
     @property

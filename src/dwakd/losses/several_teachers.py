@@ -36,8 +36,8 @@ class SeveralTeachers(nn.Module):
 
         r_{k,i} = a_k exp(g_{k,i} / T) / sum_l a_l exp(g_{l,i} / T),    g_{k,i} = max_v p^{t_k->s}_i(v)
 
-    The softmax is over the teachers that have a token for student token i, so the others get its whole weight. If none has one,
-    the gate weights are the mixture weights, and the student-space divergence leaves the token out.
+    The softmax includes only teachers with a token that is aligned with student token i. If there is none, the gate weights are
+    the mixture weights, and the student-space divergence leaves the token out.
 
     Gate weights are constants. They multiply the method's own token weights after these have been rescaled. All other terms
     keep the mixture weights, so that the maps of a teacher with low gate weights are still trained. A method without a

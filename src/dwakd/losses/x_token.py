@@ -40,7 +40,7 @@ class XTokenOptions(MethodOptions):
     vocab_topk: Count = Field(
         8192, description="In p_kl, only the teacher tokens with the largest logits in the example are compared."
     )
-    uncommon_topk: Count = Field(8192, description="In h_kl, most ranks of unmatched tokens that are compared.")
+    uncommon_topk: Count = Field(8192, description="In h_kl, the maximum number of unmatched tokens that are compared.")
     temperature: Temperature = Field(
         1.0, description="Divides the logits of both models in the divergences, which are multiplied by its square."
     )

@@ -122,15 +122,16 @@ def _body(
     if recipe["data"].get("responses") == "teacher":
         data += f" and the teacher's answers in `{public['generate']['output']}`"
     if share := recipe.get("training", {}).get("lmbda"):
-        data += f" (training.lmbda {share:g}: the student itself answered this share of the prompts)"
+        data += f" (training.lmbda {share:g}: the student itself answered this fraction of the prompts)"
     loader = "AutoPeftModelForCausalLM" if library == "peft" else "AutoModelForCausalLM"
     declared = [f"`{without_paths(source)}`: {licence}" for source, licence in licences.items() if licence]
     modules = {name: sys.modules[METHODS[name].__module__].__doc__ or "" for name in methods}
     papers = {name: re.search(r"arXiv (\d{4}\.\d{5})", text) for name, text in modules.items()}
     cited = "".join(f"- `{name}`: https://arxiv.org/abs/{found[1]}\n" for name, found in papers.items() if found)
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
-    return f"""Student `{public["student"]["model"]}`, teacher `{"`, `".join(without_paths(teachers)) or "none"}`, method \
-`{" + ".join(methods)}`, data {data}, prompts by the template `{recipe["data"]["template"]!r}`.
+    return f"""This model is `{public["student"]["model"]}`, trained with dwakd: teacher \
+`{"`, `".join(without_paths(teachers)) or "none"}`, method `{" + ".join(methods)}`, data {data}, \
+prompt template `{recipe["data"]["template"]!r}`.
 
 ```python
 from {library} import {loader}
@@ -140,8 +141,8 @@ model = {loader}.from_pretrained("{folder}")
 
 ## Training
 
-`dwakd train recipe.yaml` with the recipe below, {versions} and Python {platform.python_version()}. \
-Licences that the sources declare: {"; ".join(declared) or "none"}.
+The recipe below describes the training. To repeat it, run `dwakd train recipe.yaml`. Versions: {versions}, \
+Python {platform.python_version()}. Declared licences of models and data: {"; ".join(declared) or "none"}.
 
 <details><summary>Recipe</summary>
 

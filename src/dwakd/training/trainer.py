@@ -45,8 +45,8 @@ class DistillTrainer(ShardedTrainer, StepTrainer):
         model: the student: a model, or a name or folder for `load_causal_lm`.
         teacher_model: the teacher, given like the student or as a `Teacher`; a list for several. Not needed by `sft`.
         train_dataset: a hub id, a file, a `datasets.Dataset`, a list of rows or examples, or encoded pairs.
-        eval_dataset: the same, or several sets by name, whose metrics are named eval_NAME_loss and so on. Of a
-            `DatasetDict` or a dict with `train`, `validation` or else `test` is read (and `train` to train on).
+        eval_dataset: the same, or several sets by name, whose metrics are named eval_NAME_loss and so on. In a
+            `DatasetDict` or a dict with the key `train`, it is `validation` or else `test`.
         processing_class: the student's tokenizer. It is loaded with a student given by name.
         teacher_processing_class: the teacher's tokenizer, loaded with a teacher given by name. A list for several.
         peft_config: trains adapters on the student instead of its weights.
@@ -202,7 +202,7 @@ class DistillTrainer(ShardedTrainer, StepTrainer):
         `ce`, `bits_per_byte` and `rouge_l` do not. Metrics of several sets have the prefix eval_NAME.
 
         Args:
-            eval_dataset: as in the constructor. Default: the constructor's, the only ones that are answered for ROUGE-L.
+            eval_dataset: as in the constructor. Default: those of the constructor. Only they have ROUGE-L.
             ignore_keys: unused.
         """
         sets, own = self.eval_sets, eval_dataset is None
