@@ -148,6 +148,10 @@ def test_a_recipe(server, workspace, tmp_path, monkeypatch, capsys):
     for override, message in (
         ("loss.method=dskd", "method dskd needs the teacher's hidden states"),
         ("teacher.adapter=x", "adapter cannot be combined with url"),
+        ("teacher.dtype=float32", "dtype cannot be combined with url"),
+        ("teacher.device_map=auto", "device_map cannot be combined with url"),
+        ("teacher.attn_implementation=eager", "attn_implementation cannot be combined with url"),
+        ("teacher.quantization_config={load_in_4bit: true}", "quantization_config cannot be combined with url"),
         ("teacher.url=null", "api requires url"),
     ):
         code, _, err = run(monkeypatch, capsys, "train", path, override, "-o", tmp_path / "other")

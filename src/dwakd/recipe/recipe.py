@@ -104,7 +104,7 @@ class Recipe(Section):
     def _choose_dtypes(self) -> Recipe:
         dtype = "bfloat16" if supports_bfloat16(use_cpu=bool(self.training.get("use_cpu"))) else "float32"
         for section in self.teachers:
-            if section.dtype is None:
+            if section.dtype is None and section.url is None:
                 object.__setattr__(section, "dtype", dtype)  # a saved recipe names the dtype
         return self
 

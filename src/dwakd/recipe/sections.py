@@ -122,6 +122,7 @@ def _without_password(url: str) -> str:
 
 Address = Annotated[str, AfterValidator(_without_password)]
 _SERVER = "the address of a server that runs the teacher"
+_LOCAL = ("dtype", "attn_implementation", "quantization_config", "device_map", "adapter", "cache_dtype")
 
 
 class TeacherSection(ModelSection):
@@ -159,8 +160,7 @@ class TeacherSection(ModelSection):
 
     @model_validator(mode="after")
     def _check_url(self) -> TeacherSection:
-        others = ("adapter", "cache_dtype") if self.url is not None else ("served_model", "api", "batch_size")
-        for name in others:
+        for name in ("served_model", "api", "batch_size") if self.url is None else _LOCAL:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(
                     f"{name} {'requires' if self.url is None else 'cannot be combined with'} url, {_SERVER}"
