@@ -8,7 +8,7 @@ from accelerate.state import GradientState
 from transformers import TrainingArguments
 
 from dwakd.batch import PairedBatch, TokenBatch
-from dwakd.training.sampler import BLOCK_STEPS, LengthGroupedSampler, cut_repeats, padded_tokens, split_by_tokens
+from dwakd.training.sampler import BLOCK_STEPS, LengthGroupedSampler, count_tokens, cut_repeats, split_by_tokens
 
 
 def batch(size: int) -> PairedBatch:
@@ -60,7 +60,9 @@ def test_micro_batches_have_at_most_the_given_tokens():
     batches = [rows([5, 40, 6], num_sampled=1), rows([9, 4], start=3), rows([7], start=5, weight=0.0)]
     parts = split_by_tokens(batches, 60, lambda count: torch.cat([count, count + 2]))
     assert [part.example_ids for part in parts] == [(4, 0), (3, 2), (1,), (4,), (4,)], "row 2 is sampled"
-    assert [padded_tokens(part, range(len(part))) for part in parts] == [36, 60, 123, 15, 15]
+    assert [count_tokens(part, range(len(part))) for part in parts] == [36, 60, 123, 15, 15]
+    packed = split_by_tokens(batches, 60, None, packed=True)
+    assert [part.example_ids for part in packed] == [(4, 0, 2), (3,), (1,)], "54, 30 and 123 tokens, without padding"
     assert [part.weight for part in parts] == [1, 1, 1, 0, 0]
     assert [part.num_sampled for part in parts] == [0, 1, 0, 0, 0]
     for got, expected in zip(parts[1], rows([9]), strict=True):
@@ -69,4 +71,4 @@ def test_micro_batches_have_at_most_the_given_tokens():
     chosen = [rows([9, 4, 5], chosen=(0, 1, 1)), rows([3], start=3, chosen=(0,))]
     (part,) = split_by_tokens(chosen, 70, None)
     assert (part.example_ids, part.chosen) == ((3, 1, 2, 0), (0, 1, 1, 0))
-    assert padded_tokens(part, range(4)) == 4 * 9 + 2 * 10 + 2 * 7
+    assert count_tokens(part, range(4)) == 4 * 9 + 2 * 10 + 2 * 7

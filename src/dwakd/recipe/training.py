@@ -157,7 +157,7 @@ class DistillConfig(TrainingArguments):
     )
     max_tokens_per_batch: Count | None = _option(
         None,
-        "Split each optimiser step into micro-batches of at most this many tokens of all models, padding included.",
+        "Split each optimiser step into micro-batches of at most this many tokens of all models, with padding if there is any.",
     )
     max_skipped_steps: Steps = _option(
         0, "Number of steps with a NaN or infinite loss or gradient that are skipped; the next such step ends the run."

@@ -61,7 +61,7 @@ def cut_repeats(batches: list[PairedBatch], state: GradientState, args: Training
 
 
 def split_by_tokens(
-    batches: list[PairedBatch], limit: int, gather: Callable[[Tensor], Tensor] | None
+    batches: list[PairedBatch], limit: int, gather: Callable[[Tensor], Tensor] | None, *, packed: bool = False
 ) -> list[PairedBatch]:
     """Divide the rows of an optimiser step into micro-batches of similar length and at most `limit` tokens.
 
@@ -70,13 +70,14 @@ def split_by_tokens(
 
     Args:
         batches: the batches of the step.
-        limit: largest value of `padded_tokens` of a micro-batch.
+        limit: largest value of `count_tokens` of a micro-batch.
         gather: concatenates the tensors of all ranks, if there are several.
+        packed: whether the models run the rows of a micro-batch without padding.
     """
     whole = PairedBatch.concatenate([batch for batch in batches if batch.weight] or batches[:1])
     parts: list[list[int]] = []
-    for row in sorted(range(len(whole)), key=lambda row: padded_tokens(whole, [row])):
-        if parts and padded_tokens(whole, [*parts[-1], row]) <= limit:
+    for row in sorted(range(len(whole)), key=lambda row: count_tokens(whole, [row])):
+        if parts and count_tokens(whole, [*parts[-1], row], packed=packed) <= limit:
             parts[-1].append(row)
         else:
             parts.append([row])
@@ -86,12 +87,12 @@ def split_by_tokens(
     return [*map(whole.examples, parts), *[empty] * missing]
 
 
-def padded_tokens(batch: PairedBatch, rows: Sequence[int]) -> int:
-    """Return the number of tokens of these rows as one batch, padding included, for the student and all teachers.
+def count_tokens(batch: PairedBatch, rows: Sequence[int], *, packed: bool = False) -> int:
+    """Return the number of tokens of these rows as one batch, for the student and all teachers; padding counts unless `packed`.
 
     With `chosen`, a teacher's tokens are those of the rows that it teaches.
     """
     lengths = [[batch.student.num_tokens[row] for row in rows]]
     for index, teacher in enumerate(batch.teachers):
         lengths.append([teacher.num_tokens[row] for row in rows if batch.chosen is None or batch.chosen[row] == index])
-    return sum(len(own) * max(own, default=0) for own in lengths)
+    return sum(sum(own) if packed else len(own) * max(own, default=0) for own in lengths)

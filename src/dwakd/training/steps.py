@@ -88,7 +88,7 @@ class StepTrainer(HubTrainer):
             kept = answer.replace(kept, self.student, self.state.global_step)
         kept = [batch.to(self.args.device) for batch in kept]
         if max_tokens is not None:
-            kept = split_by_tokens(kept, max_tokens, gather)
+            kept = split_by_tokens(kept, max_tokens, gather, packed=self.args.padding_free)
         return run_teachers(kept, self.teachers, gather)
 
     def training_step(
