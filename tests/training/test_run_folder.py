@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from dwakd.checksums import CHECKSUMS, begin_checksums
+from dwakd.checksums import CHECKSUMS, begin_checksums, write_checksums
 from dwakd.errors import UserError
 from dwakd.folders import UNFINISHED, alone_in
 from dwakd.recipe.recipe import recipe_from_dict
@@ -128,6 +128,24 @@ def test_a_damaged_checkpoint_is_skipped(tmp_path, lora, caplog):
     (newest / CHECKSUMS).unlink()
     with pytest.raises(UserError, match="older version of dwakd"):
         last_checkpoint(tmp_path)
+
+
+def save_checkpoint(folder, *names):
+    """Write a complete checkpoint of files with these names, and return its path."""
+    for name in (*names, "model.safetensors", "trainer_state.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    write_checksums(folder)
+    return str(folder)
+
+
+def test_checkpoints_of_deepspeed_are_complete(tmp_path, caplog):
+    """DeepSpeed stores the schedule of its own scheduler with the optimiser, and transformers writes no scheduler.pt."""
+    ranks = ["rng_state_0.pth", "rng_state_1.pth"]
+    found = save_checkpoint(tmp_path / "checkpoint-1", "latest", "global_step1/mp_rank_00_model_states.pt", *ranks)
+    save_checkpoint(tmp_path / "checkpoint-2")
+    assert last_checkpoint(tmp_path) == found
+    assert "checkpoint-2: it contains no optimiser" in caplog.text, "save_only_model"
 
 
 def test_save_total_limit_keeps_complete_checkpoints(tmp_path):

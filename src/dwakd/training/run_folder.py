@@ -124,8 +124,8 @@ def last_checkpoint(folder: Path) -> str | None:
     found = checkpoints_in(folder)
     for path in reversed(found):
         fault = checksum_fault(path)
-        if fault is None and not (path / "scheduler.pt").is_file():
-            fault = "it contains no optimiser"  # save_only_model
+        if fault is None and not any(path.glob("rng_state*.pth")):
+            fault = "it contains no optimiser"  # save_only_model; DeepSpeed stores optimiser and schedule under its own names
         if fault is None:
             return str(path)
         logger.warning("skipping checkpoint %s: %s", path, fault)
