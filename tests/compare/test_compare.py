@@ -203,6 +203,14 @@ def test_the_same_comparison_in_several_processes(tmp_path, monkeypatch):
     assert failures[0] == failures[1] == failures[2]
 
 
+def test_only_a_lock_is_waited_for(tmp_path, monkeypatch):
+    """A run counts as that of another process only if its lock is taken, whatever the reason of its failure says."""
+    monkeypatch.setattr(Runner, "_train", lambda *_: "runs in another process")
+    monkeypatch.setattr(runner, "POLL_SECONDS", "never")  # waiting would be a TypeError
+    cell = Cell(Variant("sft", {"loss.method": "sft"}), 1)
+    assert Runner(recipe(), tmp_path, 1).run([cell]) == {"sft-1": "runs in another process"}
+
+
 def test_cells_of_another_recipe_are_refused(tmp_path):
     """Finished runs of another recipe are refused."""
     cells, cell = Runner(recipe(), tmp_path, 1), Cell(Variant("sft", {"loss.method": "sft"}), 1)

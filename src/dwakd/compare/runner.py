@@ -26,12 +26,12 @@ from dwakd.evaluation.generate import progress_bar
 from dwakd.folders import write_file
 from dwakd.recipe.files import RECIPE_FILE
 from dwakd.recipe.recipe import Recipe
+from dwakd.recipe.sections import TeacherSection
 from dwakd.training.run_folder import RUN_FILE, check_same_recipe
 
 logger = logging.get_logger(__name__)
 POLL_SECONDS = 5.0
 """Time between two attempts to run cells that other processes have locked."""
-_ELSEWHERE = "runs in another process"
 MOVABLE = re.compile(r"(teacher\.(\d+\.)?cache|generate\.(output|batch_size))$")
 """Options that may differ between finished runs, because they only name a file or change the speed."""
 
@@ -104,13 +104,13 @@ class Runner:
             try:
                 task, reasons = bar.add_task("runs", total=len(waiting)), dict[str, str | None]()
                 while waiting:
-                    elsewhere = []
-                    for cell, reason in zip(waiting, pool.map(self._run_cell, waiting), strict=True):
-                        if reason == _ELSEWHERE:
-                            elsewhere.append(cell)
-                        else:
-                            reasons[cell.name] = reason
+                    elsewhere, runs = [], [pool.submit(self._run_cell, cell) for cell in waiting]
+                    for cell, run in zip(waiting, runs, strict=True):
+                        try:
+                            reasons[cell.name] = run.result()
                             bar.advance(task)
+                        except Timeout:
+                            elsewhere.append(cell)
                     if elsewhere and len(elsewhere) == len(waiting):
                         time.sleep(POLL_SECONDS)
                     waiting = elsewhere
@@ -129,21 +129,18 @@ class Runner:
         return {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads, **os.environ}
 
     def _run_cell(self, cell: Cell) -> str | None:
-        """Run one cell unless another process does, and return the reason if it failed."""
+        """Run one cell and return the reason if it failed; raise Timeout if another process runs it."""
         failure = self.folder / "logs" / f"{cell.name}.failed"
-        try:
-            with lock_of(self.folder, cell.name).acquire(timeout=0):
-                if self.finished(cell):
-                    return None
-                if failure.is_file() and failure.stat().st_mtime >= self._started:
-                    return failure.read_text(encoding="utf-8")
-                reason = self._train(cell)
-                failure.unlink(missing_ok=True)
-                if reason is not None:
-                    write_file(failure, reason.encode())
-                return reason
-        except Timeout:
-            return _ELSEWHERE
+        with lock_of(self.folder, cell.name).acquire(timeout=0):
+            if self.finished(cell):
+                return None
+            if failure.is_file() and failure.stat().st_mtime >= self._started:
+                return failure.read_text(encoding="utf-8")
+            reason = self._train(cell)
+            failure.unlink(missing_ok=True)
+            if reason is not None:
+                write_file(failure, reason.encode())
+            return reason
 
     def _train(self, cell: Cell) -> str | None:
         path = self.folder / "recipes" / f"{cell.name}.yaml"
@@ -214,27 +211,27 @@ def _answered_content(recipe: Recipe) -> dict[str, Any]:
 
 def _with_shared_caches(recipe: Recipe, folder: Path) -> Recipe:
     """Return the recipe with a cache for each teacher, which the rows that change neither data nor models share."""
-    names = ["teacher-cache", *(f"teacher-cache-{number}" for number in range(2, len(recipe.teachers) + 1))]
-    pairs = zip(recipe.teachers, names, strict=False)
-    teachers = [one.model_copy(update={"cache": one.cache or str(folder / name)}) for one, name in pairs]
-    return recipe.model_copy(
-        update={"teacher": teachers if isinstance(recipe.teacher, list) else next(iter(teachers), None)}
-    )
+    teachers = _cached(recipe.teachers, folder / "teacher-cache", {None})
+    given = teachers if isinstance(recipe.teacher, list) else next(iter(teachers), None)
+    return recipe.model_copy(update={"teacher": given})
 
 
 def _with_caches(row: Recipe, recipe: Recipe, folder: Path) -> Recipe:
     """Return the recipe of a row with a cache for each teacher, which all rows with the same data and models share."""
     if not row.loss.needs_teacher or not cacheable(row):
         return row
-    content, common = _cached_content(row), _cached_content(recipe)
-    digest = "" if content == common else "-" + json_digest(content)[:8]
-    shared = {one.cache for one in recipe.teachers} if digest else set()
-    teachers = []
-    for number, one in enumerate(row.teachers, start=1):
-        name = f"teacher-cache{digest}" + (f"-{number}" if number > 1 else "")
-        cache = one.cache if one.cache not in {None, *shared} else str(folder / name)
-        teachers.append(one.model_copy(update={"cache": cache}))
-    return row.replace(teacher=teachers)
+    content = _cached_content(row)
+    if content == _cached_content(recipe):
+        return row.replace(teacher=_cached(row.teachers, folder / "teacher-cache", {None}))
+    path = folder / f"teacher-cache-{json_digest(content)[:8]}"
+    return row.replace(teacher=_cached(row.teachers, path, {None, *(one.cache for one in recipe.teachers)}))
+
+
+def _cached(teachers: list[TeacherSection], path: Path, replaced: set[str | None]) -> list[TeacherSection]:
+    """Return teachers whose caches are `path`, `path`-2 and so on, where their own cache is among those to replace."""
+    paths = [str(path), *(f"{path}-{number}" for number in range(2, len(teachers) + 1))]
+    pairs = zip(teachers, paths, strict=False)
+    return [one.model_copy(update={"cache": new}) if one.cache in replaced else one for one, new in pairs]
 
 
 def _cached_content(recipe: Recipe) -> dict[str, Any]:
