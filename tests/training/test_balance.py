@@ -43,9 +43,11 @@ def test_the_limit_holds_in_training_and_a_resumed_run_continues_with_the_same_s
     )
 
 
-def test_the_limit_needs_a_cross_entropy(tmp_path):
+def test_the_limit_needs_a_cross_entropy_and_another_term(tmp_path):
     """Without a cross-entropy there is nothing to compare with, and nothing would happen without a message."""
     assert DistillConfig(output_dir=str(tmp_path), term_gradient_limit=0.5).term_gradient_steps == 10
     for options in ({"method": "alm", "lmbda": 1.0}, {"method": "alm", "loss_options": {"ce_weight": 0.0}}):
         with pytest.raises(UserError, match="the loss contains no ce"):
             DistillConfig(output_dir=str(tmp_path), term_gradient_limit=0.5, **options)
+    with pytest.raises(UserError, match="limits terms other than ce, but method sft has none"):
+        DistillConfig(output_dir=str(tmp_path), term_gradient_limit=0.5, method="sft")

@@ -15,6 +15,7 @@ from dwakd.errors import UserError
 from dwakd.losses import MethodOptions, method_options
 from dwakd.losses.options import Rate, Steps, Temperature
 from dwakd.losses.several_teachers import Gate
+from dwakd.losses.weighted_sum import term_names
 from dwakd.recipe.checks import check_stream, metric_names, refuse_packed_attention
 from dwakd.recipe.sections import Count, DataSection, Dtype, Share, options_of
 from dwakd.validation import Section, parse, unknown_option
@@ -209,10 +210,7 @@ class DistillConfig(TrainingArguments):
         self._check_method(self.method_options)
         check_stream(self, self.teacher_cache)
         if self.term_gradient_limit is not None:
-            if self.lmbda == 1 or not self.method_options.cross_entropy_weight:
-                raise UserError(
-                    "term_gradient_limit compares with the gradient of ce, but the loss contains no ce: remove it"
-                )
+            self._check_terms(self.method_options)
             self.term_gradient_steps = self.term_gradient_steps or 10
         if self.warmup_ratio is not None:
             if self.warmup_steps:  # type: ignore[has-type]
@@ -243,6 +241,16 @@ class DistillConfig(TrainingArguments):
         if self.lmbda == 1 and options.needs_given:
             name = next(part.method_name() for part in options.parts if part.needs_given)
             raise UserError(f"method {name} needs some given responses to train its maps: set training.lmbda below 1")
+
+    def _check_terms(self, options: MethodOptions) -> None:
+        if term_names(options) == ("ce",):
+            raise UserError(
+                f"term_gradient_limit limits terms other than ce, but method {self.method} has none: remove it"
+            )
+        if self.lmbda == 1 or not options.cross_entropy_weight:
+            raise UserError(
+                "term_gradient_limit compares with the gradient of ce, but the loss contains no ce: remove it"
+            )
 
     @property
     def method_options(self) -> MethodOptions:
