@@ -35,7 +35,7 @@ class DwaOptions(MethodOptions):
     skew: Skew = 0.1
     entropy_weights: bool = Field(True, description="Whether w_i includes the student's entropy H(p^s_i).")
     gate: bool = Field(True, description="Whether w_i includes the projected teacher's largest probability.")
-    teacher_weights: bool = Field(True, description="Whether KD^tea is weighted.")
+    teacher_weights: bool = Field(True, description="Whether KD^tea is weighted by w_j.")
     dtw_hidden: bool = Field(True, description="Whether to align the final hidden states.")
     dtw_embedding: bool = Field(True, description="Whether to align the target embeddings.")
     band: bool = Field(
@@ -43,7 +43,7 @@ class DwaOptions(MethodOptions):
     )
     band_base: Weight = Field(5.0, description="Half the width b of the band, in tokens.")
     band_blend: Rate = Field(
-        0.7, description="How far (alpha) the centre of the band follows the alignment instead of the diagonal."
+        0.7, description="alpha: with 1, the band is centred on the alignment, with 0 on the diagonal."
     )
     band_penalty: Weight = Field(1.0, description="Penalty lambda_band, added to each cost outside the band.")
     gamma: Positive = Field(2.0, description="Temperature of the soft minimum.")

@@ -49,16 +49,15 @@ class DwaKdOptions(DwaOptions, CrossingOptions):
         0, description="Optimiser steps over which the gate rises from 0; requires entropy_then_gate."
     )
     band_entropy: Weight = Field(
-        2.0, description="Additional half-width beta in tokens per nat of the attention's entropy."
+        2.0, description="Additional half-width of the band, in tokens for each nat of the attention's entropy."
     )
     gamma_end: Positive | None = Field(None, description="If set, gamma changes linearly to this value.")
     gamma_steps: Steps = Field(0, description="Number of optimiser steps over which gamma changes.")
     variant: Literal["paper", "authors", "recommended"] = Field(
         "paper",
-        description="paper; authors for choices of the published code: entropy_then_gate, skewed reverse KL and band "
-        "centres counted from 0, but without its prompt and padding positions and bfloat16 costs; or recommended, in which "
-        "the projected teacher cannot read the label: alignment bytes, values hidden, temperature 1, ce_weight 0.9, "
-        "kd_weight 0.1 and dtw_weight 0.02.",
+        description="Set of defaults. authors has choices of the published code: weight_normalisation entropy_then_gate, "
+        "skewed reverse KL and band centres counted from 0. In recommended, the projected teacher cannot read the label: "
+        "alignment bytes, values hidden, temperature 1, ce_weight 0.9, kd_weight 0.1 and dtw_weight 0.02.",
     )
 
     @model_validator(mode="after")

@@ -27,7 +27,7 @@ class GoldOptions(MethodOptions):
     merge: Literal["bayesian", "observed"] = Field(
         "bayesian",
         description="bayesian takes the distribution of a group's last token and the probabilities of the tokens before it; "
-        "observed, TRL's default, the distribution of the first token and the probabilities of those after it.",
+        "observed, TRL's default, takes the distribution of the first token and the probabilities of those after it.",
     )
     matched_weight: Weight | None = Field(
         None,

@@ -34,7 +34,7 @@ class MinEdOptions(MethodOptions):
     )
     same_prefix: bool = Field(
         False,
-        description="Whether both models must have read the same bytes at an aligned position. Not in paper and port.",
+        description="Whether both models must have read the same bytes at an aligned position.",
     )
 
     @property
