@@ -276,12 +276,12 @@ def conclusions(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if "seqkd" in finished and others:
         best = min(others, key=lambda name: finished[name]["bits_per_byte"])
         sentences.append(
-            f"On the teacher's answers, the likeliest references are those of {best}; against seqkd: "
+            f"On the teacher's answers, {best} has the fewest bits per byte of the methods with a teacher; against seqkd: "
             f"{_differences(finished[best]['versus']['seqkd'])}."
         )
     sentences.append(
-        "Intervals are 95 % over test prompts, with one training seed; another seed shifts a score by a further point or "
-        "two (docs/results/demo.md has several)."
+        "The intervals are 95 % intervals over test prompts, with one training seed. Another seed can change a score by one "
+        "or two more points (see docs/results/demo.md)."
     )
     return sentences
 
