@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from dwakd.losses import attention, banded, build_loss, sides
+from dwakd.losses import TeacherScale, attention, banded, build_loss, sides
 from dwakd.losses.alignment import soft_dtw_divergences
 from dwakd.losses.attention import Focus
 from dwakd.losses.band import Band
@@ -120,6 +122,42 @@ def test_long_responses_give_the_loss_of_short_ones(name, options, monkeypatch):
         assert results[0][0].pop("dtw_border") == 0
         assert results[1][0].pop("dtw_border") <= 1e-14
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Record the number of values of the largest tensor that an operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(one.numel() for one in tree_leaves(found) if isinstance(one, torch.Tensor))])
+        return found
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_in_blocks_has_no_large_matrix(causal, monkeypatch):
+    """A matrix of all tokens would need gigabytes for long responses. Values and gradients are those of the whole matrices."""
+    torch.manual_seed(0)
+    heads, examples = random_heads(), random_examples([(90, 110), (20, 10)])
+    own, other = side(examples, "student", heads[0]), side(examples, "teacher", heads[1])
+    maps = attention.Projectors(WIDTHS, with_embedding=False, query_parts=1 if causal else 2).double()
+    results, largest = [], []
+    for limit in (200, 4):
+        monkeypatch.setattr(sides, "LONG", limit)
+        monkeypatch.setattr(attention, "_CELLS", 2000)
+        with LargestTensor() as mode:
+            found = attention.cross_model_attention(own, other, maps, TeacherScale.of(other), causal=causal)
+            total = found.t2s_hidden.square().sum() + found.s2t_hidden.square().sum()
+            grads = torch.autograd.grad(
+                total, [*maps.query.parameters(), *maps.t2s.parameters(), *maps.s2t.parameters()]
+            )
+        focus = [values[n, :count] for values in found.focus for n, count in enumerate((90, 20))]
+        results.append((found.t2s_hidden, found.s2t_hidden, focus, grads))
+        largest.append(mode.numel)
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    assert largest[0] >= 2 * 90 * 110
+    assert largest[1] <= 4000, "two blocks, in forward and backward pass"
 
 
 def test_auto_computes_a_band_for_long_responses_only(monkeypatch):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dwakd.align.offsets import text_read
 from dwakd.batch import ModelSide
@@ -17,7 +17,7 @@ from dwakd.losses.pair import Widths
 from dwakd.losses.record import record
 from dwakd.losses.sides import is_long, pad_rows, require_width, unpad_rows, valid
 
-_CELLS = 1 << 22  # attention weights of long responses that exist at a time
+_CELLS = 1 << 20  # attention weights in a block of a long response
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def cross_model_attention(
     Learned attention lets a token read what comes after it. With `causal`, Q = query(e_i) and K = N(e_j), and a token attends
     only to tokens of the other model at which no more text has been read.
 
-    The attention weights of responses above `LONG` tokens are computed in blocks, and again in the backward pass.
+    The attention weights of responses above `LONG` tokens are computed in blocks (`_Attention`).
     """
     projectors.require_fit(student, teacher)
     dtype = projectors.query.weight.dtype
@@ -225,38 +225,65 @@ def _attend_in_blocks(
     (query, key), (value, back) = (own[0], theirs[0]), (own[1], theirs[1])
     s_parts = [torch.split(part, list(counts[0])) for part in (query, back, *bounds[0])]
     t_parts = [torch.split(part, list(counts[1])) for part in (key, value, *bounds[1])]
+    attend: Any = _Attention.apply  # untyped
     t2s, s2t = [], []
     for (q, b, s_first, s_last), (k, v, t_first, t_last) in zip(
         zip(*s_parts, strict=True), zip(*t_parts, strict=True), strict=True
     ):
-        t2s.append(_attended(q, k, v, s_first, t_last))
-        s2t.append(_attended(k, q, b, t_first, s_last)[0])
+        t2s.append(attend(q, k, v, s_first, t_last))
+        s2t.append(attend(k, q, b, t_first, s_last)[0])
     t2s_hidden, centre, entropy = (torch.cat(parts) for parts in zip(*t2s, strict=True))
     padded = [pad_rows(part[:, None], student.lengths, max(student.counts))[..., 0] for part in (centre, entropy)]
     return CrossModelAttention(t2s_hidden, torch.cat(s2t), Focus(*padded))
 
 
-def _attended(
-    query: Float[Tensor, "rows width"],
-    key: Float[Tensor, "columns width"],
-    value: Float[Tensor, "columns hidden"],
-    first: Int[Tensor, " rows"],
-    last: Int[Tensor, " columns"],
-) -> tuple[Float[Tensor, "rows hidden"], Float[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """Return attended values, and centre and entropy of the attention; a row sees columns with last <= its first."""
+class _Attention(torch.autograd.Function):
+    """Return attended values, and centre and entropy of the attention; a row sees columns with last <= its first.
 
-    def block(query: Tensor, first: Tensor) -> tuple[Tensor, ...]:
-        scores = query @ key.T / math.sqrt(key.shape[-1])
-        weights = scores.masked_fill(last > first[:, None], -torch.inf).softmax(-1)
-        return weights @ value, *Focus.of(weights)
+    Blocks of weights are computed in the same memory, and again in the backward pass, because allocators of CPUs do not reuse
+    the memory of many large tensors well.
+    """
 
-    rows = max(1, _CELLS // len(key))
-    blocks = [
-        checkpoint(block, *part, use_reentrant=False, preserve_rng_state=False)
-        for part in zip(torch.split(query, rows), torch.split(first, rows), strict=True)
-    ]
-    attended, centre, entropy = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-    return attended, centre, entropy
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, first: Tensor, last: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        attended, (centre, entropy) = value.new_empty(len(query), value.shape[1]), value.new_empty(2, len(query))
+        columns = torch.arange(len(key), device=key.device, dtype=key.dtype)
+        for part, weights, spare in _blocks(query, key, first, last):
+            torch.mm(weights, value, out=attended[part])
+            torch.mv(weights, columns, out=centre[part])
+            torch.sum(torch.special.entr(weights, out=spare), -1, out=entropy[part])
+        ctx.save_for_backward(query, key, value, first, last, attended)
+        ctx.mark_non_differentiable(centre, entropy)
+        return attended, centre, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        query, key, value, first, last, attended = ctx.saved_tensors
+        query_grad, key_grad, value_grad = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for part, weights, spare in _blocks(query, key, first, last):
+            value_grad.addmm_(weights.T, grad[part])
+            change = torch.mm(grad[part], value.T, out=spare)
+            change.sub_((grad[part] * attended[part]).sum(-1, keepdim=True)).mul_(weights).div_(
+                math.sqrt(key.shape[-1])
+            )
+            torch.mm(change, key, out=query_grad[part])
+            key_grad.addmm_(change.T, query[part])
+        return query_grad, key_grad, value_grad, None, None
+
+
+def _blocks(query: Tensor, key: Tensor, first: Tensor, last: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Compute the weights of rows of queries; yield the rows, their weights and memory of the same shape, both reused."""
+    rows = min(len(query), max(1, _CELLS // len(key)))
+    buffers = query.new_empty(2, rows, len(key))
+    for start in range(0, len(query), rows):
+        part = slice(start, min(start + rows, len(query)))
+        weights, spare = buffers[:, : part.stop - start]
+        torch.mm(query[part], key.T, out=weights).div_(math.sqrt(key.shape[-1]))
+        weights.masked_fill_(last > first[part, None], -torch.inf)
+        weights.sub_(weights.amax(-1, keepdim=True)).exp_()
+        yield part, weights.div_(weights.sum(-1, keepdim=True)), spare
 
 
 def _bounds(side: ModelSide, length: int) -> list[Int[Tensor, "batch 1 length"]]:
