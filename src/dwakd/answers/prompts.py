@@ -70,11 +70,6 @@ def train_source(data: DataSection, *, need_response: bool = True) -> RowSource:
     return RowSource(data.train, split=TRAIN_SPLITS, limit=data.limit, need_response=need_response, **_reading(data))
 
 
-def train_rows(data: DataSection, *, need_response: bool = True) -> list[Example]:
-    """Read the rows of `train_source`."""
-    return list(train_source(data, need_response=need_response))
-
-
 def eval_rows(data: DataSection) -> list[Example] | None:
     """Read the rows of `data.eval`, if there is such a set."""
     if data.eval is None:

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from dwakd.answers.answers import Answer, Collected, collect
 from dwakd.answers.endpoint import EndpointTeacher
 from dwakd.answers.local import Advance, LocalTeacher
-from dwakd.answers.prompts import PromptSet, check_prompts, read_prompts, train_rows, warn_of_overlap
+from dwakd.answers.prompts import PromptSet, check_prompts, read_prompts, train_source, warn_of_overlap
 from dwakd.answers.store import AnswerFile, read_request
 from dwakd.cache.fingerprint import DATE, adapter_digest, fingerprint, weights_digest
 from dwakd.data.encoding import TextEncoder
@@ -146,7 +146,7 @@ def training_examples(recipe: Recipe, plan: EvaluationPlan | None = None) -> lis
     """
     _, collected = answer_recipe(recipe, plan)
     is_answered = recipe.data.train in (recipe.generate.prompts or [recipe.data.train])
-    rows = [*([] if is_answered else train_rows(recipe.data)), *collected.examples]
+    rows = [*([] if is_answered else train_source(recipe.data)), *collected.examples]
     return [replace(row, index=index, source=None) for index, row in enumerate(rows)]
 
 

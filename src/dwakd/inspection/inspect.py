@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from dwakd.answers.prompts import section_encoder, train_rows
+from dwakd.answers.prompts import section_encoder, train_source
 from dwakd.answers.run import training_examples
 from dwakd.data.pairs import encode_pairs
 from dwakd.data.rows import Example
@@ -142,7 +142,7 @@ def _examples(recipe: Recipe) -> list[Example]:
     """Return the rows to train on. The teacher's answers are read but never made."""
     answers = recipe.generate.output
     if recipe.data.responses == "given":
-        return train_rows(recipe.data)
+        return list(train_source(recipe.data))
     if answers is None or not Path(answers).expanduser().is_file():
         fix = "run dwakd generate, or set data.responses=given to inspect the labelled rows"
         raise UserError(f"the teacher's answers {answers} (generate.output) do not exist yet; {fix}")

@@ -55,15 +55,14 @@ __all__ = [
     "build_loss",
     "method_class",
     "method_options",
-    "needs_attention",
 ]
 
 
-def method_class(method: str, option: str = "loss.method") -> type[DistillationLoss[Any]]:
-    """Return the class of a method, or raise UserError with the valid names; `option` is the option with the name."""
+def method_class(method: str) -> type[DistillationLoss[Any]]:
+    """Return the class of a method, or raise UserError with the valid names."""
     known: dict[str, type[DistillationLoss[Any]]] = {**METHODS, SUM: WeightedSumLoss}
     if method not in known:
-        raise UserError(f"unknown method {method!r} in {option}; valid ones: {', '.join(known)}")
+        raise UserError(f"unknown method {method!r} in loss.method; valid ones: {', '.join(known)}")
     return known[method]
 
 
@@ -90,8 +89,3 @@ def build_loss(
         return method_class(method)(**models, **(options or {}))
     except ValueError as error:
         raise UserError(f"method {method}: {error}") from error
-
-
-def needs_attention(method: str, options: dict[str, Any]) -> bool:
-    """Return whether a method with these options reads `ModelSide.attention`."""
-    return method_options(method, options).needs_attention
