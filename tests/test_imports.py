@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 _EACH_ALONE = """
 import importlib, pkgutil, sys
 import dwakd
@@ -21,8 +23,9 @@ print(len(names), *failed, sep="\\n")
 """
 
 
+@pytest.mark.slow
 def test_each_module_can_be_imported_alone():
-    """Each module can be imported first, which fails if there is a cycle of imports."""
+    """Each module can be imported first. test_architecture.py looks for cycles of imports in less than a second."""
     done = subprocess.run([sys.executable, "-c", _EACH_ALONE], capture_output=True, text=True, check=True)
     count, *failed = done.stdout.splitlines()
     assert int(count) > 90
