@@ -1,31 +1,27 @@
 """Helpers for tests of files that are written in shards: kill a process that writes them, and record which rank wrote which."""
 
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from tests.processes import start
+
 
 def kill_after_first_shard(module: str, *arguments: object, shards: Path, seconds: float) -> None:
     """Run `python -m MODULE ARGUMENTS`, and kill it this many seconds after the first shard is in the folder `shards`."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    log = shards.parent / "killed.log"
+    process = start(module, *arguments, log=log)
     try:
         deadline = time.monotonic() + 200
         while not list(shards.glob("shard-*")):
-            assert process.poll() is None, "the process ended before it could be killed"
+            assert process.is_alive(), f"the process ended before it could be killed: {log.read_text()}"
             assert time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(seconds)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
 
 
 def record_shards(owner: Any, folder: Path) -> None:

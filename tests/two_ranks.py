@@ -1,31 +1,32 @@
 """Run a module of the tests on two ranks with gloo."""
 
-import os
 import socket
-import subprocess
-import sys
+from multiprocessing.connection import wait
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tests.processes import start
 
 
 def run_on_two_ranks(module: str, *arguments: object, ranks: int = 2) -> None:
-    """Run `python -m MODULE ARGUMENTS` with torchrun and require that all ranks succeed."""
+    """Run `python -m MODULE ARGUMENTS` on each rank, as torchrun does, and require that all ranks succeed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launch = [
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={ranks}",
-        "--master-addr=127.0.0.1",
-        f"--master-port={port}",
-    ]
-    result = subprocess.run(
-        [sys.executable, *launch, "-m", module, *map(str, arguments)],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=580,  # one core that others use takes ten times as long
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    with TemporaryDirectory() as folder:
+        logs = [Path(folder) / f"rank-{rank}.log" for rank in range(ranks)]
+        processes = [
+            start(module, *arguments, log=log, **group, RANK=rank, LOCAL_RANK=rank, ACCELERATE_USE_CPU="true")
+            for rank, log in enumerate(logs)
+        ]
+        running = list(processes)
+        while running and wait([process.sentinel for process in running], 580):  # minutes on a core that others use
+            running = [process for process in running if process.is_alive()]
+            if any(process.exitcode for process in processes):
+                break  # the other ranks would wait for the one that failed
+        for process in processes:
+            process.kill()
+            process.join()
+        codes = [process.exitcode for process in processes]
+        assert codes == [0] * ranks, "\n".join(f"rank {log.stem}: {log.read_text()[-3000:]}" for log in logs)

@@ -1,4 +1,4 @@
-"""One rank of two that answer and then train; test_run.py starts it through torchrun."""
+"""One rank of two that answer and then train; test_run.py starts it."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Run one rank of a training with two processes that builds its cache. test_build.py starts it through torchrun."""
+"""Run one rank of a training with two processes that builds its cache. test_build.py starts it."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Run one rank of trainings with two processes over gloo. test_ranks.py starts it through torchrun."""
+"""Run one rank of trainings with two processes over gloo. test_ranks.py starts it."""
 
 import json
 import os

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from dwakd.training.interruption import INTERRUPTED, RunInterrupted, stops_on_signal
 from dwakd.training.run_folder import last_checkpoint
 from tests.command_line import run
+from tests.processes import start
 from tests.training.builders import ROWS, assert_same, trainer, weights
 
 
@@ -30,19 +31,18 @@ class SignalInStep(TrainerCallback):
 
 def test_a_process_ends_with_a_checkpoint_and_continues_bit_identically(workspace, tmp_path, monkeypatch, capsys):
     """A preempted job loses no step: when it is resumed, it gives the student of a run that was never stopped."""
-    options = ["train", str(workspace / "recipe.yaml"), "training.max_steps=60", "-o"]
-    command = [sys.executable, "-m", "dwakd", *options, str(tmp_path / "stopped")]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    with (tmp_path / "log").open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-    while process.poll() is None and not re.search(r" [1-9]\d*/60 ", (tmp_path / "log").read_text()):
+    options = ["train", str(workspace / "recipe.yaml"), "training.max_steps=40", "-o"]
+    log = tmp_path / "log"
+    process = start("dwakd", *options, tmp_path / "stopped", log=log, threads=torch.get_num_threads())
+    while process.is_alive() and not (log.exists() and re.search(r" [1-9]\d*/40 ", log.read_text())):
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == INTERRUPTED, (tmp_path / "log").read_text()
-    log = (tmp_path / "log").read_text()
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == INTERRUPTED, log.read_text()
+    log = log.read_text()
     assert "Traceback" not in log
     step = int(re.search(r"stopped by a signal after step (\d+); continue with --resume", log)[1])
-    assert step < 60
+    assert step < 40
     assert last_checkpoint(tmp_path / "stopped") == str(tmp_path / "stopped" / f"checkpoint-{step}")
     assert not (tmp_path / "stopped" / ".lock").exists()
     assert run(monkeypatch, capsys, *options, tmp_path / "stopped", "--resume")[0] == 0

@@ -73,7 +73,7 @@ def test_sampled_tokens_come_from_the_current_student(tmp_path):
 
 def test_the_share_of_answered_prompts(tmp_path):
     """Each prompt is chosen on its own: neither always the same rows, nor the same number in every step."""
-    run = trainer(tmp_path, rows=ROWS * 3, method="alm", **on_policy(0.3))
+    run = trainer(tmp_path, rows=ROWS * 3, method="alm", **on_policy(0.3) | {"max_new_tokens": 1})
     chosen = []
     for step in range(12):
         batches = [micro.batch for micro in step_of(run, step)[1]]
@@ -87,7 +87,7 @@ def test_the_share_of_answered_prompts(tmp_path):
 @pytest.mark.parametrize("method", CAPABLE)
 def test_every_capable_method_trains_and_accumulation_changes_nothing(tmp_path, method):
     """Which prompts are answered, the answers, and the sums over tokens must not depend on the batch size."""
-    options = {"method": method, "loss_options": OPTIONS.get(method, {}), **HALF}
+    options = {"method": method, "loss_options": OPTIONS.get(method, {}), "max_steps": 2, **HALF}
     whole = trainer(tmp_path / "whole", per_device_train_batch_size=4, **options)
     split = trainer(tmp_path / "split", per_device_train_batch_size=1, gradient_accumulation_steps=4, **options)
     for run in (whole, split):
