@@ -12,7 +12,7 @@ import itertools
 import random
 import zlib
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from typing import Any
 
@@ -69,19 +69,12 @@ def draw_scene(rng: random.Random) -> dict[str, Word]:
     """Draw a value for every slot that a template may name. The values of two slots such as name and name2 are different."""
     words = load_words()
     scene: dict[str, str] = {}
-
-    def draw(names: str, *values: str) -> None:
-        scene.update(zip(names.split(), values, strict=True))
-
-    def draw_opposites(names: str, table: dict[str, str]) -> None:
-        pair = rng.choice(list(table.items()))
-        draw(names, *(pair if rng.random() < 0.5 else pair[::-1]))
-
+    draw = partial(_fill, scene)
     draw("name name2", *rng.sample(words["women"] + words["men"], 2))
     draw("they their", *(("she", "her") if scene["name"] in words["women"] else ("he", "his")))
     draw("town town2", *rng.sample(list(words["towns"]), 2))
     draw("job job2", *rng.sample(list(words["jobs"]), 2))
-    draw_opposites("mood contrary", words["moods"])
+    draw("mood contrary", *_opposites(rng, words["moods"]))
     draw("verb past participle object", *rng.choice(words["verbs"]))
     draw("country work", words["towns"][scene["town"]], words["jobs"][scene["job"]])
     draw("place", rng.choice(words["places"]))
@@ -89,7 +82,7 @@ def draw_scene(rng: random.Random) -> dict[str, Word]:
         draw("day", rng.choice(words["days"]))
     draw("thing thing2", *rng.sample(words["things"], 2))
     draw("colour colour2", *rng.sample(words["colours"], 2))
-    draw_opposites("adjective opposite", words["opposites"])
+    draw("adjective opposite", *_opposites(rng, words["opposites"]))
     first, second = rng.sample(words["animals"], 2)
     draw("animal animals young animals2", *first, second[1])
     kind, other_kind = rng.sample(list(words["kinds"]), 2)
@@ -107,6 +100,15 @@ def draw_scene(rng: random.Random) -> dict[str, Word]:
     draw("word1 word2 word3 sorted_words", *three, ", ".join(sorted(three)))
     draw("ordinal nth", words["ordinals"][index], three[index])
     return {slot: Word(value) for slot, value in scene.items()}
+
+
+def _fill(scene: dict[str, str], names: str, *values: str) -> None:
+    scene.update(zip(names.split(), values, strict=True))
+
+
+def _opposites(rng: random.Random, table: dict[str, str]) -> tuple[str, str]:
+    pair = rng.choice(list(table.items()))
+    return pair if rng.random() < 0.5 else pair[::-1]
 
 
 def is_held_out(task: Task, scene: dict[str, Word]) -> bool:
