@@ -1,6 +1,7 @@
 """Collate encoded rows (`dwakd.data.pairs`) into padded batches for student and teachers."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,14 +57,14 @@ def _rows(tokens: TokenBatch) -> list[dict[str, list[Any]]]:
     ]
 
 
+def _padded(width: int, rows: Iterable[list[int]]) -> torch.Tensor:
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows])
+
+
 def _pad(ids: Sequence[int | None], side: Sequence[dict[str, Any]], find: FindPlace | None) -> TokenBatch:
     """Pad the rows of one model. Rows without an id are not in its cache."""
     num_tokens = tuple(len(row["input_ids"]) for row in side)
-    width = max(num_tokens)
-
-    def padded(rows: Iterable[list[int]]) -> torch.Tensor:
-        return torch.tensor([row + [0] * (width - len(row)) for row in rows])
-
+    padded = partial(_padded, max(num_tokens))
     aligned = [index for row in side for index in row.get("aligned_rows") or ()]
     fields: dict[str, Any] = {
         name: padded(row[name] for row in side) for name in ("input_ids", "target_ids", "byte_ends")

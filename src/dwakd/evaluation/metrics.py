@@ -52,12 +52,12 @@ def exact_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> 
         >>> exact_match(["The Nile."], [["Amazon", "the  nile"]])
         [100.0]
     """
-
-    def normalised(text: str) -> str:
-        return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
-
     pairs = zip(answers, references, strict=True)
-    return [100.0 if normalised(answer) in map(normalised, texts) else 0.0 for answer, texts in pairs]
+    return [100.0 if _normalised(answer) in map(_normalised, texts) else 0.0 for answer, texts in pairs]
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
 
 
 def references_of(example: Example) -> tuple[str, ...]:

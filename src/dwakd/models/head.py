@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -147,13 +148,7 @@ def final_hidden(
     else:
         # Causal attention needs no mask for right padding. Positions whose keys are all masked would be NaN in eager float64.
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(attention_mask)}
-
-    def run() -> Any:
-        found = backbone(**inputs, use_cache=False, return_dict=True).last_hidden_state
-        if packed:
-            return found.new_zeros(*kept.shape, found.shape[-1]).masked_scatter(kept[..., None], found)
-        return found
-
+    run = partial(_run_backbone, backbone, inputs, kept if packed else None)
     owner: Any = next((module for module in (model, lm) if hasattr(module, "set_requires_gradient_sync")), None)
     if owner is None:
         hidden: Tensor = run()
@@ -166,6 +161,14 @@ def final_hidden(
     hidden = owner.run_backbone()
     del owner.run_backbone
     return hidden
+
+
+def _run_backbone(backbone: Any, inputs: dict[str, Tensor], packed: Tensor | None) -> Any:
+    """Run a model without its head. Rows that are packed are written to the positions of a mask."""
+    found = backbone(**inputs, use_cache=False, return_dict=True).last_hidden_state
+    if packed is None:
+        return found
+    return found.new_zeros(*packed.shape, found.shape[-1]).masked_scatter(packed[..., None], found)
 
 
 @contextlib.contextmanager
