@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import no_type_check
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
+
+from dwakd.kernels.compiled import compiled_by_numba
 
 Costs = NDArray[np.integer]
 Rows = NDArray[np.integer]
@@ -81,4 +82,4 @@ def _warping_path(costs):
     return path[start:]
 
 
-warping_path = numba.njit(nogil=True)(_warping_path)
+warping_path = compiled_by_numba(_warping_path)
