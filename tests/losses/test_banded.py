@@ -160,6 +160,23 @@ def test_attention_in_blocks_has_no_large_matrix(causal, monkeypatch):
     assert largest[1] <= 4000, "two blocks, in forward and backward pass"
 
 
+def test_attention_in_blocks_under_autocast(monkeypatch):
+    """Mixed precision gives the products of the learned maps another dtype than the keys."""
+    heads, examples = random_heads(), random_examples([(30, 40), (20, 10)])
+    own, other = (side(examples, name, head) for name, head in zip(("student", "teacher"), heads, strict=True))
+    maps = attention.Projectors(WIDTHS, with_embedding=False).float()
+    results = []
+    for limit in (200, 4):
+        monkeypatch.setattr(sides, "LONG", limit)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = attention.cross_model_attention(own, other, maps, TeacherScale.of(other))
+        total = found.t2s_hidden.float().square().sum() + found.s2t_hidden.float().square().sum()
+        grads = torch.autograd.grad(total, [maps.query.weight, maps.t2s.weight, maps.s2t.weight])
+        results.append((found.t2s_hidden.float(), found.s2t_hidden.float(), *grads))
+    for whole, blocks in zip(*results, strict=True):
+        assert (whole - blocks).norm() < 0.02 * whole.norm()
+
+
 def test_auto_computes_a_band_for_long_responses_only(monkeypatch):
     """dtw_width=auto reports the mass on the border once a response exceeds the limit, and full never computes a band."""
     examples, heads = random_examples([(12, 14)]), random_heads()

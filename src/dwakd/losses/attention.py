@@ -222,7 +222,8 @@ def _attend_in_blocks(
         for side in (student, teacher)
     ]
     counts = student.counts, teacher.counts
-    (query, key), (value, back) = (own[0], theirs[0]), (own[1], theirs[1])
+    key = theirs[0]
+    query, value, back = (part.to(key.dtype) for part in (*own, theirs[1]))  # autocast computes these in its own dtype
     s_parts = [torch.split(part, list(counts[0])) for part in (query, back, *bounds[0])]
     t_parts = [torch.split(part, list(counts[1])) for part in (key, value, *bounds[1])]
     attend: Any = _Attention.apply  # untyped
