@@ -177,6 +177,28 @@ def test_attention_in_blocks_under_autocast(monkeypatch):
         assert (whole - blocks).norm() < 0.02 * whole.norm()
 
 
+@pytest.mark.parametrize("limit", [4000, 4])
+def test_attention_of_maps_in_bfloat16_finds_the_same_tokens(limit, monkeypatch):
+    """FSDP and DeepSpeed give maps in bfloat16. If positions were rounded too, the band would be tokens away from the text."""
+    monkeypatch.setattr(sides, "LONG", limit)
+    examples = [
+        {key: value.bfloat16().float() if value.is_floating_point() else value for key, value in each.items()}
+        for each in random_examples([(900, 1000)])
+    ]
+    own, other = (
+        side(examples, name, head.float()) for name, head in zip(("student", "teacher"), random_heads(), strict=True)
+    )
+    maps = attention.Projectors(WIDTHS, with_embedding=False)
+    maps.query.weight.data = torch.eye(*maps.query.weight.shape)  # whose products bfloat16 holds exactly
+    maps.query.bias.data.zero_()
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        found.append(attention.cross_model_attention(own, other, maps.to(dtype), TeacherScale.of(other)))
+    for exact, rounded in zip(*(each.focus for each in found), strict=True):
+        torch.testing.assert_close(rounded.float(), exact, rtol=1e-4, atol=1e-2)
+    assert (found[1].t2s_hidden - found[0].t2s_hidden).norm() < 0.02 * found[0].t2s_hidden.norm()
+
+
 def test_auto_computes_a_band_for_long_responses_only(monkeypatch):
     """dtw_width=auto reports the mass on the border once a response exceeds the limit, and full never computes a band."""
     examples, heads = random_examples([(12, 14)]), random_heads()

@@ -181,9 +181,11 @@ def cross_model_attention(
         for side in (student, teacher)
     )
     query = projectors.query(own.detach().to(dtype))
-    key = theirs.detach().to(dtype) / scale.std[0].to(dtype)
     value = projectors.t2s(teacher_values(teacher, scale, dtype, with_targets=with_targets))
     back = projectors.s2t(student.hidden.to(dtype))
+    # maps in bfloat16 or autocast give products in bfloat16, in which positions above 256 are rounded
+    query, value, back = (part.to(torch.promote_types(dtype, torch.float32)) for part in (query, value, back))
+    key = theirs.detach().to(query.dtype) / scale.std[0].to(query.dtype)
 
     if is_long(student, teacher):
         return _attend_in_blocks(student, teacher, (query, value), (key, back), causal=causal)
@@ -222,8 +224,7 @@ def _attend_in_blocks(
         for side in (student, teacher)
     ]
     counts = student.counts, teacher.counts
-    key = theirs[0]
-    query, value, back = (part.to(key.dtype) for part in (*own, theirs[1]))  # autocast computes these in its own dtype
+    (query, key), (value, back) = (own[0], theirs[0]), (own[1], theirs[1])
     s_parts = [torch.split(part, list(counts[0])) for part in (query, back, *bounds[0])]
     t_parts = [torch.split(part, list(counts[1])) for part in (key, value, *bounds[1])]
     attend: Any = _Attention.apply  # untyped
