@@ -219,6 +219,19 @@ def test_other_divergences_in_chunks(name, monkeypatch):
             torch.testing.assert_close(a, b)
 
 
+def test_autocast_does_not_change_a_loss(method):
+    """In a caller's own loop with mixed precision, costs and positions of Soft-DTW would be rounded to bfloat16."""
+    _, loss = method
+    examples, heads = batch(loss.float())
+    examples = [{k: v.float() if v.is_floating_point() else v for k, v in each.items()} for each in examples]
+    heads = tuple(head.float() for head in heads)
+    expected = run(loss, examples, heads)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(loss, examples, heads)
+    assert found.loss.dtype == torch.float32
+    assert found.terms == expected.terms
+
+
 def test_bfloat16_rows_give_a_finite_loss_close_to_float64(method):
     """bfloat16 hidden states give a float32 loss that is close to the one in float64."""
     _, loss = method

@@ -118,9 +118,10 @@ class DistillationLoss(nn.Module, ABC, Generic[OptionsT]):
         ce_weight = 0.0 if student.sampled else self.options.cross_entropy_weight
         if self.options.needs_teacher:
             teacher = self.require_sides(student, teacher)
-            terms = self.compute(student, teacher, teacher_scale or TeacherScale.of(teacher), ce_weight)
+            teacher_scale = teacher_scale or TeacherScale.of(teacher)
         else:
             require_side(student, "student")
+        with torch.autocast(student.hidden.device.type, enabled=False):
             terms = self.compute(student, teacher, teacher_scale, ce_weight)  # type: ignore[arg-type]
         count = len(student.target_ids) if num_tokens is None else num_tokens
         weighted = [weight * terms.sums[name] for name, weight in active_weights(terms.weights).items()]
