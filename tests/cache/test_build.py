@@ -1,11 +1,14 @@
 """Test that an interrupted build continues, damaged files are built again, and two processes share the work."""
 
 import errno
+import json
 import shutil
+import warnings
 from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from dwakd import UserError
@@ -32,6 +35,20 @@ def test_killed_at_any_moment_it_resumes(seconds, built, teacher, tmp_path):
     trainer(tmp_path / "run", teacher, cache=folder)
     assert content(folder) == content(built)
     assert all((folder / name).stat().st_mtime_ns == at for name, at in finished.items())
+
+
+def test_rows_of_a_file_are_read_without_warnings(built, teacher, tmp_path):
+    """The rows of a file are mapped into memory, and torch warns at arrays that cannot be written to."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, LONG)))
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="The given NumPy array is not writable")
+            trainer(tmp_path / "run", teacher, cache=tmp_path / "cache", rows=str(data))
+    finally:
+        torch.set_warn_always(False)
+    assert content(tmp_path / "cache").keys() == content(built).keys()
 
 
 @pytest.mark.parametrize("name", ["index.safetensors", "teacher.safetensors", "cache.json"])

@@ -51,7 +51,7 @@ class ModelEngine:
         self.chunk_tokens = _CPU_CHUNK_TOKENS if self.device.type == "cpu" else _CHUNK_TOKENS
 
     def states(self, sides: Sequence[EncodedSide]) -> list[Tensor]:
-        ids = [torch.from_numpy(side.ids[:-1]).long().to(self.device) for side in sides]
+        ids = [torch.tensor(side.ids[:-1], dtype=torch.long, device=self.device) for side in sides]
         return response_hidden(self.model, ids, [len(side.byte_ends) for side in sides])
 
 
