@@ -61,6 +61,8 @@ def test_the_dump_contains_only_the_loss_options_that_were_given():
     ("sections", "message"),
     [
         ({"lose": {"method": "sft"}}, "unknown option lose; did you mean loss"),
+        ({"learning_rate": 1}, r"^learning_rate is not a section of a recipe: use training\.learning_rate$"),
+        ({"max_length": 1}, r"^max_length is not a section of a recipe: use data\.max_length$"),
         ({"data": 3}, "data must be a section with options, got 3"),
         ({"data": {}}, r"data\.train is missing"),
         ({"student": None}, "student is missing"),

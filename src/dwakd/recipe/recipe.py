@@ -27,7 +27,7 @@ from dwakd.recipe.sections import (
     TeacherSection,
     check_teacher_key,
 )
-from dwakd.recipe.training import TrainingSection
+from dwakd.recipe.training import ELSEWHERE, TrainingOptions, TrainingSection
 from dwakd.validation import Section, parse
 
 DEFAULT_METHOD = "dwa_kd"
@@ -171,6 +171,9 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, command: C
 def recipe_from_dict(content: dict[str, Any], command: Command = "train") -> Recipe:
     """Validate the sections of a recipe, as `load_recipe` does. A section that is None is left out."""
     given = {name: section for name, section in content.items() if section is not None}
+    for name in given:
+        if name in TrainingOptions.model_fields:
+            raise UserError(f"{name} is not a section of a recipe: {ELSEWHERE.get(name, f'use training.{name}')}")
     return parse(Recipe, given, context=command)
 
 
