@@ -181,6 +181,7 @@ def test_malformed_rows_are_skipped_if_asked_for(tmp_path: Path, caplog: pytest.
     assert "1 of 3 rows" in caplog.text
     assert f"{path}, line 2: " in caplog.text
     assert error_of(path).startswith(f"{path}, line 2: ")
+    assert error_of(path).endswith("data.invalid_rows: skip leaves it out")
 
 
 def test_skipping_leaves_conversations_without_an_answer_out() -> None:

@@ -78,7 +78,8 @@ def test_a_corrupt_line_ends_a_run_with_one_sentence(tmp_path: Path) -> None:
     """The steps before the line are trained; then the message names the line, also from a worker process."""
     path = write(tmp_path / "rows.jsonl", broken=5)
     with pytest.raises(
-        UserError, match=r"^[^\n]*rows.jsonl, line 6: not valid JSON [^\n]*: correct or remove that line$"
+        UserError,
+        match=r"^[^\n]*rows.jsonl, line 6: not valid JSON [^\n]*: correct or remove that line, or set data.invalid_rows: skip$",
     ):
         run_rows(tmp_path / "run", path, dataloader_num_workers=1)
     with path.open("w") as file:

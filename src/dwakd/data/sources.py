@@ -122,7 +122,7 @@ class RowSource:
             except UserError as error:
                 errors.append(f"{where}: {error}: correct or remove that row")
                 if self.invalid_rows == "error":
-                    raise UserError(errors[0]) from error
+                    raise UserError(f"{errors[0]}; in training, data.invalid_rows: skip leaves it out") from error
                 continue
             for example in found:
                 yield replace(example, index=num_examples) if self.supervise == "all" else example

@@ -72,7 +72,7 @@ class StreamedRows(torch.utils.data.Dataset[Any]):
         for error in batch.errors:
             if self.rows.invalid_rows == "error" and error.reason != NOTHING_SUPERVISED:
                 if error.reason == _MALFORMED:
-                    raise UserError(str(error))
+                    raise UserError(f"{error}, or set data.invalid_rows: skip")
                 raise UserError(f"{name}, {error}; correct the data or set data.invalid_rows: skip")
             if not self.skipped[error.reason]:
                 logger.warning("skipping rows: %s (%s)", error.reason, error)
