@@ -18,7 +18,8 @@ def test_data_models_and_comparison_are_written(tmp_path, monkeypatch):
     """The demo writes data, models and a recipe, with which its comparison can be continued."""
     monkeypatch.setattr(run, "ROWS", {name: ROWS[name] for name in ("sft", "seqkd + dwa_kd + alm")})
     folder = tmp_path / "demo"
-    run_demo(folder, seed=1, quick=True)
+    printed = run_demo(folder, seed=1, quick=True).renderables
+    assert [text for text in printed if isinstance(text, str) and "do not compare" in text]
     rows = json.loads((folder / "comparison" / "comparison.json").read_text())["variants"]
     assert list(rows) == ["teacher", "sft", "seqkd + dwa_kd + alm"]
     assert all(row["bits_per_byte"] > 0 for row in rows.values())
