@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from dwakd.cli import main
-from tests.command_line import one_sentence, run
+from tests.command_line import make_workspace, one_sentence, run
 
 COMMANDS = (
     *("train", "cache", "eval", "judge", "similarity", "report", "inspect", "compare", "shrink", "demo", "methods"),
@@ -56,11 +56,10 @@ def test_schema(tmp_path, monkeypatch, capsys):
 def test_a_message_that_the_terminal_cannot_print(encoding, tmp_path, monkeypatch):
     """A lone surrogate in the data, or a terminal without Unicode, must not replace the message by a traceback."""
     (tmp_path / "rows.jsonl").write_text('{"qu\\ud800": "a", "r\u00e9sponse": "b"}', encoding="utf-8")
-    recipe = f"{{student: {{model: x}}, data: {{train: {tmp_path / 'rows.jsonl'}}}, loss: {{method: sft}}}}"
-    (tmp_path / "recipe.yaml").write_text(recipe)
+    recipe, train = make_workspace(tmp_path) / "recipe.yaml", f"data.train={tmp_path / 'rows.jsonl'}"
     terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(sys, "argv", ["dwakd", "train", str(tmp_path / "recipe.yaml"), "training.use_cpu=true"])
+    monkeypatch.setattr(sys, "argv", ["dwakd", "train", str(recipe), train, "-o", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as ended:
         main()
     terminal.flush()

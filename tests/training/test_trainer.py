@@ -78,8 +78,8 @@ def test_another_seed_gives_another_run(tmp_path):
 def test_batches_by_tokens_change_nothing_else(tmp_path, options):
     """Batches by tokens take the rows of the same steps, stay below the limit, and give the same terms and weights.
 
-    So does `padding_free`. A row above the limit is the only row of its micro-batch. With thirteen rows, the last step
-    of an epoch is incomplete.
+    So does `padding_free`, which counts no padding. A row above the limit is the only row of its micro-batch. With thirteen
+    rows, the last step of an epoch is incomplete.
     """
     rows = [{**row, "response": row["response"] * (1 + index % 5)} for index, row in enumerate(ROWS[:13])]
     options = {"max_tokens_per_batch": 400, "max_steps": 3, **options}
@@ -96,8 +96,9 @@ def test_batches_by_tokens_change_nothing_else(tmp_path, options):
         def noted(model, micro, *args, own=own, run=run, compute=compute, max_tokens=max_tokens, **kwargs):
             ids = micro.batch.example_ids
             own.setdefault(run.state.global_step, []).append(ids)
-            width = sum(tokens.input_ids.shape[1] for tokens in micro.batch)
-            assert max_tokens is None or len(ids) == 1 or len(ids) * width <= max_tokens
+            masks = [tokens.attention_mask for tokens in micro.batch]
+            num_tokens = sum(int(mask.sum()) if packed else mask.numel() for mask in masks)
+            assert max_tokens is None or len(ids) == 1 or num_tokens <= max_tokens
             return compute(model, micro, *args, **kwargs)
 
         run.compute_loss = noted
