@@ -75,6 +75,7 @@ def test_the_dump_contains_only_the_loss_options_that_were_given():
             {"loss": {"temperatures": 2}},
             r"unknown option loss\.temperatures of method dwa_kd; did you mean temperature",
         ),
+        ({"loss": {"method:kd": None}}, r"^unknown option loss\.method:kd of method dwa_kd"),
         ({"loss": {"temperature": -1}}, r"^loss\.temperature must be at least 0\.001, got -1"),
         ({"loss": {"gate": 5}}, r"^loss\.gate must be true or false, got 5"),
         ({"loss": {"impl": "cup"}}, r"^loss\.impl must be 'auto', 'naive', .* got 'cup'; did you mean cpu"),

@@ -84,7 +84,8 @@ class MethodOptions(Section):
         if not cls.variant_defaults or not isinstance(values, dict):
             return validate(values)
         defaults = cls.variant_defaults.get(str(values.get("variant")), {})
-        options = validate({**defaults, **{name: value for name, value in values.items() if value is not None}})
+        given = {n: value for n, value in values.items() if value is not None or n not in cls.model_fields}
+        options = validate({**defaults, **given})
         options.model_fields_set.intersection_update(values)  # defaults that `variant` replaced were not given
         return options
 
