@@ -109,22 +109,25 @@ def test_a_run_that_trains_nothing_ends_with_an_error(workspace, tmp_path, monke
 
 
 def test_lora_by_recipe_loads_with_peft(workspace, tmp_path, monkeypatch, capsys):
-    """`student.peft` trains an adapter that PEFT and `dwakd eval` both read."""
+    """`student.peft` trains an adapter that PEFT and `dwakd eval` both read. `dwakd train` evaluates the same weights."""
     from peft import AutoPeftModelForCausalLM
 
-    output = tmp_path / "lora"
-    code, _, err = run(
-        monkeypatch, capsys, "train", workspace / "recipe.yaml", "student.peft={r: 4, lora_alpha: 8}", "-o", output
-    )
+    output, data = tmp_path / "lora", workspace / "data.jsonl"
+    evaluation = f"evaluation={{test: [{data}], limit: 1, seeds: 1, max_new_tokens: 2}}"
+    arguments = [workspace / "recipe.yaml", "student.peft={r: 4, lora_alpha: 8}", evaluation]
+    code, _, err = run(monkeypatch, capsys, "train", *arguments, "-o", output)
     assert code == 0, err
+    before = json.loads(next((output / "eval").glob("*.json")).read_text())["signature"]["model"]
     loaded = AutoPeftModelForCausalLM.from_pretrained(output)
     assert any("lora_A" in name for name, _ in loaded.named_parameters())
     code, _, err = run(
-        monkeypatch, capsys, "eval", output, "-d", workspace / "data.jsonl", "--limit", 1, "--seeds", 1,
-        "--max-new-tokens", 2,
+        monkeypatch, capsys, "eval", output, "-d", data, "--limit", 1, "--seeds", 1, "--max-new-tokens", 2, "--overwrite",
     )  # fmt: skip
     assert code == 0, err
-    assert list((output / "eval").glob("*.json"))
+    assert (
+        json.loads(next((output / "eval").glob("*.json")).read_text())["signature"]["model"]["sha256"]
+        == before["sha256"]
+    )
 
 
 MISTAKES = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +14,7 @@ from rich.markup import escape
 from dwakd.cli.app import app, console, flag, output_option, silence_transformers
 from dwakd.cli.options import Overrides
 from dwakd.environment import global_rank
+from dwakd.errors import UserError
 
 
 @app.command()
@@ -32,9 +34,13 @@ def train(
     SIGTERM and SIGUSR1 save a checkpoint at the end of the current step and end the command with exit code 75.
     """
     silence_transformers()
+    from peft import PeftModel
+
     from dwakd.evaluation.card import update_results
     from dwakd.evaluation.run import evaluate_plan, plan_evaluation
     from dwakd.inspection.trackers import AlignmentCallback
+    from dwakd.models.adapters import merge_adapter
+    from dwakd.models.quantisation import is_quantised
     from dwakd.recipe.recipe import load_recipe
     from dwakd.training.interruption import INTERRUPTED, RunInterrupted
     from dwakd.training.run import end_of_run
@@ -63,6 +69,11 @@ def train(
         console.print(f"student: [bold]{escape(str(folder))}[/bold] after {steps} steps", soft_wrap=True)
     if plan.sets and trainer.is_world_process_zero():
         student, encoder = trainer.student, trainer.student_encoder
+        if isinstance(student, PeftModel) and not is_quantised(student):
+            with suppress(
+                UserError
+            ):  # `dwakd eval` merges the adapter too, and then finds the same digest of the weights
+                student = merge_adapter(student, str(folder))
         console.print(evaluate_plan(plan, student, encoder, folder / "eval", name=str(folder), overwrite=True))
         update_results(folder)
         if trainer.args.push_to_hub:
