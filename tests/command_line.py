@@ -24,8 +24,8 @@ def run(monkeypatch, capsys, *arguments):
 
 def one_sentence(err):
     """Return the error message, which must be the only line of standard error that begins with error."""
-    # A progress bar of another test may still be open. tqdm then moves the cursor before it clears its own line.
-    lines = [line for line in err.replace("\x1b[A", "").splitlines() if line.startswith("error:")]
+    # If a progress bar of another test is still open, tqdm moves the cursor up after its own bar instead of to the left.
+    lines = [line for line in err.replace("\x1b[A", "\n").splitlines() if line.startswith("error:")]
     assert len(lines) == 1, err
     assert "Traceback" not in err
     return lines[0]
