@@ -54,7 +54,9 @@ def test_a_process_ends_with_a_checkpoint_and_continues_bit_identically(workspac
 @pytest.mark.slow
 def test_a_rank_that_dies_is_named(tmp_path):
     """The error of the network library names neither the rank nor the fix. Before, both ranks skip the same step."""
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "tests.training.lost_rank"]
+    # torchrun ends the first rank when it notices that the second has died. It looks only every 10 seconds here.
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--monitor-interval=10"]
+    launch += ["-m", "tests.training.lost_rank"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     result = subprocess.run(
         [sys.executable, *launch, str(tmp_path)],
