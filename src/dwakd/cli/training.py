@@ -69,10 +69,9 @@ def train(
         console.print(f"student: [bold]{escape(str(folder))}[/bold] after {steps} steps", soft_wrap=True)
     if plan.sets and trainer.is_world_process_zero():
         student, encoder = trainer.student, trainer.student_encoder
+        # dwakd eval also merges the adapter. Both then find the same digest of the weights.
         if isinstance(student, PeftModel) and not is_quantised(student):
-            with suppress(
-                UserError
-            ):  # `dwakd eval` merges the adapter too, and then finds the same digest of the weights
+            with suppress(UserError):
                 student = merge_adapter(student, str(folder))
         console.print(evaluate_plan(plan, student, encoder, folder / "eval", name=str(folder), overwrite=True))
         update_results(folder)
