@@ -140,7 +140,7 @@ def save_checkpoint(folder, *names):
 
 
 def test_checkpoints_of_deepspeed_are_complete(tmp_path, caplog):
-    """DeepSpeed stores the schedule of its own scheduler with the optimiser, and transformers writes no scheduler.pt."""
+    """A checkpoint of DeepSpeed has no scheduler.pt if DeepSpeed runs the schedule, because it saves the schedule itself."""
     ranks = ["rng_state_0.pth", "rng_state_1.pth"]
     found = save_checkpoint(tmp_path / "checkpoint-1", "latest", "global_step1/mp_rank_00_model_states.pt", *ranks)
     save_checkpoint(tmp_path / "checkpoint-2")
