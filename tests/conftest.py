@@ -6,6 +6,8 @@ import tempfile
 
 import pytest
 
+# Threads of several test processes would wait for each other; OpenMP reads this once, when torch is first imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Triton's interpreter runs its kernels on a CPU; Triton reads this once, when it is first imported
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
