@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 from rich.console import Console
@@ -112,13 +113,18 @@ def test_a_killed_command_continues(judged, server, tmp_path):
     assert 0 < len(stored) < 18
     with path.open("ab") as file:
         file.write(b'{"key": "torn')
-    before = len(server.requests)
     _, lines = judged("slow")
-    assert len(server.requests) - before == 18 - len(stored)
     assert len(lines) == len({line["key"] for line in lines}) == 18
     assert [json.dumps(line) for line in lines][: len(stored)] == stored
+    # The requests that were open at the kill may be repeated, those with a stored verdict may not.
+    prompts = Counter(server.prompts())
+    assert len(prompts) == 18
+    repeated = [prompt for prompt, count in prompts.items() if count > 1]
+    assert len(repeated) <= 2
+    assert not [line for line in stored for prompt in repeated if json.loads(line)["question"] in prompt]
+    before = len(server.requests)
     judged("slow")
-    assert len(server.requests) - before == 18 - len(stored)
+    assert len(server.requests) == before
 
 
 def test_a_larger_limit_keeps_the_verdicts(judged, server):
