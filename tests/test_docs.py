@@ -119,7 +119,7 @@ def test_commands_are_accepted(tmp_path):
         program, *words = shlex.split(line, comments=True) or ["#"]
         words = words[: words.index("and")] if "and" in words else words
         if program == "torchrun":
-            assert words[:4] == ["--nproc-per-node", "2", "-m", "dwakd"], line
+            assert [words[0], *words[2:4]] == ["--nproc-per-node", "-m", "dwakd"], line
             program, words = "dwakd", words[4:]
         if program == "accelerate":
             assert [*words[:2], *words[3:5]] == ["launch", "--config_file", "-m", "dwakd"], line

@@ -16,7 +16,9 @@ from dwakd.data.prompts import Prompts
 from dwakd.errors import UserError
 from dwakd.models.loading import on_device
 from dwakd.recipe.recipe import recipe_from_dict
+from dwakd.training.inputs import check_tokenizer_type
 from dwakd.training.run import recipe_examples
+from tests.builders import tiny_model
 from tests.training.builders import ROWS, assert_same, trainer, weights
 
 OTHERS = ROWS[8:11]
@@ -239,3 +241,11 @@ def test_a_teacher_without_room_for_its_prompt_is_refused(tmp_path: Path) -> Non
     rows = [ROWS[0] | {"hint": None}, ROWS[1] | {"hint": "Look here. " * 200}]
     with pytest.raises(UserError, match=r"row 1 \(counting from 0\): prompt and response have up to .* 512 positions"):
         trainer(tmp_path, rows=rows, method="alm", teacher_prompt_column="hint")
+
+
+def test_an_argument_that_is_no_tokenizer_is_refused():
+    """Users of other trainers pass a name or a processor. The types of the trainer are not checked at run time."""
+    with pytest.raises(UserError, match=r"^processing_class must be a tokenizer, got 'gpt2'; pass AutoTokenizer"):
+        check_tokenizer_type("gpt2", "processing_class")
+    with pytest.raises(UserError, match="teacher_processing_class must be a tokenizer, got a GPT2LMHeadModel"):
+        check_tokenizer_type(tiny_model("gpt2"), "teacher_processing_class")

@@ -220,6 +220,11 @@ def _source(recipe: Recipe, path: Path) -> Source:
     del request["data.max_length"]  # does not matter here
 
     def load() -> LocalTeacher:
+        if section.tp_plan is not None:
+            raise UserError(
+                "teacher.tp_plan cannot be used to generate answers, because the processes answer different prompts: use "
+                "teacher.device_map in one process, or a server (generate.endpoint)"
+            )
         model = load_causal_lm(section.model, **section.loading())
         check_vocabulary(model, tokenizer, section.model)
         return LocalTeacher(on_device(model, _device(recipe)), encoder, options, skip=skip)

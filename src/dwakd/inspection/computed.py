@@ -64,7 +64,7 @@ def compute(
     section, trusted = recipe.teachers[0], recipe.student.trust_remote_code
     models = (
         load_causal_lm(str(run), trust_remote_code=trusted),
-        load_causal_lm(section.model, **section.loading()),
+        load_causal_lm(section.model, **section.model_copy(update={"tp_plan": None}).loading()),
     )
     loss = build_method(training_config(recipe, run), models[0], [OnlineTeacher(models[1])], encoders[:2])
     assert isinstance(loss, DistillationLoss)

@@ -21,6 +21,7 @@ from dwakd.data.chat import check_tokenizer
 from dwakd.errors import UserError, explained
 from dwakd.models.adapters import merge_adapter
 from dwakd.models.head import causal_lm
+from dwakd.models.parallel import tensor_parallel
 from dwakd.models.quantisation import dequantise_ends, is_quantised, quantization
 from dwakd.models.specs import only_cached, resolve_spec
 
@@ -108,7 +109,8 @@ def load_causal_lm(
         dtype: dtype of the weights.
         trust_remote_code: run the Python code of a hub repository. Set it only if you have read that code.
         revision: branch, tag or commit of `spec` if that is a hub id. It does not apply to `adapter`.
-        options: `attn_implementation`, `quantization_config` (or its options as a dict) and `device_map` of transformers.
+        options: `attn_implementation`, `quantization_config` (or its options as a dict), `device_map` and `tp_plan` of
+            transformers.
             An adapter of a quantised model is not merged. A quantised output head or embedding table is dequantised.
 
     Raises:
@@ -204,6 +206,8 @@ def _pretrained(location: str, spec: str, dtype: torch.dtype, options: dict[str,
         known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()).intersection(config.architectures or ())
         auto = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map") or not known
         model_class = AutoModelForCausalLM if auto else getattr(transformers, known.pop())
+        if (plan := more.get("tp_plan")) is not None:
+            more = {name: value for name, value in more.items() if name != "tp_plan"} | tensor_parallel(plan)
         if isinstance(given := more.get("quantization_config"), dict):
             more = more | {"quantization_config": quantization(given)}
         options |= {**local, **more, "adapter_kwargs": local}  # transformers' search for adapters has its own options

@@ -99,8 +99,8 @@ class ModelSection(Section):
 
     def loading(self) -> dict[str, Any]:
         """Return the options of `load_causal_lm` that are given, with the dtype as one of torch."""
-        names = {"revision", "trust_remote_code", "adapter", "attn_implementation", "quantization_config", "device_map"}
-        given = self.model_dump(include={*names, "dtype"}, exclude_none=True)
+        names = {"revision", "trust_remote_code", "adapter", "attn_implementation", "quantization_config"}
+        given = self.model_dump(include={*names, "device_map", "tp_plan", "dtype"}, exclude_none=True)
         return given | {"dtype": getattr(torch, given.get("dtype", "float32"))}
 
 
@@ -122,7 +122,7 @@ def _without_password(url: str) -> str:
 
 Address = Annotated[str, AfterValidator(_without_password)]
 _SERVER = "the address of a server that runs the teacher"
-_LOCAL = ("dtype", "attn_implementation", "quantization_config", "device_map", "adapter", "cache_dtype")
+_LOCAL = ("dtype", "attn_implementation", "quantization_config", "device_map", "tp_plan", "adapter", "cache_dtype")
 
 
 class TeacherSection(ModelSection):
@@ -135,6 +135,9 @@ class TeacherSection(ModelSection):
     dtype: Dtype | None = Field(None, description="Type of the weights. By default bfloat16 on GPUs, else float32.")  # type: ignore[assignment]
     device_map: str | dict[str, int | str] | None = Field(
         None, description="Devices of the layers, such as auto, which divides the teacher among the GPUs of a process."
+    )
+    tp_plan: Literal["auto"] | dict[str, str] | None = Field(
+        None, description="Tensor parallelism: auto divides each layer of the teacher among the processes of torchrun."
     )
     adapter: str | None = Field(None, description="Folder of a PEFT adapter to merge into the teacher.")
     cache: str | None = Field(
@@ -157,6 +160,13 @@ class TeacherSection(ModelSection):
         "for servers that take no token ids.",
     )
     batch_size: Count = Field(16, description="Number of parallel requests to the server.")
+
+    @model_validator(mode="after")
+    def _check_tp_plan(self) -> TeacherSection:
+        for name in ("device_map", "adapter", "cache") if self.tp_plan is not None else ():
+            if getattr(self, name) is not None:
+                raise ValueError(f"tp_plan cannot be combined with {name}: leave out one of them")
+        return self
 
     @model_validator(mode="after")
     def _check_url(self) -> TeacherSection:

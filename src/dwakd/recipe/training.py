@@ -60,6 +60,7 @@ class LoadingOptions(Section):
     attn_implementation: str | None = None
     quantization_config: Any = None
     device_map: Any = None
+    tp_plan: Literal["auto"] | dict[str, str] | None = None
 
     @model_validator(mode="before")
     @classmethod

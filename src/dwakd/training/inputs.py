@@ -76,6 +76,10 @@ def loading_options(args: DistillConfig, role: str) -> dict[str, Any]:
     given = LoadingOptions.model_validate(getattr(args, f"{role}model_init_kwargs") or {}).model_dump(
         exclude_unset=True
     )
+    if not role and given.get("tp_plan") is not None:
+        raise UserError(
+            "model_init_kwargs: tp_plan is for teachers, because the student is trained: shard it with FSDP2"
+        )
     dtype = "bfloat16" if role and supports_bfloat16(use_cpu=args.use_cpu) else "float32"
     options = {"trust_remote_code": args.trust_remote_code, "dtype": dtype, **given}
     return options | {"dtype": getattr(torch, options["dtype"])}
@@ -89,6 +93,16 @@ def check_named(args: DistillConfig, role: str, models: Sequence[Any]) -> None:
         )
 
 
+def check_tokenizer_type(tokenizer: Any, name: str) -> None:
+    """Raise UserError if the argument `name` is given and is not a tokenizer, but for example its name or a processor."""
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        given = repr(tokenizer) if isinstance(tokenizer, str) else f"a {type(tokenizer).__name__}"
+        raise UserError(
+            f"{name} must be a tokenizer, got {given}; pass AutoTokenizer.from_pretrained(...), or leave it out for a model "
+            "given by name"
+        )
+
+
 def load_pair(
     model: str | Model, tokenizer: PreTrainedTokenizerBase | None, args: DistillConfig, name: str
 ) -> tuple[Model, PreTrainedTokenizerBase]:
@@ -97,10 +111,12 @@ def load_pair(
     The student's tokenizer gets the chat template of `args`.
 
     Raises:
-        UserError: a loaded model has no tokenizer (the argument `name`), its logits are not its head applied to its
-            hidden states, or the tokenizer has no end of sequence or more tokens than the model.
+        UserError: a loaded model has no tokenizer (the argument `name`), this argument is no tokenizer, the logits of the model
+            are not its head applied to its hidden states, or the tokenizer has no end of sequence or more tokens than the
+            model.
     """
     role = name.removesuffix("processing_class")
+    check_tokenizer_type(tokenizer, name)
     if isinstance(model, str):
         options = loading_options(args, role)
         own = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}

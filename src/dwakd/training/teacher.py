@@ -27,8 +27,9 @@ from dwakd.data.pairs import response_room
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import max_positions
 from dwakd.models.checks import check_packing
-from dwakd.models.head import embedding_table, output_head
+from dwakd.models.head import embedding_table, output_head, table_and_head
 from dwakd.models.loading import load_causal_lm, load_tokenizer, on_device
+from dwakd.models.parallel import is_tensor_parallel, states_with_ranks
 from dwakd.models.rows import select_side, teacher_states
 from dwakd.recipe.checks import refuse_cached_attention, refuse_cached_sampling
 from dwakd.recipe.training import DistillConfig
@@ -83,7 +84,7 @@ class Teacher(ABC):
 
 
 class OnlineTeacher(Teacher):
-    """Run the teacher on each batch.
+    """Run the teacher on each batch. A teacher with tensor parallelism runs the batches of all processes.
 
     Args:
         model: a causal language model. It is put into eval mode and frozen.
@@ -93,22 +94,30 @@ class OnlineTeacher(Teacher):
     def __init__(self, model: PreTrainedModel | PeftModel, *, with_attention: bool = False) -> None:
         self.model = model.eval().requires_grad_(False)
         self.with_attention, self.packed = with_attention, False
+        self._divided = is_tensor_parallel(model)
+        self._ends = table_and_head(model) if self._divided else None  # gathered once
 
     def prepare(self, encoder: TextEncoder, args: DistillConfig, sets: Sets) -> None:
         self.with_attention, self.packed = args.method_options.needs_attention, args.padding_free
         if self.packed:
             check_packing(self.model)
+        if self._divided and args.teacher_key is not None:
+            raise UserError(
+                "data.teacher_key: the processes run a teacher with tp_plan together, but may have no rows for it"
+            )
         _check_positions(self.model, args, sets)
 
     @property
     def head(self) -> OutputHead:  # type: ignore[override]
-        return output_head(self.model).detached()
+        return (output_head(self.model) if self._ends is None else self._ends[1]).detached()
 
     @property
     def table(self) -> Float[Tensor, "vocab embedding"]:  # type: ignore[override]
-        return embedding_table(self.model)
+        return embedding_table(self.model) if self._ends is None else self._ends[0]
 
     def states(self, tokens: TokenBatch) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, " tokens"] | None]:
+        if self._divided:
+            return states_with_ranks(self.model, tokens, attention=self.with_attention, packed=self.packed)
         if self.model.device != tokens.input_ids.device:
             on_device(self.model, tokens.input_ids.device)
         return teacher_states(self.model, tokens, attention=self.with_attention, packed=self.packed)
@@ -150,6 +159,8 @@ class CachedTeacher(Teacher):
             raise UserError(
                 "teacher_cache requires a teacher given by name or folder, because its layers are not loaded"
             )
+        if loading.get("tp_plan") is not None:
+            raise UserError("tp_plan cannot be combined with a teacher cache: leave it out")
         self.folder = local_folder(folder)
         self.name, self.adapter, self.dtype, self.cache_dtype = model, adapter, dtype, cache_dtype
         self.engine = engine

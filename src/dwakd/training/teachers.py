@@ -15,7 +15,7 @@ from dwakd.errors import UserError
 from dwakd.losses import TeacherScale
 from dwakd.recipe.sections import check_teacher_key
 from dwakd.recipe.training import DistillConfig
-from dwakd.training.inputs import Model, check_named, load_pair, loading_options
+from dwakd.training.inputs import Model, check_named, check_tokenizer_type, load_pair, loading_options
 from dwakd.training.student import check_separate
 from dwakd.training.teacher import CachedTeacher, OnlineTeacher, Sets, Teacher
 
@@ -64,6 +64,7 @@ def load_teachers(
 def _load(
     student: Model, teacher: AnyTeacher, tokenizer: PreTrainedTokenizerBase | None, args: DistillConfig
 ) -> tuple[Teacher, PreTrainedTokenizerBase]:
+    check_tokenizer_type(tokenizer, "teacher_processing_class")
     if args.teacher_cache is not None:
         options = loading_options(args, "teacher_")
         teacher = CachedTeacher(args.teacher_cache, teacher, tokenizer=tokenizer, **options)
