@@ -45,19 +45,21 @@ def states_with_ranks(
     All processes have to call this function equally often. They run the batch of one process after that of another, so the
     memory of the activations does not grow with the number of processes.
     """
-    device, (rank, size) = tokens.input_ids.device, (distributed.get_rank(), distributed.get_world_size())
+    device = tokens.input_ids.device
     own = [ids[:length].tolist() for ids, length in zip(tokens.input_ids, tokens.num_tokens, strict=True)]
-    batches: list[Any] = [None] * size
+    batches: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(batches, (own, list(tokens.num_rows)))
-    found: list[tuple[Tensor, Tensor | None]] = []
-    for place, (rows, num_rows) in enumerate(batches):
-        sequences = [torch.tensor(ids, device=device) for ids in rows]
-        states = response_states(model, sequences, num_rows, attention=attention, packed=packed)
-        hidden = torch.cat([hidden for hidden, _ in states])
-        weights = torch.cat([weights for _, weights in states if weights is not None]) if attention else None
-        if weights is not None:  # each process has only some of the attention heads, over which this is a mean
-            distributed.all_reduce(weights)
-            weights /= size
-        if place == rank:
-            found.append((hidden, weights))
-    return found[0]
+    of_ranks = []
+    for sequences, num_rows in batches:
+        inputs = [torch.tensor(ids, device=device) for ids in sequences]
+        hidden, weights = zip(
+            *response_states(model, inputs, num_rows, attention=attention, packed=packed), strict=True
+        )
+        of_ranks.append((torch.cat(hidden), _mean_over_ranks(torch.cat(weights)) if attention else None))
+    return of_ranks[distributed.get_rank()]
+
+
+def _mean_over_ranks(attention: Tensor) -> Tensor:
+    """Return the mean over all attention heads, given that over the heads of each process."""
+    distributed.all_reduce(attention)
+    return attention / distributed.get_world_size()
