@@ -3,6 +3,7 @@
 import pytest
 
 from dwakd.errors import UserError, explained, reason_of
+from dwakd.recipe.recipe import recipe_from_dict
 
 
 @pytest.mark.parametrize(
@@ -21,3 +22,11 @@ def test_any_exception_becomes_a_user_error():
         raise PermissionError(13, "Permission denied")
     with pytest.raises(UserError, match=r"^the row is empty$"), explained(what):
         raise UserError("the row is empty")
+
+
+def test_a_lone_surrogate_in_a_message_is_escaped():
+    """pydantic encodes the messages of validators, so that a surrogate in the name of an option raised UnicodeEncodeError."""
+    recipe = {"student": {"model": "s"}, "data": {"train": "x"}, "loss": {"method": "sft"}}
+    for section in ("generate", "training", "evaluation"):
+        with pytest.raises(UserError, match=r"\\ud800"):
+            recipe_from_dict({**recipe, section: {"\ud800": 1}})

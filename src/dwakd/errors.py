@@ -8,8 +8,12 @@ class UserError(ValueError):
     """An error in a recipe, a file, a row or an option.
 
     The message is one sentence that names the place and the fix. The command line prints it without a traceback and
-    exits with code 2; library code may catch it as a ValueError.
+    exits with code 2; library code may catch it as a ValueError. Lone surrogates in the message are escaped, because pydantic
+    and files cannot hold them.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.encode(errors="backslashreplace").decode())
 
 
 def reason_of(error: BaseException) -> str:
