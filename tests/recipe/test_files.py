@@ -53,6 +53,8 @@ UNREADABLE += [
     "!!binary é",
     "=",
     "!!python/name:os.system x",
+    r'"\U00110000"',
+    r'"\UA0000000"',
 ]
 
 

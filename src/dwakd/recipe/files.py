@@ -62,8 +62,8 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except RecursionError as error:
         raise yaml.YAMLError("it is nested too deeply") from error
-    except (ValueError, TypeError) as error:  # PyYAML's !!map and !!set do not check what they are given
-        raise yaml.YAMLError(f"a tag does not fit its value ({reason_of(error)})") from error
+    except (ValueError, OverflowError, TypeError) as error:  # PyYAML checks neither \U of text nor what !!map and !!set contain
+        raise yaml.YAMLError(f"a tag or an escape sequence does not fit its value ({reason_of(error)})") from error
 
 
 def _read(path: Path) -> tuple[Any, str]:
