@@ -62,11 +62,7 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except RecursionError as error:
         raise yaml.YAMLError("it is nested too deeply") from error
-    except (
-        ValueError,
-        OverflowError,
-        TypeError,
-    ) as error:  # PyYAML checks neither \U of text nor what !!map and !!set contain
+    except (ValueError, OverflowError, TypeError) as error:  # PyYAML does not check \U, !!map and !!set
         raise yaml.YAMLError(f"a tag or an escape sequence does not fit its value ({reason_of(error)})") from error
 
 
