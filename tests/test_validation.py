@@ -18,10 +18,15 @@ class Inner(Section):
         return " of it"
 
 
+class Sizes(Options):
+    size: int = Field(1, ge=1)
+
+
 class Outer(Section):
     inner: Inner | list[Inner] = Inner()
     rate: float | Literal["auto"] = "auto"
     by_name: dict[str, Inner] = Field({})
+    sizes: Sizes = Sizes()
 
 
 @pytest.mark.parametrize(
@@ -34,6 +39,9 @@ class Outer(Section):
         ({"rate": "x"}, "section.rate must be a number or 'auto', got 'x'"),
         ({"rate": float("nan")}, "section.rate must be a finite number or 'auto', got nan"),
         ({"by_name": {"float": {"size": True}}}, "section.by_name.float.size must be a whole number, got True"),
+        ({"sizes": {"size": 0}}, "section.sizes.size must be at least 1, got 0"),
+        ({"sizes": {"width": 1}}, "unknown option section.sizes.width; valid ones: size"),
+        ({"sizes": {0.5: 1}}, "unknown option section.sizes.0.5; valid ones: size"),
         (3, "section must be a section with options, got 3"),
     ],
 )
@@ -47,9 +55,5 @@ def test_the_sentence_names_the_option_and_what_is_allowed(values, message):
 
 def test_options_raise_when_they_are_created():
     """Options of the library raise a UserError when they are created, not an error of pydantic."""
-
-    class Sizes(Options):
-        size: int = Field(1, ge=1)
-
     with pytest.raises(UserError, match=r"^size must be at least 1, got 0$"):
         Sizes(size=0)

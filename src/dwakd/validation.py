@@ -62,6 +62,9 @@ class Options(Section):
         except ValidationError as error:
             raise user_error(error, values) from None
 
+    # pydantic otherwise calls __init__ for a section inside a recipe, whose name would then be missing in messages
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
 
 SectionT = TypeVar("SectionT", bound=Section)
 
