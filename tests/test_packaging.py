@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -38,3 +39,33 @@ def test_a_citation_names_the_package_s_repository():
     """The citation and the package metadata name the same repository."""
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"repository-code: {PROJECT['urls']['Homepage']}\n" in citation
+
+
+WITHOUT_EXTRAS = """
+import sys
+
+sys.modules |= dict.fromkeys(BLOCKED)  # None: the package is not found
+from dwakd.cli import app
+
+for arguments in COMMANDS:
+    try:
+        app(arguments)
+    except SystemExit as end:
+        assert not end.code, (arguments, end.code)
+"""
+
+
+def test_the_commands_run_without_extras(workspace, tmp_path):
+    """Users who install `dwakd` alone can train, evaluate and inspect in the terminal. CI installs all extras."""
+    extras = PROJECT["optional-dependencies"]
+    names = {re.split(r"[^\w-]", name)[0] for extra in ("gguf", "openai", "report") for name in extras[extra]}
+    blocked = {IMPORTED_AS.get(name, name) for name in names}
+    recipe, run = str(workspace / "recipe.yaml"), str(tmp_path / "run")
+    commands = [
+        ["train", recipe, "-o", run, "training.report_to=[]"],
+        ["eval", run, "--data", str(workspace / "data.jsonl"), "--limit", "2", "--max-new-tokens", "2"],
+        ["inspect", run],
+    ]
+    script = f"BLOCKED = {blocked!r}\nCOMMANDS = {commands!r}\n{WITHOUT_EXTRAS}"
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]

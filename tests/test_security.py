@@ -114,9 +114,11 @@ def test_secrets_are_neither_stored_nor_printed(tmp_path, monkeypatch, capsys):
     served = {"url": endpoint["base_url"], "model": "m"}
     for changes in (
         {"training": {"hub_token": secret}},
+        {"teacher": {"model": "teacher", "cache": f"ftp://user:{secret}@host/cache"}},
+        {"evaluation": {"test": ["test.jsonl", f"https://user:{secret}@host/test.jsonl"]}},
         {"generate": {"endpoint": endpoint}},
         {"teacher": served, "loss": {"method": "alm"}},
     ):
-        with pytest.raises(UserError, match=r"HF_TOKEN|OPENAI_API_KEY") as error:
+        with pytest.raises(UserError, match=r"HF_TOKEN|OPENAI_API_KEY|must not contain a password") as error:
             recipe_from_dict({**recipe, **changes}, "train")
         assert secret not in str(error.value)

@@ -18,6 +18,7 @@ from dwakd.training.run import check_options, training_config
 from tests.builders import CHAT_TEMPLATE
 from tests.command_line import ROWS, one_sentence, run
 from tests.data.chat import chatml
+from tests.two_ranks import run_on_two_ranks
 
 
 def test_train_eval_and_resume(workspace, tmp_path, monkeypatch, capsys):
@@ -351,3 +352,12 @@ def test_a_student_without_a_chat_template_in_python(workspace, tmp_path):
     trainer = DistillTrainer(str(workspace / "student"), args=args, train_dataset=ROWS)
     trainer.save_model()
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == chatml().chat_template
+
+
+def test_two_ranks_train_and_the_first_evaluates(workspace, tmp_path):
+    """The second rank ends before the evaluation, which may take longer than ranks wait for each other."""
+    test = [f"evaluation.test=[{workspace / 'data.jsonl'}]", "evaluation.limit=2", "evaluation.max_new_tokens=4"]
+    run_on_two_ranks("dwakd", "train", workspace / "recipe.yaml", *test, "-o", tmp_path / "run")
+    (scores,) = (tmp_path / "run" / "eval").glob("*.json")
+    assert json.loads(scores.read_text())["signature"]["model"]["sha256"]
+    assert (tmp_path / "run" / "model.safetensors").is_file()

@@ -198,6 +198,8 @@ def test_another_number_of_processes_needs_the_same_batch(tmp_path, monkeypatch)
     monkeypatch.setenv("WORLD_SIZE", "2")
     resumed = recipe_of(training=saved | {"gradient_accumulation_steps": 2})
     assert check_output(tmp_path / "run", resume=True, recipe=resumed) == str(checkpoint)
-    wrong = recipe_of(training=saved | {"gradient_accumulation_steps": 4})
-    with pytest.raises(UserError, match="saved by 4 processes and this command has 2"):
-        check_output(tmp_path / "run", resume=True, recipe=wrong)
+    for wrong in (recipe_of(training=saved | {"gradient_accumulation_steps": 4}), recipe_of(training=saved)):
+        with pytest.raises(
+            UserError, match=r"has 8 rows in a step \(4 processes\) and this command \d+ \(2 processes\)"
+        ):
+            check_output(tmp_path / "run", resume=True, recipe=wrong)

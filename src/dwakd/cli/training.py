@@ -40,10 +40,11 @@ def train(
     from dwakd.evaluation.run import evaluate_plan, plan_evaluation
     from dwakd.inspection.trackers import AlignmentCallback
     from dwakd.models.adapters import merge_adapter
+    from dwakd.models.loading import load_causal_lm, on_device
     from dwakd.models.quantisation import is_quantised
     from dwakd.recipe.recipe import load_recipe
     from dwakd.training.interruption import INTERRUPTED, RunInterrupted
-    from dwakd.training.run import end_of_run
+    from dwakd.training.run import end_of_run, end_other_ranks
     from dwakd.training.run import train as run_recipe
 
     loaded = load_recipe(recipe, overrides)
@@ -67,8 +68,12 @@ def train(
     if trainer.is_world_process_zero():
         steps = trainer.state.global_step
         console.print(f"student: [bold]{escape(str(folder))}[/bold] after {steps} steps", soft_wrap=True)
-    if plan.sets and trainer.is_world_process_zero():
+    end_other_ranks()
+    if plan.sets:
         student, encoder = trainer.student, trainer.student_encoder
+        if trainer.is_sharded:
+            student = load_causal_lm(str(folder), trust_remote_code=loaded.student.trust_remote_code)
+            student = on_device(student, trainer.args.device)
         # dwakd eval also merges the adapter. Both then find the same digest of the weights.
         if isinstance(student, PeftModel) and not is_quantised(student):
             with suppress(UserError):

@@ -6,11 +6,10 @@ import io
 import logging
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers.trainer_callback import TrainerCallback
 
 from dwakd.inspection.charts import heat_map
@@ -20,6 +19,9 @@ from dwakd.losses import SeveralTeachers
 from dwakd.models.rows import evaluating, response_side
 from dwakd.training.teachers import run_teachers
 from dwakd.training.trainer import DistillTrainer
+
+if TYPE_CHECKING:
+    from PIL import Image  # extra dwakd[report]
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,8 @@ class AlignmentCallback(TrainerCallback):
         if any(one.maps for one in computed) and not (find_spec("altair") and find_spec("vl_convert")):
             logger.warning('the alignment is not sent to trackers; install its charts with pip install "dwakd[report]"')
             return {}
+        from PIL import Image
+
         found = {}
         for one in computed:
             for title, table in one.maps.items():

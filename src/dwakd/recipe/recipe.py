@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -32,6 +33,7 @@ from dwakd.validation import Section, parse
 
 DEFAULT_METHOD = "dwa_kd"
 NEED_EVALUATION = ("eval_strategy", "eval_rouge_l", "load_best_model_at_end", "metric_for_best_model")
+_PASSWORD = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
 Command = Literal["train", "cache", "compare", "generate"]
 
 if TYPE_CHECKING:
@@ -174,7 +176,23 @@ def recipe_from_dict(content: dict[str, Any], command: Command = "train") -> Rec
     for name in given:
         if name in TrainingOptions.model_fields:
             raise UserError(f"{name} is not a section of a recipe: {ELSEWHERE.get(name, f'use training.{name}')}")
+        _refuse_passwords(given[name], str(name))
     return parse(Recipe, given, context=command)
+
+
+def _refuse_passwords(value: Any, name: str) -> None:
+    """Raise UserError if an option contains an address with a password; those of servers are checked in their sections."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_passwords(item, f"{name}.{key}")
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_passwords(item, name)
+    elif isinstance(value, str) and not name.endswith(("template", "url")) and _PASSWORD.search(value):
+        raise UserError(
+            f"{name} must not contain a password, because recipes are stored: use environment variables or the configuration "
+            "file of fsspec"
+        )
 
 
 def recipe_schema() -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import re
 from pathlib import Path
@@ -53,27 +52,25 @@ def check_output(folder: Path, *, resume: bool, recipe: Recipe) -> str | None:
         raise UserError(f"output folder {folder} already holds a run; choose another with --output, or set --resume")
     check_same_recipe(saved, recipe, changeable=_CHANGEABLE)
     checkpoint = last_checkpoint(folder)
-    _check_same_batch(saved, recipe, Path(checkpoint or folder))
+    _check_same_batch(saved, recipe, checkpoint)
     return checkpoint
 
 
-def _check_same_batch(saved: Path, recipe: Recipe, checkpoint: Path) -> None:
-    """Raise UserError if options of the batch are changed and do not make up for another number of processes."""
-    changed = _changed_options(saved, recipe)
-    pairs = [changed[f"training.{name}"] for name in _ROWS if f"training.{name}" in changed]
-    if not pairs:
-        return
-    defaults = [getattr(DistillConfig, name) for name in _ROWS if f"training.{name}" in changed]
-    ranks = max(1, len(list(checkpoint.glob("rng_state_*.pth")))), int(os.environ.get("WORLD_SIZE", "1"))
-    before, now = (
-        count
-        * math.prod(fallback if value == "unset" else value for value, fallback in zip(side, defaults, strict=True))
-        for count, side in zip(ranks, zip(*pairs, strict=True), strict=True)
-    )
+def _check_same_batch(saved: Path, recipe: Recipe, checkpoint: str | None) -> None:
+    """Raise UserError if the rows of a step change: the processes of the checkpoint times the options of the batch."""
+    changed, here = _changed_options(saved, recipe), int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = max(1, len(list(Path(checkpoint).glob("rng_state_*.pth")))) if checkpoint else here, here
+    before, now = ranks
+    for name in _ROWS:
+        own = recipe.training.get(name, "unset")
+        values = changed.get(f"training.{name}", (own, own))
+        fallback = getattr(DistillConfig, name)
+        then, given = (fallback if value == "unset" else value for value in values)
+        before, now = before * then, now * given
     if before != now:
         raise UserError(
-            f"{checkpoint} was saved by {ranks[0]} processes and this command has {ranks[1]}: the product of processes, "
-            "training.per_device_train_batch_size and training.gradient_accumulation_steps must stay the same"
+            f"{checkpoint or saved.parent} has {before} rows in a step ({ranks[0]} processes) and this command {now} "
+            f"({ranks[1]} processes): set training.per_device_train_batch_size or training.gradient_accumulation_steps so that they agree"
         )
 
 
