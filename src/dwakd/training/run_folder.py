@@ -70,7 +70,8 @@ def _check_same_batch(saved: Path, recipe: Recipe, checkpoint: str | None) -> No
     if before != now:
         raise UserError(
             f"{checkpoint or saved.parent} has {before} rows in a step ({ranks[0]} processes) and this command {now} "
-            f"({ranks[1]} processes): set training.per_device_train_batch_size or training.gradient_accumulation_steps so that they agree"
+            f"({ranks[1]} processes): set training.per_device_train_batch_size or training.gradient_accumulation_steps so that "
+            "they agree"
         )
 
 
