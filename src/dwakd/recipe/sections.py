@@ -162,14 +162,10 @@ class TeacherSection(ModelSection):
     batch_size: Count = Field(16, description="Number of parallel requests to the server.")
 
     @model_validator(mode="after")
-    def _check_tp_plan(self) -> TeacherSection:
+    def _check_combinations(self) -> TeacherSection:
         for name in ("device_map", "adapter", "cache") if self.tp_plan is not None else ():
             if getattr(self, name) is not None:
                 raise ValueError(f"tp_plan cannot be combined with {name}: leave out one of them")
-        return self
-
-    @model_validator(mode="after")
-    def _check_url(self) -> TeacherSection:
         for name in ("served_model", "api", "batch_size") if self.url is None else _LOCAL:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(

@@ -223,8 +223,7 @@ class DistillConfig(TrainingArguments):
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             lower = metric_names(self.method_options, rouge_l=False)
             self.greater_is_better = not f"_{self.metric_for_best_model}".endswith(tuple(f"_{name}" for name in lower))
-        # transformers takes logging_steps, which is 1 here
-        self.eval_steps = self.eval_steps or self.save_steps  # type: ignore[has-type]
+        self.eval_steps = self.eval_steps or self.save_steps  # type: ignore[has-type]  # instead of logging_steps
         self.logging_nan_inf_filter |= bool(self.max_skipped_steps)  # the logged loss leaves skipped steps out
         by_default = not self.fp16 and supports_bfloat16(use_cpu=self.use_cpu)
         self.bf16 = by_default if self.bf16 is None else self.bf16
@@ -251,9 +250,7 @@ class DistillConfig(TrainingArguments):
                 f"term_gradient_limit limits terms other than ce, but method {self.method} has none: remove it"
             )
         if self.lmbda == 1 or not options.cross_entropy_weight:
-            raise UserError(
-                "term_gradient_limit compares with the gradient of ce, but the loss contains no ce: remove it"
-            )
+            raise UserError("term_gradient_limit compares terms with ce, but the loss contains no ce: remove it")
 
     @property
     def method_options(self) -> MethodOptions:
