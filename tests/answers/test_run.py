@@ -131,6 +131,10 @@ def test_files_of_the_user_are_kept(models, copied, tmp_path):
         with pytest.raises(UserError, match=rf"{path.name} was not written by dwakd generate, .*--output"):
             answer_recipe(recipe, output=path)
         assert path.read_bytes() == before
+    mine.with_suffix(".json").write_text('[{"prompt": "a"}]')
+    mine.unlink()
+    with pytest.raises(UserError, match=r"mine\.json is not a file of dwakd generate"):
+        answer_recipe(recipe, output=mine)
     with pytest.raises(UserError, match=r"must end in \.jsonl"):
         answer_recipe(recipe, output=tmp_path / "answers.txt")
 

@@ -15,7 +15,15 @@ from dwakd.data.sources import Example
 from dwakd.errors import UserError
 from dwakd.evaluation.bits_per_byte import bits_per_byte, text_encoder
 from dwakd.evaluation.options import EvalOptions, RowOptions
-from dwakd.evaluation.run import EvaluationSet, evaluate_plan, evaluate_sets, plan_evaluation, read_test_sets
+from dwakd.evaluation.run import (
+    EvaluationSet,
+    evaluate_plan,
+    evaluate_sets,
+    plan_evaluation,
+    read_test_sets,
+    results_folder,
+    text_encoder_of,
+)
 from dwakd.recipe.recipe import recipe_from_dict
 from tests.builders import byte_bpe, tiny_model
 
@@ -164,3 +172,13 @@ def test_other_results_are_kept_unless_they_may_be_replaced(tmp_path: Path) -> N
     file.write_text("[]", encoding="utf-8")
     with pytest.raises(UserError, match=r"dolly-test\.json"):
         evaluate_sets(model, data, rows, longer)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quoted ~/run is the same model as its absolute path: with the template of its recipe, and its results beside it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    byte_bpe().save_pretrained(tmp_path / "run")
+    (tmp_path / "run" / "dwakd-recipe.yaml").write_text("data: {train: x, template: plain}")
+    assert results_folder("~/run", None) == tmp_path / "run" / "eval"
+    assert text_encoder_of("~/run", RowOptions(), recipe_of="~/run").template == "plain"

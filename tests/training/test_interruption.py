@@ -10,9 +10,14 @@ import time
 import pytest
 import torch
 from transformers import TrainerCallback
+from transformers.utils import chat_template_utils as clock
 
+from dwakd.models.loading import load_causal_lm
+from dwakd.recipe.recipe import load_recipe
 from dwakd.training.interruption import INTERRUPTED, RunInterrupted, stops_on_signal
+from dwakd.training.run import train
 from dwakd.training.run_folder import last_checkpoint
+from tests.builders import CHAT_TEMPLATE, byte_bpe
 from tests.command_line import run
 from tests.processes import start
 from tests.training.builders import ROWS, assert_same, trainer, weights
@@ -49,6 +54,35 @@ def test_a_process_ends_with_a_checkpoint_and_continues_bit_identically(workspac
     assert run(monkeypatch, capsys, *options, tmp_path / "whole")[0] == 0
     stopped, whole = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("stopped", "whole"))
     assert stopped == whole
+
+
+def test_a_longer_run_that_was_stopped_is_not_finished(workspace, tmp_path):
+    """The results of the shorter run are still in the folder; they must not be taken for those of the longer one."""
+    options = ["training.save_strategy=steps", "training.save_steps=1", "training.lr_scheduler_type=constant"]
+    recipes = [load_recipe(workspace / "recipe.yaml", [*options, f"training.max_steps={steps}"]) for steps in (2, 5)]
+    train(recipes[0], tmp_path / "run")
+    with pytest.raises(RunInterrupted):
+        train(recipes[1], tmp_path / "run", resume=True, hook=lambda _: SignalInStep(signal.SIGTERM, 3))
+    resumed = train(recipes[1], tmp_path / "run", resume=True)
+    assert resumed.state.global_step == 5
+    assert_same(weights(resumed), weights(train(recipes[1], tmp_path / "whole")))
+
+
+def test_a_run_keeps_the_date_of_its_prompts(workspace, tmp_path, monkeypatch):
+    """A run that is preempted over midnight continues with the same prompts, although its chat template prints the date."""
+    tokenizer = byte_bpe()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + CHAT_TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "student")
+    load_causal_lm(str(workspace / "student")).save_pretrained(tmp_path / "student")
+    options = [f"student.model={tmp_path / 'student'}", "data.template=chat", "loss.method=sft", "training.max_steps=4"]
+    recipe = load_recipe(workspace / "recipe.yaml", options)
+    whole = train(recipe, tmp_path / "whole")
+    with pytest.raises(RunInterrupted):
+        train(recipe, tmp_path / "run", hook=lambda _: SignalInStep(signal.SIGTERM, 2))
+    real = clock.datetime
+    monkeypatch.setattr(clock, "datetime", type("Later", (), {"now": staticmethod(lambda: real(2031, 5, 6))}))
+    assert_same(weights(train(recipe, tmp_path / "run", resume=True)), weights(whole))
+    assert train(recipe, tmp_path / "later").student_encoder.printed_date == "2031-05-06"
 
 
 @pytest.mark.slow

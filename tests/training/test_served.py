@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from transformers.utils import chat_template_utils as clock
 
-from dwakd import UserError, load_examples, load_tokenizer
+from dwakd import DistillConfig, UserError, load_examples, load_tokenizer
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import encode_pairs
 from dwakd.models.loading import load_causal_lm
@@ -22,8 +23,9 @@ from dwakd.recipe.recipe import load_recipe
 from dwakd.recipe.sections import TeacherSection
 from dwakd.training.run import train
 from dwakd.training.served import ServedEngine, ServedTeacher
+from dwakd.training.teachers import make_encoders
 from tests.answers.server import running
-from tests.builders import tiny_model
+from tests.builders import CHAT_TEMPLATE, byte_bpe, tiny_model
 from tests.command_line import one_sentence, run
 from tests.training.builders import ROWS, TOKENIZERS, assert_same, on_policy, trainer, weights
 from tests.training.log_prob_server import LogProbServer
@@ -211,3 +213,20 @@ def wait_until(attempt, seconds=120):
         except OSError:
             assert time.monotonic() < deadline
             time.sleep(0.2)
+
+
+def test_results_are_found_on_another_day(tmp_path, monkeypatch):
+    """A run that is continued after midnight asks for nothing again, unless the chat template prints the date."""
+    args = DistillConfig(output_dir=str(tmp_path), method="alm", template="chat", use_cpu=True)
+    real, tokenizer, folders = clock.datetime, byte_bpe(), []
+    for template in (CHAT_TEMPLATE, "{{ strftime_now('%d %b %Y') }}" + CHAT_TEMPLATE):
+        for day in (5, 6):
+            now = staticmethod(lambda day=day: real(2031, 5, day))
+            monkeypatch.setattr(clock, "datetime", type("Clock", (), {"now": now}))
+            tokenizer.chat_template = template
+            teacher = ServedTeacher(TeacherSection(url="http://localhost:1", model="served"), tokenizer)
+            encoders = make_encoders([(None, tokenizer), (teacher, tokenizer)], args)
+            teacher._request(encoders[1], args, {"train": encode_pairs(load_examples(ROWS), *encoders)})
+            folders.append(teacher.folder)
+    assert folders[0] == folders[1]
+    assert len(set(folders)) == 3

@@ -86,7 +86,7 @@ def test_a_corrupt_line_ends_a_run_with_one_sentence(tmp_path: Path) -> None:
         file.writelines(f"{json.dumps({'prompt': 'Why? ' * 300, 'response': 'No.'})}\n" for _ in range(2))
     with pytest.raises(UserError, match=r"rows.jsonl, row 0 .*prompt has \d+ tokens for the student"):
         run_rows(tmp_path / "run", path)
-    with pytest.raises(UserError, match="none of the first 2 rows can be used"):
+    with pytest.raises(UserError, match=r"rows\.jsonl: no row can be used: correct the data"):
         run_rows(tmp_path / "run", path, invalid_rows="skip")
 
 
@@ -98,6 +98,16 @@ def test_a_step_without_a_usable_row_has_no_gradient(tmp_path: Path) -> None:
     assert rows == [(0,), (1,), (1,)]
     gradients = [entry["grad_norm"] for entry in run.state.log_history if "grad_norm" in entry]
     assert [norm > 0 for norm in gradients] == [True, True, False]
+
+
+def test_a_stream_that_begins_with_an_unusable_row(tmp_path: Path) -> None:
+    """A resumed run, or a rank, may begin with a batch of which no row can be used. It must not end the run."""
+    path = write(tmp_path / "rows.jsonl", broken=0)
+    options = {"per_device_train_batch_size": 1, "invalid_rows": "skip", "max_steps": 3, "method": "min_ed"}
+    run, rows = run_rows(tmp_path / "run", path, **options)
+    assert rows == [(1,), (1,), (2,)]
+    gradients = [entry["grad_norm"] for entry in run.state.log_history if "grad_norm" in entry]
+    assert [norm > 0 for norm in gradients] == [False, True, True]
 
 
 def test_options_that_need_all_rows_are_refused(tmp_path: Path) -> None:

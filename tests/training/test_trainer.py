@@ -334,3 +334,11 @@ def test_training_starts_without_warnings_on_special_tokens(tmp_path, caplog, re
         transformers_logger.removeHandler(caplog.handler)
     assert "PAD/BOS/EOS" not in caplog.text
     assert not [warning for warning in recwarn if "is_gradient_checkpointing" in str(warning.message)]
+
+
+def test_a_checkpoint_of_another_method_or_student_is_refused(tmp_path):
+    """In Python, nothing compares the options of a resumed run; the error must not be that of the first tensor."""
+    trainer(tmp_path, save_strategy="steps", save_steps=2).train()
+    for options in ({"method": "sft"}, {"lora": True}, {"student": "gpt2"}):
+        with pytest.raises(UserError, match=r"another student or method|are not those of the student"):
+            trainer(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

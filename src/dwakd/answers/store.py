@@ -66,6 +66,11 @@ class AnswerFile:
         check_output_folder(self.path.parent)
         if self.path.suffix != ".jsonl":
             raise UserError(f"{self.path} must end in .jsonl; choose another with --output (generate.output)")
+        if self.manifest_path.exists() and self.manifest().get("format") != FORMAT:
+            raise UserError(
+                f"{self.manifest_path} is not a file of dwakd generate, which would replace it: choose another --output "
+                "(generate.output)"
+            )
         asked = read_request(self.path)
         if asked is not None and (difference := _difference(asked, self.request)):
             raise UserError(

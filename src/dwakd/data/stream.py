@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 Slot: TypeAlias = Example | InvalidRowError
 """A row of a batch, or the reason why it has none. Batches do not depend on which rows can be encoded."""
+Collate: TypeAlias = Callable[[Sequence[dict[str, Any]]], PairedBatch]
 _MALFORMED = "malformed"
 
 
@@ -63,10 +64,11 @@ class StreamedRows(torch.utils.data.Dataset[Any]):
         items = EncodedPairs([row for row in found if isinstance(row, EncodedRow)], {})
         return [*(items[n] for n in range(len(items))), *(row for row in found if isinstance(row, InvalidRowError))]
 
-    def accept(self, batch: StreamedBatch) -> PairedBatch:
+    def accept(self, batch: StreamedBatch, collate: Collate) -> PairedBatch:
         """Return the rows of a batch; raise or count its errors, as `invalid_rows` says.
 
-        A batch without rows repeats a row with weight 0, because all ranks must take part in each step.
+        A batch without rows repeats a row with weight 0, because all ranks must take part in each step: one of the batch
+        before, or the first one of the stream.
         """
         name = self.rows.title
         for error in batch.errors:
@@ -80,9 +82,16 @@ class StreamedRows(torch.utils.data.Dataset[Any]):
         if batch.batch is not None:
             self._last = batch.batch
             return batch.batch
-        if self._last is None:
-            raise UserError(f"{name}: none of the first {len(batch.errors)} rows can be used: correct the data")
+        self._last = self._last or self._first(collate)
         return replace(self._last.examples([0]), weight=0.0)
+
+    def _first(self, collate: Collate) -> PairedBatch:
+        """Return the first row of the stream that can be encoded."""
+        for slot in RowBatches(self.rows, 1, 0, 1).read():
+            for item in self.__getitems__([slot]):
+                if isinstance(item, dict):
+                    return collate([item])
+        raise UserError(f"{self.rows.title}: no row can be used: correct the data")
 
     def report(self) -> None:
         """Warn about the rows that this process has skipped."""
@@ -109,7 +118,7 @@ class RowBatches(Sampler[list[Slot]]):
     def _slots(self) -> Iterator[Slot]:
         for passes in count(1):
             num_examples = 0
-            for slot in self._read():
+            for slot in self.read():
                 num_examples += isinstance(slot, Example)
                 yield slot
             if not num_examples:
@@ -118,7 +127,7 @@ class RowBatches(Sampler[list[Slot]]):
                 "%s ended after %d rows and is read again (pass %d)", self.rows.title, num_examples, passes + 1
             )
 
-    def _read(self) -> Iterator[Slot]:
+    def read(self) -> Iterator[Slot]:
         """Read the data set once. Its columns are those of the first row that is an object."""
         columns, number = None, 0
         for index, (where, row) in enumerate(islice(self.rows.stream(), self.rows.limit)):
@@ -144,7 +153,7 @@ def use_one_thread(worker: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def collate_stream(items: Sequence[Any], collate: Callable[[Sequence[dict[str, Any]]], PairedBatch]) -> StreamedBatch:
+def collate_stream(items: Sequence[Any], collate: Collate) -> StreamedBatch:
     """Collate the rows that could be encoded."""
     rows = [item for item in items if isinstance(item, dict)]
     return StreamedBatch(collate(rows) if rows else None, [item for item in items if isinstance(item, InvalidRowError)])

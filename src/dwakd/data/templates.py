@@ -1,6 +1,8 @@
 """The prompt templates, and the check of an option that names one or is a format string."""
 
 import re
+from datetime import date
+from typing import Any
 
 from dwakd.errors import UserError
 
@@ -16,6 +18,16 @@ TEMPLATES: dict[str, tuple[str, str]] = {
     "plain": ("{instruction}\n", "{instruction}\n{input}\n"),
 }
 TEMPLATE_CHOICES = f"{', '.join(TEMPLATES)}, chat, or a format string with {{instruction}} and {{input}}"
+
+
+def check_date(value: Any) -> Any:
+    """Return a date as text in ISO format; refuse text that is not. YAML reads 2026-01-31 as a date."""
+    if isinstance(value, date):
+        return value.isoformat()
+    try:
+        return value if value is None else date.fromisoformat(value).isoformat()
+    except (TypeError, ValueError):
+        raise UserError(f"data.template_date must be a date such as 2026-01-31, got {value!r:.40}") from None
 
 
 def check_template(template: str) -> None:

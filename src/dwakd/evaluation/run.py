@@ -161,21 +161,22 @@ def evaluate_sets(
     loaded = load_for_evaluation(model, adapter=adapter, dtype=dtype, **loading, **more)
     check_room(plan, loaded, encoder)
     table = evaluate_plan(plan, loaded, encoder, folder, name=model, overwrite=overwrite)
-    if adapter is None and folder == Path(model) / "eval":
-        update_results(Path(model))
+    if adapter is None and folder == Path(model).expanduser() / "eval":
+        update_results(folder.parent)
     return table
 
 
 def results_folder(model: str, output: Path | None, name: str = "eval") -> Path:
     """Return the folder of the results, by default NAME/ in the model's, and check that it can be written."""
-    folder = output or (Path(model) / name if Path(model).is_dir() else Path(name) / Path(model).name)
+    path = Path(model).expanduser()
+    folder = output or (path / name if path.is_dir() else Path(name) / path.name)
     check_output_folder(folder)
     return folder
 
 
 def text_encoder_of(model: str, rows: RowOptions, *, recipe_of: str, **loading: Any) -> TextEncoder:
     """Load the tokenizer of `model`. Options that are None come from the recipe in the folder `recipe_of`, if there is one."""
-    recipe = Path(recipe_of) / RECIPE_FILE
+    recipe = Path(recipe_of).expanduser() / RECIPE_FILE
     fix = "restore it, or remove it and give --template and --bos"
     saved = read_saved_recipe(recipe, fix=fix)["data"] if recipe.is_file() else {}
     trained_with = {name: saved[name] for name in ("template", "bos", "special_tokens_in_prompts") if name in saved}

@@ -17,6 +17,7 @@ from dwakd.inspection.computed import by_method
 from dwakd.inspection.tokens import align_rows
 from dwakd.losses import SeveralTeachers
 from dwakd.models.rows import evaluating, response_side
+from dwakd.training.teacher import OnlineTeacher
 from dwakd.training.teachers import run_teachers
 from dwakd.training.trainer import DistillTrainer
 
@@ -32,7 +33,7 @@ class AlignmentCallback(TrainerCallback):
     """Send heat maps of the first evaluation row to the trackers in `report_to`, at each evaluation and at the last step.
 
     The maps are those of `dwakd inspect`: cross-model attention, and expected paths of Soft-DTW with the band. Nothing is sent
-    if the method computes no such map, if the evaluation set is already encoded, or if the model is sharded over processes.
+    if the method computes no such map, if the evaluation set is already encoded, or if a model is sharded over processes.
 
     Examples:
         >>> trainer.add_callback(AlignmentCallback(trainer))  # doctest: +SKIP
@@ -57,7 +58,8 @@ class AlignmentCallback(TrainerCallback):
         """Return the heat maps for the first evaluation row, by name."""
         trainer = self.trainer
         examples, pairs = next(iter(trainer.eval_sets.values()), ([], None))
-        if not (examples and pairs and trainer.teachers) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        divided = any(isinstance(teacher, OnlineTeacher) and teacher.divided for teacher in trainer.teachers)
+        if not (examples and pairs and trainer.teachers) or trainer.is_sharded or divided:
             return {}
         index = pairs.rows[0].chosen or 0
         sides = trainer.encoders[0], trainer.encoders[index + 1]

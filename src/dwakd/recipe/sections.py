@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 import torch
 from peft import LoraConfig
-from pydantic import AfterValidator, Field, JsonValue, WithJsonSchema, create_model, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, WithJsonSchema, create_model, model_validator
 
-from dwakd.data.templates import TEMPLATE_CHOICES, check_template
+from dwakd.data.templates import TEMPLATE_CHOICES, check_date, check_template
 from dwakd.errors import UserError
 from dwakd.validation import Options, Section, parse
 
@@ -210,6 +210,9 @@ class DataSection(Section):
     )
     special_tokens_in_prompts: Literal["parse", "text"] = Field(
         "parse", description="parse reads the text of a special token in a prompt as this token; text reads it as text."
+    )
+    template_date: Annotated[str | None, BeforeValidator(check_date)] = Field(
+        None, description="Date that chat templates print, such as 2026-01-31. By default the day of the run's start."
     )
     max_length: Count = Field(512, description="Maximum tokens of prompt and response. Longer rows are truncated.")
     max_prompt_length: Count = Field(256, description="Maximum number of tokens of a prompt.")

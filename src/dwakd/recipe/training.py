@@ -10,6 +10,7 @@ import torch
 from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 from transformers import TrainingArguments
 
+from dwakd.data.templates import check_date
 from dwakd.environment import supports_bfloat16
 from dwakd.errors import UserError
 from dwakd.losses import MethodOptions, method_options
@@ -24,9 +25,8 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-_NAMES = (
-    "template bos special_tokens_in_prompts max_length max_prompt_length invalid_rows supervise teacher_key streaming"
-)
+_NAMES = "template template_date bos special_tokens_in_prompts max_length max_prompt_length"
+_NAMES += " invalid_rows supervise teacher_key streaming"
 DATA_OPTIONS = tuple(_NAMES.split())
 """Options of the section data that are options of `DistillConfig` with the same names."""
 ELSEWHERE = {
@@ -133,6 +133,7 @@ class DistillConfig(TrainingArguments):
     )
     teacher_gate_temperature: Temperature = _option(1.0, "Temperature of the softmax over the teachers' confidences.")
     template: str = _data_option("template")
+    template_date: str | None = _data_option("template_date")
     bos: str = _data_option("bos")
     special_tokens_in_prompts: str = _data_option("special_tokens_in_prompts")
     max_length: Count = _data_option("max_length")
@@ -202,6 +203,7 @@ class DistillConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.chat_template_path is not None and self.template != "chat":
             raise UserError(f"chat_template_path requires template='chat', got template={self.template!r}")
+        self.template_date = check_date(self.template_date)
         values = {name: getattr(self, name) for name in TrainingOptions.model_fields}
         for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
             parse(LoadingOptions, values.pop(name) or {}, f"{name}.")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dwakd.batch import LossOutput, ModelSide, TokenBatch
 from dwakd.cache.fingerprint import json_digest, tokenizer_digest
 from dwakd.data.encoding import TextEncoder
-from dwakd.errors import UserError
+from dwakd.errors import UserError, explained
 from dwakd.kernels.head_loss import only_term, scaled_terms
 from dwakd.losses import DistillationLoss, ModelPair, SeveralTeachers, TeacherScale, Widths, build_loss
 from dwakd.losses.accuracy import count_correct
@@ -136,9 +136,14 @@ class Distiller(nn.Module):
         return output
 
     def load_checkpoint(self, folder: str | Path) -> None:
-        """Load the weights of student and loss from a checkpoint in place."""
-        load_student(self.student, folder)
-        self.loss.load_state_dict(load_file(Path(folder) / LOSS_STATE))
+        """Load the weights of student and loss from a checkpoint in place.
+
+        Raises:
+            UserError: the checkpoint is that of another student or method.
+        """
+        with explained(f"{folder} is the checkpoint of another student or method, or damaged"):
+            load_student(self.student, folder)
+            self.loss.load_state_dict(load_file(Path(folder) / LOSS_STATE))
 
 
 def load_student(student: Any, folder: str | Path) -> None:
@@ -147,7 +152,9 @@ def load_student(student: Any, folder: str | Path) -> None:
         (adapter,) = student.peft_config
         set_peft_model_state_dict(student, load_peft_weights(str(folder), device="cpu"), adapter_name=adapter)
         return
-    saved = type(student).from_pretrained(folder, dtype=widest_dtype(student))
+    saved, about = type(student).from_pretrained(folder, dtype=widest_dtype(student), output_loading_info=True)
+    if missing := sorted(about["missing_keys"]):
+        raise UserError(f"the weights in {folder} are not those of the student: {missing[0]} is missing")
     student.load_state_dict(saved.state_dict())
 
 

@@ -37,7 +37,7 @@ from dwakd.training.hub import UploadError
 from dwakd.training.inputs import encode_source
 from dwakd.training.interruption import stops_on_signal
 from dwakd.training.lost_ranks import lost_ranks_explained
-from dwakd.training.run_folder import RUN_FILE, check_output, has_steps_left, is_finished
+from dwakd.training.run_folder import RUN_FILE, check_output, has_steps_left, is_finished, saved_date
 from dwakd.training.served import ServedTeacher
 from dwakd.training.sharding import check_plugin
 from dwakd.training.teacher import CachedTeacher, Teacher
@@ -171,6 +171,13 @@ def build_trainer(recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan |
     return trainer
 
 
+def _dated(recipe: Recipe, date: str | None) -> Recipe:
+    """Return the recipe with the date that its chat templates print, unless it has one."""
+    if date is None or recipe.data.template_date is not None:
+        return recipe
+    return recipe.replace(data=recipe.data.model_copy(update={"template_date": date}))
+
+
 def train(
     recipe: Recipe,
     output_dir: str | Path,
@@ -190,7 +197,10 @@ def train(
     checkpoint = check_output(folder, resume=resume, recipe=recipe)
     finished = resume and is_finished(folder, recipe)
     steps_left = not finished and has_steps_left(checkpoint, recipe)
+    recipe = _dated(recipe, saved_date(folder) if resume else None)
     trainer = build_trainer(recipe, folder, plan)
+    recipe = _dated(recipe, next((one.printed_date for one in trainer.encoders if one.printed_date), None))
+    trainer.recipe = recipe.content()
     checkpoint, finished, steps_left = from_first_rank((checkpoint, finished, steps_left))
     trainer.verified_checkpoint = checkpoint
     if hook is not None:
@@ -204,6 +214,7 @@ def train(
         return trainer
     with alone_in(folder) if trainer.is_world_process_zero() else contextlib.nullcontext():
         if trainer.is_world_process_zero():
+            (folder / RUN_FILE).unlink(missing_ok=True)  # a finished run that is made longer is not finished any more
             write_file(folder / RECIPE_FILE, recipe.dump().encode())
         if steps_left:
             with stops_on_signal(trainer), out_of_memory_explained(trainer), lost_ranks_explained(trainer):

@@ -82,7 +82,8 @@ def check_same_recipe(saved: Path, recipe: Recipe, *, changeable: re.Pattern[str
     """
     for name, (before, now) in _changed_options(saved, recipe).items():
         unused = name.startswith("generate.") and recipe.data.responses != "teacher"
-        if not unused and not changeable.match(name):
+        dated = name == "data.template_date" and now is None  # the run keeps its date
+        if not unused and not dated and not changeable.match(name):
             raise UserError(
                 f"output folder {saved.parent} holds another run: {name} is {before} there and {now} here; choose "
                 "another with --output"
@@ -105,6 +106,15 @@ def flat_options(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
             value = value[0] if len(value) == 1 else {str(k): item for k, item in enumerate(value, start=1)}
         flat |= flat_options(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
+
+
+def saved_date(folder: Path) -> str | None:
+    """Return the date that the chat templates of the run in a folder print, if there is such a run."""
+    path = folder / RECIPE_FILE
+    date: str | None = (
+        read_saved_recipe(path, fix="restore it")["data"].get("template_date") if path.is_file() else None
+    )
+    return date
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dwakd.answers.endpoint import Endpoint, OptionNames, RefusedError, in_parallel
 from dwakd.batch import ModelSide, OutputHead, TokenBatch
-from dwakd.cache.fingerprint import json_digest, row_key
+from dwakd.cache.fingerprint import DATE, json_digest, row_key
 from dwakd.cache.manifest import keyed_sides
 from dwakd.cache.store import CacheRequest
 from dwakd.data.encoded import EncodedSide
@@ -66,6 +66,8 @@ class ServedTeacher(CachedTeacher):
 
     def _request(self, encoder: TextEncoder, args: DistillConfig, sets: Sets) -> CacheRequest:
         request = super()._request(encoder, args, sets)
+        printed = request.fingerprint | {DATE: encoder.printed_date or ""}
+        request = replace(request, fingerprint=printed)
         if args.lmbda == 1:
             request = replace(request, sets={role: own for role, own in request.sets.items() if role != "train"})
         if self._section.cache is None:

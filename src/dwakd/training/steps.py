@@ -65,7 +65,7 @@ class StepTrainer(HubTrainer):
         self.step_started = time.perf_counter()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if isinstance(self.train_dataset, StreamedRows):
-            batches = [self.train_dataset.accept(batch) for batch in batches]
+            batches = [self.train_dataset.accept(batch, self.data_collator) for batch in batches]
         if not batches:
             return batches, None
         micro_batches = self._micro_batches(batches, self.student_answers, self.args.max_tokens_per_batch)

@@ -94,14 +94,15 @@ class OnlineTeacher(Teacher):
     def __init__(self, model: PreTrainedModel | PeftModel, *, with_attention: bool = False) -> None:
         self.model = model.eval().requires_grad_(False)
         self.with_attention, self.packed = with_attention, False
-        self._divided = is_tensor_parallel(model)
-        self._ends = table_and_head(model) if self._divided else None  # gathered once
+        self.divided = is_tensor_parallel(model)
+        """Whether the processes run the model together, so that all of them have to call `states`."""
+        self._ends = table_and_head(model) if self.divided else None  # gathered once
 
     def prepare(self, encoder: TextEncoder, args: DistillConfig, sets: Sets) -> None:
         self.with_attention, self.packed = args.method_options.needs_attention, args.padding_free
         if self.packed:
             check_packing(self.model)
-        if self._divided and args.teacher_key is not None:
+        if self.divided and args.teacher_key is not None:
             raise UserError(
                 "data.teacher_key: the processes run a teacher with tp_plan together, but may have no rows for it"
             )
@@ -116,7 +117,7 @@ class OnlineTeacher(Teacher):
         return embedding_table(self.model) if self._ends is None else self._ends[0]
 
     def states(self, tokens: TokenBatch) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, " tokens"] | None]:
-        if self._divided:
+        if self.divided:
             return states_with_ranks(self.model, tokens, attention=self.with_attention, packed=self.packed)
         if self.model.device != tokens.input_ids.device:
             on_device(self.model, tokens.input_ids.device)
@@ -174,7 +175,7 @@ class CachedTeacher(Teacher):
     def date(self) -> str | None:
         """The date that chat templates printed when the cache was built; None if there is no cache yet."""
         built = (self.folder / MANIFEST).is_file()
-        return Manifest.load(self.folder).fingerprint.get(DATE) if built else None
+        return Manifest.load(self.folder).fingerprint.get(DATE) or None if built else None
 
     def check_method(self, args: DistillConfig) -> None:
         refuse_cached_attention(args.method_options)

@@ -84,11 +84,12 @@ def _load(
 def make_encoders(sides: Sequence[tuple[Teacher | None, Any]], args: DistillConfig) -> tuple[TextEncoder, ...]:
     """Make the encoders of the student and of the teachers, given their tokenizers and the teachers that exist already.
 
-    Chat templates print the date on which a teacher's cache was built. The student's prints that of the first teacher, because
-    both sides must be truncated at the same characters as when the cache was built.
+    Chat templates print the date on which a teacher's cache was built, or else `template_date`. The student's prints that of
+    the first teacher with a cache, because both sides must be truncated at the same characters as when the cache was built.
     """
     dates = [None if teacher is None else teacher.date for teacher, _ in sides]
     dates[0] = next(filter(None, dates), None)
+    dates = [date or args.template_date for date in dates]
     options = args.template, args.bos, args.special_tokens_in_prompts
     return tuple(TextEncoder(side[1], *options, date=date) for side, date in zip(sides, dates, strict=True))
 
