@@ -247,6 +247,18 @@ def test_rows_with_the_same_data_and_models_share_a_cache(tmp_path):
     assert (teacher.cache_dtype, Path(teacher.cache).parent, teacher.revision) == ("bfloat16", tmp_path, "x")
 
 
+def test_a_search_without_evaluations_is_refused(tmp_path):
+    """Without an evaluation, all runs of the search would be trained before it turns out that none can be chosen."""
+    given = recipe(
+        data={"train": "train.jsonl", "eval": "dev.jsonl"}, training={"use_cpu": True, "eval_strategy": "no"}
+    )
+    with pytest.raises(
+        UserError, match=r"--lr-sweep needs evaluations .*training\.eval_strategy is no: set it to epoch"
+    ):
+        compare_methods(given, tmp_path, lr_sweep=True)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("metric", "best"), [("eval_bits_per_byte", "lr0.33"), ("eval_rouge_l", "lr3")])
 def test_the_search_takes_the_best_on_the_dev_set(tmp_path, monkeypatch, metric, best):
     """The search selects the highest ROUGE-L or the lowest bits per byte on the dev set."""

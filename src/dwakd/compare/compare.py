@@ -48,7 +48,7 @@ def compare_methods(
 
     Raises:
         UserError: the folder contains something else, there is no test set or one without references, there is no dev
-            set for a search, or a method or transformers does not accept an option.
+            set or no evaluation for a search, or a method or transformers does not accept an option.
     """
     check_output_folder(folder)
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -66,7 +66,9 @@ def compare_methods(
     rows = [runner.recipe(Cell(variant, seeds[0])) for variant in variants]
     for variant, row in zip(variants, rows, strict=True):
         with variant.named():
-            check_options(row, folder)
+            if check_options(row, folder).eval_strategy == "no" and lr_sweep:
+                fix = "set it to epoch or steps"
+                raise UserError(f"--lr-sweep needs evaluations on the dev set, but training.eval_strategy is no: {fix}")
     plan = _plan(recipe)
     with_teacher = [row for row in rows if row.loss.needs_teacher]
     with only_one(folder, "answers and caches of the teacher"):
@@ -161,4 +163,6 @@ def _dev_loss(folder: Path) -> float:
     for name, sign in (("eval_rouge_l", -1), ("eval_bits_per_byte", 1)):
         if values := [sign * entry[name] for entry in history if name in entry]:
             return min(values)
-    raise AssertionError(f"{folder} was never evaluated")
+    raise UserError(
+        f"{folder} was never evaluated on the dev set: lower training.eval_delay, and choose another --output"
+    )
