@@ -194,6 +194,20 @@ def test_something_that_is_no_endpoint(at, server, monkeypatch):
         answer_recipe(at(limit=1))
 
 
+def test_half_a_character(at, server, monkeypatch):
+    """A server that cuts an answer inside an emoji sends half of it, which no file can hold; all answers would be lost."""
+    answer = server.answer
+
+    def cut(body):
+        completion = answer(body)
+        completion["choices"][0]["message"]["content"] = "so \ud83d"
+        return completion
+
+    monkeypatch.setattr(server, "answer", cut)
+    file, _ = answer_recipe(at(limit=1, max_new_tokens=40))
+    assert file.read()[0][0].text == "so \ufffd"
+
+
 def test_the_package_is_an_extra(at, monkeypatch):
     """A user without it must learn what to install."""
     imported = builtins.__import__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
@@ -17,6 +18,7 @@ from dwakd.recipe.sections import EndpointSection, GenerateSection
 KEY_VARIABLE = "OPENAI_API_KEY"
 _RETRIES = 5  # with exponential backoff, for errors of the network, of the server, and too many requests
 _DIGITS = 4
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, as in an answer that was cut; no file can hold it
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
@@ -202,4 +204,6 @@ class EndpointTeacher:
             log_prob = round(sum(values) / len(values), _DIGITS)
         count = None if usage is None else usage.completion_tokens
         text = ((choice.text if self._prompts else choice.message.content) or "").strip()
-        return Answer(text, count, "cut" if choice.finish_reason == "length" else "end", log_prob)
+        return Answer(
+            _SURROGATE.sub("\ufffd", text), count, "cut" if choice.finish_reason == "length" else "end", log_prob
+        )
