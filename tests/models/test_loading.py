@@ -6,6 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from dwakd.errors import UserError
@@ -105,8 +107,17 @@ def test_tokenizer_larger_than_the_embedding_table_is_refused():
     """A tokenizer with more tokens than embeddings is refused; one with fewer is accepted."""
     tokenizer = unigram_byte_fallback()
     check_vocabulary(tiny_model("llama", 512), tokenizer, "x")
-    with pytest.raises(UserError, match=rf"x .*{len(tokenizer)} .*300"):
+    with pytest.raises(UserError, match=rf"x .*{len(tokenizer) - 1}, .*300"):
         check_vocabulary(tiny_model("llama", 300), tokenizer, "x")
+
+
+def test_ids_above_the_embedding_table_are_refused():
+    """A tokenizer with unused ids needs more embeddings than it has tokens; training would end with an IndexError."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1, "c": 50}, "a")))
+    assert len(tokenizer) == 3
+    check_vocabulary(tiny_model("llama", 51), tokenizer, "x")
+    with pytest.raises(UserError, match=r"x has token ids up to 50, but the model has 50 embeddings"):
+        check_vocabulary(tiny_model("llama", 50), tokenizer, "x")
 
 
 def test_checkpoint_with_missing_weights_is_refused(folder):

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils as clock
 
 from dwakd import DistillConfig, UserError, load_examples, load_tokenizer
@@ -124,6 +127,13 @@ def test_failures_are_one_sentence(options, message, served, server, tmp_path, m
     row = trainer(tmp_path / "run", method="alm").train_dataset.rows[0].teachers[0]
     with pytest.raises(UserError, match=message):
         teacher.client.states([row])
+
+
+def test_unused_ids():
+    """A tokenizer with unused ids has ids above the number of its tokens, which would be outside the teacher's table."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1, "c": 50}, "a")))
+    teacher = ServedTeacher(TeacherSection(url="http://127.0.0.1:9/v1", model="served"), tokenizer)
+    assert len(teacher.table) == len(teacher.client.table) == 51
 
 
 def test_rate_limits_are_retried(served, server, tmp_path):

@@ -133,11 +133,16 @@ def load_causal_lm(
 
 
 def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
-    """Raise a UserError if the tokenizer has more tokens than the model has embeddings; fewer, as Qwen's, are accepted."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        found = f"{len(tokenizer)} tokens, but the model has {rows} embeddings"
+    """Raise a UserError if the tokenizer has ids for which the model has no embedding; more embeddings are accepted."""
+    rows, needed = model.get_input_embeddings().weight.shape[0], num_embeddings(tokenizer)
+    if needed > rows:
+        found = f"token ids up to {needed - 1}, but the model has {rows} embeddings"
         raise UserError(f"the tokenizer of {name} has {found}; use its own tokenizer")
+
+
+def num_embeddings(tokenizer: Any) -> int:
+    """Return the number of embeddings that a tokenizer needs: its largest id + 1, more than its tokens if ids are unused."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def align_special_tokens(model: Any, tokenizer: Any) -> None:
