@@ -221,6 +221,13 @@ def test_a_single_refused_prompt(judged, tmp_path):
         ("a", "missing", {}, "missing does not exist: name a folder with results of dwakd eval"),
         ("a", "torn", {}, "torn/eval/set.answers.jsonl, line 2 is not a JSON object"),
         ("a", "textless", {}, "line 1 has no text in any column of question, prompt, instruction: add one of them"),
+        ("a", "nested", {}, "line 1: seed and temperature must be numbers or null: correct or remove them"),
+        (
+            "a",
+            "b",
+            {"request": "max_tokens=[1]", "price_out": "1"},
+            "--request max_tokens must be a whole number, or null for no limit, got [1]",
+        ),
         (
             "a",
             "b",
@@ -244,6 +251,7 @@ def test_errors_are_one_sentence(a, b, options, message, judged, server, tmp_pat
         '{"prompt": "a", "answer": "b"}\n{"prom'
     )
     write_answers(folder / "textless" / "eval" / "set.answers.jsonl", A).write_text('{"prompt": null, "answer": "b"}')
+    write_answers(folder / "nested" / "eval" / "set.answers.jsonl", A, seed=[1])
     places = [folder / (f"{one}.answers.jsonl" if "/" in one else one) for one in (a, b)]
     arguments = {"base-url": server.url, "model": "longer", "output": tmp_path / "out"}
     arguments |= {name.replace("_", "-"): value for name, value in options.items()}

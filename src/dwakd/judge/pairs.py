@@ -82,6 +82,8 @@ def _read_answers(path: Path, seed: int | None) -> dict[tuple[str, int], str]:
         with explained(f"{place} is not a JSON object"):
             row = json.loads(line)
             one = row.get("seed"), row.get("temperature")
+        if any(isinstance(value, list | dict) for value in one):
+            raise UserError(f"{place}: seed and temperature must be numbers or null: correct or remove them")
         texts: list[Any] = [next((row[name] for name in names if name in row), None) for names in _COLUMNS]
         for text, names in zip(texts, _COLUMNS, strict=True):
             if not isinstance(text, str):

@@ -31,6 +31,7 @@ from dwakd.recipe.sections import EndpointSection
 _NAMES = OptionNames("dwakd judge", "--model", "--base-url", "--batch-size", "judge")
 _ATTEMPTS = 2
 _BYTES_PER_TOKEN = 4  # about, in any language
+_LIMITS = {"max_tokens", "max_completion_tokens"}
 _COSTLY = 1.0  # in the currency of the prices
 
 
@@ -115,6 +116,9 @@ def judge_runs(
             raise UserError(f"--request must look like max_tokens=512, got {argument!r}")
         apply_override(request, argument)
     request = {name: value for name, value in request.items() if value is not None}
+    for name in _LIMITS & request.keys():
+        if not isinstance(request[name], int):
+            raise UserError(f"--request {name} must be a whole number, or null for no limit, got {request[name]!r:.80}")
     signature = {
         "judge": section.model_dump(),
         "prompt": json_digest(template),
