@@ -78,6 +78,19 @@ def test_names_are_unique_and_readable(tmp_path: Path) -> None:
         read([paths[0], paths[0]])
 
 
+def test_long_names_are_cut(tmp_path: Path) -> None:
+    """A file name above 255 bytes cannot be written, which would become known only after training and answering."""
+    stems = ["語" * 70 + end for end in ("", "x", "xx")]
+    names = [item.name for item in read([write(tmp_path / "p3" / f"{stem}.jsonl", SCORED) for stem in stems])]
+    assert names[0] == f"p3-{stems[0]}", "213 bytes, and a file of this name may exist"
+    assert len({*names}) == 3
+    assert all(name.startswith("p3-語") for name in names)
+    (tmp_path / f".{names[1]}.answers.jsonl.tmp-1234567").touch()
+    long = [item.name for item in read([write(tmp_path / ("語" * 50) / f"{stem}.jsonl", SCORED) for stem in stems])]
+    assert len({*long}) == 3
+    assert max(len(name.encode()) for name in long) < 160
+
+
 def test_splits_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """A data set without a split `test` is evaluated on `validation`, never on its training rows."""
     splits = {name: datasets.Dataset.from_list(SCORED * n) for n, name in enumerate(("train", "validation", "test"), 1)}

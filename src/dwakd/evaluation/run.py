@@ -12,6 +12,7 @@ import torch
 from rich.console import Group
 from rich.text import Text
 
+from dwakd.cache.fingerprint import json_digest
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import SUFFIXES, TEST_SPLITS, Example, load_examples
 from dwakd.errors import UserError
@@ -34,6 +35,8 @@ from dwakd.recipe.files import RECIPE_FILE, read_saved_recipe
 
 if TYPE_CHECKING:  # the recipe imports losses
     from dwakd.recipe.recipe import Recipe
+
+_LONGEST, _KEPT = 220, 150  # bytes of a set's name; most file systems allow 255 in the names of files, which are longer
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ def _free_name(source: str, taken: Sequence[str]) -> str:
     last = path.stem if path.suffix.lower() in SUFFIXES else path.name
     parts = [part for part in (*path.parts[-2:-1], last) if part not in ("/", ".", "..", "~")]
     name = re.sub(r"[^\w.]+", "-", "-".join(parts)).strip("-") or "test"
+    if len(name.encode()) > _LONGEST:
+        name = f"{name.encode()[:_KEPT].decode(errors='ignore')}-{json_digest(name)[:8]}"
     used, candidate, number = {other.casefold() for other in taken}, name, 2
     while candidate.casefold() in used:  # some file systems ignore the case of letters
         candidate, number = f"{name}-{number}", number + 1
