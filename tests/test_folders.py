@@ -26,6 +26,10 @@ def test_folders_that_cannot_hold_results_are_refused(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "deeper"):
         with pytest.raises(UserError, match=rf"{tmp_path}/file is a file.*--output"):
             check_output_folder(folder)
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted")
+    for folder in (tmp_path / "link", tmp_path / "link" / "deeper"):
+        with pytest.raises(UserError, match=rf"{tmp_path}/link is a link to a folder that does not exist.*--output"):
+            check_output_folder(folder)
     check_output_folder(tmp_path / "new" / "folder", empty=True)
     assert not (tmp_path / "new").exists(), "a check creates nothing"
     check_output_folder(tmp_path)

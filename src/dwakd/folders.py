@@ -28,12 +28,16 @@ def check_output_folder(folder: Path, *, empty: bool = False) -> None:
     """Check that files can be written into a folder, which need not exist yet.
 
     Raises:
-        UserError: the folder cannot be created or written, the path or a parent is a file, or `empty` is set and the
-            folder is not empty; the message names --output.
+        UserError: the folder cannot be created or written, the path or a parent is a file or a broken link, or `empty` is
+            set and the folder is not empty; the message names --output.
     """
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file, so {folder} cannot be the output folder; choose another with --output")
+        if path.is_symlink() and not path.exists():
+            raise UserError(
+                f"{path} is a link to a folder that does not exist; create it, or choose another with --output"
+            )
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     try:
         tempfile.TemporaryDirectory(dir=existing).cleanup()
