@@ -133,14 +133,19 @@ class Attempt:
 
 
 def result(folder: Path) -> dict[str, Any]:
-    """Return what must be equal: the student, the maps of the loss, and the logs without times."""
+    """Return what must be equal: the student, the maps of the loss, and the logs without times and summary.
+
+    A run that is stopped after its last step has no summary.
+    """
     state = json.loads((folder / "trainer_state.json").read_text())
     logs = [
-        {k: v for k, v in log.items() if "per_second" not in k and "runtime" not in k} for log in state["log_history"]
+        {k: v for k, v in log.items() if "per_second" not in k and "runtime" not in k}
+        for log in state["log_history"]
+        if "train_runtime" not in log
     ]
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("**/*.safetensors")}
     checkpoints = {name for name in files if name.startswith("checkpoint-")}
-    return {"logs": logs[:-1], "files": {name: data for name, data in files.items() if name not in checkpoints}}
+    return {"logs": logs, "files": {name: data for name, data in files.items() if name not in checkpoints}}
 
 
 def chains(workspace: Path, world: int, kills: int, random_: random.Random) -> Counter[str]:
