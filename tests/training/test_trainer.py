@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from dwakd import METHODS, DistillConfig, DistillTrainer, UserError
 from dwakd.training.distiller import LOSS_STATE
 from dwakd.training.inputs import checked_args
-from tests.builders import FAMILIES, byte_bpe, tiny_model
+from tests.builders import FAMILIES, bpe_byte_fallback, byte_bpe, tiny_model
 from tests.training.builders import ROWS, assert_same, on_policy, trainer, weights
 
 
@@ -342,3 +342,20 @@ def test_a_checkpoint_of_another_method_or_student_is_refused(tmp_path):
     for options in ({"method": "sft"}, {"lora": True}, {"student": "gpt2"}):
         with pytest.raises(UserError, match=r"another student or method|are not those of the student"):
             trainer(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("method", ["dwa_kd", "min_ed", "gold", "sra"])
+def test_a_special_token_without_an_embedding(method, tmp_path):
+    """Gemma 3's tokenizer has a token for images, for which its text models have no embedding. No row contains it."""
+    tokenizers = byte_bpe(), bpe_byte_fallback()
+    models = tiny_model("llama", len(tokenizers[0]), seed=1), tiny_model("gemma2", len(tokenizers[1]), seed=2)
+    for tokenizer in tokenizers:
+        tokenizer.add_tokens(["<image>"], special_tokens=True)
+    args = DistillConfig(
+        output_dir=str(tmp_path), method=method, max_steps=1, template="plain", use_cpu=True, save_strategy="no"
+    )
+    sides = {"processing_class": tokenizers[0], "teacher_processing_class": tokenizers[1]}
+    DistillTrainer(models[0], models[1], args, ROWS, **sides).train()
+    tokenizers[0].chat_template = "<image>{{ messages }}"
+    with pytest.raises(UserError, match="has token ids up to 400, but the model has 400 embeddings"):
+        DistillTrainer(models[0], models[1], args, ROWS, **sides)

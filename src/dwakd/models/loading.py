@@ -141,8 +141,17 @@ def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
 
 
 def num_embeddings(tokenizer: Any) -> int:
-    """Return the number of embeddings that a tokenizer needs: its largest id + 1, more than its tokens if ids are unused."""
-    return max(tokenizer.get_vocab().values()) + 1
+    """Return the number of embeddings that a tokenizer needs: its largest id + 1, more than its tokens if ids are unused.
+
+    Special tokens that no prompt contains, such as that of Gemma 3 for images, are not counted.
+    """
+    named = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    unused = {
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special and token.content not in named and token.content not in str(tokenizer.chat_template)
+    }
+    return max(token_id for token, token_id in tokenizer.get_vocab().items() if token not in unused) + 1
 
 
 def align_special_tokens(model: Any, tokenizer: Any) -> None:

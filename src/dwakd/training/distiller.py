@@ -175,7 +175,11 @@ def build_method(
         pair = None
         if needs.needs_models == "pair":
             ends = own.end_token_id, encoder.end_token_id
-            tokens, spell = (own.token_bytes(), encoder.token_bytes()), (own.spell, encoder.spell)
+            spell = own.spell, encoder.spell
+            tokens = (
+                own.token_bytes()[: len(head.weight)],
+                encoder.token_bytes()[: len(theirs.weight)],
+            )  # that have logits
             spelling = json_digest([tokenizer_digest(own), tokenizer_digest(encoder)])
             pair = ModelPair(widths, *tokens, head, theirs, ends, spell, spelling)
         one_tokenizer = [part.method_name() for part in needs.parts if part.needs_same_vocabulary]
