@@ -97,3 +97,13 @@ def test_predictions_against_a_training(folder, cached, monkeypatch, tmp_path):
         states = sum(stored.index.shard_lengths) * stored.token_bytes
         table, head = stored.teacher()
         assert cache.num_bytes == states + table.nbytes + (0 if head.weight is table else head.weight.nbytes)
+
+
+@pytest.mark.parametrize(("eval_steps", "expected"), [(4, 3), (5, 2), (0.5, 2), (20, 1)])
+def test_the_evaluation_at_the_end_counts(eval_steps, expected, folder, tmp_path):
+    """With few steps, the evaluation after the last one may be the only one, and a large part of the time."""
+    given = [f"data.eval={folder / 'eval.jsonl'}", "training.eval_strategy=steps", f"training.eval_steps={eval_steps}"]
+    recipe = load_recipe(folder / "recipe.yaml", [*given, "training.max_steps=10", "loss.method=sft"])
+    trained = train(recipe, tmp_path / "run")
+    assert len([log for log in trained.state.log_history if "eval_loss" in log]) == expected
+    assert dry_run._num_evaluations(trained.args, 10, 10) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import tempfile
 import time
@@ -204,8 +205,7 @@ def _num_evaluations(args: DistillConfig, num_steps: int, steps_per_epoch: int) 
         return 0
     every = steps_per_epoch if args.eval_strategy == "epoch" else args.eval_steps or 1
     every = max(int(every * num_steps if every < 1 else every), 1)
-    at_end = args.eval_strategy == "epoch" and num_steps % every > 0
-    return num_steps // every + at_end + bool(args.eval_on_start)
+    return math.ceil(num_steps / every) + bool(args.eval_on_start)  # the last one is at the end
 
 
 def _cache(
