@@ -23,7 +23,7 @@ setup: $(STAMP) ## make the virtual environment with the pinned versions
 demo: $(STAMP) ## compare ways to learn from a teacher, offline, with a pretrained student (about ten minutes)
 	$(BIN)/dwakd demo
 
-test: $(STAMP) ## run the test suite (about ten minutes, no network)
+test: $(STAMP) ## run the test suite (about seven minutes on two cores, no network)
 	$(BIN)/pytest -n 2
 
 test-slow: $(STAMP) ## every architecture of transformers, published tokenizers, the documentation, notebooks and pages in chromium (about 15 minutes)
