@@ -7,7 +7,8 @@ import torch
 
 from dwakd.answers.store import AnswerFile
 from dwakd.recipe.recipe import load_recipe
-from dwakd.training.run import end_of_run, train
+from dwakd.training.end_of_run import end_of_run
+from dwakd.training.run import train
 from tests.shards import record_shards
 
 if __name__ == "__main__":

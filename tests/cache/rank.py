@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from dwakd.cache.store import Cache
-from dwakd.training.run import end_of_run
+from dwakd.training.end_of_run import end_of_run
 from tests.cache.builders import LONG, trainer
 from tests.shards import record_shards
 from tests.training.builders import weights

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dwakd.kernels.head_loss as engine
 from dwakd import DistillTrainer
-from dwakd.training.run import end_of_run
+from dwakd.training.end_of_run import end_of_run
 from dwakd.training.teachers import MicroBatch, run_teachers
 from tests.training.builders import trainer
 

@@ -18,7 +18,7 @@ from torch.multiprocessing.spawn import start_processes
 from transformers import Trainer
 
 from dwakd.errors import UserError
-from dwakd.training.run import end_of_run
+from dwakd.training.end_of_run import end_of_run
 from tests.training.builders import ROWS, trainer
 
 OPTIONS: dict[str, Any] = {

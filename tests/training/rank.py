@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
+from dwakd.training.end_of_run import end_of_run
 from dwakd.training.interruption import RunInterrupted, stops_on_signal
-from dwakd.training.run import end_of_run
 from tests.training.builders import ROWS, assert_same, on_policy, trainer, weights
 
 

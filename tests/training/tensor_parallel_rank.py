@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from dwakd.training.run import end_of_run
+from dwakd.training.end_of_run import end_of_run
 from dwakd.training.teacher import OnlineTeacher
 from tests.training.builders import trainer, weights
 

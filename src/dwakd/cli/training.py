@@ -43,8 +43,8 @@ def train(
     from dwakd.models.loading import load_causal_lm, on_device
     from dwakd.models.quantisation import is_quantised
     from dwakd.recipe.recipe import load_recipe
+    from dwakd.training.end_of_run import end_of_run, end_other_ranks
     from dwakd.training.interruption import INTERRUPTED, RunInterrupted
-    from dwakd.training.run import end_of_run, end_other_ranks
     from dwakd.training.run import train as run_recipe
 
     loaded = load_recipe(recipe, overrides)
@@ -104,7 +104,7 @@ def cache(
     """
     silence_transformers()
     from dwakd.training.cache_run import cache_command
-    from dwakd.training.run import end_of_run
+    from dwakd.training.end_of_run import end_of_run
 
     text = cache_command(recipe, overrides or [], output, engine, check=check)
     if global_rank() == 0:

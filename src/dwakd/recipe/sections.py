@@ -2,57 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-import enum
-import types
-import typing
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
 from peft import LoraConfig
-from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, WithJsonSchema, create_model, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from dwakd.data.templates import TEMPLATE_CHOICES, check_date, check_template
 from dwakd.errors import UserError
+from dwakd.recipe.from_dataclass import Json, options_of
 from dwakd.validation import Options, Section, parse
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=1e-30, le=1e30)]
-Json = Annotated[JsonValue, WithJsonSchema({})]
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-def options_of(config: type[Any], limits: dict[str, Any] | None = None) -> type[Section]:
-    """Make an options model from a dataclass: its fields with their types and descriptions.
-
-    Fields whose values cannot be written in YAML are left out. Types in `limits` replace those of the dataclass.
-    """
-    hints = {**typing.get_type_hints(config, include_extras=True), **(limits or {})}
-    fields: dict[str, Any] = {}
-    for item in dataclasses.fields(config):
-        kind = _plain_type(hints[item.name])
-        if item.init and kind not in (None, types.NoneType):
-            unwritten = item.default is dataclasses.MISSING or isinstance(item.default, enum.Enum)
-            default = None if unwritten else item.default
-            fields[item.name] = (kind, Field(default, description=item.metadata.get("help")))
-    return create_model(config.__name__, __base__=Section, **fields)
-
-
-def _plain_type(hint: Any) -> Any:
-    """Return the part of a type that YAML can write, or None; enumerations become literals."""
-    origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return Literal[tuple(member.value for member in hint)]
-    if origin in (typing.Union, types.UnionType):
-        names = any(isinstance(part, type) and issubclass(part, enum.Enum) for part in arguments)
-        parts = [_plain_type(part) for part in arguments if not (names and part is str)]
-        return typing.Union[tuple(part for part in parts if part is not None)]  # noqa: UP007
-    if origin is dict:
-        return dict[str, Json]
-    if origin is list:
-        return list[_plain_type(arguments[0]) or Json]  # type: ignore[misc]
-    return hint if origin in (Annotated, Literal, bool, int, float, str, types.NoneType) else None
 
 
 PeftOptions = options_of(LoraConfig)
@@ -102,6 +66,25 @@ class ModelSection(Section):
         names = {"revision", "trust_remote_code", "adapter", "attn_implementation", "quantization_config"}
         given = self.model_dump(include={*names, "device_map", "tp_plan", "dtype"}, exclude_none=True)
         return given | {"dtype": getattr(torch, given.get("dtype", "float32"))}
+
+
+class LoadingOptions(Section):
+    """The keyword arguments of `from_pretrained` that `model_init_kwargs` may have."""
+
+    revision: str | None = None
+    dtype: Dtype | None = None
+    trust_remote_code: bool = False
+    attn_implementation: str | None = None
+    quantization_config: Any = None
+    device_map: Any = None
+    tp_plan: Literal["auto"] | dict[str, str] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names(cls, given: Any) -> Any:
+        """Read the older name `torch_dtype`, and dtypes of torch."""
+        named = {"dtype" if name == "torch_dtype" else name: value for name, value in given.items()}
+        return {n: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for n, v in named.items()}
 
 
 class StudentSection(ModelSection):

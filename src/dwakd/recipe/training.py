@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, Field, WithJsonSchema
 from transformers import TrainingArguments
 
 from dwakd.data.templates import check_date
@@ -18,8 +18,9 @@ from dwakd.losses.options import Rate, Steps, Temperature
 from dwakd.losses.several_teachers import Gate
 from dwakd.losses.weighted_sum import term_names
 from dwakd.recipe.checks import check_stream, metric_names, refuse_packed_attention
-from dwakd.recipe.sections import Count, DataSection, Dtype, Share, options_of
-from dwakd.validation import Section, parse, unknown_option
+from dwakd.recipe.from_dataclass import options_of
+from dwakd.recipe.sections import Count, DataSection, LoadingOptions, Share
+from dwakd.validation import parse, unknown_option
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -49,25 +50,6 @@ ELSEWHERE = {
     **{name: f"use data.{name}" for name in DATA_OPTIONS},
 }
 """Options of `DistillConfig` and TRL that the section training does not have, and what to do instead."""
-
-
-class LoadingOptions(Section):
-    """The keyword arguments of `from_pretrained` that `model_init_kwargs` may have."""
-
-    revision: str | None = None
-    dtype: Dtype | None = None
-    trust_remote_code: bool = False
-    attn_implementation: str | None = None
-    quantization_config: Any = None
-    device_map: Any = None
-    tp_plan: Literal["auto"] | dict[str, str] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _names(cls, given: Any) -> Any:
-        """Read the older name `torch_dtype`, and dtypes of torch."""
-        named = {"dtype" if name == "torch_dtype" else name: value for name, value in given.items()}
-        return {n: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for n, v in named.items()}
 
 
 def _option(default: object, description: str) -> Any:

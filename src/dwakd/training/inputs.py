@@ -28,7 +28,8 @@ from dwakd.models.loading import (
     set_chat_template,
 )
 from dwakd.models.rows import check_head
-from dwakd.recipe.training import DistillConfig, LoadingOptions
+from dwakd.recipe.sections import LoadingOptions
+from dwakd.recipe.training import DistillConfig
 from dwakd.training.stored import stored_pairs
 from dwakd.training.student import check_student
 

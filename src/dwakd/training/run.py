@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import statistics
 import sys
@@ -20,7 +19,7 @@ from transformers.trainer_callback import TrainerState
 from dwakd.answers.prompts import eval_rows, train_source
 from dwakd.answers.run import training_examples
 from dwakd.data.sources import Example, RowSource
-from dwakd.environment import global_rank, hardware
+from dwakd.environment import hardware
 from dwakd.errors import UserError
 from dwakd.evaluation.run import EvaluationPlan, check_room
 from dwakd.folders import alone_in, write_file, write_json
@@ -241,36 +240,6 @@ def train(
 def _restore(trainer: DistillTrainer, folder: Path) -> None:
     """Load the state of training from a folder."""
     trainer.state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-
-
-def end_other_ranks(code: int = 0) -> None:
-    """Leave the process group together with the other ranks, and end all of them except the first, with `code`.
-
-    The first one may then work for hours, for which the others would wait no longer than the time limit of the group. A
-    rank that exits without the others aborts them.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-        if global_rank() != 0:
-            _exit(code)
-
-
-def end_of_run(code: int = 0) -> None:
-    """Call `end_other_ranks`, and end the first rank as well.
-
-    Returns only if there is one process, which then exits as usual.
-    """
-    end_other_ranks(code)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _exit(code)
-
-
-def _exit(code: int) -> None:
-    """End the process at once: threads of gloo can outlive the interpreter and abort the process at its end."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def peak_memory_bytes() -> int | None:
