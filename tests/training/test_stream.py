@@ -90,24 +90,22 @@ def test_a_corrupt_line_ends_a_run_with_one_sentence(tmp_path: Path) -> None:
         run_rows(tmp_path / "run", path, invalid_rows="skip")
 
 
-def test_a_step_without_a_usable_row_has_no_gradient(tmp_path: Path) -> None:
-    """A step whose only row is skipped has no response token, by whose number the loss is divided."""
-    path = write(tmp_path / "rows.jsonl", broken=2)
-    options = {"per_device_train_batch_size": 1, "invalid_rows": "skip", "max_steps": 3, "method": "dwa_kd"}
-    run, rows = run_rows(tmp_path / "run", path, **options)
-    assert rows == [(0,), (1,), (1,)]
-    gradients = [entry["grad_norm"] for entry in run.state.log_history if "grad_norm" in entry]
-    assert [norm > 0 for norm in gradients] == [True, True, False]
+@pytest.mark.parametrize(
+    ("broken", "method", "expected"), [(2, "dwa_kd", [0, 1, 1]), (0, "min_ed", [1, 1, 2])], ids=["last", "first"]
+)
+def test_a_step_without_a_usable_row_has_no_gradient(
+    broken: int, method: str, expected: list[int], tmp_path: Path
+) -> None:
+    """A step whose only row is skipped has no response token, by whose number the loss is divided.
 
-
-def test_a_stream_that_begins_with_an_unusable_row(tmp_path: Path) -> None:
-    """A resumed run, or a rank, may begin with a batch of which no row can be used. It must not end the run."""
-    path = write(tmp_path / "rows.jsonl", broken=0)
-    options = {"per_device_train_batch_size": 1, "invalid_rows": "skip", "max_steps": 3, "method": "min_ed"}
+    Such a step may be the first one of a run, of a rank or after a resume, when there is no batch before it to repeat.
+    """
+    path = write(tmp_path / "rows.jsonl", broken=broken)
+    options = {"per_device_train_batch_size": 1, "invalid_rows": "skip", "max_steps": 3, "method": method}
     run, rows = run_rows(tmp_path / "run", path, **options)
-    assert rows == [(1,), (1,), (2,)]
+    assert rows == [(row,) for row in expected]
     gradients = [entry["grad_norm"] for entry in run.state.log_history if "grad_norm" in entry]
-    assert [norm > 0 for norm in gradients] == [False, True, True]
+    assert [norm > 0 for norm in gradients] == [step != broken for step in range(3)]
 
 
 def test_options_that_need_all_rows_are_refused(tmp_path: Path) -> None:
