@@ -204,6 +204,5 @@ class EndpointTeacher:
             log_prob = round(sum(values) / len(values), _DIGITS)
         count = None if usage is None else usage.completion_tokens
         text = ((choice.text if self._prompts else choice.message.content) or "").strip()
-        return Answer(
-            _SURROGATE.sub("\ufffd", text), count, "cut" if choice.finish_reason == "length" else "end", log_prob
-        )
+        text = _SURROGATE.sub("\ufffd", text)
+        return Answer(text, count, "cut" if choice.finish_reason == "length" else "end", log_prob)

@@ -67,8 +67,9 @@ def compare_methods(
     for variant, row in zip(variants, rows, strict=True):
         with variant.named():
             if check_options(row, folder).eval_strategy == "no" and lr_sweep:
-                fix = "set it to epoch or steps"
-                raise UserError(f"--lr-sweep needs evaluations on the dev set, but training.eval_strategy is no: {fix}")
+                raise UserError(
+                    "--lr-sweep needs evaluations on data.eval: set training.eval_strategy to epoch or steps"
+                )
     plan = _plan(recipe)
     with_teacher = [row for row in rows if row.loss.needs_teacher]
     with only_one(folder, "answers and caches of the teacher"):

@@ -110,8 +110,8 @@ def load_causal_lm(
         trust_remote_code: run the Python code of a hub repository. Set it only if you have read that code.
         revision: branch, tag or commit of `spec` if that is a hub id. It does not apply to `adapter`.
         options: `attn_implementation`, `quantization_config` (or its options as a dict), `device_map` and `tp_plan` of
-            transformers.
-            An adapter of a quantised model is not merged. A quantised output head or embedding table is dequantised.
+            transformers. An adapter of a quantised model is not merged. A quantised output head or embedding table is
+            dequantised.
 
     Raises:
         UserError: the model cannot be loaded, is not a causal language model or lacks weights.
