@@ -7,12 +7,14 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dwakd.checksums import CHECKSUMS, begin_checksums, write_checksums
 from dwakd.errors import UserError
 from dwakd.folders import UNFINISHED, alone_in
 from dwakd.recipe.recipe import recipe_from_dict
 from dwakd.training import run_folder
+from dwakd.training.distiller import LOSS_STATE, ROWS_OF_STEP
 from dwakd.training.run_folder import (
     RUN_FILE,
     check_output,
@@ -187,19 +189,22 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
 
 def test_another_number_of_processes_needs_the_same_batch(tmp_path, monkeypatch):
-    """Four processes with a batch of 2 continue as two with accumulation, but not with half as many rows in a step."""
+    """Four processes with a batch of 2 continue as two with accumulation, but not with another number of rows in a step.
+
+    A resumed run that ends before its first checkpoint has changed the recipe in the folder, not the rows of the checkpoint.
+    """
     saved = {"per_device_train_batch_size": 2, "max_steps": 9}
-    save_run(tmp_path / "run", recipe_of(training=saved))
     checkpoint = tmp_path / "run" / "checkpoint-3"
-    for rank in range(4):
-        (checkpoint / f"rng_state_{rank}.pth").parent.mkdir(exist_ok=True)
-        (checkpoint / f"rng_state_{rank}.pth").write_bytes(b"")
+    (checkpoint / LOSS_STATE).parent.mkdir(parents=True)
+    save_file({}, checkpoint / LOSS_STATE, {ROWS_OF_STEP: "8"})
     monkeypatch.setattr(run_folder, "last_checkpoint", lambda _: str(checkpoint))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    resumed = recipe_of(training=saved | {"gradient_accumulation_steps": 2})
-    assert check_output(tmp_path / "run", resume=True, recipe=resumed) == str(checkpoint)
-    for wrong in (recipe_of(training=saved | {"gradient_accumulation_steps": 4}), recipe_of(training=saved)):
-        with pytest.raises(
-            UserError, match=r"has 8 rows in a step \(4 processes\) and this command \d+ \(2 processes\)"
-        ):
-            check_output(tmp_path / "run", resume=True, recipe=wrong)
+    resumed, wrong = (recipe_of(training=saved | {"gradient_accumulation_steps": number}) for number in (2, 4))
+    for in_folder in (recipe_of(training=saved), resumed):
+        (tmp_path / "run" / "dwakd-recipe.yaml").write_text(in_folder.dump())
+        assert check_output(tmp_path / "run", resume=True, recipe=resumed) == str(checkpoint)
+        for recipe in (wrong, recipe_of(training=saved)):
+            with pytest.raises(
+                UserError, match=r"has 8 rows in a step, but this command with 2 processes has (16|4): set"
+            ):
+                check_output(tmp_path / "run", resume=True, recipe=recipe)

@@ -24,6 +24,8 @@ from dwakd.training.student import widest_dtype
 from dwakd.training.teacher import Teacher
 
 LOSS_STATE = "distillation/maps.safetensors"
+ROWS_OF_STEP = "rows_of_step"
+"""The name in the metadata of this file of the number of rows of an optimiser step, over all processes."""
 """State of the loss. Servers such as vLLM read every safetensors file that lies directly in a model's folder."""
 Loss = DistillationLoss[Any] | SeveralTeachers
 
@@ -176,10 +178,8 @@ def build_method(
         if needs.needs_models == "pair":
             ends = own.end_token_id, encoder.end_token_id
             spell = own.spell, encoder.spell
-            tokens = (
-                own.token_bytes()[: len(head.weight)],
-                encoder.token_bytes()[: len(theirs.weight)],
-            )  # that have logits
+            # tokens without an embedding have no logits either
+            tokens = own.token_bytes()[: len(head.weight)], encoder.token_bytes()[: len(theirs.weight)]
             spelling = json_digest([tokenizer_digest(own), tokenizer_digest(encoder)])
             pair = ModelPair(widths, *tokens, head, theirs, ends, spell, spelling)
         one_tokenizer = [part.method_name() for part in needs.parts if part.needs_same_vocabulary]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
@@ -19,6 +21,7 @@ from dwakd.folders import LOCK_FILE, check_output_folder
 from dwakd.recipe.files import RECIPE_FILE, parse_yaml, read_saved_recipe
 from dwakd.recipe.recipe import Recipe
 from dwakd.recipe.training import DistillConfig
+from dwakd.training.distiller import LOSS_STATE, ROWS_OF_STEP
 
 logger = logging.getLogger(__name__)
 
@@ -52,26 +55,21 @@ def check_output(folder: Path, *, resume: bool, recipe: Recipe) -> str | None:
         raise UserError(f"output folder {folder} already holds a run; choose another with --output, or set --resume")
     check_same_recipe(saved, recipe, changeable=_CHANGEABLE)
     checkpoint = last_checkpoint(folder)
-    _check_same_batch(saved, recipe, checkpoint)
+    if checkpoint is not None:
+        _check_same_batch(recipe, checkpoint)
     return checkpoint
 
 
-def _check_same_batch(saved: Path, recipe: Recipe, checkpoint: str | None) -> None:
-    """Raise UserError if the rows of a step change: the processes of the checkpoint times the options of the batch."""
-    changed, here = _changed_options(saved, recipe), int(os.environ.get("WORLD_SIZE", "1"))
-    ranks = max(1, len(list(Path(checkpoint).glob("rng_state_*.pth")))) if checkpoint else here, here
-    before, now = ranks
-    for name in _ROWS:
-        own = recipe.training.get(name, "unset")
-        values = changed.get(f"training.{name}", (own, own))
-        fallback = getattr(DistillConfig, name)
-        then, given = (fallback if value == "unset" else value for value in values)
-        before, now = before * then, now * given
+def _check_same_batch(recipe: Recipe, checkpoint: str) -> None:
+    """Raise UserError if a step of this command has other rows than the steps of the run that saved the checkpoint."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    now = processes * math.prod(recipe.training.get(name, getattr(DistillConfig, name)) for name in _ROWS)
+    with safe_open(Path(checkpoint) / LOSS_STATE, "pt") as file:
+        before = int(file.metadata().get(ROWS_OF_STEP, now))  # older versions did not write it
     if before != now:
         raise UserError(
-            f"{checkpoint or saved.parent} has {before} rows in a step ({ranks[0]} processes) and this command {now} "
-            f"({ranks[1]} processes): set training.per_device_train_batch_size or training.gradient_accumulation_steps so that "
-            "they agree"
+            f"{checkpoint} has {before} rows in a step, but this command with {processes} processes has {now}: set "
+            "training.per_device_train_batch_size or training.gradient_accumulation_steps so that the product is the same"
         )
 
 
@@ -111,9 +109,8 @@ def flat_options(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def saved_date(folder: Path) -> str | None:
     """Return the date that the chat templates of the run in a folder print, if there is such a run."""
     path = folder / RECIPE_FILE
-    date: str | None = (
-        read_saved_recipe(path, fix="restore it")["data"].get("template_date") if path.is_file() else None
-    )
+    saved = read_saved_recipe(path, fix="restore it")["data"] if path.is_file() else {}
+    date: str | None = saved.get("template_date")
     return date
 
 
