@@ -7,14 +7,13 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from dwakd.checksums import CHECKSUMS, begin_checksums, write_checksums
 from dwakd.errors import UserError
 from dwakd.folders import UNFINISHED, alone_in
 from dwakd.recipe.recipe import recipe_from_dict
 from dwakd.training import run_folder
-from dwakd.training.distiller import LOSS_STATE, ROWS_OF_STEP
+from dwakd.training.callbacks import ROWS_OF_STEP
 from dwakd.training.run_folder import (
     RUN_FILE,
     check_output,
@@ -195,8 +194,8 @@ def test_another_number_of_processes_needs_the_same_batch(tmp_path, monkeypatch)
     """
     saved = {"per_device_train_batch_size": 2, "max_steps": 9}
     checkpoint = tmp_path / "run" / "checkpoint-3"
-    (checkpoint / LOSS_STATE).parent.mkdir(parents=True)
-    save_file({}, checkpoint / LOSS_STATE, {ROWS_OF_STEP: "8"})
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"stateful_callbacks": {ROWS_OF_STEP: 8}}))
     monkeypatch.setattr(run_folder, "last_checkpoint", lambda _: str(checkpoint))
     monkeypatch.setenv("WORLD_SIZE", "2")
     resumed, wrong = (recipe_of(training=saved | {"gradient_accumulation_steps": number}) for number in (2, 4))

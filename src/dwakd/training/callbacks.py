@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 _FIX = "lower training.learning_rate, or set training.warmup_steps"
 SKIPPED = "skipped_steps"
+ROWS_OF_STEP = "rows_of_step"
+"""The name of the number of rows of an optimiser step, over all processes, in the state that checkpoints contain."""
 
 
 def skipped_steps(state: Any) -> int:
@@ -95,6 +97,8 @@ class RunCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.callback_handler.model = self.trainer.student  # the Distiller has no `generate`
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        state.stateful_callbacks[ROWS_OF_STEP] = rows
         self._start(state.global_step)
 
     on_init_end = on_train_begin  # an evaluation may come before the training

@@ -24,8 +24,6 @@ from dwakd.training.student import widest_dtype
 from dwakd.training.teacher import Teacher
 
 LOSS_STATE = "distillation/maps.safetensors"
-ROWS_OF_STEP = "rows_of_step"
-"""The name in the metadata of this file of the number of rows of an optimiser step, over all processes."""
 """State of the loss. Servers such as vLLM read every safetensors file that lies directly in a model's folder."""
 Loss = DistillationLoss[Any] | SeveralTeachers
 

@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
@@ -21,7 +20,7 @@ from dwakd.folders import LOCK_FILE, check_output_folder
 from dwakd.recipe.files import RECIPE_FILE, parse_yaml, read_saved_recipe
 from dwakd.recipe.recipe import Recipe
 from dwakd.recipe.training import DistillConfig
-from dwakd.training.distiller import LOSS_STATE, ROWS_OF_STEP
+from dwakd.training.callbacks import ROWS_OF_STEP
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +63,8 @@ def _check_same_batch(recipe: Recipe, checkpoint: str) -> None:
     """Raise UserError if a step of this command has other rows than the steps of the run that saved the checkpoint."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     now = processes * math.prod(recipe.training.get(name, getattr(DistillConfig, name)) for name in _ROWS)
-    with safe_open(Path(checkpoint) / LOSS_STATE, "pt") as file:
-        before = int(file.metadata().get(ROWS_OF_STEP, now))  # older versions did not write it
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    before = state.stateful_callbacks.get(ROWS_OF_STEP, now)  # older versions did not store it
     if before != now:
         raise UserError(
             f"{checkpoint} has {before} rows in a step, but this command with {processes} processes has {now}: set "

@@ -15,7 +15,7 @@ from dwakd.models.head import gathered
 from dwakd.models.saving import save_causal_lm
 from dwakd.training.callbacks import FiniteCheck
 from dwakd.training.card import write_card
-from dwakd.training.distiller import LOSS_STATE, ROWS_OF_STEP
+from dwakd.training.distiller import LOSS_STATE
 from dwakd.training.hub import HubTrainer
 
 
@@ -67,11 +67,10 @@ class ShardedTrainer(HubTrainer):
         if self.is_world_process_zero() and not _internal_call:
             write_card(self.recipe, Path(output_dir or self.args.output_dir))
         if self.args.should_save and (_internal_call or any(True for _ in loss.parameters())):
-            args, options = self.args, json.dumps({"method": self.args.method, **self.args.loss_options})
-            rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+            options = json.dumps({"method": self.args.method, **self.args.loss_options})
             path = Path(output_dir or self.args.output_dir) / LOSS_STATE
             path.parent.mkdir(exist_ok=True)
-            save_file(maps, path, {"loss": options, ROWS_OF_STEP: str(rows)})
+            save_file(maps, path, {"loss": options})
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
