@@ -1,5 +1,6 @@
 """Test which rows each step gets, in one process and in several."""
 
+from itertools import pairwise, product
 from unittest.mock import Mock
 
 import pytest
@@ -8,7 +9,7 @@ from accelerate.state import GradientState
 from transformers import TrainingArguments
 
 from dwakd.batch import PairedBatch, TokenBatch
-from dwakd.training.sampler import BLOCK_STEPS, LengthGroupedSampler, count_tokens, cut_repeats, split_by_tokens
+from dwakd.training.sampler import BLOCK_STEPS, LengthGroupedSampler, cut_repeats, split_by_tokens
 
 
 def batch(size: int) -> PairedBatch:
@@ -55,20 +56,49 @@ def rows(lengths: list[int], start: int = 0, **options) -> PairedBatch:
     return PairedBatch(sides[0], tuple(sides[1:]), tuple(range(start, start + len(lengths))), **options)
 
 
+def count_tokens(part: PairedBatch) -> int:
+    """Count the tokens of a micro-batch with padding, for the student and for each teacher those that it teaches."""
+    lengths = [list(part.student.num_tokens)]
+    for teacher, side in enumerate(part.teachers):
+        lengths.append([n for row, n in enumerate(side.num_tokens) if part.chosen is None or part.chosen[row] == teacher])
+    return sum(len(own) * max(own, default=0) for own in lengths)
+
+
 def test_micro_batches_have_at_most_the_given_tokens():
     """Rows of several batches are mixed, a long row stays alone, and all ranks get the same number of micro-batches."""
     batches = [rows([5, 40, 6], num_sampled=1), rows([9, 4], start=3), rows([7], start=5, weight=0.0)]
     parts = split_by_tokens(batches, 60, lambda count: torch.cat([count, count + 2]))
-    assert [part.example_ids for part in parts] == [(4, 0), (3, 2), (1,), (4,), (4,)], "row 2 is sampled"
-    assert [count_tokens(part, range(len(part))) for part in parts] == [36, 60, 123, 15, 15]
+    assert [part.example_ids for part in parts] == [(4,), (0, 2), (3,), (1,), (4,), (4,)]
+    assert [count_tokens(part) for part in parts] == [15, 42, 30, 123, 15, 15]
     packed = split_by_tokens(batches, 60, None, packed=True)
-    assert [part.example_ids for part in packed] == [(4, 0, 2), (3,), (1,)], "54, 30 and 123 tokens, without padding"
-    assert [part.weight for part in parts] == [1, 1, 1, 0, 0]
-    assert [part.num_sampled for part in parts] == [0, 1, 0, 0, 0]
-    for got, expected in zip(parts[1], rows([9]), strict=True):
+    assert [part.example_ids for part in packed] == [(4, 0), (3, 2), (1,)], "33, 51 and 123 tokens, without padding"
+    assert [part.weight for part in parts] == [1, 1, 1, 1, 0, 0]
+    assert [part.num_sampled for part in parts] == [0, 1, 0, 0, 0, 0]
+    for got, expected in zip(parts[2], rows([9]), strict=True):
         assert torch.equal(got.input_ids[0], expected.input_ids[0] + 300), "the first of the rows has the longest input"
         assert got.attention_mask.sum(1).tolist() == list(got.num_tokens)
     chosen = [rows([9, 4, 5], chosen=(0, 1, 1)), rows([3], start=3, chosen=(0,))]
-    (part,) = split_by_tokens(chosen, 70, None)
+    (part,) = split_by_tokens(chosen, 200, None)
     assert (part.example_ids, part.chosen) == ((3, 1, 2, 0), (0, 1, 1, 0))
-    assert count_tokens(part, range(4)) == 4 * 9 + 2 * 10 + 2 * 7
+    assert count_tokens(part) == 4 * 9 + 2 * 10 + 2 * 7
+
+
+@pytest.mark.parametrize("limit", [30, 200, 2000])
+@pytest.mark.parametrize("chosen", [None, (0, 1, 1, 0, 1, 0, 0, 1)])
+def test_micro_batches_have_the_least_padding(limit, chosen):
+    """No other division of the sorted rows has fewer tokens, if each micro-batch counts an eighth of the limit more."""
+    generator = torch.Generator().manual_seed(limit)
+    batch = rows(torch.randint(1, 60, (8,), generator=generator).tolist(), chosen=chosen)
+    (ordered,) = split_by_tokens([batch], 10**9, None)
+
+    def cost(parts: list[PairedBatch]) -> float:
+        return sum(count_tokens(part) + limit / 8 for part in parts)
+
+    divisions = []
+    for cuts in product([False, True], repeat=7):
+        ends = [0, *(n + 1 for n, cut in enumerate(cuts) if cut), 8]
+        parts = [ordered.examples(range(*pair)) for pair in pairwise(ends)]
+        if all(len(part) == 1 or count_tokens(part) <= limit for part in parts):
+            divisions.append(cost(parts))
+    assert cost(split_by_tokens([batch], limit, None)) == min(divisions)
+    assert len(set(divisions)) > 1 or limit == 30

@@ -1,10 +1,12 @@
 """Choose the rows of each step: group rows of similar length, remove rows that fill the last step, and split by tokens."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from accelerate.state import GradientState
+from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import TrainingArguments
@@ -70,29 +72,40 @@ def split_by_tokens(
 
     Args:
         batches: the batches of the step.
-        limit: largest value of `count_tokens` of a micro-batch.
+        limit: largest number of tokens of a micro-batch, for the student and all teachers. With `chosen`, a teacher's tokens
+            are those of the rows that it teaches.
         gather: concatenates the tensors of all ranks, if there are several.
-        packed: whether the models run the rows of a micro-batch without padding.
+        packed: whether the models run the rows of a micro-batch without padding. Otherwise padding counts.
     """
     whole = PairedBatch.concatenate([batch for batch in batches if batch.weight] or batches[:1])
-    parts: list[list[int]] = []
-    for row in sorted(range(len(whole)), key=lambda row: count_tokens(whole, [row])):
-        if parts and count_tokens(whole, [*parts[-1], row], packed=packed) <= limit:
-            parts[-1].append(row)
-        else:
-            parts.append([row])
+    lengths = torch.tensor([side.num_tokens for side in (whole.student, *whole.teachers)])
+    if whole.chosen is not None:
+        lengths[1:] *= torch.arange(len(whole.teachers))[:, None] == torch.tensor(whole.chosen)
+    order = lengths.sum(0).argsort(stable=True)
+    ends = _micro_batch_ends(lengths[:, order], limit, packed=packed)
+    parts = [whole.examples(rows.tolist()) for rows in order.tensor_split(ends[:-1])]
     count = torch.tensor([len(parts)], device=whole.student.input_ids.device)
     missing = 0 if gather is None else int(gather(count).max()) - len(parts)
-    empty = dataclasses.replace(whole.examples(parts[0][:1]), weight=0.0)
-    return [*map(whole.examples, parts), *[empty] * missing]
+    return [*parts, *[dataclasses.replace(whole.examples(order[:1].tolist()), weight=0.0)] * missing]
 
 
-def count_tokens(batch: PairedBatch, rows: Sequence[int], *, packed: bool = False) -> int:
-    """Return the number of tokens of these rows as one batch, for the student and all teachers; padding counts unless `packed`.
+def _micro_batch_ends(lengths: Int[Tensor, "models rows"], limit: int, *, packed: bool) -> list[int]:
+    """Divide consecutive rows into micro-batches, each of one row or of at most `limit` tokens; return where they end.
 
-    With `chosen`, a teacher's tokens are those of the rows that it teaches.
+    The total of all tokens, plus a fixed number for each micro-batch, is minimal. It is found by dynamic programming over
+    the last row of a micro-batch. The fixed number is an eighth of `limit`, because small micro-batches use a device badly.
     """
-    lengths = [[batch.student.num_tokens[row] for row in rows]]
-    for index, teacher in enumerate(batch.teachers):
-        lengths.append([teacher.num_tokens[row] for row in rows if batch.chosen is None or batch.chosen[row] == index])
-    return sum(sum(own) if packed else len(own) * max(own, default=0) for own in lengths)
+    num_rows = lengths.shape[1]
+    starts, costs = [0] * (num_rows + 1), torch.zeros(num_rows + 1, dtype=torch.double)
+    for end in range(1, num_rows + 1):
+        longest_first = lengths[:, :end].flip(1)
+        counts, widths = (longest_first > 0).cumsum(1), longest_first.cummax(1).values
+        tokens = (longest_first.cumsum(1) if packed else counts * widths).sum(0).flip(0)
+        tokens[: end - 1].masked_fill_(tokens[: end - 1] > limit, sys.maxsize)
+        total = costs[:end] + tokens + limit / 8
+        starts[end] = int(total.argmin())
+        costs[end] = total[starts[end]]
+    ends = [num_rows]
+    while starts[ends[0]]:
+        ends.insert(0, starts[ends[0]])
+    return ends
