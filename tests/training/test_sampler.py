@@ -60,7 +60,9 @@ def count_tokens(part: PairedBatch) -> int:
     """Count the tokens of a micro-batch with padding, for the student and for each teacher those that it teaches."""
     lengths = [list(part.student.num_tokens)]
     for teacher, side in enumerate(part.teachers):
-        lengths.append([n for row, n in enumerate(side.num_tokens) if part.chosen is None or part.chosen[row] == teacher])
+        lengths.append(
+            [n for row, n in enumerate(side.num_tokens) if part.chosen is None or part.chosen[row] == teacher]
+        )
     return sum(len(own) * max(own, default=0) for own in lengths)
 
 
