@@ -346,7 +346,7 @@ def test_a_checkpoint_of_another_method_or_student_is_refused(tmp_path):
 
 @pytest.mark.parametrize("method", ["dwa_kd", "min_ed", "gold", "sra"])
 def test_a_special_token_without_an_embedding(method, tmp_path):
-    """Gemma 3's tokenizer has a token for images, for which its text models have no embedding. No row contains it."""
+    """Gemma 3's tokenizer has a token for images, for which its text models have no embedding: rows must not contain it."""
     tokenizers = byte_bpe(), bpe_byte_fallback()
     models = tiny_model("llama", len(tokenizers[0]), seed=1), tiny_model("gemma2", len(tokenizers[1]), seed=2)
     for tokenizer in tokenizers:
@@ -356,6 +356,14 @@ def test_a_special_token_without_an_embedding(method, tmp_path):
     )
     sides = {"processing_class": tokenizers[0], "teacher_processing_class": tokenizers[1]}
     DistillTrainer(models[0], models[1], args, ROWS, **sides).train()
+    spelled = [*ROWS, {"prompt": "What is <image>?", "response": "A picture."}]
+    problem = f"row {len(ROWS)}.*: the prompt contains '<image>', a special token of .* has no embedding: remove it"
+    with pytest.raises(UserError, match=problem):
+        DistillTrainer(models[0], models[1], args, spelled, **sides)
+    with pytest.raises(UserError, match=problem):
+        DistillTrainer(models[0], models[1], args, ROWS, spelled, compute_metrics=lambda _: {}, **sides)
+    args.special_tokens_in_prompts = "text"
+    DistillTrainer(models[0], models[1], args, spelled, **sides)
     tokenizers[0].chat_template = "<image>{{ messages }}"
     with pytest.raises(UserError, match="has token ids up to 400, but the model has 400 embeddings"):
         DistillTrainer(models[0], models[1], args, ROWS, **sides)

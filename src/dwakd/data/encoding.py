@@ -1,22 +1,20 @@
 """Encode prompts and responses with one tokenizer, and compute where each token ends in the bytes of the response."""
 
-import copy
-import re
-import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import takewhile
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from dwakd.data.chat import check_tokenizer, tokenizer_name
 from dwakd.data.long_text import leading_text
 from dwakd.data.prompts import Prompts
 from dwakd.data.rows import Example, check_choice
+from dwakd.data.special_tokens import SpecialTokensAsText, encode_texts
 from dwakd.data.token_bytes import TokenBytes, byte_ends, exact_ends
 from dwakd.data.turns import texts_to_show
 from dwakd.errors import UserError
@@ -33,6 +31,7 @@ class TextEncoder:
         special_tokens_in_prompts: `parse` reads special tokens such as "</s>" that a row spells out as special tokens,
             as tokenizers do by default; `text` reads them as text, unless the template wrote them.
         date: ISO date that a chat template prints as today's date. Default: the current date.
+        num_embeddings: number of embeddings of the model, if it is loaded. Prompts with later tokens are refused.
 
     Raises:
         UserError: the tokenizer is a slow one or has no end-of-sequence token, or an option has an unknown value.
@@ -46,6 +45,7 @@ class TextEncoder:
         special_tokens_in_prompts: str = "parse",
         *,
         date: str | None = None,
+        num_embeddings: int | None = None,
     ) -> None:
         check_tokenizer(tokenizer, tokenizer_name(tokenizer))
         check_choice("data.bos", bos, ("auto", "never"))
@@ -53,6 +53,7 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.template = template
         self.special_tokens_in_prompts = special_tokens_in_prompts
+        self.num_embeddings = num_embeddings
         self._prompts = Prompts(template, tokenizer, date)
         chat = self._prompts.chat
         self.date = None if chat is None else chat.date
@@ -62,7 +63,7 @@ class TextEncoder:
         self.end_token_id = self._prompts.end_token_id()
         self._bos_ids = _leading_ids(tokenizer) if bos == "auto" and template != "chat" else []
         self._token_bytes = TokenBytes(tokenizer)
-        self._special_as_text = _SpecialTokensAsText(self._prompts)
+        self._special_as_text = SpecialTokensAsText(self._prompts)
 
     @property
     def end_token_ids(self) -> list[int]:
@@ -87,7 +88,7 @@ class TextEncoder:
         for start in ("", " "):
             missing = [i for i, ids in enumerate(found) if not ids and tokens[i].startswith(start.encode())]
             texts = [tokens[i].decode("utf-8", "replace").removeprefix(start) for i in missing]
-            encoded = _encode(self.tokenizer, texts, split_special_tokens=True)["input_ids"] if texts else []
+            encoded = encode_texts(self.tokenizer, texts, split_special_tokens=True)["input_ids"] if texts else []
             for i, ids in zip(missing, encoded, strict=True):
                 if b"".join(self._token_bytes[token_id] for token_id in ids) == tokens[i]:
                     found[i] = ids
@@ -102,12 +103,30 @@ class TextEncoder:
         return self.prompt_ids_batch([example])[0]
 
     def prompt_ids_batch(self, examples: Sequence[Example]) -> list[list[int]]:
-        """Compute `prompt_ids` of several rows at once."""
+        """Compute `prompt_ids` of several rows at once.
+
+        Raises:
+            UserError: a prompt contains a special token for which the model has no embedding (see `num_embeddings`).
+        """
         if self.special_tokens_in_prompts == "parse":
-            encoded = _encode(self.tokenizer, map(self.prompt_text, examples), split_special_tokens=False)["input_ids"]
+            encoded = encode_texts(self.tokenizer, map(self.prompt_text, examples), split_special_tokens=False)[
+                "input_ids"
+            ]
         else:
             encoded = self._special_as_text.encode(examples)
+        if self.num_embeddings is not None:
+            for ids, example in zip(encoded, examples, strict=True):
+                self.check_embeddings(ids, self.num_embeddings, example.place)
         return [[*self._bos_ids, *ids] for ids in encoded]
+
+    def check_embeddings(self, ids: Sequence[int], num_embeddings: int, place: str) -> None:
+        """Raise a UserError that names `place` if the ids contain a token for which a model has no embedding."""
+        if (last := max(ids, default=0)) >= num_embeddings:
+            token, name = self.tokenizer.convert_ids_to_tokens(last), tokenizer_name(self.tokenizer)
+            raise UserError(
+                f"{place}: the prompt contains {token!r}, a special token of {name} for which the model has no embedding: "
+                "remove it from that row or set data.special_tokens_in_prompts: text"
+            )
 
     def with_response(self, example: Example) -> Example:
         """Return a row with the text that this model's template writes for an answer with tool calls or reasoning.
@@ -172,7 +191,7 @@ class TextEncoder:
         backend = self.tokenizer.backend_tokenizer
         processor = backend.post_processor
         backend.post_processor = None  # RoBERTa's removes white space from the offsets
-        encode = partial(_encode, self.tokenizer, split_special_tokens=not special_tokens)
+        encode = partial(encode_texts, self.tokenizer, split_special_tokens=not special_tokens)
         try:
             if limit is not None:
                 texts = [self._leading(text, limit, encode) for text in texts]
@@ -214,79 +233,6 @@ class TextEncoder:
         # a token whose last character changes when more tokens follow ends inside this character
         stops = [min(count + (count < len(part)), len(text)) for count, part in zip(kept, before, strict=True)]
         return text, byte_ends(text, pieces, list(zip(kept[:-1], stops[1:], strict=True)))
-
-
-class _SpecialTokensAsText:
-    """Tokenise prompts so that only the template can write special tokens.
-
-    Special tokens in the row are replaced by placeholders before the template is applied. Those in the rendered prompt
-    are then the template's. They become aliases, which are added tokens of a copy of the tokenizer, and the placeholders
-    become the original text again, which the copy reads as plain text.
-    """
-
-    def __init__(self, prompts: Prompts) -> None:
-        self._prompts = prompts
-        added = prompts.tokenizer.added_tokens_decoder.values()
-        self._tokens = {token.content: token for token in added if token.special}
-        longest_first = sorted(self._tokens, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        nonce = secrets.token_hex(8)  # random, so that no row contains an alias or a placeholder
-        self._aliases = {content: f"\ufdd0{n}a{nonce}\ufdd1" for n, content in enumerate(self._tokens)}
-        self._placeholders = {content: f"\ufdd0{n}p{nonce}\ufdd1" for n, content in enumerate(self._tokens)}
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        """The copy of the tokenizer that has the aliases as added tokens."""
-        copied = copy.deepcopy(self._prompts.tokenizer)
-        for token in self._tokens.values():
-            sides = {"lstrip": token.lstrip, "rstrip": token.rstrip, "single_word": token.single_word}
-            copied.add_tokens(AddedToken(self._aliases[token.content], normalized=False, **sides))
-        return copied
-
-    def find(self, text: str) -> str | None:
-        """Return the first special token that a text spells out, or None."""
-        found = self._pattern.search(text)
-        return found[0] if found else None
-
-    def encode(self, examples: Sequence[Example]) -> list[list[int]]:
-        """Tokenise the prompts of rows; refuse a tokenizer that reads special tokens even in plain text (Unigram)."""
-        to_id, original = self._tokenizer.convert_tokens_to_ids, self._prompts.tokenizer
-        special = {to_id(alias): to_id(content) for content, alias in self._aliases.items()}
-        forbidden = {to_id(content): content for content in self._tokens if content != original.unk_token}
-        encoded = _encode(self._tokenizer, map(self._render, examples), split_special_tokens=True)["input_ids"]
-        for ids, example in zip(encoded, examples, strict=True):
-            if found := [forbidden[token_id] for token_id in ids if token_id in forbidden]:
-                raise UserError(
-                    f"{example.place}: the tokenizer of {tokenizer_name(original)} reads {found[0]!r} as a special token "
-                    "even in plain text: remove it from that row or set data.special_tokens_in_prompts: parse"
-                )
-        return [[special.get(token_id, token_id) for token_id in ids] for ids in encoded]
-
-    def _render(self, example: Example) -> str:
-        """Render the prompt of a row with the template's special tokens replaced by aliases."""
-        hide = partial(self._pattern.sub, lambda found: self._placeholders[found[0]])
-        hidden = _map_strings(asdict(example), hide)
-        text = self._pattern.sub(lambda found: self._aliases[found[0]], self._prompts.render(Example(**hidden)))
-        for content, placeholder in self._placeholders.items():
-            text = text.replace(placeholder, content)
-        return text
-
-
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """Apply `change` to every string inside a value, except the keys of dicts."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _map_strings(item, change) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map_strings(item, change) for item in value)
-    return value
-
-
-def _encode(tokenizer: Any, texts: Iterable[str], *, split_special_tokens: bool) -> Any:
-    options = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
-    options |= {"return_attention_mask": False, "return_token_type_ids": False}
-    return tokenizer(list(texts), split_special_tokens=split_special_tokens, **options)
 
 
 def _leading_ids(tokenizer: Any) -> list[int]:

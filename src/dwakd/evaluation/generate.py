@@ -26,6 +26,7 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
 from dwakd.evaluation.options import DecodingOptions, GenerationOptions
+from dwakd.models.head import num_embeddings
 from dwakd.models.rows import evaluating
 
 Model: TypeAlias = PreTrainedModel | PeftModel
@@ -106,8 +107,8 @@ def group_prompts(prompts: Sequence[list[int]], limits: Sequence[int], batch_siz
 def answerable_prompts(
     model: Model, encoder: TextEncoder, examples: Sequence[Example], source: str = "the examples"
 ) -> list[list[int]]:
-    """Return the token ids of every prompt; raise a UserError if one is empty or fills all the model's positions."""
-    positions = max_positions(model)
+    """Return the token ids of every prompt; raise a UserError if the model cannot answer one, such as an empty one."""
+    positions, table_rows = max_positions(model), num_embeddings(model)
     prompts = encoder.prompt_ids_batch(examples) if examples else []
     for example, prompt in zip(examples, prompts, strict=True):
         row = f"{source}, {example.place}"
@@ -118,6 +119,7 @@ def answerable_prompts(
                 f"{row}: its prompt of {len(prompt)} tokens leaves no room for an answer in the model's {positions} "
                 "positions: shorten or remove it"
             )
+        encoder.check_embeddings(prompt, table_rows, row)
     return prompts
 
 

@@ -87,7 +87,7 @@ class RowOptions(Options):
         """Return the keyword arguments for `load_examples`."""
         return self.model_dump(include={"prompt", "response", "input", "limit"})
 
-    def rendering(self, **defaults: str) -> dict[str, str]:
+    def rendering(self, **defaults: str) -> dict[str, Any]:
         """Return the keyword arguments for `TextEncoder`, with these defaults where an option is None."""
         given = self.model_dump(include={"template", "bos", "special_tokens_in_prompts"}, exclude_none=True)
         return {**defaults, **given}

@@ -38,6 +38,12 @@ def embedding_table(model: nn.Module) -> Float[Tensor, "vocab embedding"]:
     return gathered(_plain_module("get_input_embeddings", "input embeddings", model).weight)
 
 
+def num_embeddings(model: nn.Module) -> int:
+    """Return the number of rows of a model's input-embedding table, without gathering one that is sharded."""
+    weight = causal_lm(model).get_input_embeddings().weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
+
+
 def output_head(model: nn.Module) -> OutputHead:
     """Return the model's LM head with the bias, scale and soft cap of its architecture; refuse one adapted by LoRA.
 

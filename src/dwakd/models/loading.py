@@ -18,9 +18,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import find_adapter_config_file
 
 from dwakd.data.chat import check_tokenizer
+from dwakd.data.special_tokens import needed_embeddings
 from dwakd.errors import UserError, explained
 from dwakd.models.adapters import merge_adapter
-from dwakd.models.head import causal_lm
+from dwakd.models.head import causal_lm, num_embeddings
 from dwakd.models.parallel import tensor_parallel
 from dwakd.models.quantisation import dequantise_ends, is_quantised, quantization
 from dwakd.models.specs import only_cached, resolve_spec
@@ -134,24 +135,10 @@ def load_causal_lm(
 
 def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
     """Raise a UserError if the tokenizer has ids for which the model has no embedding; more embeddings are accepted."""
-    rows, needed = model.get_input_embeddings().weight.shape[0], num_embeddings(tokenizer)
+    rows, needed = num_embeddings(model), needed_embeddings(tokenizer)
     if needed > rows:
         found = f"token ids up to {needed - 1}, but the model has {rows} embeddings"
         raise UserError(f"the tokenizer of {name} has {found}; use its own tokenizer")
-
-
-def num_embeddings(tokenizer: Any) -> int:
-    """Return the number of embeddings that a tokenizer needs: its largest id + 1, more than its tokens if ids are unused.
-
-    Special tokens that no prompt contains, such as that of Gemma 3 for images, are not counted.
-    """
-    named = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
-    unused = {
-        token.content
-        for token in tokenizer.added_tokens_decoder.values()
-        if token.special and token.content not in named and token.content not in str(tokenizer.chat_template)
-    }
-    return max(token_id for token, token_id in tokenizer.get_vocab().items() if token not in unused) + 1
 
 
 def align_special_tokens(model: Any, tokenizer: Any) -> None:

@@ -20,11 +20,11 @@ from dwakd.cache.manifest import keyed_sides
 from dwakd.cache.store import CacheRequest
 from dwakd.data.encoded import EncodedSide
 from dwakd.data.encoding import TextEncoder
+from dwakd.data.special_tokens import needed_embeddings
 from dwakd.data.token_bytes import TokenBytes
 from dwakd.errors import UserError
 from dwakd.folders import cache_folder
 from dwakd.losses.options import refuse_served
-from dwakd.models.loading import num_embeddings
 from dwakd.recipe.sections import EndpointSection, TeacherSection
 from dwakd.recipe.training import DistillConfig
 from dwakd.training.teacher import CachedTeacher, Sets
@@ -48,7 +48,7 @@ class ServedTeacher(CachedTeacher):
         loading: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
         super().__init__(section.cache or cache_folder() / "served", section.model, tokenizer=tokenizer, **loading)
         self._section, self._places = section, dict[bytes, int]()
-        self.table = torch.empty(num_embeddings(self.tokenizer), 0)
+        self.table = torch.empty(needed_embeddings(self.tokenizer), 0)
         self.head = OutputHead(self.table)
 
     @cached_property
@@ -117,7 +117,7 @@ class ServedEngine:
     width, chunk_tokens = 1, 1 << 16
 
     def __init__(self, section: TeacherSection, tokenizer: Any) -> None:
-        self.table = torch.empty(num_embeddings(tokenizer), 0)
+        self.table = torch.empty(needed_embeddings(tokenizer), 0)
         self.head, self._section = OutputHead(self.table), section
         server = EndpointSection(base_url=section.url or "", model=section.served_model or section.model)
         self._endpoint = Endpoint(server, _NAMES)

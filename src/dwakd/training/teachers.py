@@ -13,6 +13,7 @@ from dwakd.data.encoded import EncodedPairs
 from dwakd.data.encoding import TextEncoder
 from dwakd.errors import UserError
 from dwakd.losses import TeacherScale
+from dwakd.models.head import num_embeddings
 from dwakd.recipe.sections import check_teacher_key
 from dwakd.recipe.training import DistillConfig
 from dwakd.training.inputs import Model, check_named, check_tokenizer_type, load_pair, loading_options
@@ -81,8 +82,10 @@ def _load(
     return teacher, tokenizer
 
 
-def make_encoders(sides: Sequence[tuple[Teacher | None, Any]], args: DistillConfig) -> tuple[TextEncoder, ...]:
-    """Make the encoders of the student and of the teachers, given their tokenizers and the teachers that exist already.
+def make_encoders(
+    sides: Sequence[tuple[Teacher | None, Any]], args: DistillConfig, student: Model | None = None
+) -> tuple[TextEncoder, ...]:
+    """Make the encoders of the student and of the teachers, given their tokenizers and the models that exist already.
 
     Chat templates print the date on which a teacher's cache was built, or else `template_date`. The student's prints that of
     the first teacher with a cache, because both sides must be truncated at the same characters as when the cache was built.
@@ -90,8 +93,14 @@ def make_encoders(sides: Sequence[tuple[Teacher | None, Any]], args: DistillConf
     dates = [None if teacher is None else teacher.date for teacher, _ in sides]
     dates[0] = next(filter(None, dates), None)
     dates = [date or args.template_date for date in dates]
+    tables = [num_embeddings(teacher.model) if isinstance(teacher, OnlineTeacher) else None for teacher, _ in sides]
+    if student is not None:
+        tables[0] = num_embeddings(student)
     options = args.template, args.bos, args.special_tokens_in_prompts
-    return tuple(TextEncoder(side[1], *options, date=date) for side, date in zip(sides, dates, strict=True))
+    return tuple(
+        TextEncoder(tokenizer, *options, date=date, num_embeddings=rows)
+        for (_, tokenizer), date, rows in zip(sides, dates, tables, strict=True)
+    )
 
 
 def run_teachers(

@@ -89,7 +89,7 @@ class DistillTrainer(ShardedTrainer, StepTrainer):
                 check_student(model)
         found = load_teachers(model, teacher_model, teacher_processing_class, args)
         self.teachers: list[Teacher] = [teacher for teacher, _ in found]
-        self.encoders = make_encoders([(None, processing_class), *found], args)
+        self.encoders = make_encoders([(None, processing_class), *found], args, model)
         self.student_encoder = self.encoders[0]
         check_end_tokens(args, self.encoders)
         _, train_pairs = given.encode_source(train_dataset, self.encoders, args, "train", names.get("train"))
