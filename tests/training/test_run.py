@@ -200,6 +200,26 @@ def test_rows_are_checked_before_models_are_loaded(last, message, workspace, tmp
     assert re.search(message, one_sentence(err))
     code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *options, "data.invalid_rows=skip")
     assert "could not load the model" in one_sentence(err)
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *options, "data.max_length=100000")
+    assert re.search(r"data\.max_length is 100000, but .*student has only \d+ positions", one_sentence(err))
+
+
+def test_a_special_token_without_an_embedding_is_found_before_models_are_loaded(
+    workspace, tmp_path, monkeypatch, capsys
+):
+    """The configuration tells that the student's tokenizer has more tokens than the student has embeddings."""
+    student = shutil.copytree(
+        workspace / "student", tmp_path / "student", ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.save_pretrained(student)
+    rows = [*ROWS, {"prompt": "What is <image>?", "response": "b"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = [f"student.model={student}", f"data.train={tmp_path / 'rows.jsonl'}", "-o", tmp_path / "run"]
+    code, _, err = run(monkeypatch, capsys, "train", workspace / "recipe.yaml", *options)
+    assert code == 2
+    assert re.search(rf"row {len(ROWS)} .*the prompt contains '<image>', a special token", one_sentence(err))
 
 
 def test_a_hub_that_refuses_is_one_sentence(workspace, tmp_path, monkeypatch, capsys):

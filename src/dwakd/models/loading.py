@@ -133,12 +133,32 @@ def load_causal_lm(
     return model.eval()
 
 
+def load_config(spec: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Load the configuration of a model without its weights; for an adapter, that of its base model."""
+    settings = adapter_config(spec, revision)
+    if settings is not None:
+        return load_config(adapter_base(settings, spec), trust_remote_code=trust_remote_code)
+    location = resolve_spec(spec)
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": only_cached(location, revision)}
+    with explained(_failure("model", spec)):
+        return AutoConfig.from_pretrained(location, revision=revision, **options)
+
+
 def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
     """Raise a UserError if the tokenizer has ids for which the model has no embedding; more embeddings are accepted."""
     rows, needed = num_embeddings(model), needed_embeddings(tokenizer)
     if needed > rows:
         found = f"token ids up to {needed - 1}, but the model has {rows} embeddings"
         raise UserError(f"the tokenizer of {name} has {found}; use its own tokenizer")
+
+
+def check_positions(config: Any, name: str, max_length: int) -> None:
+    """Raise a UserError if a model has fewer positions than the longest row."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and positions < max_length:
+        raise UserError(
+            f"data.max_length is {max_length}, but {name} has only {positions} positions; lower data.max_length"
+        )
 
 
 def align_special_tokens(model: Any, tokenizer: Any) -> None:

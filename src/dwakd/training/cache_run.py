@@ -9,9 +9,9 @@ from dwakd.errors import UserError
 from dwakd.recipe.checks import check_stream
 from dwakd.recipe.recipe import Recipe, load_recipe
 from dwakd.training.inputs import encode_source
-from dwakd.training.run import open_section, recipe_examples, train_name, training_config
+from dwakd.training.run import open_section, recipe_encoders, recipe_examples, train_name, training_config
 from dwakd.training.teacher import CachedTeacher
-from dwakd.training.teachers import make_encoders, sets_of_teacher
+from dwakd.training.teachers import sets_of_teacher
 
 
 def cache_recipe(
@@ -49,7 +49,7 @@ def cache_recipe(
     pairs = zip(recipe.teachers, folders, strict=True)
     sections = [section.model_copy(update={"cache": place and str(place)}) for section, place in pairs]
     sides = [open_section(section) for section in (recipe.student, *sections)]
-    encoders = make_encoders(sides, args)
+    encoders = recipe_encoders((recipe.student, *sections), sides, args)
     sources = {"train": (train, train_name(recipe)), "eval": (evaluation, recipe.data.eval)}
     sets = {role: encode_source(rows, encoders, args, role, name)[1] for role, (rows, name) in sources.items()}
     caches = []

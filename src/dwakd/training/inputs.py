@@ -21,6 +21,7 @@ from dwakd.evaluation.generate import answerable_prompts
 from dwakd.models.head import embedding_table, model_name, output_head
 from dwakd.models.loading import (
     align_special_tokens,
+    check_positions,
     check_vocabulary,
     load_causal_lm,
     load_tokenizer,
@@ -134,12 +135,7 @@ def load_pair(
     check_head(model)
     check_vocabulary(model, tokenizer, model_name(model))
     align_special_tokens(model, tokenizer)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and positions < args.max_length:
-        raise UserError(
-            f"data.max_length is {args.max_length}, but {model_name(model)} has only {positions} positions; "
-            "lower data.max_length"
-        )
+    check_positions(model.config, model_name(model), args.max_length)
     return model, tokenizer
 
 

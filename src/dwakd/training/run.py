@@ -6,6 +6,7 @@ import contextlib
 import platform
 import statistics
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from transformers.trainer_callback import TrainerState
 
 from dwakd.answers.prompts import eval_rows, train_source
 from dwakd.answers.run import training_examples
+from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example, RowSource
 from dwakd.environment import hardware
 from dwakd.errors import UserError
 from dwakd.evaluation.run import EvaluationPlan, check_room
 from dwakd.folders import alone_in, write_file, write_json
-from dwakd.models.loading import load_causal_lm, load_tokenizer
+from dwakd.models.loading import check_positions, load_causal_lm, load_config, load_tokenizer
 from dwakd.recipe.files import RECIPE_FILE
 from dwakd.recipe.recipe import Recipe
 from dwakd.recipe.sections import ModelSection, TeacherSection, lora_config
@@ -105,6 +107,26 @@ def open_section(section: ModelSection) -> tuple[Teacher | None, Any]:
     return None, tokenizer
 
 
+def recipe_encoders(
+    sections: Sequence[ModelSection], sides: Sequence[tuple[Teacher | None, Any]], args: DistillConfig
+) -> tuple[TextEncoder, ...]:
+    """Make the encoders of the sections that `open_section` has opened, and check the limits of their models.
+
+    The limits are in the configurations of the models, so no weights are loaded.
+
+    Raises:
+        UserError: a model has fewer positions than `data.max_length`.
+    """
+    encoders = make_encoders(sides, args)
+    for section, encoder in zip(sections, encoders, strict=True):
+        if isinstance(section, TeacherSection) and section.url is not None:
+            continue
+        config = load_config(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
+        check_positions(config, section.model, args.max_length)
+        encoder.num_embeddings = getattr(config.get_text_config(), "vocab_size", None)
+    return encoders
+
+
 def recipe_examples(
     recipe: Recipe, plan: EvaluationPlan | None = None
 ) -> tuple[list[Example] | RowSource, list[Example] | None]:
@@ -143,7 +165,7 @@ def build_trainer(recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan |
     examples, eval_examples = recipe_examples(recipe, plan)
     sections = recipe.teachers if recipe.loss.needs_teacher else []
     sides = [open_section(section) for section in (recipe.student, *sections)]
-    encoders = make_encoders(sides, args)
+    encoders = recipe_encoders((recipe.student, *sections), sides, args)
     _, rows = encode_source(examples, encoders, args, "train", train_name(recipe))
     student = load_causal_lm(recipe.student.model, **recipe.student.loading())
     if plan is not None:
