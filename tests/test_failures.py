@@ -28,6 +28,12 @@ def test_a_full_disk_is_named_by_every_command(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == [], "nothing that a later command could take as complete"
 
 
+def test_a_path_that_cannot_be_used_is_one_sentence(tmp_path, monkeypatch, capsys):
+    """The system refuses names that are too long, and files that the user may not read, with an exception of its own."""
+    code, _, err = run(monkeypatch, capsys, "train", "x" * 300)
+    assert (code, one_sentence(err)) == (2, f"error: {'x' * 300} cannot be used: File name too long")
+
+
 @pytest.mark.parametrize("broken", ["HfApi.model_info", "snapshot_download"])
 def test_an_interrupted_download_is_explained(broken, monkeypatch):
     """The digest of a teacher asks the hub for its files after the model is loaded, when the network may be gone."""

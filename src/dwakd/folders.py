@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,14 +66,15 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         # deleted before the release: a process that has opened the file in the meantime detects that it was deleted
-        (folder / LOCK_FILE).unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):  # Windows deletes no open file
+            (folder / LOCK_FILE).unlink(missing_ok=True)
         lock.release()
 
 
 def write_file(path: Path, data: bytes) -> None:
     """Write a temporary file, flush it to disk and rename it to `path`, which therefore appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}{UNFINISHED}{os.getpid()}")
+    temporary = path.with_name(f".{path.name}{UNFINISHED}{secrets.token_hex(4)}")
     try:
         with temporary.open("wb") as file:
             file.write(data)

@@ -177,6 +177,24 @@ def test_a_prompt_that_the_server_refuses(at, tmp_path):
     assert answer_recipe(skipping)[1].left_out["refused"] == 1
 
 
+def test_what_cannot_be_sent_or_is_not_complete(at, server, tmp_path, monkeypatch):
+    """Half a character in a tool names its row, and a text that a filter has cut is not trained on as a whole answer."""
+    tools = [{"type": "function", "function": {"name": "\udfff"}}]
+    recipe = at(prompts=[write_rows(tmp_path / "tools.jsonl", [{"prompt": "a", "tools": tools}])])
+    with pytest.raises(UserError, match=r"tools\.jsonl, row 0 .*it cannot be sent as JSON: 'utf-8' codec can't encode"):
+        answer_recipe(recipe)
+    answer = server.answer
+
+    def filtered(body):
+        found = answer(body)
+        found["choices"][0]["finish_reason"] = "content_filter"
+        return found
+
+    monkeypatch.setattr(server, "answer", filtered)
+    with pytest.raises(UserError, match=r"2 refused, .* does not complete the answers"):
+        answer_recipe(at(limit=2, max_new_tokens=40), output=tmp_path / "filtered.jsonl")
+
+
 def test_a_server_that_is_not_there(at, monkeypatch):
     """The most frequent mistake."""
     monkeypatch.setattr("dwakd.answers.endpoint._RETRIES", 0)

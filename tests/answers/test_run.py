@@ -172,6 +172,32 @@ def test_what_is_trained_on(models, finished, copied):
         assert not {row.response for row in rows} & {row["response"] for row in LABELLED}
 
 
+def test_prompts_that_are_trained_on_twice(models, tmp_path, caplog):
+    """The labelled rows are recognised by any name of their file, and a part of them that is answered is reported."""
+    folder, recipe = models
+    train = recipe["data"]["train"]
+    other = f"{Path(train).parent}/../{folder.name}/{Path(train).name}"
+    one = {"output": str(tmp_path / "all.jsonl"), "prompts": [other]}
+    rows = training_examples(changed(recipe, data={"responses": "teacher"}, generate=one))
+    assert not {row.response for row in rows} & {row["response"] for row in LABELLED}
+    assert "trained on twice" not in caplog.text
+    part = changed(
+        recipe,
+        data={"responses": "teacher"},
+        generate={"output": str(tmp_path / "part.jsonl"), "prompts": [f"{train}@[:2]"]},
+    )
+    assert len(training_examples(part)) > len(LABELLED)
+    assert f"2 prompts are trained on twice, with their response in {train}" in caplog.text
+    before = read_rows(tmp_path / "part.jsonl")
+    longer = part.model_copy(update={"generate": part.generate.model_copy(update={"min_characters": 10_000})})
+    with pytest.raises(UserError, match=r"no answer of .* is left"):
+        training_examples(longer, write=False)
+    assert read_rows(tmp_path / "part.jsonl") == before
+    (tmp_path / "part.parts" / "shard-00000.jsonl").unlink()
+    with pytest.raises(UserError, match=r"part\.parts are not complete; run dwakd generate"):
+        training_examples(part, write=False)
+
+
 def test_limits(models, tmp_path):
     """`data.limit` must not limit other files, and `generate.limit` holds for each file."""
     _, recipe = models

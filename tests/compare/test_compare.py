@@ -1,6 +1,7 @@
 """Test that a comparison keeps finished runs, reports failures and searches the best options."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dwakd.answers.run import training_examples
+from dwakd.checksums import CHECKSUMS
 from dwakd.cli import main
 from dwakd.compare import runner
 from dwakd.compare.compare import compare_methods, evaluate_teacher, search
@@ -17,11 +19,15 @@ from dwakd.compare.plan import RATES, Cell, Variant, variants_of
 from dwakd.compare.runner import Runner, lock_of
 from dwakd.errors import UserError
 from dwakd.evaluation.run import plan_evaluation
+from dwakd.folders import alone_in, write_file
 from dwakd.recipe.files import RECIPE_FILE
 from dwakd.recipe.recipe import load_recipe
 from tests.answers.builders import make_folder
 from tests.compare.builders import ROWS, recipe
 
+SETS = {"test": "rows"}
+"""The only test set of these comparisons, and the digest of its rows."""
+RESULTS = json.dumps({"signature": {"data": {"sha256": "rows"}}})
 OTHER = {"loss.method": "alm", "teacher": {"model": "other", "cache": "own"}}
 
 
@@ -94,7 +100,7 @@ def test_the_teacher_is_evaluated_as_it_teaches(tmp_path, monkeypatch):
         update={"revision": "v1.0", "trust_remote_code": True, "chat_template_path": "chat"}
     )
     with pytest.raises(ZeroDivisionError):
-        evaluate_teacher(plan_evaluation(read), hub, tmp_path / "other")
+        evaluate_teacher(plan_evaluation(read), hub, tmp_path / "other", {"labelled": "rows"})
     assert asked == [{"revision": "v1.0", "trust_remote_code": True, "chat_template_path": "chat"}]
 
 
@@ -135,7 +141,7 @@ def test_rows_with_other_answers_have_their_own_file(tmp_path):
     }
     given = recipe(generate={"output": "shared.jsonl"}, compare={"rows": rows})
     variants = variants_of(given, given.compare, ablation=False)
-    files = [Runner(given, tmp_path, 1).recipe(Cell(variant, 1)).generate.output for variant in variants]
+    files = [Runner(given, tmp_path, 1, SETS).recipe(Cell(variant, 1)).generate.output for variant in variants]
     assert files[:3] == ["shared.jsonl"] * 3
     assert {str(Path(file).parent) for file in files[3:7]} == {str(tmp_path)}
     assert len(set(files[2:])) == 6
@@ -148,7 +154,7 @@ def fake_trainings(monkeypatch):
         "import pathlib, sys, time; folder = pathlib.Path(sys.argv[1]); print('3/4 [00:01'); time.sleep(0.2); "
         "sys.exit('error: no luck') if 'dskd' in folder.name else None; "
         "(folder / 'eval').mkdir(parents=True); (folder / 'dwakd-run.json').write_text('{}'); "
-        "(folder / 'eval' / 'test.json').write_text('{}')"
+        f"(folder / 'eval' / 'test.json').write_text({RESULTS!r})"
     )
     started = []
 
@@ -164,17 +170,24 @@ def test_finished_cells_are_kept_and_a_failed_one_says_why(tmp_path, monkeypatch
     """Finished runs are not repeated, and a run that fails does not stop the others."""
     started = fake_trainings(monkeypatch)
     cells = [Cell(Variant(name, {"loss.method": name}), seed) for seed in (1, 2) for name in ("sft", "dskd")]
-    failures = Runner(recipe(), tmp_path, 2).run(cells)
+    failures = Runner(recipe(), tmp_path, 2, SETS).run(cells)
     assert failures.keys() == {"dskd-1", "dskd-2"}
     assert failures["dskd-1"].startswith("no luck (")
     started.clear()
-    Runner(recipe(), tmp_path, 1).run(cells)
+    Runner(recipe(), tmp_path, 1, SETS).run(cells)
     assert sorted(started) == ["dskd-1", "dskd-2"]
     scores = tmp_path / "cells" / "sft-2" / "eval" / "test.json"
+    other = json.loads(RESULTS)
+    other["signature"]["data"]["sha256"] = "before"
+    for path in (scores, scores.parent.parent / CHECKSUMS):
+        path.write_text(json.dumps(other)) if path == scores else path.unlink()
+    with pytest.raises(UserError, match=r"test.json has the scores of other rows than the test set has now: .*sft-2"):
+        Runner(recipe(), tmp_path, 1, SETS).run(cells)
+    Runner(recipe(), tmp_path, 1, {}).run(cells)
     for content in ("{ ", "{"):
         scores.write_text(content)
         with pytest.raises(UserError, match=r"sft-2 cannot be used: its eval/test.json is damaged.*delete the folder"):
-            Runner(recipe(), tmp_path, 1).run(cells)
+            Runner(recipe(), tmp_path, 1, SETS).run(cells)
 
 
 def test_the_same_comparison_in_several_processes(tmp_path, monkeypatch):
@@ -190,7 +203,7 @@ def test_the_same_comparison_in_several_processes(tmp_path, monkeypatch):
     other = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"locked\n"
     with ThreadPoolExecutor() as pool:
-        running = [pool.submit(Runner(recipe(), tmp_path, 1).run, cells) for _ in range(3)]
+        running = [pool.submit(Runner(recipe(), tmp_path, 1, SETS).run, cells) for _ in range(3)]
         while len(started) < 5:
             time.sleep(0.05)
         assert "alm-2" not in started
@@ -205,34 +218,58 @@ def test_the_same_comparison_in_several_processes(tmp_path, monkeypatch):
 
 def test_only_a_lock_is_waited_for(tmp_path, monkeypatch):
     """A run counts as that of another process only if its lock is taken, whatever the reason of its failure says."""
-    monkeypatch.setattr(Runner, "_train", lambda *_: "runs in another process")
+    monkeypatch.setattr(Runner, "_train", lambda *_: ("runs in another process", False))
     monkeypatch.setattr(runner, "POLL_SECONDS", "never")  # waiting would be a TypeError
     cell = Cell(Variant("sft", {"loss.method": "sft"}), 1)
-    assert Runner(recipe(), tmp_path, 1).run([cell]) == {"sft-1": "runs in another process"}
+    assert Runner(recipe(), tmp_path, 1, SETS).run([cell]) == {"sft-1": "runs in another process"}
+
+
+def test_a_stopped_run_is_not_a_failed_one_for_others(tmp_path, monkeypatch):
+    """Others continue a run that was stopped, and wait for one that goes on after its comparison was killed."""
+    cell = Cell(Variant("sft", {"loss.method": "sft"}), 1)
+    for code, others in ((75, {}), (3, {"sft-1": "no luck"})):
+        script = f"import sys; print('error: no luck'); sys.exit({code})"
+        monkeypatch.setattr(runner, "train_command", lambda *_, script=script: [sys.executable, "-c", script])
+        other = Runner(recipe(), tmp_path, 1, SETS)
+        assert Runner(recipe(), tmp_path, 1, SETS).run([cell])["sft-1"].startswith("no luck (")
+        started = fake_trainings(monkeypatch)
+        assert {name: reason[:7] for name, reason in other.run([cell]).items()} == others
+        assert len(started) == (code == 75)
+        shutil.rmtree(tmp_path / "cells", ignore_errors=True)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.05)
+    with ThreadPoolExecutor() as pool, alone_in(tmp_path / "cells" / "sft-1"):
+        running = pool.submit(Runner(recipe(), tmp_path, 1, SETS).run, [cell])
+        time.sleep(0.3)
+        assert not running.done()
+        for path, content in (("dwakd-run.json", "{}"), ("eval/test.json", RESULTS)):
+            write_file(tmp_path / "cells" / "sft-1" / path, content.encode())
+    assert running.result() == {}
 
 
 def test_cells_of_another_recipe_are_refused(tmp_path):
     """Finished runs of another recipe are refused."""
-    cells, cell = Runner(recipe(), tmp_path, 1), Cell(Variant("sft", {"loss.method": "sft"}), 1)
+    cells, cell = Runner(recipe(), tmp_path, 1, SETS), Cell(Variant("sft", {"loss.method": "sft"}), 1)
     folder = cells.cell_folder(cell)
     (folder / "eval").mkdir(parents=True)
     for path in (folder / "dwakd-run.json", folder / "eval" / "test.json"):
-        path.write_text("{}")
+        path.write_text(RESULTS)
     (folder / RECIPE_FILE).write_text(cell.recipe(recipe(teacher={"model": "teacher", "cache": "elsewhere"})).dump())
     assert cells.run([cell]) == {}
-    assert Runner(recipe(generate={"prompts": ["more.jsonl"]}), tmp_path, 1).run([cell]) == {}, "which it does not use"
+    assert Runner(recipe(generate={"prompts": ["more.jsonl"]}), tmp_path, 1, SETS).run([cell]) == {}, (
+        "which it does not use"
+    )
     for changes, message in (
         ({"training": {"learning_rate": 2e-3}}, r"sft-1 holds another run: training.learning_rate is 0.001 there"),
         ({"evaluation": {"test": ["test.jsonl"], "limit": 9}}, "evaluation.limit is None there and 9 here"),
     ):
         with pytest.raises(UserError, match=message):
-            Runner(recipe(**changes), tmp_path, 1).run([cell])
+            Runner(recipe(**changes), tmp_path, 1, SETS).run([cell])
 
 
 def test_rows_with_the_same_data_and_models_share_a_cache(tmp_path):
     """Rows share a teacher cache if, and only if, their data and models are the same."""
     given = recipe(teacher={"model": "teacher", "cache": "mine"}, compare={"rows": {**ROWS, "other": {**OTHER}}})
-    shared = Runner(given, tmp_path, 1)
+    shared = Runner(given, tmp_path, 1, SETS)
     rows = {row.name: shared.recipe(Cell(row, 1)) for row in variants_of(given, given.compare, ablation=False)}
     caches = {name: Path(row.teachers[0].cache).name for name, row in rows.items()}
     assert (caches["dskd"], caches["dwa_kd"], caches["other"]) == ("mine", "mine", "own")
@@ -240,10 +277,10 @@ def test_rows_with_the_same_data_and_models_share_a_cache(tmp_path):
     assert Path(rows["dwa_kd + alm"].teachers[0].cache).parent == tmp_path
     same = Variant("alm", {"loss.method": "alm", "data.train": "more.jsonl", "training.max_steps": 3})
     assert shared.recipe(Cell(same, 2)).teachers == rows["dwa_kd + alm"].teachers
-    plain = Runner(recipe(), tmp_path, 1).recipe(Cell(Variant("dwa_kd", {}), 1))
+    plain = Runner(recipe(), tmp_path, 1, SETS).recipe(Cell(Variant("dwa_kd", {}), 1))
     assert plain.teachers[0].cache == str(tmp_path / "teacher-cache")
     half = recipe(teacher={"model": "teacher", "cache_dtype": "bfloat16"})
-    teacher = Runner(half, tmp_path, 1).recipe(Cell(Variant("dwa_kd", {"teacher.revision": "x"}), 1)).teachers[0]
+    teacher = Runner(half, tmp_path, 1, SETS).recipe(Cell(Variant("dwa_kd", {"teacher.revision": "x"}), 1)).teachers[0]
     assert (teacher.cache_dtype, Path(teacher.cache).parent, teacher.revision) == ("bfloat16", tmp_path, "x")
 
 
@@ -269,7 +306,7 @@ def test_the_search_takes_the_best_on_the_dev_set(tmp_path, monkeypatch, metric,
     monkeypatch.setattr(
         runner, "train_command", lambda path, folder: [sys.executable, "-c", script, str(folder), metric]
     )
-    (chosen,), failures = search(Runner(recipe(), tmp_path, 1), [Variant("sft", {"loss.method": "sft"})], 1)
+    (chosen,), failures = search(Runner(recipe(), tmp_path, 1, SETS), [Variant("sft", {"loss.method": "sft"})], 1)
     assert not failures
     assert chosen.name == "sft"
     expected = {f"lr{factor:.2g}": factor for factor in RATES}[best]

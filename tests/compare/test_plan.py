@@ -137,6 +137,15 @@ def test_mistakes_show_before_anything_runs(section, message):
         rows_of(recipe(compare=section))
 
 
+def test_rows_with_commas_can_be_selected():
+    """The command line separates names by commas, and the demo has the row "dwa_kd, paper"."""
+    rows = {"dwa_kd, paper": {"loss.variant": "paper"}, "a, b, c": {}, "b": {}}
+    chosen = ["sft", "dwa_kd", "paper", "b", "a", "b", "c"]
+    assert list(rows_of(recipe(compare={"rows": rows, "methods": chosen}))) == ["sft", "dwa_kd, paper", "b", "a, b, c"]
+    with pytest.raises(UserError, match=r"unknown method 'paper' in .*: 'dwa_kd, paper', 'a, b, c', b, sft"):
+        rows_of(recipe(compare={"rows": rows, "methods": ["sft", "paper"]}))
+
+
 def test_rows_that_are_not_selected_are_validated_too():
     """Rows that `compare.methods` does not select are validated too."""
     with pytest.raises(UserError, match="unknown option"):

@@ -371,6 +371,9 @@ def test_malformed_files_are_named(tmp_path: Path, name: str, content: str, mess
 
 def test_missing_files_and_columns_are_named(tmp_path: Path) -> None:
     """A missing file is not taken for a hub id, and the message about a missing column lists the columns."""
+    for wrong in ("rows.jsonl@train[:50%]", "rows.jsonl@[-2:]", "rows.jsonl@test"):
+        with pytest.raises(UserError, match=r"the rows of a file are given as rows\.jsonl@\[start:stop\]"):
+            load_examples(wrong)
     for missing in ("data/valid.jsonl", "none.jsonl@[2:4]", tmp_path / "nothing"):
         assert f"{missing}: cannot be read (FileNotFoundError: No such file" in error_of(missing)
     assert f"{tmp_path}: cannot be read" in error_of(str(tmp_path))

@@ -138,6 +138,9 @@ def test_command(
     code, _, err = run(monkeypatch, capsys, *command, "--max-new-tokens", 24, "--lookahead", 2)
     assert code != 0
     assert "lookahead 5 before, 2 now" in one_sentence(err)
+    code, _, err = run(monkeypatch, capsys, *command, "--max-new-tokens", 100_000)
+    assert code == 2
+    assert "test.jsonl, row 0 (counting from 0): the prompt and 100000 new tokens may need" in one_sentence(err)
     for option, value in {"--top-p": 0.9, "--text": "x.jsonl"}.items():
         code, _, err = run(monkeypatch, capsys, *command, option, value)
         assert (code, one_sentence(err)) == (2, f"error: --draft-for does not use {option}: leave it out")

@@ -44,10 +44,13 @@ def test_other_scripts_are_not_scored() -> None:
         ("it's\n12!", "its 12", 100.0),
         ("Nile", "the Nile", 0.0),
         ("Ответ", "ответ!", 100.0),
+        ("<=", ">=", 0.0),
+        (" <= ", "<=", 100.0),
+        ("", "?", 0.0),
     ],
 )
 def test_exact_match_normalises(answer: str, reference: str, score: float) -> None:
-    """Case, ASCII punctuation and spaces are ignored; articles are not."""
+    """Case, ASCII punctuation and spaces are ignored, except in texts without words; articles are not."""
     assert exact_match([answer], [["other", reference]]) == [score]
 
 

@@ -14,7 +14,9 @@ from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
 from dwakd.evaluation.bits_per_byte import bits_per_byte, text_encoder
+from dwakd.evaluation.evaluate import evaluate_model, evaluation_signature
 from dwakd.evaluation.options import EvalOptions, RowOptions
+from dwakd.evaluation.report import evaluation_table
 from dwakd.evaluation.run import (
     EvaluationSet,
     evaluate_plan,
@@ -25,7 +27,7 @@ from dwakd.evaluation.run import (
     text_encoder_of,
 )
 from dwakd.recipe.recipe import recipe_from_dict
-from tests.builders import byte_bpe, tiny_model
+from tests.builders import CHAT_TEMPLATE, byte_bpe, tiny_model
 
 SCORED = [{"prompt": "2 + 2 =", "response": "4"}]
 
@@ -159,7 +161,7 @@ def test_texts_have_their_own_bits_per_byte(tmp_path: Path) -> None:
     expected = bits_per_byte(model, text_encoder(tokenizer), texts)
     assert numbers["bits_per_byte"] == json.loads(json.dumps(asdict(expected)))
     assert numbers["rouge_l"] is None
-    assert set(numbers["signature"]) == {"metric", "model", "data", "max_length", "dtype", "versions"}
+    assert set(numbers["signature"]) == {"metric", "model", "data", "tokenizer", "max_length", "dtype", "versions"}
     assert isinstance(table, Table)
     assert len(table.rows) == 2, "no mean of the two"
     assert "held-out: 2 rows; bits per byte without a prompt" in str(table.caption)
@@ -180,11 +182,49 @@ def test_other_results_are_kept_unless_they_may_be_replaced(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"dolly-test\.json .*max_new_tokens 2 before, 3 now.*--overwrite"):
         evaluate_sets(model, data, rows, longer)
     evaluate_sets(model, data, rows, longer, overwrite=True)
+    with pytest.raises(UserError, match=r"dolly-test\.json .*bos None before, never now"):
+        evaluate_sets(model, data, RowOptions(template="plain", bos="never"), longer)
     file = tmp_path / "model" / "eval" / "dolly-test.json"
     assert json.loads(file.read_text(encoding="utf-8"))["signature"]["max_new_tokens"] == 3
     file.write_text("[]", encoding="utf-8")
     with pytest.raises(UserError, match=r"dolly-test\.json"):
         evaluate_sets(model, data, rows, longer)
+
+
+def test_templates_are_part_of_the_signature_and_of_no_markup(tmp_path: Path) -> None:
+    """The caption shows a template such as Llama's [INST] as it is; another chat template or tokenizer has other results."""
+    tokenizer = byte_bpe()
+    model = tiny_model("llama", len(tokenizer))
+    examples = [Example(0, "2 + 2 =", response="4")]
+    plain = TextEncoder(tokenizer, "[INST] {instruction} [/INST]")
+    found = evaluate_model(model, plain, examples, EvalOptions(seeds=1, max_new_tokens=2), progress=False)
+    assert "template [INST] {instruction} [/INST]" in str(evaluation_table({"test": found}).caption)
+    made = []
+    for template in (CHAT_TEMPLATE, f"Q: {CHAT_TEMPLATE}"):
+        tokenizer.chat_template = template
+        made.append(evaluation_signature(model, TextEncoder(tokenizer, "chat"), examples, EvalOptions()))
+    tokenizer.add_tokens(["colour"])
+    made.append(evaluation_signature(model, TextEncoder(tokenizer, "chat"), examples, EvalOptions()))
+    assert made[0]["chat_template"] != made[1]["chat_template"] == made[2]["chat_template"]
+    assert made[0]["tokenizer"] == made[1]["tokenizer"] != made[2]["tokenizer"]
+    assert "chat_template" not in found.signature
+
+
+def test_refused_rows_are_named_before_anything_is_evaluated(tmp_path: Path) -> None:
+    """The message names the test set, and a tokenizer with more tokens than the model has embeddings is refused."""
+    tokenizer = byte_bpe()
+    refusal = "{% if messages[0].content == 'b' %}{{ raise_exception('no system prompt') }}{% endif %}"
+    tokenizer.chat_template = refusal + CHAT_TEMPLATE
+    for part in (tiny_model("llama", len(tokenizer)), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    paths = [write(tmp_path / f"{name}.jsonl", [{"prompt": name, "response": "4"}]) for name in ("a", "b")]
+    with pytest.raises(UserError, match=r"b\.jsonl, row 0 .*no system prompt"):
+        evaluate_sets(str(tmp_path / "model"), paths, RowOptions(template="chat"), EvalOptions())
+    assert not (tmp_path / "model" / "eval").exists()
+    tokenizer.add_tokens(["colour"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="token ids up to 400, but the model has 400 embeddings"):
+        evaluate_sets(str(tmp_path / "model"), paths, RowOptions(template="plain"), EvalOptions())
 
 
 def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,11 +153,20 @@ def test_requests_per_minute(judged, server):
 def test_sampled_answers_and_files(judged, server, tmp_path):
     """The pass is chosen by its seed, and files of other tools are read by their columns."""
     assert judged(answers_seed=10, output="sampled")[0]["results"]["set"]["without_request"] == 20, "equal answers"
-    rows = [[{"instruction": f"Q{n}", "output": text} for n in (1, 2)] for text in (SHORT, LONG)]
+    rows = [
+        [{"instruction": "Count", "input": f"Q{n}", "output": text} for n in order]
+        for text, order in ((SHORT, (1, 2)), (LONG, (2, 1)))
+    ]
     for name, lines in zip("ab", rows, strict=True):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    about, _ = judged(places=[tmp_path / "a.jsonl", tmp_path / "b.jsonl"], output="files")
+    about, lines = judged(places=[tmp_path / "a.jsonl", tmp_path / "b.jsonl"], output="files")
     assert about["results"]["a"]["loss"]["count"] == 2
+    assert {line["question"] for line in lines} == {"Count\nQ1", "Count\nQ2"}
+    for name, temperature in (("a", 1.0), ("b", 0.7)):
+        lines = [{"prompt": "Q", "answer": name, "seed": 10, "temperature": temperature}]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(UserError, match=r"a\.jsonl was sampled at temperature 1\.0, but .*b\.jsonl at 0\.7"):
+        judged(places=[tmp_path / "a.jsonl", tmp_path / "b.jsonl"], output="other", answers_seed=10)
 
 
 def test_several_sets(judged, tmp_path):
@@ -221,6 +230,13 @@ def test_a_single_refused_prompt(judged, tmp_path):
         ("a", "missing", {}, "missing does not exist: name a folder with results of dwakd eval"),
         ("a", "torn", {}, "torn/eval/set.answers.jsonl, line 2 is not a JSON object"),
         ("a", "textless", {}, "line 1 has no text in any column of question, prompt, instruction: add one of them"),
+        ("a", "surrogate", {}, "surrogate/eval/set.answers.jsonl, line 1 is not valid Unicode text"),
+        (
+            "a",
+            "b",
+            {"request": "user=2024-01-01"},
+            "refuses the request (it cannot be sent as JSON: Object of type date",
+        ),
         ("a", "nested", {}, "line 1: seed and temperature must be numbers or null: correct or remove them"),
         (
             "a",
@@ -251,6 +267,9 @@ def test_errors_are_one_sentence(a, b, options, message, judged, server, tmp_pat
         '{"prompt": "a", "answer": "b"}\n{"prom'
     )
     write_answers(folder / "textless" / "eval" / "set.answers.jsonl", A).write_text('{"prompt": null, "answer": "b"}')
+    write_answers(folder / "surrogate" / "eval" / "set.answers.jsonl", A).write_text(
+        '{"prompt": "a", "answer": "\\udfff"}'
+    )
     write_answers(folder / "nested" / "eval" / "set.answers.jsonl", A, seed=[1])
     places = [folder / (f"{one}.answers.jsonl" if "/" in one else one) for one in (a, b)]
     arguments = {"base-url": server.url, "model": "longer", "output": tmp_path / "out"}

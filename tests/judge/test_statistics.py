@@ -24,12 +24,18 @@ from dwakd.judge.statistics import length_controlled, score_of, summarise, wilso
         ("A good answer is short.", None),
         ("Both are bad", None),
         ("<think>A", None),
+        ("<think>\nLet me compare.\nAnswer A:", None),
+        ("**Answer A**:\nwrong date.\n\n**Answer B**:\nCorrect.\n\nVerdict: B", 0.0),
+        ("A:\nright\n\nB:\nwrong\n\n**Verdict: A**", 1.0),
+        ("I compare both.\n\n**Answer B:**", None),
         ("", None),
     ],
 )
 def test_replies(reply, verdict):
     """A sentence that mentions an answer is no verdict for it."""
     assert read_verdict(reply) == verdict
+    if "[[" not in reply:
+        assert read_verdict(reply, complete=False) is None, "the text that is missing may contain the verdict"
 
 
 def test_braces_in_answers_stay():

@@ -10,6 +10,7 @@ def test_numbers_and_words_are_what_they_look_like():
     """5e-4 is read as a number and `no` as a word, unlike in YAML 1.1."""
     read = parse_yaml("{a: 5e-4, b: no, c: true, d: 1.0e-3, e: '1'}")
     assert read == {"a": 5e-4, "b": "no", "c": True, "d": 1e-3, "e": "1"}
+    assert parse_yaml("[010, 08, 1:30, 0, -7, 1_000, 0x1f]") == ["010", "08", "1:30", 0, -7, 1000, 31]
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,8 @@ def test_a_file_that_is_no_recipe_is_named(content, message, tmp_path):
         read_recipe(tmp_path / "recipe.yaml")
     with pytest.raises(UserError, match=r"none\.yaml does not exist"):
         read_recipe(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match=r"is a folder: name a recipe"):
+        read_recipe(tmp_path)
 
 
 UNREADABLE = [

@@ -62,6 +62,30 @@ def test_a_comparison(trained, tmp_path):
     assert re.search(r">dwa_kd \+ x</td>\s*<td class=\"number\" data-sort=\"0.0\">\+0.00 \[\+0.00, \+0.00\]", html)
 
 
+def test_scores_on_other_rows_are_not_compared(trained, tmp_path):
+    """Rows of two versions of a test set were paired by their number, and an answer stood below another question."""
+    folders = [copy_run(trained, tmp_path / name, method=method) for name, method in (("a", "sft"), ("b", "dskd"))]
+    [path] = (folders[1] / "eval").glob("*.json")
+    numbers = json.loads(path.read_text())
+    numbers["signature"] |= {"max_new_tokens": 5, "tokenizer": "x"}
+    path.write_text(json.dumps(numbers))
+    assert collect(folders).notes == [
+        f"the scores on {path.stem} were computed with different values of max_new_tokens, so they do not show "
+        "differences of the models only"
+    ]
+    numbers["signature"]["data"]["sha256"] = "0123456789"
+    path.write_text(json.dumps(numbers))
+    found = collect(folders)
+    assert found.notes == [
+        f"the test set {path.stem} has other rows in some runs, so these are shown as different sets"
+    ]
+    assert [name for run in found.runs for name in run.evaluations][1] == f"{path.stem} 01234567"
+    write_report(folders, tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Difference to sft" not in html
+    assert html.count('<div class="answers">') == 6, "three rows of each version"
+
+
 def test_options_that_differ(trained, tmp_path):
     """The table of differences contains the options that differ and no other."""
     folders = [trained, copy_run(trained, tmp_path / "other", method="dskd")]

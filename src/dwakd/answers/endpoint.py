@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
-from dwakd.answers.answers import Answer
+from dwakd.answers.answers import Answer, Finish
 from dwakd.answers.local import Advance
 from dwakd.data.prompts import Prompts
 from dwakd.data.rows import Example
@@ -19,6 +20,11 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 _RETRIES = 5  # with exponential backoff, for errors of the network, of the server, and too many requests
 _DIGITS = 4
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, as in an answer that was cut; no file can hold it
+_FINISHES: dict[str, Finish] = {
+    "length": "cut",
+    **dict.fromkeys(("content_filter", "tool_calls", "function_call", "error"), "refused"),
+}
+"""What it means that a server ends an answer for one of these reasons, and not at its end token."""
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
@@ -75,6 +81,10 @@ class Endpoint:
             UserError: any other error, which other requests would have, too.
         """
         openai = self._openai
+        try:
+            json.dumps(request, allow_nan=False, ensure_ascii=False).encode()
+        except (TypeError, ValueError) as error:
+            raise RefusedError(f"it cannot be sent as JSON: {reason_of(error):.300}") from error
         try:
             api = self._client.completions if "prompt" in request else self._client.chat.completions
             completion: Any = api.create(model=self._section.model, **request)
@@ -205,4 +215,4 @@ class EndpointTeacher:
         count = None if usage is None else usage.completion_tokens
         text = ((choice.text if self._prompts else choice.message.content) or "").strip()
         text = _SURROGATE.sub("\ufffd", text)
-        return Answer(text, count, "cut" if choice.finish_reason == "length" else "end", log_prob)
+        return Answer(text, count, _FINISHES.get(choice.finish_reason, "end"), log_prob)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from dwakd.data.encoding import TextEncoder
@@ -32,13 +33,37 @@ def read_prompts(recipe: Recipe) -> list[PromptSet]:
     sets = []
     for source in recipe.generate.prompts or [data.train]:
         options = _reading(data)
-        if source == data.train:
+        if same_source(source, data.train):
             options["limit"] = min(filter(None, (limit, data.limit)), default=None)
         else:
             options |= {"limit": limit, "response": None, "teacher_prompt": None, "teacher_key": None}
         examples = load_examples(source, split=TRAIN_SPLITS, need_response=False, **options)
         sets.append(PromptSet(source, [replace(each, response="", references=(), answer=None) for each in examples]))
     return sets
+
+
+def same_source(one: str, other: str) -> bool:
+    """Return whether two names of rows are equal, or name the same file in different ways."""
+    (path, _, rows), (other_path, _, other_rows) = one.partition("@"), other.partition("@")
+    files = [Path(name).expanduser() for name in (path, other_path)]
+    return one == other or (rows == other_rows and all(map(Path.is_file, files)) and files[0].samefile(files[1]))
+
+
+def is_answered(recipe: Recipe) -> bool:
+    """Return whether the prompts of `data.train` are among those to answer, so that its own responses are not used."""
+    train = recipe.data.train
+    return any(same_source(source, train) for source in recipe.generate.prompts or [train])
+
+
+def warn_of_duplicates(recipe: Recipe, labelled: Sequence[Example], answered: Sequence[Example]) -> None:
+    """Warn if prompts of `data.train`, whose own responses are used, also have an answer of the teacher."""
+    known = set(map(_key, labelled))
+    if count := len(known.intersection(map(_key, answered))):
+        logger.warning(
+            "%d prompts are trained on twice, with their response in %s and with the teacher's answer: remove them from "
+            "generate.prompts, or name all of %s there to replace its responses",
+            *(count, recipe.data.train, recipe.data.train),
+        )
 
 
 def check_prompts(recipe: Recipe, sets: Sequence[PromptSet]) -> None:

@@ -16,7 +16,15 @@ from rich.progress import Progress
 from dwakd.answers.answers import Answer, Collected, collect
 from dwakd.answers.endpoint import EndpointTeacher
 from dwakd.answers.local import Advance, LocalTeacher
-from dwakd.answers.prompts import PromptSet, check_prompts, read_prompts, train_source, warn_of_overlap
+from dwakd.answers.prompts import (
+    PromptSet,
+    check_prompts,
+    is_answered,
+    read_prompts,
+    train_source,
+    warn_of_duplicates,
+    warn_of_overlap,
+)
 from dwakd.answers.store import AnswerFile, read_request
 from dwakd.cache.fingerprint import DATE, adapter_digest, fingerprint, weights_digest
 from dwakd.data.encoding import TextEncoder
@@ -102,6 +110,8 @@ def answer_recipe(
     plan: EvaluationPlan | None = None,
     output: str | Path | None = None,
     readers: Sequence[Recipe] = (),
+    *,
+    write: bool = True,
 ) -> tuple[AnswerFile, Collected]:
     """Answer the prompts of a recipe, or continue; each rank answers its own part of the prompts.
 
@@ -110,6 +120,7 @@ def answer_recipe(
         plan: test sets; a warning says how many prompts also occur in them or in the recipe's data.eval.
         output: the file to write; `generate.output` by default.
         readers: recipes that train on the answers; by default this one.
+        write: make missing answers and write the file. Otherwise nothing is written, and missing answers are an error.
 
     Raises:
         UserError: the teacher, the endpoint or the prompts cannot be used, a prompt is too long for the models to train, no
@@ -128,25 +139,28 @@ def answer_recipe(
     request = source.request | {f"generate.{name}": getattr(options, name) for name in _DECODING}
     request["prompts"] = data_identity(examples)["sha256"]
     file = AnswerFile(path, request, len(examples), options.samples)
-    file.open(global_rank())
-    _answer_missing(file, source, sets, readers or [recipe])
+    file.open(global_rank(), write=write)
+    if write:
+        _answer_missing(file, source, sets, readers or [recipe])
     answers = file.read()
     collected = collect(examples, answers, options, source.name)
-    if global_rank() == 0:
+    if global_rank() == 0 and write:
         collected.warn(source.name)
         file.write(collected.rows, _about(source, options, sets, collected, answers))
     return file, collected
 
 
-def training_examples(recipe: Recipe, plan: EvaluationPlan | None = None) -> list[Example]:
-    """Return the rows to train on with `data.responses: teacher`; the answers are made if they are missing.
+def training_examples(recipe: Recipe, plan: EvaluationPlan | None = None, *, write: bool = True) -> list[Example]:
+    """Return the rows to train on with `data.responses: teacher`; `plan` and `write` as in `answer_recipe`.
 
     They are the answers to `generate.prompts`, and the rows of `data.train` with their own responses unless this data
     set is among the prompts.
     """
-    _, collected = answer_recipe(recipe, plan)
-    is_answered = recipe.data.train in (recipe.generate.prompts or [recipe.data.train])
-    rows = [*([] if is_answered else train_source(recipe.data)), *collected.examples]
+    _, collected = answer_recipe(recipe, plan, write=write)
+    labelled = [] if is_answered(recipe) else list(train_source(recipe.data))
+    if labelled and global_rank() == 0:
+        warn_of_duplicates(recipe, labelled, collected.examples)
+    rows = [*labelled, *collected.examples]
     return [replace(row, index=index, source=None) for index, row in enumerate(rows)]
 
 

@@ -57,13 +57,15 @@ class AnswerFile:
     def shard_path(self, shard: int) -> Path:
         return self.parts / f"shard-{shard:05}.jsonl"
 
-    def open(self, rank: int) -> None:
-        """Check the files that exist and write what is asked for; each rank writes the same bytes.
+    def open(self, rank: int, *, write: bool = True) -> None:
+        """Check the files that exist and, with `write`, write what is asked for; each rank writes the same bytes.
 
         Raises:
-            UserError: the answers were made with other options, or the file was not written or has been changed.
+            UserError: the answers were made with other options, or the file was not written or has been changed; without
+                `write` also if answers are missing.
         """
-        check_output_folder(self.path.parent)
+        if write:
+            check_output_folder(self.path.parent)
         if self.path.suffix != ".jsonl":
             raise UserError(f"{self.path} must end in .jsonl; choose another with --output (generate.output)")
         if self.manifest_path.exists() and self.manifest().get("format") != FORMAT:
@@ -86,7 +88,10 @@ class AnswerFile:
                 f"{self.path} was not written by dwakd generate, was changed since, or lacks its folder {self.parts.name}: "
                 "train on it with data.train, delete it, or choose another file with --output (generate.output)"
             )
-        if asked is None:
+        if not write:
+            if asked is None or any(self.read_shard(shard) is None for shard in range(len(self.shards()))):
+                raise UserError(f"the teacher's answers in {self.parts} are not complete; run dwakd generate")
+        elif asked is None:
             with explained(_UNWRITTEN.format(self.parts)):
                 write_json(self.parts / REQUEST, {"format": FORMAT, **self.request})
 

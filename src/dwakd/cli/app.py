@@ -62,6 +62,10 @@ def _print_error(text: str) -> None:
     Console(stderr=True).print(f"[bold red]error:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
+_OF_PATHS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ELOOP)
+"""Errors of paths that a user names, and no errors of the program."""
+
+
 def main() -> None:
     """Run the command line; a UserError is printed as one sentence on standard error, with exit code 2."""
     for stream in (sys.stdout, sys.stderr):
@@ -76,12 +80,15 @@ def main() -> None:
         _print_error(str(error))
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
+        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
+            _print_error(
+                f"no space is left on the disk ({error.filename or error.strerror}): free some space and start the command "
+                "again, which continues with what is finished"
+            )
+        elif error.errno in _OF_PATHS and error.filename:
+            _print_error(f"{error.filename} cannot be used: {error.strerror}")
+        else:
             raise
-        _print_error(
-            f"no space is left on the disk ({error.filename or error.strerror}): free some space and start the command "
-            "again, which continues with what is finished"
-        )
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

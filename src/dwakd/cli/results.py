@@ -15,7 +15,7 @@ from dwakd.judge.options import JudgeOptions
 
 
 @app.command("eval")
-@with_options(omit=("do_sample", "max_length"))
+@with_options(omit=("do_sample",))
 def evaluate(
     model: ModelName,
     data: Annotated[list[str], typer.Option("--data", "-d", help="Test set: a file or a hub id; may be repeated.")],
@@ -31,7 +31,7 @@ def evaluate(
     draft_for: Annotated[
         str | None, typer.Option(help="A target model: measure how many tokens of MODEL it accepts as a draft.")
     ] = None,
-    lookahead: Annotated[int, typer.Option(min=1, help="Tokens of a draft, with --draft-for.")] = 5,
+    lookahead: Annotated[int | None, typer.Option(min=1, help="Tokens of a draft, with --draft-for: 5.")] = None,
     overwrite: Annotated[bool, flag("--overwrite", "Replace results that were made with other options.")] = False,
 ) -> None:
     """Answer test sets and score them: ROUGE-L over seeds, exact match, bits per byte, calibration error.
@@ -45,6 +45,8 @@ def evaluate(
     given = options.model_dump(exclude_defaults=True, exclude={"max_new_tokens"}) | ({"text": text} if text else {})
     if draft_for is not None and given:
         raise UserError(f"--draft-for does not use --{next(iter(given)).replace('_', '-')}: leave it out")
+    if draft_for is None and lookahead is not None:
+        raise UserError("--lookahead has no effect without --draft-for: leave it out")
     if draft_for is not None:
         from dwakd.evaluation.draft import evaluate_draft_sets
 
@@ -53,7 +55,7 @@ def evaluate(
             draft_for,
             data,
             rows,
-            lookahead=lookahead,
+            lookahead=lookahead or 5,
             max_new_tokens=options.max_new_tokens,
             adapter=adapter,
             output=output,

@@ -153,6 +153,8 @@ def compare(
     from dwakd.compare.compare import compare_methods
     from dwakd.recipe.recipe import load_recipe
 
+    if ablation and methods is not None:
+        raise UserError("--ablation compares its own rows: leave out --methods")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # also stop the runs, as Ctrl-C does
     chosen = [f"compare.{name}=[{given}]" for name, given in (("methods", methods), ("seeds", seeds)) if given]
     loaded = load_recipe(recipe, [*(overrides or []), *chosen], "compare")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Group
@@ -17,8 +17,8 @@ from dwakd.answers.run import answer_recipe
 from dwakd.answers.store import read_json
 from dwakd.checksums import CHECKSUMS
 from dwakd.compare.plan import Cell, Variant, search_of, sft_row, variants_of
-from dwakd.compare.runner import Runner, check_results, only_one
-from dwakd.compare.table import CellScores, comparison_tables, num_evaluated, read_cell, summarise_comparison
+from dwakd.compare.runner import Runner, check_results, is_evaluated, only_one
+from dwakd.compare.table import CellScores, comparison_tables, read_cell, summarise_comparison
 from dwakd.errors import UserError
 from dwakd.evaluation.run import EvaluationPlan, evaluate_sets, plan_evaluation
 from dwakd.folders import check_output_folder, write_json
@@ -62,15 +62,16 @@ def compare_methods(
         raise UserError("compare.seeds is empty: set at least one training seed")
     variants = variants_of(recipe, section, ablation=ablation)
     recipe = _with_answer_file(recipe, folder)
-    runner = Runner(recipe, folder, jobs)
-    rows = [runner.recipe(Cell(variant, seeds[0])) for variant in variants]
-    for variant, row in zip(variants, rows, strict=True):
+    for variant in variants:
         with variant.named():
-            if check_options(row, folder).eval_strategy == "no" and lr_sweep:
+            if check_options(Cell(variant, seeds[0]).recipe(recipe), folder).eval_strategy == "no" and lr_sweep:
                 raise UserError(
                     "--lr-sweep needs evaluations on data.eval: set training.eval_strategy to epoch or steps"
                 )
     plan = _plan(recipe)
+    sets = {item.name: item.digest for item in plan.sets}
+    runner = Runner(recipe, folder, jobs, sets)
+    rows = [runner.recipe(Cell(variant, seeds[0])) for variant in variants]
     with_teacher = [row for row in rows if row.loss.needs_teacher]
     with only_one(folder, "answers and caches of the teacher"):
         _answer_prompts(rows, plan)
@@ -86,12 +87,14 @@ def compare_methods(
         scores[name] = []
         try:
             with only_one(folder, f"evaluation of the {name}"):
-                scores[name] = [evaluate_teacher(plan, teacher, folder / "cells" / name.replace(" ", "-"))]
+                scores[name] = [evaluate_teacher(plan, teacher, folder / "cells" / name.replace(" ", "-"), sets)]
         except (UserError, RuntimeError, OSError) as error:  # the comparison of the students is still useful
             failures[name] = str(error)
     finished = [cell for cell in cells if runner.finished(cell)]
     for variant in variants:
-        scores[variant.name] = [read_cell(runner.cell_folder(cell)) for cell in finished if cell.variant == variant]
+        scores[variant.name] = [
+            read_cell(runner.cell_folder(cell), sets) for cell in finished if cell.variant == variant
+        ]
     summary = summarise_comparison(scores, failures, sft_row(variants, recipe))
     summary["chosen"] = {variant.name: dataclasses.asdict(variant) for variant in variants}
     write_json(folder / "comparison.json", summary)
@@ -127,23 +130,27 @@ def _plan(recipe: Recipe) -> EvaluationPlan:
     if not recipe.evaluation.test:
         raise UserError("compare needs test sets: set evaluation.test in the recipe")
     for item in plan.sets:
-        if not item.scored:
+        if not (item.is_text or item.scored):
             raise UserError(f"compare scores answers, but {item.source} has no references: choose another test set")
     return plan
 
 
-def evaluate_teacher(plan: EvaluationPlan, teacher: TeacherSection, folder: Path) -> CellScores:
-    """Evaluate a teacher on the test sets unless that is done, and return its scores."""
-    saved, about = folder / "teacher.json", teacher.model_dump(exclude={"name", "weight", "cache", "cache_dtype"})
+def evaluate_teacher(
+    plan: EvaluationPlan, teacher: TeacherSection, folder: Path, sets: Mapping[str, str]
+) -> CellScores:
+    """Evaluate a teacher on the test sets unless that is done, and return its scores; `sets` as in `Runner`."""
+    saved, options = folder / "teacher.json", plan.options.model_dump(exclude={"batch_size"})
+    own = teacher.model_dump(exclude={"name", "weight", "cache", "cache_dtype"})
+    about = {**own, "evaluation": options, "rows": plan.rows.model_dump(), "sets": dict(sets)}
     is_other = read_json(saved) != about
-    if num_evaluated(folder) < len(plan.sets) or is_other:
+    if is_other or not is_evaluated(folder, sets):
         (folder / CHECKSUMS).unlink(missing_ok=True)
         data, text = ([item.source for item in plan.sets if item.is_text == is_text] for is_text in (False, True))
         loading = {**teacher.loading(), "chat_template_path": teacher.chat_template_path, "overwrite": is_other}
         evaluate_sets(teacher.model, data, plan.rows, plan.options, text=text, output=folder / "eval", **loading)
         write_json(saved, about)
     check_results(folder)
-    return read_cell(folder)
+    return read_cell(folder, sets)
 
 
 def search(runner: Runner, variants: list[Variant], seed: int) -> tuple[list[Variant], dict[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,11 +131,12 @@ def variants_of(recipe: Recipe, section: CompareSection, *, ablation: bool) -> l
     """
     rows = {name: _row(name, overrides) for name, overrides in section.rows.items()}
     default = [name for name in METHODS if not method_options(name).needs_same_vocabulary]
-    for name in section.methods:
+    chosen = _whole_names(section.methods, rows)
+    for name in chosen:
         if name not in rows and name not in METHODS:
-            valid = ", ".join(dict.fromkeys([*rows, *METHODS]))
+            valid = ", ".join(repr(one) if "," in one else one for one in dict.fromkeys([*rows, *METHODS]))
             raise UserError(f"unknown method {name!r} in compare.methods; valid ones: {valid}")
-    names = dict.fromkeys(section.methods or list(rows) or default)
+    names = dict.fromkeys(chosen or list(rows) or default)
     variants = [rows.get(name) or Variant(name, {"loss.method": name}) for name in names]
     if ablation:
         variants = [Variant(name, overrides) for name, overrides in ABLATION.items()]
@@ -146,6 +147,16 @@ def variants_of(recipe: Recipe, section: CompareSection, *, ablation: bool) -> l
             raise UserError(f"the rows {other!r} and {variant.name!r} would have the same folder: rename one")
         variant.recipe(recipe)
     return variants
+
+
+def _whole_names(names: Sequence[str], rows: Collection[str]) -> list[str]:
+    """Join names that a comma in the name of a row has divided: `--methods` separates names by commas."""
+    found, left = [], list(names)
+    while left:
+        count = next((n for n in range(len(left), 1, -1) if ", ".join(left[:n]) in rows), 1)
+        found.append(", ".join(left[:count]))
+        del left[:count]
+    return found
 
 
 def _row(name: str, overrides: dict[str, Any]) -> Variant:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from transformers.utils import logging
 from dwakd.cache.fingerprint import json_digest
 from dwakd.checksums import CHECKSUMS, checksum_fault, write_checksums
 from dwakd.compare.plan import Cell, cacheable
-from dwakd.compare.table import num_evaluated
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import progress_bar
-from dwakd.folders import write_file
+from dwakd.folders import LOCK_FILE, write_file
 from dwakd.recipe.files import RECIPE_FILE
 from dwakd.recipe.recipe import Recipe
 from dwakd.recipe.sections import TeacherSection
+from dwakd.training.interruption import INTERRUPTED
 from dwakd.training.run_folder import RUN_FILE, check_same_recipe
 
 logger = logging.get_logger(__name__)
@@ -63,10 +64,17 @@ class Runner:
 
     Several processes, on one machine or on several with a shared folder, may run the same cells: each cell is locked while
     it runs, and a process waits for cells that others have locked.
+
+    Args:
+        base: recipe of the comparison.
+        folder: folder of the comparison.
+        jobs: number of runs at a time.
+        sets: digest of the rows of each test set (`EvaluationSet.digest`), by the name of the set.
     """
 
-    def __init__(self, base: Recipe, folder: Path, jobs: int) -> None:
-        self.base, self.folder, self.jobs = _with_shared_caches(base, folder), folder, jobs
+    def __init__(self, base: Recipe, folder: Path, jobs: int, sets: Mapping[str, str]) -> None:
+        self.base, self.folder, self.jobs, self.sets = _with_shared_caches(base, folder), folder, jobs, sets
+        self._stopped = False
         self._started = time.time()
         self._processes: list[subprocess.Popen[bytes]] = []
 
@@ -81,9 +89,7 @@ class Runner:
     def finished(self, cell: Cell) -> bool:
         """Return whether a run is finished, including its evaluation."""
         folder = self.cell_folder(cell)
-        section = self.base.evaluation
-        tests = 0 if cell.search else len(section.test) + len(section.text)
-        return (folder / RUN_FILE).is_file() and num_evaluated(folder) >= tests
+        return (folder / RUN_FILE).is_file() and (cell.search or is_evaluated(folder, self.sets))
 
     def run(self, cells: Sequence[Cell]) -> dict[str, str]:
         """Run the cells that are not finished and return the reason of each failure, by the name of the cell.
@@ -91,15 +97,12 @@ class Runner:
         A cell that another process runs is waited for. It is run again here if that process dies, but not if it fails.
 
         Raises:
-            UserError: a finished run was made with another recipe.
+            UserError: a finished run was made with another recipe, or evaluated on other rows.
         """
         waiting = [cell for cell in cells if not self.finished(cell)]
         for cell in cells:
-            saved = self.cell_folder(cell) / RECIPE_FILE
             if cell not in waiting:
-                if saved.is_file():
-                    check_same_recipe(saved, self.recipe(cell), changeable=MOVABLE)
-                check_results(self.cell_folder(cell))
+                self._check_finished(cell)
         with progress_bar(disable=False) as bar, ThreadPoolExecutor(self.jobs) as pool:
             try:
                 task, reasons = bar.add_task("runs", total=len(waiting)), dict[str, str | None]()
@@ -115,11 +118,21 @@ class Runner:
                         time.sleep(POLL_SECONDS)
                     waiting = elsewhere
             except BaseException:  # Ctrl-C: stop the running cells and keep the finished ones
+                self._stopped = True
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in self._processes:
                     process.terminate()
                 raise
         return {name: reason for name, reason in reasons.items() if reason is not None}
+
+    def _check_finished(self, cell: Cell) -> None:
+        """Raise UserError if the results of a finished cell cannot stand for the cell of this comparison."""
+        folder = self.cell_folder(cell)
+        if (folder / RECIPE_FILE).is_file():
+            check_same_recipe(folder / RECIPE_FILE, self.recipe(cell), changeable=MOVABLE)
+        check_results(folder)
+        if not cell.search:
+            check_rows(folder, self.sets)
 
     def _environment(self) -> dict[str, str]:
         """Divide the cores among the runs; processes that share cores through more threads slow each other down."""
@@ -136,13 +149,16 @@ class Runner:
                 return None
             if failure.is_file() and failure.stat().st_mtime >= self._started:
                 return failure.read_text(encoding="utf-8")
-            reason = self._train(cell)
+            if self.cell_folder(cell).is_dir():  # a run goes on if its comparison was killed
+                FileLock(self.cell_folder(cell) / LOCK_FILE).acquire(timeout=0).lock.release()
+            reason, stopped = self._train(cell)
             failure.unlink(missing_ok=True)
-            if reason is not None:
+            if reason is not None and not stopped:  # another process continues a run that was stopped
                 write_file(failure, reason.encode())
             return reason
 
-    def _train(self, cell: Cell) -> str | None:
+    def _train(self, cell: Cell) -> tuple[str | None, bool]:
+        """Train a cell; return why it failed, if it did, and whether it was stopped from outside."""
         path = self.folder / "recipes" / f"{cell.name}.yaml"
         write_file(path, self.recipe(cell).dump().encode())
         log = self.folder / "logs" / f"{cell.name}.log"
@@ -154,9 +170,26 @@ class Runner:
             self._processes.append(process)
             process.wait()
         if process.returncode != 0:
-            return failure_reason(log, process.returncode)
+            stopped = self._stopped or process.returncode < 0 or process.returncode == INTERRUPTED
+            return failure_reason(log, process.returncode), stopped
         check_results(self.cell_folder(cell))
-        return None
+        return None, False
+
+
+def is_evaluated(folder: Path, sets: Iterable[str]) -> bool:
+    """Return whether the folder of a run has the scores of all these test sets."""
+    return all((folder / "eval" / f"{name}.json").is_file() for name in sets)
+
+
+def check_rows(folder: Path, sets: Mapping[str, str]) -> None:
+    """Raise UserError if the scores of a finished cell are those of other rows, because a test set was changed since then."""
+    for name, digest in sets.items():
+        path = folder / "eval" / f"{name}.json"
+        if json.loads(path.read_text(encoding="utf-8"))["signature"]["data"]["sha256"] != digest:
+            raise UserError(
+                f"{path} has the scores of other rows than the test set has now: restore the test set, choose another "
+                f"--output, or delete {folder} to run this row again"
+            )
 
 
 def check_results(folder: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from rich import box
 from rich.console import Group
 from rich.table import Table
@@ -62,24 +63,22 @@ def set_score(rows: Ratio) -> float:
     return float(np.abs(rows[:-1].sum(1)).sum() / rows[-1].sum())
 
 
-def num_evaluated(folder: Path) -> int:
-    """Return the number of test sets whose scores are in the folder of a run."""
-    return len(list((folder / "eval").glob("*.json")))
-
-
-def read_cell(folder: Path) -> CellScores:
-    """Read the scores from the folder of a run."""
+def read_cell(folder: Path, sets: Collection[str] | None = None) -> CellScores:
+    """Read the scores from the folder of a run: those of these test sets, or of all that were evaluated."""
     scores: dict[str, dict[str, Ratio]] = {metric: {} for metric in PAIRED}
     ece, text = {}, {}
     others: dict[str, list[float]] = {}
     for path in sorted((folder / "eval").glob("*.json")):
+        if sets is not None and path.stem not in sets:
+            continue
         numbers = json.loads(path.read_text(encoding="utf-8"))
         if numbers["signature"]["metric"] == TEXT_METRIC:
             text[path.stem] = numbers["bits_per_byte"]["value"]
             continue
         other_temperatures = numbers.get("other_temperatures", {})
         for temperature, found in other_temperatures.items():
-            others.setdefault(temperature, []).append(found["rouge_l"]["mean"])
+            if found["rouge_l"]:
+                others.setdefault(temperature, []).append(found["rouge_l"]["mean"])
         for metric, rows in _by_row(path.with_suffix(".answers.jsonl"), other_temperatures).items():
             scores[metric][path.stem] = rows
         if numbers["bits_per_byte"]:
@@ -143,12 +142,16 @@ def bootstrap(cells: Sequence[Mapping[str, Ratio]], seed: int) -> Float[np.ndarr
     sets = []
     for number, name in enumerate(cells[0]):
         rows = np.stack([cell[name] for cell in cells])  # cells, parts, rows
-        size = rows.shape[2]
-        counts = np.random.default_rng((number, size)).multinomial(size, np.full(size, 1 / size), RESAMPLES)
-        sums = rows @ counts.T
+        sums = rows @ _draws(number, rows.shape[2]).T
         ratios = np.abs(sums[:, :-1]).sum(1) / sums[:, -1]
         sets.append(np.take_along_axis(ratios.T, draws, axis=1).mean(1))
     return np.mean(sets, axis=0)
+
+
+@lru_cache(maxsize=8)
+def _draws(number: int, size: int) -> Integer[np.ndarray, "resamples rows"]:
+    """Return how often each resample draws each row of a test set."""
+    return np.random.default_rng((number, size)).multinomial(size, np.full(size, 1 / size), RESAMPLES)
 
 
 def paired_intervals(

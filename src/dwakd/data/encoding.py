@@ -51,7 +51,7 @@ class TextEncoder:
         check_choice("data.bos", bos, ("auto", "never"))
         check_choice("data.special_tokens_in_prompts", special_tokens_in_prompts, ("parse", "text"))
         self.tokenizer = tokenizer
-        self.template = template
+        self.template, self.bos = template, bos
         self.special_tokens_in_prompts = special_tokens_in_prompts
         self.num_embeddings = num_embeddings
         self._prompts = Prompts(template, tokenizer, date)

@@ -210,6 +210,8 @@ def _loaded(source: Any, split: str | Sequence[str], name: str, *, streaming: bo
     """Load a data set of the Hub and choose a split. Files and other data sets are returned unchanged."""
     if isinstance(source, str) and not (_FILE.fullmatch(source) or _is_path(source)):
         place, _, own_split = source.partition("@")
+        if Path(place).suffix.lower() in SUFFIXES:
+            raise UserError(f"{source}: the rows of a file are given as {place}@[start:stop], with whole numbers")
         path, _, config = place.partition(":")
         split = own_split or split
         only = split if isinstance(split, str) else None  # otherwise all, to choose one

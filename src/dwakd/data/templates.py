@@ -42,6 +42,10 @@ def check_template(template: str) -> None:
     """
     if template == "chat" or template in TEMPLATES:
         return
+    try:
+        template.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"data.template {template!r} is not valid Unicode text ({error.reason})") from error
     unescaped = template.replace("{{", "").replace("}}", "")
     found = re.findall(r"\{[^{}]*\}", unescaped)
     unknown = [name for name in found if name not in ("{instruction}", "{input}")]

@@ -70,7 +70,7 @@ def update_results(student: Path) -> None:
     """
     path = student / CARD
     files = [file for file in sorted((student / "eval").glob("*.json")) if _is_evaluation(file)]
-    if not files or not path.is_file() or not has_section(path.read_text(encoding="utf-8"), RESULTS):
+    if not files or not path.is_file() or not has_section(path.read_text(encoding="utf-8", errors="replace"), RESULTS):
         return
     card = read_card(path)
     if card is None:

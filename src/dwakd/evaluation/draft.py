@@ -110,7 +110,7 @@ def evaluate_draft(
     started = time.perf_counter()
     if not examples:
         raise UserError("the evaluation data has no rows")
-    prompts = answerable_prompts(draft.target, draft.encoder, examples)
+    prompts = check_prompts(draft, examples, max_new_tokens)
     with evaluating(draft.target), evaluating(draft.model), progress_bar(disable=not progress) as bar:
         counts = [
             count_accepted(draft, ids, lookahead, max_new_tokens) for ids in bar.track(prompts, description="drafts")
@@ -119,6 +119,23 @@ def evaluate_draft(
     signature = signature or draft_signature(draft, examples, lookahead, max_new_tokens)
     ratios = _ratio(accepted, calls), _ratio(100 * accepted, proposed)
     return DraftScores(*ratios, int(calls.sum()), time.perf_counter() - started, signature)
+
+
+def check_prompts(
+    draft: Draft, examples: Sequence[Example], max_new_tokens: int, source: str = "the examples"
+) -> list[list[int]]:
+    """Return the target's token ids of every prompt; raise a UserError if one has no room in the target or in the draft."""
+    prompts = answerable_prompts(draft.target, draft.encoder, examples, source)
+    positions = max_positions(draft.model)
+    for example, ids in zip(examples, prompts, strict=True):
+        text = draft.encoder.tokenizer.decode(ids, skip_special_tokens=True)
+        needed = len(draft.tokenizer(text)["input_ids"]) + max_new_tokens
+        if needed > positions:
+            raise UserError(
+                f"{source}, {example.place}: the prompt and {max_new_tokens} new tokens may need {needed} tokens of the draft, "
+                f"which has {positions} positions: shorten the prompt or lower --max-new-tokens"
+            )
+    return prompts
 
 
 def count_accepted(draft: Draft, ids: list[int], lookahead: int, max_new_tokens: int) -> DraftCounts:
@@ -150,13 +167,14 @@ def draft_signature(
     """Return everything that the result of `evaluate_draft` depends on; `source` is the name of the rows."""
     options = EvalOptions(max_new_tokens=max_new_tokens)
     full = evaluation_signature(draft.target, draft.encoder, examples, options, source=source)
-    names = ("data", "template_date", "special_tokens_in_prompts", "template", "max_new_tokens", "dtype", "device")
+    prompts = ("data", "template_date", "special_tokens_in_prompts", "template", "chat_template", "bos", "tokenizer")
+    runs = ("max_new_tokens", "dtype", "device", "bootstrap_resamples", "versions")
     return {
         "metric": "tokens accepted per target call in greedy universal assisted decoding",
         "draft": model_identity(draft.model),
         "target": full["model"],
         "lookahead": lookahead,
-        **{name: full[name] for name in (*names, "bootstrap_resamples", "versions") if name in full},
+        **{name: full[name] for name in (*prompts, *runs) if name in full},
     }
 
 
@@ -187,11 +205,14 @@ def evaluate_draft_sets(
     table.add_column("test set", overflow="fold")
     for heading in ("prompts", "accepted tokens\nper target call", "95 %\ninterval", "acceptance\nrate in %"):
         table.add_column(heading, justify="right")
+    signatures = {}
     for item in sets:
-        path = folder / f"{item.name}.draft.json"
-        signature = draft_signature(pair, item.examples, lookahead, max_new_tokens, item.source)
+        check_prompts(pair, item.examples, max_new_tokens, item.source)
+        signatures[item.name] = draft_signature(pair, item.examples, lookahead, max_new_tokens, item.source)
         if not overwrite:
-            check_overwrite(path, signature)
+            check_overwrite(folder / f"{item.name}.draft.json", signatures[item.name])
+    for item in sets:
+        path, signature = folder / f"{item.name}.draft.json", signatures[item.name]
         scores = evaluate_draft(
             pair, item.examples, lookahead=lookahead, max_new_tokens=max_new_tokens, signature=signature
         )

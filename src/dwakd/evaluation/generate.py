@@ -109,7 +109,10 @@ def answerable_prompts(
 ) -> list[list[int]]:
     """Return the token ids of every prompt; raise a UserError if the model cannot answer one, such as an empty one."""
     positions, table_rows = max_positions(model), num_embeddings(model)
-    prompts = encoder.prompt_ids_batch(examples) if examples else []
+    try:
+        prompts = encoder.prompt_ids_batch(examples) if examples else []
+    except UserError as error:  # a chat template refuses a row
+        raise UserError(f"{source}, {error}") from error
     for example, prompt in zip(examples, prompts, strict=True):
         row = f"{source}, {example.place}"
         if not prompt:

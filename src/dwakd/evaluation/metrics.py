@@ -53,7 +53,13 @@ def exact_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> 
         [100.0]
     """
     pairs = zip(answers, references, strict=True)
-    return [100.0 if _normalised(answer) in map(_normalised, texts) else 0.0 for answer, texts in pairs]
+    return [100.0 if any(_is_match(answer, text) for text in texts) else 0.0 for answer, texts in pairs]
+
+
+def _is_match(answer: str, reference: str) -> bool:
+    """Compare two texts without case and punctuation; texts of punctuation only, such as "<=", as they are."""
+    words = _normalised(answer)
+    return words == _normalised(reference) and (bool(words) or answer.strip() == reference.strip())
 
 
 def _normalised(text: str) -> str:

@@ -39,7 +39,8 @@ class EvalOptions(DecodingOptions):
 
     seeds: Count = Field(5, description="Number of sampling seeds: 10, 20, 30 and so on.")
     temperatures: list[float] = Field(
-        [1.0], description="Sampling temperatures. Each has its own scores over all seeds."
+        [1.0],
+        description="Sampling temperatures, each with its own scores over all seeds. Repeat the option for several.",
     )
     decoding: Literal["plain", "minillm"] = Field(
         "plain",

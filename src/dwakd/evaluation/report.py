@@ -9,6 +9,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from dwakd.errors import UserError
 from dwakd.evaluation.evaluate import Evaluation
@@ -42,7 +43,7 @@ def write_evaluation(evaluation: Evaluation, path: Path) -> None:
         ) from None
     if lines:
         write_file(path.with_suffix(".answers.jsonl"), ("\n".join(lines) + "\n").encode())
-    write_file(path, f"{numbers}\n".encode())
+    write_file(path, f"{numbers}\n".encode(errors="backslashreplace"))  # the name of a file may be no text
 
 
 def check_overwrite(json_path: Path, signature: Mapping[str, Any]) -> None:
@@ -111,7 +112,7 @@ def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:
             sampled, *cells = _cells([fmean(column) if column else None for column in columns])
             table.add_row(label or f"mean of {most} sets", sampled, "", *cells)
     notes = [f"{name}: {_note(evaluation)}" for name, evaluation in rows.items()]
-    table.caption = "\n".join([*notes, signature_line(next(iter(rows.values())).signature)])
+    table.caption = Text("\n".join([*notes, signature_line(next(iter(rows.values())).signature)]))  # no markup
     return table
 
 

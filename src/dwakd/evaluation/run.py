@@ -18,6 +18,7 @@ from dwakd.data.sources import SUFFIXES, TEST_SPLITS, Example, load_examples
 from dwakd.errors import UserError
 from dwakd.evaluation.card import update_results
 from dwakd.evaluation.evaluate import (
+    data_identity,
     evaluate_model,
     evaluate_text,
     evaluation_signature,
@@ -29,7 +30,7 @@ from dwakd.evaluation.metrics import has_reference
 from dwakd.evaluation.options import EvalOptions, RowOptions
 from dwakd.evaluation.report import check_overwrite, evaluation_table, write_evaluation
 from dwakd.folders import check_output_folder
-from dwakd.models.loading import load_causal_lm, load_tokenizer, on_device
+from dwakd.models.loading import check_vocabulary, load_causal_lm, load_tokenizer, on_device
 from dwakd.models.rows import check_head
 from dwakd.recipe.files import RECIPE_FILE, read_saved_recipe
 
@@ -54,6 +55,11 @@ class EvaluationSet:
     def scored(self) -> bool:
         """Whether there are references or responses that answers can be compared with."""
         return has_reference(self.examples[0])
+
+    @property
+    def digest(self) -> str:
+        """The digest of the rows that is in the signature of the scores."""
+        return str(data_identity(self.examples)["sha256"])
 
 
 class EvaluationPlan(NamedTuple):
@@ -115,10 +121,15 @@ def _free_name(source: str, taken: Sequence[str]) -> str:
 
 
 def check_room(plan: EvaluationPlan, model: Any, encoder: TextEncoder) -> None:
-    """Raise a UserError that names set and row if a prompt is empty or leaves the model no room for an answer."""
+    """Raise a UserError that names set and row if the template refuses a row, or a prompt leaves no room for an answer."""
     for item in plan.sets:
         if not item.is_text:
             answerable_prompts(model, encoder, item.examples, item.source)
+            for example in item.examples:
+                try:
+                    encoder.with_response(example)
+                except UserError as error:
+                    raise UserError(f"{item.source}, {error}") from error
 
 
 def evaluate_sets(
@@ -164,6 +175,7 @@ def evaluate_sets(
     loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     encoder = text_encoder_of(model, rows, recipe_of=model, chat_template_path=chat_template_path, **loading)
     loaded = load_for_evaluation(model, adapter=adapter, dtype=dtype, **loading, **more)
+    check_vocabulary(loaded, encoder.tokenizer, model)
     check_room(plan, loaded, encoder)
     table = evaluate_plan(plan, loaded, encoder, folder, name=model, overwrite=overwrite)
     if adapter is None and folder == Path(model).expanduser() / "eval":

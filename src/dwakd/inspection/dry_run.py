@@ -139,7 +139,7 @@ def predict(recipe: Recipe, plan: EvaluationPlan | None = None) -> tuple[Predict
     with tempfile.TemporaryDirectory() as empty:
         args = training_config(recipe, empty)
         timed = recipe.replace(training={**recipe.training, **_OPTIONS}, teacher=teacher)
-        trainer = build_trainer(timed, empty, plan)
+        trainer = build_trainer(timed, empty, plan, write=False)
         pairs: EncodedPairs = trainer.train_dataset
         rows = sorted(pairs.rows, key=lambda row: row.student.length)
         size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

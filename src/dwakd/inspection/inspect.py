@@ -12,6 +12,7 @@ from dwakd.answers.prompts import section_encoder, train_source
 from dwakd.answers.run import training_examples
 from dwakd.data.pairs import encode_pairs
 from dwakd.data.rows import Example
+from dwakd.data.turns import checked_text
 from dwakd.errors import UserError
 from dwakd.folders import check_output_folder
 from dwakd.inspection.checks import Finding, check_end_tokens, check_ends, check_prompts, check_responses
@@ -67,7 +68,7 @@ def inspect_recipe(
         UserError: the data or the models cannot be used, or there is no such row.
     """
     data, sections = recipe.data, [recipe.student, *recipe.teachers[:1]]
-    examples = _examples(recipe) if text is None else [Example(0, "", response=text)]
+    examples = _examples(recipe) if text is None else [Example(0, "", response=checked_text(text, "--text"))]
     if text is None and data.teacher_key is not None:
         examples = [example for example in examples if example.teacher == recipe.teacher_names[0]]
     if not examples:
@@ -146,4 +147,4 @@ def _examples(recipe: Recipe) -> list[Example]:
     if answers is None or not Path(answers).expanduser().is_file():
         fix = "run dwakd generate, or set data.responses=given to inspect the labelled rows"
         raise UserError(f"the teacher's answers {answers} (generate.output) do not exist yet; {fix}")
-    return training_examples(recipe)
+    return training_examples(recipe, write=False)

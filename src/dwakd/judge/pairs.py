@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dwakd.data.turns import checked_text
 from dwakd.errors import UserError, explained
 from dwakd.judge.options import JudgeOptions
 
@@ -47,7 +48,12 @@ def read_pairs(places: Sequence[Path], options: JudgeOptions) -> list[Pair]:
     pairs: list[Pair] = []
     for name in shared:
         paths = a[name], b[name]
-        of_a, of_b = (_read_answers(path, options.answers_seed) for path in paths)
+        (of_a, *temperature), (of_b, *other) = (_read_answers(path, options.answers_seed) for path in paths)
+        if None not in (*temperature, *other) and temperature != other:
+            raise UserError(
+                f"{paths[0]} was sampled at temperature {temperature[0]}, but {paths[1]} at {other[0]}: compare greedy "
+                "answers by leaving out --answers-seed, or answer one of them again"
+            )
         if not (common := [key for key in of_a if key in of_b]):
             raise UserError(f"{paths[0]} and {paths[1]} have no prompt in common: {_FIX}")
         if unmatched := len(of_a) + len(of_b) - 2 * len(common):
@@ -73,8 +79,8 @@ def _answer_files(place: Path) -> dict[str, Path]:
     raise UserError(f"{place} {what}: name a folder with results of dwakd eval, or a jsonl file of prompts and answers")
 
 
-def _read_answers(path: Path, seed: int | None) -> dict[tuple[str, int], str]:
-    """Return the answers of one pass, at the first temperature, by the prompt and how often it occurred before."""
+def _read_answers(path: Path, seed: int | None) -> tuple[dict[tuple[str, int], str], float | None]:
+    """Return the answers of one pass by the prompt and how often it occurred before, and the first temperature."""
     passes: dict[tuple[Any, Any], dict[tuple[str, int], str]] = {}
     seen: Counter[Any] = Counter()
     for number, line in enumerate(path.read_bytes().rstrip().split(b"\n"), 1):
@@ -88,10 +94,12 @@ def _read_answers(path: Path, seed: int | None) -> dict[tuple[str, int], str]:
         for text, names in zip(texts, _COLUMNS, strict=True):
             if not isinstance(text, str):
                 raise UserError(f"{place} has no text in any column of {', '.join(names)}: add one of them")
-        question, answer = (text.strip() for text in texts)
+        question, answer = (checked_text(text, f"the text of {place}").strip() for text in texts)
+        if "question" not in row and isinstance(row.get("input"), str) and row["input"].strip():
+            question += f"\n{checked_text(row['input'], f'the input of {place}').strip()}"
         passes.setdefault(one, {})[question, seen[one, question]] = answer
         seen[one, question] += 1
-    if found := next((answers for one, answers in passes.items() if one[0] == seed), None):
+    if found := next(((answers, one[1]) for one, answers in passes.items() if one[0] == seed), None):
         return found
     seeds = ", ".join(dict.fromkeys("none (greedy)" if one[0] is None else str(one[0]) for one in passes)) or "missing"
     wanted = "greedy answers" if seed is None else f"answers sampled with seed {seed}"

@@ -12,6 +12,7 @@ _FIELDS = ("{question}", "{first}", "{second}")
 _MARKED = re.compile(r"\[\[(A|B|C|Tied?)\]\]", re.IGNORECASE)
 _NOUN = r"(?:my |the )?(?:verdict|winner|answer|response|assistant)\W+(?:is\W+|of\W+)?"
 _VERDICT = re.compile(rf"\W*(?:{_NOUN})*(A|B|Tied?)\W*", re.IGNORECASE)
+_HEADING = re.compile(r":\W*$")
 _SCORES = {"a": 1.0, "b": 0.0, "c": 0.5, "tie": 0.5, "tied": 0.5}
 
 
@@ -30,19 +31,23 @@ def fill(template: str, *texts: str) -> str:
     return re.sub("|".join(map(re.escape, _FIELDS)), lambda match: values[match[0]], template)
 
 
-def read_verdict(reply: str) -> float | None:
+def read_verdict(reply: str, *, complete: bool = True) -> float | None:
     r"""Return 1 if a reply prefers the first answer, 0.5 for a tie, 0 for the second answer, None without a verdict.
 
-    The last of [[A]], [[B]], [[C]] and [[Tie]] counts. Without them, the first or the last line must be a verdict. Text
-    before </think> is ignored.
+    The last of [[A]], [[B]], [[C]] and [[Tie]] counts. Without them, the last or else the first line must be a verdict, if
+    the reply is `complete`. A line that ends with a colon is a heading. Text before </think> is ignored.
 
     Examples:
         >>> [read_verdict(reply) for reply in ("A", "**Tied**.", "Both are fine.\nVerdict: B", "A or B?")]
         [1.0, 0.5, 0.0, None]
     """
-    text = reply.rpartition("</think>")[2].strip()
+    thoughts, _, text = reply.rpartition("</think>")
+    text = text.strip()
+    if not thoughts and "<think>" in text:
+        return None
     if marked := _MARKED.findall(text):
         return _SCORES[marked[-1].lower()]
-    lines = text.splitlines()
-    found = next(filter(None, map(_VERDICT.fullmatch, [*lines[:1], *lines[-1:]])), None)
+    lines = text.splitlines() if complete else []
+    candidates = [line for line in [*lines[-1:], *lines[:1]] if not _HEADING.search(line)]
+    found = next(filter(None, map(_VERDICT.fullmatch, candidates)), None)
     return _SCORES[found[1].lower()] if found else None

@@ -81,8 +81,13 @@ class Judge:
                     ) from error
                 vote["refused"] = str(error)
             else:
-                reply = answer.choices[0].message.content or ""
-                vote |= {"score_of_first": read_verdict(reply), "reply": reply, "model": answer.model}
+                choice = answer.choices[0]
+                reply, complete = choice.message.content or "", choice.finish_reason != "length"
+                vote |= {
+                    "score_of_first": read_verdict(reply, complete=complete),
+                    "reply": reply,
+                    "model": answer.model,
+                }
                 vote |= {name: getattr(answer.usage, name, None) for name in ("prompt_tokens", "completion_tokens")}
             vote["key"] = json_digest([self._identity, prompt])
             with self._lock, explained(f"{self._path} cannot be written"), self._path.open("ab") as file:
@@ -175,7 +180,7 @@ def _prompts(pair: Pair, template: str, *, both_orders: bool) -> dict[int, str]:
 
 def _estimate(prompts: Collection[str], request: dict[str, Any], options: JudgeOptions, *, yes: bool) -> None:
     """Print the number of requests and, if prices are given, the cost. Raise a UserError if it is high, unless `yes`."""
-    tokens = sum(len(prompt.encode()) for prompt in prompts) // _BYTES_PER_TOKEN
+    tokens = sum(len(prompt.encode(errors="replace")) for prompt in prompts) // _BYTES_PER_TOKEN
     text, cost = f"{len(prompts):,} requests, about {tokens:,} prompt tokens", 0.0
     if options.price_in is not None or options.price_out is not None:
         most = len(prompts) * (request.get("max_tokens") or request.get("max_completion_tokens") or 0)

@@ -15,14 +15,17 @@ RECIPE_FILE = "dwakd-recipe.yaml"
 """The resolved recipe in a run's folder."""
 
 
-class _Loader(yaml.SafeLoader):
-    """Read 5e-4 as a number and `no` as a word, and refuse repeated keys.
+_INTEGER = "tag:yaml.org,2002:int"
 
-    YAML 1.1 reads 5e-4 as a string and `no` as false, and uses the last of two equal keys.
+
+class _Loader(yaml.SafeLoader):
+    """Read 5e-4 as a number, and `no` and 010 as text, and refuse repeated keys.
+
+    YAML 1.1 reads 5e-4 as a string, `no` as false, 010 as 8 and 1:30 as 90, and uses the last of two equal keys.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own name)
-        first: [(tag, pattern) for tag, pattern in found if tag != "tag:yaml.org,2002:bool"]
+        first: [(tag, pattern) for tag, pattern in found if tag not in ("tag:yaml.org,2002:bool", _INTEGER)]
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -50,6 +53,9 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    _INTEGER, re.compile(r"^[-+]?(0|[1-9][\d_]*|0x[\da-fA-F_]+|0b[01_]+)$", re.ASCII), list("-+0123456789")
 )
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
@@ -88,6 +94,8 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         UserError: there is no such file, it is not valid YAML, or an override cannot be applied.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a recipe, which is a YAML file")
     if not path.is_file():
         raise UserError(f"recipe {path} does not exist")
     content, fault = _read(path)

@@ -267,6 +267,7 @@ class EvaluationSection(Section):
         description="plain, or minillm as in the published tables: no 6-gram occurs twice in prompt and answer.",
     )
     max_new_tokens: Count = Field(256, description="Maximum number of tokens of an answer.")
+    max_length: Count = Field(512, description="Maximum number of tokens of prompt and response in bits per byte.")
     batch_size: Count = Field(16, description="Prompts in one forward pass. It does not change the answers.")
     limit: Count | None = Field(None, description="Only the first rows of each test set.")
 

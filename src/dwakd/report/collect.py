@@ -20,6 +20,8 @@ from dwakd.recipe.files import RECIPE_FILE, read_saved_recipe
 from dwakd.training.run_folder import RUN_FILE, flat_options
 
 Value = TypeVar("Value")
+_OF_MODELS = ("model", "data", "versions", "tokenizer", "chat_template")
+"""Parts of the signature of scores that may differ between runs that are compared."""
 DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """What reading a damaged file raises."""
 
@@ -104,7 +106,27 @@ def collect(folders: Sequence[Path]) -> Collection:
     for path, name, row in runs.values():
         suffix = f" ({path})" if counts[name] > 1 else ""
         found.runs.append(_run(path, name + suffix, row + suffix, found))
+    _check_sets(found)
     return found
+
+
+def _check_sets(found: Collection) -> None:
+    """Rename test sets of the same name but with other rows, so that nothing compares them; note other differences."""
+    for name in dict.fromkeys(name for run in found.runs for name in run.evaluations):
+        runs = [run for run in found.runs if name in run.evaluations]
+        signatures = [run.evaluations[name].signature for run in runs]
+        rows = [str(one.get("data", {}).get("sha256"))[:8] for one in signatures]
+        names = dict.fromkeys(key for one in signatures for key in one if key not in _OF_MODELS)
+        differing = [key for key in names if len({json.dumps(one.get(key)) for one in signatures}) > 1]
+        if len(set(rows)) > 1:
+            found.notes.append(f"the test set {name} has other rows in some runs, so these are shown as different sets")
+            for run, digest in zip(runs, rows, strict=True):
+                run.evaluations[f"{name} {digest}"] = run.evaluations.pop(name)
+        elif differing:
+            found.notes.append(
+                f"the scores on {name} were computed with different values of {', '.join(differing)}, so they do not "
+                "show differences of the models only"
+            )
 
 
 def _cells(folder: Path, found: Collection) -> list[tuple[Path, str, str]]:

@@ -62,11 +62,15 @@ def summary(found: Collection) -> Markup:
     for run in found.runs:
         means: dict[tuple[str, bool], list[float]] = {}
         for one in scores(run):
+            if one.temperature in run.evaluations[one.test_set].other_temperatures:
+                continue
             means.setdefault((one.metric, one.temperature == _GREEDY), []).append(one.value)
         keys = (("ROUGE-L", False), ("ROUGE-L", True), (_BITS, False))
         values = [_number(fmean(means[key]) if key in means else None, 3 if key[0] == _BITS else 2) for key in keys]
         lines.append([run.name, _method(run), _number(run.record.get("num_steps"), 0), *values])
-    caption = "Means over test sets and temperatures. ROUGE-L is in percent. Lower bits per byte are better."
+    caption = (
+        "Means over test sets, sampled at the first temperature. ROUGE-L is in percent. Lower bits per byte are better."
+    )
     shown = table(["run", "method", "steps", "ROUGE-L sampled", "ROUGE-L greedy", _BITS], lines, caption=caption)
     return join(notes, shown) if found.notes else shown
 
@@ -90,15 +94,19 @@ def results(runs: Sequence[Run], rows: Sequence[str]) -> Markup | None:
 
 
 def _differences(runs: Sequence[Run]) -> list[Markup]:
-    """Compare every row with the first one of SFT, or else with the first row, as `dwakd compare` does."""
+    """Compare every row with `sft`, or else the first one of SFT on the data itself, or else the first row."""
     by_row: dict[str, list[CellScores]] = {}
     for run in runs:
         try:
-            by_row.setdefault(run.row, []).append(read_cell(run.folder))
+            by_row.setdefault(run.row, []).append(read_cell(run.folder, run.evaluations))
         except DAMAGE:  # a note names the file
             by_row.pop(run.row)
     trained = [row for row in by_row if not is_teacher(row)]
-    reference = next((run.row for run in runs if _method(run) == "sft" and run.row in by_row), next(iter(trained), ""))
+    on_data = [
+        run.row for run in runs if _method(run) == "sft" and run.options.get("data.responses", "given") == "given"
+    ]
+    fitting = [row for row in ("sft", *on_data, *trained) if row in trained]
+    reference = next(iter(fitting), "")
     known = {row: by_row[row] for row in trained}
     gaps = {metric: found for metric in METRICS if (found := paired_intervals(known, metric))}
     lines: list[list[Cell]] = []

@@ -27,7 +27,7 @@ from dwakd.evaluation.generate import Model, max_positions, progress_bar
 from dwakd.evaluation.metrics import has_reference
 from dwakd.evaluation.options import RowOptions
 from dwakd.folders import check_output_folder, write_json
-from dwakd.models.loading import load_causal_lm, load_tokenizer
+from dwakd.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
 from dwakd.models.rows import check_head, evaluating, response_hidden
 
 Side: TypeAlias = tuple[Model, TextEncoder]
@@ -74,9 +74,10 @@ def compare_representations(
     prompts = rows.rendering(template="alpaca", bos="auto", special_tokens_in_prompts="parse")
 
     def load(name: str, adapter: str | None = None) -> Side:
-        model = load_causal_lm(name, adapter=adapter)
+        model, tokenizer = load_causal_lm(name, adapter=adapter), load_tokenizer(name)
         check_head(model)
-        return model, TextEncoder(load_tokenizer(name), **prompts)
+        check_vocabulary(model, tokenizer, name)
+        return model, TextEncoder(tokenizer, **prompts)
 
     reference = load(teacher, adapter)
     versions = {name: version(name) for name in ("dwakd", "torch", "transformers")}

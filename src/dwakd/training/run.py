@@ -17,7 +17,7 @@ from transformers import Trainer, get_scheduler
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from dwakd.answers.prompts import eval_rows, train_source
+from dwakd.answers.prompts import eval_rows, is_answered, train_source
 from dwakd.answers.run import training_examples
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example, RowSource
@@ -128,16 +128,17 @@ def recipe_encoders(
 
 
 def recipe_examples(
-    recipe: Recipe, plan: EvaluationPlan | None = None
+    recipe: Recipe, plan: EvaluationPlan | None = None, *, write: bool = True
 ) -> tuple[list[Example] | RowSource, list[Example] | None]:
     """Return the rows to train on and, if the recipe has an evaluation set, those to evaluate on.
 
     Given rows are read when they are encoded.
 
-    With `data.responses: teacher` the teacher's answers are made if they are missing; `plan` as in `answer_recipe`.
+    With `data.responses: teacher` the teacher's answers are made if they are missing; `plan` and `write` as in
+    `answer_recipe`.
     """
     if recipe.data.responses == "teacher":
-        return training_examples(recipe, plan), eval_rows(recipe.data)
+        return training_examples(recipe, plan, write=write), eval_rows(recipe.data)
     on_policy = recipe.training.get("lmbda") == 1
     return train_source(recipe.data, need_response=not on_policy), eval_rows(recipe.data)
 
@@ -147,14 +148,17 @@ def train_name(recipe: Recipe) -> str:
     data, answers = recipe.data, recipe.generate
     if data.responses == "given":
         return data.train
-    others = "" if data.train in (answers.prompts or [data.train]) else f"the rows of {data.train}, then "
+    others = "" if is_answered(recipe) else f"the rows of {data.train}, then "
     return f"{others}the answers in {answers.output}"
 
 
-def build_trainer(recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan | None = None) -> DistillTrainer:
+def build_trainer(
+    recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan | None = None, *, write: bool = True
+) -> DistillTrainer:
     """Load the data and the models of a recipe into a trainer; check that the student has room for the plan's prompts.
 
-    The rows to train on are encoded before the models are loaded, so that an error in a row is reported first.
+    The teacher's answers are made if they are missing, unless `write` is false. The rows to train on are encoded before the
+    models are loaded, so that an error in a row is reported first.
     """
     args = check_options(recipe, output_dir)
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):  # before the models are loaded
@@ -162,7 +166,7 @@ def build_trainer(recipe: Recipe, output_dir: str | Path, plan: EvaluationPlan |
     if any(section.device_map for section in recipe.teachers):
         args._n_gpu = min(args.n_gpu, 1)  # the teacher is on the other GPUs
     peft, data = recipe.student.peft, recipe.data
-    examples, eval_examples = recipe_examples(recipe, plan)
+    examples, eval_examples = recipe_examples(recipe, plan, write=write)
     sections = recipe.teachers if recipe.loss.needs_teacher else []
     sides = [open_section(section) for section in (recipe.student, *sections)]
     encoders = recipe_encoders((recipe.student, *sections), sides, args)
