@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from dwakd.compare.plan import Cell, Variant
-from dwakd.compare.table import CellScores, comparison_tables, paired_intervals, read_cell, summarise_comparison
+from dwakd.compare.scores import CellScores, read_cell
+from dwakd.compare.table import comparison_tables, paired_intervals, summarise_comparison
 from dwakd.evaluation.evaluate import TEXT_METRIC
 
 
@@ -167,6 +168,9 @@ def test_all_columns_fit_into_80(tmp_path):
     summary = summarise_comparison({"teacher": [replace(one, dev=())], "sft": [one], "dwa_kd + alm": [one, one]}, {})
     text = shown(comparison_tables(summary), width=80)
     assert "…" not in text
+    assert "cut" not in text
+    cut = shown(comparison_tables(summarise_comparison({"sft": [one, replace(one, num_truncated=3)]}, {})))
+    assert "sft: bits per byte of 3 responses that were cut at evaluation.max_length" in " ".join(cut.split())
     assert all(value in text for value in ("1234.500", "70.00", "60.00", "12345.0"))
 
 

@@ -18,7 +18,8 @@ from dwakd.answers.store import read_json
 from dwakd.checksums import CHECKSUMS
 from dwakd.compare.plan import Cell, Variant, search_of, sft_row, variants_of
 from dwakd.compare.runner import Runner, check_results, is_evaluated, only_one
-from dwakd.compare.table import CellScores, comparison_tables, read_cell, summarise_comparison
+from dwakd.compare.scores import CellScores, read_cell
+from dwakd.compare.table import comparison_tables, summarise_comparison
 from dwakd.errors import UserError
 from dwakd.evaluation.run import EvaluationPlan, evaluate_sets, plan_evaluation
 from dwakd.folders import check_output_folder, write_json

@@ -11,7 +11,8 @@ import numpy as np
 from markupsafe import Markup
 
 from dwakd.compare.plan import is_teacher
-from dwakd.compare.table import METRICS, CellScores, bootstrap, paired_intervals, read_cell
+from dwakd.compare.scores import METRICS, CellScores, read_cell
+from dwakd.compare.table import bootstrap, paired_intervals
 from dwakd.report.charts import Score, box_plots, curve, intervals, is_finite, legend, logged_values
 from dwakd.report.collect import DAMAGE, Collection, Run
 from dwakd.report.page import Cell, Number, code, details, facts, grid, heading, join, paragraph, table
