@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import xxhash
@@ -59,6 +60,14 @@ def checksum_fault(folder: Path) -> str | None:
     if not damaged:
         return None
     return f"its {damaged[0].relative_to(folder)} {'is missing' if missing else 'is damaged (its checksum differs)'}"
+
+
+@cache
+def code_digest() -> str:
+    """Return a digest of the code that encodes rows and matches vocabularies, whose stored results depend on it."""
+    package = Path(__file__).parent
+    files = sorted(path for name in ("align", "data") for path in (package / name).glob("*.py"))
+    return hashlib.sha256("".join(map(_digest, files)).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

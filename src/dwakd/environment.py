@@ -6,6 +6,7 @@ import os
 import platform
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 PACKAGES = (
     *("dwakd", "torch", "transformers", "tokenizers", "peft", "accelerate", "datasets"),
@@ -62,6 +63,13 @@ def supports_bfloat16(*, use_cpu: bool) -> bool:
     from transformers.utils import is_torch_bf16_gpu_available
 
     return not use_cpu and bool(is_torch_bf16_gpu_available())
+
+
+def widest_float(device: Any) -> Any:
+    """Return the dtype float64, or float32 on Apple's GPUs, which have no float64."""
+    import torch
+
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def global_rank() -> int:

@@ -36,6 +36,13 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def test_a_transform_of_a_data_set_is_refused():
+    """It changes rows when they are read, which the reader of rows does not do."""
+    rows = datasets.Dataset.from_list([{"prompt": "a", "response": "b"}]).with_transform(lambda batch: batch)
+    with pytest.raises(UserError, match=r"has a transform .* apply it with map"):
+        load_examples(rows)
+
+
 def error_of(source: Any, **options: Any) -> str:
     with pytest.raises(UserError) as caught:
         load_examples(source, **options)

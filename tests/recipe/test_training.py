@@ -1,10 +1,12 @@
 """Test the training arguments in a recipe and in `DistillConfig`."""
 
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import BitsAndBytesConfig, HfArgumentParser
 
 from dwakd import DistillConfig, UserError
 from dwakd.recipe.recipe import recipe_from_dict
@@ -109,6 +111,37 @@ def test_mistakes_in_a_recipe_are_explained(name, value, message):
     """An option in the wrong section and a word instead of a number are refused with an explanation."""
     with pytest.raises(UserError, match=rf"training\.{name}.*{message}"):
         in_recipe(**{name: value})
+
+
+def test_dicts_are_read_from_a_command_line(tmp_path):
+    """Scripts as those of TRL parse their arguments with HfArgumentParser, which knows no dicts."""
+    words = ["--loss_options", '{"kd_weight": 0.3}', "--teacher_model_init_kwargs", '{"dtype": "float32"}']
+    read = HfArgumentParser(DistillConfig).parse_args(words)
+    given = {name: getattr(read, name) for name in ("loss_options", "model_init_kwargs", "teacher_model_init_kwargs")}
+    args = DistillConfig(str(tmp_path), use_cpu=True, **given)
+    assert (args.loss_options, args.model_init_kwargs) == ({"kd_weight": 0.3}, None)
+    assert args.teacher_model_init_kwargs == {"dtype": "float32"}
+    for text, message in (("{", "loss_options is not valid JSON"), ("[1]", "loss_options must be a dict")):
+        with pytest.raises(UserError, match=message):
+            DistillConfig(str(tmp_path), use_cpu=True, loss_options=text)
+
+
+def test_a_quantised_teacher_can_be_logged(tmp_path):
+    """TensorBoard and other trackers write the arguments as JSON."""
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    args = DistillConfig(str(tmp_path), use_cpu=True, teacher_model_init_kwargs={"quantization_config": config})
+    assert json.loads(args.to_json_string())["teacher_model_init_kwargs"]["quantization_config"]["quant_method"]
+    assert args.teacher_model_init_kwargs["quantization_config"] is config
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"optim": "galore_adamw"}, {"optim": "lomo"}, {"bf16_full_eval": True}, {"include_num_input_tokens_seen": "all"}],
+)
+def test_options_without_an_effect_are_refused(tmp_path, options):
+    """They would be ignored, or end in an exception of transformers after the models are loaded."""
+    with pytest.raises(UserError, match=next(iter(options))):
+        DistillConfig(str(tmp_path), use_cpu=True, **options)
 
 
 def test_bfloat16_is_the_default_on_gpus_that_support_it(monkeypatch, tmp_path):

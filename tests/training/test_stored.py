@@ -140,3 +140,21 @@ def test_of_several_processes_one_encodes(folder: Path, monkeypatch: pytest.Monk
         found = list(pool.map(lambda _: len(encoded(folder)), range(3)))
     assert (found, len(calls)) == ([len(ROWS) - 2] * 3, 1)
     assert not [path for path in (folder / "cache" / "dwakd").iterdir() if path.suffix == ".tmp"]
+
+
+def test_workers_open_the_file_again(folder):
+    """A worker process that is spawned gets the rows by pickle, which would copy the whole data set."""
+    pairs = encoded(folder)
+    for rows in (pairs, pairs.of_teacher(1)):
+        data = pickle.dumps(rows)
+        assert len(data) < 1000
+        assert [pickle.loads(data)[n] for n in range(len(rows))] == [rows[n] for n in range(len(rows))]
+
+
+def test_rows_that_other_code_has_encoded_are_encoded_again(folder, monkeypatch):
+    """The version of the package stays the same between two commits."""
+    encoded(folder)
+    before = files(folder)
+    monkeypatch.setattr("dwakd.training.stored.code_digest", lambda: "other code")
+    encoded(folder)
+    assert len(files(folder) - before) == 1

@@ -40,6 +40,20 @@ def test_a_frozen_student_is_refused(tmp_path, method):
             run_of(student, tmp_path, method=method)
 
 
+def test_a_student_in_half_precision(tmp_path, caplog):
+    """In float16, AdamW's second moments become 0 and updates explode; in bfloat16, small updates are rounded away."""
+    half = tiny_model("llama", len(TOKENIZERS[0])).to(torch.float16)
+    with pytest.raises(UserError, match=r"would be trained in float16: load the student with dtype=torch\.float32"):
+        run_of(half, tmp_path)
+    assert "bfloat16" not in caplog.text
+    run_of(tiny_model("llama", len(TOKENIZERS[0])).to(torch.bfloat16), tmp_path)
+    assert "is trained in bfloat16, which rounds small updates away" in caplog.text
+    caplog.clear()
+    adapted = get_peft_model(half, LoraConfig(task_type="CAUSAL_LM"))
+    run_of(adapted, tmp_path)
+    assert "bfloat16" not in caplog.text, "the adapter is in float32"
+
+
 def test_a_teacher_that_shares_the_students_weights_is_refused(tmp_path):
     """A teacher that shares parameters with the student is refused, because freezing it would freeze the student."""
     student = tiny_model("llama", len(TOKENIZERS[0]))

@@ -2,17 +2,23 @@
 
 import json
 import logging
+import math
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from dwakd import METHODS, DistillConfig, DistillTrainer, UserError
+from dwakd.data.encoding import TextEncoder
+from dwakd.data.pairs import encode_pairs
+from dwakd.data.sources import load_examples
+from dwakd.training.arguments import checked_args
 from dwakd.training.distiller import LOSS_STATE
-from dwakd.training.inputs import checked_args
-from tests.builders import FAMILIES, bpe_byte_fallback, byte_bpe, tiny_model
+from tests.builders import CHAT_TEMPLATE, FAMILIES, bpe_byte_fallback, byte_bpe, tiny_model
 from tests.training.builders import ROWS, assert_same, on_policy, trainer, weights
 
 
@@ -264,6 +270,103 @@ def test_noise_on_embeddings_and_other_sets(tmp_path):
         run.predict(ROWS)
 
 
+def test_an_optimizer_that_lacks_the_maps_is_refused(tmp_path):
+    """The trainer creates the maps and the adapter, so an optimiser that was made before contains neither."""
+    args = DistillConfig(output_dir=str(tmp_path), use_cpu=True, template="plain", max_steps=1, save_strategy="no")
+    for peft, missing in ((None, r"loss\..*"), (LoraConfig(r=2, task_type="CAUSAL_LM"), "student.*lora_A.*")):
+        student = tiny_model("llama", 400)
+        given = {"processing_class": byte_bpe(), "teacher_processing_class": byte_bpe(), "peft_config": peft}
+        optimizers = torch.optim.AdamW(student.parameters()), None
+        with pytest.raises(UserError, match=f"lacks the trained parameter {missing}: use optim and optim_args"):
+            DistillTrainer(student, tiny_model("gemma2", 400), args, ROWS, optimizers=optimizers, **given)
+    run = DistillTrainer(
+        tiny_model("llama", 400), tiny_model("gemma2", 400), args, ROWS, **given | {"peft_config": None}
+    )
+    before = {name: one.clone() for name, one in run.model.named_parameters()}
+    run.optimizer = torch.optim.AdamW(run.model.parameters())
+    run.train()
+    assert not any(torch.equal(before[name], one) for name, one in run.model.named_parameters())
+
+
+def test_the_saved_student_stops_at_the_end_token_of_its_template(tmp_path):
+    """A base model's end token is often not the one that a chat template writes after an answer."""
+    tokenizer = byte_bpe()
+    tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("eos_token", "'<|im_end|>'")
+    student = tiny_model("llama", len(tokenizer))
+    args = DistillConfig(
+        output_dir=str(tmp_path), use_cpu=True, template="chat", method="sft", max_steps=1, save_strategy="no"
+    )
+    run = DistillTrainer(student, None, args, ROWS, processing_class=tokenizer)
+    run.train()
+    run.save_model(str(tmp_path / "saved"))
+    ends = json.loads((tmp_path / "saved" / "generation_config.json").read_text())["eos_token_id"]
+    assert run.student_encoder.end_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert {run.student_encoder.end_token_id, tokenizer.eos_token_id} <= set(ends)
+
+
+def test_rows_that_were_encoded_for_other_models_are_refused(tmp_path):
+    """Ids of another tokenizer would train on other text, without an error."""
+    encoders = [TextEncoder(make(), "plain") for make in (byte_bpe, bpe_byte_fallback)]
+    args = DistillConfig(output_dir=str(tmp_path), use_cpu=True, template="plain", eval_rouge_l=True)
+    pairs = encode_pairs(load_examples(ROWS), *encoders)
+    sides = {"processing_class": encoders[0].tokenizer, "teacher_processing_class": encoders[1].tokenizer}
+    models = [tiny_model("llama", len(one.tokenizer)) for one in encoders]
+    DistillTrainer(*models, args, pairs, **sides)
+    with pytest.raises(UserError, match="eval_dataset is encoded already, so its prompts cannot be answered"):
+        DistillTrainer(*models, args, ROWS, pairs, **sides)
+    swapped = {"processing_class": encoders[0].tokenizer, "teacher_processing_class": encoders[0].tokenizer}
+    with pytest.raises(UserError, match="not encoded with the tokenizer of teacher 1: encode them again"):
+        DistillTrainer(models[0], tiny_model("gemma2", 400), args, pairs, **swapped)
+    two = {"processing_class": encoders[0].tokenizer, "teacher_processing_class": [encoders[1].tokenizer] * 2}
+    teachers = [tiny_model("gemma2", len(encoders[1].tokenizer)) for _ in range(2)]
+    with pytest.raises(UserError, match="encoded for a student and 1 teachers, but there are 2"):
+        DistillTrainer(models[0], teachers, args, pairs, **two)
+
+
+def test_the_model_of_the_trainer_points_to_the_student(tmp_path):
+    """Idioms of other trainers, such as trainer.model.save_pretrained, name the way to the student."""
+    run = trainer(tmp_path)
+    assert not hasattr(run.model, "save_pretrained")
+    with pytest.raises(
+        AttributeError, match=r"has no generate: use trainer\.student\.generate, or trainer\.save_model"
+    ):
+        run.model.generate()
+    with pytest.raises(AttributeError, match="no attribute 'other'"):
+        run.model.other()
+
+
+def test_flash_attention_runs_in_half_precision(tmp_path, monkeypatch):
+    """It takes neither float32 nor, mostly, a CPU: the checks before training use another function, and the rest autocast."""
+    called = []
+
+    def flash(module, query, key, value, attention_mask, **options):
+        if query.dtype == torch.float32:  # as `flash_attention_forward` of transformers
+            if not torch.is_autocast_enabled("cpu"):
+                raise RuntimeError("FlashAttention only supports fp16 and bf16 data type")
+            query, key, value = (one.to(torch.get_autocast_dtype("cpu")) for one in (query, key, value))
+        called.append(query.dtype)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_stand_in", flash)
+    masks = type(ALL_MASK_ATTENTION_FUNCTIONS)._global_mapping
+    monkeypatch.setitem(masks, "flash_stand_in", masks["sdpa"])
+    monkeypatch.setattr("dwakd.training.trainer.check_student", lambda _: None)  # no package has this implementation
+    tokenizers = byte_bpe(), bpe_byte_fallback()
+    models = [tiny_model(kind, len(one)) for kind, one in zip(("llama", "qwen2"), tokenizers, strict=True)]
+    for model in models:
+        model.config._attn_implementation = "flash_stand_in"
+    args = DistillConfig(
+        output_dir=str(tmp_path), use_cpu=True, template="plain", max_steps=2, save_strategy="no", padding_free=True,
+        method="alm", lmbda=0.5, max_new_tokens=4, eval_rouge_l=True, eval_max_new_tokens=4,
+    )  # fmt: skip
+    sides = {"processing_class": tokenizers[0], "teacher_processing_class": tokenizers[1]}
+    run = DistillTrainer(*models, args, ROWS, ROWS[:2], **sides)
+    run.train()
+    assert math.isfinite(run.evaluate()["eval_rouge_l"])
+    assert set(called) == {torch.bfloat16}
+
+
 def test_missing_pieces_are_named(tmp_path):
     """A missing or wrong argument raises a UserError that names it."""
     student = tiny_model("llama", 400)
@@ -286,7 +389,7 @@ def test_missing_pieces_are_named(tmp_path):
         nothing.train()
     for name, value, message in (
         ("learning_rate", "1e-3", "learning_rate must be a number, got '1e-3'"),
-        ("loss_options", "a", "loss_options must be"),
+        ("loss_options", "a", "loss_options is not valid JSON"),
     ):
         wrong = DistillConfig(output_dir=str(tmp_path), use_cpu=True)
         setattr(wrong, name, value)  # the type checker refuses it in the constructor

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import trange
 
+from dwakd.checksums import code_digest
 from dwakd.folders import cache_folder, write_file
 
 Tokens = Sequence[bytes | None]
@@ -97,7 +98,7 @@ def stored(
     """Return what `build` computes for two vocabularies and `more`. If they are large, it is stored under `$DWAKD_CACHE`."""
     if len(source_tokens) * len(target_tokens) < _PAIRS_WORTH_KEEPING:
         return build()
-    digest = hashlib.sha256(repr((source_tokens, target_tokens, *more)).encode()).hexdigest()[:32]
+    digest = hashlib.sha256(repr((code_digest(), source_tokens, target_tokens, *more)).encode()).hexdigest()[:32]
     path = cache_folder() / "vocabularies" / f"{digest}.safetensors"
     if not path.is_file():
         write_file(path, save(build()))  # other processes may write it as well

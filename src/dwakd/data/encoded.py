@@ -113,15 +113,21 @@ class StoredRows(Sequence[EncodedRow]):
     Args:
         table: the table, mapped into memory.
         only: index of the only teacher whose side is read.
+        path: the file, from which another process opens the table again.
     """
 
-    def __init__(self, table: Any, only: int | None = None) -> None:
-        self.table, self.only = table, only
+    def __init__(self, table: Any, only: int | None = None, path: Path | None = None) -> None:
+        self.table, self.only, self.path = table, only, path
+
+    def __reduce__(self) -> Any:
+        if self.path is None or not self.path.is_file():
+            return StoredRows, (self.table, self.only)
+        return _reopened, (self.path, self.only)
 
     @classmethod
     def open(cls, path: Path) -> "StoredRows":
         """Map a file into memory."""
-        return cls(pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all())
+        return cls(pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all(), path=path)
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -150,7 +156,12 @@ class StoredRows(Sequence[EncodedRow]):
         table = self.table
         if chosen.null_count < len(chosen):
             table = table.filter(pyarrow.compute.equal(chosen, index))
-        return StoredRows(table, index)
+        return StoredRows(table, index, self.path)
+
+
+def _reopened(path: Path, only: int | None) -> StoredRows:
+    rows = StoredRows.open(path)
+    return rows if only is None else rows.of_teacher(only)
 
 
 def _array(tokens: Any) -> NDArray[np.int32] | None:

@@ -264,3 +264,24 @@ class SpellingAligner:
             accepted = (rows >= 0) & (nearest[other[np.maximum(rows, 0)]] == own)
             sides.append(replace(side, aligned_rows=np.where(accepted, rows, -1).astype(np.int32)))
         return replace(row, teachers=tuple(sides))
+
+
+def check_encoded(pairs: EncodedPairs, encoders: Sequence[TextEncoder]) -> None:
+    """Refuse rows that were encoded for another number of models, or with other tokenizers, as the first one shows."""
+    row = next(iter(pairs.rows), None)
+    if row is None:
+        return
+    sides = (row.student, *row.teachers)
+    if len(sides) < len(encoders) or 1 < len(encoders) < len(sides):
+        raise UserError(
+            f"{pairs.source}: the rows were encoded for a student and {len(row.teachers)} teachers, but there are "
+            f"{len(encoders) - 1}: encode them again"
+        )
+    for number, (side, encoder) in enumerate(zip(sides, encoders, strict=False)):
+        kept = side.ids[side.num_prompt : side.num_prompt + len(side.byte_ends) - (not row.truncated)].tolist()
+        read = (encoder.response_ids(row.text, special_tokens=special)[0] for special in (False, True))
+        if kept not in read:
+            whose = f"teacher {number}" if number else "the student"
+            raise UserError(
+                f"{pairs.source}: the rows were not encoded with the tokenizer of {whose}: encode them again"
+            )

@@ -219,6 +219,10 @@ def _loaded(source: Any, split: str | Sequence[str], name: str, *, streaming: bo
         with explained(f"could not load {what} from the Hugging Face Hub, and no such file exists"):
             options = {"streaming": True} if streaming else {}
             source = datasets.load_dataset(path, config or None, split=only, **options)
+    if isinstance(source, datasets.Dataset) and source.format["type"] == "custom":
+        raise UserError(
+            f"{name} has a transform (with_transform or set_transform), which would be left out: apply it with map"
+        )
     if isinstance(source, Mapping):
         return _loaded(source[_choose_split(source, split, name)], split, name)
     return source

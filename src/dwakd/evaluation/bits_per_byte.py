@@ -135,7 +135,7 @@ def _predictions(
     return nats, confidence, correct
 
 
-def calibration_gaps(confidence: Float[Tensor, "tokens"], correct: Bool[Tensor, "tokens"]) -> Float[Tensor, "bins"]:
+def calibration_gaps(confidence: Float[Tensor, " tokens"], correct: Bool[Tensor, " tokens"]) -> Float[Tensor, " bins"]:
     """Sum confidence minus correctness over the tokens of each bin, in float64.
 
         ECE = sum_m |gap_m| / n,   gap_m = sum of (p_i - c_i) over the tokens with (m - 1) / 15 < p_i <= m / 15

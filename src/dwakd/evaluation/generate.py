@@ -24,9 +24,10 @@ from transformers import GenerationConfig, PreTrainedModel, TopPLogitsWarper
 
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example
+from dwakd.environment import widest_float
 from dwakd.errors import UserError
 from dwakd.evaluation.options import DecodingOptions, GenerationOptions
-from dwakd.models.head import num_embeddings
+from dwakd.models.head import attention_precision, num_embeddings
 from dwakd.models.rows import evaluating
 
 Model: TypeAlias = PreTrainedModel | PeftModel
@@ -155,7 +156,8 @@ def generate_batch(
     inputs = {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device)}
     saved, model.generation_config = model.generation_config, config  # `generate` reads the unset values from the model
     try:
-        output = model.generate(**inputs, generation_config=config, logits_processor=[recorder])
+        with attention_precision(model):
+            output = model.generate(**inputs, generation_config=config, logits_processor=[recorder])
     finally:
         model.generation_config = saved
     decode = partial(encoder.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -171,8 +173,7 @@ def generate_batch(
 def streams(seed: Sequence[int], rows: Sequence[int], steps: int, device: torch.device) -> Float[Tensor, "batch steps"]:
     """Draw `steps` uniform numbers in [0, 1) for each row; more steps only append numbers."""
     numbers = np.stack([np.random.default_rng((*seed, row)).random(steps) for row in rows])
-    dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    return torch.from_numpy(numbers).to(dtype).to(device)
+    return torch.from_numpy(numbers).to(widest_float(device)).to(device)
 
 
 @dataclass(frozen=True, eq=False)

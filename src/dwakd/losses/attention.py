@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dwakd.align.offsets import text_read
 from dwakd.batch import ModelSide
+from dwakd.environment import widest_float
 from dwakd.losses.pair import Widths
 from dwakd.losses.record import record
 from dwakd.losses.sides import is_long, pad_rows, require_width, unpad_rows, valid
@@ -37,7 +38,7 @@ class TeacherScale:
         keys = torch.cat([teacher.input_embeddings, teacher.target_embeddings], -1)
         rows = []
         for part in (keys, teacher.hidden, teacher.target_embeddings):
-            values = part.detach().double()
+            values = part.detach().to(widest_float(part.device))
             mean = values.mean()
             rows.append(torch.stack([mean.new_tensor(values.numel()), mean, (values - mean).square().sum()]))
         return cls(torch.stack(rows))

@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dwakd.batch import ModelSide, OutputHead
+from dwakd.environment import widest_float
 from dwakd.losses.pair import ModelPair
 from dwakd.losses.sides import require_width
 
@@ -112,9 +113,10 @@ def pseudo_inverse(rows: Float[Tensor, "shared hidden"]) -> Float[Tensor, "share
 
     It uses the Gram matrix in float64, which is much cheaper than a singular value decomposition.
     """
-    gram = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    dtype = widest_float(rows.device)
+    gram = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=dtype)
     for block in torch.split(rows, 8192):
-        wide = block.double()
+        wide = block.to(dtype)
         gram.addmm_(wide.T, wide)
     return rows @ torch.linalg.pinv(gram, rtol=RTOL, hermitian=True).to(rows.dtype)
 

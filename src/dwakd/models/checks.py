@@ -1,5 +1,7 @@
 """Check before use that a model can be trained or be a teacher. Small batches of random tokens run through it."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,13 +10,23 @@ from torch import Tensor, nn
 
 from dwakd.batch import OutputHead
 from dwakd.errors import UserError, explained
-from dwakd.models.head import causal_lm, embedding_table, evaluating, final_hidden, model_name, output_head
+from dwakd.models.head import (
+    attention_precision,
+    causal_lm,
+    embedding_table,
+    evaluating,
+    final_hidden,
+    model_name,
+    output_head,
+    uses_flash_attention,
+)
 from dwakd.models.quantisation import is_quantised
 
 _BEYOND = 1e6
 """Logits above this magnitude are treated as those of forbidden tokens."""
 _LENGTH = 16
 _MIDDLE = 7  # a prime number, so that chunked models rarely end a chunk here
+_ROUNDING_BFLOAT16 = 8e-3
 _LOSS_SETTINGS = {"output_router_logits": "false", "z_loss_coefficient": "0"}
 """Config settings that add a loss, and the values that turn it off."""
 
@@ -48,10 +60,11 @@ def check_head(model: nn.Module) -> None:
     mask = torch.ones_like(ids)
     devices = [] if ids.device.type == "cpu" else [ids.device]
     failure = explained(f"{name} cannot be used: its forward pass fails on token ids alone")
-    with failure, evaluating(model), torch.no_grad(), torch.random.fork_rng(devices, device_type=ids.device.type):
+    fork = torch.random.fork_rng(devices, device_type=ids.device.type)
+    with failure, evaluating(model), torch.no_grad(), fork, _eager_instead_of_flash(model):
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         hidden, changed = final_hidden(model, ids, mask), final_hidden(model, changed_ids, mask)
-    rounding = 8e-3 if is_quantised(causal_lm(model)) else _rounding(hidden)
+    rounding = _ROUNDING_BFLOAT16 if is_quantised(causal_lm(model)) else _rounding(hidden)
     if problem := _head_problem(logits, hidden, head) or _order_problem(hidden, changed, kept, rounding):
         raise UserError(f"{name} {problem}")
 
@@ -88,14 +101,27 @@ def check_packing(model: nn.Module) -> None:
     kept = mask.bool()
     fix = "set training.padding_free=false, or load it with another attn_implementation such as flash_attention_2"
     failure = explained(f"training.padding_free: {name} cannot run on packed rows; {fix}")
-    with failure, evaluating(model), torch.no_grad():
+    with failure, evaluating(model), torch.no_grad(), attention_precision(model) as lower:
         alone, packed = (final_hidden(model, ids, mask, packed=packed)[kept] for packed in (False, True))
     difference = relative_difference(packed, alone)
-    if not difference <= 10 * _rounding(alone):
+    if not difference <= 10 * (_ROUNDING_BFLOAT16 if lower else _rounding(alone)):
         raise UserError(
             f"training.padding_free: with attention {implementation}, rows of {name} that are packed into one sequence "
             f"depend on each other (relative difference {difference:.2g}); {fix}"
         )
+
+
+@contextlib.contextmanager
+def _eager_instead_of_flash(model: nn.Module) -> Iterator[None]:
+    """Replace flash attention, which runs neither on CPUs nor in float32, by attention that gives the same result."""
+    config = causal_lm(model).config.get_text_config()
+    saved = config._attn_implementation
+    if uses_flash_attention(model):
+        config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = saved
 
 
 def random_tokens(config: Any, vocab_size: int, device: torch.device) -> Int[Tensor, "2 3 length"]:
@@ -188,7 +214,7 @@ def _order_problem(
 
 def _rounding(hidden: Tensor) -> float:
     """Return the relative difference that rounding may cause in hidden states of this dtype."""
-    return {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-3}.get(hidden.dtype, 8e-3)
+    return {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-3}.get(hidden.dtype, _ROUNDING_BFLOAT16)
 
 
 def _adds_loss(model: nn.Module) -> bool | None:

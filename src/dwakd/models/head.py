@@ -127,6 +127,24 @@ def causal_lm(model: nn.Module) -> Any:
     return model.get_base_model()
 
 
+def uses_flash_attention(model: nn.Module) -> bool:
+    """Return whether a model computes attention by a function that needs half precision and mostly a GPU."""
+    return "flash" in str(causal_lm(model).config.get_text_config()._attn_implementation)
+
+
+@contextlib.contextmanager
+def attention_precision(model: nn.Module) -> Iterator[bool]:
+    """Run a float32 model with flash attention under bfloat16 autocast, unless the caller uses autocast already.
+
+    The value of the context is whether it changes the precision.
+    """
+    first = next(model.parameters())
+    device = first.device.type
+    needed = uses_flash_attention(model) and first.dtype == torch.float32 and not torch.is_autocast_enabled(device)
+    with torch.autocast(device, torch.bfloat16) if needed else contextlib.nullcontext():
+        yield needed
+
+
 def final_hidden(
     model: nn.Module,
     input_ids: Int[Tensor, "batch length"],
@@ -154,7 +172,7 @@ def final_hidden(
     else:
         # Causal attention needs no mask for right padding. Positions whose keys are all masked would be NaN in eager float64.
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(attention_mask)}
-    run = partial(_run_backbone, backbone, inputs, kept if packed else None)
+    run = partial(_run_backbone, model, backbone, inputs, kept if packed else None)
     owner: Any = next((module for module in (model, lm) if hasattr(module, "set_requires_gradient_sync")), None)
     if owner is None:
         hidden: Tensor = run()
@@ -169,9 +187,10 @@ def final_hidden(
     return hidden
 
 
-def _run_backbone(backbone: Any, inputs: dict[str, Tensor], packed: Tensor | None) -> Any:
+def _run_backbone(model: nn.Module, backbone: Any, inputs: dict[str, Tensor], packed: Tensor | None) -> Any:
     """Run a model without its head. Rows that are packed are written to the positions of a mask."""
-    found = backbone(**inputs, use_cache=False, return_dict=True).last_hidden_state
+    with attention_precision(model):
+        found = backbone(**inputs, use_cache=False, return_dict=True).last_hidden_state
     if packed is None:
         return found
     return found.new_zeros(*packed.shape, found.shape[-1]).masked_scatter(packed[..., None], found)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ def load_tokenizer(
             raise UserError(f"{spec} contains no tokenizer.json; give the folder or hub id of the tokenizer")
         base = adapter_base(adapter, spec)
         return load_tokenizer(base, trust_remote_code=trust_remote_code, chat_template_path=chat_template_path)
-    options = {"revision": revision, "local_files_only": only_cached(location, revision)}
+    options: dict[str, Any] = {"revision": revision, "local_files_only": only_cached(location, revision)}
+    if find_spec("mistral_common") is not None:
+        options["mistral_format"] = False  # tekken.json has no offsets, and tokenizer.json is beside it
     with explained(_failure("tokenizer", spec)):
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
     check_tokenizer(tokenizer, spec)
@@ -172,6 +175,15 @@ def align_special_tokens(model: Any, tokenizer: Any) -> None:
             several = name == "eos_token_id" and (isinstance(old, list) or settings is model.generation_config)
             kept = [item for item in ids if item is not None]
             setattr(settings, name, [token, *kept] if several and kept else token)
+
+
+def add_end_token(model: Any, token_id: int) -> None:
+    """Let the saved model stop at the token that ends an answer, which a chat template may write instead of the eos token."""
+    config = causal_lm(model).generation_config
+    old = config.eos_token_id
+    ids = old if isinstance(old, list) else [old]
+    if token_id not in ids:
+        config.eos_token_id = [token_id, *(item for item in ids if item is not None)]
 
 
 def adapter_config(spec: str, revision: str | None = None) -> dict[str, Any] | None:

@@ -1,8 +1,9 @@
 """Checks of options of different sections of a recipe together, which the trainer repeats for its own arguments."""
 
+import json
 from typing import Any
 
-from dwakd.errors import UserError
+from dwakd.errors import UserError, explained
 from dwakd.losses import MethodOptions
 from dwakd.losses.weighted_sum import term_names
 
@@ -67,3 +68,46 @@ def _refuse_attention(options: MethodOptions, what: str, fix: str) -> None:
         if part.needs_attention:
             prefix = "loss." if part is options else f"loss.{number}."
             raise UserError(f"method {part.method_name()} reads {what}; set {prefix}span_weights=uniform, or {fix}")
+
+
+def check_method(args: Any, options: MethodOptions) -> None:
+    """Raise UserError if a method cannot be trained with these arguments, which are a `DistillConfig`."""
+    if args.padding_free:
+        refuse_packed_attention(options)
+    if args.lmbda and not options.supports_sampled:
+        name = [part.method_name() for part in options.parts if not part.supports_sampled][-1]
+        raise UserError(
+            f"method {name} cannot train on the student's own answers (training.lmbda={args.lmbda:g}), because it trains "
+            "models to predict the response: set lmbda to 0, or use another method such as alm"
+        )
+    if args.lmbda == 1 and options.needs_given:
+        name = next(part.method_name() for part in options.parts if part.needs_given)
+        raise UserError(f"method {name} needs some given responses to train its maps: set training.lmbda below 1")
+
+
+def check_terms(args: Any, options: MethodOptions) -> None:
+    """Raise UserError if `term_gradient_limit` has no terms to compare."""
+    if term_names(options) == ("ce",):
+        raise UserError(f"term_gradient_limit limits terms other than ce, but method {args.method} has none: remove it")
+    if args.lmbda == 1 or not options.cross_entropy_weight:
+        raise UserError("term_gradient_limit compares terms with ce, but the loss contains no ce: remove it")
+
+
+def from_json(value: Any, name: str) -> Any:
+    """Return the dict that a command line gives as JSON, as `HfArgumentParser` passes it on."""
+    if not isinstance(value, str):
+        return value
+    with explained(f"{name} is not valid JSON"):
+        found = json.loads(value)
+    if not isinstance(found, dict):
+        raise UserError(f'{name} must be a dict such as {{"name": 1}}, got {value!r:.80}')
+    return found
+
+
+def check_optim(optim: Any) -> None:
+    """Raise UserError if an optimiser of transformers makes its own groups of parameters, as the trainer does."""
+    if str(getattr(optim, "value", optim)).startswith(("galore", "apollo", "lomo", "adalomo")):
+        raise UserError(
+            f"optim {optim} cannot be used, because it divides the parameters into groups itself: use another optim such as "
+            "adamw_torch_fused"
+        )

@@ -4,7 +4,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, Field, WithJsonSchema
@@ -16,12 +16,15 @@ from dwakd.errors import UserError
 from dwakd.losses import MethodOptions, method_options
 from dwakd.losses.options import Rate, Steps, Temperature
 from dwakd.losses.several_teachers import Gate
-from dwakd.losses.weighted_sum import term_names
-from dwakd.recipe.checks import check_stream, metric_names, refuse_packed_attention
+from dwakd.recipe.checks import check_method, check_optim, check_stream, check_terms, from_json, metric_names
 from dwakd.recipe.from_dataclass import options_of
 from dwakd.recipe.sections import Count, DataSection, LoadingOptions, Share
 from dwakd.validation import parse, unknown_option
 
+if TYPE_CHECKING:
+    _Options = dict[str, Any]
+else:  # what HfArgumentParser reads as text
+    _Options = dict[str, Any] | str | None
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -83,6 +86,11 @@ LIMITS: dict[str, Any] = {
     "optim_args": Annotated[str, AfterValidator(_check_assignments)] | None,
     "hub_strategy": Literal["end", "every_save"],
     "label_smoothing_factor": Annotated[float, _only(0, "the method defines it")],
+    "include_num_input_tokens_seen": Literal["no", False],
+    **dict.fromkeys(
+        ("bf16_full_eval", "fp16_full_eval"),
+        Annotated[bool, _only(False, "evaluation runs in the dtype of the weights")],
+    ),
     "use_liger_kernel": Annotated[bool, _only(False, "load a student with Liger")],
     "train_sampling_strategy": Literal["random", "sequential", "group_by_length"],
     "dataloader_num_workers": Annotated[int, Field(ge=0)],
@@ -107,7 +115,9 @@ class DistillConfig(TrainingArguments):
     """
 
     method: str = _option("dwa_kd", "Method, one of dwakd.METHODS.")
-    loss_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Options of the method, by name."})
+    loss_options: _Options = field(
+        default_factory=dict, metadata={"help": "Options of the method, by name; as JSON on a command line."}
+    )
     projector_learning_rate: Positive = _option(1e-3, "Learning rate of the maps between the models.")
     teacher_weights: list[Share] | None = _option(None, "Weights of several teachers. By default they are equal.")
     teacher_gate: Gate = _option(
@@ -153,12 +163,14 @@ class DistillConfig(TrainingArguments):
     disable_dropout: bool = _option(False, "Set all dropout rates of the student to 0, but not the noise of routers.")
     teacher_cache: str | None = _option(None, "Folder of the teacher's hidden states. It is built if it is missing.")
     trust_remote_code: bool = _option(False, "Run modelling code from the hub; only for models given by name.")
-    model_init_kwargs: dict[str, Any] | None = _option(
+    model_init_kwargs: _Options | None = _option(
         None,
-        "How to load a student given by name: dtype, revision, trust_remote_code, attn_implementation, quantization_config "
-        "and device_map.",
+        "How to load a student given by name: dtype, revision, trust_remote_code, attn_implementation and "
+        "quantization_config; as JSON on a command line.",
     )
-    teacher_model_init_kwargs: dict[str, Any] | None = _option(None, "The same for teachers given by name.")
+    teacher_model_init_kwargs: _Options | None = _option(
+        None, "The same for teachers given by name, and device_map and tp_plan."
+    )
     chat_template_path: str | None = _option(
         None, "Chat template of the student: a file, or another model's folder or hub id. It is saved with the student."
     )
@@ -186,16 +198,20 @@ class DistillConfig(TrainingArguments):
         if self.chat_template_path is not None and self.template != "chat":
             raise UserError(f"chat_template_path requires template='chat', got template={self.template!r}")
         self.template_date = check_date(self.template_date)
+        for name in ("loss_options", "model_init_kwargs", "teacher_model_init_kwargs"):
+            setattr(self, name, from_json(getattr(self, name), name))
+        self.loss_options = self.loss_options or {}
+        check_optim(self.optim)
         values = {name: getattr(self, name) for name in TrainingOptions.model_fields}
         for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
             parse(LoadingOptions, values.pop(name) or {}, f"{name}.")
         own = DistillConfig.__annotations__.keys() | LIMITS.keys()  # transformers replaces others by objects
         checked = {n: _number(v) for n, v in values.items() if n in own or isinstance(v, int | float | dict)}
         parse(TrainingOptions, checked)
-        self._check_method(self.method_options)
+        check_method(self, self.method_options)
         check_stream(self, self.teacher_cache)
         if self.term_gradient_limit is not None:
-            self._check_terms(self.method_options)
+            check_terms(self, self.method_options)
             self.term_gradient_steps = self.term_gradient_steps or 10
         if self.warmup_ratio is not None:
             if self.warmup_steps:  # type: ignore[has-type]
@@ -215,26 +231,14 @@ class DistillConfig(TrainingArguments):
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to pin memory for, and torch would warn
 
-    def _check_method(self, options: MethodOptions) -> None:
-        if self.padding_free:
-            refuse_packed_attention(options)
-        if self.lmbda and not options.supports_sampled:
-            name = [part.method_name() for part in options.parts if not part.supports_sampled][-1]
-            raise UserError(
-                f"method {name} cannot train on the student's own answers (training.lmbda={self.lmbda:g}), because it trains "
-                "models to predict the response: set lmbda to 0, or use another method such as alm"
-            )
-        if self.lmbda == 1 and options.needs_given:
-            name = next(part.method_name() for part in options.parts if part.needs_given)
-            raise UserError(f"method {name} needs some given responses to train its maps: set training.lmbda below 1")
-
-    def _check_terms(self, options: MethodOptions) -> None:
-        if term_names(options) == ("ce",):
-            raise UserError(
-                f"term_gradient_limit limits terms other than ce, but method {self.method} has none: remove it"
-            )
-        if self.lmbda == 1 or not options.cross_entropy_weight:
-            raise UserError("term_gradient_limit compares terms with ce, but the loss contains no ce: remove it")
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as JSON values, as transformers does."""
+        options = super().to_dict()
+        for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+            if config := (options.get(name) or {}).get("quantization_config"):
+                own = config.to_dict() if hasattr(config, "to_dict") else config
+                options[name] = options[name] | {"quantization_config": own}
+        return options
 
     @property
     def method_options(self) -> MethodOptions:

@@ -25,6 +25,15 @@ from dwakd.training.teacher import Teacher
 
 LOSS_STATE = "distillation/maps.safetensors"
 """State of the loss. Servers such as vLLM read every safetensors file that lies directly in a model's folder."""
+_OF_STUDENT = {
+    "save_pretrained",
+    "push_to_hub",
+    "generate",
+    "generation_config",
+    "print_trainable_parameters",
+    "device",
+}
+"""Attributes of a student that users look for in `trainer.model`."""
 Loss = DistillationLoss[Any] | SeveralTeachers
 
 
@@ -54,6 +63,17 @@ class Distiller(nn.Module):
             self.get_input_embeddings = student.get_input_embeddings
             self.get_output_embeddings = student.get_output_embeddings
         self.gradient_checkpointing_enable = student.gradient_checkpointing_enable
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name not in _OF_STUDENT:
+                raise
+            raise AttributeError(
+                f"trainer.model contains the student and the maps of the method, and has no {name}: use "
+                f"trainer.student.{name}, or trainer.save_model() to save the student"
+            ) from error
 
     def forward(
         self,

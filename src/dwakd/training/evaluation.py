@@ -15,6 +15,7 @@ from transformers.trainer_utils import denumpify_detensorize
 from dwakd.data.encoded import EncodedPairs
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example
+from dwakd.environment import widest_float
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import generate_answers
 from dwakd.evaluation.metrics import references_of, rouge_l
@@ -51,9 +52,9 @@ def mean_terms(
         for batch, sides, scales in batches:
             output = distiller(batch.student, sides, scales, num_tokens=1.0)
             for name, value in output["terms"].items():
-                sums[name] = sums.get(name, 0.0) + batch.weight * value.double()
+                sums[name] = sums.get(name, 0.0) + batch.weight * value.to(widest_float(value.device))
             for name, value in output.get("counts", {}).items():
-                correct[name] = correct.get(name, 0.0) + batch.weight * value.double()
+                correct[name] = correct.get(name, 0.0) + batch.weight * value.to(widest_float(value.device))
             num_bytes = batch.student.byte_ends.amax(-1).sum().item()
             counts += batch.weight * torch.tensor([sum(batch.student.num_rows), num_bytes])
     totals = add_ranks(torch.stack([*correct.values(), *sums.values(), *counts.to(next(iter(sums.values())))]))

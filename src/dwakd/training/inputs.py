@@ -12,19 +12,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dwakd.data.encoded import EncodedPairs, EncodedRow, RowWriter
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.pairs import REFUSED, SpellingAligner, align_by_spelling, check_lengths, encode_pairs
+from dwakd.data.pairs import REFUSED, SpellingAligner, align_by_spelling, check_encoded, check_lengths, encode_pairs
 from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, Example, RowSource
 from dwakd.data.stream import StreamedRows
 from dwakd.environment import supports_bfloat16
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import answerable_prompts
-from dwakd.models.head import embedding_table, model_name, output_head
+from dwakd.models.head import embedding_table, model_name, output_head, uses_flash_attention
 from dwakd.models.loading import (
     align_special_tokens,
     check_positions,
     check_vocabulary,
     load_causal_lm,
     load_tokenizer,
+    on_device,
     quiet_peft,
     set_chat_template,
 )
@@ -39,23 +40,6 @@ Rows: TypeAlias = (
 )
 Source: TypeAlias = Rows | EncodedPairs | StreamedRows
 Model: TypeAlias = PreTrainedModel | PeftModel
-
-
-def checked_args(args: Any) -> DistillConfig:
-    """Return the training arguments, or raise UserError if this process cannot train with them."""
-    args = args or DistillConfig()
-    if not isinstance(args, DistillConfig):
-        raise UserError(f"args must be a dwakd.DistillConfig, which takes every option of {type(args).__name__}")
-    if (args.teacher_model_init_kwargs or {}).get("device_map"):
-        args._n_gpu = min(args.n_gpu, 1)  # the teacher is on the other GPUs
-    if args.n_gpu > 1:
-        raise UserError(
-            f"{args.n_gpu} GPUs are visible to one process: start one for each with torchrun "
-            f"--nproc-per-node={args.n_gpu}, or set CUDA_VISIBLE_DEVICES to one of them"
-        )
-    if args.accelerator_config.dispatch_batches:
-        raise UserError("accelerator_config.dispatch_batches cannot be used: each process makes its own batches")
-    return args
 
 
 def add_adapter(model: Model, config: PeftConfig) -> PeftModel:
@@ -78,10 +62,11 @@ def loading_options(args: DistillConfig, role: str) -> dict[str, Any]:
     given = LoadingOptions.model_validate(getattr(args, f"{role}model_init_kwargs") or {}).model_dump(
         exclude_unset=True
     )
-    if not role and given.get("tp_plan") is not None:
-        raise UserError(
-            "model_init_kwargs: tp_plan is for teachers, because the student is trained: shard it with FSDP2"
-        )
+    for name in ("tp_plan", "device_map"):
+        if not role and given.get(name) is not None:
+            raise UserError(
+                f"model_init_kwargs: {name} is for teachers, because the student is trained: shard it with FSDP2"
+            )
     dtype = "bfloat16" if role and supports_bfloat16(use_cpu=args.use_cpu) else "float32"
     options = {"trust_remote_code": args.trust_remote_code, "dtype": dtype, **given}
     return options | {"dtype": getattr(torch, options["dtype"])}
@@ -132,6 +117,8 @@ def load_pair(
         tokenizer.pad_token = tokenizer.eos_token
     if not role and args.chat_template_path is not None:
         set_chat_template(tokenizer, args.chat_template_path, trust_remote_code=args.trust_remote_code)
+    if uses_flash_attention(model):
+        on_device(model, args.device)
     check_head(model)
     check_vocabulary(model, tokenizer, model_name(model))
     align_special_tokens(model, tokenizer)
@@ -176,6 +163,7 @@ def encode_source(
     if isinstance(source, StreamedRows):
         return [], source
     if isinstance(source, EncodedPairs):
+        check_encoded(source, encoders)
         if args.teacher_key is not None and len(encoders) > 1 and any(row.chosen is None for row in source.examined):
             raise UserError(f"{source.source}: teacher_key requires rows that are not encoded yet")
         if args.method_options.needs_edit_alignment:
@@ -263,6 +251,16 @@ class Finisher:
         return row if self._align is None else self._align(row)
 
 
+def refuse_encoded(sources: dict[str, Source]) -> None:
+    """Raise UserError if an evaluation set is encoded already, so that its prompts cannot be answered."""
+    for name, source in sources.items():
+        if isinstance(source, EncodedPairs):
+            raise UserError(
+                f"{f'the evaluation set {name}' if name else 'eval_dataset'} is encoded already, so its prompts cannot be "
+                "answered: pass its rows, or leave out eval_rouge_l and compute_metrics"
+            )
+
+
 def encode_evaluation(
     sources: dict[str, Source],
     encoders: tuple[TextEncoder, ...],
@@ -272,6 +270,8 @@ def encode_evaluation(
 ) -> dict[str, tuple[list[Example], EncodedPairs]]:
     """Encode the evaluation sets by `encode_source`, and check that the model `answering` can answer their prompts."""
     sets = {}
+    if answering is not None:
+        refuse_encoded(sources)
     for name, source in sources.items():
         shown = f"{label or 'the eval dataset'} {name}" if name else label
         examples, pairs = encode_source(source, encoders, args, "eval", shown)
@@ -280,13 +280,3 @@ def encode_evaluation(
         if pairs is not None:
             sets[name] = examples, pairs
     return sets
-
-
-def check_batches(pairs: EncodedPairs | None, args: DistillConfig) -> None:
-    """Raise UserError if `dataloader_drop_last` would leave out the only batch."""
-    size = args.train_batch_size * args.world_size
-    if pairs is not None and args.dataloader_drop_last and len(pairs) < size:
-        raise UserError(
-            f"the {len(pairs)} rows to train on are fewer than a batch of {size}, which training.dataloader_drop_last "
-            "leaves out: lower training.per_device_train_batch_size, or set training.dataloader_drop_last=false"
-        )

@@ -44,7 +44,7 @@ class ServedTeacher(CachedTeacher):
         tokenizer: tokenizer of the teacher; by default the one that belongs to `section.model`.
     """
 
-    def __init__(self, section: TeacherSection, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def __init__(self, section: TeacherSection, tokenizer: Any | None = None) -> None:
         loading: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
         super().__init__(section.cache or cache_folder() / "served", section.model, tokenizer=tokenizer, **loading)
         self._section, self._places = section, dict[bytes, int]()

@@ -39,7 +39,7 @@ class StepTrainer(HubTrainer):
             return super().get_train_dataloader()
         return DataLoader(
             rows,
-            batch_sampler=RowBatches(rows.rows, args.train_batch_size, args.process_index, args.world_size),
+            batch_sampler=RowBatches(rows.rows, self._train_batch_size, args.process_index, args.world_size),
             collate_fn=partial(collate_stream, collate=self.data_collator),
             num_workers=args.dataloader_num_workers,
             worker_init_fn=use_one_thread,
@@ -51,7 +51,7 @@ class StepTrainer(HubTrainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         pairs, args = train_dataset or self.train_dataset, self.args
-        step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        step_size = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
         return LengthGroupedSampler(pairs.student_lengths, step_size, seed, lambda: int(self.state.epoch or 0))
 

@@ -11,6 +11,7 @@ import datasets
 from filelock import FileLock
 
 from dwakd.cache.fingerprint import DATE, file_digest, fingerprint, json_digest
+from dwakd.checksums import code_digest
 from dwakd.data.encoded import EncodedPairs, RowWriter, StoredRows
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import RowSource
@@ -20,7 +21,7 @@ from dwakd.recipe.training import DistillConfig
 
 logger = logging.getLogger(__name__)
 
-_PACKAGES = ("dwakd", "transformers", "tokenizers", "datasets", "jinja2")
+_PACKAGES = ("transformers", "tokenizers", "datasets", "jinja2")
 _OPTIONS = ("max_prompt_length", "invalid_rows", "teacher_key", "teacher_names", "lmbda")
 
 
@@ -67,7 +68,9 @@ def _key(rows: RowSource, digest: str, encoders: Sequence[TextEncoder], args: Di
         sides.append([side, encoder.end_token_id, encoder.tokenizer.special_tokens_map])
     source = {name: str(value) for name, value in vars(rows).items()} | {"source": str(rows.source)[:1000]}
     options = [*(getattr(args, name) for name in _OPTIONS), args.method_options.needs_edit_alignment]
-    return json_digest([digest, source, sides, options, [metadata.version(name) for name in _PACKAGES]])[:32]
+    return json_digest([digest, source, sides, options, [metadata.version(name) for name in _PACKAGES], code_digest()])[
+        :32
+    ]
 
 
 def _read(path: Path, name: str) -> EncodedPairs | None:
@@ -97,6 +100,7 @@ def _build(path: Path, encode: Callable[[RowWriter | None], EncodedPairs]) -> En
         about: dict[str, Any] = {"sha256": file_digest(unfinished), "report": pairs.report, "source": pairs.source}
         path.with_suffix(".json").unlink(missing_ok=True)
         unfinished.replace(path)
+        pairs.rows = StoredRows.open(path)
         write_json(path.with_suffix(".json"), about | {"warnings": recorder.messages})
     finally:
         logging.getLogger("dwakd").removeHandler(recorder)

@@ -1,6 +1,7 @@
 """Checks of a student before the first step: it can be trained, and its saved folder will contain the same model."""
 
 import copy
+import logging
 import tempfile
 from functools import reduce
 from typing import Any, NoReturn
@@ -19,6 +20,8 @@ from dwakd.models.quantisation import is_quantised
 from dwakd.models.rows import evaluating
 from dwakd.models.saving import remove_unused_sampling
 
+logger = logging.getLogger(__name__)
+
 
 def check_student(student: nn.Module) -> None:
     """Refuse a student that cannot be trained or saved, or that would be another model when its folder is loaded.
@@ -36,6 +39,7 @@ def check_student(student: nn.Module) -> None:
             f"no parameter of the student {model_name(student)} requires gradients, so training would not change it: "
             f"set requires_grad on what should be trained{hint if isinstance(student, PeftModel) else ''}"
         )
+    _check_precision(student)
     if isinstance(student, PeftModel):
         _check_adapter(student)
     elif is_quantised(student):
@@ -56,10 +60,37 @@ def check_student(student: nn.Module) -> None:
         _check_same(student, _restored(student, _saved_config(student)))
 
 
+def _check_precision(student: nn.Module) -> None:
+    """Refuse trained parameters in float16, in which AdamW's second moments vanish, and warn of those in bfloat16."""
+    trained = {name: one.dtype for name, one in student.named_parameters() if one.requires_grad}
+    fix = "load the student with dtype=torch.float32 (student.dtype: float32); fp16 and bf16 still train in mixed precision"
+    if found := next((name for name, dtype in trained.items() if dtype == torch.float16), None):
+        raise UserError(
+            f"the parameter {found} of the student {model_name(student)} would be trained in float16: {fix}"
+        )
+    if torch.bfloat16 in trained.values():
+        logger.warning(
+            "the student %s is trained in bfloat16, which rounds small updates away: %s", model_name(student), fix
+        )
+
+
 def widest_dtype(model: nn.Module) -> torch.dtype:
     """Return the narrowest dtype that holds every floating-point parameter of a model exactly."""
     dtypes = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
     return reduce(torch.promote_types, dtypes)
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer | None, module: nn.Module) -> None:
+    """Refuse an optimiser of the user that lacks a trained parameter, such as the maps that the trainer has created."""
+    if optimizer is None:
+        return
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and id(parameter) not in known:
+            raise UserError(
+                f"the optimizer given in optimizers lacks the trained parameter {name}: use optim and optim_args instead, or "
+                "set trainer.optimizer to an optimizer of trainer.model.parameters()"
+            )
 
 
 def check_separate(student: nn.Module, teacher: nn.Module) -> None:

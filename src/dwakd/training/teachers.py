@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dwakd.batch import ModelSide, PairedBatch
 from dwakd.data.encoded import EncodedPairs
 from dwakd.data.encoding import TextEncoder
+from dwakd.environment import widest_float
 from dwakd.errors import UserError
 from dwakd.losses import TeacherScale
 from dwakd.models.head import num_embeddings
@@ -111,7 +111,8 @@ def run_teachers(
     `gather` concatenates the tensors of all ranks, if there are several.
     """
     sides = [tuple(_side(teacher, batch, index) for index, teacher in enumerate(teachers)) for batch in batches]
-    none = batches[0].student.input_ids.new_zeros(3, 3, dtype=torch.float64)
+    dtype = widest_float(batches[0].student.input_ids.device)
+    none = batches[0].student.input_ids.new_zeros(3, 3, dtype=dtype)
     scales = []
     for own in zip(*sides, strict=True):
         weighted = [

@@ -21,9 +21,11 @@ from dwakd.data.sources import Example
 from dwakd.data.stream import StreamedRows
 from dwakd.errors import UserError
 from dwakd.models.checks import check_packing, check_training
+from dwakd.models.loading import add_end_token
 from dwakd.recipe.checks import check_stream
 from dwakd.recipe.training import DistillConfig
 from dwakd.training import inputs as given
+from dwakd.training.arguments import check_batches, checked_args
 from dwakd.training.balance import TermBalance
 from dwakd.training.callbacks import FiniteCheck, RunCallback, TermsProgressCallback
 from dwakd.training.card import recipe_of
@@ -32,7 +34,7 @@ from dwakd.training.evaluation import choose_best, eval_loader, generated_metric
 from dwakd.training.on_policy import StudentAnswers, check_end_tokens
 from dwakd.training.sharding import ShardedTrainer
 from dwakd.training.steps import StepTrainer
-from dwakd.training.student import check_student, disable_dropout
+from dwakd.training.student import check_optimizer, check_student, disable_dropout
 from dwakd.training.teacher import CachedTeacher, Teacher
 from dwakd.training.teachers import AnyTeacher, MicroBatch, load_teachers, make_encoders, sets_of_teacher
 from dwakd.validation import unknown_option
@@ -74,7 +76,7 @@ class DistillTrainer(ShardedTrainer, StepTrainer):
         if unknown:
             name = next(iter(unknown))
             raise unknown_option(name, name, [*inspect.signature(DistillTrainer).parameters][:-1])
-        args = given.checked_args(args)
+        args = checked_args(args, teacher_model)
         names = dataset_names or {}
         sources = given.evaluation_sets(eval_dataset)
         choose_best(args, list(sources), own_metrics=compute_metrics is not None)
@@ -92,6 +94,7 @@ class DistillTrainer(ShardedTrainer, StepTrainer):
         self.encoders = make_encoders([(None, processing_class), *found], args, model)
         self.student_encoder = self.encoders[0]
         check_end_tokens(args, self.encoders)
+        add_end_token(model, self.student_encoder.end_token_id)
         _, train_pairs = given.encode_source(train_dataset, self.encoders, args, "train", names.get("train"))
         answering = model if args.eval_rouge_l or compute_metrics else None
         self.eval_sets = given.encode_evaluation(sources, self.encoders, args, names.get("eval"), answering)
@@ -106,7 +109,7 @@ class DistillTrainer(ShardedTrainer, StepTrainer):
         loss = build_method(args, model, self.teachers, self.encoders)
         if peft_config is not None:
             model = given.add_adapter(model, peft_config)
-        given.check_batches(sets.get("train"), args)
+        check_batches(sets.get("train"), args)
         if args.disable_dropout:
             disable_dropout(model)
         self.metrics_function = compute_metrics
@@ -122,6 +125,7 @@ class DistillTrainer(ShardedTrainer, StepTrainer):
             callbacks=[self.clock, self.finite, self.balance, *(callbacks or [])],
             optimizers=optimizers,
         )
+        check_optimizer(optimizers[0], self.model)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         if not args.disable_tqdm:
             self.add_callback(TermsProgressCallback)

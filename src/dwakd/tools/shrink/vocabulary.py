@@ -74,8 +74,8 @@ def old_tokens_of(old: Any, new: Any) -> list[list[int]]:
 
 
 def averaged_rows(
-    table: Float[Tensor, "old_vocab *width"], sources: Sequence[Sequence[int]]
-) -> Float[Tensor, "new_vocab *width"]:
+    table: Float[Tensor, " old_vocab *width"], sources: Sequence[Sequence[int]]
+) -> Float[Tensor, " new_vocab *width"]:
     """Average the old embeddings named by `old_tokens_of`, or all of them for a token without sources."""
     table = table.detach()
     mean = table.mean(dim=0)
