@@ -5,7 +5,13 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from dwakd import METHODS, DistillConfig, DistillTrainer, UserError
 from dwakd.losses import method_options
@@ -52,6 +58,28 @@ def test_a_student_in_half_precision(tmp_path, caplog):
     adapted = get_peft_model(half, LoraConfig(task_type="CAUSAL_LM"))
     run_of(adapted, tmp_path)
     assert "bfloat16" not in caplog.text, "the adapter is in float32"
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_parts_that_read_images_are_frozen(tmp_path, adapter, caplog):
+    """They get no gradient from text, for which DDP would wait; the student is trained and saved as before."""
+    text = {"vocab_size": len(TOKENIZERS[0]), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14}, mm_tokens_per_image=4,
+        boi_token_index=5, eoi_token_index=6, image_token_index=7,
+    )  # fmt: skip
+    student = Gemma3ForConditionalGeneration(config)
+    student = get_peft_model(student, LoraConfig(target_modules=["q_proj"])) if adapter else student
+    run = run_of(student, tmp_path)
+    assert "parameters that read no text are not trained" in caplog.text
+    run.train()
+    assert not any(one.requires_grad for name, one in student.named_parameters() if "vision" in name)
+    trained = [one for one in run.model.parameters() if one.requires_grad]
+    names = {name for name, one in student.named_parameters() if one.requires_grad}
+    assert trained
+    assert any("language_model" in name for name in names)
 
 
 def test_a_teacher_that_shares_the_students_weights_is_refused(tmp_path):

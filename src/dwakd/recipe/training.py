@@ -191,7 +191,9 @@ class DistillConfig(TrainingArguments):
     metric_for_best_model: str | None = _option(None, "Default: rouge_l with eval_rouge_l, otherwise bits_per_byte.")
     greater_is_better: bool | None = _option(None, "Default: false for bits_per_byte and loss terms, otherwise true.")
     remove_unused_columns: bool = _option(False, "Must be false.")
-    ddp_find_unused_parameters: bool | None = _option(False, "Not needed: every parameter takes part in each step.")
+    ddp_find_unused_parameters: bool | None = _option(
+        False, "Not needed: every trained parameter takes part in each step."
+    )
     disable_tqdm: bool | None = _option(False, "Show no progress bars.")
 
     def __post_init__(self) -> None:

@@ -1,5 +1,6 @@
 """Load and check what a trainer is given: models and tokenizers by name or as objects, and data sets of any form."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,8 @@ from dwakd.recipe.training import DistillConfig
 from dwakd.training.stored import stored_pairs
 from dwakd.training.student import check_student
 
+logger = logging.getLogger(__name__)
+
 Rows: TypeAlias = (
     str | Path | Dataset | IterableDataset | Mapping[str, Any] | list[dict[str, Any]] | list[Example] | RowSource
 )
@@ -42,8 +45,10 @@ Source: TypeAlias = Rows | EncodedPairs | StreamedRows
 Model: TypeAlias = PreTrainedModel | PeftModel
 
 
-def add_adapter(model: Model, config: PeftConfig) -> PeftModel:
-    """Add an adapter to the student; refuse one that changes the head's matrix or that cannot be saved."""
+def add_adapter(model: Model, config: PeftConfig | None) -> Model:
+    """Add an adapter to the student, if there is one; refuse one that changes the head's matrix or that cannot be saved."""
+    if config is None:
+        return model
     if isinstance(model, PeftModel):
         raise UserError("the student has an adapter already: leave out peft_config, or pass its base model")
     try:
@@ -171,6 +176,9 @@ def encode_source(
         return [], source
     need_response = role == "eval" or args.lmbda < 1
     rows = _rows(source, args, role, name, need_response=need_response)
+    if isinstance(source, IterableDataset) and not (args.streaming and role == "train"):
+        streams = ", or set streaming to read it during the training" if role == "train" else ""
+        logger.warning("%s is an IterableDataset, of which all rows are read into memory now%s", name, streams)
     if args.streaming and role == "train":
         return [], _stream(rows, encoders, args, need_response=need_response)
     examples = [] if isinstance(rows, RowSource) and role == "train" else list(rows)

@@ -15,7 +15,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from dwakd.errors import UserError
-from dwakd.models.head import model_name
+from dwakd.models.head import causal_lm, model_name
 from dwakd.models.quantisation import is_quantised
 from dwakd.models.rows import evaluating
 from dwakd.models.saving import remove_unused_sampling
@@ -78,6 +78,21 @@ def widest_dtype(model: nn.Module) -> torch.dtype:
     """Return the narrowest dtype that holds every floating-point parameter of a model exactly."""
     dtypes = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
     return reduce(torch.promote_types, dtypes)
+
+
+def freeze_unused(student: nn.Module) -> None:
+    """Freeze the parts of a student that read images or sound, which get no gradient, so that DDP does not wait for one."""
+    lm = causal_lm(student)
+    if lm.config.get_text_config() is lm.config or not hasattr(lm, "get_decoder"):
+        return
+    used = [lm.get_decoder(), lm.get_input_embeddings(), lm.get_output_embeddings()]
+    kept = {id(parameter) for module in used if module is not None for parameter in module.parameters()}
+    unused = [one for one in student.parameters() if one.requires_grad and id(one) not in kept]
+    if unused:
+        count = sum(one.numel() for one in unused)
+        logger.warning("%s: %d parameters that read no text are not trained", model_name(student), count)
+    for parameter in unused:
+        parameter.requires_grad_(False)
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer | None, module: nn.Module) -> None:

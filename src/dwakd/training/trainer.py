@@ -34,7 +34,7 @@ from dwakd.training.evaluation import choose_best, eval_loader, generated_metric
 from dwakd.training.on_policy import StudentAnswers, check_end_tokens
 from dwakd.training.sharding import ShardedTrainer
 from dwakd.training.steps import StepTrainer
-from dwakd.training.student import check_optimizer, check_student, disable_dropout
+from dwakd.training.student import check_optimizer, check_student, disable_dropout, freeze_unused
 from dwakd.training.teacher import CachedTeacher, Teacher
 from dwakd.training.teachers import AnyTeacher, MicroBatch, load_teachers, make_encoders, sets_of_teacher
 from dwakd.validation import unknown_option
@@ -107,8 +107,9 @@ class DistillTrainer(ShardedTrainer, StepTrainer):
             teacher.prepare(encoder, args, sets_of_teacher(sets, index))
         set_seed(args.seed)
         loss = build_method(args, model, self.teachers, self.encoders)
-        if peft_config is not None:
-            model = given.add_adapter(model, peft_config)
+        model = given.add_adapter(model, peft_config)
+        if train_dataset is not None:
+            freeze_unused(model)
         check_batches(sets.get("train"), args)
         if args.disable_dropout:
             disable_dropout(model)
