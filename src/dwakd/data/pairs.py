@@ -267,8 +267,8 @@ class SpellingAligner:
 
 
 def check_encoded(pairs: EncodedPairs, encoders: Sequence[TextEncoder]) -> None:
-    """Refuse rows that were encoded for another number of models, or with other tokenizers, as the first one shows."""
-    row = next(iter(pairs.rows), None)
+    """Refuse rows that were encoded for another number of models, or with other tokenizers, as a whole row shows."""
+    row = next((row for row in pairs.rows[:100] if not row.truncated), None)
     if row is None:
         return
     sides = (row.student, *row.teachers)
@@ -278,7 +278,7 @@ def check_encoded(pairs: EncodedPairs, encoders: Sequence[TextEncoder]) -> None:
             f"{len(encoders) - 1}: encode them again"
         )
     for number, (side, encoder) in enumerate(zip(sides, encoders, strict=False)):
-        kept = side.ids[side.num_prompt : side.num_prompt + len(side.byte_ends) - (not row.truncated)].tolist()
+        kept = side.ids[side.num_prompt : -1].tolist()  # without the end token
         read = (encoder.response_ids(row.text, special_tokens=special)[0] for special in (False, True))
         if kept not in read:
             whose = f"teacher {number}" if number else "the student"
