@@ -47,10 +47,10 @@ def bootstrap(cells: Sequence[Mapping[str, Ratio]], seed: int) -> Float[np.ndarr
     return np.mean(sets, axis=0)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)  # of 8 KB for each row of a test set
 def _draws(number: int, size: int) -> Integer[np.ndarray, "resamples rows"]:
     """Return how often each resample draws each row of a test set."""
-    return np.random.default_rng((number, size)).multinomial(size, np.full(size, 1 / size), RESAMPLES)
+    return np.random.default_rng((number, size)).multinomial(size, np.full(size, 1 / size), RESAMPLES).astype(np.int32)
 
 
 def paired_intervals(
