@@ -296,7 +296,7 @@ def recipe_of(**sections):
 REFUSED = {
     "schedule": ({"lr_scheduler_type": "fancy"}, "training options: .*fancy"),
     "optimiser that is not installed": ({"optim": "adamw_bnb_8bit"}, r"training\.optim: .*bitsandbytes"),
-    "optimiser of another package": ({"optim": "galore_adamw"}, r"training\.optim: .*galore_torch"),
+    "optimiser with its own groups": ({"optim": "galore_adamw"}, r"optim galore_adamw cannot be used"),
     "schedule without its option": (
         {"lr_scheduler_type": "cosine_with_min_lr"},
         r"training\.lr_scheduler_type: .*min_lr",
