@@ -170,7 +170,10 @@ def test_all_columns_fit_into_80(tmp_path):
     assert "…" not in text
     assert "cut" not in text
     cut = shown(comparison_tables(summarise_comparison({"sft": [one, replace(one, num_truncated=3)]}, {})))
-    assert "sft: bits per byte of 3 responses that were cut at evaluation.max_length" in " ".join(cut.split())
+    assert (
+        "sft: bits per byte does not include the end of 3 responses, which were cut at evaluation.max_length"
+        in " ".join(cut.split())
+    )
     assert all(value in text for value in ("1234.500", "70.00", "60.00", "12345.0"))
 
 

@@ -1,5 +1,6 @@
 """Test that test sets and options are read and validated before the training and the answering."""
 
+import io
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from rich.console import Console
 from rich.table import Table
 
 from dwakd.data.encoding import TextEncoder
@@ -198,7 +200,9 @@ def test_templates_are_part_of_the_signature_and_of_no_markup(tmp_path: Path) ->
     examples = [Example(0, "2 + 2 =", response="4")]
     plain = TextEncoder(tokenizer, "[INST] {instruction} [/INST]")
     found = evaluate_model(model, plain, examples, EvalOptions(seeds=1, max_new_tokens=2), progress=False)
-    assert "template [INST] {instruction} [/INST]" in str(evaluation_table({"test": found}).caption)
+    console = Console(width=200, file=io.StringIO())
+    console.print(evaluation_table({"test": found}))
+    assert "template [INST] {instruction} [/INST]" in " ".join(console.file.getvalue().split())
     made = []
     for template in (CHAT_TEMPLATE, f"Q: {CHAT_TEMPLATE}"):
         tokenizer.chat_template = template

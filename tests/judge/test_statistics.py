@@ -24,6 +24,7 @@ from dwakd.judge.statistics import length_controlled, score_of, summarise, wilso
         ("A good answer is short.", None),
         ("Both are bad", None),
         ("<think>A", None),
+        ("Answer A shows <think> tags, which is bad. [[B]]", 0.0),
         ("<think>\nLet me compare.\nAnswer A:", None),
         ("**Answer A**:\nwrong date.\n\n**Answer B**:\nCorrect.\n\nVerdict: B", 0.0),
         ("A:\nright\n\nB:\nwrong\n\n**Verdict: A**", 1.0),

@@ -56,14 +56,14 @@ def rows(lengths: list[int], start: int = 0, **options) -> PairedBatch:
     return PairedBatch(sides[0], tuple(sides[1:]), tuple(range(start, start + len(lengths))), **options)
 
 
-def count_tokens(part: PairedBatch) -> int:
-    """Count the tokens of a micro-batch with padding, for the student and for each teacher those that it teaches."""
+def count_tokens(part: PairedBatch, *, packed: bool = False) -> int:
+    """Count the tokens of the student and of each teacher of the rows, with padding unless `packed`."""
     lengths = [list(part.student.num_tokens)]
     for teacher, side in enumerate(part.teachers):
         lengths.append(
             [n for row, n in enumerate(side.num_tokens) if part.chosen is None or part.chosen[row] == teacher]
         )
-    return sum(len(own) * max(own, default=0) for own in lengths)
+    return sum(sum(own) if packed else len(own) * max(own, default=0) for own in lengths)
 
 
 def test_micro_batches_have_at_most_the_given_tokens():
@@ -86,21 +86,22 @@ def test_micro_batches_have_at_most_the_given_tokens():
 
 
 @pytest.mark.parametrize("limit", [30, 200, 2000])
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("chosen", [None, (0, 1, 1, 0, 1, 0, 0, 1)])
-def test_micro_batches_have_the_least_padding(limit, chosen):
+def test_micro_batches_have_the_least_padding(limit, chosen, packed):
     """No other division of the sorted rows has fewer tokens, if each micro-batch counts an eighth of the limit more."""
     generator = torch.Generator().manual_seed(limit)
     batch = rows(torch.randint(1, 60, (8,), generator=generator).tolist(), chosen=chosen)
     (ordered,) = split_by_tokens([batch], 10**9, None)
 
     def cost(parts: list[PairedBatch]) -> float:
-        return sum(count_tokens(part) + limit / 8 for part in parts)
+        return sum(count_tokens(part, packed=packed) + limit / 8 for part in parts)
 
     divisions = []
     for cuts in product([False, True], repeat=7):
         ends = [0, *(n + 1 for n, cut in enumerate(cuts) if cut), 8]
         parts = [ordered.examples(range(*pair)) for pair in pairwise(ends)]
-        if all(len(part) == 1 or count_tokens(part) <= limit for part in parts):
+        if all(len(part) == 1 or count_tokens(part, packed=packed) <= limit for part in parts):
             divisions.append(cost(parts))
-    assert cost(split_by_tokens([batch], limit, None)) == min(divisions)
+    assert cost(split_by_tokens([batch], limit, None, packed=packed)) == min(divisions)
     assert len(set(divisions)) > 1 or limit == 30

@@ -203,10 +203,11 @@ class EndpointTeacher:
         return {**request, **({"extra_body": extra} if extra else {}), "messages": example.turns}
 
     def _read(self, completion: Any) -> Answer:
-        """Convert a response of the server. A refused or filtered answer has no text, so it is left out as empty."""
+        """Convert a response of the server. An answer that was filtered or not completed is `refused`."""
         choice, usage = completion.choices[0], completion.usage
+        finish = _FINISHES.get(choice.finish_reason, "end")
         log_prob = None
-        if self._options.min_log_prob is not None:
+        if self._options.min_log_prob is not None and finish != "refused":
             found = choice.logprobs
             values = found and (found.token_logprobs if self._prompts else [one.logprob for one in found.content or ()])
             if not values:
@@ -215,4 +216,4 @@ class EndpointTeacher:
         count = None if usage is None else usage.completion_tokens
         text = ((choice.text if self._prompts else choice.message.content) or "").strip()
         text = _SURROGATE.sub("\ufffd", text)
-        return Answer(text, count, _FINISHES.get(choice.finish_reason, "end"), log_prob)
+        return Answer(text, count, finish, log_prob)

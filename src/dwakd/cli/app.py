@@ -63,7 +63,7 @@ def _print_error(text: str) -> None:
 
 
 _OF_PATHS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ELOOP)
-"""Errors of paths that a user names, and no errors of the program."""
+"""Error codes of paths that the user gave, as opposed to errors of dwakd."""
 
 
 def main() -> None:

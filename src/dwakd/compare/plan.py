@@ -31,7 +31,7 @@ RATES, SHARES = (1 / 3, 1.0, 3.0), (0.5, 1.0)
 """Factors of the search, for the learning rates and for the weight of distillation."""
 _NAME = re.compile(r"\w[\w .,+=-]*")
 _CHANGEABLE = re.compile(r"loss$|teacher$|(student|teacher|data|loss|training|generate)\..")
-_FIXED = re.compile(r"data\.eval(_limit)?$|training\.(data_)?seed$")
+_FIXED = re.compile(r"data\.(eval|eval_limit|prompt|response|input)$|training\.(data_)?seed$")
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,8 @@ def _row(name: str, overrides: dict[str, Any]) -> Variant:
         if _FIXED.match(key) or not _CHANGEABLE.match(key):
             raise UserError(
                 f"{option}.{key} cannot be set: a row sets single options of student, teacher, data, loss and training, such "
-                "as training.learning_rate, or the whole loss or teacher; test sets, data.eval and seeds are those of all rows"
+                "as training.learning_rate, or the whole loss or teacher; test sets and their columns, data.eval and seeds are those "
+                "of all rows"
             )
     return Variant(name, overrides, option=option)
 

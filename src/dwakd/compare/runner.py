@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -33,6 +34,8 @@ from dwakd.training.run_folder import RUN_FILE, check_same_recipe
 logger = logging.get_logger(__name__)
 POLL_SECONDS = 5.0
 """Time between two attempts to run cells that other processes have locked."""
+_STOPPED = (INTERRUPTED, 130, *(-number for number in (signal.SIGTERM, signal.SIGINT)))
+"""Exit codes of runs that a user or a scheduler has stopped. A killed run may have needed too much memory."""
 MOVABLE = re.compile(r"(teacher\.(\d+\.)?cache|generate\.(output|batch_size))$")
 """Options that may differ between finished runs, because they only name a file or change the speed."""
 
@@ -126,7 +129,7 @@ class Runner:
         return {name: reason for name, reason in reasons.items() if reason is not None}
 
     def _check_finished(self, cell: Cell) -> None:
-        """Raise UserError if the results of a finished cell cannot stand for the cell of this comparison."""
+        """Raise UserError if the results of a finished cell were made with another recipe or other rows, or are damaged."""
         folder = self.cell_folder(cell)
         if (folder / RECIPE_FILE).is_file():
             check_same_recipe(folder / RECIPE_FILE, self.recipe(cell), changeable=MOVABLE)
@@ -149,7 +152,7 @@ class Runner:
                 return None
             if failure.is_file() and failure.stat().st_mtime >= self._started:
                 return failure.read_text(encoding="utf-8")
-            if self.cell_folder(cell).is_dir():  # a run goes on if its comparison was killed
+            if self.cell_folder(cell).is_dir():  # the training goes on if its comparison was killed
                 FileLock(self.cell_folder(cell) / LOCK_FILE).acquire(timeout=0).lock.release()
             reason, stopped = self._train(cell)
             failure.unlink(missing_ok=True)
@@ -170,7 +173,7 @@ class Runner:
             self._processes.append(process)
             process.wait()
         if process.returncode != 0:
-            stopped = self._stopped or process.returncode < 0 or process.returncode == INTERRUPTED
+            stopped = self._stopped or process.returncode in _STOPPED
             return failure_reason(log, process.returncode), stopped
         check_results(self.cell_folder(cell))
         return None, False

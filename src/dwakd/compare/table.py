@@ -47,7 +47,7 @@ def bootstrap(cells: Sequence[Mapping[str, Ratio]], seed: int) -> Float[np.ndarr
     return np.mean(sets, axis=0)
 
 
-@lru_cache(maxsize=4)  # of 8 KB for each row of a test set
+@lru_cache(maxsize=8)  # of 8 KB for each row of a test set
 def _draws(number: int, size: int) -> Integer[np.ndarray, "resamples rows"]:
     """Return how often each resample draws each row of a test set."""
     return np.random.default_rng((number, size)).multinomial(size, np.full(size, 1 / size), RESAMPLES).astype(np.int32)
@@ -172,7 +172,10 @@ def comparison_tables(summary: Mapping[str, Any]) -> Group:
         gigabytes = None if peak is None else peak / 1e9
         costs.add_row(name, _cell(row["seconds_per_step"], 3), _cell(gigabytes, 2), str(row["training_seeds"]), *ends)
     notes = [
-        Text(f"{name}: bits per byte of {row['num_truncated']} responses that were cut at evaluation.max_length")
+        Text(
+            f"{name}: bits per byte does not include the end of {row['num_truncated']} responses, which were cut at "
+            "evaluation.max_length"
+        )
         for name, row in rows.items()
         if row["num_truncated"]
     ]

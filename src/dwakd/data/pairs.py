@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 PROMPT_TOO_LONG = "prompt too long"
 NOTHING_SUPERVISED = "no response token left"
-REFUSED = "refused by the template"
+REFUSED = "refused by the template or the model"
 _CHUNK = 256
 Finish: TypeAlias = Callable[[EncodedRow, Example], EncodedRow]
 
@@ -267,7 +267,10 @@ class SpellingAligner:
 
 
 def check_encoded(pairs: EncodedPairs, encoders: Sequence[TextEncoder]) -> None:
-    """Refuse rows that were encoded for another number of models, or with other tokenizers, as a whole row shows."""
+    """Refuse rows that were encoded for another number of models, or with other tokenizers.
+
+    One row that is not truncated is encoded again and compared.
+    """
     row = next((row for row in pairs.rows[:100] if not row.truncated), None)
     if row is None:
         return

@@ -1,4 +1,4 @@
-"""Special tokens: tokenise those that rows spell out as text, and tell which ones need no embedding."""
+"""Special tokens: tokenise those that rows spell out as text, and find those that need no embedding."""
 
 import copy
 import re

@@ -105,7 +105,8 @@ def evaluate_draft(
         signature: result of `draft_signature`, if the caller has computed it already.
 
     Raises:
-        UserError: there are no rows, a prompt is empty or too long for the target, or transformers cannot combine the models.
+        UserError: there are no rows, a prompt is empty or too long for the target or the draft, or transformers cannot combine
+            the models.
     """
     started = time.perf_counter()
     if not examples:

@@ -43,7 +43,7 @@ def read_verdict(reply: str, *, complete: bool = True) -> float | None:
     """
     thoughts, _, text = reply.rpartition("</think>")
     text = text.strip()
-    if not thoughts and "<think>" in text:
+    if not thoughts and text.startswith("<think>"):
         return None
     if marked := _MARKED.findall(text):
         return _SCORES[marked[-1].lower()]

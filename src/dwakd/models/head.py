@@ -128,7 +128,7 @@ def causal_lm(model: nn.Module) -> Any:
 
 
 def uses_flash_attention(model: nn.Module) -> bool:
-    """Return whether a model computes attention by a function that needs half precision and mostly a GPU."""
+    """Return whether a model computes attention by a function that requires float16 or bfloat16, and usually a GPU."""
     return "flash" in str(causal_lm(model).config.get_text_config()._attn_implementation)
 
 

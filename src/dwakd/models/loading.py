@@ -149,7 +149,12 @@ def load_config(spec: str, *, revision: str | None = None, trust_remote_code: bo
 
 def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
     """Raise a UserError if the tokenizer has ids for which the model has no embedding; more embeddings are accepted."""
-    rows, needed = num_embeddings(model), needed_embeddings(tokenizer)
+    check_embeddings(tokenizer, num_embeddings(model), name)
+
+
+def check_embeddings(tokenizer: Any, rows: int, name: str) -> None:
+    """Raise a UserError if a tokenizer needs more embeddings than the rows of a model's table."""
+    needed = needed_embeddings(tokenizer)
     if needed > rows:
         found = f"token ids up to {needed - 1}, but the model has {rows} embeddings"
         raise UserError(f"the tokenizer of {name} has {found}; use its own tokenizer")

@@ -20,7 +20,7 @@ from dwakd.recipe.files import RECIPE_FILE, read_saved_recipe
 from dwakd.training.run_folder import RUN_FILE, flat_options
 
 Value = TypeVar("Value")
-_OF_MODELS = ("model", "data", "versions", "tokenizer", "chat_template")
+_OF_MODELS = ("model", "data", "versions", "tokenizer", "chat_template", "dtype")
 """Parts of the signature of scores that may differ between runs that are compared."""
 DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """What reading a damaged file raises."""

@@ -25,7 +25,7 @@ from dwakd.environment import hardware
 from dwakd.errors import UserError
 from dwakd.evaluation.run import EvaluationPlan, check_room
 from dwakd.folders import alone_in, write_file, write_json
-from dwakd.models.loading import check_positions, load_causal_lm, load_config, load_tokenizer
+from dwakd.models.loading import check_embeddings, check_positions, load_causal_lm, load_config, load_tokenizer
 from dwakd.recipe.files import RECIPE_FILE
 from dwakd.recipe.recipe import Recipe
 from dwakd.recipe.sections import ModelSection, TeacherSection, lora_config
@@ -124,6 +124,8 @@ def recipe_encoders(
         config = load_config(section.model, revision=section.revision, trust_remote_code=section.trust_remote_code)
         check_positions(config, section.model, args.max_length)
         encoder.num_embeddings = getattr(config.get_text_config(), "vocab_size", None)
+        if encoder.num_embeddings is not None:
+            check_embeddings(encoder.tokenizer, encoder.num_embeddings, section.model)
     return encoders
 
 

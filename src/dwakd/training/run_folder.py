@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import logging
 import math
@@ -18,7 +20,7 @@ from dwakd.environment import global_rank
 from dwakd.errors import UserError
 from dwakd.folders import LOCK_FILE, check_output_folder
 from dwakd.recipe.files import RECIPE_FILE, parse_yaml, read_saved_recipe
-from dwakd.recipe.recipe import Recipe
+from dwakd.recipe.recipe import Recipe, recipe_from_dict
 from dwakd.recipe.training import DistillConfig
 from dwakd.training.callbacks import ROWS_OF_STEP
 
@@ -88,8 +90,14 @@ def check_same_recipe(saved: Path, recipe: Recipe, *, changeable: re.Pattern[str
 
 
 def _changed_options(saved: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Return the saved and the given value of each option that differs, by dotted name."""
-    before = flat_options(read_saved_recipe(saved, fix="restore it, or choose another folder with --output"))
+    """Return the saved and the given value of each option that differs, by dotted name.
+
+    An option that is newer than the saved recipe has its default there.
+    """
+    content = read_saved_recipe(saved, fix="restore it, or choose another folder with --output")
+    with contextlib.suppress(UserError):  # of options that this version does not know
+        content = parse_yaml(recipe_from_dict(copy.deepcopy(content), "compare").dump())
+    before = flat_options(content)
     now = flat_options(parse_yaml(recipe.dump()))
     both = {name: (before.get(name, "unset"), now.get(name, "unset")) for name in sorted(before | now)}
     return {name: values for name, values in both.items() if values[0] != values[1]}

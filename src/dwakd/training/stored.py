@@ -21,7 +21,7 @@ from dwakd.recipe.training import DistillConfig
 
 logger = logging.getLogger(__name__)
 
-_PACKAGES = ("transformers", "tokenizers", "datasets", "jinja2")
+_PACKAGES = ("dwakd", "transformers", "tokenizers", "datasets", "jinja2")
 _OPTIONS = ("max_prompt_length", "invalid_rows", "teacher_key", "teacher_names", "lmbda")
 
 

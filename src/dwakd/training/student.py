@@ -39,7 +39,6 @@ def check_student(student: nn.Module) -> None:
             f"no parameter of the student {model_name(student)} requires gradients, so training would not change it: "
             f"set requires_grad on what should be trained{hint if isinstance(student, PeftModel) else ''}"
         )
-    _check_precision(student)
     if isinstance(student, PeftModel):
         _check_adapter(student)
     elif is_quantised(student):
@@ -58,6 +57,8 @@ def check_student(student: nn.Module) -> None:
         and len({p.device for p in student.parameters()}) == 1  # otherwise it cannot be rebuilt from its tensors
     ):
         _check_same(student, _restored(student, _saved_config(student)))
+    if not is_deepspeed_zero3_enabled():  # DeepSpeed keeps the weights in float32 as well
+        _check_precision(student)
 
 
 def _check_precision(student: nn.Module) -> None:
