@@ -170,8 +170,8 @@ def _row(name: str, overrides: dict[str, Any]) -> Variant:
         if _FIXED.match(key) or not _CHANGEABLE.match(key):
             raise UserError(
                 f"{option}.{key} cannot be set: a row sets single options of student, teacher, data, loss and training, such "
-                "as training.learning_rate, or the whole loss or teacher; test sets and their columns, data.eval and seeds are those "
-                "of all rows"
+                "as training.learning_rate, or the whole loss or teacher; test sets and their columns, data.eval and seeds "
+                "are those of all rows"
             )
     return Variant(name, overrides, option=option)
 
