@@ -50,9 +50,9 @@ def test_rows_that_a_template_refuses(caplog: pytest.LogCaptureFixture) -> None:
     teacher = Refusing({1, 4})
     with caplog.at_level(logging.WARNING, "dwakd"):
         pairs = encode_pairs(ROWS, TextEncoder(byte_bpe(), "plain"), teacher, invalid_rows="skip")
-    assert pairs.report == {"refused by the template": [1, 4]}
+    assert pairs.report == {"refused by the template or the model": [1, 4]}
     assert [row.example_id for row in pairs.rows] == [0, 2, 3, 5]
-    assert "2 of 6 rows (refused by the template: 2); first error: train data, row 1 " in caplog.text
+    assert "2 of 6 rows (refused by the template or the model: 2); first error: train data, row 1 " in caplog.text
     assert pairs.rows[1].student.ids.tolist() == encode_pairs([ROWS[2]], Refusing(set())).rows[0].student.ids.tolist()
     with pytest.raises(UserError, match=r"row 1 .*the template refuses row 1.*2 of 6 rows.*invalid_rows: skip"):
         encode_pairs(ROWS, teacher)
