@@ -29,7 +29,7 @@ def test_a_full_disk_is_named_by_every_command(tmp_path, monkeypatch, capsys):
 
 
 def test_a_path_that_cannot_be_used_is_one_sentence(tmp_path, monkeypatch, capsys):
-    """The system refuses names that are too long, and files that the user may not read, with an exception of its own."""
+    """A name that is too long, or a file without read permission, raises an OSError, which must not end in a traceback."""
     code, _, err = run(monkeypatch, capsys, "train", "x" * 300)
     assert (code, one_sentence(err)) == (2, f"error: {'x' * 300} cannot be used: File name too long")
 

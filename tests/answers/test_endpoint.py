@@ -191,7 +191,7 @@ def test_what_cannot_be_sent_or_is_not_complete(at, server, tmp_path, monkeypatc
         return found
 
     monkeypatch.setattr(server, "answer", filtered)
-    with pytest.raises(UserError, match=r"2 refused, .* does not complete the answers"):
+    with pytest.raises(UserError, match=r"2 refused: .* did not complete the answer"):
         answer_recipe(at(limit=2, max_new_tokens=40), output=tmp_path / "filtered.jsonl")
 
 

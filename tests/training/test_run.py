@@ -207,7 +207,7 @@ def test_rows_are_checked_before_models_are_loaded(last, message, workspace, tmp
 def test_a_special_token_without_an_embedding_is_found_before_models_are_loaded(
     workspace, tmp_path, monkeypatch, capsys
 ):
-    """The configuration tells that the student's tokenizer has more tokens than the student has embeddings."""
+    """The number of embeddings is read from config.json, so the row is refused before the weights are loaded."""
     student = shutil.copytree(
         workspace / "student", tmp_path / "student", ignore=shutil.ignore_patterns("*.safetensors")
     )

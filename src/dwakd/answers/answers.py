@@ -126,7 +126,7 @@ def describe(left_out: dict[str, int]) -> str:
     """List how many answers were left out for each reason."""
     names = {
         "cut": "cut at generate.max_new_tokens",
-        "refused": "refused, because their prompts are too long or invalid or the server does not complete the answers",
+        "refused": "refused: the prompt is too long or invalid, or the server did not complete the answer",
     }
     names |= {name: f"by generate.{name}" for name in _FILTERS}
     return ", ".join(f"{count} {names.get(reason, reason)}" for reason, count in left_out.items())

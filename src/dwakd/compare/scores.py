@@ -116,5 +116,6 @@ def _by_place(rows: Sequence[Sequence[float]]) -> Ratio:
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are not None, or None if there are none."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None

@@ -8,7 +8,7 @@ from dwakd.recipe.training import DistillConfig
 
 
 def checked_args(args: Any, teachers: Any = None) -> DistillConfig:
-    """Return the training arguments, or raise UserError if this process cannot train these teachers' students with them."""
+    """Return the training arguments, or raise UserError if this process cannot train with them and these teachers."""
     args = args or DistillConfig()
     if not isinstance(args, DistillConfig):
         raise UserError(f"args must be a dwakd.DistillConfig, which takes every option of {type(args).__name__}")
