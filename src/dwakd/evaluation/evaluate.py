@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dwakd.cache.fingerprint import tokenizer_digest
+from dwakd.cache.fingerprint import json_digest, tokenizer_digest
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
@@ -219,7 +219,11 @@ def evaluation_signature(
         **({} if special == "parse" else {"special_tokens_in_prompts": special}),
         "references": "best" if any(map(metrics.has_reference, examples)) else "none",
         "template": encoder.template,
-        **({"chat_template": _digest(encoder.tokenizer.chat_template)} if encoder.template == "chat" else {}),
+        **(
+            {"chat_template": json_digest(encoder.tokenizer.chat_template)[:_DIGITS]}
+            if encoder.template == "chat"
+            else {}
+        ),
         **({} if encoder.bos == "auto" else {"bos": encoder.bos}),
         "tokenizer": tokenizer_digest(encoder)[:_DIGITS],
         "seeds": [*dict.fromkeys(one.seed for one in options.passes() if one.seed is not None)],
@@ -252,8 +256,5 @@ def model_identity(model: Model, name: str | None = None) -> dict[str, Any]:
 def data_identity(examples: Sequence[Example], name: str = "rows in memory") -> dict[str, Any]:
     """Return the name of the rows, their number and the first 16 digits of the SHA-256 of their texts."""
     rows = [{key: value for key, value in asdict(example).items() if value is not None} for example in examples]
-    return {"name": name, "rows": len(examples), "sha256": _digest(rows)}
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:_DIGITS]
+    digest = hashlib.sha256(json.dumps(rows, default=str).encode())
+    return {"name": name, "rows": len(examples), "sha256": digest.hexdigest()[:_DIGITS]}

@@ -13,8 +13,6 @@ from dwakd.errors import UserError, reason_of
 
 RECIPE_FILE = "dwakd-recipe.yaml"
 """The resolved recipe in a run's folder."""
-
-
 _INTEGER = "tag:yaml.org,2002:int"
 
 

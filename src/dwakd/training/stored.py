@@ -68,9 +68,8 @@ def _key(rows: RowSource, digest: str, encoders: Sequence[TextEncoder], args: Di
         sides.append([side, encoder.end_token_id, encoder.tokenizer.special_tokens_map])
     source = {name: str(value) for name, value in vars(rows).items()} | {"source": str(rows.source)[:1000]}
     options = [*(getattr(args, name) for name in _OPTIONS), args.method_options.needs_edit_alignment]
-    return json_digest([digest, source, sides, options, [metadata.version(name) for name in _PACKAGES], code_digest()])[
-        :32
-    ]
+    versions = [*(metadata.version(name) for name in _PACKAGES), code_digest()]
+    return json_digest([digest, source, sides, options, versions])[:32]
 
 
 def _read(path: Path, name: str) -> EncodedPairs | None:
