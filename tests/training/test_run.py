@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from transformers import AutoTokenizer
 
 from dwakd import DistillConfig, DistillTrainer
@@ -110,7 +111,10 @@ def test_a_run_that_trains_nothing_ends_with_an_error(workspace, tmp_path, monke
 
 
 def test_lora_by_recipe_loads_with_peft(workspace, tmp_path, monkeypatch, capsys):
-    """`student.peft` trains an adapter that PEFT and `dwakd eval` both read. `dwakd train` evaluates the same weights."""
+    """`student.peft` trains an adapter that PEFT and `dwakd eval` both read. `dwakd train` evaluates the same weights.
+
+    `dwakd eval BASE --adapter RUN` finds the template of the run and writes into its folder.
+    """
     from peft import AutoPeftModelForCausalLM
 
     output, data = tmp_path / "lora", workspace / "data.jsonl"
@@ -118,17 +122,18 @@ def test_lora_by_recipe_loads_with_peft(workspace, tmp_path, monkeypatch, capsys
     arguments = [workspace / "recipe.yaml", "student.peft={r: 4, lora_alpha: 8}", evaluation]
     code, _, err = run(monkeypatch, capsys, "train", *arguments, "-o", output)
     assert code == 0, err
-    before = json.loads(next((output / "eval").glob("*.json")).read_text())["signature"]["model"]
+    before = json.loads(next((output / "eval").glob("*.json")).read_text())["signature"]
     loaded = AutoPeftModelForCausalLM.from_pretrained(output)
     assert any("lora_A" in name for name, _ in loaded.named_parameters())
-    code, _, err = run(
-        monkeypatch, capsys, "eval", output, "-d", data, "--limit", 1, "--seeds", 1, "--max-new-tokens", 2, "--overwrite",
-    )  # fmt: skip
-    assert code == 0, err
-    assert (
-        json.loads(next((output / "eval").glob("*.json")).read_text())["signature"]["model"]["sha256"]
-        == before["sha256"]
-    )
+    base = yaml.safe_load((output / RECIPE_FILE).read_text())["student"]["model"]
+    limits = ["--limit", 1, "--seeds", 1, "--max-new-tokens", 2, "--overwrite"]
+    for evaluated in ([output], [base, "--adapter", output]):
+        shutil.rmtree(output / "eval")
+        code, _, err = run(monkeypatch, capsys, "eval", *evaluated, "-d", data, *limits)
+        assert code == 0, err
+        after = json.loads(next((output / "eval").glob("*.json")).read_text())["signature"]
+        assert after["model"]["sha256"] == before["model"]["sha256"]
+        assert after["template"] == before["template"]
 
 
 MISTAKES = {

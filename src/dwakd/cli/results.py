@@ -25,7 +25,7 @@ def evaluate(
         list[str] | None, typer.Option(help="Text for bits per byte without a prompt: rows with a column text.")
     ] = None,
     output: Annotated[
-        Path | None, output_option("Folder of scores and answers; eval/ in the model's by default.")
+        Path | None, output_option("Folder of scores and answers; eval/ in that of the model or adapter by default.")
     ] = None,
     adapter: Annotated[str | None, typer.Option(help="A PEFT adapter to merge into the model.")] = None,
     draft_for: Annotated[
@@ -38,8 +38,8 @@ def evaluate(
 
     --decoding minillm with the other defaults is the protocol of the published tables. Bits per byte can be compared
     between models with different tokenizers. Template, bos and special-tokens-in-prompts are by default those of the
-    recipe in the model's folder, if there is one. --draft-for measures speculative decoding instead of scores, and cannot
-    be combined with the options of scores.
+    recipe in the folder of the model or adapter, if there is one. --draft-for measures speculative decoding instead of
+    scores, and cannot be combined with the options of scores.
     """
     silence_transformers()
     given = options.model_dump(exclude_defaults=True, exclude={"max_new_tokens"}) | ({"text": text} if text else {})

@@ -196,8 +196,8 @@ def evaluate_draft_sets(
     The arguments are those of `evaluate_sets` and `evaluate_draft`. By default, the prompts have the template of the recipe in
     the draft's folder.
     """
-    folder, sets = results_folder(draft, output, "draft"), read_test_sets(data, rows)
-    encoder = text_encoder_of(target, rows, recipe_of=draft)
+    folder, sets = results_folder(adapter or draft, output, "draft"), read_test_sets(data, rows)
+    encoder = text_encoder_of(target, rows, recipe_of=adapter or draft)
     pair = Draft(
         load_for_evaluation(draft, adapter=adapter), load_tokenizer(draft), load_for_evaluation(target), encoder
     )

@@ -155,7 +155,7 @@ def evaluate_sets(
     Args:
         model: folder, hub id or GGUF file.
         data: files or hub ids.
-        rows: template, bos and special_tokens_in_prompts are by default those of the recipe in the model's folder.
+        rows: template, bos and special_tokens_in_prompts are by default those of the recipe in the adapter's or model's folder.
         options: options of the answers.
         text: files or hub ids with a column `text`, for bits per byte without a prompt.
         adapter: a PEFT adapter to merge into the model.
@@ -163,22 +163,23 @@ def evaluate_sets(
         revision: branch, tag or commit of a model on the hub.
         trust_remote_code: run the Python code of a hub repository.
         chat_template_path: a chat template from elsewhere, as in `load_tokenizer`.
-        output: folder of the results; eval/ in the model's folder by default.
+        output: folder of the results; by default eval/ in the folder of the adapter or model.
         overwrite: replace results of the same name with another signature, which are otherwise an error.
         more: other options of `load_causal_lm`.
 
     Raises:
         UserError: the model or the data cannot be used, or there are other results in the output folder.
     """
-    folder = results_folder(model, output)
+    evaluated = adapter or model
+    folder = results_folder(evaluated, output)
     plan = EvaluationPlan(read_test_sets(data, rows, text), options, rows)
     loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    encoder = text_encoder_of(model, rows, recipe_of=model, chat_template_path=chat_template_path, **loading)
+    encoder = text_encoder_of(model, rows, recipe_of=evaluated, chat_template_path=chat_template_path, **loading)
     loaded = load_for_evaluation(model, adapter=adapter, dtype=dtype, **loading, **more)
     check_vocabulary(loaded, encoder.tokenizer, model)
     check_room(plan, loaded, encoder)
-    table = evaluate_plan(plan, loaded, encoder, folder, name=model, overwrite=overwrite)
-    if adapter is None and folder == Path(model).expanduser() / "eval":
+    table = evaluate_plan(plan, loaded, encoder, folder, name=evaluated, overwrite=overwrite)
+    if folder == Path(evaluated).expanduser() / "eval":
         update_results(folder.parent)
     return table
 

@@ -26,9 +26,10 @@ from dwakd.evaluation.evaluate import data_identity, model_identity
 from dwakd.evaluation.generate import Model, max_positions, progress_bar
 from dwakd.evaluation.metrics import has_reference
 from dwakd.evaluation.options import RowOptions
+from dwakd.evaluation.run import load_for_evaluation
 from dwakd.folders import check_output_folder, write_json
-from dwakd.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
-from dwakd.models.rows import check_head, evaluating, response_hidden
+from dwakd.models.loading import check_vocabulary, load_tokenizer
+from dwakd.models.rows import evaluating, response_hidden
 
 Side: TypeAlias = tuple[Model, TextEncoder]
 Structure = Float[Tensor, "spans spans"]
@@ -74,8 +75,7 @@ def compare_representations(
     prompts = rows.rendering(template="alpaca", bos="auto", special_tokens_in_prompts="parse")
 
     def load(name: str, adapter: str | None = None) -> Side:
-        model, tokenizer = load_causal_lm(name, adapter=adapter), load_tokenizer(name)
-        check_head(model)
+        model, tokenizer = load_for_evaluation(name, adapter=adapter), load_tokenizer(name)
         check_vocabulary(model, tokenizer, name)
         return model, TextEncoder(tokenizer, **prompts)
 
@@ -173,7 +173,7 @@ def _pooled(row: EncodedRow, models: tuple[Model, Model]) -> list[Float[Tensor, 
     pooled = []
     for model, side, count, index in zip(models, sides, counts, (groups.student, groups.teacher), strict=True):
         ids = torch.from_numpy(side.ids[:-1]).long().to(model.device)
-        hidden = response_hidden(model, [ids], [count])[0].double().cpu()
+        hidden = response_hidden(model, [ids], [count])[0].cpu().double()
         sums = hidden.new_zeros(int(index[-1]) + 1, hidden.shape[1]).index_add(0, index, hidden)
         pooled.append(sums / index.bincount()[:, None])
     return pooled
