@@ -87,7 +87,12 @@ def test_a_row_is_sent_as_a_conversation(at, server, tmp_path):
     """The server's template has to see the turns, the tools and the documents of the row."""
     turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}]
     tools, documents = [{"type": "function", "function": {"name": "f"}}], [{"title": "t"}]
-    row = {"messages": turns, "tools": tools, "documents": documents, "chat_template_kwargs": {"thinking": False}}
+    row = {
+        "messages": [turn | {"timestamp": 1, "id": "a"} for turn in turns],
+        "tools": tools,
+        "documents": documents,
+        "chat_template_kwargs": {"thinking": False},
+    }
     server.requests.clear()
     answer_recipe(at(prompts=[write_rows(tmp_path / "p.jsonl", [row])], seed=3, max_new_tokens=40))
     (body,) = server.requests

@@ -17,7 +17,7 @@ from dwakd.data.rows import Example
 from dwakd.folders import write_file
 from dwakd.recipe.recipe import recipe_from_dict
 from tests.answers.builders import LABELLED, PROMPTS, TOKENIZER, changed, read_rows, teacher, write_rows
-from tests.builders import byte_bpe, tiny_model
+from tests.builders import CHAT_TEMPLATE, byte_bpe, tiny_model
 from tests.command_line import one_sentence, run
 from tests.shards import kill_after_first_shard
 from tests.two_ranks import run_on_two_ranks
@@ -243,6 +243,23 @@ def test_a_prompt_that_is_too_long(models, tmp_path, monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, *base, "data.invalid_rows=skip")
     assert code == 0, err
     assert read_json(tmp_path / "answers.json")["left_out"]["refused"] == 1
+
+
+def test_the_date_of_the_recipe(models, tmp_path):
+    """The teacher would answer prompts of another day than those that are trained on; answers that exist keep their date."""
+    _, recipe = models
+    (tmp_path / "dated.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + CHAT_TEMPLATE)
+    teacher = {**recipe["teacher"], "chat_template_path": str(tmp_path / "dated.jinja")}
+    given = {"teacher": teacher, "generate": {"output": str(tmp_path / "a.jsonl"), "limit": 9}}
+    for day in ("2001-02-03", "2004-05-06"):
+        file, _ = answer_recipe(changed(recipe, data={"template": "chat", "template_date": day}, **given))
+        assert file.request["the date for chat templates"] == "2001-02-03"
+
+
+def test_a_missing_tokenizer():
+    """A loaded model has no tokenizer of its own."""
+    with pytest.raises(UserError, match="tokenizer is missing: pass the tokenizer of the model"):
+        answer_prompts(teacher(), None, [{"prompt": "Why?"}])
 
 
 def test_prompts_are_checked_for_the_models_that_are_trained(models, tmp_path, monkeypatch):

@@ -65,6 +65,15 @@ def test_runs_that_cannot_use_a_cache_have_none():
     assert Cell(sra["attention"], 1).recipe(half).teachers[0].cache_dtype is None
 
 
+def test_the_default_rows_of_on_policy_training():
+    """Methods that cannot train on sampled answers would refuse the whole comparison."""
+    loss = {"method": "dwa_kd", "variant": "recommended"}
+    given = {share: recipe(loss=loss, compare={}, training={"lmbda": share}) for share in (0.0, 0.5, 1.0)}
+    names = {share: rows_of(one).keys() for share, one in given.items()}
+    assert names[0.5] == names[0] - {"sft", "min_ed", "dskd"}, "the recipe has the recommended form of dwa_kd"
+    assert names[1] == names[0.5] - {"dwa_kd"}
+
+
 def test_ablation_rows_switch_what_their_names_say():
     """Each row of the ablation turns off what its name says."""
     variants = rows_of(ablation=True)

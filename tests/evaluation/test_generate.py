@@ -11,7 +11,14 @@ from transformers import GenerationConfig
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import Example
 from dwakd.errors import UserError
-from dwakd.evaluation.generate import SeededSampling, generate_answers, generate_batch, plan_batches, streams
+from dwakd.evaluation.generate import (
+    SeededSampling,
+    generate_answers,
+    generate_batch,
+    group_prompts,
+    plan_batches,
+    streams,
+)
 from dwakd.evaluation.options import DecodingOptions, GenerationOptions
 from tests.builders import FAMILIES, byte_bpe, tiny_model
 
@@ -190,6 +197,22 @@ def test_batches_hold_every_row_once(encoder: TextEncoder) -> None:
     assert sorted(row for batch in batches for row in batch.rows) == [0, 1, 2, 3, 4]
     assert [len(batch.rows) for batch in batches] == [2, 2, 1]
     assert answers_of(tiny_model("gpt2", VOCAB), encoder, [], seed=0) == []
+
+
+def test_answers_of_other_limits_share_a_batch(encoder: TextEncoder) -> None:
+    """On-policy training limits each answer by its own prompt; batches of one limit would have one row each."""
+    model = tiny_model("gpt2", VOCAB)
+    prompts = [encoder.prompt_ids(example) for example in EXAMPLES]
+    limits = [3, 5, 2, 8, 4]
+    (batch,) = group_prompts(model, prompts, limits, 5)
+    for row, answer in zip(
+        batch.rows, generate_batch(model, encoder, batch, GenerationOptions(seed=None)), strict=True
+    ):
+        assert answer.ids == greedy_ids(model, encoder, EXAMPLES[row], limits[row])
+        assert not answer.ended
+    longest = max(map(len, prompts))
+    small = tiny_model("gpt2", VOCAB, n_positions=longest + 6)
+    assert [max(one.limits) for one in group_prompts(small, prompts, limits, 5)] == [5, 8]
 
 
 def test_modes_are_restored(encoder: TextEncoder) -> None:

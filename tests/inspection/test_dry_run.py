@@ -48,6 +48,17 @@ def test_nothing_is_written(folder, tmp_path, monkeypatch, capsys):
     assert (code, "is not empty" in one_sentence(err)) == (2, True)
 
 
+def test_prompts_that_the_student_answers(folder, tmp_path, monkeypatch, capsys):
+    """With `training.lmbda: 1` the data may have no responses, so that no row can be shown."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Say {n}."}) + "\n" for n in range(9)))
+    options = [f"data.train={prompts}", "loss.method=alm", "training.lmbda=1", "training.max_new_tokens=4", "--dry-run"]
+    code, out, err = run(monkeypatch, capsys, "train", folder / "recipe.yaml", *options)
+    assert code == 0, err
+    assert "optimiser state" in out
+    assert "row 0" not in out
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_predictions_against_a_training(folder, cached, monkeypatch, tmp_path):
     """On a clock that counts the tokens which the models read, the prediction is the time of the training.

@@ -100,6 +100,15 @@ def test_one_tokenizer_and_heads_of_two_widths_train(tmp_path, method, options):
     assert run.train().training_loss > 0
 
 
+def test_a_term_without_weight_has_no_gradient_norm(tmp_path):
+    """A logged 0 would say that the term trains nothing but the maps."""
+    run = trainer(tmp_path, method="dwa_kd", loss_options={"dtw_width": 8})
+    micro_batches, num_tokens = run.get_batch_samples(iter(run.get_train_dataloader()), 1, torch.device("cpu"))
+    batch, sides, scales = micro_batches[0][0]
+    output = run.model(batch.student, sides, scales, num_tokens, term_gradients=True)
+    assert output["terms"].keys() - output["gradient_squares"].keys() == {"loss", "dtw_border"}
+
+
 def test_the_gradient_of_each_term_at_the_hidden_states(tmp_path):
     """The norm is that of the term as it enters the loss: weighted, and divided by the tokens of the step."""
     run = trainer(tmp_path, method="kd", loss_options={"kd_rate": 0.25})

@@ -180,6 +180,21 @@ def test_an_answer_is_cut_before_a_token_that_the_tokenizer_does_not_have():
     assert (row.ids, row.ended, targets(row.features["student"])) == ([known], False, [known])
 
 
+def test_a_cut_answer_does_not_end_inside_a_character():
+    """The teacher would read "\ufffd" where the student wrote the correct first bytes of a character."""
+    own, other = byte_bpe(), bpe_byte_fallback()
+    ids, _ = TextEncoder(own, "plain").response_ids("red \U0001f680")
+    for size in range(1, len(ids) + 1):
+        row = row_of(own, ids[:size], other, ended=False)
+        whole = [count for count in range(size + 1) if "\ufffd" not in own.decode(ids[:count])]
+        text = own.decode(row.ids)
+        assert row.ids == ids[: whole[-1]]
+        assert targets(row.features["teachers"][0]) == TextEncoder(other, "plain").response_ids(text)[0]
+    assert row.ids == ids
+    invalid = ids[-1:] * 5  # bytes that no character begins with are kept, because they are not part of one
+    assert row_of(own, invalid, other, ended=False).ids == invalid
+
+
 def test_an_answer_that_is_too_long_for_a_teacher_is_cut_at_a_token_of_the_student():
     """The sides must contain the same text, and the teacher's may not exceed max_length."""
     own, other = byte_bpe(vocab_size=400), bpe_byte_fallback()
@@ -206,6 +221,13 @@ def test_what_is_logged_about_the_answers():
         "completions/repetition": pytest.approx(4 / 6),
     }
     assert answer_metrics(torch.tensor(counts.take())) == {}
+
+
+def test_encoded_prompts_without_room_for_an_answer_are_refused(tmp_path):
+    """Rows that were encoded for a larger max_length would end in a traceback at their step."""
+    rows = trainer(tmp_path / "long", method="alm").train_dataset
+    with pytest.raises(UserError, match="prompts leave no room for the student's answers: raise max_length"):
+        trainer(tmp_path / "run", rows=rows, **{**ALL, "max_length": 3, "max_prompt_length": 2})
 
 
 def test_prompts_without_answers(tmp_path):

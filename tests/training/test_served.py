@@ -106,6 +106,12 @@ def test_several_teachers_and_a_sum(served, server, tmp_path):
         trainer(tmp_path / "kd", method="kd", teacher_model=served())
 
 
+def test_texts_of_the_student_cannot_be_sent(served, tmp_path):
+    """The server may split a sampled answer into other tokens, which ends a training in the middle."""
+    with pytest.raises(UserError, match=r"lmbda cannot be used with teacher\.api: echo_text"):
+        trainer(tmp_path / "run", method="alm", teacher_model=served(api="echo_text"), **on_policy(0.5))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

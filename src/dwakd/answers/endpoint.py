@@ -13,6 +13,7 @@ from dwakd.answers.answers import Answer, Finish
 from dwakd.answers.local import Advance
 from dwakd.data.prompts import Prompts
 from dwakd.data.rows import Example
+from dwakd.data.turns import sent_turn
 from dwakd.errors import UserError, reason_of
 from dwakd.recipe.sections import EndpointSection, GenerateSection
 
@@ -200,7 +201,11 @@ class EndpointTeacher:
         request |= {"tools": others.pop("tools")} if "tools" in others else {}
         extra = {"documents": others.pop("documents")} if "documents" in others else {}
         extra |= {"chat_template_kwargs": others} if others else {}
-        return {**request, **({"extra_body": extra} if extra else {}), "messages": example.turns}
+        return {
+            **request,
+            **({"extra_body": extra} if extra else {}),
+            "messages": [sent_turn(turn) for turn in example.turns],
+        }
 
     def _read(self, completion: Any) -> Answer:
         """Convert a response of the server. An answer that was filtered or not completed is `refused`."""

@@ -12,7 +12,7 @@ from dwakd.answers.answers import Answer, Finish
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.rows import Example
 from dwakd.errors import UserError
-from dwakd.evaluation.generate import answerable_prompts, generate_batch, max_positions, plan_batches
+from dwakd.evaluation.generate import answerable_prompts, generate_batch, plan_batches
 from dwakd.evaluation.options import GenerationOptions
 from dwakd.models.rows import evaluating
 from dwakd.recipe.sections import GenerateSection
@@ -47,11 +47,12 @@ class LocalTeacher:
             answerable_prompts(self.model, self.encoder, examples, source)
 
     def fits(self, example: Example) -> bool:
-        """Return whether the template can show a prompt and the teacher has room for an answer to it."""
+        """Return whether the teacher can answer a prompt."""
         try:
-            return 0 < len(self.encoder.prompt_ids(example)) < max_positions(self.model)
+            answerable_prompts(self.model, self.encoder, [example])
         except UserError:
             return False
+        return True
 
     def answer(self, first: int, examples: Sequence[Example], advance: Advance) -> list[list[Answer]]:
         """Return the samples of each prompt; `first` is the number of the first prompt among all prompts."""

@@ -85,9 +85,8 @@ def check_prompts(recipe: Recipe, sets: Sequence[PromptSet]) -> None:
 def section_encoder(section: ModelSection, data: DataSection) -> TextEncoder:
     """Load the tokenizer of a model, with its chat template, and return the encoder that training uses."""
     loading = section.model_dump(include={"revision", "trust_remote_code", "chat_template_path"})
-    return TextEncoder(
-        load_tokenizer(section.model, **loading), data.template, data.bos, data.special_tokens_in_prompts
-    )
+    tokenizer = load_tokenizer(section.model, **loading)
+    return TextEncoder(tokenizer, data.template, data.bos, data.special_tokens_in_prompts, date=data.template_date)
 
 
 def train_source(data: DataSection, *, need_response: bool = True) -> RowSource:

@@ -30,7 +30,7 @@ from dwakd.cache.fingerprint import DATE, adapter_digest, fingerprint, weights_d
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.rows import Example
 from dwakd.data.sources import load_examples
-from dwakd.environment import global_rank
+from dwakd.environment import global_rank, supports_bfloat16
 from dwakd.errors import UserError
 from dwakd.evaluation.evaluate import data_identity
 from dwakd.evaluation.generate import progress_bar
@@ -75,7 +75,7 @@ def answer_prompts(
     """Return rows with a teacher's answers, which `DistillTrainer`, `encode_rows` and TRL can train on.
 
     Args:
-        model: the teacher: a loaded causal language model, or the name of one.
+        model: the teacher: a loaded causal language model, or the name of one, which runs on the GPU if there is one.
         tokenizer: its tokenizer; may be None if the model is given by name.
         rows: the prompts, in any form that `load_examples` reads; responses are ignored.
         options: how to decode and which answers to leave out; `prompts`, `output` and `endpoint` are not used.
@@ -94,7 +94,10 @@ def answer_prompts(
     name = model if isinstance(model, str) else model.config.name_or_path or type(model).__name__
     if isinstance(model, str):
         tokenizer = tokenizer or load_tokenizer(model)
-        model = load_causal_lm(model)
+        dtype = torch.bfloat16 if supports_bfloat16(use_cpu=False) else torch.float32
+        model = on_device(load_causal_lm(model, dtype=dtype), _device(use_cpu=False))
+    if tokenizer is None:
+        raise UserError("tokenizer is missing: pass the tokenizer of the model")
     check_vocabulary(model, tokenizer, name)
     teacher = LocalTeacher(model, TextEncoder(tokenizer, template, bos, special_tokens_in_prompts), options)
     teacher.check(examples, "the rows")
@@ -220,7 +223,7 @@ def _source(recipe: Recipe, path: Path) -> Source:
     section = recipe.teachers[0]
     loading: dict[str, Any] = {"trust_remote_code": section.trust_remote_code, "revision": section.revision}
     tokenizer = load_tokenizer(section.model, chat_template_path=section.chat_template_path, **loading)
-    date = (read_request(path) or {}).get(DATE)  # templates print the same date in a run that continues
+    date = (read_request(path) or {}).get(DATE) or data.template_date  # a run that continues keeps its date
     encoder = TextEncoder(tokenizer, data.template, data.bos, data.special_tokens_in_prompts, date=date)
     request = fingerprint(
         encoder,
@@ -241,15 +244,16 @@ def _source(recipe: Recipe, path: Path) -> Source:
             )
         model = load_causal_lm(section.model, **section.loading())
         check_vocabulary(model, tokenizer, section.model)
-        return LocalTeacher(on_device(model, _device(recipe)), encoder, options, skip=skip)
+        device = _device(use_cpu=bool(recipe.training.get("use_cpu")))
+        return LocalTeacher(on_device(model, device), encoder, options, skip=skip)
 
     return Source(section.model, request, load)
 
 
-def _device(recipe: Recipe) -> torch.device:
+def _device(*, use_cpu: bool) -> torch.device:
     """Return this rank's accelerator, or the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is None or recipe.training.get("use_cpu"):
+    if accelerator is None or use_cpu:
         return torch.device("cpu")
     return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
 

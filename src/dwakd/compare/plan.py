@@ -120,6 +120,12 @@ def is_teacher(name: str) -> bool:
     return re.fullmatch(r"teacher( \d+)?", name) is not None
 
 
+def _is_default(options: MethodOptions, lmbda: float) -> bool:
+    """Return whether a method works with two tokenizers and with this share of prompts that the student answers."""
+    on_policy = options.supports_sampled and not (lmbda == 1 and options.needs_given)
+    return not options.needs_same_vocabulary and (on_policy or not lmbda)
+
+
 def variants_of(recipe: Recipe, section: CompareSection, *, ablation: bool) -> list[Variant]:
     """Return the rows of the comparison, validated.
 
@@ -130,7 +136,9 @@ def variants_of(recipe: Recipe, section: CompareSection, *, ablation: bool) -> l
         UserError: the compare section names an unknown method, or a row has an unsuitable name or an invalid option.
     """
     rows = {name: _row(name, overrides) for name, overrides in section.rows.items()}
-    default = [name for name in METHODS if not method_options(name).needs_same_vocabulary]
+    own, lmbda = recipe.loss, recipe.training.get("lmbda", 0)
+    options = {name: own if name == own.method_name() else method_options(name) for name in METHODS}
+    default = [name for name, one in options.items() if _is_default(one, lmbda)]
     chosen = _whole_names(section.methods, rows)
     for name in chosen:
         if name not in rows and name not in METHODS:

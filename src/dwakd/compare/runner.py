@@ -236,7 +236,8 @@ def _with_answers(row: Recipe, recipe: Recipe, folder: Path) -> Recipe:
 def _answered_content(recipe: Recipe) -> dict[str, Any]:
     """Return the options of a recipe that determine the teacher's answers."""
     reading = {"train", "prompt", "response", "input", "teacher_prompt", "supervise", "template", "bos"}
-    data = recipe.data.model_dump(include=reading | {"special_tokens_in_prompts", "invalid_rows", "limit"})
+    reading |= {"template_date", "special_tokens_in_prompts", "invalid_rows", "limit"}
+    data = recipe.data.model_dump(include=reading)
     teachers = [one.model_dump(exclude={"cache", "cache_dtype", "weight"}) for one in recipe.teachers[:1]]
     return {
         "data": data,

@@ -42,6 +42,11 @@ def usable(value: Any, column: str, depth: int = 100) -> Any:
     return [usable(item, column, depth - 1) for item in value] if isinstance(value, list) else value
 
 
+def sent_turn(turn: Turn) -> Turn:
+    """Return a turn as a server reads it, without the keys that are not for the model."""
+    return {key: value for key, value in turn.items() if key == "tool_call_id" or key not in _FLAGS | _METADATA}
+
+
 def read_turns(conversation: list[Any], column: str) -> list[Turn]:
     """Read the turns of a conversation. Each has `role`, `content` and those of its other keys that are not empty."""
     turns = []

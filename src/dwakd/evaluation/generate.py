@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby, takewhile
+from itertools import takewhile
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -81,7 +81,12 @@ class PromptBatch(NamedTuple):
 
     rows: list[int]
     prompts: list[list[int]]
-    max_new_tokens: int
+    limits: list[int]  # maximum number of new tokens of each answer
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The largest of the limits."""
+        return max(self.limits)
 
 
 def plan_batches(
@@ -90,18 +95,27 @@ def plan_batches(
     """Group the prompts of examples as `group_prompts` does, limited by the positions of the model."""
     prompts = answerable_prompts(model, encoder, examples)
     limits = [min(options.max_new_tokens, max_positions(model) - len(ids)) for ids in prompts]
-    return group_prompts(prompts, limits, options.batch_size)
+    return group_prompts(model, prompts, limits, options.batch_size)
 
 
-def group_prompts(prompts: Sequence[list[int]], limits: Sequence[int], batch_size: int) -> list[PromptBatch]:
-    """Group prompts of similar length, the longest first; the prompts of a batch have the same limit of new tokens."""
-    order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
-    batches = []
-    for limit, group in groupby(order, key=limits.__getitem__):
-        rows = list(group)
-        for start in range(0, len(rows), batch_size):
-            chosen = rows[start : start + batch_size]
-            batches.append(PromptBatch(chosen, [prompts[row] for row in chosen], limit))
+def group_prompts(
+    model: Model, prompts: Sequence[list[int]], limits: Sequence[int], batch_size: int
+) -> list[PromptBatch]:
+    """Group prompts of similar length, the longest first.
+
+    An answer may be generated up to the largest limit of its batch, of which only the tokens up to its own limit are
+    returned. A batch is therefore smaller than `batch_size` if its longest prompt has no positions for the largest limit.
+    """
+    positions = max_positions(model)
+    batches: list[PromptBatch] = []
+    for row in sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row)):
+        prompt, limit = prompts[row], limits[row]
+        last = batches[-1] if batches else None
+        if last is None or len(last.rows) == batch_size or len(last.prompts[0]) + limit > positions:
+            batches.append(last := PromptBatch([], [], []))
+        last.rows.append(row)
+        last.prompts.append(prompt)
+        last.limits.append(limit)
     return batches
 
 
@@ -162,7 +176,9 @@ def generate_batch(
         model.generation_config = saved
     decode = partial(encoder.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     answers = []
-    for new_ids, log_probs in zip(output[:, length:].tolist(), torch.stack(recorder.steps, 1).tolist(), strict=True):
+    found = output[:, length:].tolist(), torch.stack(recorder.steps, 1).tolist(), batch.limits
+    for generated, log_probs, limit in zip(*found, strict=True):
+        new_ids = generated[:limit]
         ids = list(takewhile(lambda id: id not in ends, new_ids))
         count = min(len(ids) + 1, len(new_ids))
         mean = sum(log_probs[:count]) / count

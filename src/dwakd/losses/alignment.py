@@ -20,7 +20,9 @@ from dwakd.losses.sides import LONG, is_long, pad_rows
 
 Padded = Float[Tensor, "batch length _"]
 Penalties = Float[Tensor, "batch s_length t_length"]
-DTW_TERMS = ("dtw_hidden", "dtw_embedding", "dtw_border")
+UNWEIGHTED = "dtw_border"
+"""A term that is only logged, and has no weight in the loss."""
+DTW_TERMS = ("dtw_hidden", "dtw_embedding", UNWEIGHTED)
 """Names of the terms of Soft-DTW: the divergences, and the mass on the border of the stored band, which has no weight."""
 _AUTO_WIDTH = 512
 
@@ -166,12 +168,12 @@ def sequence_terms(
         scores = soft_dtw_divergences(values, *lengths, gamma=gamma, band=penalties, longest=longest, impl=options.impl)
         border = torch.zeros_like(scores[0])
     terms = {name: score.sum() for name, score in zip(known, scores, strict=True)}
-    return {**terms, "dtw_border": (border.detach() * student.lengths).sum()}
+    return {**terms, UNWEIGHTED: (border.detach() * student.lengths).sum()}
 
 
 def dtw_weights(options: DwaOptions, names: Iterable[str]) -> dict[str, float]:
     """Return the weight in the loss of each Soft-DTW term; `dtw_border` has none."""
-    return {name: options.dtw_weight for name in names if name != "dtw_border"}
+    return {name: options.dtw_weight for name in names if name != UNWEIGHTED}
 
 
 def _costs(offset: Float[Tensor, "#batch #n #m"], x: Padded, y: Padded) -> Padded:

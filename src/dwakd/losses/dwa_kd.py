@@ -66,6 +66,8 @@ class DwaKdOptions(DwaOptions, CrossingOptions):
             raise ValueError("gate_warmup_steps requires weight_normalisation=entropy_then_gate")
         if self.gamma_end is not None and not self.gamma_steps:
             raise ValueError("gamma_end requires gamma_steps of at least 1")
+        if self.gamma_steps and self.gamma_end is None:
+            raise ValueError("gamma_steps requires gamma_end")
         return self
 
 

@@ -17,6 +17,7 @@ from dwakd.errors import UserError, explained
 from dwakd.kernels.head_loss import only_term, scaled_terms
 from dwakd.losses import DistillationLoss, ModelPair, SeveralTeachers, TeacherScale, Widths, build_loss
 from dwakd.losses.accuracy import count_correct
+from dwakd.losses.alignment import UNWEIGHTED
 from dwakd.models.head import causal_lm, embedding_table, output_head
 from dwakd.models.rows import response_side
 from dwakd.recipe.training import DistillConfig
@@ -102,7 +103,7 @@ class Distiller(nn.Module):
         output = self._loss(side, teachers, teacher_scales, num_tokens, num_sampled)
         result: dict[str, Any] = {"loss": output.loss, "terms": output.terms}
         if term_gradients:
-            names = [name for name in self.loss.terms if name in output.terms]
+            names = [name for name in self.loss.terms if name in output.terms and not name.endswith(UNWEIGHTED)]
             arguments = teachers, teacher_scales, num_tokens, num_sampled
             result["gradient_squares"] = self.gradient_squares(names, side, *arguments)
         if not self.training and teachers and teachers[0] and not isinstance(self.loss, SeveralTeachers):

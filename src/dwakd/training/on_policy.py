@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -90,7 +91,7 @@ class StudentAnswers:
         base = student.get_base_model() if isinstance(student, PeftModel) else student
         answers: dict[int, AnsweredRow] = {}
         with evaluating(student):
-            for batch in group_prompts([own for own, *_ in prompts], limits, args.per_device_eval_batch_size):
+            for batch in group_prompts(base, [own for own, *_ in prompts], limits, args.per_device_eval_batch_size):
                 ids = [rows[place]["example_id"] for place in batch.rows]
                 found = self._sample(base, batch, options, ids, step)
                 for place, example_id, answer in zip(batch.rows, ids, found, strict=True):
@@ -125,8 +126,9 @@ class AnswerEncoder:
 
     The student keeps the sampled token ids. Teachers with the same vocabulary read these ids, and the others read the text. If
     a teacher has no room for all of it, the answer is cut after the last token of the student that fits. It is also cut
-    before a token that the tokenizer does not have, as heads may have more entries. An answer that is cut has no end token. If
-    no token is left on some side, all sides get an empty answer, whose only token is the end token.
+    before a token that the tokenizer does not have, as heads may have more entries. An answer that is cut has no end token,
+    and does not end inside a character. If no token is left on some side, all sides get an empty answer, whose only token is
+    the end token.
 
     Args:
         encoders: the encoder of the student, then that of each teacher.
@@ -141,16 +143,17 @@ class AnswerEncoder:
 
     def encode(self, example_id: int, prompts: list[list[int]], answer: Generated) -> AnsweredRow:
         """Encode an answer to a prompt, which is given as the token ids of each model."""
-        ids = list(takewhile(self._known.__contains__, answer.ids))
+        known = list(takewhile(self._known.__contains__, answer.ids))
+        ended = answer.ended and len(known) == len(answer.ids)
+        ids = known if ended else self._whole(known)
         rooms = [response_room(len(prompt), *self.limits) for prompt in prompts[1:]]
         text, parts = self._read(ids)
-        fits = all(len(part) < room for (part, _), room in zip(parts[1:], rooms, strict=True))
-        ended = answer.ended and fits and len(ids) == len(answer.ids)
+        ended = ended and all(len(part) < room for (part, _), room in zip(parts[1:], rooms, strict=True))
         while cuts := [
             max(0, *ends[:room]) for (part, ends), room in zip(parts[1:], rooms, strict=True) if len(part) > room
         ]:
             fitting = [count for count, end in enumerate(parts[0][1], start=1) if 0 <= end <= min(cuts)]
-            ids = ids[: min(max(fitting, default=0), len(ids) - 1)]
+            ids = self._whole(ids[: min(max(fitting, default=0), len(ids) - 1)])
             text, parts = self._read(ids)
         with_end = ended
         if not all(part for part, _ in parts):
@@ -161,6 +164,14 @@ class AnswerEncoder:
             whole, byte_ends = (np.array(n, dtype=np.int32) for n in ([*prompt, *part, *last], [*ends, *last_end]))
             sides.append(EncodedSide(whole, len(prompt), byte_ends).features())
         return AnsweredRow({"example_id": example_id, "student": sides[0], "teachers": sides[1:]}, ids, ended)
+
+    def _whole(self, ids: list[int]) -> list[int]:
+        """Leave out the last tokens, at most three, if they are the first bytes of a character that was cut."""
+        decode = partial(
+            self.encoders[0].tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        shorter = (ids[: len(ids) - count] for count in range(min(len(ids), 3) + 1))
+        return next((part for part in shorter if not decode(part).endswith("\ufffd")), ids)
 
     def _read(self, ids: list[int]) -> tuple[str, list[tuple[list[int], list[int]]]]:
         """Return the text of the student's tokens, and for each model the tokens and byte ends that it reads."""

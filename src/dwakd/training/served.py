@@ -58,6 +58,11 @@ class ServedTeacher(CachedTeacher):
 
     def check_method(self, args: DistillConfig) -> None:
         refuse_served(args.method_options)
+        if args.lmbda and self._section.api == "echo_text":
+            raise UserError(
+                "training.lmbda cannot be used with teacher.api: echo_text, because the server may split the student's "
+                "answers into other tokens: use a server that takes token ids"
+            )
 
     def prepare(self, encoder: TextEncoder, args: DistillConfig, sets: Sets, *, repair: bool = False) -> None:
         """Ask for the rows of these data sets that are not stored; for those to train on unless the student answers all."""
