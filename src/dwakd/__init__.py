@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from dwakd.errors import UserError
     from dwakd.losses import METHODS, DskdLoss, DskdV2Loss, DwaKdLoss, DwaKdV2Loss, SftLoss
     from dwakd.models.loading import load_causal_lm, load_tokenizer
-    from dwakd.models.sides import encode_rows, model_widths, paired_sides
+    from dwakd.models.sides import encode_rows, model_pair, model_widths, paired_sides
     from dwakd.recipe.training import DistillConfig
     from dwakd.training.trainer import DistillTrainer
 
-_SIDES = ("encode_rows", "model_widths", "paired_sides")
+_SIDES = ("encode_rows", "model_pair", "model_widths", "paired_sides")
 _LOSSES = ("METHODS", "DskdLoss", "DskdV2Loss", "DwaKdLoss", "DwaKdV2Loss", "SftLoss")
 _HOMES = {
     **dict.fromkeys(_LOSSES, "dwakd.losses"),
@@ -45,6 +45,7 @@ __all__ = [
     "load_causal_lm",
     "load_examples",
     "load_tokenizer",
+    "model_pair",
     "model_widths",
     "paired_sides",
 ]

@@ -215,6 +215,13 @@ def test_a_single_refused_prompt(judged, tmp_path):
     assert "400" in lines[-1]["refused"]
 
 
+def test_a_refused_request_after_verdicts_of_another_judge(judged):
+    """A model that refuses max_tokens would fill the results with votes without a verdict."""
+    judged()
+    with pytest.raises(UserError, match="refuses the request"):
+        judged(overwrite=True, request=["user=2024-01-01"])
+
+
 @pytest.mark.parametrize(
     ("a", "b", "options", "message"),
     [

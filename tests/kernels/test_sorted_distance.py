@@ -66,5 +66,7 @@ def test_bad_arguments_are_named():
     p = probabilities(2, 5, 0)
     with pytest.raises(ValueError, match="unknown impl 'gpu'; valid are 'auto', 'naive', 'cpu'"):
         sorted_distance(p, p, impl="gpu")
+    with pytest.raises(ValueError, match="sorted_distance: 2 rows of p, but 1 of q"):
+        sorted_distance(p, p[:1])
     with pytest.raises(ValueError, match=r"impl 'cpu' .*float32.* torch\.float64"):
         sorted_distance(p.double(), p.double(), impl="cpu")

@@ -231,6 +231,10 @@ def test_alignments(trained, tmp_path):
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert parts_of(html) == [*PARTS[:-2], "Alignments", *PARTS[-2:]]
     assert '<span class="pair ' in html
+    sft = copy_run(trained, tmp_path / "sft", method="sft")
+    write_report([sft, trained], tmp_path / "both.html", num_aligned=1)
+    both = (tmp_path / "both.html").read_text(encoding="utf-8")
+    assert f"<h3>{trained.name}</h3>" in both, "sft computes no alignment"
     folder = copy_run(trained, tmp_path / "run")
     recipe = folder / "dwakd-recipe.yaml"
     recipe.write_text(recipe.read_text().replace("/student", "/moved"))

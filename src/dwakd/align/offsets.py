@@ -145,7 +145,8 @@ def starts(ends: Int[Tensor, " tokens"], lengths: Int[Tensor, " batch"]) -> Int[
     """Return the start of each token: the end of the token before it, or 0 for the first token of an example."""
     shifted = ends.roll(1)
     firsts = lengths.cumsum(0) - lengths
-    return torch.where(torch.isin(torch.arange(len(ends), device=ends.device), firsts), 0, shifted)
+    index = torch.arange(len(ends), device=ends.device)
+    return torch.where(index == firsts[_examples(lengths, len(ends))], 0, shifted)
 
 
 def _keys(ends: Int[Tensor, " tokens"], lengths: Int[Tensor, " batch"]) -> Int[Tensor, " tokens"]:

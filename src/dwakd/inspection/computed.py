@@ -15,6 +15,7 @@ from dwakd.data.encoded import EncodedPairs
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import align_by_spelling
 from dwakd.errors import explained
+from dwakd.evaluation.run import load_for_evaluation
 from dwakd.kernels.head_loss import CrossEntropy, head_loss
 from dwakd.kernels.soft_dtw import soft_dtw
 from dwakd.losses.attention import TeacherScale
@@ -22,7 +23,7 @@ from dwakd.losses.base import DistillationLoss, constant_rows
 from dwakd.losses.record import Recorded, recording
 from dwakd.losses.weighted_sum import WeightedSumLoss
 from dwakd.models.loading import load_causal_lm
-from dwakd.models.sides import paired_sides
+from dwakd.models.rows import response_side
 from dwakd.recipe.recipe import Recipe
 from dwakd.training.distiller import LOSS_STATE, build_method
 from dwakd.training.run import training_config
@@ -62,11 +63,12 @@ def compute(
         where responses end (an empty list if all responses are cut).
     """
     section, trusted = recipe.teachers[0], recipe.student.trust_remote_code
-    models = (
-        load_causal_lm(str(run), trust_remote_code=trusted),
+    student = load_for_evaluation(str(run), trust_remote_code=trusted)
+    teacher = OnlineTeacher(
         load_causal_lm(section.model, **section.model_copy(update={"tp_plan": None}).loading()),
+        with_attention=recipe.loss.needs_attention,
     )
-    loss = build_method(training_config(recipe, run), models[0], [OnlineTeacher(models[1])], encoders[:2])
+    loss = build_method(training_config(recipe, run), student, [teacher], encoders[:2]).to(student.device)
     assert isinstance(loss, DistillationLoss)
     path, own = run / LOSS_STATE, "losses.0." if len(recipe.teachers) > 1 else ""
     state = load_file(path) if path.is_file() else {}
@@ -74,8 +76,8 @@ def compute(
         loss.load_state_dict({name.removeprefix(own): value for name, value in state.items() if name.startswith(own)})
     if loss.options.needs_edit_alignment:
         align_by_spelling(pairs, *encoders)
-    batch = collate([pairs.of_teacher(0)[index] for index in range(len(pairs))])
-    sides = paired_sides(*models, batch, attention=loss.needs_attention)
+    batch = collate([pairs.of_teacher(0)[index] for index in range(len(pairs))]).to(student.device)
+    sides = response_side(student, batch.student, attention=loss.needs_attention), teacher.side(batch.teachers[0])
     return by_method(loss, *sides), _end_probabilities(pairs, *sides)
 
 
@@ -109,8 +111,8 @@ def _by_row(method: str, recorded: Recorded, student: ModelSide, teacher: ModelS
     return [
         Computed(
             method,
-            {title: table[row, :s_count, :t_count] for title, table in maps.items()},
-            None if outside is None else outside[row, :s_count, :t_count],
+            {title: table[row, :s_count, :t_count].cpu() for title, table in maps.items()},
+            None if outside is None else outside[row, :s_count, :t_count].cpu(),
             [(side, title, numbers[row].tolist()) for side, title, numbers in values],
         )
         for row, (s_count, t_count) in enumerate(zip(student.counts, teacher.counts, strict=True))

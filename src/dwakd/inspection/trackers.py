@@ -83,7 +83,7 @@ class AlignmentCallback(TrainerCallback):
         for one in computed:
             for title, table in one.maps.items():
                 file = io.BytesIO()
-                heat_map(row, table.cpu(), title, one.outside_band).save(file, format="png")
+                heat_map(row, table, title, one.outside_band).save(file, format="png")
                 found[f"alignment/{one.method}_{title.replace(' ', '_')}"] = Image.open(file).convert("RGB")
         return found
 

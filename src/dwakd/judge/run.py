@@ -44,6 +44,8 @@ class Judge:
         self._endpoint, self._request, self._path = Endpoint(section, _NAMES), request, path
         self._identity, self._lock = {**section.model_dump(), **request}, threading.Lock()
         self._next_start, self._pause = 0.0, 60 / (requests_per_minute or float("inf"))
+        self.accepted = False
+        """Whether the endpoint has accepted a request of this judge."""
         path.touch()
         *lines, rest = path.read_bytes().split(b"\n")
         with explained(f"{path} is damaged: remove the damaged lines, or choose another --output"):
@@ -75,13 +77,13 @@ class Judge:
                     messages=[{"role": "user", "content": prompt}], extra_body=self._request
                 )
             except RefusedError as error:
-                if not self._votes:
+                if not self.accepted:
                     raise UserError(
                         f"{self._endpoint.name} refuses the request ({error}); change it with --request"
                     ) from error
                 vote["refused"] = str(error)
             else:
-                choice = answer.choices[0]
+                self.accepted, choice = True, answer.choices[0]
                 reply, complete = choice.message.content or "", choice.finish_reason != "length"
                 vote |= {
                     "score_of_first": read_verdict(reply, complete=complete),
@@ -145,6 +147,7 @@ def judge_runs(
             for first, prompt in own.items()
             if judge.is_open(prompt)
         }
+        judge.accepted = any("reply" in judge.last(prompt) for own in prompts for prompt in own.values())
         if missing:
             _estimate(missing, request, options, yes=yes)
         with progress_bar(disable=not missing) as bar:

@@ -81,10 +81,13 @@ def build_loss(
     """Build the loss of a method from its options, and from the widths or the pair of models if it needs them.
 
     Raises:
-        UserError: as `method_options`; or the models do not fit the method.
+        UserError: as `method_options`; or what the method needs of the models is missing or does not fit it.
     """
     needs = method_options(method, options).needs_models
     models = {needs: {"widths": widths, "pair": pair}[needs]} if needs else {}
+    if None in models.values():
+        how = {"widths": "model_widths", "pair": "model_pair"}
+        raise UserError(f"method {method} needs the argument {needs}: pass dwakd.{how[str(needs)]}(...)")
     try:
         return method_class(method)(**models, **(options or {}))
     except ValueError as error:

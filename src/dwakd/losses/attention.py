@@ -19,6 +19,7 @@ from dwakd.losses.record import record
 from dwakd.losses.sides import is_long, pad_rows, require_width, unpad_rows, valid
 
 _CELLS = 1 << 20  # attention weights in a block of a long response
+_BLOCK = 1 << 14  # teacher tokens whose statistics are computed at once, in float64
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,16 @@ class TeacherScale:
     @classmethod
     def of(cls, teacher: ModelSide) -> TeacherScale:
         """Compute the statistics of the three tensors over all response positions of one batch."""
-        keys = torch.cat([teacher.input_embeddings, teacher.target_embeddings], -1)
+        parts = teacher.input_embeddings, teacher.target_embeddings, teacher.hidden
+        blocks = zip(*(torch.split(part.detach(), _BLOCK) for part in parts), strict=True)
+        found = [cls._of_block(*block) for block in blocks]
+        return found[0] if len(found) == 1 else cls.merge(found)
+
+    @classmethod
+    def _of_block(cls, inputs: Tensor, targets: Tensor, hidden: Tensor) -> TeacherScale:
         rows = []
-        for part in (keys, teacher.hidden, teacher.target_embeddings):
-            values = part.detach().to(widest_float(part.device))
+        for part in (torch.cat([inputs, targets], -1), hidden, targets):
+            values = part.to(widest_float(part.device))
             mean = values.mean()
             rows.append(torch.stack([mean.new_tensor(values.numel()), mean, (values - mean).square().sum()]))
         return cls(torch.stack(rows))

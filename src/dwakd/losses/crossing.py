@@ -98,7 +98,8 @@ def focus_on(
 ) -> Focus:
     """Return the focus of student tokens that attend to one teacher token each; `rows` are in the packed batch."""
     first = (teacher_lengths.cumsum(0) - teacher_lengths)[example_ids(student_lengths, len(rows))]
-    centre = pad_rows((rows - first)[:, None], student_lengths, length)[..., 0].to(torch.get_default_dtype())
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)  # bfloat16 rounds positions above 256
+    centre = pad_rows((rows - first)[:, None], student_lengths, length)[..., 0].to(dtype)
     return Focus(centre, torch.zeros_like(centre))
 
 

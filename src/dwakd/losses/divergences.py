@@ -73,8 +73,9 @@ def adaptive_kl(log_p: LogProbs, log_q: LogProbs, tail: float = 0.5) -> PerToken
     in_tail = ascending.cumsum(-1) <= tail
     tail_gap = (gap * in_tail).sum(-1)
     head_gap = (gap * ~in_tail).sum(-1)
-    total = (head_gap + tail_gap).clamp_min(torch.finfo(gap.dtype).tiny)
-    return (head_gap * forward_kl(log_p, log_q) + tail_gap * reverse_kl(log_p, log_q)) / total
+    total = head_gap + tail_gap
+    total = torch.where(total > 0, total, 1.0)
+    return head_gap / total * forward_kl(log_p, log_q) + tail_gap / total * reverse_kl(log_p, log_q)
 
 
 SKEWED: dict[str, Callable[..., Tensor]] = {

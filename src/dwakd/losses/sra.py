@@ -154,4 +154,5 @@ def gram_distance(
     )
     padded = pad_rows(weights[:, None], lengths, longest)
     pairs = (padded @ padded.transpose(1, 2)).tril(-1)
-    return (pairs * (own - theirs).square()).sum((1, 2)) / pairs.sum((1, 2)).clamp_min(torch.finfo(pairs.dtype).tiny)
+    total = pairs.sum((1, 2))
+    return (pairs * (own - theirs).square()).sum((1, 2)) / torch.where(total > 0, total, 1.0)

@@ -38,6 +38,12 @@ class Run(NamedTuple):
     history: list[dict[str, Any]]  # what the trainer has logged
     evaluations: dict[str, Evaluation]  # by test set, with the answers
 
+    @property
+    def method(self) -> str:
+        """The method, or the methods of a sum."""
+        chosen = (value for name, value in self.options.items() if name.startswith("loss.") and name.endswith("method"))
+        return " + ".join(map(str, chosen))
+
 
 @dataclass(frozen=True)
 class Distances:

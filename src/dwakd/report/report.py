@@ -51,7 +51,8 @@ def write_report(folders: Sequence[Path], output: Path, *, num_rows: int = 100, 
 
 
 def _alignments(found: Collection, num_rows: int) -> Markup | None:
-    run = next((run for run in found.runs if any(name.startswith("teacher.") for name in run.options)), None)
+    taught = [run for run in found.runs if any(name.startswith("teacher.") for name in run.options)]
+    run = next((run for run in taught if run.method != "sft"), next(iter(taught), None))
     if run is None or num_rows == 0:
         return None
     try:

@@ -28,12 +28,6 @@ def _number(value: Any, digits: int = 2) -> Number:
     return Number(value, f"{value:,.{digits}f}") if is_finite(value) else Number(None, "–")
 
 
-def _method(run: Run) -> str:
-    return " + ".join(
-        str(value) for name, value in run.options.items() if name.startswith("loss.") and name.endswith("method")
-    )
-
-
 def scores(run: Run) -> Iterator[Score]:
     """Yield the scores of a run on its test sets."""
     for name, found in run.evaluations.items():
@@ -68,7 +62,7 @@ def summary(found: Collection) -> Markup:
             means.setdefault((one.metric, one.temperature == _GREEDY), []).append(one.value)
         keys = (("ROUGE-L", False), ("ROUGE-L", True), (_BITS, False))
         values = [_number(fmean(means[key]) if key in means else None, 3 if key[0] == _BITS else 2) for key in keys]
-        lines.append([run.name, _method(run), _number(run.record.get("num_steps"), 0), *values])
+        lines.append([run.name, run.method, _number(run.record.get("num_steps"), 0), *values])
     caption = (
         "Means over test sets, sampled at the first temperature. ROUGE-L is in percent. Lower bits per byte are better."
     )
@@ -103,9 +97,7 @@ def _differences(runs: Sequence[Run]) -> list[Markup]:
         except DAMAGE:  # a note names the file
             by_row.pop(run.row)
     trained = [row for row in by_row if not is_teacher(row)]
-    on_data = [
-        run.row for run in runs if _method(run) == "sft" and run.options.get("data.responses", "given") == "given"
-    ]
+    on_data = [run.row for run in runs if run.method == "sft" and run.options.get("data.responses", "given") == "given"]
     fitting = [row for row in ("sft", *on_data, *trained) if row in trained]
     reference = next(iter(fitting), "")
     known = {row: by_row[row] for row in trained}

@@ -11,15 +11,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dwakd.batch import LossOutput, ModelSide, TokenBatch
-from dwakd.cache.fingerprint import json_digest, tokenizer_digest
 from dwakd.data.encoding import TextEncoder
 from dwakd.errors import UserError, explained
 from dwakd.kernels.head_loss import only_term, scaled_terms
-from dwakd.losses import DistillationLoss, ModelPair, SeveralTeachers, TeacherScale, Widths, build_loss
+from dwakd.losses import DistillationLoss, SeveralTeachers, TeacherScale, Widths, build_loss
 from dwakd.losses.accuracy import count_correct
 from dwakd.losses.alignment import UNWEIGHTED
 from dwakd.models.head import causal_lm, embedding_table, output_head
 from dwakd.models.rows import response_side
+from dwakd.models.sides import pair_of
 from dwakd.recipe.training import DistillConfig
 from dwakd.training.student import widest_dtype
 from dwakd.training.teacher import Teacher
@@ -193,14 +193,7 @@ def build_method(
     for teacher, encoder in zip(teachers, encoders[1:], strict=True):
         theirs = teacher.head.to(head.weight.device)  # a quantised model is on its GPU already
         widths = Widths(head.hidden_size, theirs.hidden_size, embedding_size, teacher.table.shape[1])
-        pair = None
-        if needs.needs_models == "pair":
-            ends = own.end_token_id, encoder.end_token_id
-            spell = own.spell, encoder.spell
-            # tokens without an embedding have no logits either
-            tokens = own.token_bytes()[: len(head.weight)], encoder.token_bytes()[: len(theirs.weight)]
-            spelling = json_digest([tokenizer_digest(own), tokenizer_digest(encoder)])
-            pair = ModelPair(widths, *tokens, head, theirs, ends, spell, spelling)
+        pair = pair_of(widths, (head, theirs), (own, encoder)) if needs.needs_models == "pair" else None
         one_tokenizer = [part.method_name() for part in needs.parts if part.needs_same_vocabulary]
         if one_tokenizer and own.tokenizer.get_vocab() != encoder.tokenizer.get_vocab():
             raise UserError(

@@ -91,6 +91,7 @@ def head_loss(
     Examples:
         >>> import torch
         >>> from dwakd.batch import OutputHead
+        >>> from dwakd.kernels.head_loss import CrossEntropy, HeadRows
         >>> head = OutputHead(torch.randn(50, 8, requires_grad=True))
         >>> rows = HeadRows(torch.randn(6, 8, requires_grad=True), head, torch.tensor([4, 2]))
         >>> output = head_loss([rows], CrossEntropy(torch.arange(6)))
@@ -109,7 +110,8 @@ def head_loss(
         )
     for index, targets in criterion.targets_by_side().items():
         require_targets(f"head_loss: targets of {type(criterion).__name__}", targets, sides[index].head.vocab_size)
-    if by_row and any(side.head.weight.requires_grad for side in sides):
+    learned = (part for side in sides for part in (side.head.weight, side.head.bias))
+    if by_row and any(part is not None and part.requires_grad for part in learned):
         raise ValueError("head_loss: by_row requires heads without gradient: use head.detached()")
     if impl == "naive":
         return _naive(sides, criterion, by_row=by_row)

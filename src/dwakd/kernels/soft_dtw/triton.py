@@ -174,6 +174,7 @@ def solve(
         starts = torch.zeros(batch, n, dtype=torch.int32, device=cost.device)
     else:
         m = int(starts.max()) + width
+    x_lengths, y_lengths, starts = x_lengths.contiguous(), y_lengths.contiguous(), starts.contiguous()
     value = torch.empty(batch, dtype=torch.float64, device=cost.device)
     used = torch.empty(batch, dtype=torch.int64, device=cost.device)
     rows = torch.empty(batch, 3, n, dtype=torch.float64, device=cost.device)
@@ -184,14 +185,16 @@ def solve(
     inverse_high = float(torch.tensor(1 / gamma, dtype=torch.float32))  # Triton takes float arguments as float32
     block = min(_LARGEST_BLOCK, max(16, triton.next_power_of_2(min(n, width))))
     options = {"block": block, "num_warps": max(1, min(8, block // 32))}
-    _forward[(batch,)](
-        cost.detach(), starts, x_lengths, y_lengths, value, used, rows, weights, ranges, inverse_high,
-        1 / gamma - inverse_high, n, m, width, num_weights, *cost.stride(), keep=keep,
-        narrow=is_band or min(n, m) > block, **options,
-    )  # fmt: skip
     grad = cost.new_zeros(cost.shape if keep else (0,))
-    if keep:
-        _backward[(batch,)](
-            grad, starts, x_lengths, y_lengths, value, used, rows, weights, ranges, n, m, width, num_weights, **options
-        )
+    with torch.cuda.device_of(cost):  # type: ignore[no-untyped-call]  # Triton starts kernels on the current device
+        _forward[(batch,)](
+            cost.detach(), starts, x_lengths, y_lengths, value, used, rows, weights, ranges, inverse_high,
+            1 / gamma - inverse_high, n, m, width, num_weights, *cost.stride(), keep=keep,
+            narrow=is_band or min(n, m) > block, **options,
+        )  # fmt: skip
+        if keep:
+            _backward[(batch,)](
+                grad, starts, x_lengths, y_lengths, value, used, rows, weights, ranges, n, m, width, num_weights,
+                **options,
+            )  # fmt: skip
     return (value * gamma).to(cost.dtype), grad

@@ -25,7 +25,7 @@ def sorted_distance(
         The distances, and the gradient in p: for p_i, it is the sign of p_(k) - q_(k), where k is the rank of p_i.
 
     Raises:
-        ValueError: `impl` is unknown, or is "cpu" for tensors that are not float32 on a CPU.
+        ValueError: `impl` is unknown, or is "cpu" for tensors that are not float32 on a CPU; or the numbers of rows differ.
 
     Examples:
         >>> p, q = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.1, 0.5, 0.15, 0.25]])
@@ -34,6 +34,8 @@ def sorted_distance(
     """
     fits = learned.device.type == "cpu" and learned.dtype == target.dtype == torch.float32
     unmet = None if fits else f"float32 on the CPU, got {learned.dtype} and {target.dtype} on {learned.device}"
+    if len(learned) != len(target):
+        raise ValueError(f"sorted_distance: {len(learned)} rows of p, but {len(target)} of q")
     learned, target = learned.detach(), target.detach()
     if resolve("sorted_distance", impl, {"cpu": unmet}, ["cpu"]) == "naive":
         return _naive(learned, target)
