@@ -27,6 +27,7 @@ from dwakd.evaluation.run import (
     read_test_sets,
     results_folder,
     text_encoder_of,
+    trained_folder,
 )
 from dwakd.recipe.recipe import recipe_from_dict
 from tests.builders import CHAT_TEMPLATE, byte_bpe, tiny_model
@@ -239,3 +240,5 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "run" / "dwakd-recipe.yaml").write_text("data: {train: x, template: plain}")
     assert results_folder("~/run", None) == tmp_path / "run" / "eval"
     assert text_encoder_of("~/run", RowOptions(), recipe_of="~/run").template == "plain"
+    assert trained_folder("base", "~/run") == "~/run"
+    assert trained_folder("~/run", "an adapter without a recipe") == "~/run"

@@ -82,10 +82,10 @@ def test_invalid_costs_lengths_and_views() -> None:
     lengths = torch.tensor([5, 6, 0, 5], device=DEVICE), torch.tensor([6, 6, 6, -1], device=DEVICE)
     value, _ = solve(torch.rand(4, 5, 6, device=DEVICE), 1.0, *lengths, True)
     assert value.isnan().tolist() == [False, True, True, True]
-    lengths = torch.tensor([4]).expand(3), torch.tensor([[5, 9], [4, 9], [5, 9]])[:, 0]
-    starts = torch.arange(5)[:, None].expand(5, 3).T
+    lengths = torch.tensor([4], device=DEVICE).expand(3), torch.tensor([[5, 9], [4, 9], [5, 9]], device=DEVICE)[:, 0]
+    starts = torch.arange(5, device=DEVICE)[:, None].expand(5, 3).T
     for width, own in ((6, {}), (2, {"starts": starts})):
-        cost = torch.rand(3, 5, width)
+        cost = torch.rand(3, 5, width, device=DEVICE)
         values = [soft_dtw(cost, 1.0, *lengths, impl=impl, **own) for impl in ("triton", "naive")]
         torch.testing.assert_close(*values)
 

@@ -75,7 +75,8 @@ def answer_prompts(
     """Return rows with a teacher's answers, which `DistillTrainer`, `encode_rows` and TRL can train on.
 
     Args:
-        model: the teacher: a loaded causal language model, or the name of one, which runs on the GPU if there is one.
+        model: the teacher: a loaded causal language model, or the name of one, which runs on the GPU if there is one, in
+            bfloat16 if the GPU supports it.
         tokenizer: its tokenizer; may be None if the model is given by name.
         rows: the prompts, in any form that `load_examples` reads; responses are ignored.
         options: how to decode and which answers to leave out; `prompts`, `output` and `endpoint` are not used.

@@ -38,7 +38,7 @@ def evaluate(
 
     --decoding minillm with the other defaults is the protocol of the published tables. Bits per byte can be compared
     between models with different tokenizers. Template, bos and special-tokens-in-prompts are by default those of the
-    recipe in the folder of the model or adapter, if there is one. --draft-for measures speculative decoding instead of
+    recipe in the adapter's folder or else in the model's, if there is one. --draft-for measures speculative decoding instead of
     scores, and cannot be combined with the options of scores.
     """
     silence_transformers()

@@ -238,6 +238,8 @@ def _answered_content(recipe: Recipe) -> dict[str, Any]:
     reading = {"train", "prompt", "response", "input", "teacher_prompt", "supervise", "template", "bos"}
     reading |= {"template_date", "special_tokens_in_prompts", "invalid_rows", "limit"}
     data = recipe.data.model_dump(include=reading)
+    if data["template_date"] is None:
+        del data["template_date"]  # which older comparisons did not have
     teachers = [one.model_dump(exclude={"cache", "cache_dtype", "weight"}) for one in recipe.teachers[:1]]
     return {
         "data": data,

@@ -28,7 +28,7 @@ from dwakd.evaluation.generate import answerable_prompts, max_positions, progres
 from dwakd.evaluation.metrics import RESAMPLES, Summary
 from dwakd.evaluation.options import EvalOptions, RowOptions
 from dwakd.evaluation.report import check_overwrite, signature_line
-from dwakd.evaluation.run import load_for_evaluation, read_test_sets, results_folder, text_encoder_of
+from dwakd.evaluation.run import load_for_evaluation, read_test_sets, results_folder, text_encoder_of, trained_folder
 from dwakd.folders import write_file
 from dwakd.models.loading import load_tokenizer
 from dwakd.models.rows import evaluating
@@ -193,11 +193,11 @@ def evaluate_draft_sets(
 ) -> Group:
     """Measure a draft model on test sets, write draft/SET.draft.json in its folder, and return the table to print.
 
-    The arguments are those of `evaluate_sets` and `evaluate_draft`. By default, the prompts have the template of the recipe in
-    the draft's folder.
+    The arguments are those of `evaluate_sets` and `evaluate_draft`. The folder is that of the adapter, if there is one. By
+    default, the prompts have the template of the recipe in the adapter's or the draft's folder.
     """
     folder, sets = results_folder(adapter or draft, output, "draft"), read_test_sets(data, rows)
-    encoder = text_encoder_of(target, rows, recipe_of=adapter or draft)
+    encoder = text_encoder_of(target, rows, recipe_of=trained_folder(draft, adapter))
     pair = Draft(
         load_for_evaluation(draft, adapter=adapter), load_tokenizer(draft), load_for_evaluation(target), encoder
     )

@@ -155,7 +155,8 @@ def evaluate_sets(
     Args:
         model: folder, hub id or GGUF file.
         data: files or hub ids.
-        rows: template, bos and special_tokens_in_prompts are by default those of the recipe in the adapter's or model's folder.
+        rows: template, bos and special_tokens_in_prompts are by default those of the recipe in the adapter's folder, or else in
+            the model's.
         options: options of the answers.
         text: files or hub ids with a column `text`, for bits per byte without a prompt.
         adapter: a PEFT adapter to merge into the model.
@@ -170,11 +171,11 @@ def evaluate_sets(
     Raises:
         UserError: the model or the data cannot be used, or there are other results in the output folder.
     """
-    evaluated = adapter or model
+    evaluated, trained = adapter or model, trained_folder(model, adapter)
     folder = results_folder(evaluated, output)
     plan = EvaluationPlan(read_test_sets(data, rows, text), options, rows)
     loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    encoder = text_encoder_of(model, rows, recipe_of=evaluated, chat_template_path=chat_template_path, **loading)
+    encoder = text_encoder_of(trained, rows, recipe_of=trained, chat_template_path=chat_template_path, **loading)
     loaded = load_for_evaluation(model, adapter=adapter, dtype=dtype, **loading, **more)
     check_vocabulary(loaded, encoder.tokenizer, model)
     check_room(plan, loaded, encoder)
@@ -190,6 +191,11 @@ def results_folder(model: str, output: Path | None, name: str = "eval") -> Path:
     folder = output or (path / name if path.is_dir() else Path(name) / path.name)
     check_output_folder(folder)
     return folder
+
+
+def trained_folder(model: str, adapter: str | None) -> str:
+    """Return the folder with tokenizer and recipe: that of the adapter if `dwakd train` wrote it, else that of the model."""
+    return adapter if adapter is not None and (Path(adapter).expanduser() / RECIPE_FILE).is_file() else model
 
 
 def text_encoder_of(model: str, rows: RowOptions, *, recipe_of: str, **loading: Any) -> TextEncoder:

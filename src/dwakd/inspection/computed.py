@@ -63,7 +63,8 @@ def compute(
         where responses end (an empty list if all responses are cut).
     """
     section, trusted = recipe.teachers[0], recipe.student.trust_remote_code
-    student = load_for_evaluation(str(run), trust_remote_code=trusted)
+    load = load_causal_lm if recipe.training.get("use_cpu") else load_for_evaluation
+    student = load(str(run), trust_remote_code=trusted)
     teacher = OnlineTeacher(
         load_causal_lm(section.model, **section.model_copy(update={"tp_plan": None}).loading()),
         with_attention=recipe.loss.needs_attention,

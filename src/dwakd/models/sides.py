@@ -88,7 +88,8 @@ def model_pair(
         template: as in `encode_rows`.
     """
     encoders = TextEncoder(student_tokenizer, template), TextEncoder(teacher_tokenizer, template)
-    heads = output_head(student).detached(), output_head(teacher).detached()
+    own, theirs = output_head(student).detached(), output_head(teacher).detached()
+    heads = own, theirs.to(own.weight.device)
     return pair_of(model_widths(student, teacher), heads, encoders)
 
 

@@ -277,7 +277,8 @@ class CompareSection(Section):
 
     methods: list[str] = Field(
         [],
-        description="Methods, or names of rows. By default all rows or, without rows, all methods that work with these models.",
+        description="Methods, or names of rows. By default all rows or, without rows, all methods that work with these models "
+        "and with training.lmbda.",
     )
     seeds: list[int] = Field([1], description="Training seeds.")
     rows: dict[str, dict[str, Json]] = Field(

@@ -20,7 +20,7 @@ def write_report(folders: Sequence[Path], output: Path, *, num_rows: int = 100, 
     """Write a standalone HTML page about the runs in folders of `dwakd train`, `dwakd compare` and `dwakd demo`.
 
     At most `num_rows` rows of each test set are shown with their answers. The tokens of `num_aligned` training rows are shown
-    as `dwakd inspect` does; this runs the models of the first run with a teacher.
+    as `dwakd inspect` does; this runs the models of the first run whose method has a teacher.
 
     Returns:
         Notes on the runs that failed and the files that the page leaves out.

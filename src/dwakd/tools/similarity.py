@@ -86,9 +86,15 @@ def compare_representations(
         student = load(name)
         distances = structure_distances(student, reference, examples, max_length=max_length, source=data)
         found[name] = {"model": model_identity(student[0], name), **asdict(distances)}
+        del student  # before the next one is loaded
     if output is not None:
         record = {
-            "signature": {**prompts, "max_length": max_length, "versions": versions},
+            "signature": {
+                **prompts,
+                "max_length": max_length,
+                "device": reference[0].device.type,
+                "versions": versions,
+            },
             "data": data_identity(examples, data),
             "teacher": model_identity(reference[0], teacher),
             "students": found,

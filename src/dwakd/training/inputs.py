@@ -168,7 +168,7 @@ def encode_source(
     if isinstance(source, StreamedRows):
         return [], source
     if isinstance(source, EncodedPairs):
-        _check_pairs(source, encoders, args)
+        _check_pairs(source, encoders, args, role)
         if args.method_options.needs_edit_alignment:
             align_by_spelling(source, *encoders)
         return [], source
@@ -202,12 +202,13 @@ def encode_source(
     return [example for example in examples if example.index not in refused], pairs
 
 
-def _check_pairs(pairs: EncodedPairs, encoders: tuple[TextEncoder, ...], args: DistillConfig) -> None:
+def _check_pairs(pairs: EncodedPairs, encoders: tuple[TextEncoder, ...], args: DistillConfig, role: str) -> None:
     """Refuse rows that were encoded for other models or options."""
     check_encoded(pairs, encoders)
     if args.teacher_key is not None and len(encoders) > 1 and any(row.chosen is None for row in pairs.examined):
         raise UserError(f"{pairs.source}: teacher_key requires rows that are not encoded yet")
-    if args.lmbda and any(row.student.num_prompt >= args.max_length for row in pairs.examined):
+    answers = args.lmbda and role == "train"
+    if answers and any(row.student.num_prompt >= args.max_length for row in pairs.examined):
         raise UserError(f"{pairs.source}: prompts leave no room for the student's answers: raise max_length")
 
 

@@ -166,7 +166,7 @@ class AnswerEncoder:
         return AnsweredRow({"example_id": example_id, "student": sides[0], "teachers": sides[1:]}, ids, ended)
 
     def _whole(self, ids: list[int]) -> list[int]:
-        """Leave out the last tokens, at most three, if they are the first bytes of a character that was cut."""
+        """Leave out the last tokens, at most three, if their text ends with the replacement character of incomplete bytes."""
         decode = partial(
             self.encoders[0].tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
