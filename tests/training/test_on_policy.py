@@ -51,8 +51,9 @@ def test_the_student_keeps_its_tokens_and_the_teacher_reads_their_text(tmp_path)
         for row in range(4):
             ids, ends = response(batch.student, row)
             text = own.tokenizer.decode(ids)
-            assert (len(ids), ends[-1]) == (9, len(text.encode())), "a random student does not end its answers"
-            prompt = batch.student.input_ids[row, : batch.student.num_tokens[row] - 8].tolist()
+            assert 6 <= len(ids) <= 9, "a random student does not end its answers, but some end inside a character"
+            assert ends[-1] == len(text.encode())
+            prompt = batch.student.input_ids[row, : batch.student.num_tokens[row] - len(ids) + 1].tolist()
             assert prompt == before.student.input_ids[row, : len(prompt)].tolist()
             assert response(batch.teachers[0], row) == other.response_ids(text)
             num_canonical += own.response_ids(text)[0] == ids
