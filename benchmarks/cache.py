@@ -37,7 +37,7 @@ from dwakd.cache.store import Cache, CacheRequest
 from dwakd.data.collator import collate
 from dwakd.data.encoded import EncodedPairs, EncodedRow, EncodedSide
 from dwakd.losses import Widths, build_loss
-from dwakd.losses.attention import TeacherScale
+from dwakd.losses.scale import TeacherScale
 from dwakd.models.head import embedding_table, output_head
 from dwakd.models.rows import response_side
 from dwakd.training.distiller import Distiller

@@ -18,9 +18,9 @@ from dwakd.errors import explained
 from dwakd.evaluation.run import load_for_evaluation
 from dwakd.kernels.head_loss import CrossEntropy, head_loss
 from dwakd.kernels.soft_dtw import soft_dtw
-from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, constant_rows
 from dwakd.losses.record import Recorded, recording
+from dwakd.losses.scale import TeacherScale
 from dwakd.losses.weighted_sum import WeightedSumLoss
 from dwakd.models.loading import load_causal_lm
 from dwakd.models.rows import response_side

@@ -124,12 +124,7 @@ def dry_run(recipe: Recipe, folder: Path, plan: EvaluationPlan, *, resume: bool)
         UserError: the training into the folder could not start, or a step does not fit into the memory.
     """
     check_output(folder, resume=resume, recipe=recipe)
-    try:
-        shown = inspect_recipe(recipe).rows
-    except UserError:
-        if recipe.training.get("lmbda") != 1:
-            raise
-        shown = []  # the rows may have no responses; other errors show in the training
+    shown = [] if recipe.training.get("lmbda") == 1 else inspect_recipe(recipe).rows  # the student answers all prompts
     found, longest = predict(recipe, plan)
     rows = [part for row, _ in shown for part in row_view(row, (), with_prompt=True)]
     return Group(*_tables(found), _longest(longest), *rows)

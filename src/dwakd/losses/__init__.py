@@ -4,7 +4,6 @@ from typing import Any
 
 from dwakd.errors import UserError
 from dwakd.losses.alm import AlmLoss
-from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss
 from dwakd.losses.cdm import CdmLoss
 from dwakd.losses.dskd import DskdLoss
@@ -18,6 +17,7 @@ from dwakd.losses.min_ed import MinEdLoss
 from dwakd.losses.multilevel_ot import MultiLevelOtLoss
 from dwakd.losses.options import MethodOptions
 from dwakd.losses.pair import ModelPair, Widths
+from dwakd.losses.scale import TeacherScale
 from dwakd.losses.several_teachers import SeveralTeachers
 from dwakd.losses.sft import SftLoss
 from dwakd.losses.simct import SimctLoss

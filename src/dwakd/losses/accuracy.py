@@ -8,8 +8,8 @@ from torch import Tensor
 from dwakd.align.offsets import exact_rows
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import CrossEntropy, HeadRows, WithPrediction, head_loss
-from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss
+from dwakd.losses.scale import TeacherScale
 
 
 @torch.no_grad()

@@ -12,10 +12,10 @@ from torch import Tensor
 from dwakd.align.offsets import byte_groups, sum_by_group, tokens_per_group
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, CrossEntropy, active_weights, head_loss
-from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, Terms, constant_rows, head_rows
 from dwakd.losses.columns import cross_entropy
 from dwakd.losses.options import LARGEST, MethodOptions, Weight
+from dwakd.losses.scale import TeacherScale
 
 PerChunk = Float[Tensor, " chunks"]
 

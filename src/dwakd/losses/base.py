@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from dwakd.batch import LossOutput, ModelSide
 from dwakd.kernels.head_loss import HeadLoss, HeadRows, active_weights
-from dwakd.losses.attention import TeacherScale
 from dwakd.losses.options import MethodOptions, refuse_served
+from dwakd.losses.scale import TeacherScale
 from dwakd.losses.sides import require_same_lengths, require_side, require_vocabularies
 from dwakd.validation import parse
 

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, forward_kl, head_loss
-from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, Terms, constant_rows, head_rows
 from dwakd.losses.columns import cross_entropy, entropy
 from dwakd.losses.dynamic_mapping import TokenMap, mean_columns, means_at, top_tokens, warp
 from dwakd.losses.options import Count, MethodOptions, Rate, Softening, Weight
 from dwakd.losses.pair import ModelPair
+from dwakd.losses.scale import TeacherScale
 
 MASKED = -1e4
 

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import head_loss, student_space, teacher_space
-from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, Projection, Terms, constant_rows, head_rows, projected_rows
 from dwakd.losses.crossing import CrossingOptions, cross, kept_weights
 from dwakd.losses.divergences import DivergenceName, divergence
 from dwakd.losses.options import Rate, Skew, Softening
 from dwakd.losses.pair import Widths
 from dwakd.losses.record import record
+from dwakd.losses.scale import TeacherScale
 
 
 class DskdOptions(CrossingOptions):

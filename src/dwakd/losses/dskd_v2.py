@@ -5,13 +5,13 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from dwakd.batch import ModelSide
-from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, Projection, Terms
 from dwakd.losses.divergences import DivergenceName, divergence
 from dwakd.losses.exact_spaces import exact_spaces, projected_partners
 from dwakd.losses.head_maps import HeadMaps
 from dwakd.losses.options import MethodOptions, Rate, Skew, Softening
 from dwakd.losses.pair import ModelPair
+from dwakd.losses.scale import TeacherScale
 
 
 class DskdV2Options(MethodOptions):

@@ -10,7 +10,7 @@ from torch import Tensor
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import HeadLoss, head_loss, student_space, teacher_space
 from dwakd.losses.alignment import DTW_TERMS, DwaOptions, dtw_weights, sequence_terms
-from dwakd.losses.attention import CrossModelAttention, TeacherScale
+from dwakd.losses.attention import CrossModelAttention
 from dwakd.losses.band import Band
 from dwakd.losses.base import DistillationLoss, Projection, Terms, constant_rows, head_rows, projected_rows
 from dwakd.losses.crossing import CrossingOptions, cross, kept_weights
@@ -18,6 +18,7 @@ from dwakd.losses.divergences import DivergenceName, divergence
 from dwakd.losses.options import Positive, Steps, Weight
 from dwakd.losses.pair import Widths
 from dwakd.losses.record import record
+from dwakd.losses.scale import TeacherScale
 from dwakd.losses.weights import student_weights, teacher_weights
 
 logger = logging.getLogger(__name__)

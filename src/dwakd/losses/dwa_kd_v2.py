@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from dwakd.batch import ModelSide
 from dwakd.losses.alignment import DTW_TERMS, DwaOptions, dtw_weights, sequence_terms
-from dwakd.losses.attention import TeacherScale
 from dwakd.losses.band import Band
 from dwakd.losses.base import DistillationLoss, Projection, Terms
 from dwakd.losses.crossing import focus_on
@@ -16,6 +15,7 @@ from dwakd.losses.divergences import DivergenceName, divergence
 from dwakd.losses.exact_spaces import ExactSpaces, exact_spaces, projected_partners
 from dwakd.losses.head_maps import HeadMaps
 from dwakd.losses.pair import ModelPair
+from dwakd.losses.scale import TeacherScale
 from dwakd.losses.sides import pad_rows, require_width
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from dwakd.align.offsets import byte_groups, sum_by_group, tokens_per_group
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, forward_kl, head_loss
-from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, Terms, constant_rows, head_rows
 from dwakd.losses.columns import Columns, cross_entropy, log_total
 from dwakd.losses.divergences import mixture, reverse_kl, sorted_difference
 from dwakd.losses.options import MethodOptions, Rate, Temperature, Weight
 from dwakd.losses.pair import ModelPair
+from dwakd.losses.scale import TeacherScale
 
 
 class GoldOptions(MethodOptions):

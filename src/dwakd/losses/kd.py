@@ -7,10 +7,10 @@ from pydantic import Field
 
 from dwakd.batch import ModelSide, OutputHead
 from dwakd.kernels.head_loss import CrossEntropy, head_loss
-from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, Terms, constant_rows, head_rows
 from dwakd.losses.divergences import DivergenceName, compare_with_teacher, divergence
 from dwakd.losses.options import MethodOptions, Rate, Skew, Softening
+from dwakd.losses.scale import TeacherScale
 
 
 class KdOptions(MethodOptions):

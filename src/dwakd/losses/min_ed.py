@@ -11,11 +11,11 @@ from torch import Tensor
 from dwakd.align.vocab import nearest_tokens
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, HeadRows, head_loss
-from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, Terms, head_rows
 from dwakd.losses.columns import cross_entropy, log_total
 from dwakd.losses.options import MethodOptions, Rate, Softening
 from dwakd.losses.pair import ModelPair
+from dwakd.losses.scale import TeacherScale
 from dwakd.losses.sides import example_ids
 
 DROPPED = -1

@@ -12,10 +12,10 @@ from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, head_loss
 from dwakd.kernels.head_loss.statistics import blocks, is_possible
 from dwakd.kernels.sinkhorn import sinkhorn
-from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, Terms, constant_rows, head_rows
 from dwakd.losses.columns import Columns, cross_entropy, log_probs_at, log_total
 from dwakd.losses.options import Count, MethodOptions, Positive, Temperature, Weight
+from dwakd.losses.scale import TeacherScale
 from dwakd.losses.sides import example_ids, pad_rows
 
 Top = Float[Tensor, "_ top"]

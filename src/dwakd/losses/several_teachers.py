@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from dwakd.batch import LossOutput, ModelSide
 from dwakd.errors import UserError
 from dwakd.kernels.head_loss import Chunk, Criterion, head_loss
-from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, projected_rows
 from dwakd.losses.options import LARGEST, Temperature
+from dwakd.losses.scale import TeacherScale
 from dwakd.validation import Options
 
 Gate = Literal["confidence", "weights"]

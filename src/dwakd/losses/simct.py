@@ -11,12 +11,12 @@ from torch import Tensor
 from dwakd.align.offsets import ByteGroups, byte_groups, sum_by_group
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, head_loss
-from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, Terms, constant_rows, head_rows
 from dwakd.losses.columns import Columns, cross_entropy
 from dwakd.losses.divergences import DivergenceName, divergence
 from dwakd.losses.options import MethodOptions, Rate, Skew, Softening
 from dwakd.losses.pair import ModelPair
+from dwakd.losses.scale import TeacherScale
 
 
 class SimctOptions(MethodOptions):

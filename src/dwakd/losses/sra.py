@@ -11,11 +11,11 @@ from dwakd.align.offsets import byte_groups, sum_by_group, tokens_per_group
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import CrossEntropy, HeadRows, forward_kl, head_loss
 from dwakd.losses.alignment import unit_rows
-from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, Terms, head_rows
 from dwakd.losses.divergences import compare_with_teacher
 from dwakd.losses.options import MethodOptions, Rate, Softening, Weight
 from dwakd.losses.pair import ModelPair
+from dwakd.losses.scale import TeacherScale
 from dwakd.losses.sides import example_ids, pad_rows, require_width
 from dwakd.losses.weights import rescale
 

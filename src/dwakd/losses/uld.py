@@ -10,11 +10,11 @@ from torch import Tensor
 
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, HeadRows, head_loss
-from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, Terms, head_rows
 from dwakd.losses.columns import cross_entropy
 from dwakd.losses.divergences import sorted_difference
 from dwakd.losses.options import MethodOptions, Temperature, Weight
+from dwakd.losses.scale import TeacherScale
 from dwakd.losses.sides import example_ids, positions
 
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import only_part
-from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, Projection, Terms
 from dwakd.losses.methods import METHODS
 from dwakd.losses.options import MethodOptions, Positive
 from dwakd.losses.pair import ModelPair, Widths
+from dwakd.losses.scale import TeacherScale
 
 SUM = "sum"
 

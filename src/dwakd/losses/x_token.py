@@ -13,11 +13,11 @@ from dwakd.align.projection import projection
 from dwakd.align.vocab import stored
 from dwakd.batch import ModelSide
 from dwakd.kernels.head_loss import Chunk, Criterion, forward_kl, head_loss
-from dwakd.losses.attention import TeacherScale
 from dwakd.losses.base import DistillationLoss, Terms, constant_rows, head_rows
 from dwakd.losses.columns import Columns, cross_entropy, log_total
 from dwakd.losses.options import Count, MethodOptions, Temperature, Weight
 from dwakd.losses.pair import ModelPair
+from dwakd.losses.scale import TeacherScale
 from dwakd.losses.sides import example_ids
 
 EPSILON = 1e-10
