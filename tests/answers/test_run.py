@@ -257,8 +257,10 @@ def test_the_date_of_the_recipe(models, tmp_path):
 
 
 def test_a_missing_tokenizer():
-    """A loaded model has no tokenizer of its own."""
-    with pytest.raises(UserError, match="tokenizer is missing: pass the tokenizer of the model"):
+    """Without this check, the command ends in an AttributeError."""
+    with pytest.raises(
+        UserError, match="tokenizer is missing: a model that is passed as an object needs its tokenizer"
+    ):
         answer_prompts(teacher(), None, [{"prompt": "Why?"}])
 
 

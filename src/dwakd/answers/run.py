@@ -34,7 +34,7 @@ from dwakd.environment import global_rank, supports_bfloat16
 from dwakd.errors import UserError
 from dwakd.evaluation.evaluate import data_identity
 from dwakd.evaluation.generate import progress_bar
-from dwakd.evaluation.run import EvaluationPlan, plan_evaluation
+from dwakd.evaluation.run import EvaluationPlan, load_for_evaluation, plan_evaluation
 from dwakd.models.loading import check_vocabulary, load_causal_lm, load_tokenizer, on_device
 from dwakd.recipe.recipe import Recipe, load_recipe
 from dwakd.recipe.sections import GenerateSection
@@ -96,9 +96,9 @@ def answer_prompts(
     if isinstance(model, str):
         tokenizer = tokenizer or load_tokenizer(model)
         dtype = torch.bfloat16 if supports_bfloat16(use_cpu=False) else torch.float32
-        model = on_device(load_causal_lm(model, dtype=dtype), _device(use_cpu=False))
+        model = load_for_evaluation(model, dtype=dtype)
     if tokenizer is None:
-        raise UserError("tokenizer is missing: pass the tokenizer of the model")
+        raise UserError("tokenizer is missing: a model that is passed as an object needs its tokenizer")
     check_vocabulary(model, tokenizer, name)
     teacher = LocalTeacher(model, TextEncoder(tokenizer, template, bos, special_tokens_in_prompts), options)
     teacher.check(examples, "the rows")
@@ -245,16 +245,15 @@ def _source(recipe: Recipe, path: Path) -> Source:
             )
         model = load_causal_lm(section.model, **section.loading())
         check_vocabulary(model, tokenizer, section.model)
-        device = _device(use_cpu=bool(recipe.training.get("use_cpu")))
-        return LocalTeacher(on_device(model, device), encoder, options, skip=skip)
+        return LocalTeacher(on_device(model, _device(recipe)), encoder, options, skip=skip)
 
     return Source(section.model, request, load)
 
 
-def _device(*, use_cpu: bool) -> torch.device:
+def _device(recipe: Recipe) -> torch.device:
     """Return this rank's accelerator, or the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is None or use_cpu:
+    if accelerator is None or recipe.training.get("use_cpu"):
         return torch.device("cpu")
     return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
 
