@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from dwakd import DistillConfig, DistillTrainer
 from dwakd.answers.prompts import check_prompts, read_prompts
 from dwakd.errors import UserError
+from dwakd.models.loading import load_causal_lm
 from dwakd.recipe.files import RECIPE_FILE
 from dwakd.recipe.recipe import load_recipe, recipe_from_dict
 from dwakd.training.distiller import LOSS_STATE, Distiller
@@ -137,6 +138,23 @@ def test_lora_by_recipe_loads_with_peft(workspace, tmp_path, monkeypatch, capsys
         after = json.loads(next((output / "eval").glob("*.json")).read_text())["signature"]
         assert after["model"].pop("sha256") == before["model"]["sha256"]
         assert {**after, "model": None} == {**before, "model": None}
+
+
+def test_a_second_run_starts_from_an_adapter(workspace, tmp_path, monkeypatch, capsys):
+    """The weights of the first adapter are trained and saved. A second adapter would be saved without the first one."""
+    base, first, second = workspace / "recipe.yaml", tmp_path / "first", tmp_path / "second"
+    peft = "student.peft={r: 4, lora_alpha: 64}"
+    code, _, err = run(monkeypatch, capsys, "train", base, peft, "training.learning_rate=0.05", "-o", first)
+    assert code == 0, err
+    again = ["train", base, f"student.model={first}", "training.learning_rate=1e-9", "-o", second]
+    code, _, err = run(monkeypatch, capsys, *again, peft)
+    assert (code, "is an adapter. A new adapter would be saved for the original base" in one_sentence(err)) == (2, True)
+    code, _, err = run(monkeypatch, capsys, *again)
+    assert code == 0, err
+    ids = torch.arange(4, 12)[None]
+    original, merged, saved = (load_causal_lm(str(one))(ids).logits for one in (workspace / "student", first, second))
+    torch.testing.assert_close(saved, merged, atol=1e-4, rtol=0)
+    assert (merged - original).abs().max() > 0.01
 
 
 MISTAKES = {

@@ -258,11 +258,19 @@ def _pretrained(location: str, spec: str, dtype: torch.dtype, options: dict[str,
 
 
 def _merged(model: Any, location: str, spec: str, revision: str | None) -> Any:
-    """Merge an adapter into the model. Raise a UserError if weights of the adapter are missing."""
+    """Merge an adapter into the model, whose `merged_adapter` becomes its name.
+
+    Raises:
+        UserError: weights of the adapter are missing, or it cannot be merged.
+    """
     with explained(_failure("adapter", spec)), quiet_peft():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         adapted = PeftModel.from_pretrained(model, location, revision=revision)
-        return adapted if is_quantised(model) else merge_adapter(adapted, spec)
+        if is_quantised(model):
+            return adapted
+        merged = merge_adapter(adapted, spec).requires_grad_(True)  # PEFT has frozen the weights
+        merged.merged_adapter = spec
+        return merged
 
 
 def _failure(what: str, spec: str) -> str:

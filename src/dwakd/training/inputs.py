@@ -51,6 +51,11 @@ def add_adapter(model: Model, config: PeftConfig | None) -> Model:
         return model
     if isinstance(model, PeftModel):
         raise UserError("the student has an adapter already: leave out peft_config, or pass its base model")
+    if merged := getattr(model, "merged_adapter", None):
+        raise UserError(
+            f"the student {merged} is an adapter. A new adapter would be saved for the original base model and lose this one: "
+            f"leave out student.peft (peft_config), or save load_causal_lm({merged!r}) and its tokenizer, and train that"
+        )
     try:
         with quiet_peft():
             adapted = get_peft_model(model, config)
