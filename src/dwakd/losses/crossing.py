@@ -13,13 +13,13 @@ from dwakd.losses.attention import (
     CrossModelAttention,
     Focus,
     Projectors,
-    TeacherScale,
     cross_model_attention,
     teacher_values,
 )
 from dwakd.losses.options import MethodOptions
 from dwakd.losses.pair import Widths
 from dwakd.losses.record import is_recording, record
+from dwakd.losses.scale import TeacherScale
 from dwakd.losses.sides import example_ids, pad_rows, positions
 
 Alignment = Literal["attention", "causal_attention", "bytes", "position"]
