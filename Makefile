@@ -39,9 +39,10 @@ check: $(STAMP) ## lint, format, types, spelling
 	$(BIN)/mypy
 	$(BIN)/typos
 
-format: $(STAMP) ## format the code and fix what ruff can fix
+format: $(STAMP) ## format the code, fix what ruff can fix, and write the generated parts of the documentation
 	$(BIN)/ruff check --fix src tests benchmarks examples docs
 	$(BIN)/ruff format src tests benchmarks examples docs
+	$(BIN)/python docs/generated.py
 
 # The variable silences an advertisement of the theme.
 docs docs-serve: export NO_MKDOCS_2_WARNING := 1

@@ -39,7 +39,7 @@ def main(names: list[str]) -> list[float]:
 
     pairs = dwakd.encode_rows(ROWS, student_tokenizer, teacher_tokenizer, template="plain")
     loader = DataLoader(pairs, batch_size=3, shuffle=True, collate_fn=dwakd.collate)
-    loss_function = dwakd.DwaKdLoss(widths=dwakd.model_widths(student, teacher))
+    loss_function = dwakd.DwaKdLoss(variant="recommended", widths=dwakd.model_widths(student, teacher))
     groups = [
         {"params": student.parameters(), "lr": 5e-4},
         {"params": loss_function.parameters(), "lr": 1e-3},  # the projectors between the two models

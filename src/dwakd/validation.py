@@ -132,6 +132,12 @@ def unknown_option(name: str, word: str, valid: Sequence[str], *, method: bool =
     return UserError(f"unknown option {name}; {hint}valid ones: {shown}")
 
 
+def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse the value of an option that is not one of the choices."""
+    if value not in choices:
+        raise UserError(f"{option} {value!r} is unknown: use {' or '.join(choices)}")
+
+
 def _path(problem: Any, values: Any) -> list[str]:
     """Return the names that lead to a problem, without pydantic's labels of unions; items of lists count from 1."""
     path = []

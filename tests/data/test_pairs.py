@@ -8,6 +8,7 @@ import pytest
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.pairs import encode_pairs
 from dwakd.data.rows import Example
+from dwakd.data.sources import load_examples
 from dwakd.errors import UserError
 from tests.builders import bpe_byte_fallback, byte_bpe
 
@@ -65,3 +66,17 @@ def test_rows_are_encoded_together() -> None:
     student = Refusing(set())
     encode_pairs(ROWS, student)
     assert student.num_calls == 1
+
+
+@pytest.mark.parametrize("template", ["alpaca", "plain"])
+def test_conversations_with_the_default_template_give_a_warning(
+    template: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A user of an instruct model expects its chat template; one who has chosen a template gets no warning."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    with caplog.at_level(logging.WARNING, "dwakd"):
+        encode_pairs(load_examples([{"messages": turns}]), TextEncoder(byte_bpe(), template), source="chats.jsonl")
+        encode_pairs(ROWS, TextEncoder(byte_bpe(), template), max_length=512)
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == (template == "alpaca")
+    assert all("chats.jsonl: 1 rows are conversations, but data.template is alpaca" in text for text in warnings)

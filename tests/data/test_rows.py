@@ -233,6 +233,25 @@ def test_a_row_with_text_only_says_what_to_write() -> None:
         load_examples([{"text": "Once upon a time"}])
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"Prompt ": "a", "response": "b"}, r"no column with the prompt .*; rename 'Prompt ' to 'prompt'"),
+        ({"prompt": "a", "Output": "b"}, r"no column with the response .*; rename 'Output' to 'output'"),
+        ({"prompt;response": "a;b"}, "separate the columns of the file by commas, not by ';'"),
+        ({"prompt": "a"}, r"set data\.response .*, or let the teacher answer with data\.responses: teacher"),
+        (
+            {"question": "a", "answer": "b"},
+            r"set data\.prompt \(--prompt of eval and shrink, prompt_column in Python\)",
+        ),
+    ],
+)
+def test_columns_that_are_missing(row, message) -> None:
+    """The message says what is wrong with the file, or which option names another column."""
+    with pytest.raises(UserError, match=message):
+        load_examples([row])
+
+
 PRIVATE = {"prompt": "2 + 2?", "response": "Four.", "hint": "It is four. Now answer: 2 + 2?", "system": "Add."}
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.sources import Example
+from dwakd.data.sources import Example, load_examples
 from dwakd.errors import UserError
 from dwakd.evaluation.bits_per_byte import bits_per_byte
 from dwakd.evaluation.evaluate import Evaluation, SampledScores, data_identity, evaluate_model, model_identity
@@ -122,6 +122,8 @@ def test_signature_names_model_and_data(encoder: TextEncoder) -> None:
     data = data_identity(EXAMPLES, "p3/test.jsonl")
     assert (data["name"], data["rows"]) == ("p3/test.jsonl", 2)
     assert data["sha256"] != data_identity([EXAMPLES[0], replace(EXAMPLES[1], response="a 2")])["sha256"]
+    chat = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}]
+    assert data_identity(load_examples(chat))["sha256"] == "22592c93b9584421", "as in version 0.2, for its results"
     made = evaluated(tiny_model("llama", 400), encoder, EXAMPLES, do_sample=False).signature
     assert made["model"]["sha256"] == identity["sha256"]
     assert made["data"]["sha256"] == data["sha256"]

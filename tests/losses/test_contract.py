@@ -270,7 +270,7 @@ def test_bad_options_are_named(method):
         ("dwa_kd", {"gate_warmup_steps": 5}, "gate_warmup_steps .*entropy_then_gate"),
         ("dwa_kd", {"gamma_end": 1.0}, "gamma_end .*gamma_steps"),
         ("dskd", {"kd_rate": 2}, "kd_rate must be at most 1, got 2"),
-        ("dwakd", {}, "unknown method 'dwakd' in loss.method; valid ones: sft, kd, "),
+        ("dwakd", {}, "unknown method 'dwakd'; did you mean dwa_kd\\? valid ones: sft, kd, "),
         ("kd", {"divergence": "kl"}, "divergence must be 'forward_kl', .*, got 'kl'"),
         ("uld", {"variant": "mine"}, "variant must be 'paper' or 'dskd', got 'mine'"),
         ("uld", {"uld_weight": -1}, "uld_weight must be at least 0"),

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dwakd.compare.plan import variants_of
 from dwakd.errors import UserError
@@ -152,3 +153,14 @@ def test_the_schema_describes_every_option():
         assert required == methods.keys() - optional
     assert "weight" in schema["$defs"]["AlmPart"]["properties"]
     assert "weight" not in schema["$defs"]["AlmOptions"]["properties"]
+
+
+def test_an_override_of_the_method_names_how_to_replace_the_section(tmp_path):
+    """The options of the recipe's own method remain, and another method may not have them."""
+    content = {**CONTENT, "loss": {"method": "dwa_kd", "variant": "recommended"}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=r"unknown option loss\.variant of method sft; .*write 'loss={method: sft}'"):
+        load_recipe(tmp_path / "recipe.yaml", ["training.max_steps=1", "loss.method=sft"])
+    assert load_recipe(tmp_path / "recipe.yaml", ["loss={method: sft}"]).method == "sft"
+    with pytest.raises(UserError, match=r"of method dwa_kd; [^']*$"):
+        load_recipe(tmp_path / "recipe.yaml", ["loss.tau=1"])

@@ -1,5 +1,7 @@
 """Test that representation similarity averages hidden states over the same text on both sides."""
 
+import json
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from dwakd.data.sources import load_examples
 from dwakd.errors import UserError
 from dwakd.tools.similarity import box_plot, cosine_structure, product_structure, structure_distances
 from tests.builders import bpe_byte_fallback, byte_bpe, tiny_model
+from tests.command_line import one_sentence, run
 
 ROWS = [
     {"prompt": f"Name {word}.", "response": f"The {word} is é😀 and {word}"} for word in ("door", "cat", "sky", "sea")
@@ -56,3 +59,27 @@ def test_matrices():
 def test_box_plot():
     """The quartiles are drawn at the right places of the scale."""
     assert box_plot((0.0, 0.2, 0.5, 0.7, 1.0), 1.0, 11) == "──▒▒▒█▒▒───"
+
+
+def test_the_template_is_that_of_the_student(workspace, tmp_path, monkeypatch, capsys):
+    """A student reads prompts as in its training; two students that were trained differently are not comparable."""
+    options = [
+        "--teacher",
+        workspace / "teacher",
+        "--data",
+        workspace / "data.jsonl",
+        "--output",
+        tmp_path / "found.json",
+    ]
+    assert run(monkeypatch, capsys, "train", workspace / "recipe.yaml", "-o", tmp_path / "run")[0] == 0
+    code, out, _ = run(monkeypatch, capsys, "similarity", tmp_path / "run", *options)
+    assert code == 0
+    assert "difference of cosines between spans (M_cos)" in out
+    assert json.loads((tmp_path / "found.json").read_text())["signature"]["template"] == "plain"
+    code, _, err = run(monkeypatch, capsys, "similarity", workspace / "student", tmp_path / "run", *options)
+    assert code == 2
+    assert "the recipes of the students differ in data.template: choose one with --template" in one_sentence(err)
+    assert (
+        run(monkeypatch, capsys, "similarity", workspace / "student", tmp_path / "run", *options, "--template=plain")[0]
+        == 0
+    )

@@ -8,7 +8,7 @@ import torch
 
 from dwakd import UserError
 from dwakd.data.collator import collate
-from dwakd.training.callbacks import FiniteCheck
+from dwakd.training.callbacks import FiniteCheck, TermsProgressCallback
 from tests.training.builders import ROWS, trainer
 
 
@@ -186,3 +186,15 @@ def test_tokens_per_second_and_the_norms_of_the_terms(tmp_path):
     assert first["term_grad_norm/ce"] > 0
     assert second["term_grad_norm/ce"] > 0, "measured at the first and the fourth step"
     assert "term_grad_norm/ce" not in trainer(tmp_path / "off", method="sft").state.log_history
+
+
+def test_the_progress_bar_shows_the_main_terms():
+    """Terms of sums have the name of their method, and several evaluation sets have their own names."""
+    state, shown = Mock(is_world_process_zero=True, global_step=3), TermsProgressCallback()
+    shown.training_bar = Mock()
+    logs = {"loss": 1.0, "grad_norm": 2.0, "ce": 0.5, "dwa_kd.kd_student": 0.25, "dwa_kd.t2s_ce": 9.0, "alm.alm": 0.001}
+    shown.on_log(None, state, None, logs)
+    expected = {"loss": "1", "ce": "0.5", "dwa_kd.kd_student": "0.25", "alm.alm": "0.001"}
+    shown.training_bar.set_postfix.assert_called_once_with(expected, refresh=False)
+    shown.on_log(None, state, None, {"eval_short_loss": 1.5, "eval_short_bits_per_byte": 1.25, "epoch": 1.0})
+    shown.training_bar.write.assert_called_once_with("step 3: eval_short_bits_per_byte 1.25")

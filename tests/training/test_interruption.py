@@ -85,6 +85,25 @@ def test_a_run_keeps_the_date_of_its_prompts(workspace, tmp_path, monkeypatch):
     assert train(recipe, tmp_path / "later").student_encoder.printed_date == "2031-05-06"
 
 
+def test_ctrl_c_saves_a_checkpoint_and_a_second_one_ends_the_run_at_once(workspace, tmp_path, capfd):
+    """Whoever stops a run by hand loses no step, and is told that the run continues to the end of its step."""
+    recipe = load_recipe(workspace / "recipe.yaml", ["training.max_steps=4"])
+    with pytest.raises(RunInterrupted, match="after step 2"):
+        train(recipe, tmp_path / "run", hook=lambda _: SignalInStep(signal.SIGINT, 2))
+    assert capfd.readouterr().err.count("press Ctrl-C again to end it at once") == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert last_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-2")
+
+    class Twice(SignalInStep):
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.on_pre_optimizer_step(args, state, control)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "run", resume=True, hook=lambda _: Twice(signal.SIGINT, 3))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert train(recipe, tmp_path / "run", resume=True).state.global_step == 4
+
+
 @pytest.mark.slow
 def test_a_rank_that_dies_is_named(tmp_path):
     """The error of the network library names neither the rank nor the fix. Before, both ranks skip the same step."""

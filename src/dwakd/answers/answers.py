@@ -137,7 +137,8 @@ def _nothing_left(left_out: dict[str, int], options: GenerateSection, teacher: s
     if list(left_out) == ["cut"]:
         return (
             f"all {total} answers of {teacher} reach generate.max_new_tokens={options.max_new_tokens} without an end "
-            "token: raise it, or use a teacher that was trained on this data.template (chat for an instruct model)"
+            "token: raise it and choose another file (generate.output), or use a teacher that was trained on this "
+            "data.template (chat for an instruct model)"
         )
     if list(left_out) == ["empty"]:
         return f"all {total} answers of {teacher} are empty: use the data.template that it was trained on"

@@ -200,8 +200,11 @@ def _answer_missing(file: AnswerFile, source: Source, sets: Sequence[PromptSet],
             found = teacher.answer(rows.start, [examples[row] for row in rows], advance)
             file.write_shard(shard, found)
             if shard == missing[0] and {one.finish for samples in found for one in samples} == {"cut"}:
-                text = "all %d answers so far are cut at generate.max_new_tokens; stop and raise it if this goes on"
-                logger.warning(text, len(rows) * file.samples)
+                logger.warning(
+                    "all %d answers so far are cut at generate.max_new_tokens=%d; if this goes on, stop, raise it and choose "
+                    "another file (generate.output), because %s keeps the answers with the old limit",
+                    *(len(rows) * file.samples, file.request["generate.max_new_tokens"], file.parts),
+                )
 
 
 def _advance(bar: Progress, total: int, done: int = 0) -> Advance:

@@ -97,7 +97,7 @@ def judge(
 
 
 @app.command()
-@with_options(template="alpaca", bos="auto", special_tokens_in_prompts="parse", limit=100)
+@with_options(limit=100)
 def similarity(
     students: Annotated[list[str], typer.Argument(help="One or more: folder, hub id, gguf:PATH, package:NAME/FILE.")],
     teacher: Annotated[str, typer.Option("--teacher", "-t", help="The teacher: folder, hub id, GGUF file.")],
@@ -111,6 +111,7 @@ def similarity(
 
     Hidden states are averaged over the spans of text that both tokenisations share. For each text, the similarities
     (cosines and inner products) between the spans are computed in both models, and box plots show how much they differ.
+    Template, bos and special-tokens-in-prompts are by default those of the recipe in a student's folder, if there is one.
     """
     silence_transformers()
     from dwakd.tools.similarity import compare_representations

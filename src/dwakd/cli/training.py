@@ -31,7 +31,8 @@ def train(
 
     The result is a plain Hugging Face folder: AutoModelForCausalLM.from_pretrained(FOLDER).
 
-    SIGTERM and SIGUSR1 save a checkpoint at the end of the current step and end the command with exit code 75.
+    Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint at the end of the current step and end the command with exit code 75;
+    --resume continues. A second Ctrl-C ends it at once.
     """
     silence_transformers()
     from peft import PeftModel
@@ -53,7 +54,8 @@ def train(
     if dry_run:
         from dwakd.inspection.dry_run import dry_run as predict
 
-        tables = predict(loaded, folder, plan, resume=resume)
+        with console.status("training a few steps to measure time and memory; nothing is written"):
+            tables = predict(loaded, folder, plan, resume=resume)
         if global_rank() == 0:
             console.print(tables)
         end_of_run()

@@ -13,11 +13,12 @@ from tokenizers.models import WordLevel
 from dwakd.data.chat import check_tokenizer, tokenizer_name
 from dwakd.data.long_text import leading_text
 from dwakd.data.prompts import Prompts
-from dwakd.data.rows import Example, check_choice
+from dwakd.data.rows import Example
 from dwakd.data.special_tokens import SpecialTokensAsText, encode_texts
 from dwakd.data.token_bytes import TokenBytes, byte_ends, exact_ends
 from dwakd.data.turns import texts_to_show
 from dwakd.errors import UserError
+from dwakd.validation import check_choice
 
 
 class TextEncoder:

@@ -12,8 +12,9 @@ from tqdm.auto import tqdm
 from dwakd.align.vocab import nearest_tokens, token_text
 from dwakd.data.encoded import EncodedPairs, EncodedRow, EncodedSide, RowWriter
 from dwakd.data.encoding import TextEncoder
-from dwakd.data.rows import INVALID_ROWS, Example, check_choice
+from dwakd.data.rows import INVALID_ROWS, Example
 from dwakd.errors import UserError
+from dwakd.validation import check_choice
 
 logger = logging.getLogger(__name__)
 
@@ -88,10 +89,11 @@ def encode_pairs(
     check_lengths(max_length, max_prompt_length)
     report: dict[str, list[int]] = {}
     first_error: dict[str, str] = {}
-    num_parts, num_foreign = 0, 0
+    num_parts, num_foreign, num_conversations = 0, 0, 0
     kept: Any = writer or []
     found = encode_rows(examples, [student, *teachers], max_length, max_prompt_length, need_response=need_response)
     for example, row, foreign in tqdm(found, f"tokenising {source}", unit=" rows", delay=2, leave=False):
+        num_conversations += example.is_conversation
         if isinstance(row, EncodedRow):
             kept.append(row if finish is None else finish(row, example))
             num_parts, num_foreign = num_parts + (example.answer is not None), num_foreign + foreign
@@ -104,6 +106,12 @@ def encode_pairs(
         logger.warning(
             "%s: %d of %d responses were truncated to fit %s=%d tokens and have no end token; raise %s",
             *(source, pairs.num_truncated, len(pairs), length_option, max_length, length_option),
+        )
+    if num_conversations and student.template == "alpaca":
+        logger.warning(
+            "%s: %d rows are conversations, but data.template is alpaca: set data.template: chat for the chat templates of the "
+            "models, or plain for text without them",
+            *(source, num_conversations),
         )
     if num_foreign:
         logger.warning(

@@ -16,7 +16,7 @@ is everything before it. Turns whose weight is 0 are context only.
 
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dwakd.data.files import Unusable
@@ -58,6 +58,7 @@ class Example:
     teacher: str | None = None  # name of the only teacher of the row, if it has only one
     source: tuple[int, int] | None = None  # with `supervise: all`, row and turn in the source
     moved: int = 0  # number of turns that the column `system` puts before those of the conversation
+    is_conversation: bool = field(default=False, compare=False)  # whether the row has its prompt as a list of turns
 
     @property
     def place(self) -> str:
@@ -123,12 +124,7 @@ class Columns:
             found = next((each for each in (known if name is None else [name]) if each in names), None)
             if found is None and (needed or name is not None):
                 what = f"with the {option} ({', '.join(known)})" if name is None else repr(name)
-                fix = f"set data.{option} (eval, shrink: --{option}) to one of them"
-                if option == "prompt" and name is None and "text" in names:
-                    fix = (
-                        "only responses to prompts are trained: write 'prompt' and 'response', or 'messages', instead of "
-                        "'text'"
-                    )
+                fix = _fix_columns(option, names, known if name is None else [name])
                 raise UserError(f"{source} has no column {what}; its columns are: {', '.join(names) or 'none'}; {fix}")
             return found
 
@@ -186,6 +182,7 @@ class Columns:
                 kept = answer if content_keys(answer) else None
                 example = replace(example, response=accepted[0], references=accepted, answer=kept)
             source = (index, end - moved) if self.supervise == "all" else None
+            example = replace(example, is_conversation=is_conversation)
             found.append(replace(example, teacher_turns=teacher_turns, teacher=teacher, source=source))
         return found
 
@@ -261,6 +258,20 @@ class Columns:
         return turns
 
 
+def _fix_columns(option: str, names: Sequence[str], known: Sequence[str]) -> str:
+    """Return how to correct a data set that has none of the columns `known`."""
+    for name in names:
+        if name.strip().lower() in known:
+            return f"rename {name!r} to {name.strip().lower()!r}"
+    if len(names) == 1 and (mark := next((mark for mark in (";", "\t", "|") if mark in names[0]), None)):
+        return f"separate the columns of the file by commas, not by {mark!r}"
+    if option == "prompt" and "text" in names:
+        fix = "only responses to prompts are trained: write 'prompt' and 'response', or 'messages', instead of 'text'"
+        return f"{fix}; dwakd eval scores such texts with --text"
+    chosen = f"set data.{option} (--{option} of eval and shrink, {option}_column in Python) to one of them"
+    return chosen if option != "response" else f"{chosen}, or let the teacher answer with data.responses: teacher"
+
+
 def _read_prompt(value: Any, column: str) -> list[Turn]:
     """Read a prompt that is a conversation or a text as turns."""
     if isinstance(value, list):
@@ -287,9 +298,3 @@ def check_row(row: Any) -> None:
         found = row.reason if isinstance(row, Unusable) else f"{type(row).__name__} {reprlib.repr(row):.40}"
         hint = "; use the suffix .json if the file is one list" if isinstance(row, list) else ""
         raise UserError(f"expected an object with named columns, got {found}{hint}")
-
-
-def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse the value of an option that is not one of the choices."""
-    if value not in choices:
-        raise UserError(f"{option} {value!r} is unknown: use {' or '.join(choices)}")

@@ -14,8 +14,9 @@ import datasets
 import huggingface_hub
 
 from dwakd.data.files import SUFFIXES, PlacedRow, Select, numbered, read_file, stream_jsonl
-from dwakd.data.rows import INVALID_ROWS, SUPERVISE, Columns, Example, check_choice, check_row
+from dwakd.data.rows import INVALID_ROWS, SUPERVISE, Columns, Example, check_row
 from dwakd.errors import UserError, explained
+from dwakd.validation import check_choice
 
 __all__ = ["EVAL_SPLITS", "SUFFIXES", "TEST_SPLITS", "TRAIN_SPLITS", "Example", "RowSource", "load_examples"]
 

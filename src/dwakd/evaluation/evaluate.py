@@ -256,5 +256,7 @@ def model_identity(model: Model, name: str | None = None) -> dict[str, Any]:
 def data_identity(examples: Sequence[Example], name: str = "rows in memory") -> dict[str, Any]:
     """Return the name of the rows, their number and the first 16 digits of the SHA-256 of their texts."""
     rows = [{key: value for key, value in asdict(example).items() if value is not None} for example in examples]
+    for row in rows:
+        del row["is_conversation"]  # not in the digests of version 0.2
     digest = hashlib.sha256(json.dumps(rows, default=str).encode())
     return {"name": name, "rows": len(examples), "sha256": digest.hexdigest()[:_DIGITS]}

@@ -112,7 +112,8 @@ def evaluation_table(rows: Mapping[str, Evaluation]) -> Table:
             sampled, *cells = _cells([fmean(column) if column else None for column in columns])
             table.add_row(label or f"mean of {most} sets", sampled, "", *cells)
     notes = [f"{name}: {_note(evaluation)}" for name, evaluation in rows.items()]
-    table.caption = Text("\n".join([*notes, signature_line(next(iter(rows.values())).signature)]))  # no markup
+    signature = f"signature: {signature_line(next(iter(rows.values())).signature)}"
+    table.caption = Text("\n".join([*notes, signature]))  # no markup
     return table
 
 

@@ -262,6 +262,7 @@ def _tables(found: Prediction) -> list[Table | str]:
         ("building teacher caches", _duration(found.build_seconds)),
         (f"[bold]training of {found.num_steps:,} steps", _duration(found.seconds)),
     ]
+    del times[3 : 4 - bool(found.num_evaluations)]
     note = "[dim]Times are without loading, checkpoints, generated answers and the sets of the section evaluation.[/]"
     caches = [
         f"A cache of the {_name(n, found.caches)} {'will' if one.is_configured else 'would'} take {decimal(one.num_bytes)}."

@@ -1,5 +1,6 @@
 """The distillation methods. CONTRIBUTING.md says how to add one."""
 
+import difflib
 from typing import Any
 
 from dwakd.errors import UserError
@@ -62,7 +63,9 @@ def method_class(method: str) -> type[DistillationLoss[Any]]:
     """Return the class of a method, or raise UserError with the valid names."""
     known: dict[str, type[DistillationLoss[Any]]] = {**METHODS, SUM: WeightedSumLoss}
     if method not in known:
-        raise UserError(f"unknown method {method!r} in loss.method; valid ones: {', '.join(known)}")
+        near = difflib.get_close_matches(method, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"unknown method {method!r}; {hint}valid ones: {', '.join(known)}")
     return known[method]
 
 

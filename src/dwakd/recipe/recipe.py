@@ -167,7 +167,17 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, command: C
         UserError: there is no such file, it is not valid YAML, or an option is unknown, missing or has a value that is
             not allowed; the message gives its dotted name.
     """
-    return recipe_from_dict(read_recipe(Path(path), overrides or ()), command)
+    content = read_recipe(Path(path), overrides or ())
+    try:
+        return recipe_from_dict(content, command)
+    except UserError as error:
+        method = next((one.partition("=")[2] for one in overrides or () if one.startswith("loss.method=")), None)
+        if method is None or not str(error).startswith("unknown option loss."):
+            raise
+        raise UserError(
+            f"{error}; loss.method={method} keeps the other options of the recipe's section loss: to replace the section, "
+            f"write 'loss={{method: {method}}}'"
+        ) from None
 
 
 def recipe_from_dict(content: dict[str, Any], command: Command = "train") -> Recipe:

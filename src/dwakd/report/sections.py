@@ -156,7 +156,12 @@ def similarity(found: Collection) -> Markup | None:
         cosine, product = ({key: getattr(one, k) for key, one in students.items()} for k in ("cosine", "product"))
         parts += [
             heading(path),
-            grid([box_plots("distance of M_cos", cosine), box_plots("distance of M_prod", product)]),
+            grid(
+                [
+                    box_plots("difference of cosines between spans (M_cos)", cosine),
+                    box_plots("difference of normalised inner products (M_prod)", product),
+                ]
+            ),
         ]
     text = "A smaller distance means that a student relates the parts of a text to each other more like the teacher."
     return join(paragraph(text), *parts) if parts else None

@@ -26,7 +26,7 @@ from dwakd.evaluation.evaluate import data_identity, model_identity
 from dwakd.evaluation.generate import Model, max_positions, progress_bar
 from dwakd.evaluation.metrics import has_reference
 from dwakd.evaluation.options import RowOptions
-from dwakd.evaluation.run import load_for_evaluation
+from dwakd.evaluation.run import load_for_evaluation, text_encoder_of
 from dwakd.folders import check_output_folder, write_json
 from dwakd.models.loading import check_vocabulary, load_tokenizer
 from dwakd.models.rows import evaluating, response_hidden
@@ -60,30 +60,39 @@ def compare_representations(
     Args:
         students: folders, hub ids or GGUF files; the same for `teacher`.
         data: file or hub id of prompts with responses.
-        rows: how to read the rows and turn them into prompts.
+        rows: how to read the rows and turn them into prompts; options that are None come from the recipes in the students'
+            folders, if there are any.
         adapter: a PEFT adapter to merge into the teacher.
         output: JSON file for the signature and every value.
 
     Raises:
-        UserError: a model or the data cannot be used, or the output file cannot be written.
+        UserError: a model or the data cannot be used, the recipes of the students differ in how rows become prompts, or the
+            output file cannot be written.
     """
     if output is not None:
         check_output_folder(output.parent)
         if output.is_dir():
             raise UserError(f"{output} is a folder: name a JSON file with --output")
     examples = load_examples(data, split=TEST_SPLITS, **rows.reading())
-    prompts = rows.rendering(template="alpaca", bos="auto", special_tokens_in_prompts="parse")
+    encoders = {name: text_encoder_of(name, rows, recipe_of=name) for name in students}
+    prompts = {}
+    for option in ("template", "bos", "special_tokens_in_prompts"):
+        prompts[option], *others = dict.fromkeys(getattr(encoder, option) for encoder in encoders.values())
+        if others:
+            raise UserError(
+                f"the recipes of the students differ in data.{option}: choose one with --{option.replace('_', '-')}"
+            )
 
-    def load(name: str, adapter: str | None = None) -> Side:
-        model, tokenizer = load_for_evaluation(name, adapter=adapter), load_tokenizer(name)
-        check_vocabulary(model, tokenizer, name)
-        return model, TextEncoder(tokenizer, **prompts)
+    def load(name: str, encoder: TextEncoder, adapter: str | None = None) -> Side:
+        model = load_for_evaluation(name, adapter=adapter)
+        check_vocabulary(model, encoder.tokenizer, name)
+        return model, encoder
 
-    reference = load(teacher, adapter)
+    reference = load(teacher, TextEncoder(load_tokenizer(teacher), **prompts), adapter)
     versions = {name: version(name) for name in ("dwakd", "torch", "transformers")}
     found: dict[str, Any] = {}
     for name in students:
-        student = load(name)
+        student = load(name, encoders[name])
         distances = structure_distances(student, reference, examples, max_length=max_length, source=data)
         found[name] = {"model": model_identity(student[0], name), **asdict(distances)}
         del student  # before the next one is loaded
@@ -102,9 +111,9 @@ def compare_representations(
         write_json(output, record)
     num_texts = " or ".join(dict.fromkeys(str(len(one["cosine"])) for one in found.values()))
     return Group(
-        _table("M_cos", {name: one["cosine"] for name, one in found.items()}),
-        _table("M_prod", {name: one["product"] for name, one in found.items()}),
-        f"{num_texts} texts; a smaller distance means that a student is more similar to the teacher",
+        _table("cosines between spans (M_cos)", {name: one["cosine"] for name, one in found.items()}),
+        _table("normalised inner products (M_prod)", {name: one["product"] for name, one in found.items()}),
+        f"{num_texts} texts; a smaller difference means that a student is more similar to the teacher",
     )
 
 
@@ -188,7 +197,7 @@ def _pooled(row: EncodedRow, models: tuple[Model, Model]) -> list[Float[Tensor, 
 def _table(title: str, values: dict[str, list[float]]) -> Table:
     """Return quartiles and a box plot for each student, on one scale from 0 to the largest 95th percentile."""
     top = max(float(np.percentile(row, 95)) for row in values.values())
-    table = Table(box=box.HORIZONTALS, show_edge=False, title=f"distance of {title}", title_justify="left")
+    table = Table(box=box.HORIZONTALS, show_edge=False, title=f"difference of {title}", title_justify="left")
     table.add_column("student", overflow="fold")
     for heading in ("median", "quartiles"):
         table.add_column(heading, justify="right", no_wrap=True)

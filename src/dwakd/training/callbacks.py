@@ -108,16 +108,22 @@ class RunCallback(TrainerCallback):
         self.seconds.append(self._step_ended - self.trainer.step_started)
 
 
+_SHOWN = ("ce", "kd", "kd_student", "alm", "uld", "jsd", "span", "absolute", "dtw_hidden")
+_SCORES = ("bits_per_byte", "rouge_l", "t2s_accuracy", "teacher_accuracy")
+
+
 class TermsProgressCallback(ProgressCallback):
-    """A progress bar that shows the latest terms instead of printing a line for each step."""
+    """A progress bar that shows the main terms of each step, and prints a line for each evaluation."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or self.training_bar is None or not logs:
             return
-        scores = ("bits_per_byte", "rouge_l", "t2s_accuracy", "teacher_accuracy")
-        shown = ("loss", "ce", "kd_student", "dtw_hidden", *(f"eval_{name}" for name in scores))
-        values = {name: f"{logs[name]:.3g}" for name in shown if name in logs}
-        if any(name.startswith("eval_") for name in logs):
+        is_evaluation = any(name.startswith("eval_") for name in logs)
+        shown = [
+            n for n in logs if (n.endswith(_SCORES) if is_evaluation else n.rpartition(".")[2] in ("loss", *_SHOWN))
+        ]
+        values = {name: f"{logs[name]:.3g}" for name in shown}
+        if is_evaluation:
             self.training_bar.write(f"step {state.global_step}: " + ", ".join(f"{k} {v}" for k, v in values.items()))
         else:
             self.training_bar.set_postfix(values, refresh=False)

@@ -1,8 +1,9 @@
-"""Save a checkpoint and end a run when it receives SIGTERM or SIGUSR1, which Slurm can send before it ends a job."""
+"""Save a checkpoint and end a run on Ctrl-C, and on SIGTERM and SIGUSR1, which Slurm can send before it ends a job."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ INTERRUPTED = 75
 """Exit code of a run that can be continued with --resume (EX_TEMPFAIL of sysexits.h)."""
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+_ON_INTERRUPT = b"\nCtrl-C: the run ends with a checkpoint after this step; press Ctrl-C again to end it at once\n"
 
 
 class RunInterrupted(Exception):  # noqa: N818 (no error: the run can be continued)
@@ -58,18 +60,27 @@ class StopOnSignal(TrainerCallback):
 
 @contextlib.contextmanager
 def stops_on_signal(trainer: Any) -> Iterator[None]:
-    """Let SIGTERM and SIGUSR1 stop a trainer inside a `with` block; outside the main thread, signals cannot be received.
+    """Let Ctrl-C, SIGTERM and SIGUSR1 stop a trainer in a `with` block; outside the main thread, signals cannot be received.
 
-    A repeated signal changes nothing. Before and after the block, a signal ends the process at once.
+    A second Ctrl-C is a KeyboardInterrupt; other repeated signals change nothing. Before and after the block, a signal ends
+    the process at once.
     """
     callback = StopOnSignal()
 
     def receive(*_: Any) -> None:
         callback.received = True
 
+    def interrupt(number: int, frame: Any) -> None:
+        signal.signal(number, signal.default_int_handler)
+        if os.getpid() == own:  # a data loader's workers inherit this function
+            os.write(2, _ON_INTERRUPT)  # print() is not reentrant
+        receive()
+
     trainer.add_callback(callback)
-    main = threading.current_thread() is threading.main_thread()
+    own, main = os.getpid(), threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, receive) for number in _SIGNALS} if main else {}
+    if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup and shells ignore it for jobs
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     except RunInterrupted:

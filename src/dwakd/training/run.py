@@ -218,7 +218,7 @@ def train(
     `hook` takes the trainer and returns a callback for it.
 
     Raises:
-        RunInterrupted: SIGTERM or SIGUSR1 stopped the training; its last checkpoint is in the folder.
+        RunInterrupted: Ctrl-C, SIGTERM or SIGUSR1 stopped the training; its last checkpoint is in the folder.
     """
     folder = Path(output_dir)
     checkpoint = check_output(folder, resume=resume, recipe=recipe)
