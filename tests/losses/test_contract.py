@@ -269,6 +269,11 @@ def test_bad_options_are_named(method):
         ("dwa_kd", {"variant": "mine"}, "variant must be .*'authors'"),
         ("dwa_kd", {"gate_warmup_steps": 5}, "gate_warmup_steps .*entropy_then_gate"),
         ("dwa_kd", {"gamma_end": 1.0}, "gamma_end .*gamma_steps"),
+        (
+            "dwa_kd",
+            {"gate_warmup_steps": 5, "gate": False, "weight_normalisation": "entropy_then_gate"},
+            "gate_warmup_steps requires gate=true",
+        ),
         ("dskd", {"kd_rate": 2}, "kd_rate must be at most 1, got 2"),
         ("dwakd", {}, "unknown method 'dwakd'; did you mean dwa_kd\\? valid ones: sft, kd, "),
         ("kd", {"divergence": "kl"}, "divergence must be 'forward_kl', .*, got 'kl'"),
@@ -386,3 +391,17 @@ def test_temperatures_have_a_bound_that_keeps_the_cross_entropy_right(name):
             examples = [{k: v.float() if v.is_floating_point() else v for k, v in e.items()} for e in examples]
             found.append(run(loss, examples, [head.float() for head in heads]).terms["ce"].item())
         assert found[1] == pytest.approx(found[0], abs=1e-3)
+
+
+@pytest.mark.parametrize("impl", ["naive", "chunked"])
+@pytest.mark.parametrize("name", ["dskd_v2", "dwa_kd_v2", "kd"])
+def test_a_divergence_that_is_always_zero(name, impl, monkeypatch):
+    """With `skew: 1` the skewed forward KL compares the teacher with itself, so no logits have a gradient from it."""
+    use_kernels(monkeypatch, head_loss=partial(head_loss, impl=impl))
+    loss = build(name, {"divergence": "skewed_forward_kl", "skew": 1.0})
+    examples, heads = batch(loss)
+    leaves(examples, heads)
+    output = run(loss, examples, heads)
+    output.loss.backward()
+    assert output.loss.isfinite()
+    assert heads[0].grad.isfinite().all()

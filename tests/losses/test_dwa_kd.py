@@ -199,6 +199,19 @@ def test_weights_of_the_specification():
     torch.testing.assert_close(weights, double([1.100693, 0.899307]), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("use_entropy", [True, False])
+def test_weights_are_rescaled_over_the_tokens_that_are_kept(use_entropy):
+    """Tokens that are left out have weight 0, and the others have the same sum as without them."""
+    entropies, gate, three = double([2, 2, 2]), double([0.5, 0.25, 1]), torch.tensor([3])
+    options = {"use_entropy": use_entropy, "kept": torch.tensor([True, False, True])}
+    authors = student_weights(entropies, gate, three, normalise="entropy_then_gate", **options)
+    torch.testing.assert_close(authors, double([0.75, 0, 1.5]))
+    torch.testing.assert_close(student_weights(entropies, gate, three, **options), double([1, 0, 2]))
+    torch.testing.assert_close(
+        student_weights(entropies, gate, three, use_gate=False, **options), double([1.5, 0, 1.5])
+    )
+
+
 def test_certain_student_gives_zero_weights():
     """If the student is certain at all tokens of an example, the weights of this example are 0, not NaN."""
     weights = student_weights(double([0, 0, 1, 3]), double([1, 1, 0.5, 0.5]), torch.tensor([2, 2]))
@@ -238,6 +251,23 @@ def test_divergence_of_sequences(gamma, expected):
     assert divergence(x * double([[3], [0.2], [7]]), y, three, two) == pytest.approx(expected, abs=1e-6)
     assert divergence(x.flip(0), y.flip(0), three, two) == pytest.approx(expected, abs=1e-6)
     assert divergence(x, x.clone(), three, three) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-24, 2e-23, 1e-16, 1e-8])
+def test_embeddings_of_untrained_tokens_have_no_gradient(size):
+    """Some checkpoints have embeddings near 0 for tokens that were never trained, such as the end token of a chat template.
+
+    The gradient of a cosine is 1 / norm, so such a token would decide the gradient of a whole batch.
+    """
+    x, y = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([x[:3], size * x[3:]]).requires_grad_()
+    (value,) = soft_dtw_divergences([(x, y)], *[torch.tensor([4])] * 2, gamma=1.0)
+    (gradient,) = torch.autograd.grad(value.sum(), x)
+    assert value.isfinite().all()
+    assert gradient[3].eq(0).all()
+    assert 0.01 < gradient.norm() < 10
+    (zero,) = soft_dtw_divergences([(torch.cat([x[:3], 0 * x[3:]]), y)], *[torch.tensor([4])] * 2, gamma=1.0)
+    torch.testing.assert_close(value, zero)
 
 
 def test_gamma_schedule_follows_optimiser_steps_and_is_saved():

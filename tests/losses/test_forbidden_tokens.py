@@ -87,6 +87,8 @@ def test_a_token_that_only_the_student_forbids_gives_an_infinite_loss(impl, temp
     terms = KdLoss(temperature=temperature)(student, side(examples, "teacher", heads[1])).terms
     assert terms["kd"] == terms["loss"] == math.inf
     assert terms["ce"].isfinite()
+    unweighted = KdLoss(temperature=temperature, kd_rate=0.0)(student, side(examples, "teacher", heads[1]))
+    torch.testing.assert_close(unweighted.loss, terms["ce"], msg="0 times infinity is NaN")
     forbidden = dataclasses.replace(student, target_ids=torch.full((4,), 3))
     for name in ("sft", "alm"):
         loss = build_loss(name, {}, widths=WIDTHS, pair=pair_of(heads))

@@ -57,7 +57,14 @@ def without_values(monkeypatch):
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("sft", {}), ("dskd", {}), ("dwa_kd", {}), ("dwa_kd", {"band": False}), ("dwa_kd", {"entropy_weights": False})],
+    [
+        ("sft", {}),
+        ("dskd", {}),
+        ("dwa_kd", {}),
+        ("dwa_kd", {"band": False}),
+        ("dwa_kd", {"entropy_weights": False}),
+        ("dwa_kd", {"gamma_end": 1.0, "gamma_steps": 10}),
+    ],
 )
 def test_a_step_reads_no_values(method, options, without_values):
     """A training step reads no value of a tensor."""

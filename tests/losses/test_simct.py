@@ -1,6 +1,7 @@
 """Test SimCT and SimpleCTKD against plain loops over dense logits."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,3 +78,10 @@ def test_defaults_of_the_two_methods():
     assert (paper.kd_rate, paper.divergence, paper.units) == (1.0, "reverse_kl", True)
     assert (simple.kd_rate, simple.divergence, simple.units) == (0.5, "forward_kl", False)
     assert SimctLoss(pair=pair(), variant="simple_ctkd", kd_rate=0.9).options.kd_rate == 0.9
+
+
+def test_vocabularies_without_a_shared_token_are_refused():
+    """There would be nothing to compare, and the softmax over no token is NaN."""
+    nothing = replace(pair(), teacher_tokens=tuple(b"zz%d" % index for index in range(6)), end_tokens=None)
+    with pytest.raises(ValueError, match="share no token"):
+        SimctLoss(pair=nothing)

@@ -114,13 +114,20 @@ class Endpoint:
         return UserError(f"{self.name} failed ({reason_of(error):.300}); start the command again: {kept}")
 
 
-def in_parallel(function: Callable[[ItemT], ResultT], items: Iterable[ItemT], batch_size: int) -> list[ResultT]:
-    """Call a function for all items, `batch_size` at a time. After an error, no further call is started."""
+def in_parallel(
+    function: Callable[[ItemT], ResultT],
+    items: Iterable[ItemT],
+    batch_size: int,
+    stop: Callable[[], None] | None = None,
+) -> list[ResultT]:
+    """Call a function for all items, `batch_size` at a time. After an error, call `stop` and start no further call."""
     with ThreadPoolExecutor(batch_size) as pool:
         try:
             return list(pool.map(function, items))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            if stop is not None:
+                stop()
             raise
 
 

@@ -59,7 +59,9 @@ class LocalTeacher:
         known = [row for row, example in enumerate(examples) if not self.skip or self.fits(example)]
         batches = plan_batches(self.model, self.encoder, [examples[row] for row in known], self._passes[0])
         refused = [Answer("", 0, "refused", None)] * len(self._passes)
-        answers: list[list[Answer]] = [[] if row in set(known) else refused for row in range(len(examples))]
+        answers: list[list[Answer]] = [refused] * len(examples)
+        for row in known:
+            answers[row] = []
         advance((len(examples) - len(known)) * len(self._passes))
         with evaluating(self.model):
             for options in self._passes:

@@ -76,8 +76,8 @@ class AnswerFile:
         asked = read_request(self.path)
         if asked is not None and (difference := _difference(asked, self.request)):
             raise UserError(
-                f"the answers in {self.parts} were made with other options: {difference}; undo the change, delete the "
-                "folder, or choose another file with --output (generate.output)"
+                f"the answers in {self.parts} were made with other options: {difference}; undo the change, delete this "
+                f"folder and {self.path.name}, or choose another file with --output (generate.output)"
             )
         if (
             rank == 0

@@ -44,7 +44,9 @@ def evaluate(
     silence_transformers()
     given = options.model_dump(exclude_defaults=True, exclude={"max_new_tokens"}) | ({"text": text} if text else {})
     if draft_for is not None and given:
-        raise UserError(f"--draft-for does not use --{next(iter(given)).replace('_', '-')}: leave it out")
+        name, value = next(iter(given.items()))
+        option = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+        raise UserError(f"--draft-for does not use {option}: leave it out")
     if draft_for is None and lookahead is not None:
         raise UserError("--lookahead has no effect without --draft-for: leave it out")
     if draft_for is not None:

@@ -16,6 +16,7 @@ from rich.console import Group
 from dwakd.answers.run import answer_recipe
 from dwakd.answers.store import read_json
 from dwakd.checksums import CHECKSUMS
+from dwakd.compare.inputs import check_inputs
 from dwakd.compare.plan import Cell, Variant, search_of, sft_row, variants_of
 from dwakd.compare.runner import Runner, check_results, is_evaluated, only_one
 from dwakd.compare.scores import CellScores, read_cell
@@ -74,11 +75,13 @@ def compare_methods(
     runner = Runner(recipe, folder, jobs, sets)
     rows = [runner.recipe(Cell(variant, seeds[0])) for variant in variants]
     with_teacher = [row for row in rows if row.loss.needs_teacher]
-    with only_one(folder, "answers and caches of the teacher"):
+    with only_one(folder, "models, data, answers and caches"):
+        check_inputs(folder, rows)
         _answer_prompts(rows, plan)
         _build_caches(with_teacher)
     failures: dict[str, str] = {}
     if lr_sweep:
+        _refuse_other_runs(runner, variants, seeds)
         variants, failures = search(runner, variants, seeds[0])
     cells = [Cell(variant, seed) for seed in seeds for variant in variants]
     failures |= runner.run(cells)
@@ -88,7 +91,8 @@ def compare_methods(
         scores[name] = []
         try:
             with only_one(folder, f"evaluation of the {name}"):
-                scores[name] = [evaluate_teacher(plan, teacher, folder / "cells" / name.replace(" ", "-"), sets)]
+                place = folder / "cells" / name.replace(" ", "-")
+                scores[name] = [evaluate_teacher(plan, teacher, place, sets, date=recipe.data.template_date)]
         except (UserError, RuntimeError, OSError) as error:  # the comparison of the students is still useful
             failures[name] = str(error)
     finished = [cell for cell in cells if runner.finished(cell)]
@@ -137,21 +141,42 @@ def _plan(recipe: Recipe) -> EvaluationPlan:
 
 
 def evaluate_teacher(
-    plan: EvaluationPlan, teacher: TeacherSection, folder: Path, sets: Mapping[str, str]
+    plan: EvaluationPlan, teacher: TeacherSection, folder: Path, sets: Mapping[str, str], *, date: str | None = None
 ) -> CellScores:
-    """Evaluate a teacher on the test sets unless that is done, and return its scores; `sets` as in `Runner`."""
+    """Evaluate a teacher on the test sets unless that is done, and return its scores.
+
+    Args:
+        plan: the test sets.
+        teacher: the teacher.
+        folder: where its results are, or are written.
+        sets: as in `Runner`.
+        date: the date that chat templates print.
+    """
     saved, options = folder / "teacher.json", plan.options.model_dump(exclude={"batch_size"})
     own = teacher.model_dump(exclude={"name", "weight", "cache", "cache_dtype"})
     about = {**own, "evaluation": options, "rows": plan.rows.model_dump(), "sets": dict(sets)}
+    about |= {} if date is None else {"template_date": date}
     is_other = read_json(saved) != about
     if is_other or not is_evaluated(folder, sets):
         (folder / CHECKSUMS).unlink(missing_ok=True)
         data, text = ([item.source for item in plan.sets if item.is_text == is_text] for is_text in (False, True))
         loading = {**teacher.loading(), "chat_template_path": teacher.chat_template_path, "overwrite": is_other}
+        loading["template_date"] = date
         evaluate_sets(teacher.model, data, plan.rows, plan.options, text=text, output=folder / "eval", **loading)
         write_json(saved, about)
     check_results(folder)
     return read_cell(folder, sets)
+
+
+def _refuse_other_runs(runner: Runner, variants: Sequence[Variant], seeds: Sequence[int]) -> None:
+    """Raise UserError if a row was trained before its search is finished, so with other options than it may choose."""
+    for variant in variants:
+        tried = [Cell(item, seeds[0], search=True) for item in search_of(variant, runner.base)]
+        trained = [
+            runner.cell_folder(cell) for cell in (Cell(variant, seed) for seed in seeds) if runner.finished(cell)
+        ]
+        if trained and not all(map(runner.finished, tried)):
+            raise UserError(f"{trained[0]} was trained without --lr-sweep: choose another folder with --output")
 
 
 def search(runner: Runner, variants: list[Variant], seed: int) -> tuple[list[Variant], dict[str, str]]:

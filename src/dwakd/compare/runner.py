@@ -36,8 +36,8 @@ POLL_SECONDS = 5.0
 """Time between two attempts to run cells that other processes have locked."""
 _STOPPED = (INTERRUPTED, 130, *(-number for number in (signal.SIGTERM, signal.SIGINT)))
 """Exit codes of runs that a user or a scheduler has stopped. A killed run may have needed too much memory."""
-MOVABLE = re.compile(r"(teacher\.(\d+\.)?cache|generate\.(output|batch_size))$")
-"""Options that may differ between finished runs, because they only name a file or change the speed."""
+MOVABLE = re.compile(r"(teacher\.(\d+\.)?cache|generate\.(output|batch_size)|evaluation\.(test|text))$")
+"""Options that may differ between finished runs, because they name files whose content is compared, or change the speed."""
 
 
 def lock_of(folder: Path, name: str) -> FileLock:
@@ -149,6 +149,7 @@ class Runner:
         failure = self.folder / "logs" / f"{cell.name}.failed"
         with lock_of(self.folder, cell.name).acquire(timeout=0):
             if self.finished(cell):
+                self._check_finished(cell)
                 return None
             if failure.is_file() and failure.stat().st_mtime >= self._started:
                 return failure.read_text(encoding="utf-8")

@@ -66,7 +66,8 @@ def read_cell(folder: Path, sets: Collection[str] | None = None) -> CellScores:
             continue
         numbers = json.loads(path.read_text(encoding="utf-8"))
         if numbers["signature"]["metric"] == TEXT_METRIC:
-            text[path.stem] = numbers["bits_per_byte"]["value"]
+            if numbers["bits_per_byte"]:
+                text[path.stem] = numbers["bits_per_byte"]["value"]
             continue
         other_temperatures = numbers.get("other_temperatures", {})
         for temperature, found in other_temperatures.items():

@@ -97,7 +97,7 @@ def _is_evaluation(file: Path) -> bool:
 def _scores(result: dict[str, Any]) -> Iterator[tuple[str, str, float, list[float] | None]]:
     """Yield type, heading, value and interval of each metric that an evaluation has."""
     for key, kind, heading in _METRICS:
-        if score := result[key]:
+        if score := result.get(key):
             yield kind, heading, score.get("mean", score.get("value")), score.get("interval")
 
 
@@ -112,7 +112,7 @@ def _entries(name: str, result: dict[str, Any]) -> Iterator[EvalResult]:
 
 def _table(results: dict[str, dict[str, Any]]) -> str:
     """Return the section with a row for each test set."""
-    headings = [heading for key, _, heading in _METRICS if any(one[key] for one in results.values())]
+    headings = [heading for key, _, heading in _METRICS if any(one.get(key) for one in results.values())]
     lines = [["test set", "rows", *headings], ["---"] * (len(headings) + 2)]
     for name, one in results.items():
         cells = {

@@ -130,7 +130,12 @@ def check_prompts(
     positions = max_positions(draft.model)
     for example, ids in zip(examples, prompts, strict=True):
         text = draft.encoder.tokenizer.decode(ids, skip_special_tokens=True)
-        needed = len(draft.tokenizer(text)["input_ids"]) + max_new_tokens
+        num_read = len(draft.tokenizer(text)["input_ids"])
+        if not num_read:
+            raise UserError(
+                f"{source}, {example.place}: the draft's tokenizer makes no token of the prompt; remove that row"
+            )
+        needed = num_read + max_new_tokens
         if needed > positions:
             raise UserError(
                 f"{source}, {example.place}: the prompt and {max_new_tokens} new tokens may need {needed} tokens of the draft, "

@@ -41,8 +41,12 @@ def write_evaluation(evaluation: Evaluation, path: Path) -> None:
         raise UserError(
             f"{path} was not written, because the metrics contain NaN or inf: check the model's weights"
         ) from None
+    answers = path.with_suffix(".answers.jsonl")
+    path.unlink(missing_ok=True)  # an interruption must not leave these answers beside other numbers
     if lines:
-        write_file(path.with_suffix(".answers.jsonl"), ("\n".join(lines) + "\n").encode())
+        write_file(answers, ("\n".join(lines) + "\n").encode())
+    else:
+        answers.unlink(missing_ok=True)
     write_file(path, f"{numbers}\n".encode(errors="backslashreplace"))  # the name of a file may be no text
 
 

@@ -144,6 +144,7 @@ def evaluate_sets(
     revision: str | None = None,
     trust_remote_code: bool = False,
     chat_template_path: str | None = None,
+    template_date: str | None = None,
     output: Path | None = None,
     overwrite: bool = False,
     **more: Any,
@@ -164,6 +165,7 @@ def evaluate_sets(
         revision: branch, tag or commit of a model on the hub.
         trust_remote_code: run the Python code of a hub repository.
         chat_template_path: a chat template from elsewhere, as in `load_tokenizer`.
+        template_date: the date that chat templates print; by default that of the recipe, or else today.
         output: folder of the results; by default eval/ in the folder of the adapter or model.
         overwrite: replace results of the same name with another signature, which are otherwise an error.
         more: other options of `load_causal_lm`.
@@ -175,7 +177,8 @@ def evaluate_sets(
     folder = results_folder(evaluated, output)
     plan = EvaluationPlan(read_test_sets(data, rows, text), options, rows)
     loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    encoder = text_encoder_of(trained, rows, recipe_of=trained, chat_template_path=chat_template_path, **loading)
+    reading = {**loading, "chat_template_path": chat_template_path}
+    encoder = text_encoder_of(trained, rows, recipe_of=trained, date=template_date, **reading)
     loaded = load_for_evaluation(model, adapter=adapter, dtype=dtype, **loading, **more)
     check_vocabulary(loaded, encoder.tokenizer, model)
     check_room(plan, loaded, encoder)
@@ -198,13 +201,16 @@ def trained_folder(model: str, adapter: str | None) -> str:
     return adapter if adapter is not None and (Path(adapter).expanduser() / RECIPE_FILE).is_file() else model
 
 
-def text_encoder_of(model: str, rows: RowOptions, *, recipe_of: str, **loading: Any) -> TextEncoder:
+def text_encoder_of(
+    model: str, rows: RowOptions, *, recipe_of: str, date: str | None = None, **loading: Any
+) -> TextEncoder:
     """Load the tokenizer of `model`. Options that are None come from the recipe in the folder `recipe_of`, if there is one."""
     recipe = Path(recipe_of).expanduser() / RECIPE_FILE
     fix = "restore it, or remove it and give --template and --bos"
     saved = read_saved_recipe(recipe, fix=fix)["data"] if recipe.is_file() else {}
     trained_with = {name: saved[name] for name in ("template", "bos", "special_tokens_in_prompts") if name in saved}
-    return TextEncoder(load_tokenizer(model, **loading), **rows.rendering(**trained_with))
+    date = date or saved.get("template_date")
+    return TextEncoder(load_tokenizer(model, **loading), **rows.rendering(**trained_with), date=date)
 
 
 def load_for_evaluation(model: str, **options: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import tempfile
 import time
@@ -25,7 +24,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from dwakd.batch import TokenBatch
 from dwakd.cache.manifest import MANIFEST, TEACHER, keyed_sides
-from dwakd.cache.store import Cache
+from dwakd.cache.store import Cache, local_folder
 from dwakd.data.encoded import EncodedPairs, EncodedRow
 from dwakd.errors import UserError
 from dwakd.evaluation.run import EvaluationPlan
@@ -159,9 +158,9 @@ def predict(recipe: Recipe, plan: EvaluationPlan | None = None) -> tuple[Predict
             part = _sample(own.rows, min(_TIMED * args.eval_batch_size * args.world_size, len(own)))
             trainer.evaluate(replace(own, rows=part))
             evaluation = (_now() - started - _sum(clock.take(), once)) * len(own) / len(part)
-    per_epoch = -(-len(rows) // size)
+    per_epoch = max(len(rows) // size, 1) if args.dataloader_drop_last else -(-len(rows) // size)
     num_steps = args.max_steps if args.max_steps > 0 else -int(-args.num_train_epochs * per_epoch // 1)
-    full = len(rows) / (per_epoch * size) / _TIMED  # the last step of an epoch has fewer rows
+    full = min(len(rows) / (per_epoch * size), 1) / _TIMED  # the last step of an epoch may have fewer rows
     found = Prediction(
         **_parts(trainer, before, peak),
         peak_bytes=peak,
@@ -178,7 +177,7 @@ def predict(recipe: Recipe, plan: EvaluationPlan | None = None) -> tuple[Predict
 
 def _with_complete_cache(section: TeacherSection) -> TeacherSection:
     """Return the section, without its cache if a file of it is missing."""
-    folder = None if section.cache is None else Path(section.cache).expanduser()
+    folder = None if section.cache is None else local_folder(section.cache)
     if folder is not None and (folder / MANIFEST).is_file():
         cache = Cache.open(folder)
         if all(path.is_file() for path in (folder / TEACHER, *map(cache.shard_path, range(cache.num_shards)))):
@@ -205,7 +204,9 @@ def _num_evaluations(args: DistillConfig, num_steps: int, steps_per_epoch: int) 
         return 0
     every = steps_per_epoch if args.eval_strategy == "epoch" else args.eval_steps or 1
     every = max(int(every * num_steps if every < 1 else every), 1)
-    return math.ceil(num_steps / every) + bool(args.eval_on_start)  # the last one is at the end
+    first = args.eval_delay * (steps_per_epoch if args.eval_strategy == "epoch" else 1)
+    due = {*range(every, num_steps, every), num_steps}  # the last one is at the end
+    return sum(step >= first for step in due) + bool(args.eval_on_start)
 
 
 def _cache(

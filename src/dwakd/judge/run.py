@@ -44,6 +44,8 @@ class Judge:
         self._endpoint, self._request, self._path = Endpoint(section, _NAMES), request, path
         self._identity, self._lock = {**section.model_dump(), **request}, threading.Lock()
         self._next_start, self._pause = 0.0, 60 / (requests_per_minute or float("inf"))
+        self.stopped = threading.Event()
+        """Set when no further request may be sent."""
         self.accepted = False
         """Whether the endpoint has accepted a request of this judge."""
         path.touch()
@@ -70,7 +72,8 @@ class Judge:
         while self.is_open(prompt):
             with self._lock:
                 start = self._next_start = max(self._next_start + self._pause, time.monotonic())
-            time.sleep(max(start - time.monotonic(), 0))
+            if self.stopped.wait(max(start - time.monotonic(), 0)):
+                return
             vote = {**about, "score_of_first": None, "attempt": self.last(prompt)["attempt"] + 1}
             try:
                 answer = self._endpoint.complete(
@@ -157,7 +160,7 @@ def judge_runs(
                 judge.ask(prompt, missing[prompt])
                 bar.advance(task)
 
-            in_parallel(ask, missing, options.batch_size)
+            in_parallel(ask, missing, options.batch_size, judge.stopped.set)
     sets: dict[str, list[tuple[Pair, list[float | None]]]] = {}
     for pair, own in zip(pairs, prompts, strict=True):
         scores = [(first, judge.last(prompt)["score_of_first"]) for first, prompt in own.items()]
@@ -189,6 +192,7 @@ def _estimate(prompts: Collection[str], request: dict[str, Any], options: JudgeO
         most = len(prompts) * (request.get("max_tokens") or request.get("max_completion_tokens") or 0)
         cost = (tokens * (options.price_in or 0) + most * (options.price_out or 0)) / 1e6
         text += f" and at most {most:,} reply tokens, which cost about {cost:.2f}"
+    text += "; a reply without a verdict is asked for once more"
     Console(stderr=True).print(text, highlight=False)
     if cost > _COSTLY and not yes:
         raise UserError(f"the estimated cost of {cost:.2f} is above {_COSTLY:.0f}: add --yes, or lower --limit")

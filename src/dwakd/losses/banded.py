@@ -16,17 +16,19 @@ from dwakd.kernels.soft_dtw.band import band_starts, border_mass, rows_per_block
 from dwakd.losses.band import Band
 
 _CELLS = {"cpu": 1 << 23, "cuda": 1 << 26}  # cells of tables that are computed at a time
+_UNTRAINED = 1e-6
 Rows = Float[Tensor, "tokens _"]
 Pair = tuple[Float[Tensor, "s_tokens _"], Float[Tensor, "t_tokens _"]]
 
 
 def unit_vectors(rows: Rows) -> Rows:
-    """Scale vectors to length 1, in float32 or better. A zero vector stays zero."""
+    """Scale vectors to length 1, in float32 or better. A vector whose entries are all below 1e-6 becomes zero.
+
+    Such a vector is the embedding of an untrained token. The gradient of its direction would be huge.
+    """
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    # such as an untrained padding token; an epsilon in the norm would make its gradient huge
-    zero = (rows == 0).all(-1, keepdim=True)
-    norm = torch.where(zero, torch.ones_like(rows), rows).norm(dim=-1, keepdim=True)
-    return rows / torch.where(zero, 1.0, norm)
+    zero = rows.detach().abs().amax(-1, keepdim=True) < _UNTRAINED
+    return rows / rows.norm(dim=-1, keepdim=True).masked_fill(zero, torch.inf)
 
 
 def banded_divergences(

@@ -124,7 +124,10 @@ class DistillationLoss(nn.Module, ABC, Generic[OptionsT]):
         with torch.autocast(student.hidden.device.type, enabled=False):
             terms = self.compute(student, teacher, teacher_scale, ce_weight)  # type: ignore[arg-type]
         count = len(student.target_ids) if num_tokens is None else num_tokens
-        weighted = [weight * terms.sums[name] for name, weight in active_weights(terms.weights).items()]
+        weighted = [
+            weight * (terms.sums[name] if weight else terms.sums[name].nan_to_num(0.0, 0.0, 0.0))  # 0 x inf is NaN
+            for name, weight in active_weights(terms.weights).items()
+        ]
         loss = torch.stack([terms.total, *weighted]).sum() / count
         means = {name: value.detach() / count for name, value in terms.sums.items()}
         if student.sampled:

@@ -65,6 +65,8 @@ class DwaKdOptions(DwaOptions, CrossingOptions):
     def _check_schedules(self) -> "DwaKdOptions":
         if self.gate_warmup_steps and self.weight_normalisation == "product":
             raise ValueError("gate_warmup_steps requires weight_normalisation=entropy_then_gate")
+        if self.gate_warmup_steps and not self.gate:
+            raise ValueError("gate_warmup_steps requires gate=true")
         if self.gamma_end is not None and not self.gamma_steps:
             raise ValueError("gamma_end requires gamma_steps of at least 1")
         if self.gamma_steps and self.gamma_end is None:
@@ -103,15 +105,18 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
         if not options.teacher_space:
             self.projectors.s2t.requires_grad_(False)  # nothing trains it, which DDP refuses
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
+        self._step = 0  # the same number, which can be read without waiting for the device
+        self.register_load_state_dict_post_hook(_read_step)  # type: ignore[no-untyped-call]
 
     def set_step(self, step: int) -> None:
+        self._step = step
         self.step.fill_(step)
 
     @property
     def gamma(self) -> float:
         """Temperature of the soft minimum at the current optimiser step."""
         start, end, steps = self.options.gamma, self.options.gamma_end, self.options.gamma_steps
-        return start if end is None else start + (end - start) * min(int(self.step) / steps, 1.0)
+        return start if end is None else start + (end - start) * min(self._step / steps, 1.0)
 
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale, ce_weight: float) -> Terms:
         crossed = cross(self.options, student, teacher, self.projectors, scale)
@@ -155,12 +160,13 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
         if options.gate_warmup_steps:
             gate = gate * (self.step / options.gate_warmup_steps).clamp(max=1.0)
         weights = student_weights(
-            statistics["entropy"] * kept,
-            gate * kept,
+            statistics["entropy"],
+            gate,
             lengths,
             use_entropy=options.entropy_weights,
             use_gate=options.gate,
             normalise=options.weight_normalisation,
+            kept=kept,
         )
         record(student_entropy=statistics["entropy"], gate=gate, student_weight=weights)
         return weights
@@ -200,3 +206,8 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
                 first_index=int(options.variant != "authors"),
             )
         return sequence_terms(options, (student, teacher), hidden, embedding, gamma=self.gamma, band=band)
+
+
+def _read_step(loss: DwaKdLoss, keys: Any) -> None:
+    """Set the number of finished steps after a checkpoint was loaded."""
+    loss.set_step(int(loss.step))

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from dwakd.losses.sides import example_ids
@@ -26,15 +26,17 @@ def student_weights(
     use_entropy: bool = True,
     use_gate: bool = True,
     normalise: str = "product",
+    kept: Shaped[Tensor, " tokens"] | None = None,
 ) -> Weights:
     """Compute the weight of each student token from the student's entropy and the projected teacher's confidence.
 
         w_i = H(p^s_i) * max_v p^{t->s}_i(v), rescaled    (equations 7, 11, 12), both at temperature 1
 
     `normalise` "entropy_then_gate" (published code) rescales the entropy and then multiplies by the gate, so that the weights
-    sum to less than the number of tokens.
+    sum to less than the number of tokens. `kept` is 0 for tokens that are left out and 1 for the others.
     """
     weights = student_entropy if use_entropy else torch.ones_like(student_entropy)
+    weights = weights if kept is None else weights * kept
     if not use_gate:
         return rescale(weights, lengths)
     if normalise == "entropy_then_gate":

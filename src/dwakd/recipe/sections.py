@@ -15,6 +15,7 @@ from dwakd.recipe.from_dataclass import Json, options_of
 from dwakd.validation import Options, Section, parse
 
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Share = Annotated[float, Field(ge=1e-30, le=1e30)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -280,7 +281,7 @@ class CompareSection(Section):
         description="Methods, or names of rows. By default all rows or, without rows, all methods that work with these models "
         "and with training.lmbda.",
     )
-    seeds: list[int] = Field([1], description="Training seeds.")
+    seeds: list[Seed] = Field([1], description="Training seeds.")
     rows: dict[str, dict[str, Json]] = Field(
         {},
         description="Rows of the table by their names. Each row contains the options that it changes, such as loss.method or "

@@ -18,7 +18,7 @@ from dwakd.losses.options import Rate, Steps, Temperature
 from dwakd.losses.several_teachers import Gate
 from dwakd.recipe.checks import check_method, check_optim, check_stream, check_terms, from_json, metric_names
 from dwakd.recipe.from_dataclass import options_of
-from dwakd.recipe.sections import Count, DataSection, LoadingOptions, Share
+from dwakd.recipe.sections import Count, DataSection, LoadingOptions, Seed, Share
 from dwakd.validation import parse, unknown_option
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ else:  # what HfArgumentParser reads as text
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
 _NAMES = "template template_date bos special_tokens_in_prompts max_length max_prompt_length"
 _NAMES += " invalid_rows supervise teacher_key streaming"
 DATA_OPTIONS = tuple(_NAMES.split())

@@ -165,6 +165,11 @@ def _run(folder: Path, name: str, row: str, found: Collection) -> Run:
         if evaluation := found.read(path, lambda text: _parse(_EVALUATION, text)):
             answers = found.read(path.with_suffix(".answers.jsonl"), _answers) or ()
             evaluations[path.stem] = replace(evaluation, answers=tuple(answers))
+    digests = {name: one.signature.get("model", {}).get("sha256") for name, one in evaluations.items()}
+    last = max(evaluations, key=lambda name: (folder / "eval" / f"{name}.json").stat().st_mtime, default="")
+    for name in [name for name, digest in digests.items() if digest != digests[last]]:
+        found.notes.append(f"the scores of {folder} on {name} are left out: they are those of earlier weights")
+        del evaluations[name]
     record = found.read(folder / RUN_FILE, lambda text: _parse(_DICT, text)) or {}
     history = found.read(state, lambda text: _parse(_DICT, text, strict=False)["log_history"]) or []
     history = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from rich import box
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from dwakd.align.offsets import byte_groups
@@ -204,7 +205,7 @@ def _table(title: str, values: dict[str, list[float]]) -> Table:
     table.add_column(f"0 to {top:.3g}: 5th percentile, quartiles, 95th", no_wrap=True)
     for name, row in values.items():
         points = np.percentile(row, [5, 25, 50, 75, 95]).tolist()
-        table.add_row(name, f"{points[2]:.4f}", f"{points[1]:.4f}–{points[3]:.4f}", box_plot(points, top))
+        table.add_row(Text(name), f"{points[2]:.4f}", f"{points[1]:.4f}–{points[3]:.4f}", box_plot(points, top))
     return table
 
 

@@ -108,7 +108,8 @@ class Distiller(nn.Module):
             result["gradient_squares"] = self.gradient_squares(names, side, *arguments)
         if not self.training and teachers and teachers[0] and not isinstance(self.loss, SeveralTeachers):
             scale = next(iter(teacher_scales), None) or TeacherScale.of(teachers[0])
-            result["counts"] = count_correct(self.loss, side, teachers[0], scale)
+            with torch.autocast(side.hidden.device.type, enabled=False):
+                result["counts"] = count_correct(self.loss, side, teachers[0], scale)
         return result
 
     def gradient_squares(self, names: Sequence[str], student: ModelSide, *arguments: Any) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from dwakd.kernels.head_loss.criterion import (
     Statistics,
     WithPrediction,
     active_weights,
+    nonzero,
     only_part,
     only_term,
     scaled_terms,
@@ -131,5 +132,5 @@ def _naive(sides: Sequence[HeadRows], criterion: Criterion, *, by_row: bool) -> 
     terms = criterion.terms(logits, chunk, weights)
     if not by_row:
         terms = {name: value.sum() for name, value in terms.items()}
-    loss = torch.stack([criterion.rates[name] * value for name, value in terms.items()]).sum(0)
+    loss = torch.stack([rate * terms[name] for name, rate in nonzero(criterion.rates).items()]).sum(0)
     return HeadLoss(loss, {name: value.detach() for name, value in terms.items()}, statistics)

@@ -60,6 +60,11 @@ def active_weights(weights: Mapping[str, float]) -> dict[str, float]:
     return {name: weight * scales.get(name, 1.0) if only in (None, name) else 0.0 for name, weight in weights.items()}
 
 
+def nonzero(rates: Mapping[str, float]) -> Mapping[str, float]:
+    """Leave out rates of 0, because 0 times an infinite term is NaN. If all rates are 0, return them all."""
+    return {name: rate for name, rate in rates.items() if rate} or rates
+
+
 @dataclass(frozen=True)
 class HeadRows:
     """Hidden states of one side and the output head that turns them into logits.
@@ -138,9 +143,12 @@ class Criterion(ABC):
         leaves = [side.detach().requires_grad_(need) for side, need in zip(logits, needs, strict=True)]
         with torch.set_grad_enabled(any(needs)):
             terms = self.terms(leaves, chunk, weights)
-            total = torch.stack([self.rates[name] * value.sum() for name, value in terms.items()]).sum()
+            total = torch.stack([rate * terms[name].sum() for name, rate in nonzero(self.rates).items()]).sum()
         learned = [index for index, need in enumerate(needs) if need]
-        if learned:
+        if learned and not total.requires_grad:  # no term depends on these logits
+            for index in learned:
+                logits[index].zero_()
+        elif learned:
             inputs = [leaves[index] for index in learned]
             gradients = torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)
             for index, gradient in zip(learned, gradients, strict=True):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dwakd.kernels.head_loss.criterion import Chunk, Criterion, HeadRows, Statistics
+from dwakd.kernels.head_loss.criterion import Chunk, Criterion, HeadRows, Statistics, nonzero
 from dwakd.kernels.head_loss.products import HeadProducts
 from dwakd.kernels.head_loss.statistics import infinite_if_forbidden
 
@@ -72,7 +72,7 @@ class ChunkedRun:
         for name in terms if self.collected else ():
             values = [values[name] for values, _ in self.collected]
             terms[name] = torch.cat(values) if self.by_row else torch.stack([v.sum() for v in values]).sum()
-        total = torch.stack([rate * terms[name] for name, rate in self.criterion.rates.items()]).sum(0)
+        total = torch.stack([rate * terms[name] for name, rate in nonzero(self.criterion.rates).items()]).sum(0)
         return total, terms, _concatenated([statistics for _, statistics in self.collected])
 
     def _run_group(self, group: Group) -> None:

@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import EVAL_SPLITS, TRAIN_SPLITS, load_examples
 from dwakd.errors import UserError
 from dwakd.evaluation.bits_per_byte import bits_per_byte
+from dwakd.evaluation.generate import max_positions
 from dwakd.evaluation.options import RowOptions
 from dwakd.folders import check_output_folder
 from dwakd.models.head import model_name
@@ -79,7 +81,7 @@ def shrink_to_folder(
     save_causal_lm(shrunk.student, output)
     shrunk.tokenizer.save_pretrained(output)
     both = (original, tokenizer), shrunk[:2]
-    table = Table("", "before", "after", title=f"student in {output}", title_justify="left")
+    table = Table("", "before", "after", title=Text(f"student in {output}"), title_justify="left")
     table.add_row("layers", *(str(lm.config.get_text_config().num_hidden_layers) for lm, _ in both))
     table.add_row("vocabulary", *(f"{len(words):,}" for _, words in both))
     table.add_row("parameters", *(f"{lm.num_parameters():,}" for lm, _ in both))
@@ -151,9 +153,10 @@ def block_influence(model: Any, tokenizer: Any, texts: Sequence[str], *, max_len
     left out, because transformers returns its output only after the final norm.
     """
     cosines = []
+    length = min(max_length, max_positions(model))
     with evaluating(model):
         for text in track(texts, description="Block influence"):
-            if ids := tokenizer(text).input_ids[:max_length]:
+            if ids := tokenizer(text).input_ids[:length]:
                 states = model(torch.tensor([ids], device=model.device), output_hidden_states=True).hidden_states
                 before, after = (torch.stack(part).double() for part in (states[:-2], states[1:-1]))
                 cosines.append(nn.functional.cosine_similarity(before, after, dim=-1).flatten(1).cpu())
