@@ -15,7 +15,8 @@ from dwakd.answers.run import training_examples
 from dwakd.checksums import CHECKSUMS
 from dwakd.cli import main
 from dwakd.compare import runner
-from dwakd.compare.compare import compare_methods, evaluate_teacher, search
+from dwakd.compare.compare import compare_methods, evaluate_teacher, refuse_other_runs, search
+from dwakd.compare.inputs import INPUTS, check_inputs
 from dwakd.compare.plan import RATES, Cell, Variant, variants_of
 from dwakd.compare.runner import Runner, lock_of
 from dwakd.errors import UserError
@@ -101,7 +102,7 @@ def test_the_teacher_is_evaluated_as_it_teaches(tmp_path, monkeypatch):
         update={"revision": "v1.0", "trust_remote_code": True, "chat_template_path": "chat"}
     )
     with pytest.raises(ZeroDivisionError):
-        evaluate_teacher(plan_evaluation(read), hub, tmp_path / "other", {"labelled": "rows"})
+        evaluate_teacher(plan_evaluation(read), hub, tmp_path / "other", {"labelled": "rows"}, date="2026-01-31")
     assert asked == [{"revision": "v1.0", "trust_remote_code": True, "chat_template_path": "chat"}]
 
 
@@ -247,7 +248,7 @@ def test_a_stopped_run_is_not_a_failed_one_for_others(tmp_path, monkeypatch):
     assert running.result() == {}
 
 
-def test_cells_of_another_recipe_are_refused(tmp_path):
+def test_cells_of_another_recipe_are_refused(tmp_path, monkeypatch):
     """Finished runs of another recipe are refused."""
     cells, cell = Runner(recipe(), tmp_path, 1, SETS), Cell(Variant("sft", {"loss.method": "sft"}), 1)
     folder = cells.cell_folder(cell)
@@ -264,12 +265,50 @@ def test_cells_of_another_recipe_are_refused(tmp_path):
     assert Runner(recipe(generate={"prompts": ["more.jsonl"]}), tmp_path, 1, SETS).run([cell]) == {}, (
         "which it does not use"
     )
+    more = {"evaluation": {"test": ["test.jsonl", "more.jsonl"]}}
+    assert Runner(recipe(**more), tmp_path, 1, SETS).run([cell]) == {}, "the rows of each set are compared"
+    finished = iter([False, True])
+    monkeypatch.setattr(Runner, "finished", lambda *_: next(finished))
+    with pytest.raises(UserError, match="holds another run"):  # finished by another process meanwhile
+        Runner(recipe(training={"learning_rate": 2e-3}), tmp_path, 1, SETS).run([cell])
+    monkeypatch.undo()
     for changes, message in (
         ({"training": {"learning_rate": 2e-3}}, r"sft-1 holds another run: training.learning_rate is 0.001 there"),
         ({"evaluation": {"test": ["test.jsonl"], "limit": 9}}, "evaluation.limit is None there and 9 here"),
     ):
         with pytest.raises(UserError, match=message):
             Runner(recipe(**changes), tmp_path, 1, SETS).run([cell])
+
+
+def test_changed_models_and_data_are_noticed(workspace, tmp_path):
+    """A table would compare students that started from different weights, or were trained on different rows."""
+    for name in ("student", "teacher"):
+        shutil.copytree(workspace / name, tmp_path / name)
+    shutil.copy(workspace / "data.jsonl", tmp_path / "data.jsonl")
+    models = {name: {"model": str(tmp_path / name)} for name in ("student", "teacher")}
+    data = {"train": f"{tmp_path / 'data.jsonl'}@[:5]"}
+    given = recipe(**models, data=data)
+    check_inputs(tmp_path, [given, given])
+    check_inputs(tmp_path, [given])
+    changes = {"student/model.safetensors": "student.model", "teacher/model.safetensors": "teacher.model"}
+    for name, option in (changes | {"data.jsonl": "data.train"}).items():
+        before = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(before[:-2] + b"?" + before[-1:])
+        with pytest.raises(UserError, match=rf"^{option} .* has changed since the first run .*, or delete .*cells"):
+            check_inputs(tmp_path, [given])
+        (tmp_path / name).write_bytes(before)
+    check_inputs(tmp_path, [given, recipe(**models, data=data | {"eval": str(workspace / "data.jsonl")})])
+    assert len(json.loads((tmp_path / INPUTS).read_text())) == 4
+
+
+def test_a_search_after_trainings_without_it_is_refused(tmp_path, monkeypatch):
+    """The search would take hours before it turns out that its rows were already trained with other options."""
+    cells, rows = Runner(recipe(), tmp_path, 1, SETS), [Variant("sft", {"loss.method": "sft"})]
+    monkeypatch.setattr(Runner, "finished", lambda self, cell: not cell.search)
+    with pytest.raises(UserError, match=r"sft-1 was trained without --lr-sweep: choose another folder"):
+        refuse_other_runs(cells, rows, [1, 2])
+    monkeypatch.setattr(Runner, "finished", lambda self, cell: True)
+    refuse_other_runs(cells, rows, [1, 2])
 
 
 def test_rows_with_the_same_data_and_models_share_a_cache(tmp_path):

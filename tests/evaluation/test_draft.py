@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.rows import Example
 from dwakd.errors import UserError
-from dwakd.evaluation.draft import Draft, count_accepted, evaluate_draft
+from dwakd.evaluation.draft import Draft, check_prompts, count_accepted, evaluate_draft
 from tests.builders import SAMPLE_TEXTS, byte_bpe, tiny_model, unigram_byte_fallback
 from tests.command_line import one_sentence, run
 
@@ -153,3 +153,10 @@ def test_different_vocabularies_of_the_same_size_are_refused(pair: Draft) -> Non
     assert len(other) == len(pair.encoder.tokenizer)
     with pytest.raises(UserError, match="different vocabularies of the same size, 400"):
         evaluate_draft(pair._replace(model=model, tokenizer=other), [Example(0, "a")], progress=False)
+
+
+def test_a_prompt_that_the_draft_cannot_read_is_refused(pair: Draft) -> None:
+    """transformers fails on a prompt without a token, after the prompts before it."""
+    reads_nothing = pair._replace(tokenizer=lambda text: {"input_ids": []})
+    with pytest.raises(UserError, match=r"row 3 .*: the draft's tokenizer makes no token of the prompt"):
+        check_prompts(reads_nothing, [Example(3, "a")], 4)

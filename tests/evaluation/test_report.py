@@ -151,3 +151,17 @@ def test_scores_that_are_not_finite_are_not_written(evaluation: Evaluation, tmp_
     with pytest.raises(UserError, match=r"x\.json .*NaN"):
         write_evaluation(broken, tmp_path / "x.json")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_answers_never_stay_beside_the_numbers_of_others(
+    evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The judge and reports would attribute the answers to another model, or read them with other options."""
+    path = tmp_path / "test.json"
+    write_evaluation(evaluation, path)
+    write_evaluation(replace(evaluation, answers=()), path)
+    assert [file.name for file in tmp_path.iterdir()] == ["test.json"]
+    monkeypatch.setattr("dwakd.evaluation.report.write_file", lambda file, data: file.write_bytes(data) and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_evaluation(evaluation, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["test.answers.jsonl"]

@@ -29,6 +29,7 @@ from dwakd.evaluation.run import (
     text_encoder_of,
     trained_folder,
 )
+from dwakd.recipe.files import RECIPE_FILE
 from dwakd.recipe.recipe import recipe_from_dict
 from tests.builders import CHAT_TEMPLATE, byte_bpe, tiny_model
 
@@ -242,3 +243,20 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert text_encoder_of("~/run", RowOptions(), recipe_of="~/run").template == "plain"
     assert trained_folder("base", "~/run") == "~/run"
     assert trained_folder("~/run", "an adapter without a recipe") == "~/run"
+
+
+def test_the_date_of_the_recipe_is_printed(tmp_path: Path) -> None:
+    """A model is evaluated with the prompts of its training, although its chat template prints the date."""
+    tokenizer = byte_bpe()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + CHAT_TEMPLATE
+    for part in (tiny_model("llama", len(tokenizer)), tokenizer):
+        part.save_pretrained(tmp_path)
+    data = {"train": "rows.jsonl", "template": "chat", "template_date": "2026-01-31"}
+    recipe = recipe_from_dict({"student": {"model": "x"}, "loss": {"method": "sft"}, "data": data})
+    (tmp_path / RECIPE_FILE).write_text(recipe.dump(), encoding="utf-8")
+    rows, short = RowOptions(), EvalOptions(seeds=1, max_new_tokens=2)
+    sets = [write(tmp_path / "test.jsonl", SCORED)]
+    for folder, options, expected in (("a", {}, "31 Jan 2026"), ("b", {"template_date": "2025-02-03"}, "03 Feb 2025")):
+        evaluate_sets(str(tmp_path), sets, rows, short, output=tmp_path / folder, **options)
+        (answers,) = (tmp_path / folder).glob("*.jsonl")
+        assert json.loads(answers.read_text(encoding="utf-8").splitlines()[0])["prompt"].startswith(expected)

@@ -110,11 +110,24 @@ def test_predictions_against_a_training(folder, cached, monkeypatch, tmp_path):
         assert cache.num_bytes == states + table.nbytes + (0 if head.weight is table else head.weight.nbytes)
 
 
-@pytest.mark.parametrize(("eval_steps", "expected"), [(4, 3), (5, 2), (0.5, 2), (20, 1)])
-def test_the_evaluation_at_the_end_counts(eval_steps, expected, folder, tmp_path):
+@pytest.mark.parametrize(
+    ("eval_steps", "delay", "expected"), [(4, 0, 3), (5, 0, 2), (0.5, 0, 2), (20, 0, 1), (4, 5, 2), (4, 11, 0)]
+)
+def test_the_evaluation_at_the_end_counts(eval_steps, delay, expected, folder, tmp_path):
     """With few steps, the evaluation after the last one may be the only one, and a large part of the time."""
     given = [f"data.eval={folder / 'eval.jsonl'}", "training.eval_strategy=steps", f"training.eval_steps={eval_steps}"]
-    recipe = load_recipe(folder / "recipe.yaml", [*given, "training.max_steps=10", "loss.method=sft"])
+    given.append(f"training.eval_delay={delay}")
+    recipe = load_recipe(
+        folder / "recipe.yaml", [*given, "training.max_steps=10", "loss.method=sft", f"training.eval_delay={delay}"]
+    )
     trained = train(recipe, tmp_path / "run")
     assert len([log for log in trained.state.log_history if "eval_loss" in log]) == expected
     assert dry_run._num_evaluations(trained.args, 10, 10) == expected
+
+
+def test_steps_without_the_last_rows_of_an_epoch(folder, tmp_path):
+    """`dataloader_drop_last` leaves out the rows that do not fill a batch."""
+    options = ["per_device_train_batch_size=5", "dataloader_drop_last=true", "max_steps=-1", "num_train_epochs=2"]
+    recipe = load_recipe(folder / "recipe.yaml", ["loss.method=sft", *(f"training.{option}" for option in options)])
+    found, _ = dry_run.predict(recipe)
+    assert found.num_steps == train(recipe, tmp_path / "run").state.global_step

@@ -19,7 +19,7 @@ from dwakd.evaluation.options import EvalOptions
 from dwakd.evaluation.report import write_evaluation
 from dwakd.judge.options import JudgeOptions
 from dwakd.judge.prompts import read_prompt
-from dwakd.judge.run import judge_runs
+from dwakd.judge.run import Judge, judge_runs
 from dwakd.recipe.sections import EndpointSection
 from tests.answers.builders import read_rows
 from tests.answers.server import llama_cpp, running
@@ -148,6 +148,24 @@ def test_requests_per_minute(judged, server):
     judged(limit=6, requests_per_minute=600)
     gaps = [later - earlier for earlier, later in zip(server.times, server.times[1:], strict=False)]
     assert sum(gaps) > 0.06 * len(gaps)
+
+
+def test_nothing_is_sent_after_an_interruption(judged, server, tmp_path, monkeypatch):
+    """Requests that wait for their time cost money; Ctrl-C must not wait for them."""
+    asked, original = [], Judge.ask
+
+    def ask(self, *arguments):
+        asked.append(1)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        original(self, *arguments)
+
+    monkeypatch.setattr(Judge, "ask", ask)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        judged(requests_per_minute=2, batch_size=8)
+    assert time.monotonic() - started < 20, "the second request would be sent after 30 seconds"
+    assert len(server.requests) <= 1
 
 
 def test_sampled_answers_and_files(judged, server, tmp_path):

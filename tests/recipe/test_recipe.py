@@ -104,6 +104,7 @@ def test_the_dump_contains_only_the_loss_options_that_were_given():
         ({"loss": [{"method": "alm"}, {"method": "alm"}]}, "^loss: each method .* alm is given twice"),
         ({"training": {"eval_strategy": "steps"}}, r"training\.eval_strategy .*set data\.eval"),
         ({"training": {"metric_for_best_model": "ce"}}, r"training\.metric_for_best_model .*set data\.eval"),
+        ({"compare": {"seeds": [1, -1]}}, r"compare\.seeds\.2 must be at least 0, got -1"),
         ({"training": {"save_strategy": "best"}}, r"training\.save_strategy=best .*set data\.eval"),
         ({"data": EVAL, "training": {"metric_for_best_model": "foo"}}, "metric_for_best_model foo .*bits_per_byte"),
         ({"data": EVAL, "training": {"metric_for_best_model": "rouge_l"}}, r"requires training\.eval_rouge_l=true"),

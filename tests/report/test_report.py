@@ -1,6 +1,7 @@
 """Test what `dwakd report` reads from the folders of runs, and what its page contains."""
 
 import json
+import os
 import re
 import shutil
 
@@ -240,3 +241,17 @@ def test_alignments(trained, tmp_path):
     recipe.write_text(recipe.read_text().replace("/student", "/moved"))
     [note] = write_report([folder], tmp_path / "report.html", num_aligned=1)
     assert "the alignments of run are left out" in note
+
+
+def test_scores_of_earlier_weights_are_left_out(trained, tmp_path):
+    """A run that was continued with fewer test sets still has the scores of its earlier weights on the others."""
+    folder = copy_run(trained, tmp_path / "run")
+    (path,) = (folder / "eval").glob("*.json")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["signature"]["model"]["sha256"] = "earlier"
+    earlier = folder / "eval" / "earlier.json"
+    earlier.write_text(json.dumps(content), encoding="utf-8")
+    os.utime(earlier, (1, 1))
+    found = collect([folder])
+    assert [*found.runs[0].evaluations] == [path.stem]
+    assert "on earlier are left out: they are those of earlier weights" in found.notes[0]

@@ -72,8 +72,11 @@ def test_the_template_is_that_of_the_student(workspace, tmp_path, monkeypatch, c
         tmp_path / "found.json",
     ]
     assert run(monkeypatch, capsys, "train", workspace / "recipe.yaml", "-o", tmp_path / "run")[0] == 0
-    code, out, _ = run(monkeypatch, capsys, "similarity", tmp_path / "run", *options)
+    (tmp_path / "run[b]").symlink_to(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(monkeypatch, capsys, "similarity", "run[b]", *options)
     assert code == 0
+    assert "run[b]" in out, "no markup"
     assert "difference of cosines between spans (M_cos)" in out
     assert json.loads((tmp_path / "found.json").read_text())["signature"]["template"] == "plain"
     code, _, err = run(monkeypatch, capsys, "similarity", workspace / "student", tmp_path / "run", *options)

@@ -107,6 +107,14 @@ def write_results(folder: Path, **results: dict) -> None:
     update_results(folder)
 
 
+def test_results_of_another_tool_are_no_error(tmp_path):
+    """A file with a signature may lack some of the metrics, and the evaluation before it must not fail."""
+    write_card(recipe(), tmp_path)
+    other = {name: value for name, value in result().items() if name != "greedy_exact_match"}
+    write_results(tmp_path, test=other)
+    assert "`test` | 9 | 20.00" in (tmp_path / "README.md").read_text()
+
+
 def test_results_are_updated_and_the_users_text_is_kept(tmp_path):
     """An evaluation replaces its own numbers only. Text, tags, a licence and results from elsewhere are the user's."""
     write_card(recipe(), tmp_path)

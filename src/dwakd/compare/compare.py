@@ -81,7 +81,7 @@ def compare_methods(
         _build_caches(with_teacher)
     failures: dict[str, str] = {}
     if lr_sweep:
-        _refuse_other_runs(runner, variants, seeds)
+        refuse_other_runs(runner, variants, seeds)
         variants, failures = search(runner, variants, seeds[0])
     cells = [Cell(variant, seed) for seed in seeds for variant in variants]
     failures |= runner.run(cells)
@@ -168,7 +168,7 @@ def evaluate_teacher(
     return read_cell(folder, sets)
 
 
-def _refuse_other_runs(runner: Runner, variants: Sequence[Variant], seeds: Sequence[int]) -> None:
+def refuse_other_runs(runner: Runner, variants: Sequence[Variant], seeds: Sequence[int]) -> None:
     """Raise UserError if a row was trained before its search is finished, so with other options than it may choose."""
     for variant in variants:
         tried = [Cell(item, seeds[0], search=True) for item in search_of(variant, runner.base)]

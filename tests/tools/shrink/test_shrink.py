@@ -107,6 +107,14 @@ def test_influence_skips_empty_texts_and_leaves_the_model_as_it_was():
     assert all(module.training for module in model.modules())
 
 
+def test_texts_longer_than_the_positions_are_cut():
+    """Learned positions end; a longer text must not."""
+    model = tiny_model("gpt2", 400, n_layer=4, n_positions=16)
+    assert block_influence(model, byte_bpe(), ["The quick brown fox. " * 20]) == pytest.approx(
+        block_influence(model, byte_bpe(), ["The quick brown fox. " * 20], max_length=16)
+    )
+
+
 @pytest.mark.parametrize("builder", [byte_bpe, unigram_byte_fallback, bpe_byte_fallback, wordpiece])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi"])
 def test_matrices_start_from_the_old_tokens(builder, family):
