@@ -8,8 +8,11 @@ from tempfile import TemporaryDirectory
 from tests.processes import start
 
 
-def run_on_two_ranks(module: str, *arguments: object, ranks: int = 2) -> None:
-    """Run `python -m MODULE ARGUMENTS` on each rank, as torchrun does, and require that all ranks succeed."""
+def run_on_two_ranks(module: str, *arguments: object, ranks: int = 2, use_cpu: str = "true") -> None:
+    """Run `python -m MODULE ARGUMENTS` on each rank, as torchrun does, and require that all ranks succeed.
+
+    `use_cpu` is the value of the variable with which accelerate chooses the CPU.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -17,7 +20,7 @@ def run_on_two_ranks(module: str, *arguments: object, ranks: int = 2) -> None:
     with TemporaryDirectory() as folder:
         logs = [Path(folder) / f"rank-{rank}.log" for rank in range(ranks)]
         processes = [
-            start(module, *arguments, log=log, **group, RANK=rank, LOCAL_RANK=rank, ACCELERATE_USE_CPU="true")
+            start(module, *arguments, log=log, **group, RANK=rank, LOCAL_RANK=rank, ACCELERATE_USE_CPU=use_cpu)
             for rank, log in enumerate(logs)
         ]
         running = list(processes)

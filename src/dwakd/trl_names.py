@@ -56,6 +56,7 @@ use_vllm steps_per_generation: leave it out, the student answers in this process
 log_completions log_completions_steps: leave it out; dwakd eval writes the student's answers to test sets
 num_completions_to_print log_unique_prompts: leave it out; dwakd eval writes the student's answers to test sets
 wandb_log_unique_prompts: leave it out; dwakd eval writes the student's answers to test sets
+include_tokens_per_second jit_mode_eval: leave it out (tokens_per_second is always logged)
 epochs num_epochs: use num_train_epochs (recipe: training.num_train_epochs)
 lr: use learning_rate (recipe: training.learning_rate)
 evaluation_strategy: use eval_strategy (recipe: training.eval_strategy)

@@ -136,7 +136,19 @@ def test_a_quantised_teacher_can_be_logged(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"optim": "galore_adamw"}, {"optim": "lomo"}, {"bf16_full_eval": True}, {"include_num_input_tokens_seen": "all"}],
+    [
+        {"optim": "galore_adamw"},
+        {"optim": "lomo"},
+        {"bf16_full_eval": True},
+        {"include_num_input_tokens_seen": "all"},
+        {"optim_args": "eps=1", "optim": "adamw_torch"},
+        {"load_best_model_at_end": True},
+        {"dataloader_persistent_workers": True},
+        {"batch_eval_metrics": True},
+        {"include_for_metrics": ["inputs"]},
+        {"label_names": ["labels"]},
+        {"optim_target_modules": "all-linear"},
+    ],
 )
 def test_options_without_an_effect_are_refused(tmp_path, options):
     """They would be ignored, or end in an exception of transformers after the models are loaded."""

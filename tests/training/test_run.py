@@ -17,6 +17,7 @@ from dwakd.recipe.files import RECIPE_FILE
 from dwakd.recipe.recipe import load_recipe, recipe_from_dict
 from dwakd.training.distiller import LOSS_STATE, Distiller
 from dwakd.training.run import check_options, training_config
+from dwakd.training.run_folder import RUN_FILE
 from tests.builders import CHAT_TEMPLATE
 from tests.command_line import ROWS, one_sentence, run
 from tests.data.chat import chatml
@@ -401,9 +402,14 @@ def test_a_student_without_a_chat_template_in_python(workspace, tmp_path):
 
 
 def test_two_ranks_train_and_the_first_evaluates(workspace, tmp_path):
-    """The second rank ends before the evaluation, which may take longer than ranks wait for each other."""
+    """The second rank ends before the evaluation, which may take longer than ranks wait for each other.
+
+    Without a GPU, accelerate lets each process train alone unless it is told to use the CPU, as `use_cpu` does.
+    """
     test = [f"evaluation.test=[{workspace / 'data.jsonl'}]", "evaluation.limit=2", "evaluation.max_new_tokens=4"]
-    run_on_two_ranks("dwakd", "train", workspace / "recipe.yaml", *test, "-o", tmp_path / "run")
+    test.append("training.use_cpu=false")
+    run_on_two_ranks("dwakd", "train", workspace / "recipe.yaml", *test, "-o", tmp_path / "run", use_cpu="false")
+    assert json.loads((tmp_path / "run" / RUN_FILE).read_text())["world_size"] == 2
     (scores,) = (tmp_path / "run" / "eval").glob("*.json")
     assert json.loads(scores.read_text())["signature"]["model"]["sha256"]
     assert (tmp_path / "run" / "model.safetensors").is_file()

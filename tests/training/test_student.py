@@ -15,7 +15,7 @@ from transformers import (
 
 from dwakd import METHODS, DistillConfig, DistillTrainer, UserError
 from dwakd.losses import method_options
-from dwakd.training.student import check_student, disable_dropout
+from dwakd.training.student import add_adapter, check_student, disable_dropout
 from tests.builders import FAMILIES, byte_bpe, tiny_model
 from tests.training.builders import ROWS, TOKENIZERS
 
@@ -222,6 +222,18 @@ def test_an_adapter_on_an_adapted_student_is_refused(tmp_path):
             processing_class=TOKENIZERS[0],
             peft_config=config,
         )
+
+
+def test_adapters_that_could_not_be_loaded(caplog):
+    """An adapter of another task is refused, and one on a base model that is saved nowhere gives a warning."""
+    student = tiny_model("llama", len(TOKENIZERS[0]))
+    with pytest.raises(UserError, match="task_type of the adapter must be CAUSAL_LM, got SEQ_CLS"):
+        add_adapter(student, LoraConfig(r=2, task_type="SEQ_CLS"))
+    student.config.name_or_path = "somewhere"
+    assert isinstance(add_adapter(student, {"r": 2}), PeftModel)
+    assert not caplog.text
+    add_adapter(tiny_model("llama", len(TOKENIZERS[0])), LoraConfig(r=2))
+    assert "saved without the name of its base model: save the base model" in caplog.text
 
 
 def test_settings_that_greedy_decoding_ignores_are_removed(caplog):

@@ -147,6 +147,36 @@ def test_resumed_run_ends_with_the_same_student(tmp_path, lora, order, others):
     assert_same(weights(resumed), weights(whole))
 
 
+def test_a_resumed_run_may_have_equal_rates(tmp_path):
+    """The groups of parameters do not depend on the rates, or the optimiser could not be loaded."""
+    trainer(tmp_path, save_strategy="steps", save_steps=2).train()
+    equal = trainer(tmp_path, learning_rate=1e-3, projector_learning_rate=1e-3, weight_decay=0.0)
+    equal.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert equal.state.global_step == 4
+
+
+def test_steps_of_other_sizes_cannot_be_continued(tmp_path, caplog):
+    """The schedule and the order of the rows would be those of another run."""
+    trainer(tmp_path, save_strategy="steps", save_steps=2).train()
+    with pytest.raises(UserError, match="have 4 rows, but those of this run have 8: set per_device_train_batch_size"):
+        trainer(tmp_path, per_device_train_batch_size=8).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    same = trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    same.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "checkpoints of an earlier run" not in caplog.text
+    trainer(tmp_path).train()
+    assert "has checkpoints of an earlier run, such as checkpoint-4: delete them" in caplog.text
+
+
+def test_the_config_of_the_student_is_the_users(tmp_path):
+    """transformers switches the cache off for the training, which makes the generation of other programs slow."""
+    run = trainer(tmp_path, method="sft", max_steps=1)
+    assert run.student.config.use_cache
+    run.train()
+    run.save_model()
+    assert run.student.config.use_cache
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.use_cache
+
+
 def test_projectors_have_their_own_learning_rate(tmp_path):
     """Projectors have their own learning rate, because the student's is too small for them."""
     run = trainer(tmp_path, learning_rate=1e-5, projector_learning_rate=3e-3)
@@ -221,7 +251,7 @@ def test_best_checkpoint_restores_its_projectors(tmp_path):
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     """Gradient checkpointing gives the same gradients."""
-    runs = [trainer(tmp_path / str(on), max_steps=2, gradient_checkpointing=on) for on in (False, True)]
+    runs = [trainer(tmp_path / str(on), max_steps=2, activation_checkpointing=on) for on in (False, True)]
     for run in runs:
         run.train()
     assert_same(weights(runs[1]), weights(runs[0]), atol=1e-6)
@@ -243,6 +273,8 @@ def test_answers_during_training(tmp_path):
     assert 0 <= metrics["eval_rouge_l"] <= 100
     assert metrics["eval_words"] == 3
     assert seen[0][1] == [[row["response"]] for row in ROWS[:3]]
+    assert run.evaluate(ROWS[:2])["eval_words"] == 2, "as in transformers, also for a set that is given here"
+    assert "eval_words" not in run.evaluate(run.train_dataset)
     long = [*ROWS[:2], {"prompt": "word " * 600, "response": "end"}]
     with pytest.raises(UserError, match=r"the eval dataset, row 2 .* leaves no room"):
         trainer(tmp_path / "b", method="sft", eval_rows=long, eval_rouge_l=True, invalid_rows="skip")
@@ -381,6 +413,13 @@ def test_missing_pieces_are_named(tmp_path):
         checked_args(TrainingArguments(str(tmp_path), use_cpu=True))
     with pytest.raises(UserError, match="dispatch_batches cannot be used"):
         checked_args(DistillConfig(str(tmp_path), use_cpu=True, accelerator_config={"dispatch_batches": True}))
+    for options, message in (
+        ({"fp16": True}, "fp16 has no effect without a GPU"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, r"lr_scheduler_type: .*; set training\.lr_scheduler_kwargs"),
+        ({"optim": "adamw_8bit"}, r"training\.optim: .*bitsandbytes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            checked_args(DistillConfig(str(tmp_path), use_cpu=True, **options))
     with pytest.raises(UserError, match="share the parameter"):
         DistillTrainer(student, student, args, ROWS, processing_class=byte_bpe(), teacher_processing_class=byte_bpe())
     nothing = DistillTrainer(student, None, DistillConfig(output_dir=str(tmp_path), use_cpu=True, method="sft"), None,

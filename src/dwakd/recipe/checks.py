@@ -111,3 +111,21 @@ def check_optim(optim: Any) -> None:
             f"optim {optim} cannot be used, because it divides the parameters into groups itself: use another optim such as "
             "adamw_torch_fused"
         )
+
+
+_WITHOUT_ARGUMENTS = ("adafactor", "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
+"""Optimisers that ignore `optim_args`."""
+
+
+def check_combinations(args: Any) -> None:
+    """Raise UserError for options that have no effect, or that fail late, together with others."""
+    if args.chat_template_path is not None and args.template != "chat":
+        raise UserError(f"chat_template_path requires template='chat', got template={args.template!r}")
+    check_optim(args.optim)
+    optim, strategy = (str(getattr(value, "value", value)) for value in (args.optim, args.eval_strategy))
+    if args.optim_args and optim in _WITHOUT_ARGUMENTS:
+        raise UserError(f"optim_args has no effect with optim={optim}: set adam_beta1, adam_beta2 and adam_epsilon")
+    if args.load_best_model_at_end and strategy == "no":
+        raise UserError("load_best_model_at_end needs evaluations: set eval_strategy to steps or epoch")
+    if args.dataloader_persistent_workers and not args.dataloader_num_workers:
+        raise UserError("dataloader_persistent_workers requires dataloader_num_workers of at least 1")

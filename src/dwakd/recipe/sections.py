@@ -37,6 +37,13 @@ def lora_config(options: dict[str, Any]) -> LoraConfig:
     return LoraConfig(**{"task_type": "CAUSAL_LM", **options})
 
 
+def check_task_type(config: Any) -> None:
+    """Raise UserError if an adapter is for another task, because it could not be loaded with AutoPeftModelForCausalLM."""
+    if config.task_type not in (None, "CAUSAL_LM"):
+        kind = getattr(config.task_type, "value", config.task_type)
+        raise UserError(f"task_type of the adapter must be CAUSAL_LM, got {kind}")
+
+
 def _check_template(template: str) -> str:
     check_template(template)
     return template

@@ -2,6 +2,7 @@
 # ruff: noqa: RUF009 (`_option` returns a dataclass field)
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,7 +17,7 @@ from dwakd.errors import UserError
 from dwakd.losses import MethodOptions, method_options
 from dwakd.losses.options import Rate, Steps, Temperature
 from dwakd.losses.several_teachers import Gate
-from dwakd.recipe.checks import check_method, check_optim, check_stream, check_terms, from_json, metric_names
+from dwakd.recipe.checks import check_combinations, check_method, check_stream, check_terms, from_json, metric_names
 from dwakd.recipe.from_dataclass import options_of
 from dwakd.recipe.sections import Count, DataSection, LoadingOptions, Seed, Share
 from dwakd.validation import parse, unknown_option
@@ -86,6 +87,14 @@ LIMITS: dict[str, Any] = {
     "hub_strategy": Literal["end", "every_save"],
     "label_smoothing_factor": Annotated[float, _only(0, "the method defines it")],
     "include_num_input_tokens_seen": Literal["no", False],
+    **dict.fromkeys(
+        ("batch_eval_metrics", "prediction_loss_only"),
+        Annotated[bool, _only(False, "an evaluation computes every term")],
+    ),
+    "include_for_metrics": Annotated[list[str], _only([], "compute_metrics gets answers and references")],
+    "label_names": Annotated[Any, _only(None, "the responses are the labels")],
+    "optim_target_modules": Annotated[Any, _only(None, "the optimisers that read it cannot be used")],
+    "eval_accumulation_steps": Annotated[Any, _only(None, "an evaluation keeps no logits")],
     **dict.fromkeys(
         ("bf16_full_eval", "fp16_full_eval"),
         Annotated[bool, _only(False, "evaluation runs in the dtype of the weights")],
@@ -196,13 +205,13 @@ class DistillConfig(TrainingArguments):
     disable_tqdm: bool | None = _option(False, "Show no progress bars.")
 
     def __post_init__(self) -> None:
-        if self.chat_template_path is not None and self.template != "chat":
-            raise UserError(f"chat_template_path requires template='chat', got template={self.template!r}")
         self.template_date = check_date(self.template_date)
         for name in ("loss_options", "model_init_kwargs", "teacher_model_init_kwargs"):
             setattr(self, name, from_json(getattr(self, name), name))
         self.loss_options = self.loss_options or {}
-        check_optim(self.optim)
+        check_combinations(self)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # otherwise each process of torchrun would train alone
         values = {name: getattr(self, name) for name in TrainingOptions.model_fields}
         for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
             parse(LoadingOptions, values.pop(name) or {}, f"{name}.")

@@ -98,6 +98,12 @@ class RunCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.callback_handler.model = self.trainer.student  # the Distiller has no `generate`
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        before = state.stateful_callbacks.get(ROWS_OF_STEP, rows)
+        if state.global_step and before != rows:
+            raise UserError(
+                f"the steps of the checkpoint have {before} rows, but those of this run have {rows}: set "
+                "per_device_train_batch_size or gradient_accumulation_steps so that the product is the same"
+            )
         state.stateful_callbacks[ROWS_OF_STEP] = rows
         self._start(state.global_step)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from dwakd.checksums import CHECKSUMS, begin_checksums, checksum_fault, has_chec
 from dwakd.errors import UserError, reason_of
 from dwakd.folders import UNFINISHED
 from dwakd.training.run_folder import checkpoints_in, last_checkpoint
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointTrainer(Trainer):
@@ -36,6 +39,13 @@ class CheckpointTrainer(Trainer):
             self.verified_checkpoint = resume_from_checkpoint = self._last_checkpoint()
         elif resume_from_checkpoint and str(resume_from_checkpoint) != self.verified_checkpoint:
             self.check_checkpoint(str(resume_from_checkpoint))
+        folder = Path(str(self.args.output_dir))
+        if not resume_from_checkpoint and folder.is_dir() and (found := checkpoints_in(folder)):
+            logger.warning(
+                "%s has checkpoints of an earlier run, such as %s: delete them, or choose another output_dir, because "
+                "resume_from_checkpoint=True continues from the one with the largest step",
+                *(folder, found[-1].name),
+            )
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
     def _last_checkpoint(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dwakd.data.encoded import EncodedPairs, EncodedRow, RowWriter
@@ -19,7 +19,7 @@ from dwakd.data.stream import StreamedRows
 from dwakd.environment import supports_bfloat16
 from dwakd.errors import UserError
 from dwakd.evaluation.generate import answerable_prompts
-from dwakd.models.head import embedding_table, model_name, output_head, uses_flash_attention
+from dwakd.models.head import model_name, uses_flash_attention
 from dwakd.models.loading import (
     align_special_tokens,
     check_positions,
@@ -27,14 +27,12 @@ from dwakd.models.loading import (
     load_causal_lm,
     load_tokenizer,
     on_device,
-    quiet_peft,
     set_chat_template,
 )
 from dwakd.models.rows import check_head
 from dwakd.recipe.sections import LoadingOptions
 from dwakd.recipe.training import DistillConfig
 from dwakd.training.stored import stored_pairs
-from dwakd.training.student import check_student
 
 logger = logging.getLogger(__name__)
 
@@ -43,28 +41,6 @@ Rows: TypeAlias = (
 )
 Source: TypeAlias = Rows | EncodedPairs | StreamedRows
 Model: TypeAlias = PreTrainedModel | PeftModel
-
-
-def add_adapter(model: Model, config: PeftConfig | None) -> Model:
-    """Add an adapter to the student, if there is one; refuse one that changes the head's matrix or that cannot be saved."""
-    if config is None:
-        return model
-    if isinstance(model, PeftModel):
-        raise UserError("the student has an adapter already: leave out peft_config, or pass its base model")
-    if merged := getattr(model, "merged_adapter", None):
-        raise UserError(
-            f"the student {merged} is an adapter. A new adapter would be saved for the original base model and lose this one: "
-            f"leave out student.peft (peft_config), or save load_causal_lm({merged!r}) and its tokenizer, and train that"
-        )
-    try:
-        with quiet_peft():
-            adapted = get_peft_model(model, config)
-    except ValueError as error:
-        raise UserError(f"peft_config (student.peft): {error}") from error
-    output_head(adapted)
-    embedding_table(adapted)
-    check_student(adapted)
-    return adapted
 
 
 def loading_options(args: DistillConfig, role: str) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
-from transformers import Trainer, get_scheduler
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
@@ -30,6 +29,7 @@ from dwakd.recipe.files import RECIPE_FILE
 from dwakd.recipe.recipe import Recipe
 from dwakd.recipe.sections import ModelSection, TeacherSection, lora_config
 from dwakd.recipe.training import DATA_OPTIONS, DistillConfig
+from dwakd.training.arguments import check_schedule
 from dwakd.training.callbacks import out_of_memory_explained
 from dwakd.training.card import PACKAGES
 from dwakd.training.checkpoints import disk_errors_explained, from_first_rank
@@ -78,19 +78,7 @@ def check_options(recipe: Recipe, output_dir: str | Path) -> DistillConfig:
         UserError: transformers or another package refuses an option.
     """
     args = training_config(recipe, output_dir)
-    if args.deepspeed:  # the DeepSpeed config defines the optimiser
-        return args
-    weight = torch.nn.Parameter(torch.zeros(1, 1))
-    steps = max(args.max_steps, 1)
-    option = "optim"
-    try:
-        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.ParameterList([weight]))
-        optimizer = optimizer_class([weight], **options)
-        option = "lr_scheduler_type"
-        warmup, own = args.get_warmup_steps(steps), args.lr_scheduler_kwargs
-        get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, scheduler_specific_kwargs=own)
-    except Exception as error:  # many packages raise exceptions of their own types
-        raise UserError(f"training.{option}: {' '.join(str(error).split())}") from error
+    check_schedule(args)
     return args
 
 

@@ -7,7 +7,7 @@ from functools import reduce
 from typing import Any, NoReturn
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -15,10 +15,12 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from dwakd.errors import UserError
-from dwakd.models.head import causal_lm, model_name
+from dwakd.models.head import causal_lm, embedding_table, model_name, output_head
+from dwakd.models.loading import quiet_peft
 from dwakd.models.quantisation import is_quantised
 from dwakd.models.rows import evaluating
 from dwakd.models.saving import remove_unused_sampling
+from dwakd.recipe.sections import check_task_type, lora_config
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,35 @@ def check_student(student: nn.Module) -> None:
         _check_same(student, _restored(student, _saved_config(student)))
     if not is_deepspeed_zero3_enabled():  # DeepSpeed keeps the weights in float32 as well
         _check_precision(student)
+
+
+def add_adapter(model: nn.Module, config: PeftConfig | dict[str, Any] | None) -> Any:
+    """Add an adapter to the student, if there is one; refuse one that changes the head's matrix or that cannot be saved."""
+    if config is None:
+        return model
+    config = lora_config(config) if isinstance(config, dict) else config
+    check_task_type(config)
+    if isinstance(model, PeftModel):
+        raise UserError("the student has an adapter already: leave out peft_config, or pass its base model")
+    if merged := getattr(model, "merged_adapter", None):
+        raise UserError(
+            f"the student {merged} is an adapter. A new adapter would be saved for the original base model and lose this one: "
+            f"leave out student.peft (peft_config), or save load_causal_lm({merged!r}) and its tokenizer, and train that"
+        )
+    try:
+        with quiet_peft():
+            adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"peft_config (student.peft): {error}") from error
+    if not getattr(model.config, "name_or_path", ""):
+        logger.warning(
+            "the student was not loaded from a folder or the hub, so its adapter will be saved without the name of its base "
+            "model: save the base model, load it, and train that"
+        )
+    output_head(adapted)
+    embedding_table(adapted)
+    check_student(adapted)
+    return adapted
 
 
 def _check_precision(student: nn.Module) -> None:

@@ -34,7 +34,7 @@ from dwakd.training.evaluation import choose_best, eval_loader, generated_metric
 from dwakd.training.on_policy import StudentAnswers, check_end_tokens
 from dwakd.training.sharding import ShardedTrainer
 from dwakd.training.steps import StepTrainer
-from dwakd.training.student import check_optimizer, check_student, disable_dropout, freeze_unused
+from dwakd.training.student import add_adapter, check_optimizer, check_student, disable_dropout, freeze_unused
 from dwakd.training.teacher import CachedTeacher, Teacher
 from dwakd.training.teachers import AnyTeacher, MicroBatch, load_teachers, make_encoders, sets_of_teacher
 from dwakd.validation import unknown_option
@@ -107,12 +107,14 @@ class DistillTrainer(ShardedTrainer, StepTrainer):
             teacher.prepare(encoder, args, sets_of_teacher(sets, index))
         set_seed(args.seed)
         loss = build_method(args, model, self.teachers, self.encoders)
-        model = given.add_adapter(model, peft_config)
+        model = add_adapter(model, peft_config)
         if train_dataset is not None:
             freeze_unused(model)
         check_batches(sets.get("train"), args)
         if args.disable_dropout:
             disable_dropout(model)
+        listed = callbacks if isinstance(callbacks, list | tuple) else [callbacks] if callbacks else []
+        self._uses_cache = getattr(model.config, "use_cache", None)
         self.metrics_function = compute_metrics
         self.clock, self.finite, self.balance = RunCallback(self), FiniteCheck(self), TermBalance(self)
         self.student_answers = StudentAnswers(args, self.encoders, self.clock.answers) if args.lmbda else None
@@ -123,10 +125,11 @@ class DistillTrainer(ShardedTrainer, StepTrainer):
             train_dataset=train_pairs,
             eval_dataset=eval_pairs.get("", eval_pairs or None),
             processing_class=processing_class,
-            callbacks=[self.clock, self.finite, self.balance, *(callbacks or [])],
+            callbacks=[self.clock, self.finite, self.balance, *listed],
             optimizers=optimizers,
         )
         check_optimizer(optimizers[0], self.model)
+        self._set_cache(self._uses_cache)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         if not args.disable_tqdm:
             self.add_callback(TermsProgressCallback)
@@ -176,24 +179,35 @@ class DistillTrainer(ShardedTrainer, StepTrainer):
         for name in ("max_tokens_per_batch", "max_skipped_steps"):
             if getattr(self.args, name) and self.is_deepspeed_enabled:
                 raise UserError(f"training.{name} cannot be used with DeepSpeed, which runs the steps itself")
-        output = super().train(*args, **kwargs)
+        self._set_cache(False)
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            self._set_cache(self._uses_cache)  # the saved student is that of the user
         self.finite.finish()
         if isinstance(self.train_dataset, StreamedRows):
             self.train_dataset.report()
         return output
+
+    def _set_cache(self, value: bool | None) -> None:
+        if self._uses_cache is not None:
+            self.student.config.use_cache = value
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create AdamW with `learning_rate` for the student and `projector_learning_rate` for the loss's own maps."""
         if self.optimizer is None:  # type: ignore[has-type]
             module = model or self.model
             decayed = set(self.get_decay_parameter_names(module))
-            groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
             for name, parameter in module.named_parameters():
                 if parameter.requires_grad:
                     of_student = "student" in name.split(".")[:2]  # a wrapper may add one word in front
-                    rate = self.args.learning_rate if of_student else self.args.projector_learning_rate
-                    groups.setdefault((rate, self.args.weight_decay if name in decayed else 0.0), []).append(parameter)
-            listed = [{"params": own, "lr": rate, "weight_decay": decay} for (rate, decay), own in groups.items()]
+                    groups.setdefault((of_student, name in decayed), []).append(parameter)
+            rates, decay = (self.args.projector_learning_rate, self.args.learning_rate), self.args.weight_decay
+            listed = [
+                {"params": own, "lr": rates[of_student], "weight_decay": decay if is_decayed else 0.0}
+                for (of_student, is_decayed), own in groups.items()
+            ]
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, module)
             self.optimizer = optimizer_class(listed, **options)
         return self.optimizer
@@ -207,18 +221,22 @@ class DistillTrainer(ShardedTrainer, StepTrainer):
         `ce`, `bits_per_byte` and `rouge_l` do not. Metrics of several sets have the prefix eval_NAME.
 
         Args:
-            eval_dataset: as in the constructor. Default: those of the constructor. Only they have ROUGE-L.
+            eval_dataset: as in the constructor. Default: those of the constructor. Rows that are encoded already have no
+                ROUGE-L, and no metrics of `compute_metrics`.
             ignore_keys: unused.
         """
         sets, own = self.eval_sets, eval_dataset is None
         if not own:
             sources = given.evaluation_sets(eval_dataset)
-            sets = given.encode_evaluation(sources, self.encoders, self.args, None, None)
+            encoded = any(isinstance(source, EncodedPairs) for source in sources.values())
+            answers = (self.args.eval_rouge_l or self.metrics_function) and not encoded
+            student = self.student if answers else None
+            sets = given.encode_evaluation(sources, self.encoders, self.args, None, student)
         if not sets:
             raise UserError("there is nothing to evaluate on: give eval_dataset")
         found: dict[str, float] = {}
         for name, (examples, pairs) in sets.items():
-            metrics = self._evaluate_set(pairs, examples if own else None, name)
+            metrics = self._evaluate_set(pairs, examples, name)
             prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
             metrics = {prefix + key.removeprefix(prefix): value for key, value in metrics.items()}
             self.log(dict(metrics))
@@ -226,13 +244,13 @@ class DistillTrainer(ShardedTrainer, StepTrainer):
             found |= metrics
         return found
 
-    def _evaluate_set(self, pairs: EncodedPairs, examples: list[Example] | None, name: str) -> dict[str, float]:
+    def _evaluate_set(self, pairs: EncodedPairs, examples: list[Example], name: str) -> dict[str, float]:
         with torch.random.fork_rng():  # a run must not depend on how often it is evaluated
             loader = self.accelerator.prepare(eval_loader(pairs, self.args, self.data_collator))
             bar = tqdm(loader, "evaluating", delay=2, leave=False, disable=self.args.disable_tqdm)
             batches = (self._micro_batches([batch])[0] for batch in bar)
             metrics = mean_terms(self._distiller, batches, self.accelerator.reduce)
-            if examples is not None and (self.args.eval_rouge_l or self.metrics_function):
+            if examples and (self.args.eval_rouge_l or self.metrics_function):
                 chosen, metric = choose_best(self.args, list(self.eval_sets), own_metrics=True)
                 best = metric if name == chosen else "loss"
                 own = self.student, self.student_encoder, examples, self.args, self.metrics_function
