@@ -14,6 +14,7 @@ from dwakd.evaluation.bits_per_byte import bits_per_byte
 from dwakd.evaluation.options import RowOptions
 from dwakd.models.loading import load_causal_lm, load_tokenizer
 from dwakd.models.rows import check_head
+from dwakd.tools.shrink import shrink
 from dwakd.tools.shrink.shrink import block_influence, shrink_model, shrink_to_folder
 from tests.builders import SAMPLE_TEXTS, bpe_byte_fallback, byte_bpe, tiny_model, unigram_byte_fallback, wordpiece
 from tests.command_line import one_sentence, run
@@ -105,6 +106,17 @@ def test_influence_skips_empty_texts_and_leaves_the_model_as_it_was():
     model, tokenizer = deep_model("gpt2").train(), byte_bpe()
     assert block_influence(model, tokenizer, ["", *TEXTS]) == block_influence(model, tokenizer, TEXTS)
     assert all(module.training for module in model.modules())
+
+
+def test_the_texts_of_the_influence_are_spread_evenly(monkeypatch):
+    """The rows of a file may be sorted, and the first of them would choose the layers."""
+    seen = []
+    monkeypatch.setattr(shrink, "block_influence", lambda model, tokenizer, texts: seen.append(texts) or [0.1] * 5)
+    shrink_model(deep_model("llama"), byte_bpe(), [f"text {number}" for number in range(127)], num_layers=4)
+    numbers = [int(text.split()[1]) for text in seen[0]]
+    assert len(numbers) == 64
+    assert numbers[0] == 0
+    assert numbers[-1] >= 125
 
 
 def test_texts_longer_than_the_positions_are_cut():

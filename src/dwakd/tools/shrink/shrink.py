@@ -126,7 +126,8 @@ def shrink_model(
     kept, influence = list(range(model.config.get_text_config().num_hidden_layers)), []
     if num_layers not in (None, len(kept)):
         _check_layers(num_layers, len(kept), model_name(model))
-        chosen = texts[:: max(1, len(texts) // _INFLUENCE_TEXTS)][:_INFLUENCE_TEXTS]
+        count = min(_INFLUENCE_TEXTS, len(texts))
+        chosen = [texts[number * len(texts) // count] for number in range(count)]
         influence = block_influence(model, tokenizer, chosen)
         inner = sorted(kept[1:-1], key=lambda index: (-influence[index], index))
         kept = sorted([0, kept[-1], *inner[: num_layers - 2]])
