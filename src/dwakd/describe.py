@@ -73,7 +73,7 @@ def allowed_values(schema: dict[str, Any]) -> str:
         return ", ".join(schema["enum"])
     if schema["type"] == "boolean":
         return "true, false"
-    form = ",d" if schema["type"] == "integer" else "g"
+    form = ",.0f" if schema["type"] == "integer" else "g"
     limits = [f"{words} {schema[name]:{form}}" for name, words in _LIMITS.items() if schema.get(name, 1e30) < 1e30]
     kind = {"integer": "a whole number", "number": "a number", "null": "null", "array": "a list"}[schema["type"]]
     return " ".join([kind, " and ".join(limits)]).strip()

@@ -17,7 +17,7 @@ from dwakd.cli import main
 from dwakd.compare import runner
 from dwakd.compare.compare import compare_methods, evaluate_teacher, refuse_other_runs, search
 from dwakd.compare.inputs import INPUTS, check_inputs
-from dwakd.compare.plan import RATES, Cell, Variant, variants_of
+from dwakd.compare.plan import RATES, Cell, Variant, search_of, variants_of
 from dwakd.compare.runner import Runner, lock_of
 from dwakd.errors import UserError
 from dwakd.evaluation.run import plan_evaluation
@@ -294,7 +294,7 @@ def test_changed_models_and_data_are_noticed(workspace, tmp_path):
     for name, option in (changes | {"data.jsonl": "data.train"}).items():
         before = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(before[:-2] + b"?" + before[-1:])
-        with pytest.raises(UserError, match=rf"^{option} .* has changed since the first run .*, or delete .*cells"):
+        with pytest.raises(UserError, match=rf"^{option} .* has changed since the first run .*, or delete this folder"):
             check_inputs(tmp_path, [given])
         (tmp_path / name).write_bytes(before)
     check_inputs(tmp_path, [given, recipe(**models, data=data | {"eval": str(workspace / "data.jsonl")})])
@@ -307,8 +307,10 @@ def test_a_search_after_trainings_without_it_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Runner, "finished", lambda self, cell: not cell.search)
     with pytest.raises(UserError, match=r"sft-1 was trained without --lr-sweep: choose another folder"):
         refuse_other_runs(cells, rows, [1, 2])
-    monkeypatch.setattr(Runner, "finished", lambda self, cell: True)
-    refuse_other_runs(cells, rows, [1, 2])
+    log = tmp_path / "logs" / f"{search_of(rows[0], recipe())[0].folder_name}-1.log"
+    log.parent.mkdir()
+    log.touch()
+    refuse_other_runs(cells, rows, [1, 2])  # its search has run, and may have failed
 
 
 def test_rows_with_the_same_data_and_models_share_a_cache(tmp_path):

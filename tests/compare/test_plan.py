@@ -167,3 +167,13 @@ def test_a_row_without_a_teacher_is_named():
     assert Cell(rows_of(given)["sft"], 1).recipe(given).teachers == []
     with pytest.raises(UserError, match=r"^compare\.rows\.dskd: method dskd needs a teacher"):
         Cell(rows_of(given)["dskd"], 1).recipe(given)
+
+
+def test_the_ablation_of_a_recipe_with_a_warmup_of_the_gate():
+    """Rows without a gate have no warm-up of it, which they would refuse."""
+    loss = {"method": "dwa_kd", "weight_normalisation": "entropy_then_gate", "gate_warmup_steps": 5}
+    found = rows_of(recipe(loss=loss), ablation=True)
+    steps = {
+        name: row.recipe(recipe(loss=loss)).loss.gate_warmup_steps for name, row in found.items() if name != "dskd"
+    }
+    assert {name for name, value in steps.items() if value} == {"dwa_kd"}

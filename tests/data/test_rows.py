@@ -236,7 +236,7 @@ def test_a_row_with_text_only_says_what_to_write() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"Prompt ": "a", "response": "b"}, r"no column with the prompt .*; rename 'Prompt ' to 'prompt'"),
+        ({"Prompt ": "a", "response": "b"}, r"no column with the prompt .*; rename 'Prompt ' to 'prompt', or set data"),
         ({"prompt": "a", "Output": "b"}, r"no column with the response .*; rename 'Output' to 'output'"),
         ({"prompt;response": "a;b"}, "separate the columns of the file by commas, not by ';'"),
         ({"prompt": "a"}, r"set data\.response .*, or let the teacher answer with data\.responses: teacher"),

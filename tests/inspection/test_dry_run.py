@@ -117,17 +117,17 @@ def test_the_evaluation_at_the_end_counts(eval_steps, delay, expected, folder, t
     """With few steps, the evaluation after the last one may be the only one, and a large part of the time."""
     given = [f"data.eval={folder / 'eval.jsonl'}", "training.eval_strategy=steps", f"training.eval_steps={eval_steps}"]
     given.append(f"training.eval_delay={delay}")
-    recipe = load_recipe(
-        folder / "recipe.yaml", [*given, "training.max_steps=10", "loss.method=sft", f"training.eval_delay={delay}"]
-    )
+    recipe = load_recipe(folder / "recipe.yaml", [*given, "training.max_steps=10", "loss.method=sft"])
     trained = train(recipe, tmp_path / "run")
     assert len([log for log in trained.state.log_history if "eval_loss" in log]) == expected
     assert dry_run._num_evaluations(trained.args, 10, 10) == expected
 
 
-def test_steps_without_the_last_rows_of_an_epoch(folder, tmp_path):
+@pytest.mark.parametrize(("size", "accumulation"), [(5, 1), (4, 2)])
+def test_steps_without_the_last_rows_of_an_epoch(size, accumulation, folder, tmp_path):
     """`dataloader_drop_last` leaves out the rows that do not fill a batch."""
-    options = ["per_device_train_batch_size=5", "dataloader_drop_last=true", "max_steps=-1", "num_train_epochs=2"]
+    options = [f"per_device_train_batch_size={size}", f"gradient_accumulation_steps={accumulation}"]
+    options += ["dataloader_drop_last=true", "max_steps=-1", "num_train_epochs=2"]
     recipe = load_recipe(folder / "recipe.yaml", ["loss.method=sft", *(f"training.{option}" for option in options)])
     found, _ = dry_run.predict(recipe)
     assert found.num_steps == train(recipe, tmp_path / "run").state.global_step

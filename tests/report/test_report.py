@@ -252,6 +252,8 @@ def test_scores_of_earlier_weights_are_left_out(trained, tmp_path):
     earlier = folder / "eval" / "earlier.json"
     earlier.write_text(json.dumps(content), encoding="utf-8")
     os.utime(earlier, (1, 1))
+    other = {**content, "signature": {**content["signature"], "dtype": "bfloat16"}}
+    (folder / "eval" / "rounded.json").write_text(json.dumps(other), encoding="utf-8")
     found = collect([folder])
-    assert [*found.runs[0].evaluations] == [path.stem]
+    assert sorted(found.runs[0].evaluations) == sorted(["rounded", path.stem]), "in bfloat16, the digest is another one"
     assert "on earlier are left out: they are those of earlier weights" in found.notes[0]

@@ -1,6 +1,7 @@
 """Test that representation similarity averages hidden states over the same text on both sides."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from dwakd.data.encoding import TextEncoder
 from dwakd.data.sources import load_examples
 from dwakd.errors import UserError
+from dwakd.recipe.files import RECIPE_FILE
 from dwakd.tools.similarity import box_plot, cosine_structure, product_structure, structure_distances
 from tests.builders import bpe_byte_fallback, byte_bpe, tiny_model
 from tests.command_line import one_sentence, run
@@ -79,10 +81,13 @@ def test_the_template_is_that_of_the_student(workspace, tmp_path, monkeypatch, c
     assert "run[b]" in out, "no markup"
     assert "difference of cosines between spans (M_cos)" in out
     assert json.loads((tmp_path / "found.json").read_text())["signature"]["template"] == "plain"
-    code, _, err = run(monkeypatch, capsys, "similarity", workspace / "student", tmp_path / "run", *options)
+    code, out, _ = run(monkeypatch, capsys, "similarity", workspace / "student", tmp_path / "run", *options)
+    assert code == 0, "a student without a recipe is read like the others"
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    saved = (tmp_path / "other" / RECIPE_FILE).read_text()
+    (tmp_path / "other" / RECIPE_FILE).write_text(saved.replace("template: plain", "template: alpaca"))
+    both = tmp_path / "run", tmp_path / "other"
+    code, _, err = run(monkeypatch, capsys, "similarity", *both, *options)
     assert code == 2
     assert "the recipes of the students differ in data.template: choose one with --template" in one_sentence(err)
-    assert (
-        run(monkeypatch, capsys, "similarity", workspace / "student", tmp_path / "run", *options, "--template=plain")[0]
-        == 0
-    )
+    assert run(monkeypatch, capsys, "similarity", *both, *options, "--template=plain")[0] == 0

@@ -169,13 +169,15 @@ def evaluate_teacher(
 
 
 def refuse_other_runs(runner: Runner, variants: Sequence[Variant], seeds: Sequence[int]) -> None:
-    """Raise UserError if a row was trained before its search is finished, so with other options than it may choose."""
+    """Raise UserError if a row was trained without a search, so with other options than a search may choose."""
+    logs = runner.folder / "logs"
     for variant in variants:
-        tried = [Cell(item, seeds[0], search=True) for item in search_of(variant, runner.base)]
+        items = search_of(variant, runner.base)
+        tried = [Cell(item, seed, search=True) for item in items for seed in seeds]
         trained = [
             runner.cell_folder(cell) for cell in (Cell(variant, seed) for seed in seeds) if runner.finished(cell)
         ]
-        if trained and not all(map(runner.finished, tried)):
+        if trained and not any(runner.finished(cell) or (logs / f"{cell.name}.log").is_file() for cell in tried):
             raise UserError(f"{trained[0]} was trained without --lr-sweep: choose another folder with --output")
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from dwakd.answers.store import read_json
-from dwakd.cache.fingerprint import adapter_digest, file_digest, weights_digest
+from dwakd.cache.fingerprint import file_digest, json_digest
 from dwakd.errors import UserError
 from dwakd.folders import write_json
 from dwakd.recipe.recipe import Recipe
 
 INPUTS = "inputs.json"
 """The digests of the models and the data, in the folder of a comparison."""
+_WEIGHTS = (".safetensors", ".bin")
+_SETTINGS = ("config.json", "adapter_config.json")
 
 
 def check_inputs(folder: Path, recipes: Iterable[Recipe]) -> None:
@@ -25,31 +27,37 @@ def check_inputs(folder: Path, recipes: Iterable[Recipe]) -> None:
         UserError: the content of a file or a model is another one than before.
     """
     known = read_json(folder / INPUTS)
-    found: dict[str, str] = {}
-    for recipe in recipes:
-        for name, compute in _inputs(recipe):
-            if name not in found:
-                found[name] = compute()
-    for name, digest in found.items():
-        if known.get(name, digest) != digest:
-            raise UserError(
-                f"{name} has changed since the first run of the comparison in {folder}: restore it, choose another folder with "
-                f"--output, or delete {folder / 'cells'} and {folder / INPUTS} to run all rows again"
-            )
-    if found.keys() - known.keys():
+    found: dict[str, dict[str, Any]] = {}
+    for name, files in (item for recipe in recipes for item in _inputs(recipe)):
+        if name not in found:
+            found[name] = _described(files, known.get(name, {}))
+            if name in known and known[name]["digest"] != found[name]["digest"]:
+                raise UserError(
+                    f"{name} has changed since the first run of the comparison in {folder}: restore it, choose another folder "
+                    "with --output, or delete this folder"
+                )
+    if any(known.get(name) != one for name, one in found.items()):
         write_json(folder / INPUTS, known | found)
 
 
-def _inputs(recipe: Recipe) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Yield the option and the value of each local input, and a function that computes its digest."""
+def _described(files: list[Path], before: dict[str, Any]) -> dict[str, Any]:
+    """Return sizes and times of files and a digest of their content, which is computed only if these have changed."""
+    stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    if before.get("stamp") == stamp:
+        return before
+    return {"stamp": stamp, "digest": json_digest([[path.name, file_digest(path)] for path in files])}
+
+
+def _inputs(recipe: Recipe) -> Iterator[tuple[str, list[Path]]]:
+    """Yield the option and the value of each local input, and its files."""
     for option, source in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
         path = Path((source or "").partition("@")[0]).expanduser()
         if path.is_file():
-            yield f"{option} {path}", partial(file_digest, path)
-    teachers = [one for one in recipe.teachers if one.url is None]
+            yield f"{option} {path}", [path]
+    teachers = [one for one in recipe.teachers if one.url is None and recipe.loss.needs_teacher]
     for option, section in (("student", recipe.student), *(("teacher", one) for one in teachers)):
-        if Path(section.model).expanduser().is_dir():
-            yield f"{option}.model {section.model}", partial(weights_digest, section.model)
-        adapter = getattr(section, "adapter", None)
-        if adapter is not None and Path(adapter).expanduser().is_dir():
-            yield f"{option}.adapter {adapter}", partial(adapter_digest, adapter)
+        for name in ("model", "adapter"):
+            folder = Path(getattr(section, name, None) or "").expanduser()
+            if getattr(section, name, None) and folder.is_dir():
+                files = [one for one in folder.iterdir() if one.suffix in _WEIGHTS or one.name in _SETTINGS]
+                yield f"{option}.{name} {folder}", sorted(files)

@@ -147,7 +147,11 @@ def variants_of(recipe: Recipe, section: CompareSection, *, ablation: bool) -> l
     names = dict.fromkeys(chosen or list(rows) or default)
     variants = [rows.get(name) or Variant(name, {"loss.method": name}) for name in names]
     if ablation:
-        variants = [Variant(name, overrides) for name, overrides in ABLATION.items()]
+        no_warmup = {"loss.gate_warmup_steps": 0} if getattr(own, "gate_warmup_steps", 0) else {}
+        variants = [
+            Variant(name, overrides | (no_warmup if "loss.gate" in overrides else {}))
+            for name, overrides in ABLATION.items()
+        ]
     folders: dict[str, str] = {}
     for variant in [*rows.values(), *variants]:
         other = folders.setdefault(variant.folder_name, variant.name)

@@ -262,7 +262,7 @@ def _fix_columns(option: str, names: Sequence[str], known: Sequence[str]) -> str
     """Return how to correct a data set that has none of the columns `known`."""
     for name in names:
         if name.strip().lower() in known:
-            return f"rename {name!r} to {name.strip().lower()!r}"
+            return f"rename {name!r} to {name.strip().lower()!r}, or set data.{option} ({option}_column in Python)"
     if len(names) == 1 and (mark := next((mark for mark in (";", "\t", "|") if mark in names[0]), None)):
         return f"separate the columns of the file by commas, not by {mark!r}"
     if option == "prompt" and "text" in names:

@@ -150,17 +150,20 @@ def predict(recipe: Recipe, plan: EvaluationPlan | None = None) -> tuple[Predict
         with out_of_memory_explained(trainer):
             trainer.train()
         peak, of_steps = peak_memory_bytes() or 0, clock.take()
-        changed = [given.cache != used.cache for given, used in zip(recipe.teachers, sections, strict=True)]
-        once = changed[: len(trainer.teachers)]  # these teachers run only for the caches that will be built
+        both = zip(recipe.teachers, sections, strict=True)
+        once = [given.cache != used.cache for given, used in both][
+            : len(trainer.teachers)
+        ]  # these teachers run only for the caches that will be built
         sets, evaluation = {"train": pairs}, 0.0
         for _, own in trainer.eval_sets.values():
             sets["eval"], started = own, _now()
             part = _sample(own.rows, min(_TIMED * args.eval_batch_size * args.world_size, len(own)))
             trainer.evaluate(replace(own, rows=part))
             evaluation = (_now() - started - _sum(clock.take(), once)) * len(own) / len(part)
-    per_epoch = max(len(rows) // size, 1) if args.dataloader_drop_last else -(-len(rows) // size)
+    num_rows = len(rows) - len(rows) % (args.train_batch_size * args.world_size) * args.dataloader_drop_last
+    per_epoch = -(-num_rows // size)
     num_steps = args.max_steps if args.max_steps > 0 else -int(-args.num_train_epochs * per_epoch // 1)
-    full = min(len(rows) / (per_epoch * size), 1) / _TIMED  # the last step of an epoch may have fewer rows
+    full = num_rows / (per_epoch * size) / _TIMED  # the last step of an epoch may have fewer rows
     found = Prediction(
         **_parts(trainer, before, peak),
         peak_bytes=peak,

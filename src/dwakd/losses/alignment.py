@@ -72,7 +72,7 @@ class DwaOptions(MethodOptions):
 def unit_rows(
     rows: Float[Tensor, "tokens width"], lengths: Int[Tensor, " batch"], length: int
 ) -> Float[Tensor, "batch length width"]:
-    """Scale vectors to length 1 and pad each example, in float32 or better. A zero vector stays zero."""
+    """Scale vectors to length 1 and pad each example, in float32 or better. See `unit_vectors`."""
     return pad_rows(unit_vectors(rows), lengths, length)
 
 

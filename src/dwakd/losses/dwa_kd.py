@@ -210,4 +210,5 @@ class DwaKdLoss(DistillationLoss[DwaKdOptions]):
 
 def _read_step(loss: DwaKdLoss, keys: Any) -> None:
     """Set the number of finished steps after a checkpoint was loaded."""
-    loss.set_step(int(loss.step))
+    if not loss.step.is_meta:
+        loss.set_step(int(loss.step))

@@ -124,7 +124,8 @@ def check_combinations(args: Any) -> None:
     check_optim(args.optim)
     optim, strategy = (str(getattr(value, "value", value)) for value in (args.optim, args.eval_strategy))
     if args.optim_args and optim in _WITHOUT_ARGUMENTS:
-        raise UserError(f"optim_args has no effect with optim={optim}: set adam_beta1, adam_beta2 and adam_epsilon")
+        fix = "leave it out" if optim == "adafactor" else "set adam_beta1, adam_beta2 and adam_epsilon"
+        raise UserError(f"optim_args has no effect with optim={optim}: {fix}")
     if args.load_best_model_at_end and strategy == "no":
         raise UserError("load_best_model_at_end needs evaluations: set eval_strategy to steps or epoch")
     if args.dataloader_persistent_workers and not args.dataloader_num_workers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -165,9 +165,7 @@ def _run(folder: Path, name: str, row: str, found: Collection) -> Run:
         if evaluation := found.read(path, lambda text: _parse(_EVALUATION, text)):
             answers = found.read(path.with_suffix(".answers.jsonl"), _answers) or ()
             evaluations[path.stem] = replace(evaluation, answers=tuple(answers))
-    digests = {name: one.signature.get("model", {}).get("sha256") for name, one in evaluations.items()}
-    last = max(evaluations, key=lambda name: (folder / "eval" / f"{name}.json").stat().st_mtime, default="")
-    for name in [name for name, digest in digests.items() if digest != digests[last]]:
+    for name in _outdated(folder, evaluations):
         found.notes.append(f"the scores of {folder} on {name} are left out: they are those of earlier weights")
         del evaluations[name]
     record = found.read(folder / RUN_FILE, lambda text: _parse(_DICT, text)) or {}
@@ -176,6 +174,17 @@ def _run(folder: Path, name: str, row: str, found: Collection) -> Run:
     text = re.sub(r"(?m)^ *hub_token:.*\n", "", recipe.read_text(encoding="utf-8")) if options else ""
     options.pop("training.hub_token", None)  # a report is sent to others
     return Run(folder, name, row, text, options, record, history, evaluations)
+
+
+def _outdated(folder: Path, evaluations: Mapping[str, Evaluation]) -> list[str]:
+    """Return the test sets with scores of other weights than the newest scores, among those of the same dtype and device."""
+    order = sorted(evaluations, key=lambda name: (folder / "eval" / f"{name}.json").stat().st_mtime)
+    weights = {name: evaluations[name].signature.get("model") for name in order}
+    kinds = {name: tuple(str(evaluations[name].signature.get(key)) for key in ("dtype", "device")) for name in order}
+    newest = {kinds[name]: weights[name] for name in order}
+    digest = {name: one["sha256"] for name, one in weights.items() if isinstance(one, dict) and "sha256" in one}
+    last = {kind: one["sha256"] for kind, one in newest.items() if isinstance(one, dict) and "sha256" in one}
+    return [name for name in digest if digest[name] != last.get(kinds[name], digest[name])]
 
 
 def _parse(validate: Callable[[Any], Value], text: str, *, strict: bool = True) -> Value:

@@ -31,6 +31,7 @@ from dwakd.evaluation.run import load_for_evaluation, text_encoder_of
 from dwakd.folders import check_output_folder, write_json
 from dwakd.models.loading import check_vocabulary, load_tokenizer
 from dwakd.models.rows import evaluating, response_hidden
+from dwakd.recipe.files import RECIPE_FILE
 
 Side: TypeAlias = tuple[Model, TextEncoder]
 Structure = Float[Tensor, "spans spans"]
@@ -75,14 +76,16 @@ def compare_representations(
         if output.is_dir():
             raise UserError(f"{output} is a folder: name a JSON file with --output")
     examples = load_examples(data, split=TEST_SPLITS, **rows.reading())
-    encoders = {name: text_encoder_of(name, rows, recipe_of=name) for name in students}
+    with_recipe = [name for name in students if (Path(name).expanduser() / RECIPE_FILE).is_file()]
+    recipes = {name: name if name in with_recipe else next(iter(with_recipe), name) for name in students}
+    encoders = {name: text_encoder_of(name, rows, recipe_of=recipe) for name, recipe in recipes.items()}
     prompts = {}
-    for option in ("template", "bos", "special_tokens_in_prompts"):
+    for option in ("template", "bos", "special_tokens_in_prompts", "date"):
         prompts[option], *others = dict.fromkeys(getattr(encoder, option) for encoder in encoders.values())
         if others:
-            raise UserError(
-                f"the recipes of the students differ in data.{option}: choose one with --{option.replace('_', '-')}"
-            )
+            name = {"date": "template_date"}.get(option, option)
+            fix = "compare them one by one" if option == "date" else f"choose one with --{option.replace('_', '-')}"
+            raise UserError(f"the recipes of the students differ in data.{name}: {fix}")
 
     def load(name: str, encoder: TextEncoder, adapter: str | None = None) -> Side:
         model = load_for_evaluation(name, adapter=adapter)

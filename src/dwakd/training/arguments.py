@@ -29,8 +29,8 @@ def checked_args(args: Any, teachers: Any = None) -> DistillConfig:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes != args.world_size:
         raise UserError(
-            f"{processes} processes were started, but each of them would train alone: set training.use_cpu=true on machines "
-            "without a GPU, or start one process"
+            f"{processes} processes were started (WORLD_SIZE), but each of them would train alone: set training.use_cpu=true "
+            "on machines without a GPU, or start one process"
         )
     if args.accelerator_config.dispatch_batches:
         raise UserError("accelerator_config.dispatch_batches cannot be used: each process makes its own batches")
