@@ -79,4 +79,7 @@ def test_conversations_with_the_default_template_give_a_warning(
         encode_pairs(ROWS, TextEncoder(byte_bpe(), template), max_length=512)
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == (template == "alpaca")
-    assert all("chats.jsonl: 1 rows are conversations, which data.template: alpaca turns into one instruction" in text for text in warnings)
+    assert all(
+        "chats.jsonl: 1 rows are conversations, which data.template: alpaca turns into one instruction" in text
+        for text in warnings
+    )

@@ -109,8 +109,8 @@ def encode_pairs(
         )
     if num_conversations and student.template == "alpaca":
         logger.warning(
-            "%s: %d rows are conversations, which data.template: alpaca turns into one instruction each; set data.template: chat "
-            "for the chat templates of the models, or ignore this warning if you want that",
+            "%s: %d rows are conversations, which data.template: alpaca turns into one instruction each; set data.template: "
+            "chat for the chat templates of the models, or ignore this warning if you want that",
             *(source, num_conversations),
         )
     if num_foreign:

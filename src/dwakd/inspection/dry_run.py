@@ -150,10 +150,10 @@ def predict(recipe: Recipe, plan: EvaluationPlan | None = None) -> tuple[Predict
         with out_of_memory_explained(trainer):
             trainer.train()
         peak, of_steps = peak_memory_bytes() or 0, clock.take()
-        both = zip(recipe.teachers, sections, strict=True)
-        once = [given.cache != used.cache for given, used in both][
-            : len(trainer.teachers)
-        ]  # these teachers run only for the caches that will be built
+        both = zip(recipe.teachers, sections, trainer.teachers, strict=False)
+        once = [
+            given.cache != used.cache for given, used, _ in both
+        ]  # these run only for the caches that will be built
         sets, evaluation = {"train": pairs}, 0.0
         for _, own in trainer.eval_sets.values():
             sets["eval"], started = own, _now()
