@@ -151,9 +151,7 @@ def predict(recipe: Recipe, plan: EvaluationPlan | None = None) -> tuple[Predict
             trainer.train()
         peak, of_steps = peak_memory_bytes() or 0, clock.take()
         both = zip(recipe.teachers, sections, trainer.teachers, strict=False)
-        once = [
-            given.cache != used.cache for given, used, _ in both
-        ]  # these run only for the caches that will be built
+        once = [given.cache != used.cache for given, used, _ in both]  # run only for caches that will be built
         sets, evaluation = {"train": pairs}, 0.0
         for _, own in trainer.eval_sets.values():
             sets["eval"], started = own, _now()
