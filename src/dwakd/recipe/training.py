@@ -210,7 +210,7 @@ class DistillConfig(TrainingArguments):
             setattr(self, name, from_json(getattr(self, name), name))
         self.loss_options = self.loss_options or {}
         check_combinations(self)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise each process of torchrun would train alone
         values = {name: getattr(self, name) for name in TrainingOptions.model_fields}
         for name in ("model_init_kwargs", "teacher_model_init_kwargs"):

@@ -26,7 +26,7 @@ def checked_args(args: Any, teachers: Any = None) -> DistillConfig:
         )
     if args.fp16 and args.device.type == "cpu":
         raise UserError("training.fp16 has no effect without a GPU: leave it out, or set training.bf16")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
     if processes != args.world_size:
         raise UserError(
             f"{processes} processes were started (WORLD_SIZE), but each of them would train alone: set training.use_cpu=true "
