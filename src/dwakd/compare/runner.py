@@ -122,7 +122,10 @@ class Runner:
                     waiting = elsewhere
             except BaseException:  # Ctrl-C: stop the running cells and keep the finished ones
                 self._stopped = True
-                logger.warning("stopping the running trainings, which first save a checkpoint after their current step")
+                if any(process.poll() is None for process in self._processes):
+                    logger.warning(
+                        "stopping the running trainings, which first save a checkpoint after their current step"
+                    )
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in self._processes:
                     process.terminate()
