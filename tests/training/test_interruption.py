@@ -85,6 +85,25 @@ def test_a_run_keeps_the_date_of_its_prompts(workspace, tmp_path, monkeypatch):
     assert train(recipe, tmp_path / "later").student_encoder.printed_date == "2031-05-06"
 
 
+@pytest.fixture
+def default_interrupt():
+    """Receive SIGINT as in a terminal; shells let background jobs ignore it, and the tests may run in one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_background_job_still_ignores_ctrl_c(tmp_path):
+    """Ctrl-C in a terminal reaches the jobs in its background as well, and shells let them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stops_on_signal(trainer(tmp_path)):
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_interrupt")
 def test_ctrl_c_saves_a_checkpoint_and_a_second_one_ends_the_run_at_once(workspace, tmp_path, capfd):
     """Whoever stops a run by hand loses no step, and is told that the run continues to the end of its step."""
     recipe = load_recipe(workspace / "recipe.yaml", ["training.max_steps=4"])
