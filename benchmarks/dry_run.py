@@ -19,7 +19,7 @@ def child(task: str, folder: str, recipe_file: str, overrides: list[str]) -> dic
     """Predict or train, and return the seconds of training and the peak of the memory in bytes."""
     if PROCESSOR in overrides:
         time.perf_counter = time.time = time.process_time
-    from dwakd.inspection.dry_run import predict
+    from dwakd.inspection.prediction import predict
     from dwakd.recipe.recipe import load_recipe
     from dwakd.training.run import peak_memory_bytes, train
 

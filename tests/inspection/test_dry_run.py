@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dwakd.inspection import dry_run
+from dwakd.inspection import prediction
 from dwakd.recipe.recipe import load_recipe
 from dwakd.training.distiller import Distiller
 from dwakd.training.run import train
@@ -77,12 +77,12 @@ def test_predictions_against_a_training(folder, cached, monkeypatch, tmp_path):
 
     monkeypatch.setattr(Distiller, "forward", counted(Distiller.forward, 1.0))
     monkeypatch.setattr(OnlineTeacher, "states", counted(OnlineTeacher.states, 2.0))
-    monkeypatch.setattr(dry_run, "_now", lambda: clock[0])
+    monkeypatch.setattr(prediction, "_now", lambda: clock[0])
     sizes = "per_device_train_batch_size=3", "gradient_accumulation_steps=2", "max_steps=-1", "num_train_epochs=2"
     options = [f"training.{item}" for item in (*sizes, "disable_tqdm=true")] + [f"data.eval={folder / 'eval.jsonl'}"]
     options += [f"teacher.cache={tmp_path / 'cache'}"] if cached else []
     recipe = load_recipe(folder / "recipe.yaml", options)
-    found, longest = dry_run.predict(recipe)
+    found, longest = prediction.predict(recipe)
     clock[0] = 0.0
     trainer = train(recipe, tmp_path / "run")
     logs = trainer.state.log_history
@@ -120,7 +120,7 @@ def test_the_evaluation_at_the_end_counts(eval_steps, delay, expected, folder, t
     recipe = load_recipe(folder / "recipe.yaml", [*given, "training.max_steps=10", "loss.method=sft"])
     trained = train(recipe, tmp_path / "run")
     assert len([log for log in trained.state.log_history if "eval_loss" in log]) == expected
-    assert dry_run._num_evaluations(trained.args, 10, 10) == expected
+    assert prediction._num_evaluations(trained.args, 10, 10) == expected
 
 
 @pytest.mark.parametrize(("size", "accumulation"), [(5, 1), (4, 2)])
@@ -129,5 +129,5 @@ def test_steps_without_the_last_rows_of_an_epoch(size, accumulation, folder, tmp
     options = [f"per_device_train_batch_size={size}", f"gradient_accumulation_steps={accumulation}"]
     options += ["dataloader_drop_last=true", "max_steps=-1", "num_train_epochs=2"]
     recipe = load_recipe(folder / "recipe.yaml", ["loss.method=sft", *(f"training.{option}" for option in options)])
-    found, _ = dry_run.predict(recipe)
+    found, _ = prediction.predict(recipe)
     assert found.num_steps == train(recipe, tmp_path / "run").state.global_step
