@@ -105,7 +105,7 @@ def test_a_background_job_still_ignores_ctrl_c(tmp_path):
 
 @pytest.mark.usefixtures("default_interrupt")
 def test_ctrl_c_saves_a_checkpoint_and_a_second_one_ends_the_run_at_once(workspace, tmp_path, capfd):
-    """Whoever stops a run by hand loses no step, and is told that the run continues to the end of its step."""
+    """The first Ctrl-C finishes the current step, saves a checkpoint and says so. The second one stops the run immediately."""
     recipe = load_recipe(workspace / "recipe.yaml", ["training.max_steps=4"])
     with pytest.raises(RunInterrupted, match="after step 2"):
         train(recipe, tmp_path / "run", hook=lambda _: SignalInStep(signal.SIGINT, 2))

@@ -404,7 +404,7 @@ def test_a_student_without_a_chat_template_in_python(workspace, tmp_path):
 def test_two_ranks_train_and_the_first_evaluates(workspace, tmp_path):
     """The second rank ends before the evaluation, which may take longer than ranks wait for each other.
 
-    Without a GPU, accelerate lets each process train alone unless it is told to use the CPU, as `use_cpu` does.
+    The recipe does not set `use_cpu`. Without a GPU, the processes must nevertheless train together.
     """
     test = [f"evaluation.test=[{workspace / 'data.jsonl'}]", "evaluation.limit=2", "evaluation.max_new_tokens=4"]
     test.append("training.use_cpu=false")
