@@ -172,18 +172,19 @@ class Columns:
             value = row[self.teacher_key]
             teacher = checked_text(str(value) if type(value) is int else value, repr(self.teacher_key)).strip()
         found, moved = [], self._moved(row)
+        same: dict[str, Any] = {"input": input, "options": options, "moved": moved, "teacher": teacher}
+        same |= {"teacher_turns": teacher_turns, "is_conversation": is_conversation}
         for end in ends:
             self._check_asks(turns[:end], self.prompt, moved)
-            example = Example(index, **_before_answer(turns[:end]), input=input, options=options, moved=moved)
+            source = (index, end - moved) if self.supervise == "all" else None
+            example = Example(index, **_before_answer(turns[:end]), **same, source=source)
             if end < len(turns):
                 answer = turns[end]
                 check_answer(answer, f"the answer in {self.response or self.prompt!r}", self.need_response)
                 accepted = references if references and end == len(turns) - 1 else (answer["content"],)
                 kept = answer if content_keys(answer) else None
                 example = replace(example, response=accepted[0], references=accepted, answer=kept)
-            source = (index, end - moved) if self.supervise == "all" else None
-            example = replace(example, is_conversation=is_conversation)
-            found.append(replace(example, teacher_turns=teacher_turns, teacher=teacher, source=source))
+            found.append(example)
         return found
 
     def _conversation(self, row: Mapping[str, Any]) -> tuple[list[Turn], int, tuple[str, ...]]:
@@ -260,9 +261,8 @@ class Columns:
 
 def _fix_columns(option: str, names: Sequence[str], known: Sequence[str]) -> str:
     """Return how to correct a data set that has none of the columns `known`."""
-    for name in names:
-        if name.strip().lower() in known:
-            return f"rename {name!r} to {name.strip().lower()!r}, or set data.{option} ({option}_column in Python)"
+    if near := next((name for name in names if name.strip().lower() in known), None):
+        return f"rename {near!r} to {near.strip().lower()!r}, or set data.{option} ({option}_column in Python)"
     if len(names) == 1 and (mark := next((mark for mark in (";", "\t", "|") if mark in names[0]), None)):
         return f"separate the columns of the file by commas, not by {mark!r}"
     if option == "prompt" and "text" in names:
