@@ -126,10 +126,15 @@ def unknown_option(name: str, word: str, valid: Sequence[str], *, method: bool =
     """
     if (instead := instead_of(word)) and not method:
         return UserError(f"{name} is not an option of dwakd: {instead}")
+    return unknown_name(f"option {name}", word, valid)
+
+
+def unknown_name(what: str, word: str, valid: Sequence[str]) -> UserError:
+    """Return the error for a name that does not exist; it names the closest one and lists the others."""
     near = difflib.get_close_matches(str(word), valid, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     shown = ", ".join(valid) if 0 < len(valid) <= 40 else f"{len(valid) or 'none'} of them"
-    return UserError(f"unknown option {name}; {hint}valid ones: {shown}")
+    return UserError(f"unknown {what}; {hint}valid ones: {shown}")
 
 
 def check_choice(option: str, value: str, choices: Sequence[str]) -> None:

@@ -203,7 +203,5 @@ def test_another_number_of_processes_needs_the_same_batch(tmp_path, monkeypatch)
         (tmp_path / "run" / "dwakd-recipe.yaml").write_text(in_folder.dump())
         assert check_output(tmp_path / "run", resume=True, recipe=resumed) == str(checkpoint)
         for recipe in (wrong, recipe_of(training=saved)):
-            with pytest.raises(
-                UserError, match=r"has 8 rows in a step, but this command with 2 processes has (16|4): set"
-            ):
+            with pytest.raises(UserError, match=r"has 8 rows in a step, but this run with 2 processes has (16|4): set"):
                 check_output(tmp_path / "run", resume=True, recipe=recipe)

@@ -158,7 +158,9 @@ def test_a_resumed_run_may_have_equal_rates(tmp_path):
 def test_steps_of_other_sizes_cannot_be_continued(tmp_path, caplog):
     """The schedule and the order of the rows would be those of another run."""
     trainer(tmp_path, save_strategy="steps", save_steps=2).train()
-    with pytest.raises(UserError, match="have 4 rows, but those of this run have 8: set per_device_train_batch_size"):
+    with pytest.raises(
+        UserError, match="the checkpoint has 4 rows in a step, but this run with 1 processes has 8: set"
+    ):
         trainer(tmp_path, per_device_train_batch_size=8).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     same = trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     same.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

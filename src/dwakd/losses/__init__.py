@@ -1,6 +1,5 @@
 """The distillation methods. CONTRIBUTING.md says how to add one."""
 
-import difflib
 from typing import Any
 
 from dwakd.errors import UserError
@@ -26,7 +25,7 @@ from dwakd.losses.sra import SraLoss
 from dwakd.losses.uld import UldLoss
 from dwakd.losses.weighted_sum import SUM, WeightedSumLoss
 from dwakd.losses.x_token import XTokenLoss
-from dwakd.validation import parse
+from dwakd.validation import parse, unknown_name
 
 __all__ = [
     "METHODS",
@@ -63,9 +62,7 @@ def method_class(method: str) -> type[DistillationLoss[Any]]:
     """Return the class of a method, or raise UserError with the valid names."""
     known: dict[str, type[DistillationLoss[Any]]] = {**METHODS, SUM: WeightedSumLoss}
     if method not in known:
-        near = difflib.get_close_matches(method, known, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"unknown method {method!r}; {hint}valid ones: {', '.join(known)}")
+        raise unknown_name(f"method {method!r}", method, list(known))
     return known[method]
 
 

@@ -16,7 +16,7 @@ from dwakd.kernels.soft_dtw.band import band_starts, border_mass, rows_per_block
 from dwakd.losses.band import Band
 
 _CELLS = {"cpu": 1 << 23, "cuda": 1 << 26}  # cells of tables that are computed at a time
-_UNTRAINED = 1e-6
+_UNTRAINED = 1e-6  # largest entry of an embedding that counts as 0
 Rows = Float[Tensor, "tokens _"]
 Pair = tuple[Float[Tensor, "s_tokens _"], Float[Tensor, "t_tokens _"]]
 

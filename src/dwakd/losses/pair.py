@@ -59,6 +59,15 @@ class ModelPair:
         """Return the pairs of tokens with equal bytes, without tokens that one of the heads forbids."""
         return self.possible_pairs(*exact_overlap(self.student_tokens, self.teacher_tokens, self.end_tokens))
 
+    def needed_shared_tokens(self, method: str) -> Pairs:
+        """Return `shared_tokens`, or raise ValueError if there are none to compare."""
+        shared = self.shared_tokens()
+        if not len(shared[0]):
+            raise ValueError(
+                f"the two vocabularies share no token, and {method} compares shared tokens; use another method"
+            )
+        return shared
+
     def possible_pairs(self, student_ids: Int[Tensor, " ids"], teacher_ids: Int[Tensor, " ids"]) -> Pairs:
         """Keep the pairs of tokens that neither head forbids."""
         kept = ~(self.student_head.forbidden.cpu()[student_ids] | self.teacher_head.forbidden.cpu()[teacher_ids])

@@ -66,12 +66,7 @@ class SimctLoss(DistillationLoss[SimctOptions]):
         super().__init__(**options)
         self.vocabularies = pair.vocabularies
         self.divergence = divergence(self.options.divergence, self.options.skew)
-        shared = pair.shared_tokens()
-        if not len(shared[0]):
-            raise ValueError(
-                "the two vocabularies share no token, and simct compares shared tokens; use another method"
-            )
-        for name, ids in zip(("student_ids", "teacher_ids"), shared, strict=True):
+        for name, ids in zip(("student_ids", "teacher_ids"), pair.needed_shared_tokens("simct"), strict=True):
             self.register_buffer(name, ids, persistent=False)
 
     def compute(self, student: ModelSide, teacher: ModelSide, scale: TeacherScale, ce_weight: float) -> Terms:

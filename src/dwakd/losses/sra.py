@@ -77,10 +77,7 @@ class SraLoss(DistillationLoss[SraOptions]):
     def __init__(self, *, pair: ModelPair, **options: Any) -> None:
         super().__init__(**options)
         self.vocabularies = pair.vocabularies
-        shared = pair.shared_tokens()
-        if not len(shared[0]):
-            raise ValueError("the two vocabularies share no token, and sra compares shared tokens; use another method")
-        for name, ids in zip(("student_ids", "teacher_ids"), shared, strict=True):
+        for name, ids in zip(("student_ids", "teacher_ids"), pair.needed_shared_tokens("sra"), strict=True):
             self.register_buffer(name, ids, persistent=False)
         self.projector = nn.Linear(pair.widths.student_hidden, pair.widths.teacher_hidden)
 

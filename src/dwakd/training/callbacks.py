@@ -29,6 +29,16 @@ def skipped_steps(state: Any) -> int:
     return int(state.stateful_callbacks.get(SKIPPED, 0))
 
 
+def check_rows_of_step(state: Any, rows: int, processes: int, checkpoint: str) -> None:
+    """Raise UserError if the steps of this run have other numbers of rows than those of the run that saved a checkpoint."""
+    before = state.stateful_callbacks.get(ROWS_OF_STEP, rows)  # older versions did not store it
+    if before != rows:
+        raise UserError(
+            f"{checkpoint} has {before} rows in a step, but this run with {processes} processes has {rows}: set "
+            "training.per_device_train_batch_size or training.gradient_accumulation_steps so that the product is the same"
+        )
+
+
 class RunCallback(TrainerCallback):
     """Collect what is logged and the time of steps, and give later callbacks the student as `model`."""
 
@@ -98,12 +108,8 @@ class RunCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.callback_handler.model = self.trainer.student  # the Distiller has no `generate`
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        before = state.stateful_callbacks.get(ROWS_OF_STEP, rows)
-        if state.global_step and before != rows:
-            raise UserError(
-                f"the steps of the checkpoint have {before} rows, but those of this run have {rows}: set "
-                "per_device_train_batch_size or gradient_accumulation_steps so that the product is the same"
-            )
+        if state.global_step:
+            check_rows_of_step(state, rows, args.world_size, "the checkpoint")
         state.stateful_callbacks[ROWS_OF_STEP] = rows
         self._start(state.global_step)
 

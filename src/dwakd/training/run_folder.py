@@ -22,7 +22,7 @@ from dwakd.folders import LOCK_FILE, check_output_folder
 from dwakd.recipe.files import RECIPE_FILE, parse_yaml, read_saved_recipe
 from dwakd.recipe.recipe import Recipe, recipe_from_dict
 from dwakd.recipe.training import DistillConfig
-from dwakd.training.callbacks import ROWS_OF_STEP
+from dwakd.training.callbacks import check_rows_of_step
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +66,7 @@ def _check_same_batch(recipe: Recipe, checkpoint: str) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     now = processes * math.prod(recipe.training.get(name, getattr(DistillConfig, name)) for name in _ROWS)
     state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-    before = state.stateful_callbacks.get(ROWS_OF_STEP, now)  # older versions did not store it
-    if before != now:
-        raise UserError(
-            f"{checkpoint} has {before} rows in a step, but this command with {processes} processes has {now}: set "
-            "training.per_device_train_batch_size or training.gradient_accumulation_steps so that the product is the same"
-        )
+    check_rows_of_step(state, now, processes, checkpoint)
 
 
 def check_same_recipe(saved: Path, recipe: Recipe, *, changeable: re.Pattern[str]) -> None:
