@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group
 
@@ -160,9 +161,9 @@ def evaluate_teacher(
     if is_other or not is_evaluated(folder, sets):
         (folder / CHECKSUMS).unlink(missing_ok=True)
         data, text = ([item.source for item in plan.sets if item.is_text == is_text] for is_text in (False, True))
-        loading = {**teacher.loading(), "chat_template_path": teacher.chat_template_path, "overwrite": is_other}
-        loading["template_date"] = date
-        evaluate_sets(teacher.model, data, plan.rows, plan.options, text=text, output=folder / "eval", **loading)
+        reading = {"chat_template_path": teacher.chat_template_path, "template_date": date}
+        more: dict[str, Any] = {**teacher.loading(), **reading, "overwrite": is_other}
+        evaluate_sets(teacher.model, data, plan.rows, plan.options, text=text, output=folder / "eval", **more)
         write_json(saved, about)
     check_results(folder)
     return read_cell(folder, sets)

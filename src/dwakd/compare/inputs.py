@@ -57,7 +57,7 @@ def _inputs(recipe: Recipe) -> Iterator[tuple[str, list[Path]]]:
     teachers = [one for one in recipe.teachers if one.url is None and recipe.loss.needs_teacher]
     for option, section in (("student", recipe.student), *(("teacher", one) for one in teachers)):
         for name in ("model", "adapter"):
-            folder = Path(getattr(section, name, None) or "").expanduser()
-            if getattr(section, name, None) and folder.is_dir():
+            value = getattr(section, name, None)  # students have no adapter
+            if value is not None and (folder := Path(value).expanduser()).is_dir():
                 files = [one for one in folder.iterdir() if one.suffix in _WEIGHTS or one.name in _SETTINGS]
                 yield f"{option}.{name} {folder}", sorted(files)

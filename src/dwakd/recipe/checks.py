@@ -104,15 +104,8 @@ def from_json(value: Any, name: str) -> Any:
     return found
 
 
-def check_optim(optim: Any) -> None:
-    """Raise UserError if an optimiser of transformers makes its own groups of parameters, as the trainer does."""
-    if str(getattr(optim, "value", optim)).startswith(("galore", "apollo", "lomo", "adalomo")):
-        raise UserError(
-            f"optim {optim} cannot be used, because it divides the parameters into groups itself: use another optim such as "
-            "adamw_torch_fused"
-        )
-
-
+_WITH_OWN_GROUPS = ("galore", "apollo", "lomo", "adalomo")
+"""Beginnings of the names of optimisers that divide the parameters into groups, as the trainer does."""
 _WITHOUT_ARGUMENTS = ("adafactor", "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
 """Optimisers that ignore `optim_args`."""
 
@@ -121,8 +114,12 @@ def check_combinations(args: Any) -> None:
     """Raise UserError for options that have no effect, or that fail late, together with others."""
     if args.chat_template_path is not None and args.template != "chat":
         raise UserError(f"chat_template_path requires template='chat', got template={args.template!r}")
-    check_optim(args.optim)
     optim, strategy = (str(getattr(value, "value", value)) for value in (args.optim, args.eval_strategy))
+    if optim.startswith(_WITH_OWN_GROUPS):
+        raise UserError(
+            f"optim {optim} cannot be used, because it divides the parameters into groups itself: use another optim such as "
+            "adamw_torch_fused"
+        )
     if args.optim_args and optim in _WITHOUT_ARGUMENTS:
         fix = "leave it out" if optim == "adafactor" else "set adam_beta1, adam_beta2 and adam_epsilon"
         raise UserError(f"optim_args has no effect with optim={optim}: {fix}")

@@ -26,7 +26,7 @@ PeftOptions = options_of(LoraConfig)
 def _check_peft(options: dict[str, Any]) -> dict[str, Any]:
     parse(PeftOptions, options, "student.peft.")
     try:
-        lora_config(options)
+        check_task_type(lora_config(options))
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(str(error)) from error
     return options

@@ -178,13 +178,13 @@ def _run(folder: Path, name: str, row: str, found: Collection) -> Run:
 
 def _outdated(folder: Path, evaluations: Mapping[str, Evaluation]) -> list[str]:
     """Return the test sets with scores of other weights than the newest scores, among those of the same dtype and device."""
-    order = sorted(evaluations, key=lambda name: (folder / "eval" / f"{name}.json").stat().st_mtime)
-    weights = {name: evaluations[name].signature.get("model") for name in order}
-    kinds = {name: tuple(str(evaluations[name].signature.get(key)) for key in ("dtype", "device")) for name in order}
-    newest = {kinds[name]: weights[name] for name in order}
-    digest = {name: one["sha256"] for name, one in weights.items() if isinstance(one, dict) and "sha256" in one}
-    last = {kind: one["sha256"] for kind, one in newest.items() if isinstance(one, dict) and "sha256" in one}
-    return [name for name in digest if digest[name] != last.get(kinds[name], digest[name])]
+    found: dict[str, tuple[tuple[str, str], str]] = {}
+    for name in sorted(evaluations, key=lambda name: (folder / "eval" / f"{name}.json").stat().st_mtime):
+        signature = evaluations[name].signature
+        if isinstance(model := signature.get("model"), dict) and "sha256" in model:
+            found[name] = (str(signature.get("dtype")), str(signature.get("device"))), model["sha256"]
+    newest = dict(found.values())
+    return [name for name, (kind, digest) in found.items() if digest != newest[kind]]
 
 
 def _parse(validate: Callable[[Any], Value], text: str, *, strict: bool = True) -> Value:

@@ -163,7 +163,7 @@ def similarity(found: Collection) -> Markup | None:
                 ]
             ),
         ]
-    text = "A smaller distance means that a student relates the parts of a text to each other more like the teacher."
+    text = "A smaller difference means that a student relates the parts of a text to each other more like the teacher."
     return join(paragraph(text), *parts) if parts else None
 
 

@@ -63,10 +63,7 @@ class Distiller(nn.Module):
         if neftune:  # otherwise accelerate's FSDP would gather both matrices separately
             self.get_input_embeddings = student.get_input_embeddings
             self.get_output_embeddings = student.get_output_embeddings
-        for name in (
-            "gradient_checkpointing_enable",
-            "activation_checkpointing_enable",
-        ):  # the new name from transformers 6
+        for name in ("gradient_checkpointing_enable", "activation_checkpointing_enable"):  # of transformers 5 and 6
             if hasattr(student, name):
                 setattr(self, name, getattr(student, name))
 

@@ -130,9 +130,12 @@ def evaluation_sets(source: Source | None) -> dict[str, Source]:
 def encode_source(
     source: Source | None, encoders: tuple[TextEncoder, ...], args: DistillConfig, role: str, name: str | None = None
 ) -> tuple[list[Example], Any]:
-    """Read and encode a data set, if there is one, with the encoder of the student and that of each teacher.
+    """Read and encode a data set, if there is one.
 
     Args:
+        source: the data set.
+        encoders: the encoder of the student, then that of each teacher.
+        args: the training arguments.
         role: "train" or "eval", which decides the split to read.
         name: name of the data set in messages.
 
@@ -185,7 +188,8 @@ def _check_pairs(pairs: EncodedPairs, encoders: tuple[TextEncoder, ...], args: D
     check_encoded(pairs, encoders)
     if args.teacher_key is not None and len(encoders) > 1 and any(row.chosen is None for row in pairs.examined):
         raise UserError(f"{pairs.source}: teacher_key requires rows that are not encoded yet")
-    if args.lmbda and role == "train" and any(row.student.num_prompt >= args.max_length for row in pairs.examined):
+    answers = args.lmbda and role == "train"
+    if answers and any(row.student.num_prompt >= args.max_length for row in pairs.examined):
         raise UserError(f"{pairs.source}: prompts leave no room for the student's answers: raise max_length")
 
 
@@ -218,9 +222,9 @@ def _stream(
         raise UserError("data.teacher_prompt needs all rows, to find the longest prompt: set data.streaming: false")
     check_lengths(args.max_length, args.max_prompt_length)
     next(rows.stream(), None)
-    limits = {name: getattr(args, name) for name in ("max_length", "max_prompt_length")}
-    limits["need_response"] = need_response
-    return StreamedRows(rows, encoders, limits, Finisher(encoders, args, rows.title))
+    limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
+    finish = Finisher(encoders, args, rows.title)
+    return StreamedRows(rows, encoders, {**limits, "need_response": need_response}, finish)
 
 
 class Finisher:
